@@ -1,0 +1,5 @@
+"""DP-IRW: intrinsic reweighting under differential privacy."""
+
+from .errors import DPGuaranteeError
+
+__all__ = ["DPGuaranteeError"]
