@@ -1,0 +1,79 @@
+# Development of irw-optim. `make` alone explains the targets; each sets up what it needs, once.
+
+# 3.11 first, since constraints.txt was made with it; the first that runs is taken.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest
+
+# A stamp file stands for "installed": it is renewed when one of these changes.
+DEFINITION := pyproject.toml constraints.txt
+WITH_REPORT := $(VENV)/.installed-report
+WITH_ALL := $(VENV)/.installed-all
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup test test-fast lint format types docs demo bench build clean
+
+help: ## Show this text
+	@echo "irw-optim: the targets of this Makefile (each installs into $(VENV) what it needs, once)"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(WITH_ALL) ## Install the package with everything needed for development
+
+test: $(WITH_ALL) ## Run all tests, the slow ones and the doctests included
+	$(PYTEST)
+
+test-fast: $(WITH_ALL) ## Run the tests that take no more than seconds
+	$(PYTEST) -m "not slow"
+
+lint: $(WITH_ALL) ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(WITH_ALL) ## Mend style and format, where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(WITH_ALL) ## Check the types
+	$(BIN)/mypy
+
+docs: $(WITH_ALL) ## Run the documentation's examples and build it in docs/_build/html
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b doctest docs docs/_build/doctest
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo "The documentation is in docs/_build/html/index.html"
+
+demo: $(WITH_REPORT) ## Train on UCI Adult with and without IRW and write a report (minutes)
+	$(BIN)/python examples/adult.py
+
+bench: $(WITH_ALL) ## Measure time and memory against plain training (minutes)
+	set -e; for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark; done
+
+build: $(WITH_ALL) ## Build the source and binary distributions in dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean: ## Remove all that these targets made, the environment included
+	rm -rf $(VENV) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Creating the environment $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(WITH_REPORT): $(VENV)/.created $(DEFINITION)
+	@echo "Installing the package and what the report needs (minutes, once)"
+	$(INSTALL) --editable ".[report]"
+	@touch $@
+
+$(WITH_ALL): $(VENV)/.created $(DEFINITION)
+	@echo "Installing the package and what its development needs (minutes, once)"
+	$(INSTALL) --editable ".[dev,docs,report,stacks]"
+	@touch $@ $(WITH_REPORT)
