@@ -1,0 +1,33 @@
+"""Sphinx configuration: `make docs` runs every example of these pages and builds the site."""
+
+from importlib.metadata import version as installed_version
+
+project = "irw-optim"
+author = "The irw-optim developers"
+project_copyright = author
+release = installed_version("irw-optim")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx-mathjax-offline",  # after mathjax: the site needs no other host to show its formulas
+]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+default_role = "py:obj"
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = f"irw-optim {release}"
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
