@@ -1,0 +1,19 @@
+"""irw_optim: any torch optimizer, for the people that the average forgets."""
+
+from irw_optim.criterion import PerSampleLoss, per_sample_losses
+from irw_optim.optimizer import IRWOptimizer
+from irw_optim.outliers import DBSCANFilter
+from irw_optim.record import StepRecord
+from irw_optim.weighting import irw_weights, worst_off
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DBSCANFilter",
+    "IRWOptimizer",
+    "PerSampleLoss",
+    "StepRecord",
+    "irw_weights",
+    "per_sample_losses",
+    "worst_off",
+]

@@ -1,0 +1,80 @@
+"""Takes the place of a criterion's ``forward``, in place, and gives it back.
+
+The criterion stays the object that the training loop calls; while the model trains, the scalar it
+returns carries the weighted gradient instead of the averaged one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor, nn
+
+from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
+
+Listener = Callable[[PerSampleLosses], Tensor]
+
+
+class AttachedForward:
+    """Stands in for ``criterion.forward``.
+
+    Copies and pickles of the criterion get its own ``forward`` back: they belong to nobody.
+
+    Args:
+        criterion: attached in place.
+        model: asked whether it trains; in eval mode and under no_grad the criterion is untouched.
+        listener: method that turns per-sample losses into the scalar to return; held weakly.
+    """
+
+    def __init__(self, criterion: nn.Module, model: nn.Module, listener: Listener) -> None:
+        validate_criterion(criterion)
+        if isinstance(criterion.__dict__.get("forward"), AttachedForward):
+            raise ValueError(
+                f"criterion={type(criterion).__name__}() is attached to another IRWOptimizer "
+                "already: call detach() on that one first, or give each its own criterion"
+            )
+        self.criterion = criterion
+        self.model = model
+        self.listener = WeakMethod(listener)  # type: ignore[type-var]
+        self.running = False
+        self.previous = criterion.__dict__.get("forward")
+        criterion.forward = self  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        listener = self.listener()
+        training = torch.is_grad_enabled() and self.model.training
+        if self.running or listener is None or not training:
+            return self.original(*args, **kwargs)
+        self.running = True
+        try:
+            losses = per_sample_losses(self.criterion, *args, **kwargs)
+        finally:
+            self.running = False
+        return listener(losses)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The forward that the criterion had before."""
+        return self.previous or MethodType(type(self.criterion).forward, self.criterion)
+
+    def detach(self) -> None:
+        """Leave the criterion as it was."""
+        if self.criterion.__dict__.get("forward") is self:
+            del self.criterion.__dict__["forward"]
+            if self.previous is not None:
+                self.criterion.__dict__["forward"] = self.previous
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy = memo.get(id(self.criterion), self.criterion)
+        return MethodType(type(copy).forward, copy)
+
+    def __reduce__(self) -> Any:
+        return _own_forward, (self.criterion,)
+
+
+def _own_forward(criterion: nn.Module) -> Any:
+    return MethodType(type(criterion).forward, criterion)

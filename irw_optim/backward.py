@@ -1,0 +1,98 @@
+"""The one autograd node that turns a batch of losses into the weighted gradient.
+
+The loss that a training loop sees is the output of this node. Its inputs are the leaves of the
+model's graph, so that whatever listens to autograd (gradient accumulation, hooks on parameters,
+DistributedDataParallel) hears the weighted gradient as it would the ordinary one. Between the two
+a nested backward pass, from the losses to the layers, gives the engine what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irw_optim.gradients.engine import LossGradients
+from irw_optim.gradients.protocol import PerSampleGradients
+
+Weigh = Callable[[Callable[[], PerSampleGradients]], Tensor]
+"""Asks for the rows if it needs them, and returns the weights (B,)."""
+
+
+def weighted_loss(
+    value: Tensor,
+    batch: LossGradients,
+    scale: Tensor | float,
+    scored: Callable[[Tensor], bool],
+    weigh: Weigh,
+) -> Tensor:
+    """A scalar with the given value whose gradient is ``scale * sum_i w_i grad(loss_i)``.
+
+    Args:
+        value: what the training loop sees, 0-dim, detached.
+        batch: the per-sample gradients.
+        scale: factor that keeps the length of the ordinary gradient.
+        scored: which parameters' gradients make the score.
+        weigh: chooses the weights when the gradients are known.
+    """
+    return _WeightedLoss.apply(value, _Pass(batch, scale, scored, weigh), *batch.leaves)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Pass:
+    """What the backward pass of one loss will need."""
+
+    def __init__(
+        self,
+        batch: LossGradients,
+        scale: Tensor | float,
+        scored: Callable[[Tensor], bool],
+        weigh: Weigh,
+    ) -> None:
+        self.batch = batch
+        self.scale = scale
+        self.scored = scored
+        self.weigh = weigh
+        self.done = False
+
+    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
+        """The gradient of every leaf, for the gradient ``upstream`` of the scalar loss."""
+        if self.done:
+            raise RuntimeError(
+                "this loss was already backpropagated: its graph is gone; use "
+                "loss.backward(retain_graph=True) the first time"
+            )
+        batch = self.batch
+        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        # A factor on the loss (a gradient scaler's, 1/accumulation steps) rides along, since half
+        # precision may need it, and leaves the weights alone; 0 would take the weights with it.
+        seed = torch.where(upstream == 0, torch.ones_like(upstream), upstream)
+        device = upstream.device.type
+        try:
+            with torch.autocast(device_type=device, enabled=False):
+                shared = keep_graph or _walked_by_this_backward(batch)
+                batch.start(seed, shared)
+                weights = self.weigh(lambda: batch.rows(self.scored))
+                return batch.weighted_sum(weights * (upstream * self.scale), shared)
+        finally:
+            if not keep_graph:
+                self.done = True
+                batch.close()
+
+
+class _WeightedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, plan: _Pass, *leaves: Tensor) -> Tensor:
+        ctx.plan = plan
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.plan.gradients(upstream)
+
+
+def _walked_by_this_backward(batch: LossGradients) -> bool:
+    """Whether another term of the total loss goes through the same graph after us."""
+    return any(torch._C._will_engine_execute_node(node) for node in batch.graph.nodes)

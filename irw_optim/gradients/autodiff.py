@@ -1,0 +1,133 @@
+"""The autodiff engine: G's products for any model, from the graph of the losses alone.
+
+``u -> G^T u`` is what a backward pass with ``grad_outputs=u`` computes. It is linear in u, so its
+own derivative along a direction v is G v: double backward gives all B scores at once, through
+BatchNorm's batch statistics, recurrent cells, tied or functionally used weights alike. Where an
+operation has no double backward, one backward pass a sample is exact too, only slower.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from irw_optim.gradients.materialized import MaterializedGradients, blocked_gram, widened
+from irw_optim.gradients.protocol import Direction
+
+logger = logging.getLogger("irw_optim")
+
+
+class AutodiffGradients:
+    """Per-sample gradients through autograd itself; keeps the graph of the losses.
+
+    Args:
+        losses: (B,), attached to their graph.
+        parameters: leaves of that graph.
+        known: what is remembered from step to step; ``known["row_by_row"]`` is set once an
+            operation without double backward was met.
+    """
+
+    def __init__(
+        self, losses: Tensor, parameters: Sequence[Tensor], known: dict[str, bool] | None = None
+    ) -> None:
+        self.losses = losses
+        self.parameters = list(parameters)
+        self.batch_size = len(losses)
+        self.known = {} if known is None else known
+        self._linear_map: tuple[Tensor, dict[Tensor, Tensor]] | None = None
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        if self.known.get("row_by_row") or self._linear_map is not None:
+            return self._backward(weights)
+        u = weights.detach().to(self.losses.dtype).clone().requires_grad_()
+        combined = self._backward(u, create_graph=True)
+        self._linear_map = u, combined
+        return {p: g.detach() for p, g in combined.items()}
+
+    def dot(self, direction: Direction) -> Tensor:
+        if not self.known.get("row_by_row"):
+            try:
+                return self._dot_by_double_backward(direction)
+            except RuntimeError as error:
+                if not _lacks_double_backward(error):
+                    raise
+                self.known["row_by_row"] = True
+                logger.warning(
+                    "an operation of this model has no double backward (%s): scores are taken "
+                    "one backward pass a sample from now on. score_parameters= (the last layer, "
+                    "say), or attention under sdpa_kernel(SDPBackend.MATH), avoids this",
+                    str(error).splitlines()[0],
+                )
+        self._linear_map = None
+        rows = (self._row(i) for i in range(self.batch_size))
+        return torch.stack([_inner(row, direction) for row in rows])
+
+    def gram(self) -> Tensor:
+        numbers = sum(p.numel() for p in self.parameters)
+        return blocked_gram(self.batch_size, numbers, self.rows)
+
+    def _dot_by_double_backward(self, direction: Direction) -> Tensor:
+        if self._linear_map is None:
+            self.combine(torch.ones_like(self.losses))
+        assert self._linear_map is not None
+        u, combined = self._linear_map
+        outputs = [combined[p] for p in self.parameters if p in direction and combined[p].requires_grad]
+        along = [direction[p] for p in self.parameters if p in direction and combined[p].requires_grad]
+        if not outputs:
+            return torch.zeros_like(u)
+        (scores,) = torch.autograd.grad(
+            outputs, u, [v.to(g.dtype) for v, g in zip(along, outputs, strict=True)],
+            retain_graph=True, allow_unused=True,
+        )
+        return widened(torch.zeros_like(u) if scores is None else scores)
+
+    def _backward(self, weights: Tensor, create_graph: bool = False) -> dict[Tensor, Tensor]:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(
+                self.losses,
+                self.parameters,
+                weights.to(self.losses.dtype),
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        return {
+            p: torch.zeros_like(p) if g is None else g
+            for p, g in zip(self.parameters, gradients, strict=True)
+        }
+
+    def _row(self, sample: int) -> dict[Tensor, Tensor]:
+        one = torch.zeros_like(self.losses)
+        one[sample] = 1
+        return self._backward(one)
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        """The per-sample gradients of some samples, one backward pass each: (b, *p.shape)."""
+        rows = [self._row(i) for i in range(self.batch_size)[samples]]
+        return {p: torch.stack([row[p] for row in rows]) for p in self.parameters}
+
+
+def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> MaterializedGradients:
+    """G by plain autograd, one sample after the other: the definition, and the reference.
+
+    >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> losses = torch.tensor([[1.0, 0.0], [0.0, 3.0]]) @ weight
+    >>> materialized_by_loop(losses, [weight]).rows[weight]
+    tensor([[1., 0.],
+            [0., 3.]])
+    """
+    engine = AutodiffGradients(losses, parameters, {"row_by_row": True})
+    return MaterializedGradients(engine.rows())
+
+
+def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:
+    products = [(widened(g) * widened(direction[p])).sum() for p, g in row.items() if p in direction]
+    return sum(products[1:], start=products[0])
+
+
+def _lacks_double_backward(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return "derivative for" in text or "double backward" in text or "differentiated twice" in text

@@ -1,0 +1,189 @@
+"""Forward hooks that note, on the autograd graph itself, which layer computed what.
+
+A call is kept in the metadata of the graph's own node. So it lives exactly as long as the graph,
+belongs to the loss that the graph leads to, and survives in-place operations on the output: there
+is no list to reset, and two forwards before one backward, or a forward without any, need no care.
+"""
+
+from __future__ import annotations
+
+from threading import local
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from irw_optim.gradients.layers import LayerCall, LinearCall
+from irw_optim.gradients.rules import rule_of, rule_of_function
+
+_KEY = "irw_optim.call"
+
+
+class CallSite(NamedTuple):
+    """A layer's call and the edge of the graph at which its output gradient arrives."""
+
+    call: LayerCall
+    edge: GradientEdge
+    shape: torch.Size
+
+
+class Graph(NamedTuple):
+    """What leads to a vector of losses: layer calls, leaves, and the nodes in between."""
+
+    sites: list[CallSite]
+    leaves: list[Tensor]
+    nodes: set[Node]
+
+    def forget_calls(self) -> None:
+        """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
+        for site in self.sites:
+            site.edge.node.metadata.pop(_KEY, None)
+
+
+def hook_layers(model: nn.Module) -> list[RemovableHandle]:
+    """Attach the recording hooks in place; remove them with the handles returned."""
+    handles = []
+    for module in model.modules():
+        if rule_of(module) is not None:
+            handles.append(
+                module.register_forward_hook(_record_layer, with_kwargs=True, prepend=True)
+            )
+        elif module._parameters:
+            handles.append(module.register_forward_pre_hook(_enter_functions, with_kwargs=True))
+            handles.append(
+                module.register_forward_hook(_leave_functions, always_call=True, prepend=True)
+            )
+    return handles
+
+
+def walk(losses: Tensor) -> Graph:
+    """Follow the graph from the losses to its leaves."""
+    sites: list[CallSite] = []
+    leaves: list[Tensor] = []
+    leaf_nodes: list[Node] = []
+    stack = [losses.grad_fn] if losses.grad_fn is not None else []
+    seen: set[Node] = set(stack)
+    while stack:
+        node = stack.pop()
+        following = node.next_functions
+        if not following and (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+            leaf_nodes.append(node)
+            continue
+        for number, (call, shape) in (node.metadata.get(_KEY) or {}).items():
+            sites.append(CallSite(call, GradientEdge(node, number), shape))
+        for parent, _ in following:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return Graph(sites, leaves, seen.difference(leaf_nodes))
+
+
+def record(call: LayerCall | None, output: Tensor) -> None:
+    """Note on the graph that ``call`` computed ``output``."""
+    if call is None or not call.parameters:
+        return
+    at = output
+    if output._is_view() and output._base is not None:
+        # An in-place operation on a view rewrites the graph up to the base: the gradient then
+        # arrives at the base's edge alone. A Linear's (B, T, d) output is such a view.
+        base = output._base
+        if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+            at = base
+    if at.grad_fn is not None:
+        at.grad_fn.metadata.setdefault(_KEY, {})[at.output_nr] = (call, output.shape)
+
+
+def _record_layer(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    if output.grad_fn is not None:
+        rule = rule_of(module)
+        assert rule is not None
+        record(rule(module, *args, **kwargs), output)
+
+
+class _FunctionRecorder(TorchFunctionMode):
+    """Sees functions called with parameters directly, as in attention's input projection."""
+
+    def __init__(self, owner: nn.Module, args: Any, kwargs: Any) -> None:
+        super().__init__()
+        self.attention_batch: int | None = None
+        if isinstance(owner, nn.MultiheadAttention):
+            query = args[0] if args else kwargs["query"]
+            self.attention_batch = query.shape[0 if owner.batch_first else 1]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward and self.attention_batch is not None:
+            return _attention_with(self.linear_in_attention)(*args, **kwargs)
+        output = function(*args, **kwargs)
+        rule = rule_of_function(function)
+        if rule is not None and output.grad_fn is not None:
+            record(rule(*args, **kwargs), output)
+        return output
+
+    def linear_in_attention(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        output = F.linear(input, weight, bias)
+        if output.grad_fn is not None:
+            record(TimeMajorLinearCall(input, weight, bias, self.attention_batch), output)
+        return output
+
+
+class TimeMajorLinearCall(LinearCall):
+    """A linear map inside attention, where the batch is not the first dimension.
+
+    ``F.multi_head_attention_forward`` works on (T, B, d) and on (T * B, d).
+    """
+
+    def __init__(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, batch_size: int | None
+    ) -> None:
+        self.batch_size = batch_size
+        super().__init__(self.batch_first(input), weight, bias)
+
+    def batch_first(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, self.batch_size or 1, tensor.shape[-1]).transpose(0, 1)
+
+    def fits(self, batch_size: int, output_shape: torch.Size) -> bool:
+        return len(self.input) == batch_size
+
+    def set_output_gradient(self, gradient: Tensor) -> None:
+        super().set_output_gradient(self.batch_first(gradient))
+
+
+def _attention_with(linear: Any) -> Any:
+    """``F.multi_head_attention_forward`` with another ``linear``: it offers no hook of its own."""
+    function = F.multi_head_attention_forward
+    names = {**function.__globals__, "linear": linear}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+class _Recorders(local):
+    """The recorders of the modules that run right now in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[nn.Module, _FunctionRecorder]] = []
+
+
+_recorders = _Recorders()
+
+
+def _enter_functions(module: nn.Module, args: Any, kwargs: Any) -> None:
+    if torch.is_grad_enabled():
+        recorder = _FunctionRecorder(module, args, kwargs)
+        recorder.__enter__()
+        _recorders.stack.append((module, recorder))
+
+
+def _leave_functions(module: nn.Module, args: Any, output: Any) -> None:
+    if _recorders.stack and _recorders.stack[-1][0] is module:
+        _recorders.stack.pop()[1].__exit__(None, None, None)
+

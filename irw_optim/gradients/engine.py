@@ -1,0 +1,226 @@
+"""Which engine takes which parameter, decided by what the graph shows and autograd confirms.
+
+``auto`` takes the ghost products for every parameter they cover exactly, and autodiff for the
+rest. What they cover is known from the graph of each loss; whether exactly, from a comparison at
+the first steps and whenever the set of layers changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from irw_optim.gradients.autodiff import AutodiffGradients
+from irw_optim.gradients.capture import Graph, hook_layers, walk
+from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
+from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
+from irw_optim.gradients.verification import compare_with_autograd
+
+logger = logging.getLogger("irw_optim")
+
+ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
+
+
+class Engine:
+    """Hooks on a model, and what is known of how its gradients can be had.
+
+    Args:
+        model: hooked in place; None leaves autodiff alone.
+        kind: ``"auto"``, ``"ghost"`` (raises where it does not cover) or ``"autodiff"``.
+    """
+
+    def __init__(self, model: nn.Module | None, kind: str = "auto") -> None:
+        self.model = model
+        self.kind = kind
+        use_hooks = model is not None and kind != "autodiff"
+        self.handles = hook_layers(model) if use_hooks else []  # type: ignore[arg-type]
+        self.known: dict[str, bool] = {}
+        self.coverings: dict[tuple[object, ...], Covering] = {}
+        self.waiting: WeakSet[LossGradients] = WeakSet()
+
+    def capture(self, losses: Tensor) -> LossGradients:
+        """Take note of a batch of losses: what leads to them, and who else shares it."""
+        batch = LossGradients(self, losses, walk(losses))
+        for other in self.waiting:
+            if not other.graph.nodes.isdisjoint(batch.graph.nodes):
+                other.sharing.add(batch)
+                batch.sharing.add(other)
+        self.waiting.add(batch)
+        return batch
+
+    def covering(self, graph: Graph, batch_size: int) -> Covering:
+        """What is known of graphs with these layers and leaves."""
+        inside: set[Tensor] = set()
+        outside: set[Tensor] = set()
+        for call, _, shape in graph.sites:
+            fits = call.fits(batch_size, shape)
+            (inside if fits else outside).update(call.parameters.values())
+        covered = inside - outside
+        key = (frozenset(map(id, covered)), frozenset(map(id, graph.leaves)))
+        if key not in self.coverings:
+            self.coverings[key] = Covering(covered.intersection(graph.leaves))
+            self._report(self.coverings[key], graph.leaves)
+        return self.coverings[key]
+
+    def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:
+        """Stop using the ghost products for parameters on which autograd disagrees."""
+        covering.covered -= wrong.keys()
+        covering.unproven -= wrong.keys()
+        worst = max(wrong.values())
+        reason = (
+            f"the ghost products differ from autograd by up to {worst:.2g} of the gradient for "
+            f"{self.names_of(wrong)}: the forward mixes samples or uses these parameters outside "
+            "their layers"
+        )
+        if self.kind == "ghost":
+            raise RuntimeError(f'engine="ghost": {reason}; use engine="auto"')
+        logger.warning("%s; they go through autodiff from now on, exact but slower", reason)
+
+    def names_of(self, parameters: Iterable[Tensor]) -> str:
+        """Names in the model, for messages; shapes for what is not the model's."""
+        names = {} if self.model is None else {p: n for n, p in self.model.named_parameters()}
+        texts = sorted(names.get(p, f"a leaf of shape {tuple(p.shape)}") for p in parameters)  # type: ignore[call-overload]
+        return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
+
+    def remove_hooks(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def _report(self, covering: Covering, leaves: list[Tensor]) -> None:
+        rest = [p for p in leaves if p not in covering.covered]
+        if not rest or self.kind == "autodiff":
+            return
+        if self.kind == "ghost":
+            raise RuntimeError(
+                f'engine="ghost" does not cover {self.names_of(rest)}; use engine="auto", which '
+                "takes autodiff for them"
+            )
+        logger.info(
+            "ghost products for %d parameters, autodiff (exact, slower) for %s",
+            len(covering.covered),
+            self.names_of(rest),
+        )
+
+
+class Covering:
+    """Which parameters the ghost products cover, and which of those still await proof."""
+
+    def __init__(self, covered: set[Tensor]) -> None:
+        self.covered = covered
+        self.unproven = set(covered)
+        self.uses = 0
+
+    def check_is_due(self) -> bool:
+        """At uses 1, 2, 4, 8, ... while a covered parameter has shown no gradient yet."""
+        self.uses += 1
+        return bool(self.unproven) and self.uses & (self.uses - 1) == 0
+
+
+class LossGradients:
+    """The per-sample gradients behind one vector of losses, from forward to the end of backward.
+
+    Args:
+        engine: what is known from earlier batches.
+        losses: (B,), with their graph.
+        graph: what leads to them.
+    """
+
+    def __init__(self, engine: Engine, losses: Tensor, graph: Graph) -> None:
+        self.engine = engine
+        self.losses = losses
+        self.graph = graph
+        self.leaves = graph.leaves
+        self.sharing: WeakSet[LossGradients] = WeakSet()
+        self.rest = list(graph.leaves)
+        self.finished_by_autograd = self.rest
+        self.ghost: GhostGradients | None = None
+
+    def start(self, seed: Tensor, keep_graph: bool) -> None:
+        """The backward pass to the layers' outputs, with its check where one is due.
+
+        Args:
+            seed: 0-dim, not zero; the scale that the losses carry into half precision.
+            keep_graph: whether somebody else will still walk the graph.
+        """
+        engine, graph = self.engine, self.graph
+        covering = engine.covering(graph, len(self.losses))
+        sites = [s for s in graph.sites if not covering.covered.isdisjoint(s.call.parameters.values())]
+        if not sites:
+            return
+        check = covering.check_is_due()
+        self.rest = [p for p in self.leaves if p not in covering.covered]
+        sparse = {
+            p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()
+        }
+        retain = keep_graph or bool(self.rest) or bool(sparse) or check or bool(self.sharing)
+        ghost = ghost_gradients(self.losses, sites, seed, retain_graph=retain)
+        if check:
+            parameters = [p for p in self.leaves if p in covering.covered]
+            wrong, proven = compare_with_autograd(self.losses, ghost, parameters)
+            covering.unproven -= proven
+            if wrong:
+                engine.reject(covering, wrong)
+                self.rest = [p for p in self.leaves if p not in covering.covered]
+        self.ghost = ghost.restricted_to(covering.covered)
+        self.finished_by_autograd = [
+            p for p in self.leaves if p not in covering.covered or p in sparse
+        ]
+
+    def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
+        """G with the columns of the chosen parameters."""
+        parts: list[PerSampleGradients] = []
+        rest = [p for p in self.rest if parameters(p)]
+        if self.ghost is not None:
+            part = self.ghost.restricted_to(
+                p for call in self.ghost.calls for p in call.parameters.values() if parameters(p)
+            )
+            if part.calls:
+                parts.append(part)
+        if rest:
+            parts.append(AutodiffGradients(self.losses, rest, self.engine.known))
+        if not parts:
+            raise RuntimeError(
+                "the losses do not depend on any parameter that makes the scores: expected losses "
+                "computed from the model under torch.enable_grad(), and score_parameters among "
+                "the trainable parameters"
+            )
+        return parts[0] if len(parts) == 1 else StackedGradients(parts)
+
+    def weighted_sum(self, weights: Tensor, keep_graph: bool) -> list[Tensor | None]:
+        """Sum of w_i times the gradient of loss i, for every leaf in the order of `leaves`.
+
+        This may be the last use: layers that only autograd can finish, and uncovered leaves, take
+        one ordinary backward pass.
+        """
+        total: dict[Tensor, Tensor] = {}
+        rest = self.finished_by_autograd
+        if self.ghost is not None:
+            others = set(self.leaves).difference(rest)
+            total = self.ghost.restricted_to(others).combine(weights)
+        if rest:
+            gradients = torch.autograd.grad(
+                self.losses,
+                rest,
+                weights.to(self.losses.dtype),
+                retain_graph=keep_graph or bool(self.sharing),
+                allow_unused=True,
+            )
+            total.update((p, g) for p, g in zip(rest, gradients, strict=True) if g is not None)
+        return [total[p].to(p.dtype) if p in total else None for p in self.leaves]
+
+    def close(self) -> None:
+        """The backward pass is over: nothing of it may be held any longer."""
+        self.engine.waiting.discard(self)
+        for other in self.sharing:
+            other.sharing.discard(self)
+        if not self.sharing:
+            self.graph.forget_calls()
+        self.ghost = None
+        self.losses = self.losses.detach()
+        self.graph = Graph([], [], set())
+

@@ -1,0 +1,123 @@
+"""The ghost engine: G's products from each layer's input and output gradient, never G itself.
+
+The hooks of `capture` kept each layer's input a. One backward pass to the layers' outputs gives
+b, and no ordinary weight gradient is formed on the way; `layers` has the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from irw_optim.gradients.capture import CallSite
+from irw_optim.gradients.layers import LayerCall, gram_of_rows
+from irw_optim.gradients.protocol import Direction
+
+
+class GhostGradients:
+    """Per-sample gradients of layers that are linear in their parameters.
+
+    Args:
+        calls: the layer calls, each with its output gradient.
+        batch_size: B.
+        seed: 0-dim factor that the output gradients carry; the products are free of it.
+    """
+
+    def __init__(self, calls: Sequence[LayerCall], batch_size: int, seed: Tensor) -> None:
+        self.calls = calls
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def restricted_to(self, parameters: Iterable[Tensor]) -> GhostGradients:
+        """The same rows with the columns of these parameters alone; caches are shared."""
+        chosen = set(parameters)
+        calls = [
+            call if chosen.issuperset(call.parameters.values()) else _with_roles(call, chosen)
+            for call in self.calls
+            if not chosen.isdisjoint(call.parameters.values())
+        ]
+        return GhostGradients(calls, self.batch_size, self.seed)
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        weights = weights / self.seed
+        total: dict[Tensor, Tensor] = {}
+        for call in self.calls:
+            for parameter, part in call.combine(weights).items():
+                total[parameter] = total[parameter] + part if parameter in total else part
+        return total
+
+    def dot(self, direction: Direction) -> Tensor:
+        products = [call.dot(direction) for call in self.calls]
+        total = products[0]
+        for product in products[1:]:
+            total = total + product
+        return total / self.seed
+
+    def gram(self) -> Tensor:
+        products = [
+            group[0].gram() if len(group) == 1 else gram_of_rows(group)
+            for group in _sharing_parameters(self.calls)
+        ]
+        return sum(products[1:], start=products[0]) / self.seed**2
+
+
+def ghost_gradients(
+    losses: Tensor, sites: Sequence[CallSite], seed: Tensor, *, retain_graph: bool
+) -> GhostGradients:
+    """One backward pass from the losses to the layers' outputs.
+
+    Args:
+        losses: (B,).
+        sites: the layer calls to cover.
+        seed: 0-dim; multiplies the losses for the pass, so that half-precision gradients keep
+            the scale that a gradient scaler chose for them.
+        retain_graph: whether something else still needs the graph.
+
+    Raises:
+        RuntimeError: a layer's input was changed in place after the layer read it.
+    """
+    gradients = torch.autograd.grad(
+        losses,
+        [site.edge for site in sites],
+        seed.to(losses.dtype).expand_as(losses),
+        retain_graph=retain_graph,
+        allow_unused=True,
+    )
+    calls = []
+    for (call, _, shape), gradient in zip(sites, gradients, strict=True):
+        if call.input._version != call.version:
+            raise RuntimeError(
+                f"the input of a layer with parameters of shape "
+                f"{[tuple(p.shape) for p in call.parameters.values()]} was modified in place "
+                "after the layer read it: its per-sample gradients are lost; use the operation "
+                "that is not in place"
+            )
+        if gradient is not None:
+            call.set_output_gradient(gradient.reshape(shape))
+            calls.append(call)
+    return GhostGradients(calls, len(losses), seed)
+
+
+def _with_roles(call: LayerCall, chosen: set[Tensor]) -> LayerCall:
+    part = copy(call)
+    part.parameters = {role: p for role, p in call.parameters.items() if p in chosen}
+    return part
+
+
+def _sharing_parameters(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:
+    """Calls grouped so that no parameter is in two groups: <g_i, g_j> has no terms between."""
+    groups: list[tuple[set[Tensor], list[LayerCall]]] = []
+    for call in calls:
+        parameters, members = set(call.parameters.values()), [call]
+        apart = []
+        for group in groups:
+            if parameters.isdisjoint(group[0]):
+                apart.append(group)
+            else:
+                parameters |= group[0]
+                members = group[1] + members
+        groups = [*apart, (parameters, members)]
+    return [members for _, members in groups]

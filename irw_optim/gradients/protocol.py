@@ -1,0 +1,51 @@
+"""The door between gradients and weights: three products with a matrix that is never built.
+
+G has one row per sample, g_i, and one column per trainable number: shape (B, P).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
+
+Direction: TypeAlias = Mapping[Tensor, Tensor]
+"""A vector of P numbers: for each parameter a tensor of its shape. Missing ones count as 0."""
+
+
+@runtime_checkable
+class PerSampleGradients(Protocol):
+    """The per-sample gradients of one batch, as the matrix G of shape (B, P)."""
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of rows of G."""
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """G^T w for ``weights`` of shape (B,): one tensor per parameter."""
+
+    def dot(self, direction: Direction) -> Tensor:
+        """G v for a direction v: shape (B,), in float32 or better."""
+
+    def gram(self) -> Tensor:
+        """G G^T: shape (B, B), in float32 or better."""
+
+
+class StackedGradients:
+    """Several engines side by side, each with parameters of its own: G = [G_1 | G_2 | ...]."""
+
+    def __init__(self, parts: Iterable[PerSampleGradients]) -> None:
+        self.parts = list(parts)
+        self.batch_size = self.parts[0].batch_size
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        return {p: t for part in self.parts for p, t in part.combine(weights).items()}
+
+    def dot(self, direction: Direction) -> Tensor:
+        products = [part.dot(direction) for part in self.parts]
+        return sum(products[1:], start=products[0])
+
+    def gram(self) -> Tensor:
+        products = [part.gram() for part in self.parts]
+        return sum(products[1:], start=products[0])

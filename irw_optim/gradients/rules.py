@@ -1,0 +1,201 @@
+"""Which modules and functions are linear in their parameters: one short rule for each.
+
+A rule turns one call into a `LayerCall`, or returns None where that call is not covered (a
+BatchNorm in training mode mixes the samples). Add one with::
+
+    @layer_rule(MyLinear)
+    def _(module, input):
+        return LinearCall(input, module.weight, module.bias)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irw_optim.gradients.layers import (
+    ConvolutionCall,
+    EmbeddingBagCall,
+    EmbeddingCall,
+    LayerCall,
+    LinearCall,
+    NormCall,
+)
+
+Rule = Callable[..., LayerCall | None]
+_Rule = TypeVar("_Rule", bound=Rule)
+
+_BY_TYPE: dict[type | str, Rule] = {}
+_BY_FUNCTION: dict[Any, Rule] = {F.linear: LinearCall}
+
+
+def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
+    """Register ``rule(module, *args, **kwargs) -> LayerCall | None`` for module types.
+
+    Args:
+        *layers: module classes, or the full names of classes that must not be imported for it.
+    """
+
+    def register(rule: _Rule) -> _Rule:
+        for layer in layers:
+            _BY_TYPE[layer] = rule
+        return rule
+
+    return register
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """The rule for a module: of its type, or of a base class whose ``forward`` it keeps."""
+    kind = type(module)
+    for base in kind.__mro__:
+        rule = _BY_TYPE.get(base) or _BY_TYPE.get(f"{base.__module__}.{base.__qualname__}")
+        if rule is not None:
+            return rule if kind.forward is base.forward else None
+    return None
+
+
+def rule_of_function(function: Any) -> Rule | None:
+    """The rule for a function that is called with parameters directly."""
+    return _BY_FUNCTION.get(function)
+
+
+@layer_rule(nn.Linear)
+def _linear(module: nn.Linear, input: Tensor) -> LayerCall | None:
+    return LinearCall(input, module.weight, module.bias) if input.ndim > 1 else None
+
+
+@layer_rule("transformers.pytorch_utils.Conv1D")
+def _transposed_linear(module: nn.Module, x: Tensor) -> LayerCall:
+    return LinearCall(x, module.weight, module.bias, transposed=True)  # type: ignore[arg-type]
+
+
+@layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _convolution(module: nn.Conv2d, input: Tensor) -> LayerCall | None:
+    if input.ndim != module.weight.ndim:
+        return None  # one sample without a batch dimension
+    padding = module.padding
+    if isinstance(padding, str) or module.padding_mode != "zeros":
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        input = F.pad(input, module._reversed_padding_repeated_twice, mode=mode)
+        padding = (0,) * len(module.stride)  # type: ignore[assignment]
+    return ConvolutionCall(
+        input,
+        module.weight,
+        module.bias,
+        stride=module.stride,
+        padding=padding,
+        dilation=module.dilation,
+        transposed=False,
+        output_padding=(0,) * len(module.stride),
+        groups=module.groups,
+    )
+
+
+@layer_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _transposed_convolution(
+    module: nn.ConvTranspose2d, input: Tensor, output_size: list[int] | None = None
+) -> LayerCall | None:
+    if input.ndim != module.weight.ndim:
+        return None
+    dims = len(module.stride)
+    output_padding = module._output_padding(
+        input,
+        output_size,
+        module.stride,  # type: ignore[arg-type]
+        module.padding,  # type: ignore[arg-type]
+        module.kernel_size,  # type: ignore[arg-type]
+        dims,
+        module.dilation,  # type: ignore[arg-type]
+    )
+    return ConvolutionCall(
+        input,
+        module.weight,
+        module.bias,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        transposed=True,
+        output_padding=output_padding,
+        groups=module.groups,
+    )
+
+
+@layer_rule(nn.Embedding)
+def _embedding(module: nn.Embedding, input: Tensor) -> LayerCall | None:
+    if module.scale_grad_by_freq:
+        return None  # the gradient of one sample depends on the indices of the others
+    return EmbeddingCall(input, module.weight, module.padding_idx, module.sparse)
+
+
+@layer_rule(nn.EmbeddingBag)
+def _embedding_bag(
+    module: nn.EmbeddingBag,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> LayerCall | None:
+    if module.mode == "max" or module.scale_grad_by_freq:
+        return None  # not linear in the table; depends on the other samples
+    return EmbeddingBagCall(
+        input,
+        module.weight,
+        module.sparse,
+        offsets=offsets,
+        mode=module.mode,
+        per_sample_weights=None if per_sample_weights is None else per_sample_weights.detach(),
+        include_last_offset=module.include_last_offset,
+        padding_idx=module.padding_idx,
+    )
+
+
+@layer_rule(nn.LayerNorm)
+def _layer_norm(module: nn.LayerNorm, input: Tensor) -> LayerCall:
+    shape, eps = module.normalized_shape, module.eps
+    dims = tuple(range(input.ndim - len(shape), input.ndim))
+    return NormCall(
+        input, lambda a: F.layer_norm(a, shape, eps=eps), dims, module.weight, module.bias
+    )
+
+
+@layer_rule(nn.RMSNorm)
+def _rms_norm(module: nn.RMSNorm, input: Tensor) -> LayerCall:
+    shape, eps = module.normalized_shape, module.eps
+    dims = tuple(range(input.ndim - len(shape), input.ndim))
+    return NormCall(input, lambda a: F.rms_norm(a, list(shape), eps=eps), dims, module.weight)
+
+
+@layer_rule(nn.GroupNorm)
+def _group_norm(module: nn.GroupNorm, input: Tensor) -> LayerCall:
+    groups, eps = module.num_groups, module.eps
+    return NormCall(
+        input, lambda a: F.group_norm(a, groups, eps=eps), (1,), module.weight, module.bias
+    )
+
+
+@layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def _instance_norm(module: nn.InstanceNorm2d, input: Tensor) -> LayerCall | None:
+    if input.ndim != module._get_no_batch_dim() + 1:
+        return None
+    if not module.training and module.track_running_stats:
+        return _running_norm(module, input)
+    eps = module.eps
+    return NormCall(input, lambda a: F.instance_norm(a, eps=eps), (1,), module.weight, module.bias)
+
+
+@layer_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+def _batch_norm(module: nn.BatchNorm2d, input: Tensor) -> LayerCall | None:
+    if module.training or module.running_mean is None:
+        return None  # normalised by the batch: the samples mix
+    return _running_norm(module, input)
+
+
+def _running_norm(module: nn.BatchNorm2d | nn.InstanceNorm2d, input: Tensor) -> LayerCall:
+    mean, variance = module.running_mean, module.running_var
+    assert mean is not None and variance is not None
+    eps = module.eps
+    return NormCall(
+        input, lambda a: F.batch_norm(a, mean, variance, eps=eps), (1,), module.weight, module.bias
+    )

@@ -1,0 +1,40 @@
+"""What one step did, for whoever wants to look: `IRWOptimizer.last_step`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from irw_optim.weighting import Weights
+
+
+@dataclass(frozen=True)
+class StepRecord(Weights):
+    """The decisions of one backward pass; all tensors of shape (B,), detached.
+
+    Attributes:
+        losses: per-sample losses.
+        labels: class labels of the samples where the criterion's target shows them, else None.
+        worst_off: bool, the members of S.
+        outliers: bool, the samples that a filter removed; their weight is 0.
+        scores: s_i = <g_i, g_S> (or the score of another rule).
+        weights: w_i, sums to 1.
+    """
+
+    losses: Tensor
+    labels: Tensor | None = None
+
+    @property
+    def effective_sample_size(self) -> float:
+        """1 / sum(w^2): B for uniform weights, 1 where one sample has all the weight."""
+        total = float(self.weights.square().sum())
+        return 1 / total if total else 0.0
+
+    @property
+    def broken_samples(self) -> list[int]:
+        """Samples whose loss is not finite, or failing that, whose score is not."""
+        for values in (self.losses, self.scores):
+            if not bool(values.isfinite().all()):
+                return [int(i) for i in (~values.isfinite()).nonzero().flatten()]
+        return []
