@@ -1,11 +1,11 @@
 """Sphinx configuration: `make docs` runs every example of these pages and builds the site."""
 
-from importlib.metadata import version as installed_version
+from irw_optim import __version__
 
 project = "irw-optim"
 author = "The irw-optim developers"
 project_copyright = author
-release = installed_version("irw-optim")
+release = __version__
 
 extensions = [
     "myst_parser",
@@ -26,6 +26,14 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
+
+doctest_test_doctest_blocks = ""  # those in docstrings are pytest's, with their module's names
+doctest_global_setup = """
+import warnings
+
+# torch says this of Opacus' hooks on a first layer, whose input needs no gradient
+warnings.filterwarnings("ignore", message="Full backward hook is firing")
+"""
 
 html_theme = "furo"
 html_title = f"irw-optim {release}"
