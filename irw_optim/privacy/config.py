@@ -1,0 +1,147 @@
+"""The public parameters of DP-IRW."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import DPGuaranteeError
+
+__all__ = ["IRWDPConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IRWDPConfig:
+    """How DP-IRW weighs a sample, and how it splits the noise budget of a step.
+
+    All of it is public: choose it without looking at the data, or account for the tuning.
+
+    Args:
+        init_threshold: loss threshold of the first step, > 0; ``math.log(number of classes)``,
+            the loss of a model that knows nothing. A public constant, never taken from the data.
+        alpha: share of the samples whose loss is meant to lie above the threshold, in (0, 1).
+        saturation: share of the samples whose alignment is meant to reach full weight, in (0, 1).
+        tail_weight: weight of a sample above the loss threshold, in [0, 1].
+        floor: least weight of any sample, in [0, 1]; 1 is DP-SGD.
+        direction_share: share of the step's privacy budget for the worst-off direction. 0 turns the
+            direction off: only the loss threshold weighs, and no budget goes to the rest.
+        count_share: share of the step's privacy budget for each noisy count.
+        direction_momentum: share of the old direction kept at each step, in [0, 1).
+        quantile_lr: step size of the two thresholds on the log scale, in (0, 10].
+        init_scale: alignment that earns full weight at the first step, > 0.
+        warmup_steps: steps at the start in which every sample weighs 1.
+
+    Raises:
+        ValueError: a parameter outside its range.
+        DPGuaranteeError: shares that leave no budget for the gradient, or an option that weighs
+            a sample by the other samples of its batch (an outlier filter, say).
+
+    Example:
+        >>> config = IRWDPConfig(init_threshold=math.log(10))
+        >>> round(config.gradient_share, 3)
+        0.89
+        >>> IRWDPConfig(init_threshold=0.7, direction_share=0.995)
+        Traceback (most recent call last):
+        ...
+        irw_optim.privacy.errors.DPGuaranteeError: direction_share=0.995 and 2 counts at
+        count_share=0.005 leave -0.005 of the noise budget for the gradient: expected a positive
+        rest; lower direction_share or count_share
+    """
+
+    init_threshold: float
+    alpha: float = 0.3
+    saturation: float = 0.1
+    tail_weight: float = 1.0
+    floor: float = 0.0
+    direction_share: float = 0.1
+    count_share: float = 0.005
+    direction_momentum: float = 0.2
+    quantile_lr: float = 0.2
+    init_scale: float = 0.1
+    warmup_steps: int = 1
+
+    def __new__(cls, *args: Any, **options: Any) -> IRWDPConfig:
+        """Name the options that cannot be private before Python calls them unknown."""
+        refuse_batch_level_options(options)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_number(field.name, getattr(self, field.name))
+        # Without its own direction nothing but the threshold can give a sample any weight.
+        if not self.uses_direction and self.floor == self.tail_weight == 0:
+            raise ValueError(
+                "direction_share=0, tail_weight=0 and floor=0 weigh every sample 0: "
+                "expected at least one of them above 0"
+            )
+        if self.gradient_share <= 0:
+            raise DPGuaranteeError(
+                f"direction_share={self.direction_share} and {self.count_releases} counts at "
+                f"count_share={self.count_share} leave {self.gradient_share:.4g} of the noise "
+                "budget for the gradient: expected a positive rest; lower direction_share or "
+                "count_share"
+            )
+
+    @property
+    def uses_direction(self) -> bool:
+        """Whether the worst-off direction is released at all."""
+        return self.direction_share > 0
+
+    @property
+    def count_releases(self) -> int:
+        """Number of noisy counts a step: the tail count, and with a direction the saturated one."""
+        return 2 if self.uses_direction else 1
+
+    @property
+    def gradient_share(self) -> float:
+        """r_g, what the other releases leave of the step's privacy budget."""
+        return 1.0 - self.direction_share - self.count_releases * self.count_share
+
+
+_RANGES: dict[str, tuple[str, float, float, bool, bool]] = {
+    # name: (allowed, low, high, low is allowed, high is allowed)
+    "init_threshold": ("a positive public constant, math.log(classes)", 0, math.inf, False, False),
+    "alpha": ("a number in (0, 1)", 0, 1, False, False),
+    "saturation": ("a number in (0, 1)", 0, 1, False, False),
+    "tail_weight": ("a number in [0, 1]", 0, 1, True, True),
+    "floor": ("a number in [0, 1]", 0, 1, True, True),
+    "direction_share": ("a number in [0, 1)", 0, 1, True, False),
+    "count_share": ("a number in (0, 1)", 0, 1, False, False),
+    "direction_momentum": ("a number in [0, 1)", 0, 1, True, False),
+    "quantile_lr": ("a number in (0, 10]", 0, 10, False, True),
+    "init_scale": ("a positive number", 0, math.inf, False, False),
+    "warmup_steps": ("a whole number, 0 or more", 0, math.inf, True, False),
+}
+
+
+def _check_number(name: str, value: object) -> None:
+    allowed, low, high, low_allowed, high_allowed = _RANGES[name]
+    kinds = int if name == "warmup_steps" else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name}={value!r}: expected {allowed}")
+    above = value >= low if low_allowed else value > low
+    below = value <= high if high_allowed else value < high
+    if not (above and below):  # true for NaN
+        raise ValueError(f"{name}={value!r}: expected {allowed}")
+
+
+_BATCH_LEVEL = {
+    "outliers": "an outlier filter compares the samples of a batch",
+    "center": "centring subtracts the mean gradient of the batch",
+    "class_balance": "class balancing divides by the class counts of the batch",
+    "weighting": "a weighting of the whole batch sees every sample",
+    "scheme": "the global scheme weighs a sample by the whole data set",
+    "sampler": "weighted resampling replaces Poisson sampling",
+}
+
+
+def refuse_batch_level_options(options: dict[str, Any]) -> None:
+    """Raise for options of the plain IRWOptimizer that no per-sample clipping makes private."""
+    for name, reason in _BATCH_LEVEL.items():
+        if options.get(name) is not None:
+            raise DPGuaranteeError(
+                f"{name}={options[name]!r}: {reason}, so one person changes the weights of others "
+                f"and the reported epsilon would be false. DP-IRW has no such option; leave {name} "
+                "out"
+            )

@@ -1,0 +1,183 @@
+"""Opacus' PrivacyEngine, wired for DP-IRW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from opacus import PrivacyEngine
+from opacus.accountants.utils import get_noise_multiplier
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from . import refusals
+from .config import IRWDPConfig
+from .losses import check_criterion
+from .optimizer import IRWDPOptimizer
+
+__all__ = ["IRWPrivacyEngine"]
+
+
+class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untyped
+    """Makes a model, an optimizer and a loader private, with intrinsic reweighting.
+
+    Used as Opacus' engine is; accountants ("prv", "rdp", "gdp"), ``get_epsilon``, checkpoints and
+    ``secure_mode`` are Opacus' own. Guarantee: (epsilon, delta)-differential privacy for adding or
+    removing one sample, of all that a step releases: the parameters and the optimizer's
+    ``public_state``.
+
+    Example:
+        >>> import math, warnings
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(torch.randn(64, 5), torch.randint(0, 2, (64,)))
+        >>> model, criterion = nn.Linear(5, 2), nn.CrossEntropyLoss()
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")  # Opacus: secure_mode is off
+        ...     engine = IRWPrivacyEngine(accountant="rdp")
+        >>> model, optimizer, loader = engine.make_private(
+        ...     module=model,
+        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     data_loader=DataLoader(data, batch_size=16),
+        ...     criterion=criterion,
+        ...     noise_multiplier=1.0,
+        ...     max_grad_norm=1.0,
+        ...     irw=IRWDPConfig(init_threshold=math.log(2)),
+        ... )
+        >>> for x, y in loader:
+        ...     optimizer.zero_grad()
+        ...     criterion(model(x), y).backward()
+        ...     optimizer.step()
+        >>> engine.accountant.history
+        [(1.0, 0.25, 4)]
+    """
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        irw: IRWDPConfig,
+        criterion: nn.Module | None = None,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
+        **unknown: Any,
+    ) -> tuple[Any, IRWDPOptimizer, DataLoader[Any]]:
+        """Make a training private; arguments that Opacus shares mean what they mean there.
+
+        Args:
+            module: the model, in training mode, without BatchNorm.
+            optimizer: a plain torch optimizer over its parameters.
+            data_loader: loader of the whole data set; replaced by a Poisson sampling one.
+            noise_multiplier: sigma, of the whole step.
+            max_grad_norm: C, the norm to which each sample's gradient is clipped.
+            irw: the parameters of DP-IRW.
+            criterion: loss module whose calls, in training, hand the optimizer the per-sample
+                losses; it is followed in place. None: call ``optimizer.step(losses=losses)``.
+            batch_first: whether the batch is dimension 0 of the model's input.
+            loss_reduction: the reduction of the loss that goes backward.
+            poisson_sampling: must be True.
+            clipping: must be "flat".
+            noise_generator: source of the noise, for tests; its seed must stay secret.
+            grad_sample_mode: Opacus' way to per-sample gradients: "hooks", "functorch" or "ew".
+            wrap_model: False attaches hooks to the model instead of wrapping it.
+            rand_on_empty: must be False.
+            **unknown: refused; a misspelt argument must not give another mechanism.
+
+        Returns:
+            The model (or the hooks object), the private optimizer and the Poisson loader.
+
+        Raises:
+            DPGuaranteeError: what would void the guarantee; see the documentation's list.
+            NotImplementedError: what could be private but is not built.
+            TypeError, ValueError: a value outside its range. Nothing has changed in any case.
+        """
+        refusals.refuse_options(unknown, of=self.make_private)
+        refusals.check_config(irw)
+        refusals.check_optimizer(optimizer)
+        refusals.check_noise_and_clipping(noise_multiplier, max_grad_norm)
+        refusals.check_clipping_mode(clipping, grad_sample_mode)
+        refusals.check_loader(
+            data_loader, poisson_sampling=poisson_sampling, rand_on_empty=rand_on_empty
+        )
+        refusals.check_module(module, criterion)
+        if criterion is not None:
+            check_criterion(criterion, loss_reduction)
+        private_module, private_optimizer, private_loader = super().make_private(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            noise_generator=noise_generator,
+            grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
+            irw=irw,
+        )
+        # Opacus' own guard raises in the middle of a backward pass; the optimizer's raises before
+        # the step, and by name.
+        private_module.allow_grad_accumulation()
+        if criterion is not None:
+            private_optimizer.pending_losses.follow(criterion, module)
+        return private_module, private_optimizer, private_loader
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        epsilon_tolerance: float = 0.01,
+        **options: Any,
+    ) -> tuple[Any, IRWDPOptimizer, DataLoader[Any]]:
+        """`make_private` with the noise that spends `target_epsilon` in `epochs` passes.
+
+        Args:
+            data_loader: loader of the whole data set.
+            target_epsilon: the budget.
+            target_delta: probability with which the budget may fail; well below 1/N.
+            epochs: passes over the loader.
+            epsilon_tolerance: how far below the target the search may stop.
+            **options: those of `make_private`, without ``noise_multiplier``.
+
+        Raises:
+            DPGuaranteeError: as `make_private`, or budget was spent already: the noise is
+                calculated for a fresh accountant.
+        """
+        refusals.refuse_spent_budget(len(self.accountant))
+        return self.make_private(
+            data_loader=data_loader,
+            noise_multiplier=get_noise_multiplier(
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                sample_rate=1 / len(data_loader),
+                epochs=epochs,
+                accountant=self.accountant.mechanism(),
+                epsilon_tolerance=epsilon_tolerance,
+            ),
+            **options,
+        )
+
+    def _prepare_optimizer(self, *, optimizer: Optimizer, **options: Any) -> IRWDPOptimizer:
+        """Opacus' factory, called by its make_private."""
+        for chosen_already in ("distributed", "clipping", "grad_sample_mode"):
+            options.pop(chosen_already)
+        noise_generator = options.pop("noise_generator")
+        return IRWDPOptimizer(
+            optimizer,
+            generator=self.secure_rng if self.secure_mode else noise_generator,
+            secure_mode=self.secure_mode,
+            **options,
+        )

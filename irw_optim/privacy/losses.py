@@ -1,0 +1,138 @@
+"""Per-sample losses on their way from the criterion to the private optimizer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from irw_optim.attach import AttachedForward
+from irw_optim.criterion import PerSampleLosses, validate_criterion
+
+from .errors import DPGuaranteeError
+
+__all__ = ["PendingLosses", "check_criterion"]
+
+
+def check_criterion(criterion: nn.Module, loss_reduction: str) -> None:
+    """Raise unless the criterion's per-sample losses are known and reduce as the gradients do.
+
+    Opacus undoes the mean by the batch size; with another reduction the clipping of one sample
+    would depend on how many others were drawn, which is private.
+
+    Raises:
+        TypeError: not a module with per-sample losses.
+        ValueError: another reduction than `loss_reduction`.
+
+    Example:
+        >>> check_criterion(nn.CrossEntropyLoss(reduction="sum"), "mean")
+        Traceback (most recent call last):
+        ...
+        ValueError: criterion CrossEntropyLoss has reduction='sum' but loss_reduction='mean':
+        expected the same; construct the criterion with reduction='mean'
+    """
+    validate_criterion(criterion)
+    if criterion.reduction != loss_reduction:
+        raise ValueError(
+            f"criterion {type(criterion).__name__} has reduction={criterion.reduction!r} but "
+            f"loss_reduction={loss_reduction!r}: expected the same; construct the criterion with "
+            f"reduction={loss_reduction!r}"
+        )
+
+
+class PendingLosses:
+    """The per-sample losses of the backward passes since the last step.
+
+    A loss counts once its backward has run: one that is only looked at, or thrown away, does not.
+
+    Example:
+        >>> import torch
+        >>> pending, criterion = PendingLosses(), nn.MSELoss()
+        >>> pending.follow(criterion, nn.Linear(1, 1))
+        >>> output = torch.tensor([1.0, 3.0], requires_grad=True)
+        >>> criterion(output, torch.zeros(2)).backward()
+        >>> pending.take()
+        tensor([1., 9.])
+        >>> pending.unfollow()
+    """
+
+    def __init__(self, loss_reduction: str = "mean") -> None:
+        self._backwarded: list[Tensor] = []
+        self._reduction = loss_reduction
+        self._attached: AttachedForward | None = None
+
+    def follow(self, criterion: nn.Module, model: nn.Module) -> None:
+        """Let `criterion`, called while `model` trains, leave its losses here; in place.
+
+        What it returns keeps its value. Its gradient is that of the mean (or sum) of the
+        per-sample losses, which differs from torch's where torch divides by something that the
+        whole batch decides, as with class weights or ignored targets.
+        """
+        if isinstance(earlier := follower_of(criterion), PendingLosses):
+            earlier.unfollow()  # a new training with the same criterion
+        self._attached = AttachedForward(criterion, model, self._hand_out)
+
+    def unfollow(self) -> None:
+        """Leave the criterion as it was."""
+        if self._attached is not None:
+            self._attached.detach()
+            self._attached = None
+
+    def _hand_out(self, batch: PerSampleLosses) -> Tensor:
+        """The scalar that the training loop sees; its backward notes the losses."""
+        losses = batch.losses
+        if not losses.requires_grad:
+            return batch.value
+        losses.register_hook(  # type: ignore[no-untyped-call]
+            lambda _: self._backwarded.append(losses.detach())
+        )
+        reduced = losses.mean() if self._reduction == "mean" else losses.sum()
+        return batch.value + (reduced - reduced.detach())
+
+    def clear(self) -> None:
+        """Forget the losses whose gradients were thrown away."""
+        self._backwarded.clear()
+
+    def take(self, given: Tensor | None = None) -> Tensor:
+        """The losses of this backward pass, (B,), detached; they stay until `clear`.
+
+        Args:
+            given: losses that the training loop hands to ``step(losses=...)`` itself.
+
+        Raises:
+            DPGuaranteeError: no losses, those of several backward passes, or not one number a
+                sample.
+        """
+        if given is not None:
+            return _checked(given)
+        if not self._backwarded:
+            raise DPGuaranteeError(
+                "losses are missing: the weights need one loss per sample; give "
+                "make_private(criterion=criterion) and call that criterion in training mode, or "
+                "call optimizer.step(losses=losses) with losses of shape (B,)"
+            )
+        if len(self._backwarded) > 1:
+            raise DPGuaranteeError(
+                f"{len(self._backwarded)} backward passes since the last step: a sample could be "
+                "counted twice. Call step() and zero_grad() after each backward, use "
+                "BatchMemoryManager for large batches, and for a sum of criteria "
+                "optimizer.step(losses=...) with the summed per-sample losses"
+            )
+        return self._backwarded[0]
+
+
+def follower_of(criterion: nn.Module) -> object | None:
+    """Whoever is handed the losses of this criterion, if anybody still is."""
+    attached = criterion.__dict__.get("forward")
+    listener = attached.listener() if isinstance(attached, AttachedForward) else None
+    return getattr(listener, "__self__", None)
+
+
+def _checked(losses: object) -> Tensor:
+    expected = "expected a floating-point tensor of shape (B,), one loss per sample"
+    if not isinstance(losses, Tensor):
+        raise DPGuaranteeError(f"losses={losses!r}: {expected}")
+    if losses.ndim != 1 or not losses.is_floating_point():
+        raise DPGuaranteeError(
+            f"losses has shape {tuple(losses.shape)} and dtype {losses.dtype}: {expected}, as "
+            'from F.cross_entropy(output, target, reduction="none")'
+        )
+    return losses.detach()

@@ -1,0 +1,294 @@
+"""DP-IRW as a DPOptimizer: the state around the pure functions of ``mechanism``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checkpoint, refusals
+from .config import IRWDPConfig
+from .errors import DPGuaranteeError
+from .losses import PendingLosses
+from .mechanism import (
+    NoiseScales,
+    PublicState,
+    Released,
+    SampleTerms,
+    next_state,
+    noise_scales,
+    sample_terms,
+)
+from .rows import ClippableGradients, GradSampleRows
+
+__all__ = ["IRWDPOptimizer"]
+
+
+@dataclass
+class _LogicalBatch:
+    """Private sums over the physical batches so far; the gradient's is ``p.summed_grad``."""
+
+    direction: dict[Tensor, Tensor]
+    tail_count: Tensor
+    saturated_count: Tensor
+
+
+class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
+    """Differentially private IRW around any torch optimizer, in place of Opacus' DPOptimizer.
+
+    `IRWPrivacyEngine.make_private` builds it. A step releases four noisy sums: the reweighted
+    clipped gradients, the clipped gradients of the samples above the loss threshold, and two counts
+    (formulas in ``irw_optim.privacy.mechanism``). Together they are one sampled Gaussian mechanism
+    with multiplier `noise_multiplier`, which is what Opacus' accountants are told.
+
+    Args:
+        optimizer: the optimizer that takes the noisy gradient.
+        irw: the parameters of DP-IRW.
+        noise_multiplier: sigma of the whole step; noise schedulers may move it.
+        max_grad_norm: C, the norm to which each sample's gradient is clipped.
+        expected_batch_size: B = sampling rate times N.
+        loss_reduction: "mean" divides the noisy gradient by B, "sum" does not.
+        generator: source of all noise; None is torch's default one.
+        secure_mode: use Opacus' noise that resists floating-point attacks.
+
+    Raises:
+        DPGuaranteeError: an optimizer that would see gradients without noise, or an option that
+            weighs samples by one another.
+        ValueError: a value outside its range.
+        NotImplementedError: an optimizer whose step needs a closure.
+
+    Example:
+        >>> from opacus import GradSampleModule
+        >>> model = GradSampleModule(torch.nn.Linear(2, 1), loss_reduction="mean")
+        >>> optimizer = IRWDPOptimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1), irw=IRWDPConfig(init_threshold=1.0),
+        ...     noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4,
+        ... )
+        >>> losses = model(torch.ones(4, 2)).square().squeeze(1)
+        >>> losses.mean().backward()
+        >>> optimizer.step(losses=losses)
+        >>> optimizer.zero_grad()
+        >>> optimizer.public_state.steps
+        1
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        irw: IRWDPConfig,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: float,
+        loss_reduction: str = "mean",
+        generator: torch.Generator | None = None,
+        secure_mode: bool = False,
+        **unknown: Any,
+    ) -> None:
+        refusals.refuse_options(unknown, of=IRWDPOptimizer)
+        refusals.check_config(irw)
+        refusals.check_optimizer(optimizer)
+        refusals.check_noise_and_clipping(noise_multiplier, max_grad_norm)
+        refusals.check_expected_batch_size(expected_batch_size)
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_batch_size,
+            loss_reduction=loss_reduction,
+            generator=generator,
+            secure_mode=secure_mode,
+        )
+        self.irw = irw
+        self.pending_losses = PendingLosses(loss_reduction)
+        self._public_state = PublicState.initial(irw)
+        self._last_release: Released | None = None
+        self._logical_batch: _LogicalBatch | None = None
+
+    @property
+    def public_state(self) -> PublicState:
+        """Threshold, scale, direction and step count: functions of noisy releases, public."""
+        return self._public_state
+
+    @property
+    def last_release(self) -> Released | None:
+        """The noisy counts and the noisy direction of the last step: public."""
+        return self._last_release
+
+    @property
+    def noise_scales(self) -> NoiseScales:
+        """The noise of the single releases at the present `noise_multiplier`."""
+        return noise_scales(self.noise_multiplier, self.irw)
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """One: a step is one Poisson batch, whatever its physical batches; read by accountants."""
+        return 1
+
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        losses: Tensor | None = None,
+    ) -> float | None:
+        """Clip, weigh, sum, and at the end of a logical batch add noise, account and step.
+
+        Args:
+            closure: not supported.
+            losses: per-sample losses (B,) of the physical batch just gone backward; not needed
+                where a criterion was given to `make_private`. A batch of no samples may be stepped
+                on without a backward pass, by ``step(losses=torch.zeros(0))``.
+
+        Raises:
+            NotImplementedError: a closure is given.
+            DPGuaranteeError: losses missing or not one per sample; gradients accumulated, or
+                stepped on twice. Nothing has changed then.
+        """
+        if closure is not None:
+            raise NotImplementedError(
+                "closure: a closure takes several looks at a batch for one step's privacy budget; "
+                "call backward and then step()"
+            )
+        if self.pre_step(losses=losses):
+            result: float | None = self.original_optimizer.step()
+            return result
+        return None
+
+    def pre_step(
+        self, closure: Callable[[], float] | None = None, *, losses: Tensor | None = None
+    ) -> bool:
+        """All of a step but the inner optimizer's; False while the logical batch goes on."""
+        losses = self.pending_losses.take(losses)
+        rows = self._per_sample_gradients(len(losses))
+        self._accumulate(rows, self._weigh(losses, rows))
+        self.pending_losses.clear()
+        self._is_last_step_skipped = self._check_skip_next_step()
+        if self._is_last_step_skipped:
+            return False
+        released = self._release()
+        if self.step_hook:
+            self.step_hook(self)  # account before anything can be learnt from the release
+        self._public_state = next_state(
+            self._public_state,
+            released,
+            self.irw,
+            max_grad_norm=self.max_grad_norm,
+            expected_batch_size=self.expected_batch_size,
+        )
+        self._last_release = released
+        return True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients and their losses; the sums of an unfinished logical batch stay."""
+        self.pending_losses.clear()
+        super().zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state and, under ``"irw_dp"``, the public state.
+
+        Raises:
+            DPGuaranteeError: in the middle of a logical batch, whose sums are private.
+        """
+        self._refuse_mid_batch("state_dict()")
+        public = checkpoint.dump(self._public_state, self.irw, self._all_parameters)
+        return {**self.original_optimizer.state_dict(), "irw_dp": public}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume where `state_dict` was taken.
+
+        Raises:
+            DPGuaranteeError: in the middle of a logical batch.
+            ValueError: a checkpoint of another optimizer, or of other DP-IRW parameters.
+        """
+        self._refuse_mid_batch("load_state_dict()")
+        inner = dict(state_dict)
+        saved = inner.pop("irw_dp", None)
+        public = checkpoint.restore(saved, self.irw, self._all_parameters)
+        self.original_optimizer.load_state_dict(inner)
+        self._public_state = public
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse copies: two optimizers with one noise generator, and Opacus' class breaks."""
+        raise TypeError(
+            "an IRWDPOptimizer cannot be copied or pickled: save optimizer.state_dict(), or use "
+            "IRWPrivacyEngine.save_checkpoint"
+        )
+
+    @property
+    def _all_parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _per_sample_gradients(self, batch_size: int) -> ClippableGradients:
+        return GradSampleRows.read(self.params, batch_size)
+
+    def _weigh(self, losses: Tensor, rows: ClippableGradients) -> SampleTerms:
+        norms = rows.norms()
+        return sample_terms(
+            losses.to(norms),
+            norms,
+            rows.dot(self._public_state.direction).to(norms),
+            self._public_state,
+            self.irw,
+            self.max_grad_norm,
+        )
+
+    def _accumulate(self, rows: ClippableGradients, terms: SampleTerms) -> None:
+        dropped = terms.counted == 0
+        if dropped.any():
+            rows = rows.without(dropped)
+        gradient = rows.combine(terms.clip * terms.weights)
+        direction = rows.combine(terms.clip * terms.tail) if self.irw.uses_direction else {}
+        batch = self._logical_batch
+        if batch is None:
+            for p in self.params:
+                p.summed_grad = gradient[p]
+            self._logical_batch = _LogicalBatch(direction, terms.tail_count, terms.saturated_count)
+        else:
+            for p in self.params:
+                p.summed_grad += gradient[p]
+            for p, total in batch.direction.items():
+                total += direction[p]
+            batch.tail_count += terms.tail_count
+            batch.saturated_count += terms.saturated_count
+        for p in self.params:
+            _mark_as_processed(p.grad_sample)
+
+    def _release(self) -> Released:
+        """Noise on the four sums; the gradient goes to ``p.grad``, ready for the inner step."""
+        batch = self._logical_batch
+        assert batch is not None  # _accumulate has just filled it
+        scales, C = self.noise_scales, self.max_grad_norm
+        for p in self.params:
+            noisy = p.summed_grad + self._noise(scales.gradient * C, p.summed_grad)
+            p.grad = noisy.view_as(p).to(p.dtype)
+            _mark_as_processed(p.summed_grad)
+        self.scale_grad()
+        self._logical_batch = None
+        tail_count = batch.tail_count + self._noise(scales.count, batch.tail_count)
+        if not self.irw.uses_direction:
+            return Released(tail_count.item())
+        saturated_count = batch.saturated_count + self._noise(scales.count, batch.saturated_count)
+        direction = {
+            p: total + self._noise(scales.direction * C, total)
+            for p, total in batch.direction.items()
+        }
+        return Released(tail_count.item(), saturated_count.item(), direction)
+
+    def _noise(self, std: float, like: Tensor) -> Tensor:
+        noise: Tensor = _generate_noise(
+            std=std, reference=like, generator=self.generator, secure_mode=self.secure_mode
+        )
+        return noise
+
+    def _refuse_mid_batch(self, what: str) -> None:
+        if self._logical_batch is not None:
+            raise DPGuaranteeError(
+                f"{what} in the middle of a logical batch: the sums so far have no noise yet and "
+                "must neither be saved nor lost; call it after the step that ends the batch"
+            )

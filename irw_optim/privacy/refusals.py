@@ -1,0 +1,229 @@
+"""Everything that would run but make the reported epsilon false, refused by name.
+
+Checks only: nothing here changes any state, so a refusal leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from opacus.data_loader import DPDataLoader
+from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+from .config import IRWDPConfig, refuse_batch_level_options
+from .errors import DPGuaranteeError
+from .losses import PendingLosses, follower_of
+
+__all__ = [
+    "check_clipping_mode",
+    "check_config",
+    "check_expected_batch_size",
+    "check_loader",
+    "check_module",
+    "check_noise_and_clipping",
+    "check_optimizer",
+    "refuse_options",
+    "refuse_spent_budget",
+]
+
+
+def refuse_options(unknown: dict[str, Any], *, of: Callable[..., Any]) -> None:
+    """Raise for keyword arguments that `of` does not read; Opacus would swallow them."""
+    refuse_batch_level_options(unknown)
+    for name in unknown:
+        parameters = inspect.signature(of).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+        raise TypeError(f"{of.__name__} got an unexpected keyword argument {name!r}: {hint}")
+
+
+def check_config(irw: object) -> None:
+    """Raise unless `irw` is an IRWDPConfig."""
+    if not isinstance(irw, IRWDPConfig):
+        raise TypeError(
+            f"irw={irw!r}: expected an IRWDPConfig, for example "
+            "irw=IRWDPConfig(init_threshold=math.log(number_of_classes))"
+        )
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise for an optimizer that would see gradients before the noise, or needs a closure."""
+    from irw_optim.optimizer import IRWOptimizer  # it imports this package for its own refusals
+
+    for inner in _optimizers_inside(optimizer):
+        if isinstance(inner, IRWOptimizer):
+            raise DPGuaranteeError(
+                "optimizer is an IRWOptimizer, or wraps one: it reads the per-sample gradients "
+                "before the noise, and its weights depend on the whole batch, so the reported "
+                "epsilon would be false. Pass the plain torch optimizer, detach() the IRWOptimizer "
+                "from the model, and give make_private(..., irw=IRWDPConfig(...))"
+            )
+        if isinstance(inner, DPOptimizer):
+            raise DPGuaranteeError(
+                f"optimizer is a {type(inner).__name__}, or wraps one: two clippings and two "
+                "noises would be accounted as one. Pass the plain torch optimizer"
+            )
+        if isinstance(inner, torch.optim.LBFGS):
+            raise NotImplementedError(
+                "optimizer is LBFGS, which needs a closure: one privacy budget pays for one look "
+                "at a batch; use a first-order optimizer"
+            )
+
+
+def check_noise_and_clipping(noise_multiplier: object, max_grad_norm: object) -> None:
+    """Raise unless sigma >= 0 and C > 0 are single numbers."""
+    if isinstance(max_grad_norm, Sequence):
+        raise NotImplementedError(
+            f"max_grad_norm={max_grad_norm!r}: per-layer clipping is not built for DP-IRW; "
+            "expected one positive number"
+        )
+    for name, value, positive in (
+        ("noise_multiplier", noise_multiplier, False),
+        ("max_grad_norm", max_grad_norm, True),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}={value!r}: expected a number")
+        if not (value > 0 or (value == 0 and not positive)) or math.isinf(value):
+            wanted = "a positive number" if positive else "0 or a positive number"
+            raise ValueError(f"{name}={value!r}: expected {wanted}")
+
+
+def check_expected_batch_size(expected_batch_size: object) -> None:
+    """Raise unless B is known: the actual size of a Poisson batch is private."""
+    if (
+        isinstance(expected_batch_size, bool)
+        or not isinstance(expected_batch_size, (int, float))
+        or not 0 < expected_batch_size < math.inf
+    ):
+        raise ValueError(
+            f"expected_batch_size={expected_batch_size!r}: expected a positive number, the "
+            "sampling rate times the number of samples"
+        )
+
+
+def check_clipping_mode(clipping: str, grad_sample_mode: str) -> None:
+    """Raise for ways of clipping that are not built."""
+    if clipping != "flat":
+        raise NotImplementedError(
+            f"clipping={clipping!r}: only clipping='flat' is built for DP-IRW"
+        )
+    if grad_sample_mode not in ("hooks", "functorch", "ew"):
+        raise NotImplementedError(
+            f"grad_sample_mode={grad_sample_mode!r}: DP-IRW is built for 'hooks', 'functorch' and "
+            "'ew'"
+        )
+
+
+def refuse_spent_budget(accounted: int) -> None:
+    """Raise if the accountant holds steps already: a target epsilon starts from none."""
+    if accounted:
+        raise DPGuaranteeError(
+            "make_private_with_epsilon on an engine that has accounted for steps already: the "
+            "noise would be calculated for a fresh budget and the target overspent. Use a new "
+            "IRWPrivacyEngine, or make_private with a noise_multiplier of your own"
+        )
+
+
+def check_loader(loader: DataLoader[Any], *, poisson_sampling: bool, rand_on_empty: bool) -> None:
+    """Raise unless the loader can become one that draws each sample independently."""
+    if not poisson_sampling:
+        raise DPGuaranteeError(
+            "poisson_sampling=False: the accountants' amplification by sampling holds for "
+            "independent draws only; leave poisson_sampling=True"
+        )
+    if rand_on_empty:
+        raise DPGuaranteeError(
+            "rand_on_empty=True: a made-up sample that only empty batches have doubles what one "
+            "person can change; leave rand_on_empty=False (empty batches are stepped on as they "
+            "are)"
+        )
+    if isinstance(loader, DPDataLoader) or isinstance(
+        loader.batch_sampler, UniformWithReplacementSampler
+    ):
+        return
+    for sampler in (loader.sampler, loader.batch_sampler):
+        if type(sampler) not in (SequentialSampler, RandomSampler, BatchSampler):
+            raise DPGuaranteeError(
+                f"data_loader draws with {type(sampler).__name__}: only Poisson sampling over the "
+                "whole data set is accounted for, so it would silently be replaced. Pass a loader "
+                "without a sampler of its own (a torch.utils.data.Subset for a part of the data); "
+                "global IRW weights and resampling are not private"
+            )
+    if isinstance(loader.sampler, RandomSampler) and loader.sampler.replacement:
+        raise DPGuaranteeError(
+            "data_loader draws with replacement: a sample could come twice in a batch; pass "
+            "shuffle=True or nothing"
+        )
+
+
+def check_module(module: nn.Module, criterion: nn.Module | None = None) -> None:
+    """Raise for models in which one sample's gradient depends on the others by construction."""
+    for name, child in module.named_modules():
+        where = f"{name or 'the model'} is a {type(child).__name__}"
+        if isinstance(child, _BatchNorm):
+            raise DPGuaranteeError(
+                f"{where}: batch statistics let one sample change the gradients of all others "
+                "(frozen parameters do not help while it is in training mode). Use GroupNorm, as "
+                "IRWPrivacyEngine.get_compatible_module(model) does, or a frozen affine layer"
+            )
+        if isinstance(child, _InstanceNorm) and child.track_running_stats:
+            raise DPGuaranteeError(
+                f"{where} with track_running_stats=True: running statistics are released without "
+                "noise; set track_running_stats=False"
+            )
+        if type(child).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise NotImplementedError(
+                f"{where}: it averages gradients before the noise; DP-IRW is not built for it"
+            )
+        if any(_is_irw_hook(hook) for hook in _hooks(child)):
+            raise DPGuaranteeError(
+                f"an IRWOptimizer is attached to the model: {_REWEIGHTED_EARLIER}"
+            )
+    if criterion is not None and not isinstance(follower_of(criterion), PendingLosses | None):
+        raise DPGuaranteeError(
+            f"an IRWOptimizer is attached to the criterion: {_REWEIGHTED_EARLIER}"
+        )
+
+
+_REWEIGHTED_EARLIER = (
+    "it reweights the gradients by the whole batch before they are clipped. Call its detach() first"
+)
+
+
+def _optimizers_inside(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """The optimizer and all that it wraps, under whatever attribute names."""
+    seen: set[int] = set()
+    waiting = [optimizer]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += [v for v in vars(current).values() if isinstance(v, Optimizer)]
+
+
+def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+        yield from table.values()
+
+
+def _is_irw_hook(hook: Callable[..., Any]) -> bool:
+    """Whether a module hook belongs to this library's non-private part."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return home.startswith("irw_optim.") and not home.startswith("irw_optim.privacy.")
