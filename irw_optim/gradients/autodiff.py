@@ -74,13 +74,20 @@ class AutodiffGradients:
             self.combine(torch.ones_like(self.losses))
         assert self._linear_map is not None
         u, combined = self._linear_map
-        outputs = [combined[p] for p in self.parameters if p in direction and combined[p].requires_grad]
-        along = [direction[p] for p in self.parameters if p in direction and combined[p].requires_grad]
+        outputs = [
+            combined[p] for p in self.parameters if p in direction and combined[p].requires_grad
+        ]
+        along = [
+            direction[p] for p in self.parameters if p in direction and combined[p].requires_grad
+        ]
         if not outputs:
             return torch.zeros_like(u)
         (scores,) = torch.autograd.grad(
-            outputs, u, [v.to(g.dtype) for v, g in zip(along, outputs, strict=True)],
-            retain_graph=True, allow_unused=True,
+            outputs,
+            u,
+            [v.to(g.dtype) for v, g in zip(along, outputs, strict=True)],
+            retain_graph=True,
+            allow_unused=True,
         )
         return widened(torch.zeros_like(u) if scores is None else scores)
 
@@ -124,7 +131,9 @@ def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> Materi
 
 
 def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:
-    products = [(widened(g) * widened(direction[p])).sum() for p, g in row.items() if p in direction]
+    products = [
+        (widened(g) * widened(direction[p])).sum() for p, g in row.items() if p in direction
+    ]
     return sum(products[1:], start=products[0])
 
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from irw_optim.gradients.layers import LayerCall, LinearCall
+from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
 from irw_optim.gradients.rules import rule_of, rule_of_function
 
 _KEY = "irw_optim.call"
@@ -42,19 +42,19 @@ class Graph(NamedTuple):
     def forget_calls(self) -> None:
         """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
         for site in self.sites:
-            site.edge.node.metadata.pop(_KEY, None)
+            _notes(site.edge.node).pop(_KEY, None)
 
 
 def hook_layers(model: nn.Module) -> list[RemovableHandle]:
     """Attach the recording hooks in place; remove them with the handles returned."""
     handles = []
     for module in model.modules():
-        if rule_of(module) is not None:
+        if rule_of(type(module)) is not None:
             handles.append(
                 module.register_forward_hook(_record_layer, with_kwargs=True, prepend=True)
             )
         elif module._parameters:
-            handles.append(module.register_forward_pre_hook(_enter_functions, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(_enter_functions))
             handles.append(
                 module.register_forward_hook(_leave_functions, always_call=True, prepend=True)
             )
@@ -75,7 +75,7 @@ def walk(losses: Tensor) -> Graph:
             leaves.append(leaf)
             leaf_nodes.append(node)
             continue
-        for number, (call, shape) in (node.metadata.get(_KEY) or {}).items():
+        for number, (call, shape) in _notes(node).get(_KEY, {}).items():
             sites.append(CallSite(call, GradientEdge(node, number), shape))
         for parent, _ in following:
             if parent is not None and parent not in seen:
@@ -96,12 +96,16 @@ def record(call: LayerCall | None, output: Tensor) -> None:
         if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
             at = base
     if at.grad_fn is not None:
-        at.grad_fn.metadata.setdefault(_KEY, {})[at.output_nr] = (call, output.shape)
+        _notes(at.grad_fn).setdefault(_KEY, {})[at.output_nr] = (call, output.shape)
+
+
+def _notes(node: Node) -> dict[Any, Any]:
+    return node.metadata  # type: ignore[return-value]  # a property, stubbed as a method
 
 
 def _record_layer(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
     if output.grad_fn is not None:
-        rule = rule_of(module)
+        rule = rule_of(type(module))
         assert rule is not None
         record(rule(module, *args, **kwargs), output)
 
@@ -109,21 +113,20 @@ def _record_layer(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> 
 class _FunctionRecorder(TorchFunctionMode):
     """Sees functions called with parameters directly, as in attention's input projection."""
 
-    def __init__(self, owner: nn.Module, args: Any, kwargs: Any) -> None:
+    def __init__(self, owner: nn.Module) -> None:
         super().__init__()
-        self.attention_batch: int | None = None
-        if isinstance(owner, nn.MultiheadAttention):
-            query = args[0] if args else kwargs["query"]
-            self.attention_batch = query.shape[0 if owner.batch_first else 1]
+        self.in_attention = isinstance(owner, nn.MultiheadAttention)
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        if function is F.multi_head_attention_forward and self.attention_batch is not None:
+        if self.in_attention and function is F.multi_head_attention_forward:
             return _attention_with(self.linear_in_attention)(*args, **kwargs)
-        output = function(*args, **kwargs)
         rule = rule_of_function(function)
-        if rule is not None and output.grad_fn is not None:
-            record(rule(*args, **kwargs), output)
+        output = function(*args, **kwargs)
+        if rule is not None and isinstance(output, Tensor) and output.grad_fn is not None:
+            record(rule(output, *args, **kwargs), output)
         return output
 
     def linear_in_attention(
@@ -131,39 +134,24 @@ class _FunctionRecorder(TorchFunctionMode):
     ) -> Tensor:
         output = F.linear(input, weight, bias)
         if output.grad_fn is not None:
-            record(TimeMajorLinearCall(input, weight, bias, self.attention_batch), output)
+            whole = weight.is_leaf and (bias is None or bias.is_leaf)
+            kind = LinearCall if whole else LinearRowsCall
+            record(kind(input, weight, bias, time_major=True), output)
         return output
 
 
-class TimeMajorLinearCall(LinearCall):
-    """A linear map inside attention, where the batch is not the first dimension.
-
-    ``F.multi_head_attention_forward`` works on (T, B, d) and on (T * B, d).
-    """
-
-    def __init__(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, batch_size: int | None
-    ) -> None:
-        self.batch_size = batch_size
-        super().__init__(self.batch_first(input), weight, bias)
-
-    def batch_first(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, self.batch_size or 1, tensor.shape[-1]).transpose(0, 1)
-
-    def fits(self, batch_size: int, output_shape: torch.Size) -> bool:
-        return len(self.input) == batch_size
-
-    def set_output_gradient(self, gradient: Tensor) -> None:
-        super().set_output_gradient(self.batch_first(gradient))
-
-
 def _attention_with(linear: Any) -> Any:
-    """``F.multi_head_attention_forward`` with another ``linear``: it offers no hook of its own."""
-    function = F.multi_head_attention_forward
-    names = {**function.__globals__, "linear": linear}
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    """``F.multi_head_attention_forward`` with another ``linear``: it offers no hook of its own.
+
+    Inside it works on (T, B, d) and (T * B, d).
+    """
+    names = {**F.__dict__, "linear": linear}
+    for name in ("_in_projection", "_in_projection_packed", "multi_head_attention_forward"):
+        function = getattr(F, name)
+        copy = FunctionType(function.__code__, names, name, function.__defaults__)
+        copy.__kwdefaults__ = function.__kwdefaults__
+        names[name] = copy
+    return names["multi_head_attention_forward"]
 
 
 class _Recorders(local):
@@ -176,14 +164,13 @@ class _Recorders(local):
 _recorders = _Recorders()
 
 
-def _enter_functions(module: nn.Module, args: Any, kwargs: Any) -> None:
+def _enter_functions(module: nn.Module, args: Any) -> None:
     if torch.is_grad_enabled():
-        recorder = _FunctionRecorder(module, args, kwargs)
-        recorder.__enter__()
+        recorder = _FunctionRecorder(module)
+        recorder.__enter__()  # type: ignore[no-untyped-call]
         _recorders.stack.append((module, recorder))
 
 
 def _leave_functions(module: nn.Module, args: Any, output: Any) -> None:
     if _recorders.stack and _recorders.stack[-1][0] is module:
-        _recorders.stack.pop()[1].__exit__(None, None, None)
-
+        _recorders.stack.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -57,8 +57,8 @@ class Engine:
         inside: set[Tensor] = set()
         outside: set[Tensor] = set()
         for call, _, shape in graph.sites:
-            fits = call.fits(batch_size, shape)
-            (inside if fits else outside).update(call.parameters.values())
+            found = call.find_batch(batch_size, shape)
+            (inside if found else outside).update(call.parameters.values())
         covered = inside - outside
         key = (frozenset(map(id, covered)), frozenset(map(id, graph.leaves)))
         if key not in self.coverings:
@@ -149,7 +149,9 @@ class LossGradients:
         """
         engine, graph = self.engine, self.graph
         covering = engine.covering(graph, len(self.losses))
-        sites = [s for s in graph.sites if not covering.covered.isdisjoint(s.call.parameters.values())]
+        sites = [
+            s for s in graph.sites if not covering.covered.isdisjoint(s.call.parameters.values())
+        ]
         if not sites:
             return
         check = covering.check_is_due()
@@ -223,4 +225,3 @@ class LossGradients:
         self.ghost = None
         self.losses = self.losses.detach()
         self.graph = Graph([], [], set())
-

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from irw_optim.gradients.capture import CallSite
-from irw_optim.gradients.layers import LayerCall, gram_of_rows
+from irw_optim.gradients.layers import LayerCall
+from irw_optim.gradients.layers._call import gram_of_rows
 from irw_optim.gradients.protocol import Direction
 
 

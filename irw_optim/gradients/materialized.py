@@ -121,7 +121,9 @@ def blocked_gram(
             if j.start > i.start:
                 break
             right = left if i == j else rows(j)
-            products = [as_matrix(widened(g)) @ as_matrix(widened(right[p])).T for p, g in left.items()]
+            products = [
+                as_matrix(widened(g)) @ as_matrix(widened(right[p])).T for p, g in left.items()
+            ]
             product = sum(products[1:], start=products[0])
             if gram is None:
                 gram = product.new_zeros(batch_size, batch_size)

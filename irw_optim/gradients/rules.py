@@ -11,13 +11,16 @@ BatchNorm in training mode mixes the samples). Add one with::
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irw_optim.gradients.layers import (
     ConvolutionCall,
+    ElementwiseCall,
     EmbeddingBagCall,
     EmbeddingCall,
     LayerCall,
@@ -29,7 +32,7 @@ Rule = Callable[..., LayerCall | None]
 _Rule = TypeVar("_Rule", bound=Rule)
 
 _BY_TYPE: dict[type | str, Rule] = {}
-_BY_FUNCTION: dict[Any, Rule] = {F.linear: LinearCall}
+_BY_FUNCTION: dict[Any, Rule] = {}
 
 
 def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
@@ -42,24 +45,74 @@ def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
     def register(rule: _Rule) -> _Rule:
         for layer in layers:
             _BY_TYPE[layer] = rule
+        rule_of.cache_clear()
         return rule
 
     return register
 
 
-def rule_of(module: nn.Module) -> Rule | None:
-    """The rule for a module: of its type, or of a base class whose ``forward`` it keeps."""
-    kind = type(module)
+def function_rule(*functions: Any) -> Callable[[_Rule], _Rule]:
+    """Register ``rule(output, *args, **kwargs) -> LayerCall | None`` for functions and methods.
+
+    It is asked where a module without a layer rule calls them with its parameters directly.
+    """
+
+    def register(rule: _Rule) -> _Rule:
+        for function in functions:
+            _BY_FUNCTION[function] = rule
+        return rule
+
+    return register
+
+
+@cache
+def rule_of(kind: type[nn.Module]) -> Rule | None:
+    """The rule for a type of modules: its own, or a base class's whose ``forward`` it keeps."""
     for base in kind.__mro__:
         rule = _BY_TYPE.get(base) or _BY_TYPE.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:
-            return rule if kind.forward is base.forward else None
+            keeps_forward = getattr(kind, "forward", None) is getattr(base, "forward", None)
+            return rule if keeps_forward else None
     return None
 
 
 def rule_of_function(function: Any) -> Rule | None:
     """The rule for a function that is called with parameters directly."""
     return _BY_FUNCTION.get(function)
+
+
+@function_rule(F.linear)
+def _linear_function(
+    output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> LayerCall | None:
+    return LinearCall(input, weight, bias) if input.ndim > 1 else None
+
+
+@function_rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+def _addition(output: Tensor, left: Any, right: Any) -> LayerCall | None:
+    parameter = right if is_parameter(right) else left
+    return ElementwiseCall(parameter, None, output) if is_parameter(parameter) else None
+
+
+@function_rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def _multiplication(output: Tensor, left: Any, right: Any) -> LayerCall | None:
+    if is_parameter(left) and isinstance(right, Tensor):
+        left, right = right, left
+    if not is_parameter(right) or not isinstance(left, Tensor) or left.shape != output.shape:
+        return None
+    return ElementwiseCall(right, left, output)
+
+
+@function_rule(Tensor.expand)
+def _expansion(output: Tensor, parameter: Tensor, *sizes: int) -> LayerCall | None:
+    return ElementwiseCall(parameter, None, output) if is_parameter(parameter) else None
+
+
+def is_parameter(tensor: Any) -> bool:
+    """Whether this is a trainable leaf, or a plain view of one."""
+    if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+        return False
+    return tensor.is_leaf or (tensor._base is not None and tensor._base.is_leaf)
 
 
 @layer_rule(nn.Linear)
@@ -80,7 +133,7 @@ def _convolution(module: nn.Conv2d, input: Tensor) -> LayerCall | None:
     if isinstance(padding, str) or module.padding_mode != "zeros":
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         input = F.pad(input, module._reversed_padding_repeated_twice, mode=mode)
-        padding = (0,) * len(module.stride)  # type: ignore[assignment]
+        padding = (0,) * len(module.stride)
     return ConvolutionCall(
         input,
         module.weight,
@@ -154,7 +207,7 @@ def _embedding_bag(
 @layer_rule(nn.LayerNorm)
 def _layer_norm(module: nn.LayerNorm, input: Tensor) -> LayerCall:
     shape, eps = module.normalized_shape, module.eps
-    dims = tuple(range(input.ndim - len(shape), input.ndim))
+    dims = tuple(range(-len(shape), 0))
     return NormCall(
         input, lambda a: F.layer_norm(a, shape, eps=eps), dims, module.weight, module.bias
     )
@@ -163,7 +216,7 @@ def _layer_norm(module: nn.LayerNorm, input: Tensor) -> LayerCall:
 @layer_rule(nn.RMSNorm)
 def _rms_norm(module: nn.RMSNorm, input: Tensor) -> LayerCall:
     shape, eps = module.normalized_shape, module.eps
-    dims = tuple(range(input.ndim - len(shape), input.ndim))
+    dims = tuple(range(-len(shape), 0))
     return NormCall(input, lambda a: F.rms_norm(a, list(shape), eps=eps), dims, module.weight)
 
 
@@ -194,7 +247,8 @@ def _batch_norm(module: nn.BatchNorm2d, input: Tensor) -> LayerCall | None:
 
 def _running_norm(module: nn.BatchNorm2d | nn.InstanceNorm2d, input: Tensor) -> LayerCall:
     mean, variance = module.running_mean, module.running_var
-    assert mean is not None and variance is not None
+    assert mean is not None
+    assert variance is not None
     eps = module.eps
     return NormCall(
         input, lambda a: F.batch_norm(a, mean, variance, eps=eps), (1,), module.weight, module.bias

@@ -44,9 +44,7 @@ def compare_with_autograd(
     wrong: dict[Tensor, float] = {}
     seen: set[Tensor] = set()
     for probe in probes:
-        truth = torch.autograd.grad(
-            losses, parameters, probe, retain_graph=True, allow_unused=True
-        )
+        truth = torch.autograd.grad(losses, parameters, probe, retain_graph=True, allow_unused=True)
         claim = gradients.combine(probe)
         total = sum((float(t.float().square().sum()) for t in truth if t is not None), 0.0) ** 0.5
         for parameter, t in zip(parameters, truth, strict=True):

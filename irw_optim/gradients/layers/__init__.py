@@ -1,0 +1,19 @@
+"""One call of a layer, and its products with G: a class for each kind of layer."""
+
+from irw_optim.gradients.layers._call import LayerCall
+from irw_optim.gradients.layers._convolution import ConvolutionCall
+from irw_optim.gradients.layers._elementwise import ElementwiseCall
+from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCall
+from irw_optim.gradients.layers._linear import LinearCall, LinearRowsCall
+from irw_optim.gradients.layers._norm import NormCall
+
+__all__ = [
+    "ConvolutionCall",
+    "ElementwiseCall",
+    "EmbeddingBagCall",
+    "EmbeddingCall",
+    "LayerCall",
+    "LinearCall",
+    "LinearRowsCall",
+    "NormCall",
+]

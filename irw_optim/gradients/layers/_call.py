@@ -1,0 +1,159 @@
+"""Layers that are linear in their parameters, and the three products for one call of a layer.
+
+With input a_i, output gradient b_i = d(loss_i)/d(output_i) and parameters theta, such a layer has
+
+    <g_i, v>        = <b_i, layer(a_i; v)>                 dot: the layer run with v as parameters
+    sum_i w_i g_i   = d/dtheta <w b, layer(a; theta)>      combine: the layer's own weight gradient
+
+so neither needs a B x P tensor. Each class below is one kind of call; `apply` alone is enough to
+be exact, the other methods are there where a kind has something cheaper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from irw_optim.gradients.layers._layout import Layout, layout_of
+from irw_optim.gradients.materialized import blocked_gram, widened
+from irw_optim.gradients.protocol import Direction
+
+GATHER_FROM = 2**16
+"""From this many input numbers on, rows of weight 0 are left out of `combine`: below it the
+gather costs more than the rows."""
+
+
+class LayerCall:
+    """One call of a layer: its input, its trainable parameters by role, later its b.
+
+    Args:
+        input: what the layer read; the batch is dimension 0.
+        **parameters: the layer's tensors by role (``weight``, ``bias``); those that do not
+            require a gradient are left out.
+    """
+
+    is_sequence = False
+    """Whether every position of the leading dimensions is treated alike, so that the batch may
+    stand second, as in (T, B, d), or be folded into one dimension, as in (B * T, d)."""
+
+    needs_autograd_combine = False
+    """Whether only autograd gives the gradient in the layout that inner optimizers expect."""
+
+    time_major = False
+    """Whether the batch is known not to stand first."""
+
+    def __init__(self, input: Tensor, **parameters: Tensor | None) -> None:
+        self.input = input.detach()
+        self.version = input._version
+        self.parameters = {
+            role: p for role, p in parameters.items() if p is not None and p.requires_grad
+        }
+        self.output_gradient = self.input.new_empty(0)
+        self.layout: Layout | None = None
+
+    def find_batch(self, batch_size: int, output_shape: torch.Size) -> bool:
+        """Bring the batch to the first dimension of the input; False where it is not found."""
+        if self.layout is None:
+            self.layout = layout_of(self.input.shape, batch_size, self.is_sequence, self.time_major)
+            if self.layout is None or math.prod(output_shape[:1]) != len(self.input):
+                return False
+            self.input = self.layout(self.input)
+        return len(self.input) == batch_size
+
+    def set_output_gradient(self, gradient: Tensor) -> None:
+        """Take b; the products are defined from then on."""
+        self.output_gradient = gradient if self.layout is None else self.layout(gradient)
+
+    # What a kind of layer must say ------------------------------------------------------------
+
+    def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """The layer's output for other parameter values; a missing role counts as zero."""
+        raise NotImplementedError
+
+    # The three products -----------------------------------------------------------------------
+
+    def dot(self, direction: Direction) -> Tensor:
+        """<g_i, v>, shape (B,)."""
+        values = self.values_in(direction)
+        return inner(self.b, self.apply(widened(self.input), values))
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """Sum of w_i g_i by parameter."""
+        return self.transpose(self.input, self.weighted_b(weights))
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        """The per-sample gradients of some samples: (b, *p.shape) by parameter."""
+
+        def row(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.transpose(a.unsqueeze(0), b.unsqueeze(0)).values())
+
+        blocks = torch.vmap(row)(self.input[samples], self.b[samples])
+        return dict(zip(self.parameters.values(), blocks, strict=True))
+
+    def gram(self) -> Tensor:
+        """<g_i, g_j>, shape (B, B), a block of rows at a time."""
+        return gram_of_rows([self])
+
+    # Shared steps -----------------------------------------------------------------------------
+
+    def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
+        """d/dtheta <b, layer(input; theta)>: the adjoint of `apply`."""
+        roles = list(self.parameters)
+
+        def output(*values: Tensor) -> Tensor:
+            return self.apply(widened(input), dict(zip(roles, values, strict=True)))
+
+        zeros = [torch.zeros_like(widened(p.detach())) for p in self.parameters.values()]
+        adjoint = torch.func.vjp(output, *zeros)[1]
+        return dict(zip(self.parameters.values(), adjoint(b), strict=True))
+
+    @property
+    def b(self) -> Tensor:
+        return widened(self.output_gradient)
+
+    def weighted_b(self, weights: Tensor) -> Tensor:
+        return self.b * along_batch(weights, self.b)
+
+    def values_in(self, direction: Direction) -> dict[str, Tensor]:
+        return {role: direction[p] for role, p in self.parameters.items() if p in direction}
+
+    def used_rows(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weighted b of the rows that count, where leaving out the others pays."""
+        if self.input.numel() >= GATHER_FROM:
+            used = weights.nonzero().squeeze(1)
+            if len(used) < 0.8 * len(weights):
+                b = widened(self.output_gradient[used])
+                return widened(self.input[used]), b * along_batch(weights[used], b)
+        return widened(self.input), self.weighted_b(weights)
+
+
+def gram_of_rows(calls: list[LayerCall]) -> Tensor:
+    """G G^T of the parameters that these calls share, from rows a block of samples at a time.
+
+    Needed where several calls meet in one parameter: g_i is then a sum over calls.
+    """
+    parameters = {p for call in calls for p in call.parameters.values()}
+    numbers = sum(p.numel() for p in parameters)
+    return blocked_gram(len(calls[0].b), numbers, lambda samples: _summed_rows(calls, samples))
+
+
+def _summed_rows(calls: list[LayerCall], samples: slice) -> dict[Tensor, Tensor]:
+    total: dict[Tensor, Tensor] = {}
+    for call in calls:
+        for p, block in call.rows(samples).items():
+            total[p] = total[p] + block if p in total else block
+    return total
+
+
+def along_batch(weights: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ..., 1) in the dtype of ``like``."""
+    return weights.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def inner(left: Tensor, right: Tensor) -> Tensor:
+    """Row-wise inner products, shape (B,)."""
+    product = left * right
+    return product.flatten(1).sum(1)

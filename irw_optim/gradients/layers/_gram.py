@@ -1,0 +1,40 @@
+"""Gram matrices that never need a row of G per sample, a block of samples at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from irw_optim.gradients.materialized import MEMORY_BOUND, as_matrix
+
+
+def gram_of(rows: Tensor) -> Tensor:
+    """R R^T of per-sample rows (B, ...)."""
+    matrix = as_matrix(rows)
+    return matrix @ matrix.T
+
+
+def gram_of_positions(a: Tensor, b: Tensor, with_bias: bool) -> Tensor:
+    """Sum over t, t' of (<a_it, a_jt'> + bias) <b_it, b_jt'>, a block of samples i at a time."""
+    batch, length = a.shape[:2]
+    step = max(1, MEMORY_BOUND // max(1, 2 * batch * length * length))
+    flat_a, flat_b = a.flatten(0, 1), b.flatten(0, 1)
+    blocks = []
+    for some_a, some_b in zip(a.split(step), b.split(step), strict=True):
+        products = some_a.flatten(0, 1) @ flat_a.T
+        products = (products + with_bias) * (some_b.flatten(0, 1) @ flat_b.T)
+        blocks.append(products.view(len(some_a), length, batch, length).sum((1, 3)))
+    return torch.cat(blocks)
+
+
+def gram_of_lookups(index: Tensor, b: Tensor) -> Tensor:
+    """Sum over t, t' with equal index of <b_it, b_jt'>, a block of samples i at a time."""
+    batch, length = index.shape
+    step = max(1, MEMORY_BOUND // max(1, 2 * batch * length * length))
+    flat_index, flat_b = index.flatten(), b.flatten(0, 1)
+    blocks = []
+    for some_index, some_b in zip(index.split(step), b.split(step), strict=True):
+        same = some_index.reshape(-1, 1) == flat_index
+        products = same * (some_b.flatten(0, 1) @ flat_b.T)
+        blocks.append(products.view(len(some_index), length, batch, length).sum((1, 3)))
+    return torch.cat(blocks)
