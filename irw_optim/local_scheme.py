@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,22 @@ from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.outliers import OutlierFilter
 from irw_optim.record import StepRecord
 from irw_optim.weighting import ScoreRule, uniform, weigh
+
+
+class Scheme(Protocol):
+    """Decides the weights of a batch: this module's `LocalScheme`, or one that holds weights."""
+
+    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
+        """The weights of one batch, and all that led to them."""
+
+    def loss(
+        self,
+        batch: PerSampleLosses,
+        engine: Engine,
+        scored: Callable[[Tensor], bool],
+        note: Callable[[StepRecord], None],
+    ) -> Tensor:
+        """The criterion's value, carrying the weighted gradient."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +101,15 @@ class LocalScheme:
 
 def averaged_loss(batch: PerSampleLosses, note: Callable[[StepRecord], None]) -> Tensor:
     """The criterion's value with its ordinary gradient, noted as a step: the warm-up."""
+    return with_known_weights(batch, averaged_record(batch), note)
+
+
+def averaged_record(batch: PerSampleLosses) -> StepRecord:
+    """The record of a step with plain averaging."""
     losses = batch.losses.detach()
     nobody = torch.zeros_like(losses, dtype=torch.bool)
     equal = uniform(losses) if batch.counts is None else batch.counts / batch.counts.sum()
-    record = StepRecord(
+    return StepRecord(
         worst_off=nobody,
         outliers=nobody,
         scores=torch.ones_like(losses),
@@ -96,7 +118,6 @@ def averaged_loss(batch: PerSampleLosses, note: Callable[[StepRecord], None]) ->
         losses=losses,
         labels=batch.labels,
     )
-    return with_known_weights(batch, record, note)
 
 
 def with_known_weights(

@@ -14,7 +14,7 @@ from irw_optim.checks import check_arguments, check_trains
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.materialized import MaterializedGradients
-from irw_optim.local_scheme import LocalScheme, averaged_loss
+from irw_optim.local_scheme import LocalScheme, Scheme, averaged_loss
 from irw_optim.outliers import OutlierFilter
 from irw_optim.privacy.errors import DPGuaranteeError
 from irw_optim.record import StepRecord
@@ -111,7 +111,7 @@ class IRWOptimizer(Optimizer):
         )
         self.optimizer = optimizer
         rule = _rule(weighting, center)
-        self.scheme = LocalScheme(float(alpha), rule, outliers, class_balance, mix)
+        self.scheme: Scheme = LocalScheme(float(alpha), rule, outliers, class_balance, mix)
         self.warmup_steps = warmup_steps
         self.steps = 0
         self.last_step: StepRecord | None = None
@@ -233,6 +233,16 @@ class IRWOptimizer(Optimizer):
         self.steps += 1
         return result
 
+    def scored_parameters(self) -> set[Tensor]:
+        """The parameters whose gradients make the scores."""
+        chosen = self._score_parameters
+        return {p for p in self._parameters() if chosen is None or p in chosen}
+
+    @property
+    def criterion(self) -> nn.Module | None:
+        """The criterion that is attached, if one is."""
+        return None if self._attached is None else self._attached.criterion
+
     def detach(self) -> None:
         """Remove every hook: model and criterion are as they were before."""
         self.engine.remove_hooks()
@@ -248,8 +258,7 @@ class IRWOptimizer(Optimizer):
             return batch.value
         if self.steps < self.warmup_steps:
             return averaged_loss(batch, self._note)
-        chosen = self._score_parameters
-        scored = {p for p in self._parameters() if chosen is None or p in chosen}
+        scored = self.scored_parameters()
         return self.scheme.loss(batch, self.engine, scored.__contains__, self._note)
 
     def _weigh_grad_samples(self, losses: Tensor, labels: Tensor | None) -> None:
