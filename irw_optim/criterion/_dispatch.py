@@ -1,0 +1,153 @@
+"""The two questions asked of a criterion: can it be used, and what are its losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from irw_optim.criterion._custom import check_elements, check_leading_dimension, custom_module
+from irw_optim.criterion._folding import PerSampleLosses
+from irw_optim.criterion._rules import Rule, find_rule
+
+_CUSTOM = Rule(custom_module, trusted=False)
+_WAYS_OUT = (
+    "wrap a function that returns losses of shape (B,) as PerSampleLoss(fn), or leave criterion "
+    "out and call optimizer.backward(losses) in place of loss.backward()"
+)
+
+
+def per_sample_losses(
+    criterion: nn.Module, *args: Any, batch_size: int | None = None, **kwargs: Any
+) -> PerSampleLosses:
+    """Computes a criterion's loss for each sample of the batch, differentiably.
+
+    The criterion runs once, unreduced and without its hooks, and is left as it was. Samples are
+    dimension 0 of its elements (of the losses, for CTC, of shape (B,)): a loss of shape (B, T)
+    becomes the mean over each sample's own T elements, those with ``ignore_index`` left out.
+
+    Args:
+        criterion: A ``torch.nn`` loss with a reduction, a :class:`PerSampleLoss`, or any module
+            that returns (B, ...) elements when its attribute ``reduction`` is ``"none"``.
+        *args: What the criterion is called with.
+        batch_size: Number of samples B where the call has flattened them with a further
+            dimension, as in logits (B·T, V) against targets (B·T,): the elements' dimension 0 is
+            then folded row-major into (B, T). None: each row is a sample.
+        **kwargs: What the criterion is called with.
+
+    Returns:
+        Losses of shape (B,), and how they make up the criterion's value.
+
+    Raises:
+        TypeError: If per-sample losses cannot be had from such a criterion.
+        ValueError: If its ``reduction`` is ``"none"`` or unknown, the elements have no batch
+            dimension, or their number of rows is no multiple of `batch_size`.
+
+    Example:
+        >>> import torch
+        >>> from irw_optim.criterion import per_sample_losses
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
+        >>> batch = per_sample_losses(torch.nn.CrossEntropyLoss(), logits, torch.tensor([0, 1]))
+        >>> batch.losses
+        tensor([0.1269, 0.6931], grad_fn=<NllLossBackward0>)
+        >>> batch.value, batch.scale
+        (tensor(0.4100), 1.0)
+    """
+    rule = _usable_rule(criterion)
+    elements = _unreduced(criterion, args, kwargs)
+    if not rule.trusted:
+        check_elements(criterion, elements)
+        if batch_size is None:
+            check_leading_dimension(criterion, elements, (*args, *kwargs.values()))
+    batch = _number_of_samples(criterion, elements, batch_size)
+    return rule.compute(criterion, elements, batch, *args, **kwargs)
+
+
+def validate_criterion(criterion: nn.Module) -> None:
+    """Raises for what can be seen to be impossible before the criterion is called.
+
+    Args:
+        criterion: A criterion for :func:`per_sample_losses`.
+
+    Raises:
+        TypeError: If it is no ``nn.Module``, is compiled, or has no reduction.
+        ValueError: If its reduction is ``"none"`` or unknown.
+
+    Example:
+        >>> import torch
+        >>> from irw_optim.criterion import validate_criterion
+        >>> validate_criterion(torch.nn.MSELoss())
+        >>> validate_criterion(torch.nn.MSELoss(reduction="none"))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: criterion MSELoss has reduction='none', which leaves ...
+    """
+    _usable_rule(criterion)
+
+
+def _usable_rule(criterion: nn.Module) -> Rule:
+    if not isinstance(criterion, nn.Module):
+        raise TypeError(
+            f"criterion={criterion!r} is no nn.Module (an instance, not a class), so its call "
+            f"cannot be followed: {_WAYS_OUT}"
+        )
+    rule = find_rule(criterion) or _CUSTOM
+    if rule is _CUSTOM and _is_compiled(criterion):
+        raise TypeError(
+            f"criterion {type(criterion).__name__} is compiled, which fixes its reduction: use the "
+            f"module it was compiled from, here and in the training loop, or {_WAYS_OUT}"
+        )
+    reduction = getattr(criterion, "reduction", None)
+    if reduction in rule.reductions:
+        return rule
+    name = type(criterion).__name__
+    if reduction == "none":
+        raise ValueError(
+            f"criterion {name} has reduction='none', which leaves the reduction to the training "
+            f"loop: construct it with reduction={rule.reductions[0]!r}, or leave criterion out and "
+            "call optimizer.backward(losses) with the losses it returns"
+        )
+    if reduction is None:
+        raise TypeError(f"criterion {name} has no reduction to switch off: {_WAYS_OUT}")
+    raise ValueError(
+        f"criterion {name} has reduction={reduction!r}; known are {', '.join(rule.reductions)}: "
+        f"use one of them, or {_WAYS_OUT}"
+    )
+
+
+def _is_compiled(criterion: nn.Module) -> bool:
+    # What torch.compile returns is of a private class; _orig_mod is how its state_dict names it.
+    return isinstance(criterion, torch.jit.ScriptModule) or hasattr(criterion, "_orig_mod")
+
+
+def _unreduced(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    attributes = vars(criterion)  # nn.Module's __setattr__ takes as long as a small loss
+    own = attributes.get("reduction")
+    attributes["reduction"] = "none"
+    try:
+        # Not criterion(...): that would run its hooks, and this may be called from one of them.
+        elements: Tensor = criterion.forward(*args, **kwargs)
+    finally:
+        if own is None:
+            del attributes["reduction"]  # it was the class's
+        else:
+            attributes["reduction"] = own
+    return elements
+
+
+def _number_of_samples(criterion: nn.Module, elements: Tensor, batch_size: int | None) -> int:
+    if elements.dim() == 0:
+        raise ValueError(
+            f"{type(criterion).__name__} was called on a single sample without a batch dimension: "
+            "add one, as in criterion(output.unsqueeze(0), target.unsqueeze(0))"
+        )
+    rows = elements.shape[0]
+    if batch_size is None or batch_size == rows:
+        return rows
+    if batch_size < 1 or rows % batch_size:
+        raise ValueError(
+            f"batch_size={batch_size} must divide the {rows} rows of losses of shape "
+            f"{tuple(elements.shape)} that {type(criterion).__name__} computed"
+        )
+    return batch_size

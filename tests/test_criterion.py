@@ -1,0 +1,838 @@
+"""Per-sample losses against a loop over the samples and against torch's own reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from irw_optim.criterion import (
+    PerSampleLoss,
+    PerSampleLosses,
+    per_sample_losses,
+    validate_criterion,
+)
+from irw_optim.criterion._rules import RULES
+
+B, C, T = 4, 3, 5
+DOUBLE = torch.float64
+
+
+class Case(NamedTuple):
+    """A criterion by reduction, and its arguments; the first is the model's output."""
+
+    make: Callable[[str], nn.Module]
+    args: Callable[[], tuple[Any, ...]]
+    batch_dim: int = 0
+    reductions: tuple[str, ...] = ("mean", "sum")
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=DOUBLE)
+
+
+def positive(*shape: int) -> Tensor:
+    return torch.rand(shape, dtype=DOUBLE) * 0.8 + 0.1
+
+
+def log_probabilities(*shape: int) -> Tensor:
+    return normal(*shape).log_softmax(1)
+
+
+def classes(*shape: int) -> Tensor:
+    return torch.randint(C, shape)
+
+
+def signs(*shape: int) -> Tensor:
+    return torch.randint(2, shape, dtype=DOUBLE) * 2 - 1
+
+
+CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 3.0], dtype=DOUBLE)
+SHAPES = [(B,), (B, 1), (B, T), (B, C, 2, 2)]
+CLASS_SHAPES = [(B, C), (B, C, 1), (B, C, T), (B, C, 2, 2)]
+
+
+def without_classes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], *shape[2:])
+
+
+CASES: dict[str, Case] = {}
+
+for shape in SHAPES:
+    several = {
+        "L1Loss": (lambda r: nn.L1Loss(reduction=r), normal),
+        "MSELoss": (lambda r: nn.MSELoss(reduction=r), normal),
+        "HuberLoss": (lambda r: nn.HuberLoss(reduction=r, delta=0.7), normal),
+        "SmoothL1Loss": (lambda r: nn.SmoothL1Loss(reduction=r, beta=0.7), normal),
+        "PoissonNLLLoss": (lambda r: nn.PoissonNLLLoss(reduction=r, full=True), positive),
+        "SoftMarginLoss": (lambda r: nn.SoftMarginLoss(reduction=r), signs),
+        "HingeEmbeddingLoss": (lambda r: nn.HingeEmbeddingLoss(reduction=r), signs),
+        "BCEWithLogitsLoss": (lambda r: nn.BCEWithLogitsLoss(reduction=r), positive),
+    }
+    for name, (make, target) in several.items():
+        CASES[f"{name}-{shape}"] = Case(
+            make, lambda shape=shape, target=target: (normal(*shape), target(*shape))
+        )
+    CASES[f"BCELoss-{shape}"] = Case(
+        lambda r: nn.BCELoss(reduction=r),
+        lambda shape=shape: (positive(*shape), positive(*shape)),
+    )
+    CASES[f"GaussianNLLLoss-{shape}"] = Case(
+        lambda r: nn.GaussianNLLLoss(reduction=r, full=True),
+        lambda shape=shape: (normal(*shape), normal(*shape), positive(*shape)),
+    )
+    CASES[f"MarginRankingLoss-{shape}"] = Case(
+        lambda r: nn.MarginRankingLoss(margin=0.3, reduction=r),
+        lambda shape=shape: (normal(*shape), normal(*shape), signs(*shape)),
+    )
+    CASES[f"PerSampleLoss-{shape}"] = Case(
+        lambda r: PerSampleLoss(lambda a, b: (a - b).abs() ** 1.5, r),
+        lambda shape=shape: (normal(*shape), normal(*shape)),
+    )
+    CASES[f"KLDivLoss-{shape}"] = Case(
+        lambda r: nn.KLDivLoss(reduction=r),
+        lambda shape=shape: (normal(*shape), positive(*shape)),
+        reductions=("mean", "sum", "batchmean"),
+    )
+
+for shape in CLASS_SHAPES:
+    for label, options in {
+        "plain": {},
+        "weight": {"weight": CLASS_WEIGHTS},
+        "smooth": {"label_smoothing": 0.1},
+        "weight-smooth": {"weight": CLASS_WEIGHTS, "label_smoothing": 0.1},
+    }.items():
+        CASES[f"CrossEntropyLoss-{label}-{shape}"] = Case(
+            lambda r, o=options: nn.CrossEntropyLoss(reduction=r, **o),
+            lambda shape=shape: (normal(*shape), classes(*without_classes(shape))),
+        )
+        CASES[f"CrossEntropyLoss-soft-{label}-{shape}"] = Case(
+            lambda r, o=options: nn.CrossEntropyLoss(reduction=r, **o),
+            lambda shape=shape: (normal(*shape), normal(*shape).softmax(1)),
+        )
+    for label, weight in {"plain": None, "weight": CLASS_WEIGHTS}.items():
+        CASES[f"NLLLoss-{label}-{shape}"] = Case(
+            lambda r, w=weight: nn.NLLLoss(w, reduction=r),
+            lambda shape=shape: (log_probabilities(*shape), classes(*without_classes(shape))),
+        )
+
+for p in (1, 2):
+    for label, weight in {"plain": None, "weight": CLASS_WEIGHTS}.items():
+        CASES[f"MultiMarginLoss-{p}-{label}"] = Case(
+            lambda r, p=p, w=weight: nn.MultiMarginLoss(p=p, weight=w, reduction=r),
+            lambda: (normal(B, C), classes(B)),
+        )
+
+CASES |= {
+    "BCELoss-weight": Case(
+        lambda r: nn.BCELoss(positive(T), reduction=r), lambda: (positive(B, T), positive(B, T))
+    ),
+    "BCEWithLogitsLoss-weight-pos_weight": Case(
+        lambda r: nn.BCEWithLogitsLoss(CLASS_WEIGHTS, pos_weight=2 * CLASS_WEIGHTS, reduction=r),
+        lambda: (normal(B, C), positive(B, C)),
+    ),
+    "KLDivLoss-log_target": Case(
+        lambda r: nn.KLDivLoss(reduction=r, log_target=True),
+        lambda: (log_probabilities(B, C, T), log_probabilities(B, C, T)),
+        reductions=("mean", "sum", "batchmean"),
+    ),
+    "MultiLabelMarginLoss": Case(
+        lambda r: nn.MultiLabelMarginLoss(reduction=r),
+        lambda: (normal(B, C), torch.tensor([[0, -1, 0], [1, 2, -1], [2, 0, 1], [1, -1, 1]])),
+    ),
+    "MultiLabelSoftMarginLoss": Case(
+        lambda r: nn.MultiLabelSoftMarginLoss(weight=CLASS_WEIGHTS, reduction=r),
+        lambda: (normal(B, C), signs(B, C).clamp(min=0)),
+    ),
+    "MultiLabelSoftMarginLoss-sequence": Case(
+        lambda r: nn.MultiLabelSoftMarginLoss(reduction=r),
+        lambda: (normal(B, T, C), signs(B, T, C).clamp(min=0)),
+    ),
+    "CosineEmbeddingLoss": Case(
+        lambda r: nn.CosineEmbeddingLoss(margin=0.1, reduction=r),
+        lambda: (normal(B, T), normal(B, T), signs(B)),
+    ),
+    "TripletMarginLoss": Case(
+        lambda r: nn.TripletMarginLoss(swap=True, reduction=r),
+        lambda: (normal(B, T), normal(B, T), normal(B, T)),
+    ),
+    "TripletMarginLoss-sequence": Case(
+        lambda r: nn.TripletMarginLoss(reduction=r),
+        lambda: (normal(B, T, 2), normal(B, T, 2), normal(B, T, 2)),
+    ),
+    "TripletMarginWithDistanceLoss": Case(
+        lambda r: nn.TripletMarginWithDistanceLoss(
+            distance_function=lambda a, b: (a - b).abs().sum(-1), reduction=r
+        ),
+        lambda: (normal(B, T), normal(B, T), normal(B, T)),
+    ),
+    "CTCLoss": Case(
+        lambda r: nn.CTCLoss(reduction=r),
+        lambda: (
+            normal(9, B, C).log_softmax(2),
+            torch.randint(1, C, (B, 2)),
+            torch.tensor([9, 8, 9, 7]),
+            torch.full((B,), 2),
+        ),
+        batch_dim=1,
+    ),
+}
+
+if hasattr(nn, "LinearCrossEntropyLoss"):
+
+    def linear_cross_entropy(reduction: str, **options: Any) -> nn.Module:
+        torch.manual_seed(5)
+        return nn.LinearCrossEntropyLoss(T, C, reduction=reduction, dtype=DOUBLE, **options)
+
+    CASES |= {
+        "LinearCrossEntropyLoss": Case(linear_cross_entropy, lambda: (normal(B, T), classes(B))),
+        "LinearCrossEntropyLoss-chunked": Case(
+            lambda r: linear_cross_entropy(
+                r, weight=CLASS_WEIGHTS, options=nn.LinearCrossEntropyOptions()
+            ),
+            lambda: (normal(B, T), classes(B)),
+        ),
+        "LinearCrossEntropyLoss-outputs": Case(
+            lambda r: linear_cross_entropy(r, weight=CLASS_WEIGHTS, out_features=(2,)),
+            lambda: (normal(B, T), classes(B, 2)),
+        ),
+        "LinearCrossEntropyLoss-soft": Case(
+            linear_cross_entropy, lambda: (normal(B, T), normal(B, C).softmax(1))
+        ),
+    }
+
+CASES_BY_REDUCTION = [
+    pytest.param(case, reduction, id=f"{name}-{reduction}")
+    for name, case in CASES.items()
+    for reduction in case.reductions
+]
+# KLDivLoss' own warning about its mean, from the reference calls.
+every_loss = pytest.mark.parametrize(("case", "reduction"), CASES_BY_REDUCTION)
+kl_mean_warns = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
+
+
+def arguments(case: Case) -> tuple[Any, ...]:
+    torch.manual_seed(11)
+    output, *others = case.args()
+    return output.requires_grad_(), *others
+
+
+def criterion_of(case: Case, reduction: str) -> Any:
+    torch.manual_seed(7)
+    return case.make(reduction)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * 1e-2)
+
+
+def gradient(value: Tensor, leaf: Tensor) -> Tensor:
+    return torch.autograd.grad(value, leaf, retain_graph=True)[0]
+
+
+def ordinary(batch: PerSampleLosses) -> Tensor:
+    """The value by the identity of the module's docstring: n-weighted mean of ℓ, times scale."""
+    counts = torch.ones_like(batch.losses) if batch.counts is None else batch.counts
+    return batch.scale * (counts * batch.losses).sum() / counts.sum()
+
+
+@every_loss
+def test_losses_are_those_of_a_loop_over_the_samples(case: Case, reduction: str) -> None:
+    args = arguments(case)
+    losses = per_sample_losses(criterion_of(case, reduction), *args).losses
+    assert losses.shape == (B,)
+    unreduced = criterion_of(case, "mean")
+    unreduced.reduction = "none"
+    for i in range(B):
+        output, *others = args
+        one = unreduced(
+            output.narrow(case.batch_dim, i, 1), *(other[i : i + 1] for other in others)
+        )
+        divisor = args[-1][i] if isinstance(unreduced, nn.CTCLoss) else 1
+        close(losses[i], one.mean() / divisor)
+
+
+@every_loss
+@kl_mean_warns
+def test_value_and_gradient_are_the_ordinary_ones(case: Case, reduction: str) -> None:
+    args = arguments(case)
+    criterion = criterion_of(case, reduction)
+    expected = criterion(*args)
+    batch = per_sample_losses(criterion, *args)
+    close(batch.value, expected.detach())
+    assert batch.value.dtype == expected.dtype
+    assert batch.value.shape == ()
+    assert not batch.value.requires_grad
+    assert not isinstance(batch.scale, Tensor) or not batch.scale.requires_grad
+    averaged = batch.scale * batch.losses.mean()
+    close(averaged, expected)
+    close(gradient(averaged, args[0]), gradient(criterion(*args), args[0]))
+
+
+@every_loss
+def test_nothing_else_of_the_criterion_changes(case: Case, reduction: str) -> None:
+    criterion = criterion_of(case, reduction)
+    before, state = dict(vars(criterion)), deepcopy(criterion.state_dict())
+    per_sample_losses(criterion, *arguments(case))
+    assert vars(criterion) == before
+    assert criterion.reduction == reduction
+    for key, value in criterion.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+@pytest.mark.parametrize("name", nn.modules.loss.__all__)
+def test_every_loss_of_torch_has_a_rule_and_a_case(name: str) -> None:
+    kind = getattr(nn.modules.loss, name)
+    assert any(issubclass(kind, known) for known in RULES)
+    if kind in RULES:  # NLLLoss2d is NLLLoss under an old name
+        assert any(case.startswith(name) for case in CASES)
+
+
+SCALES = {
+    "plain mean": (nn.MSELoss(), (B, T), 1),
+    "sum counts the elements": (nn.MSELoss(reduction="sum"), (B, T), B * T),
+    "batchmean counts those of a sample": (nn.KLDivLoss(reduction="batchmean"), (B, T), T),
+}
+
+
+@pytest.mark.parametrize(("criterion", "shape", "scale"), list(SCALES.values()), ids=list(SCALES))
+def test_scale(criterion: nn.Module, shape: tuple[int, ...], scale: float) -> None:
+    assert per_sample_losses(criterion, normal(*shape), positive(*shape)).scale == scale
+
+
+def test_scale_of_class_weights_is_their_inverse_mean() -> None:
+    target = torch.tensor([0, 1, 2, 2])
+    batch = per_sample_losses(nn.CrossEntropyLoss(CLASS_WEIGHTS), normal(B, C), target)
+    close(torch.as_tensor(batch.scale), B / CLASS_WEIGHTS[target].sum())
+
+
+# --- elements that are not valid ---------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    trailing=st.lists(st.integers(1, 3), max_size=2),
+    ignore_index=st.sampled_from([-100, 0, 2, 7]),
+    weighted=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.2]),
+    nll=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum"]),
+    seed=st.integers(0, 10**6),
+)
+def test_ignored_elements(
+    batch: int,
+    trailing: list[int],
+    ignore_index: int,
+    weighted: bool,
+    smoothing: float,
+    nll: bool,
+    reduction: str,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = CLASS_WEIGHTS if weighted else None
+    options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index}
+    if nll:
+        kind: type[nn.Module] = nn.NLLLoss
+    else:
+        kind, options = nn.CrossEntropyLoss, options | {"label_smoothing": smoothing}
+    logits = torch.randn(batch, C, *trailing, dtype=DOUBLE, generator=generator, requires_grad=True)
+    target = torch.randint(C, (batch, *trailing), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.4] = ignore_index
+    criterion: Any = kind(reduction=reduction, **options)
+    result = per_sample_losses(criterion, logits, target)
+
+    elements = kind(reduction="none", **options)(logits, target)
+    valid = target != ignore_index
+    for i in range(batch):
+        own = elements[i][valid[i]]
+        close(result.losses[i], own.mean() if own.numel() else torch.zeros((), dtype=DOUBLE))
+        if not own.numel():
+            assert not gradient(result.losses[i], logits).any()
+    assert result.counts is not None
+    assert (
+        result.counts.tolist() == valid.flatten(1).sum(1).tolist() if trailing else valid.tolist()
+    )
+
+    expected = criterion(logits, target)
+    torch.testing.assert_close(result.value, expected.detach(), equal_nan=True)
+    if valid.any():
+        close(ordinary(result), expected)
+        close(gradient(ordinary(result), logits), gradient(expected, logits))
+    else:
+        assert torch.as_tensor(result.scale).isfinite()
+        assert not gradient(result.scale * result.losses.sum(), logits).any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", [tuple, torch.tensor])
+@pytest.mark.parametrize("sizes", [[3, 1, 2, 0], [1, 1, 3, 2]])
+def test_ctc_of_unequal_lengths(reduction: str, kind: Any, sizes: list[int]) -> None:
+    lengths = kind(sizes)
+    torch.manual_seed(3)
+    output = normal(9, B, C).log_softmax(2).requires_grad_()
+    rest = (torch.randint(1, C, (B, 3)), kind([9, 9, 8, 9]), lengths)
+    criterion = nn.CTCLoss(reduction=reduction)
+    result = per_sample_losses(criterion, output, *rest)
+    each = nn.CTCLoss(reduction="none")(output, *rest)
+    close(result.losses, each / torch.as_tensor(lengths).clamp(min=1))
+    close(result.value, criterion(output, *rest).detach())
+    close(ordinary(result), criterion(output, *rest))
+    close(gradient(ordinary(result), output), gradient(criterion(output, *rest), output))
+
+
+def test_ctc_infinities_are_zeroed_as_asked() -> None:
+    criterion = nn.CTCLoss(zero_infinity=True)
+    output = normal(1, 2, C).log_softmax(2)
+    args = (output, torch.tensor([[1, 1], [1, 0]]), torch.tensor([1, 1]), torch.tensor([2, 1]))
+    result = per_sample_losses(criterion, *args)
+    assert result.losses[0] == 0
+    close(result.value, criterion(*args))
+
+
+# --- shapes -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(0, 4),
+    per_sample=st.integers(0, 3),
+    width=st.integers(0, 3),
+    reduction=st.sampled_from(["mean", "sum"]),
+)
+def test_flattened_samples_fold_row_major(
+    batch: int, per_sample: int, width: int, reduction: str
+) -> None:
+    criterion = nn.MSELoss(reduction=reduction)
+    output, target = normal(batch * per_sample, width), normal(batch * per_sample, width)
+    result = per_sample_losses(criterion, output, target, batch_size=batch)
+    shape = (batch, per_sample, width)
+    folded = per_sample_losses(criterion, output.reshape(shape), target.reshape(shape))
+    assert result.losses.shape == (batch,)
+    torch.testing.assert_close(result.losses, folded.losses)
+    torch.testing.assert_close(result.value, criterion(output, target), equal_nan=True)
+
+
+def test_flattened_tokens_fold_by_their_own_valid_counts() -> None:
+    logits = normal(2 * 3, C)
+    target = torch.tensor([0, 1, -100, 2, -100, -100])
+    result = per_sample_losses(nn.CrossEntropyLoss(), logits, target, batch_size=2)
+    tokens = F.cross_entropy(logits, target, reduction="none")
+    close(result.losses, torch.stack([tokens[:2].mean(), tokens[3]]))
+    assert result.counts is not None
+    assert result.counts.tolist() == [2, 1]
+    assert result.labels is None
+
+
+@pytest.mark.parametrize(
+    "criterion", [nn.MSELoss(), nn.BCEWithLogitsLoss(reduction="sum"), nn.KLDivLoss()]
+)
+@pytest.mark.parametrize("shape", [(0,), (0, 1), (0, 3), (3, 0), (1,), (1, 1)])
+@kl_mean_warns
+def test_empty_and_single(criterion: nn.Module, shape: tuple[int, ...]) -> None:
+    output, target = normal(*shape).requires_grad_(), positive(*shape)
+    result = per_sample_losses(criterion, output, target)
+    assert result.losses.shape == shape[:1]
+    assert result.losses.isfinite().all()
+    torch.testing.assert_close(result.value, criterion(output, target).detach(), equal_nan=True)
+    result.losses.sum().backward()
+
+
+def test_empty_batch_of_classes() -> None:
+    result = per_sample_losses(nn.CrossEntropyLoss(), normal(0, C, T), classes(0, T))
+    assert result.losses.shape == (0,)
+    assert result.value.isnan()  # as torch has it
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+LABELS = {
+    "class indices": (nn.CrossEntropyLoss(), (normal(B, C), [0, 2, 1, 2]), [0, 2, 1, 2]),
+    "class indices with ignored": (nn.CrossEntropyLoss(), (normal(B, C), [0, -100, 1, 2]), None),
+    "one index a row": (nn.NLLLoss(), (normal(B, C, 1), [[0], [2], [1], [2]]), [0, 2, 1, 2]),
+    "multi margin": (nn.MultiMarginLoss(), (normal(B, C), [0, 2, 1, 2]), [0, 2, 1, 2]),
+    "binary": (nn.BCEWithLogitsLoss(), (normal(B), [0.0, 1.0, 1.0, 0.0]), [0, 1, 1, 0]),
+    "binary column": (nn.BCELoss(), (positive(B, 1), [[0.0], [1.0], [1.0], [0.0]]), [0, 1, 1, 0]),
+    "smoothed binary": (nn.BCEWithLogitsLoss(), (normal(B), [0.1, 0.9, 0.9, 0.1]), [0, 1, 1, 0]),
+    "signs": (nn.SoftMarginLoss(), (normal(B), [-1.0, 1.0, 1.0, -1.0]), [0, 1, 1, 0]),
+}
+
+
+@pytest.mark.parametrize(("criterion", "args", "labels"), list(LABELS.values()), ids=list(LABELS))
+def test_labels(criterion: nn.Module, args: tuple[Tensor, Any], labels: list[int] | None) -> None:
+    output, target = args[0], torch.tensor(args[1])
+    if target.is_floating_point():
+        target = target.to(DOUBLE)
+    result = per_sample_losses(criterion, output, target)
+    assert result.labels is not None
+    assert result.labels.dtype == torch.int64
+    assert result.labels.tolist() == (target.tolist() if labels is None else labels)
+
+
+NO_LABELS = {
+    "an index per element": (nn.CrossEntropyLoss(), (normal(B, C, T), classes(B, T))),
+    "probabilities": (nn.CrossEntropyLoss(), (normal(B, C), normal(B, C).softmax(1))),
+    "several binary": (nn.BCEWithLogitsLoss(), (normal(B, T), positive(B, T))),
+    "regression": (nn.MSELoss(), (normal(B), normal(B))),
+    "any function": (PerSampleLoss(lambda a, b: a - b), (normal(B), normal(B))),
+}
+
+
+@pytest.mark.parametrize(("criterion", "args"), list(NO_LABELS.values()), ids=list(NO_LABELS))
+def test_no_labels(criterion: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+    assert per_sample_losses(criterion, *args).labels is None
+
+
+# --- number formats and devices -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(B, C), (B, C, T)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_dtypes(dtype: torch.dtype, reduction: str, shape: tuple[int, ...], weighted: bool) -> None:
+    torch.manual_seed(0)
+    weight = CLASS_WEIGHTS.to(dtype) if weighted else None
+    criterion = nn.CrossEntropyLoss(weight, reduction=reduction)
+    logits = torch.randn(shape, dtype=dtype, requires_grad=True)
+    target = classes(*without_classes(shape))
+    result = per_sample_losses(criterion, logits, target)
+    assert result.losses.dtype == result.value.dtype == dtype
+    assert logits.requires_grad
+    tolerance = 4 * torch.finfo(dtype).eps
+    expected = criterion(logits, target).detach()
+    torch.testing.assert_close(result.value, expected, rtol=tolerance, atol=tolerance)
+    rescaled = result.scale * result.losses.double().mean().detach()
+    torch.testing.assert_close(rescaled, expected.double(), rtol=tolerance, atol=0)
+
+
+def test_half_precision_means_survive_where_their_sums_overflow() -> None:
+    logits = torch.tensor([[0.0, 60000.0]], dtype=torch.float16).unsqueeze(2).expand(1, 2, 5)
+    target = torch.zeros(1, 5, dtype=torch.long)
+    result = per_sample_losses(nn.CrossEntropyLoss(), logits, target)
+    assert result.losses.tolist() == [60000.0]
+    assert result.value == 60000
+
+
+def test_autocast_computes_what_the_criterion_would() -> None:
+    layer, inputs, target = nn.Linear(T, C), torch.randn(B, T), classes(B)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = layer(inputs)
+        expected = nn.CrossEntropyLoss()(logits, target)
+        result = per_sample_losses(nn.CrossEntropyLoss(), logits, target)
+    assert logits.dtype == torch.bfloat16
+    assert result.losses.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(result.value, expected.detach())
+
+
+ON_META = {
+    "classes": (nn.CrossEntropyLoss(), (B, C), (B,)),
+    "weighted": (nn.CrossEntropyLoss(torch.empty(C, device="meta")), (B, C, T), (B, T)),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), (B, C, T), (B, T)),
+    "binary": (nn.BCEWithLogitsLoss(), (B,), None),
+    "regression": (nn.MSELoss(), (B, T), None),
+}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "shape", "target_shape"), list(ON_META.values()), ids=list(ON_META)
+)
+def test_never_waits_for_the_device(
+    criterion: nn.Module, shape: tuple[int, ...], target_shape: tuple[int, ...] | None
+) -> None:
+    # Meta tensors have no numbers, so whatever had to read one would raise.
+    output = torch.empty(shape, device="meta", requires_grad=True)
+    target = torch.empty(target_shape or shape, device="meta")
+    result = per_sample_losses(criterion, output, target.long() if target_shape else target)
+    assert result.losses.shape == (B,)
+
+
+# --- how the criterion is called ----------------------------------------------------------------
+
+
+def test_arguments_by_keyword() -> None:
+    logits, target = normal(B, C), classes(B)
+    by_name = per_sample_losses(nn.CrossEntropyLoss(CLASS_WEIGHTS), target=target, input=logits)
+    by_place = per_sample_losses(nn.CrossEntropyLoss(CLASS_WEIGHTS), logits, target)
+    assert torch.equal(by_name.losses, by_place.losses)
+    assert by_name.scale == by_place.scale
+
+
+def test_hooks_of_the_criterion_do_not_run_again() -> None:
+    criterion = nn.MSELoss()
+    calls = []
+    criterion.register_forward_pre_hook(lambda *_: calls.append("before"))
+    criterion.register_forward_hook(lambda *_: calls.append("after"))
+    per_sample_losses(criterion, normal(B), normal(B))
+    assert calls == []
+
+
+def test_the_loss_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(
+        F, "cross_entropy", lambda *a, **k: calls.append(k["reduction"]) or cross_entropy(*a, **k)
+    )
+    per_sample_losses(nn.CrossEntropyLoss(), normal(B, C), classes(B))
+    assert calls == ["none"]
+
+
+class OwnLoss(nn.Module):
+    """What users write: honours its reduction."""
+
+    def __init__(self, reduction: str = "mean", penalty: float = 0.0, bias: float = 0.0) -> None:
+        super().__init__()
+        self.reduction, self.penalty, self.bias = reduction, penalty, bias
+        self.calls: list[str] = []
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls.append(self.reduction)
+        losses = (output - target) ** 4 + self.bias
+        if self.reduction == "none":
+            return losses
+        reduced = losses.mean() if self.reduction == "mean" else losses.sum()
+        return reduced + self.penalty
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_own_module_with_a_reduction(reduction: str, shape: tuple[int, ...]) -> None:
+    output, target = normal(*shape).requires_grad_(), normal(*shape)
+    criterion = OwnLoss(reduction)
+    result = per_sample_losses(criterion, output, target)
+    close(result.losses, ((output - target) ** 4).reshape(B, -1).mean(1))
+    close(result.scale * result.losses.mean(), criterion(output, target))
+
+
+def test_own_module_is_verified_once() -> None:
+    criterion = OwnLoss()
+    for _ in range(3):
+        per_sample_losses(criterion, normal(B), normal(B))
+    assert criterion.calls == ["none", "mean", "none", "none"]
+
+
+def test_own_module_is_verified_later_if_the_first_batch_overflows() -> None:
+    criterion = OwnLoss(penalty=1.0)
+    assert per_sample_losses(criterion, normal(B) + float("inf"), normal(B)).value.isinf()
+    with pytest.raises(ValueError, match="its reduction is one of its own"):
+        per_sample_losses(criterion, normal(B), normal(B))
+
+
+def test_own_module_whose_losses_cancel_is_not_refused() -> None:
+    output = torch.tensor([1.0, 0.0], requires_grad=True)
+    criterion = OwnLoss(bias=-0.5)
+    # Off by what rounding does to numbers of size 1/2, beside a mean of 0.
+    criterion.penalty = 1e-7
+    assert per_sample_losses(criterion, output, torch.zeros(2)).value == 0
+
+
+def test_own_module_with_the_reduction_on_its_class() -> None:
+    class Constant(nn.Module):
+        reduction = "mean"
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return F.l1_loss(output, target, reduction=self.reduction)
+
+    criterion = Constant()
+    assert per_sample_losses(criterion, normal(B), normal(B)).losses.shape == (B,)
+    assert "reduction" not in vars(criterion)
+
+
+def test_subclass_with_its_own_forward_is_not_taken_for_its_parent() -> None:
+    class Focal(nn.CrossEntropyLoss):
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            losses = F.cross_entropy(input, target, reduction="none")
+            losses = losses * (1 - (-losses).exp()) ** 2
+            return losses if self.reduction == "none" else losses.mean()
+
+    class Named(nn.CrossEntropyLoss):
+        pass
+
+    logits, target = normal(B, C), classes(B)
+    result = per_sample_losses(Focal(CLASS_WEIGHTS), logits, target)
+    close(result.value, Focal()(logits, target))
+    assert result.scale == 1.0
+    named = per_sample_losses(Named(CLASS_WEIGHTS), logits, target)
+    close(named.value, nn.CrossEntropyLoss(CLASS_WEIGHTS)(logits, target))
+    assert named.scale != 1.0
+
+
+def test_per_sample_loss_keeps_what_its_function_owns() -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(output * self.temperature, target, reduction="none")
+
+    criterion = PerSampleLoss(Learned(), reduction="sum")
+    assert [name for name, _ in criterion.named_parameters()] == ["function.temperature"]
+    logits, target = normal(B, C), classes(B)
+    close(criterion(logits, target), F.cross_entropy(logits, target, reduction="sum"))
+    assert "Learned" in repr(criterion)
+
+
+def test_per_sample_loss_of_flattened_tokens() -> None:
+    criterion = PerSampleLoss(lambda a, b: F.cross_entropy(a, b, reduction="none"))
+    logits, target = normal(B * T, C), classes(B * T)
+    result = per_sample_losses(criterion, logits, target, batch_size=B)
+    close(result.losses, F.cross_entropy(logits, target, reduction="none").reshape(B, T).mean(1))
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+class Sum(nn.Module):
+    """A weighted sum of criteria, without a reduction of its own."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(output, target) + 0.1 * F.l1_loss(output, target)
+
+
+class Deaf(Sum):
+    """Has a reduction and does not listen to it."""
+
+    reduction = "mean"
+
+
+def compiled() -> nn.Module:
+    return torch.compile(nn.MSELoss(), backend="eager")
+
+
+IMPOSSIBLE = {
+    "function": (lambda: F.mse_loss, TypeError, "function mse_loss.*no nn.Module.*PerSampleLoss"),
+    "lambda": (lambda: lambda a, b: a, TypeError, r"lambda.*optimizer\.backward\(losses\)"),
+    "class": (lambda: nn.MSELoss, TypeError, "MSELoss.*an instance, not a class"),
+    "none": (lambda: None, TypeError, "criterion=None is no nn.Module"),
+    "unreduced": (
+        lambda: nn.CrossEntropyLoss(reduction="none"),
+        ValueError,
+        r"CrossEntropyLoss has reduction='none'.*reduction='mean'.*optimizer\.backward\(losses\)",
+    ),
+    "misspelt": (
+        lambda: nn.MSELoss(reduction="average"),
+        ValueError,
+        "MSELoss has reduction='average'; known are mean, sum",
+    ),
+    "another's": (
+        lambda: nn.MSELoss(reduction="batchmean"),
+        ValueError,
+        "MSELoss has reduction='batchmean'; known are mean, sum",
+    ),
+    "sequential": (
+        lambda: nn.Sequential(nn.MSELoss()),
+        TypeError,
+        r"Sequential has no reduction.*PerSampleLoss\(fn\).*optimizer\.backward\(losses\)",
+    ),
+    "sum of criteria": (Sum, TypeError, r"Sum has no reduction.*PerSampleLoss\(fn\)"),
+    "compiled": (compiled, TypeError, "OptimizedModule is compiled"),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"), list(IMPOSSIBLE.values()), ids=list(IMPOSSIBLE)
+)
+def test_impossible_criteria_are_refused_before_any_call(
+    make: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    criterion = make()
+    with pytest.raises(error, match=message):
+        validate_criterion(criterion)
+    with pytest.raises(error, match=message):
+        per_sample_losses(criterion, normal(B), normal(B))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_criterion_is_refused() -> None:
+    with pytest.raises(TypeError, match="RecursiveScriptModule is compiled"):
+        validate_criterion(torch.jit.script(nn.MSELoss()))
+
+
+@every_loss
+def test_possible_criteria_pass(case: Case, reduction: str) -> None:
+    validate_criterion(criterion_of(case, reduction))
+
+
+def scalar(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean()
+
+
+REFUSED_CALLS = {
+    "unbatched": (nn.CrossEntropyLoss(), (normal(C), classes()), {}, "without a batch dimension"),
+    "fold": (nn.MSELoss(), (normal(B), normal(B)), {"batch_size": 3}, "batch_size=3 must divide"),
+    "no fold": (nn.MSELoss(), (normal(B), normal(B)), {"batch_size": -1}, "batch_size=-1 must"),
+    "zero": (nn.MSELoss(), (normal(B), normal(B)), {"batch_size": 0}, "batch_size=0 must"),
+    "ctc fold": (
+        nn.CTCLoss(),
+        (normal(9, B, C), torch.ones(B, 2, dtype=torch.long), (9,) * B, (2,) * B),
+        {"batch_size": 2},
+        "batch_size=2 must be 4: CTCLoss",
+    ),
+    "deaf": (Deaf(), (normal(B), normal(B)), {}, "Deaf returned a single number.*honour"),
+    "penalty": (OwnLoss(penalty=0.1), (normal(B), normal(B)), {}, "OwnLoss.*mean.*one of its own"),
+    "reduced": (PerSampleLoss(scalar), (normal(B), normal(B)), {}, "must not reduce"),
+    "reduced by keyword": (PerSampleLoss(scalar), (), {"a": normal(B), "b": normal(B)}, "not red"),
+    "flattened": (
+        PerSampleLoss(lambda a, b: (a - b).flatten()),
+        (normal(B, T), normal(B, T)),
+        {},
+        r"losses of shape \(20,\), but its arguments have leading dimensions \[4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "args", "kwargs", "message"),
+    list(REFUSED_CALLS.values()),
+    ids=list(REFUSED_CALLS),
+)
+def test_refused_calls_leave_the_criterion_as_it_was(
+    criterion: Any, args: tuple[Any, ...], kwargs: dict[str, Any], message: str
+) -> None:
+    before = dict(vars(criterion))
+    with pytest.raises(ValueError, match=message):
+        per_sample_losses(criterion, *args, **kwargs)
+    assert vars(criterion) == before
+
+
+def test_own_module_that_always_returns_losses_is_refused() -> None:
+    criterion = OwnLoss()
+    criterion.forward = lambda output, target: output - target  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="its reduction is one of its own"):
+        per_sample_losses(criterion, normal(B), normal(B))
+
+
+@pytest.mark.parametrize("result", [3.0, torch.ones(B, dtype=torch.long)])
+def test_losses_must_be_floating_point(result: Any) -> None:
+    criterion = PerSampleLoss(lambda *_: result)
+    with pytest.raises(TypeError, match=r"floating-point tensor of one loss per sample.*got "):
+        per_sample_losses(criterion, normal(B), normal(B))
+    with pytest.raises(TypeError, match=r"floating-point tensor of one loss per sample.*got "):
+        criterion(normal(B), normal(B))
+
+
+def test_criterion_is_restored_after_an_error_of_its_own() -> None:
+    criterion = nn.CrossEntropyLoss(reduction="sum")
+    with pytest.raises(IndexError):
+        per_sample_losses(criterion, normal(B, C), classes(B) + C)
+    assert criterion.reduction == "sum"
+
+
+@pytest.mark.parametrize("reduction", ["none", "average"])
+def test_per_sample_loss_refuses_other_reductions(reduction: str) -> None:
+    with pytest.raises(ValueError, match=f"reduction='{reduction}' must be 'mean' or 'sum'"):
+        PerSampleLoss(scalar, reduction)
+
+
+def test_per_sample_loss_refuses_what_cannot_be_called() -> None:
+    with pytest.raises(TypeError, match="function=3 cannot be called"):
+        PerSampleLoss(3)  # type: ignore[arg-type]
