@@ -88,7 +88,17 @@ def ghost_gradients(
         allow_unused=True,
     )
     calls = []
+    check_inputs(site.call for site in sites)
     for (call, _, shape), gradient in zip(sites, gradients, strict=True):
+        if gradient is not None:
+            call.set_output_gradient(gradient.reshape(shape))
+            calls.append(call)
+    return GhostGradients(calls, len(losses), seed)
+
+
+def check_inputs(calls: Iterable[LayerCall]) -> None:
+    """Raise if the input of a layer was changed in place since the layer read it."""
+    for call in calls:
         if call.input._version != call.version:
             raise RuntimeError(
                 f"the input of a layer with parameters of shape "
@@ -96,10 +106,6 @@ def ghost_gradients(
                 "after the layer read it: its per-sample gradients are lost; use the operation "
                 "that is not in place"
             )
-        if gradient is not None:
-            call.set_output_gradient(gradient.reshape(shape))
-            calls.append(call)
-    return GhostGradients(calls, len(losses), seed)
 
 
 def _with_roles(call: LayerCall, chosen: set[Tensor]) -> LayerCall:
