@@ -39,12 +39,13 @@ class AttachedForward:
             )
         self.criterion = criterion
         self.model = model
-        self.listener = WeakMethod(listener)  # type: ignore[type-var]
+        self.listener = WeakMethod(listener)
         self.running = False
         self.previous = criterion.__dict__.get("forward")
-        criterion.forward = self  # type: ignore[assignment]
+        criterion.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The listener's scalar while the model trains, else what the criterion returns."""
         listener = self.listener()
         training = torch.is_grad_enabled() and self.model.training
         if self.running or listener is None or not training:

@@ -8,8 +8,8 @@ a nested backward pass, from the losses to the layers, gives the engine what it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,19 @@ def weighted_loss(
         scored: which parameters' gradients make the score.
         weigh: chooses the weights when the gradients are known.
     """
-    return _WeightedLoss.apply(value, _Pass(batch, scale, scored, weigh), *batch.leaves)  # type: ignore[no-untyped-call, no-any-return]
+    return deferred_loss(value, _Pass(batch, scale, scored, weigh), batch.leaves)
+
+
+class Plan(Protocol):
+    """What a loss does when its backward pass arrives."""
+
+    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
+        """The gradient of every leaf, for the gradient ``upstream`` of the scalar loss."""
+
+
+def deferred_loss(value: Tensor, plan: Plan, leaves: Iterable[Tensor]) -> Tensor:
+    """A scalar with the given value whose gradient is what the plan says."""
+    return _DeferredLoss.apply(value, plan, *leaves)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Pass:
@@ -64,15 +76,12 @@ class _Pass:
                 "loss.backward(retain_graph=True) the first time"
             )
         batch = self.batch
-        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        # A factor on the loss (a gradient scaler's, 1/accumulation steps) rides along, since half
-        # precision may need it, and leaves the weights alone; 0 would take the weights with it.
-        seed = torch.where(upstream == 0, torch.ones_like(upstream), upstream)
+        keep_graph = graph_is_kept()
         device = upstream.device.type
         try:
             with torch.autocast(device_type=device, enabled=False):
-                shared = keep_graph or _walked_by_this_backward(batch)
-                batch.start(seed, shared)
+                shared = keep_graph or walked_by_this_backward(batch)
+                batch.start(seed_of(upstream), shared)
                 weights = self.weigh(lambda: batch.rows(self.scored))
                 return batch.weighted_sum(weights * (upstream * self.scale), shared)
         finally:
@@ -81,9 +90,9 @@ class _Pass:
                 batch.close()
 
 
-class _WeightedLoss(torch.autograd.Function):
+class _DeferredLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, plan: _Pass, *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, plan: Plan, *leaves: Tensor) -> Tensor:
         ctx.plan = plan
         return value.clone()
 
@@ -93,6 +102,20 @@ class _WeightedLoss(torch.autograd.Function):
         return None, None, *ctx.plan.gradients(upstream)
 
 
-def _walked_by_this_backward(batch: LossGradients) -> bool:
+def seed_of(upstream: Tensor) -> Tensor:
+    """The factor that the losses carry through their backward pass.
+
+    A factor on the loss (a gradient scaler's, 1/accumulation steps) rides along, since half
+    precision may need it, and leaves the weights alone; 0 would take the weights with it.
+    """
+    return torch.where(upstream == 0, torch.ones_like(upstream), upstream)
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that runs now was called with ``retain_graph=True``."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def walked_by_this_backward(batch: LossGradients) -> bool:
     """Whether another term of the total loss goes through the same graph after us."""
     return any(torch._C._will_engine_execute_node(node) for node in batch.graph.nodes)

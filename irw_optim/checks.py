@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ def check_arguments(
     warmup_steps: object,
     engine: object,
     weighting: Any,
+    score_parameters: object,
+    accumulation_steps: object,
 ) -> None:
     """Check the arguments of `IRWOptimizer`, each by itself and with the others.
 
@@ -56,7 +59,20 @@ def check_arguments(
         raise TypeError(f"weighting={weighting!r}: expected a name or a callable")
     if center and weighting != "irw":
         raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
-    check_model(optimizer, model)
+    if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int):
+        raise TypeError(
+            f"accumulation_steps={accumulation_steps!r}: expected a whole number of backward passes"
+        )
+    if accumulation_steps < 1:
+        raise ValueError(
+            f"accumulation_steps={accumulation_steps!r}: expected 1 (weights inside each backward "
+            "pass) or the number of passes whose samples are weighed together"
+        )
+    if score_parameters is not None and model is None:
+        raise ValueError(
+            f"score_parameters={score_parameters!r} is given without model: expected "
+            "IRWOptimizer(..., model=model), whose parameters these are"
+        )
     if criterion is not None:
         if model is None:
             raise ValueError(
@@ -64,42 +80,120 @@ def check_arguments(
                 "IRWOptimizer(..., model=model, criterion=criterion)"
             )
         validate_criterion(criterion)
+    check_model(model)
+    check_parameters(
+        [p for group in optimizer.param_groups for p in group["params"]], model, criterion
+    )
 
 
 def check_inner(optimizer: Any) -> None:
     """Refuse what is no optimizer, and those whose guarantee the weights would void."""
-    if not isinstance(optimizer, Optimizer):
+    if isinstance(optimizer, type) or not all(hasattr(optimizer, name) for name in _OPTIMIZER):
         raise TypeError(
             f"optimizer={optimizer!r}: expected a torch optimizer such as "
             "torch.optim.SGD(model.parameters(), lr=0.1)"
         )
-    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
-    if "DPOptimizer" in kinds:
-        raise DPGuaranteeError(
-            f"optimizer is an Opacus {type(optimizer).__name__}: IRW weights depend on every "
-            "sample and would void its guarantee; use irw_optim.privacy.IRWPrivacyEngine()"
-            ".make_private(..., irw=IRWDPConfig()) instead"
-        )
-    if "IRWOptimizer" in kinds:
-        raise TypeError("optimizer is an IRWOptimizer already: wrap the optimizer inside it")
+    for inner in _optimizers_inside(optimizer):
+        kinds = {kind.__name__ for kind in type(inner).__mro__}
+        if "DPOptimizer" in kinds:
+            raise DPGuaranteeError(
+                f"optimizer is an Opacus {type(inner).__name__}: IRW weights depend on every "
+                "sample and would void its guarantee; use irw_optim.privacy.IRWPrivacyEngine()"
+                ".make_private(..., irw=IRWDPConfig()) instead"
+            )
+        if "IRWOptimizer" in kinds:
+            raise TypeError("optimizer is an IRWOptimizer already: wrap the optimizer inside it")
+        if prepared := kinds & _PREPARED:
+            raise TypeError(
+                f"optimizer is an {prepared.pop()}, prepared for its training loop already, which "
+                "would not save what IRWOptimizer adds to a checkpoint: wrap the plain optimizer "
+                "first, IRWOptimizer(torch.optim.SGD(...), ...), and prepare that"
+            )
+        if type(inner).__module__.partition(".")[0] == "deepspeed":
+            raise NotImplementedError(
+                f"optimizer is DeepSpeed's {type(inner).__name__}, which takes the gradients out "
+                "of p.grad before IRW can weigh them: train with DistributedDataParallel, or on "
+                "one device"
+            )
 
 
-def check_model(optimizer: Optimizer, model: Any) -> None:
-    """Refuse a model whose parameters are not those of the optimizer."""
+_OPTIMIZER = ("param_groups", "state", "step", "zero_grad", "add_param_group", "state_dict")
+"""What schedule-free's wrapper has too, which is no `Optimizer` by class."""
+
+_PREPARED = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}
+
+
+def _optimizers_inside(optimizer: Any) -> list[Any]:
+    """The optimizer, and those it wraps under whatever attribute names."""
+    found = [optimizer]
+    for outer in found:
+        inside = [v for v in vars(outer).values() if isinstance(v, Optimizer)]
+        found += [v for v in inside if not any(v is known for known in found)]
+    return found
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model, and models whose parameters are not whole on this device."""
     if model is None:
         return
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected the torch.nn.Module that is trained")
-    own = set(model.parameters())
-    foreign = [
-        p for group in optimizer.param_groups for p in group["params"] if p not in own
-    ]
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _SHARDED:
+                raise NotImplementedError(
+                    f"model contains a {kind.__name__}, whose parameters are spread over devices: "
+                    "train with DistributedDataParallel, or on one device"
+                )
+
+
+_SHARDED = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineModule"}
+
+
+def check_parameters(
+    parameters: Iterable[Tensor], model: nn.Module | None, criterion: nn.Module | None
+) -> None:
+    """Refuse parameters that are neither the model's nor the criterion's."""
+    if model is None:
+        return
+    own = {*model.parameters(), *(criterion.parameters() if criterion is not None else ())}
+    foreign = [p for p in parameters if p not in own]
     if foreign:
         raise ValueError(
             f"the optimizer holds {len(foreign)} parameters that are not the model's (the first "
             f"has shape {tuple(foreign[0].shape)}): expected an optimizer over parameters of "
-            "model=, for example torch.optim.SGD(model.parameters(), lr=0.1)"
+            "model=, for example torch.optim.SGD(model.parameters(), lr=0.1); several models are "
+            "one in model=torch.nn.ModuleList([first, second])"
         )
+
+
+def check_group(
+    param_group: dict[str, Any], model: nn.Module | None, criterion: nn.Module | None
+) -> dict[str, Any]:
+    """Refuse a group with foreign parameters; the group, with its parameters in a list."""
+    given = param_group["params"]
+    parameters = [given] if isinstance(given, Tensor) else list(given)
+    tensors = [p[1] if isinstance(p, tuple) else p for p in parameters]
+    check_parameters(tensors, model, criterion)
+    return {**param_group, "params": parameters}
+
+
+def check_not_private(parameters: Iterable[Tensor]) -> None:
+    """Refuse to step where a differentially private optimizer has left its sums."""
+    if any(getattr(p, "summed_grad", None) is not None for p in parameters):
+        raise DPGuaranteeError(
+            "the parameters carry Opacus' summed_grad: an IRWOptimizer inside make_private "
+            "would step on gradients without noise; use irw_optim.privacy.IRWPrivacyEngine()"
+            ".make_private(..., irw=IRWDPConfig()) with the plain optimizer"
+        )
+
+
+def described(value: Any) -> Any:
+    """An option as a checkpoint can hold it, and as two runs write it alike."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    name = getattr(value, "__qualname__", None) or repr(value)
+    return type(value).__qualname__ if " at 0x" in name else name
 
 
 def check_trains(losses: Tensor) -> None:

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from irw_optim.accumulation import LogicalBatch
 from irw_optim.attach import AttachedForward
-from irw_optim.checks import check_arguments, check_trains
+from irw_optim.checks import (
+    check_arguments,
+    check_group,
+    check_not_private,
+    check_trains,
+    described,
+)
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.materialized import MaterializedGradients
+from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.local_scheme import LocalScheme, Scheme, averaged_loss
 from irw_optim.outliers import OutlierFilter
-from irw_optim.privacy.errors import DPGuaranteeError
+from irw_optim.progress import Progress
 from irw_optim.record import StepRecord
 from irw_optim.selection import ScoreParameters, select_parameters
 from irw_optim.weighting import Alignment, Equality, Membership, ScoreRule, check_losses
+from irw_optim.wrapping import OptimizerWrapper, fires_own_hooks
+
+logger = logging.getLogger("irw_optim")
 
 
-class IRWOptimizer(Optimizer):
+class IRWOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer so that it steps on sum_i w_i g_i instead of the average gradient.
 
     The weights favour the samples on which a step lowers the loss of the worst-off
@@ -59,6 +70,14 @@ class IRWOptimizer(Optimizer):
         engine: ``"auto"``, ``"ghost"``, ``"autodiff"`` or ``"grad_sample"``.
         weighting: ``"irw"``, ``"cvar"``, ``"uniform"``, or a callable
             ``(losses, gradients, worst_off) -> scores``, all of shape (B,).
+        accumulation_steps: 1 chooses S and the weights inside each backward pass, which adds to
+            ``p.grad`` as usual; k over k passes together: ``p.grad`` then stays as it was until
+            the k-th one, and has the weighted gradient of all of them after it.
+
+    Attributes:
+        inner: the optimizer that takes the step.
+        last_step: the `StepRecord` of the newest backward pass, or of the newest logical batch.
+        steps: optimizer steps taken.
 
     Raises:
         TypeError, ValueError: an argument that is impossible, named with what is allowed.
@@ -77,6 +96,8 @@ class IRWOptimizer(Optimizer):
     (2, 1.0)
     """
 
+    SECTION = "irw"
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -92,85 +113,89 @@ class IRWOptimizer(Optimizer):
         score_parameters: ScoreParameters = None,
         engine: str = "auto",
         weighting: str | ScoreRule = "irw",
+        accumulation_steps: int = 1,
     ) -> None:
-        check_arguments(
-            optimizer,
-            alpha=alpha,
-            model=model,
-            criterion=criterion,
-            outliers=outliers,
-            center=center,
-            class_balance=class_balance,
-            mix=mix,
-            warmup_steps=warmup_steps,
-            engine=engine,
-            weighting=weighting,
-        )
-        self._score_parameters = (
-            None if score_parameters is None else select_parameters(model, score_parameters)
-        )
-        self.optimizer = optimizer
-        rule = _rule(weighting, center)
+        options = {
+            "alpha": alpha,
+            "outliers": outliers,
+            "center": center,
+            "class_balance": class_balance,
+            "mix": mix,
+            "warmup_steps": warmup_steps,
+            "score_parameters": score_parameters,
+            "weighting": weighting,
+            "accumulation_steps": accumulation_steps,
+        }
+        check_arguments(optimizer, model=model, criterion=criterion, engine=engine, **options)
+        self._score_parameters: set[Tensor] | None = None
+        if model is not None and score_parameters is not None:
+            self._score_parameters = select_parameters(model, score_parameters)
+        super().__init__(optimizer)
+        rule = _RULES[weighting](center) if isinstance(weighting, str) else weighting
         self.scheme: Scheme = LocalScheme(float(alpha), rule, outliers, class_balance, mix)
         self.warmup_steps = warmup_steps
-        self.steps = 0
-        self.last_step: StepRecord | None = None
-        self._pending: list[StepRecord] = []
-        super().__setstate__({})  # torch's hook tables, without its groups and state
+        self.accumulation_steps = accumulation_steps
+        self._options = {name: described(value) for name, value in options.items()}
+        self._progress = Progress()
         self._attached: AttachedForward | None = None
-        if criterion is not None:
-            self._attached = AttachedForward(criterion, cast(nn.Module, model), self._loss)
+        self._attach(model, criterion)
         self.engine = Engine(model, engine)
 
-    # What a torch optimizer is: everything that is the inner one's stays there ---------------
+    @property
+    def steps(self) -> int:
+        """Optimizer steps on a weighted gradient; those that a scaler skipped do not count."""
+        return self._progress.steps
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
+    def last_step(self) -> StepRecord | None:
+        """What the newest backward pass decided; None before the first."""
+        return self._progress.last
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.optimizer.state
+    def criterion(self) -> nn.Module | None:
+        """The criterion that is attached, if one is."""
+        return None if self._attached is None else self._attached.criterion
 
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.optimizer.defaults = defaults
+    # What a torch optimizer does, and we do more -----------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the inner optimizer."""
-        self.optimizer.add_param_group(param_group)
+        """Add a group to the inner optimizer.
+
+        Raises:
+            ValueError: parameters that are not the model's; nothing has changed then.
+        """
+        group = check_group(param_group, self.engine.model, self.criterion)
+        super().add_param_group(group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, per-sample ones too, and what backward has noted since."""
-        self.optimizer.zero_grad(set_to_none)
-        self._pending.clear()
+        super().zero_grad(set_to_none)
+        self._progress.pending.clear()
+        self._logical.clear()
         for parameter in self._parameters():
             if getattr(parameter, "grad_sample", None) is not None:
                 parameter.grad_sample = None  # type: ignore[attr-defined]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state under its usual keys, ours under ``"irw"``."""
-        return {**self.optimizer.state_dict(), "irw": {"steps": self.steps}}
+    def own_state(self) -> dict[str, Any]:
+        """Under ``"irw"`` in the state dict: the steps taken, and the options for comparison."""
+        return {"steps": self.steps, **self._options}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this optimizer, or of a plain one."""
-        inner = dict(state_dict)
-        own = inner.pop("irw", None)
-        self.optimizer.load_state_dict(inner)
-        if own is not None:
-            self.steps = own["steps"]
+    def load_own_state(self, own: dict[str, Any] | None) -> None:
+        """Go on from the steps of a checkpoint; options that differ are logged, and stay as now."""
+        if own is None:
+            logger.warning(
+                "the checkpoint is a plain optimizer's: its state is loaded, and steps, which "
+                "warmup_steps counts, stays at %d",
+                self.steps,
+            )
+            return
+        self._progress.steps = own["steps"]
+        for name, now in self._options.items():
+            if (before := own.get(name, now)) != now:
+                logger.warning(
+                    "the checkpoint was made with %s=%r; training goes on with %r",
+                    *(name, before, now),
+                )
 
     # The three ways in -----------------------------------------------------------------------
 
@@ -191,10 +216,11 @@ class IRWOptimizer(Optimizer):
         check_losses(losses)
         check_trains(losses)
         value = losses.detach().mean()
-        self._loss(PerSampleLosses(losses, value, 1.0, labels)).backward()  # type: ignore[no-untyped-call]
+        self._loss(PerSampleLosses(losses, value, 1.0, labels)).backward()
         return value
 
-    def step(  # type: ignore[override]
+    @fires_own_hooks
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -212,45 +238,43 @@ class IRWOptimizer(Optimizer):
             What the inner optimizer returns: the closure's loss, or None.
 
         Raises:
-            RuntimeError: no weighted gradient was made since the last step.
+            RuntimeError: the gradient at hand was not weighted.
             FloatingPointError: a loss or a score is not finite; parameters are as they were.
             DPGuaranteeError: the parameters belong to a differentially private optimizer.
         """
-        if any(getattr(p, "summed_grad", None) is not None for p in self._parameters()):
-            raise DPGuaranteeError(
-                "the parameters carry Opacus' summed_grad: an IRWOptimizer inside make_private "
-                "would step on gradients without noise; use irw_optim.privacy.IRWPrivacyEngine()"
-                ".make_private(..., irw=IRWDPConfig()) with the plain optimizer"
-            )
+        check_not_private(self._parameters())
         if losses is not None:
             self._weigh_grad_samples(losses, labels)
         if closure is None:
-            self._check_gradient()
-            result = self.optimizer.step()
+            self._make_ready()
+            result = self.inner.step()
         else:
-            result = self.optimizer.step(lambda: self._evaluated(closure))
-        self._pending.clear()
-        self.steps += 1
+            result = self.inner.step(lambda: self._evaluated(closure))
+        self._progress.step_taken(skipped=bool(getattr(self.inner, "found_inf", False)))
         return result
 
-    def scored_parameters(self) -> set[Tensor]:
-        """The parameters whose gradients make the scores."""
-        chosen = self._score_parameters
-        return {p for p in self._parameters() if chosen is None or p in chosen}
+    def finish(self) -> None:
+        """Decide a logical batch that has had fewer than ``accumulation_steps`` passes.
 
-    @property
-    def criterion(self) -> nn.Module | None:
-        """The criterion that is attached, if one is."""
-        return None if self._attached is None else self._attached.criterion
+        `step` does so too; this is for what must see the gradient before, such as clipping.
+        """
+        self._logical.finish()
 
     def detach(self) -> None:
         """Remove every hook: model and criterion are as they were before."""
         self.engine.remove_hooks()
+        self.engine = Engine(None)
+        self._logical.clear()
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
 
     # How they meet ---------------------------------------------------------------------------
+
+    def scored_parameters(self) -> set[Tensor]:
+        """The parameters whose gradients make the scores."""
+        chosen = self._score_parameters
+        return {p for p in self._parameters() if chosen is None or p in chosen}
 
     def _loss(self, batch: PerSampleLosses) -> Tensor:
         """The criterion's value, carrying the weighted gradient."""
@@ -258,8 +282,10 @@ class IRWOptimizer(Optimizer):
             return batch.value
         if self.steps < self.warmup_steps:
             return averaged_loss(batch, self._note)
-        scored = self.scored_parameters()
-        return self.scheme.loss(batch, self.engine, scored.__contains__, self._note)
+        scored = self.scored_parameters().__contains__
+        if self.accumulation_steps > 1:
+            return self._logical.loss(batch, self.engine, scored)
+        return self.scheme.loss(batch, self.engine, scored, self._note)
 
     def _weigh_grad_samples(self, losses: Tensor, labels: Tensor | None) -> None:
         check_losses(losses)
@@ -270,49 +296,56 @@ class IRWOptimizer(Optimizer):
                 "expected the losses of the batch that was backpropagated last"
             )
         batch = PerSampleLosses(losses.detach(), losses.detach().mean(), 1.0, labels)
-        chosen = self._score_parameters
-        scored = {p: g for p, g in rows.rows.items() if chosen is None or p in chosen}
-        record = self.scheme.decide(batch, MaterializedGradients(scored))
+        scored = self.scored_parameters()
+        record = self._decide(
+            batch, MaterializedGradients({p: g for p, g in rows.rows.items() if p in scored})
+        )
         for parameter, gradient in rows.combine(record.weights).items():
             parameter.grad = gradient.to(parameter.dtype)
+
+    def _decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
+        record = self.scheme.decide(batch, rows)
         self._note(record)
+        return record
 
     def _note(self, record: StepRecord) -> None:
-        self._pending.append(record)
-        self.last_step = record
+        self._progress.note(record, self._parameters())
 
     def _evaluated(self, closure: Callable[[], Any]) -> Any:
         loss = closure()
-        self._check_gradient()
+        self._make_ready()
         return loss
 
-    def _check_gradient(self) -> None:
-        """Raise unless the gradient at hand is weighted and finite."""
-        if not self._pending:
-            raise RuntimeError(
-                "step() found no weighted gradient since the last step: expected "
-                "criterion(model(x), y).backward() on the attached criterion with the model in "
-                "train mode, optimizer.backward(losses), or step(losses=losses) after Opacus"
-            )
-        for record in self._pending:
-            broken = record.broken_samples
-            if broken:
-                shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
-                raise FloatingPointError(
-                    f"the losses or gradients of {len(broken)} samples are not finite (batch "
-                    f"indices {shown}): nothing was updated; look at optimizer.last_step.losses"
-                )
+    def _make_ready(self) -> None:
+        """What must hold of the gradient before the inner optimizer uses it."""
+        self.finish()
+        if getattr(self.inner, "found_inf", None) is None:  # else its step skips what is not finite
+            self._progress.check(self._parameters())
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _attach(self, model: nn.Module | None, criterion: nn.Module | None) -> None:
+        self._logical = LogicalBatch(self.accumulation_steps, self._decide)
+        if model is not None and criterion is not None:
+            self._attached = AttachedForward(criterion, model, self._loss)
+
+    # (model, criterion, optimizer) copied together stay attached to each other: the hooks on the
+    # model come along with it, the criterion's forward does not.
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {**super().__getstate__(), "_attached": self.criterion}
+        del own["_logical"]
+        return own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        criterion = state["_attached"]
+        super().__setstate__({**state, "_attached": None})
+        self._attach(self.engine.model, criterion)
 
 
-def _rule(weighting: str | ScoreRule, center: float) -> ScoreRule:
-    if not isinstance(weighting, str):
-        return weighting
-    rules: dict[str, ScoreRule] = {
-        "irw": Alignment(center),
-        "cvar": Membership(),
-        "uniform": Equality(),
-    }
-    return rules[weighting]
+_RULES: dict[str, Callable[[float], ScoreRule]] = {
+    "irw": Alignment,
+    "cvar": lambda center: Membership(),
+    "uniform": lambda center: Equality(),
+}

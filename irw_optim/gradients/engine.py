@@ -38,6 +38,9 @@ class Engine:
         self.kind = kind
         use_hooks = model is not None and kind != "autodiff"
         self.handles = hook_layers(model) if use_hooks else []  # type: ignore[arg-type]
+        self._forget()
+
+    def _forget(self) -> None:
         self.known: dict[str, bool] = {}
         self.coverings: dict[tuple[object, ...], Covering] = {}
         self.waiting: WeakSet[LossGradients] = WeakSet()
@@ -90,6 +93,14 @@ class Engine:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy goes with the model's, hooks included; what is known is of the old model."""
+        return {"model": self.model, "kind": self.kind, "handles": self.handles}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def _report(self, covering: Covering, leaves: list[Tensor]) -> None:
         rest = [p for p in leaves if p not in covering.covered]

@@ -1,0 +1,161 @@
+"""A logical batch: the weights of several backward passes decided together.
+
+Gradient accumulation adds up physical batches because the whole one does not fit. S, the scores
+and the weights of the whole need G = [G_1; ...; G_k], and every product with G is a sum or a row
+of products with the G_j. So each backward pass only starts its batch: what it keeps is the layers'
+inputs and output gradients (for parameters that only autodiff covers, the graph). The k-th one
+decides, and gives the gradient of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from irw_optim.backward import (
+    deferred_loss,
+    graph_is_kept,
+    seed_of,
+    walked_by_this_backward,
+)
+from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.concatenated import ConcatenatedGradients
+from irw_optim.gradients.engine import Engine, LossGradients
+from irw_optim.gradients.ghost import check_inputs
+from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.record import StepRecord
+
+
+class LogicalBatch:
+    """Backward passes that wait for each other.
+
+    Args:
+        size: number of backward passes that make the batch, k.
+        decide: the weights of the whole batch, from its losses and its rows.
+    """
+
+    def __init__(
+        self, size: int, decide: Callable[[PerSampleLosses, PerSampleGradients], StepRecord]
+    ) -> None:
+        self.size = size
+        self.decide = decide
+        self.members: list[_Member] = []
+
+    def loss(
+        self, batch: PerSampleLosses, engine: Engine, scored: Callable[[Tensor], bool]
+    ) -> Tensor:
+        """The criterion's value; the backward pass of the k-th gives the gradient of all k."""
+        member = _Member(self, batch, engine.capture(batch.losses), scored)
+        return deferred_loss(batch.value, member, member.captured.leaves)
+
+    def finish(self) -> None:
+        """Decide with the members there are, and add the gradient to ``p.grad``."""
+        if self.members:
+            accumulate(self.gradient())
+
+    def gradient(self) -> dict[Tensor, Tensor]:
+        """The gradient of the whole batch, for every leaf; the members are let go."""
+        members = self.members
+        try:
+            rows = ConcatenatedGradients(
+                [member.captured.rows(member.scored) for member in members],
+                like=widened(members[0].batch.losses),
+            )
+            record = self.decide(_joined([member.batch for member in members]), rows)
+            # The ordinary gradient is sum_j factor_j mean_j: its length is the sum of the factors.
+            length = sum(member.factor for member in members)
+            total: dict[Tensor, Tensor] = {}
+            for member, weights in zip(members, record.weights.split(rows.sizes), strict=True):
+                for leaf, gradient in member.weighted_sum(weights * length).items():
+                    total[leaf] = total[leaf] + gradient if leaf in total else gradient
+            return total
+        finally:
+            self.clear()
+
+    def clear(self) -> None:
+        """Let go of what was kept."""
+        for member in self.members:
+            member.captured.close()
+        self.members = []
+
+
+class _Member:
+    """One physical batch, from its forward to the end of the logical one."""
+
+    def __init__(
+        self,
+        logical: LogicalBatch,
+        batch: PerSampleLosses,
+        captured: LossGradients,
+        scored: Callable[[Tensor], bool],
+    ) -> None:
+        self.logical = logical
+        self.batch = batch._replace(losses=batch.losses.detach())
+        self.captured = captured
+        self.scored = scored
+        self.factor: Tensor | float = 0.0
+        self.started = False
+
+    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
+        """What this backward pass gives its leaves: the k-th the whole gradient, others nothing."""
+        logical, captured = self.logical, self.captured
+        if self.started:
+            raise RuntimeError(
+                "a second backward pass through one loss cannot be a part of a logical batch: "
+                "expected one backward() for each loss, or IRWOptimizer without accumulation_steps"
+            )
+        self.started = True
+        with torch.autocast(device_type=upstream.device.type, enabled=False):
+            keep_graph = graph_is_kept()
+            walked = walked_by_this_backward(captured)
+            captured.start(seed_of(upstream), keep_graph or walked)
+            if walked and not keep_graph and captured.finished_by_autograd:
+                captured.close()
+                raise RuntimeError(
+                    "the total loss has another term that goes through the model's graph, and "
+                    "some parameters need that graph until the logical batch is complete: use "
+                    "backward(retain_graph=True), or IRWOptimizer without accumulation_steps"
+                )
+            self.factor = upstream * self.batch.scale
+            logical.members.append(self)
+            if len(logical.members) < logical.size:
+                return [None] * len(captured.leaves)
+            leaves = captured.leaves
+            total = logical.gradient()
+        gradients = [total.pop(leaf, None) for leaf in leaves]
+        accumulate(total)  # leaves that only the earlier members used
+        return gradients
+
+    def weighted_sum(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """Sum of w_i times the gradient of loss i, by leaf."""
+        captured = self.captured
+        if captured.ghost is not None:
+            check_inputs(captured.ghost.calls)
+        gradients = captured.weighted_sum(weights, keep_graph=False)
+        leaves = zip(captured.leaves, gradients, strict=True)
+        return {leaf: gradient for leaf, gradient in leaves if gradient is not None}
+
+
+def accumulate(total: dict[Tensor, Tensor]) -> None:
+    """Add to ``p.grad`` as a backward pass does, so that hooks on the leaves are called."""
+    if total:
+        torch.autograd.backward(list(total), list(total.values()))
+
+
+def _joined(batches: list[PerSampleLosses]) -> PerSampleLosses:
+    """The losses of the logical batch; ``value`` and ``scale`` have no meaning there."""
+
+    def cat(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [t for t in tensors if t is not None]
+        return torch.cat(present) if len(present) == len(tensors) else None
+
+    return PerSampleLosses(
+        torch.cat([batch.losses for batch in batches]),
+        batches[0].value,
+        1.0,
+        cat([batch.labels for batch in batches]),
+        cat([batch.counts for batch in batches]),
+    )

@@ -1,0 +1,146 @@
+"""An optimizer around another one, of which everything stays where it was.
+
+torch's own `Optimizer` constructor would give a wrapper groups, state and hook tables of its own,
+which a scheduler or a checkpoint then changes in one place and the step reads in another. Here
+there is one of each thing: groups, state and defaults are the inner optimizer's. Only hooks are
+kept twice, since whoever registers one expects the optimizer it was registered on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any, TypeVar
+
+from torch.optim import Optimizer
+
+_Step = TypeVar("_Step", bound=Callable[..., Any])
+
+
+def fires_own_hooks(step: _Step) -> _Step:
+    """Decorates a wrapper's ``step`` with the hooks that were registered on the wrapper.
+
+    torch would decorate it too, with the hooks and the profiler's marks that are global besides;
+    the inner optimizer's step has those already, and they must fire once.
+    """
+
+    @wraps(step)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        self = args[0]
+        for pre_hook in tuple(self._optimizer_step_pre_hooks.values()):
+            changed = pre_hook(self, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+        result = step(*args, **kwargs)
+        for post_hook in tuple(self._optimizer_step_post_hooks.values()):
+            post_hook(self, args, kwargs)
+        return result
+
+    hooked.hooked = True  # type: ignore[attr-defined]  # where torch looks whether to decorate
+    return hooked  # type: ignore[return-value]
+
+
+def _of_inner(name: str) -> Any:
+    """An attribute that is read, set and deleted on the inner optimizer."""
+    return property(
+        lambda self: getattr(self.inner, name),
+        lambda self, value: setattr(self.inner, name, value),
+        lambda self: delattr(self.inner, name),
+    )
+
+
+class OptimizerWrapper(Optimizer):
+    """Behaves as the optimizer inside; a base class for one that adds something.
+
+    What the inner optimizer has beyond torch's `Optimizer`, such as the ``train()`` and ``eval()``
+    of schedule-free ones, is there on the wrapper as well.
+
+    Args:
+        inner: the optimizer that takes the steps.
+
+    Attributes:
+        inner: the same.
+    """
+
+    SECTION: str
+    """The key of `own_state` in the state dict, beside torch's ``state`` and ``param_groups``."""
+
+    param_groups = _of_inner("param_groups")
+    state = _of_inner("state")
+    # A GradScaler leaves these for fused optimizers, which unscale and skip by themselves.
+    grad_scale = _of_inner("grad_scale")
+    found_inf = _of_inner("found_inf")
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+        super().__setstate__({})  # torch's hook tables, and nothing else of its constructor
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's; empty for one that has none, as schedule-free's wrapper."""
+        return getattr(self.inner, "defaults", {})
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.inner.defaults = defaults
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether the scaler leaves unscaling and skipping to the step."""
+        takes_the_scaler = "grad_scaler" in signature(self.inner.step).parameters  # the old way
+        return not takes_the_scaler and getattr(self.inner, "_step_supports_amp_scaling", False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "inner":  # the latter while a copy is being made
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner, name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {self.inner!r}"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer."""
+        self.inner.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.inner.zero_grad(set_to_none)
+
+    # Checkpoints -----------------------------------------------------------------------------
+
+    def own_state(self) -> dict[str, Any]:
+        """What the wrapper adds to the state dict: numbers, strings and containers of these."""
+        return {}
+
+    def load_own_state(self, own: dict[str, Any] | None) -> None:
+        """Take what `own_state` gave; None from the checkpoint of a plain optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state under its usual keys, the wrapper's under one of its own."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = {**self.inner.state_dict(), self.SECTION: self.own_state()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this optimizer, or of a plain one of the inner kind."""
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else dict(changed)
+        own = state_dict.pop(self.SECTION, None)
+        self.inner.load_state_dict(state_dict)
+        self.load_own_state(own)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    # Copies ----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without hooks and without a scheduler's patch of ``step``, as torch's optimizers."""
+        own = vars(self).items()
+        return {k: v for k, v in own if k != "step" and not k.startswith("_optimizer_")}
