@@ -6,6 +6,9 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 	&& echo $$python && break; done)
 
 VENV := .venv
+# The oldest Python that pyproject.toml allows, for test-lowest.
+PYTHON_LOWEST ?= python3.10
+
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
@@ -17,12 +20,12 @@ WITH_ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-fast lint format types docs demo bench build clean
+.PHONY: help setup test test-fast test-lowest lint format types docs demo bench build clean
 
 help: ## Show this text
 	@echo "irw-optim: the targets of this Makefile (each installs into $(VENV) what it needs, once)"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(WITH_ALL) ## Install the package with everything needed for development
 
@@ -31,6 +34,9 @@ test: $(WITH_ALL) ## Run all tests, the slow ones and the doctests included
 
 test-fast: $(WITH_ALL) ## Run the tests that take no more than seconds
 	$(PYTEST) -m "not slow"
+
+test-lowest: $(VENV)-lowest/.installed ## Run the tests on the lowest versions of pyproject.toml
+	$(VENV)-lowest/bin/python -m pytest -W default -p no:cacheprovider
 
 lint: $(WITH_ALL) ## Check style and format
 	$(BIN)/ruff check .
@@ -59,7 +65,7 @@ build: $(WITH_ALL) ## Build the source and binary distributions in dist/
 	$(BIN)/python -m build
 
 clean: ## Remove all that these targets made, the environment included
-	rm -rf $(VENV) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -77,3 +83,11 @@ $(WITH_ALL): $(VENV)/.created $(DEFINITION)
 	@echo "Installing the package and what its development needs (minutes, once)"
 	$(INSTALL) --editable ".[dev,docs,report,stacks]"
 	@touch $@ $(WITH_REPORT)
+
+$(VENV)-lowest/.installed: pyproject.toml
+	$(PYTHON_LOWEST) -m venv $(VENV)-lowest
+	$(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["dependencies"], sep="\n")' | sed 's/>=/==/' > $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check \
+		--requirement $(VENV)-lowest/lowest.txt --editable . pytest hypothesis
+	@touch $@
