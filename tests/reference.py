@@ -126,12 +126,15 @@ def step(
     return Step(losses.detach(), G, *decision, gradients)
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest number expected (absolute where that is 0)."""
+def error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Largest difference, relative to the largest number expected.
+
+    Where that is below ``floor``, relative to ``floor``; where both are 0, absolute.
+    """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     if not expected.numel():
         return 0.0
     difference = float((actual.double() - expected.double()).abs().max())
     if math.isnan(difference):
         return math.inf
-    return difference / (float(expected.double().abs().max()) or 1.0)
+    return difference / (max(float(expected.double().abs().max()), floor) or 1.0)
