@@ -26,6 +26,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # a described attribute is not described again by autodoc
 
 doctest_test_doctest_blocks = ""  # those in docstrings are pytest's, with their module's names
 doctest_global_setup = """

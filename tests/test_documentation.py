@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 import irw_optim
+import irw_optim.privacy
 
 ROOT = Path(__file__).parents[1]
 PAGES_WITH_THE_DIFF = ["README.md", "docs/index.md"]
@@ -37,10 +39,11 @@ def test_the_script_runs_before_and_after_the_diff(page: str, sign: str, wrapped
     assert not torch.equal(model.weight, before)
 
 
-def test_every_public_name_is_on_the_api_page() -> None:
+@pytest.mark.parametrize("package", [irw_optim, irw_optim.privacy])
+def test_every_public_name_is_on_the_api_page(package: ModuleType) -> None:
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\.\. auto\w+:: irw_optim\.(\w+)$", page, re.MULTILINE))
-    assert documented == set(irw_optim.__all__)
+    directive = rf"^\.\. auto\w+:: {re.escape(package.__name__)}\.(\w+)$"
+    assert set(re.findall(directive, page, re.MULTILINE)) == set(package.__all__)
 
 
 def test_the_changelog_names_the_version() -> None:
