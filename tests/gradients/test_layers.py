@@ -16,7 +16,7 @@ from irw_optim import IRWOptimizer
 B = 5
 
 KNOWN_BUGS = {
-    "test_an_empty_batch*": "the check looks at the sample of the largest loss",
+    "test_an_empty_batch*[[][!M]*": "the check looks at the sample of the largest loss",
     "test_[bcf]*?, sparse]": "the check subtracts dense from sparse gradients",
     "test_some_parameters_frozen[[]bias*?, sparse]": "the check subtracts dense from sparse",
     "test_autodiff*sparse]": "autodiff's gram meets sparse rows",
