@@ -1,0 +1,143 @@
+"""G for a whole data set, (N, P): never built, and never more than one batch of it at a time.
+
+The global scheme is the local one on a single batch of all N samples. So all it takes is the three
+products for such a batch; `combine` and `dot` are sums and lists over batches that are run again
+for every product, in O(P) memory::
+
+    G^T w = sum over batches G_b^T w_b        only batches of samples with a weight are run
+    G v   = [G_b v for every batch b]
+
+The third product, N x N, is not on offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.protocol import Direction, PerSampleGradients
+from irw_optim.schemes.reading import DatasetReader
+
+
+class DatasetGradients:
+    """The per-sample gradients of some or all samples of a data set.
+
+    Args:
+        reader: reads the samples.
+        samples: (n,) int64 on the CPU, the dataset indices that are the rows, in this order.
+        losses_of: the per-sample losses of a batch as the reader yields it, with their graph.
+        engine: turns losses into the products of one batch.
+        scored: which parameters are the columns.
+        advance: is told of every batch, by its number of samples, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        reader: DatasetReader,
+        samples: Tensor,
+        losses_of: Callable[[Any], PerSampleLosses],
+        engine: Engine,
+        scored: Callable[[Tensor], bool],
+        advance: Callable[[int], None],
+    ) -> None:
+        self.reader = reader
+        self.samples = samples
+        self.losses_of = losses_of
+        self.engine = engine
+        self.scored = scored
+        self.advance = advance
+        self.batch_size = len(samples)
+
+    def of(self, rows: Tensor) -> DatasetGradients:
+        """These rows alone: ``rows`` is a bool mask (n,)."""
+        samples = self.samples[rows.cpu()]
+        return DatasetGradients(
+            self.reader, samples, self.losses_of, self.engine, self.scored, self.advance
+        )
+
+    def losses(self) -> PerSampleLosses:
+        """The losses of all rows, (n,), and their labels where every batch shows some."""
+        batches = []
+        for indices, batch in self.reader.batches(self.samples):
+            with torch.no_grad():
+                part = self._losses_of(indices, batch)
+            check_finite(part.losses, "losses", indices)
+            batches.append(part)
+            self.advance(len(indices))
+        losses = torch.cat([widened(part.losses) for part in batches])
+        labels = [part.labels for part in batches if part.labels is not None]
+        shown = torch.cat(labels) if len(labels) == len(batches) else None
+        return PerSampleLosses(losses, losses.mean(), 1.0, shown)
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """G^T w, summed up in float64: the rounding is then that of a single batch."""
+        used = weights.nonzero().squeeze(1)
+        total: dict[Tensor, Tensor] = {}
+        kept_dtype: dict[Tensor, torch.dtype] = {}
+        for positions, rows in self.blocks(used.cpu()):
+            for parameter, part in rows.combine(weights[positions.to(weights.device)]).items():
+                kept_dtype[parameter] = part.dtype
+                wide = part.to(_widest(part))
+                total[parameter] = total[parameter] + wide if parameter in total else wide
+        return {parameter: sum_.to(kept_dtype[parameter]) for parameter, sum_ in total.items()}
+
+    def dot(self, direction: Direction) -> Tensor:
+        """G v, (n,)."""
+        everybody = torch.arange(self.batch_size)
+        return torch.cat([rows.dot(direction) for _, rows in self.blocks(everybody)])
+
+    def gram(self) -> Tensor:
+        """Not on offer: N x N numbers."""
+        raise RuntimeError(
+            f"G G^T of a data set has {self.batch_size}^2 entries: a rule of the global scheme may "
+            "use combine and dot, and outlier filters work in blocks"
+        )
+
+    def blocks(
+        self, positions: Tensor, sizes: list[int] | None = None
+    ) -> Iterator[tuple[Tensor, PerSampleGradients]]:
+        """Yield pieces of ``positions`` (rows of G) with the gradients of each."""
+        start = 0
+        for indices, batch in self.reader.batches(self.samples[positions], sizes):
+            with torch.enable_grad():
+                losses = self._losses_of(indices, batch).losses
+            captured = self.engine.capture(losses)
+            try:
+                with torch.autocast(device_type=losses.device.type, enabled=False):
+                    captured.start(torch.ones((), device=losses.device), keep_graph=False)
+                    yield positions[start : start + len(indices)], captured.rows(self.scored)
+            finally:
+                captured.close()
+            start += len(indices)
+            self.advance(len(indices))
+
+    def _losses_of(self, indices: Tensor, batch: Any) -> PerSampleLosses:
+        part = self.losses_of(batch)
+        if len(part.losses) != len(indices):
+            raise ValueError(
+                f"{len(indices)} samples of the data set gave {len(part.losses)} losses: expected "
+                "a collate_fn that keeps every sample, and a criterion with one loss for each"
+            )
+        return part
+
+
+def check_finite(values: Tensor, what: str, samples: Tensor) -> None:
+    """Raise a FloatingPointError that names the samples whose value is not finite."""
+    broken = (~values.isfinite()).nonzero().flatten().tolist()
+    if broken:
+        named = ", ".join(str(int(samples[i])) for i in broken[:10])
+        more = ", ..." if len(broken) > 10 else ""
+        raise FloatingPointError(
+            f"the {what} of {len(broken)} samples are not finite (dataset indices {named}{more}): "
+            "no weights were made; look at these samples, or at the model's parameters"
+        )
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

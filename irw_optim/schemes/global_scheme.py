@@ -1,0 +1,294 @@
+"""GlobalScheme: renews the weights of the data set as the training goes on, and hands them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from irw_optim.local_scheme import LocalScheme
+from irw_optim.optimizer import IRWOptimizer
+from irw_optim.privacy.errors import DPGuaranteeError
+from irw_optim.record import StepRecord
+from irw_optim.schemes.global_weights import Forward, batch_losses, check_block, weigh_dataset
+from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
+from irw_optim.schemes.indexed import indexed_loader
+from irw_optim.schemes.reading import DatasetReader
+from irw_optim.schemes.resampling import ResamplingSampler
+from irw_optim.schemes.resuming import ResumableLoader
+
+USES = ("reweighting", "resampling")
+UNITS = ("epochs", "steps")
+
+
+class GlobalScheme:
+    """Trains with weights of the whole data set, renewed every ``refresh`` epochs or steps.
+
+    The loop iterates over the scheme in place of its loader, and stays as it was otherwise::
+
+        optimizer = IRWOptimizer(SGD(...), alpha=0.2, model=model, criterion=criterion)
+        scheme = GlobalScheme(optimizer, loader, refresh=50, unit="steps")
+        for epoch in range(epochs):
+            for x, y in scheme:
+                optimizer.zero_grad()
+                criterion(model(x), y).backward()
+                optimizer.step()
+
+    All options of the optimizer hold for the data set: alpha, ``center``, ``class_balance``,
+    ``mix``, ``outliers``, ``weighting``, ``score_parameters``, and ``warmup_steps`` of plain
+    averaging before the first weights are made. One renewal costs about one and a half epochs
+    of plain training (`irw_optim.schemes.global_weights`).
+
+    Args:
+        optimizer: its local scheme is replaced until `detach`.
+        loader: a plain DataLoader over a map-style data set.
+        refresh: how long weights are held, in ``unit``. Held for long, weights settle on one class
+            and flip from renewal to renewal; see ``docs/schemes.md`` for what that costs.
+        unit: ``"epochs"`` (of the loader's length, in batches) or ``"steps"`` of the optimizer.
+        use: ``"reweighting"``: batches as the loader draws them, each sample counted by its
+            weight, renormalised in the batch. ``"resampling"``: batches drawn with replacement in
+            proportion to the weights, and plain steps; the loader's sampler is not used then.
+        criterion: None takes the optimizer's.
+        forward: as of `irw_optim.schemes.global_weights`, for batches that are no pairs.
+        batch_size: as there, for the renewals.
+        outlier_block: as there.
+        progress: as there.
+        seed: of the draws, with ``use="resampling"``.
+
+    Raises:
+        DPGuaranteeError: a differentially private optimizer.
+        TypeError, ValueError: an argument that is impossible, named with what is allowed.
+
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> model, criterion = nn.Linear(2, 2), nn.CrossEntropyLoss()
+    >>> data = TensorDataset(torch.randn(40, 2), torch.randint(0, 2, (40,)))
+    >>> optimizer = IRWOptimizer(
+    ...     torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.2, model=model, criterion=criterion
+    ... )
+    >>> scheme = GlobalScheme(optimizer, DataLoader(data, batch_size=8, shuffle=True))
+    >>> for x, y in scheme:
+    ...     optimizer.zero_grad()
+    ...     criterion(model(x), y).backward()
+    ...     optimizer.step()
+    >>> int(scheme.record.worst_off.sum()), round(float(optimizer.last_step.weights.sum()), 4)
+    (8, 1.0)
+    """
+
+    def __init__(
+        self,
+        optimizer: IRWOptimizer,
+        loader: DataLoader[Any],
+        *,
+        refresh: int = 1,
+        unit: str = "epochs",
+        use: str = "reweighting",
+        criterion: nn.Module | None = None,
+        forward: Forward | None = None,
+        batch_size: int | None = None,
+        outlier_block: int = 256,
+        progress: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self._local = _local_scheme(optimizer)
+        _check_choices(refresh, unit, use)
+        check_block(outlier_block)
+        self._model, criterion = _model_and_criterion(optimizer, criterion)
+        self.optimizer = optimizer
+        self.refresh = refresh
+        self.unit = unit
+        self.outlier_block = outlier_block
+        self.progress = progress
+        self._reader = DatasetReader(loader, batch_size)
+        self._losses_of = batch_losses(self._model, criterion, forward)
+        self._sampler: ResamplingSampler | None = None
+        if use == "resampling":
+            self._sampler = _uniform_sampler(loader, self._reader.size, seed)
+        # Renewed before a batch is drawn: resampling draws it by the weights.
+        self.loader = ResumableLoader(indexed_loader(loader, self._sampler), self._renew_if_due)
+        self._held = HeldWeights(resampled=self._sampler is not None)
+        self._batches = 0
+        self._renewed_at = 0
+        optimizer.scheme = self._held
+
+    @property
+    def record(self) -> StepRecord | None:
+        """What the last renewal decided, tensors of shape (N,); None before the first one."""
+        return self._held.record
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The weights held, (N,), sum 1; None before the first renewal."""
+        return None if self.record is None else self.record.weights
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for indices, batch in self.loader:
+            self._take(indices)
+            yield batch
+
+    def select(self, indices: Tensor) -> None:
+        """Say which samples the next batch holds, for loops with a loader of their own.
+
+        ``for indices, (x, y) in loader`` over an `IndexedDataset`, with this call first. Renews
+        the weights where that is due.
+
+        Args:
+            indices: (B,) int64, of the data set.
+
+        Raises:
+            RuntimeError: the scheme draws the batches itself.
+        """
+        if self._sampler is not None:
+            raise RuntimeError(
+                'use="resampling" draws the batches itself: iterate over the scheme, or give '
+                'use="reweighting"'
+            )
+        self._renew_if_due()
+        self._take(indices)
+
+    def renew(self) -> StepRecord:
+        """Make new weights now, with the model as it is."""
+        chosen = self.optimizer.scored_parameters()
+        self._held.record = weigh_dataset(
+            self._reader,
+            self._losses_of,
+            self._model,
+            self.optimizer.engine,
+            chosen.__contains__,
+            self._local,
+            outlier_block=self.outlier_block,
+            progress=self.progress,
+        )
+        self._renewed_at = self._now()
+        if self._sampler is not None:
+            self._sampler.weights = self._held.record.weights
+        return self._held.record
+
+    def detach(self) -> None:
+        """Give the optimizer its local scheme back."""
+        if self.optimizer.scheme is self._held:
+            self.optimizer.scheme = self._local
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to resume with, exactly, also in the middle of an epoch.
+
+        Save the states of model, optimizer and random numbers with it, as for any training. The
+        batches of a broken epoch are read again up to where it stopped, and dropped.
+        """
+        record = None
+        if self.record is not None:
+            record = {f.name: getattr(self.record, f.name) for f in fields(self.record)}
+        return {
+            "record": record,
+            "batches": self._batches,
+            "renewed_at": self._renewed_at,
+            "loader": self.loader.state_dict(),
+            "sampler": None if self._sampler is None else self._sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of `state_dict`, for the same data set, loader and ``use``.
+
+        Raises:
+            ValueError: weights of another data set, or a state of the other ``use``.
+        """
+        record = state_dict["record"]
+        if record is not None:
+            check_sample_weights(record["weights"], self._reader.size)
+        if (state_dict["sampler"] is None) != (self._sampler is None):
+            raise ValueError(
+                "the state is that of a GlobalScheme with another use=: expected one with "
+                f"use={USES[self._sampler is not None]!r}"
+            )
+        if record is not None:
+            device = next(self._model.parameters()).device
+            record = {name: None if t is None else t.to(device) for name, t in record.items()}
+        self._held.record = None if record is None else StepRecord(**record)
+        self._batches = state_dict["batches"]
+        self._renewed_at = state_dict["renewed_at"]
+        self.loader.load_state_dict(state_dict["loader"])
+        if self._sampler is not None:
+            self._sampler.load_state_dict(state_dict["sampler"])
+
+    def _take(self, indices: Tensor) -> None:
+        self._batches += 1
+        self._held.indices = indices
+
+    def _now(self) -> int:
+        return self.optimizer.steps if self.unit == "steps" else self._batches
+
+    def _renew_if_due(self) -> None:
+        if self.optimizer.steps < self.optimizer.warmup_steps:
+            return
+        held_for = self.refresh if self.unit == "steps" else self.refresh * len(self.loader)
+        if self.record is None or self._now() - self._renewed_at >= held_for:
+            self.renew()
+
+
+def _local_scheme(optimizer: object) -> LocalScheme:
+    if "DPOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:
+        raise DPGuaranteeError(
+            f"optimizer is an Opacus {type(optimizer).__name__}: weights of a whole data set "
+            "depend on every sample and would void its guarantee; use "
+            "irw_optim.privacy.IRWPrivacyEngine().make_private(..., irw=IRWDPConfig()) instead"
+        )
+    if not isinstance(optimizer, IRWOptimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r}: expected an IRWOptimizer(..., model=model, criterion=...)"
+        )
+    if not isinstance(optimizer.scheme, LocalScheme):
+        raise ValueError(
+            "optimizer has a GlobalScheme already: call detach() on that one, or keep it"
+        )
+    if optimizer.accumulation_steps != 1:
+        raise ValueError(
+            f"optimizer has accumulation_steps={optimizer.accumulation_steps}: held weights are "
+            "renormalised in each backward pass; use accumulation_steps=1, which adds the passes up"
+        )
+    return optimizer.scheme
+
+
+def _model_and_criterion(
+    optimizer: IRWOptimizer, criterion: nn.Module | None
+) -> tuple[nn.Module, nn.Module]:
+    model = optimizer.engine.model
+    if model is None:
+        raise ValueError(
+            "optimizer has no model: expected IRWOptimizer(..., model=model), whose gradients "
+            "the weights are made of"
+        )
+    criterion = criterion or optimizer.criterion
+    if criterion is None:
+        raise ValueError(
+            "criterion=None and the optimizer has none: give the one that the losses come from, "
+            "for example GlobalScheme(..., criterion=torch.nn.CrossEntropyLoss())"
+        )
+    return model, criterion
+
+
+def _check_choices(refresh: object, unit: object, use: object) -> None:
+    if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+        raise ValueError(f"refresh={refresh!r}: expected a whole number >= 1 of epochs or steps")
+    for name, value, allowed in (("unit", unit, UNITS), ("use", use, USES)):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+
+
+def _uniform_sampler(loader: DataLoader[Any], size: int, seed: int) -> ResamplingSampler:
+    """Draws evenly until the first weights are there; a process draws its share."""
+    given = loader.sampler
+    return ResamplingSampler(
+        torch.ones(size),
+        generator=torch.Generator().manual_seed(seed),
+        rank=getattr(given, "rank", 0),
+        world_size=getattr(given, "num_replicas", 1),
+    )

@@ -1,0 +1,255 @@
+"""Weights of a whole data set, in the memory of one batch and one gradient.
+
+The local scheme on a single batch of all N samples, whose per-sample gradients are run again
+whenever they are asked for::
+
+    losses = G.losses()                          # pass 1: forward
+    S      = worst_off(losses, alpha)
+    g_S    = G.combine(S)                        # pass 2: over the members of S alone
+    s      = G.dot(g_S)                          # pass 3: forward, and backward to the layers
+    w      = s.clamp(min=0) / s.clamp(min=0).sum()
+
+In units where forward, gradients of outputs and gradients of weights cost 1 each, that is
+1 + 3 alpha + 3, against 3 for an epoch of plain training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
+from irw_optim.gradients.engine import ENGINES, Engine
+from irw_optim.local_scheme import LocalScheme
+from irw_optim.outliers import OutlierFilter
+from irw_optim.ranges import check_alpha, check_options
+from irw_optim.record import StepRecord
+from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
+from irw_optim.schemes.progress import progress_bar
+from irw_optim.schemes.reading import DatasetReader, to_device
+from irw_optim.schemes.undisturbed import undisturbed
+from irw_optim.selection import ScoreParameters, select_parameters
+from irw_optim.weighting import Alignment, worst_off_count
+
+Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
+"""``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""
+
+
+def global_weights(
+    model: nn.Module,
+    criterion: nn.Module,
+    loader: DataLoader[Any],
+    alpha: float,
+    outliers: OutlierFilter | None = None,
+    score_parameters: ScoreParameters = None,
+    progress: bool = True,
+    *,
+    center: float = 0.0,
+    class_balance: bool = False,
+    mix: float = 0.0,
+    batch_size: int | None = None,
+    outlier_block: int = 256,
+    forward: Forward | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    """IRW weights of all N samples of a data set (arXiv 2411.03068, the global scheme).
+
+    S is the worst-off alpha-fraction of the data set, and w_i is proportional to
+    max(0, <g_i, g_S>). The samples are read in the order of the data set, three times (those
+    outside of S twice), with the model in eval mode: the weights depend, to rounding, neither on
+    the loader's shuffling and sampler nor on the batch size. Mode, BatchNorm statistics, random
+    states and ``p.grad`` are as before afterwards.
+
+    Args:
+        model: gives the gradients; its parameters decide the device.
+        criterion: as of `IRWOptimizer`; a `PerSampleLoss` makes one of a function.
+        loader: over a map-style data set, with batches ``(inputs, target)`` as in
+            ``criterion(model(inputs), target)``, or any that ``forward`` understands. Random
+            augmentation in the data set differs from pass to pass: leave it out here.
+        alpha: lower bound on the share of the smallest group, in (0, 1].
+        outliers: filter in gradient space, for example `DBSCANFilter` (IRWO), in blocks.
+        score_parameters: as of `IRWOptimizer`: whose gradients make the scores.
+        progress: show a bar on a terminal, if rich is installed.
+        center: beta >= 0; above 0, pass 2 covers the whole data set.
+        class_balance: give every class of the data set the same total weight.
+        mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / N.
+        batch_size: samples at once; None takes the loader's.
+        outlier_block: samples that ``outliers`` compares with each other, at most; drawn at random
+            once, the same for every call with as many samples.
+        forward: ``forward(model, batch)`` gives the criterion's arguments, for other batches.
+        engine: as of `IRWOptimizer`.
+
+    Returns:
+        (N,) weights that sum to 1, on the model's device, in the order of the data set.
+
+    Raises:
+        TypeError: an argument of another type; an iterable data set.
+        ValueError: an option outside its range, or a loader that does not fit.
+        FloatingPointError: losses or scores that are not finite, with the samples' indices.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> model, criterion = nn.Linear(2, 2), nn.CrossEntropyLoss()
+    >>> data = TensorDataset(torch.randn(40, 2), torch.randint(0, 2, (40,)))
+    >>> shuffled = DataLoader(data, batch_size=8, shuffle=True)
+    >>> weights = global_weights(model, criterion, shuffled, alpha=0.2)
+    >>> weights.shape, round(float(weights.sum()), 4)
+    (torch.Size([40]), 1.0)
+    """
+    check_alpha(alpha)
+    check_options(center=center, mix=mix)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: expected a torch.nn.Module")
+    validate_criterion(criterion)
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}")
+    reader = DatasetReader(loader, batch_size)
+    scored = select_parameters(model, score_parameters)
+    hooked = Engine(model, engine)
+    try:
+        return weigh_dataset(
+            reader,
+            batch_losses(model, criterion, forward),
+            model,
+            hooked,
+            scored.__contains__,
+            LocalScheme(alpha, Alignment(center), outliers, class_balance, mix),
+            outlier_block=outlier_block,
+            progress=progress,
+        ).weights
+    finally:
+        hooked.remove_hooks()
+
+
+def weigh_dataset(
+    reader: DatasetReader,
+    losses_of: Callable[[Any], PerSampleLosses],
+    model: nn.Module,
+    engine: Engine,
+    scored: Callable[[Tensor], bool],
+    scheme: LocalScheme,
+    *,
+    outlier_block: int,
+    progress: bool,
+) -> StepRecord:
+    """What ``scheme`` decides for one batch of all the reader's samples; tensors of shape (N,)."""
+    check_block(outlier_block)
+    size = reader.size
+    if not size:
+        raise ValueError("loader.dataset is empty: expected at least one sample")
+    to_read = size * (1 + (scheme.outliers is not None) + scheme.needs_gradients)
+    if scheme.needs_gradients:
+        for_the_worst_off_alone = scheme.rule == Alignment(center=0.0)
+        to_read += worst_off_count(size, scheme.alpha) if for_the_worst_off_alone else size
+    with (
+        undisturbed(model),
+        progress_bar("global weights", to_read, progress) as bar,
+    ):
+        rows = DatasetGradients(reader, torch.arange(size), losses_of, engine, scored, bar)
+        everybody = rows.losses()
+        if scheme.class_balance and everybody.labels is None:
+            raise ValueError(
+                "class_balance=True needs one class label a sample, and the criterion's target "
+                "shows none: use a criterion whose target is a class, or set class_balance=False"
+            )
+        if scheme.outliers is None:
+            return _decide(scheme, everybody, rows)
+        kept = ~outliers_in_blocks(rows, scheme.outliers, outlier_block)
+        record = _decide(scheme, _some(everybody, kept), rows.of(kept))
+        return _spread_over(everybody, kept, record)
+
+
+def outliers_in_blocks(rows: DatasetGradients, outliers: OutlierFilter, block: int) -> Tensor:
+    """Ask the filter about blocks of samples, each compared with its block alone.
+
+    The blocks are drawn at random (a data set sorted by class would otherwise give blocks of one
+    class), once and for all, and of equal size up to one sample.
+
+    Returns:
+        (N,) bool, True for the samples to remove.
+    """
+    size = rows.batch_size
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    sizes = [len(piece) for piece in order.tensor_split(math.ceil(size / block))]
+    removed = torch.zeros(size, dtype=torch.bool)
+    for positions, gradients in rows.blocks(order, sizes):
+        removed[positions] = outliers(gradients.gram()).cpu()
+    if removed.all():
+        raise ValueError(
+            f"outliers={outliers!r} removed all {size} samples: expected a filter that keeps some"
+        )
+    return removed
+
+
+def batch_losses(
+    model: nn.Module, criterion: nn.Module, forward: Forward | None
+) -> Callable[[Any], PerSampleLosses]:
+    """The per-sample losses of a batch as the loader yields it."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # its own forward would wait for a backward pass of every process
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    arguments = _inputs_and_target if forward is None else forward
+
+    def losses_of(batch: Any) -> PerSampleLosses:
+        return per_sample_losses(criterion, *arguments(model, to_device(batch, device)))
+
+    return losses_of
+
+
+def check_block(outlier_block: object) -> None:
+    """Raise unless ``outlier_block`` is a whole number of samples."""
+    if isinstance(outlier_block, bool) or not isinstance(outlier_block, int) or outlier_block < 1:
+        raise ValueError(
+            f"outlier_block={outlier_block!r}: expected the number of samples that the filter "
+            "compares with each other, for example outlier_block=256"
+        )
+
+
+def _decide(scheme: LocalScheme, batch: PerSampleLosses, rows: DatasetGradients) -> StepRecord:
+    record = replace(scheme, outliers=None).decide(batch, rows)
+    check_finite(record.scores, "scores", rows.samples)
+    return record
+
+
+def _some(batch: PerSampleLosses, kept: Tensor) -> PerSampleLosses:
+    kept = kept.to(batch.losses.device)
+    labels = None if batch.labels is None else batch.labels[kept]
+    return batch._replace(losses=batch.losses[kept], labels=labels)
+
+
+def _spread_over(batch: PerSampleLosses, kept: Tensor, record: StepRecord) -> StepRecord:
+    """What was decided for the kept samples as a record of all; zero for those removed."""
+    kept = kept.to(batch.losses.device)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(kept.shape).masked_scatter(kept, values)
+
+    return StepRecord(
+        worst_off=spread(record.worst_off),
+        outliers=~kept,
+        scores=spread(record.scores),
+        weights=spread(record.weights),
+        fallback=record.fallback,
+        losses=batch.losses,
+        labels=batch.labels,
+    )
+
+
+def _inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        shape = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
+        raise TypeError(
+            f"the loader's batches are no pairs (inputs, target) but a {shape}: give "
+            'forward=lambda model, batch: (model(batch["x"]), batch["y"]), which returns the '
+            "criterion's arguments"
+        )
+    inputs, target = batch
+    return model(inputs), target

@@ -1,0 +1,122 @@
+"""Weights that were decided before the batch came: what the optimizer holds between renewals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.local_scheme import averaged_loss, averaged_record, with_known_weights
+from irw_optim.record import StepRecord
+from irw_optim.weighting import normalise
+
+
+class HeldWeights:
+    """Takes the place of an optimizer's local scheme: the weights of the batch's own samples.
+
+    Args:
+        resampled: whether the batches are drawn in proportion to the weights, so that the step is
+            a plain one.
+    """
+
+    def __init__(self, resampled: bool) -> None:
+        self.resampled = resampled
+        self.record: StepRecord | None = None
+        self.indices: Tensor | None = None
+
+    def loss(
+        self,
+        batch: PerSampleLosses,
+        engine: Engine,
+        scored: Callable[[Tensor], bool],
+        note: Callable[[StepRecord], None],
+    ) -> Tensor:
+        """The criterion's value, carrying the gradient weighted with the held weights."""
+        if self.resampled:
+            return averaged_loss(batch, note)
+        return with_known_weights(batch, self.decide(batch), note)
+
+    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None = None) -> StepRecord:
+        """The held weights of the batch's samples, renormalised to sum 1.
+
+        A batch in which nobody has a weight falls back to uniform ones, and its record says so.
+        """
+        if self.resampled:
+            return averaged_record(batch)
+        losses = batch.losses.detach()
+        record, indices = self._selected(losses)
+        weights, fallback = normalise(record.weights[indices].to(losses.device))
+        return StepRecord(
+            worst_off=record.worst_off[indices],
+            outliers=record.outliers[indices],
+            scores=record.scores[indices],
+            weights=weights,
+            fallback=fallback,
+            losses=losses,
+            labels=batch.labels,
+        )
+
+    def _selected(self, losses: Tensor) -> tuple[StepRecord, Tensor]:
+        record, indices = self.record, self.indices
+        if record is None or indices is None:
+            raise RuntimeError(
+                "the global scheme does not know which samples this batch holds: iterate over it, "
+                "for batch in scheme, or call scheme.select(indices) before the criterion"
+            )
+        if len(indices) != len(losses):
+            raise ValueError(
+                f"the batch has {len(losses)} losses but {len(indices)} indices were selected: "
+                "expected the losses of the batch that the scheme yielded last"
+            )
+        size = len(record.weights)
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+            raise IndexError(
+                f"the batch has the indices {int(indices.min())} to {int(indices.max())}, but the "
+                f"weights are those of {size} samples: they are stale or belong to another data "
+                "set; call scheme.renew()"
+            )
+        return record, indices.to(record.weights.device)
+
+
+def check_sample_weights(weights: object, size: int | None = None) -> None:
+    """Refuse weights that are not those of this data set, or not usable at all.
+
+    Args:
+        weights: expected (N,), floating point, finite, non-negative, not all 0.
+        size: N; None takes any.
+
+    Raises:
+        TypeError: no floating-point tensor.
+        ValueError: another shape or length, NaN or infinity, negative entries, all 0.
+
+    >>> import torch
+    >>> check_sample_weights(torch.tensor([0.5, 0.5]), size=3)
+    Traceback (most recent call last):
+    ...
+    ValueError: weights has 2 entries but the data set has 3 samples: they are stale or belong to \
+another data set; make new ones with global_weights(...)
+    """
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights is {kind}: expected a floating-point tensor of shape (N,)")
+    if weights.ndim != 1:
+        raise ValueError(f"weights has shape {tuple(weights.shape)}: expected (N,)")
+    renew = "make new ones with global_weights(...)"
+    if size is not None and len(weights) != size:
+        raise ValueError(
+            f"weights has {len(weights)} entries but the data set has {size} samples: they are "
+            f"stale or belong to another data set; {renew}"
+        )
+    if not weights.isfinite().all():
+        broken = (~weights.isfinite()).nonzero().flatten().tolist()
+        raise ValueError(
+            f"weights has {len(broken)} NaN or infinite entries, the first at index {broken[0]}; "
+            f"{renew}"
+        )
+    if bool((weights < 0).any()):
+        raise ValueError(f"weights has negative entries, down to {float(weights.min()):g}")
+    if not bool((weights > 0).any()):
+        raise ValueError(f"weights has no positive entry: nobody would be drawn or count; {renew}")

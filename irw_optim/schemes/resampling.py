@@ -1,0 +1,150 @@
+"""Batches drawn in proportion to the weights, so that the step itself is a plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from irw_optim.schemes.held_weights import check_sample_weights
+
+
+class ResamplingSampler(Sampler[int]):
+    """Draws dataset indices with probability proportional to their weights.
+
+    Every epoch has its own draws, set by the seed and the epoch's number alone, whatever else uses
+    random numbers. New ``weights`` count from the next index on, also in the middle of an epoch
+    (without replacement: from the next epoch on). A DataLoader with workers has up to
+    ``num_workers * prefetch_factor`` batches drawn in advance.
+
+    Args:
+        weights: (N,) non-negative, not all 0; need not sum to 1.
+        num_samples: draws an epoch, over all ranks; None takes N.
+        replacement: whether a sample may come twice. Without it, the inclusion probabilities are
+            no longer proportional to the weights, and with ``num_samples=N`` the weights only
+            order the epoch.
+        generator: gives the seed, drawn from it once; None is seed 0. All ranks need equal seeds.
+        rank: of this process, and with ``world_size`` as in DistributedSampler: rank r takes the
+            draws r, r + world_size, ... of the epoch, which is lengthened to a multiple.
+        world_size: number of processes.
+
+    Raises:
+        TypeError: weights that are no floating-point tensor.
+        ValueError: weights of another shape, NaN, negative or all 0; more draws without
+            replacement than positive weights; a rank outside the world.
+
+    >>> sampler = ResamplingSampler(torch.tensor([0.0, 3.0, 1.0]), num_samples=8)
+    >>> first, second = list(sampler), list(sampler)
+    >>> 0 in first, len(first), first == second
+    (False, 8, False)
+    >>> sampler.set_epoch(0)
+    >>> list(sampler) == first
+    True
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        num_samples: int | None = None,
+        *,
+        replacement: bool = True,
+        generator: torch.Generator | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_sample_weights(weights)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank!r}: expected 0 <= rank < world_size={world_size!r}")
+        if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
+            raise ValueError(f"num_samples={num_samples!r}: expected the draws of an epoch, >= 1")
+        asked = len(weights) if num_samples is None else num_samples
+        self.num_samples = -(-asked // world_size)
+        self.replacement = replacement
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = 0
+        if generator is not None:
+            seed = torch.empty((), dtype=torch.int64, device=generator.device)
+            self.seed = int(seed.random_(generator=generator))
+        self.epoch = 0
+        self._hold(weights)
+
+    @property
+    def weights(self) -> Tensor:
+        """(N,); set new ones of the same length at any time."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Tensor) -> None:
+        check_sample_weights(weights, len(self._weights))
+        self._hold(weights)
+
+    def __len__(self) -> int:
+        """Draws of this rank in an epoch."""
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed + self.epoch) % 2**63)
+        self.epoch += 1
+        if self.replacement:
+            return self._with_replacement(generator)
+        return self._without_replacement(generator)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iteration that of this epoch; without it, epochs count up by themselves."""
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights, the seed and the next epoch."""
+        return {"weights": self.weights, "seed": self.seed, "epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of `state_dict`; the weights must be of the same length."""
+        self.weights = state_dict["weights"]
+        self.seed = state_dict["seed"]
+        self.epoch = state_dict["epoch"]
+
+    def _hold(self, weights: Tensor) -> None:
+        if not self.replacement:
+            self._check_enough(weights)
+        self._weights = weights.detach().cpu()
+        # A mass of 0 leaves two equal entries, and the search skips the second: never drawn.
+        self._cumulative = self._weights.double().cumsum(0)
+
+    def _with_replacement(self, generator: torch.Generator) -> Iterator[int]:
+        draws = self._of_this_rank(self._uniform(generator, self.num_samples * self.world_size))
+        drawn = 0
+        while drawn < len(draws):
+            cumulative = self._cumulative
+            total = cumulative[-1]
+            # Rounding must not reach the total itself: behind it there is nobody.
+            points = (draws[drawn:] * total).clamp(max=total.nextafter(torch.zeros_like(total)))
+            for index in torch.searchsorted(cumulative, points, right=True).tolist():
+                if self._cumulative is not cumulative:  # new weights
+                    break
+                drawn += 1
+                yield index
+
+    def _without_replacement(self, generator: torch.Generator) -> Iterator[int]:
+        # The first arrivals of exponential clocks with these rates are successive draws in
+        # proportion to the weights left (Efraimidis and Spirakis 2006).
+        arrivals = -torch.log1p(-self._uniform(generator, len(self.weights))) / self._weights
+        total = self.num_samples * self.world_size
+        yield from self._of_this_rank(arrivals.argsort()[:total]).tolist()
+
+    def _uniform(self, generator: torch.Generator, number: int) -> Tensor:
+        return torch.rand(number, generator=generator, dtype=torch.float64)
+
+    def _of_this_rank(self, draws: Tensor) -> Tensor:
+        return draws[self.rank :: self.world_size]
+
+    def _check_enough(self, weights: Tensor) -> None:
+        possible, asked = int((weights > 0).sum()), self.num_samples * self.world_size
+        if asked > possible:
+            raise ValueError(
+                f"num_samples={asked} without replacement, but only {possible} weights are "
+                "positive: expected no more draws than that, or replacement=True"
+            )

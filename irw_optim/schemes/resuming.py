@@ -1,0 +1,84 @@
+"""Epochs of a DataLoader that can be broken off and gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from irw_optim.schemes.resampling import ResamplingSampler
+
+
+class ResumableLoader:
+    """Iterates over a loader; its state says how far, and what the order was drawn from.
+
+    A broken epoch is gone on with by reading its batches again up to where it stopped, and
+    dropping them. Orders drawn from torch's random numbers, or by a `ResamplingSampler`, come out
+    the same; a sampler with random numbers of its own would need a state of its own.
+
+    Args:
+        loader: any DataLoader.
+        before_batch: called before each batch is drawn, dropped ones excepted.
+    """
+
+    def __init__(self, loader: DataLoader[Any], before_batch: Callable[[], None]) -> None:
+        self.loader = loader
+        self.before_batch = before_batch
+        self.position = 0
+        self._broken = False
+        self._began_with: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self._continued() if self._broken else self._begun()
+        while self.position < len(self.loader):
+            self.before_batch()
+            batch = next(batches, None)
+            if batch is None:
+                break
+            self.position += 1
+            yield batch
+        self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches given so far, and the random states at the epoch's beginning."""
+        return {"position": self.position, "began_with": list(self._began_with)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there at the next iteration."""
+        self.position = state_dict["position"]
+        self._began_with = [state.cpu() for state in state_dict["began_with"]]
+        self._broken = self.position > 0
+
+    def _begun(self) -> Iterator[Any]:
+        self.position = 0
+        self._began_with = [torch.get_rng_state()]
+        self._began_with += [generator.get_state() for generator in self._generators()]
+        return iter(self.loader)
+
+    def _continued(self) -> Iterator[Any]:
+        self._broken = False
+        now = torch.get_rng_state()
+        shared, *own = self._began_with
+        torch.set_rng_state(shared)
+        for generator, state in zip(self._generators(), own, strict=True):
+            generator.set_state(state)
+        if isinstance(self.loader.sampler, ResamplingSampler):
+            self.loader.sampler.epoch -= 1  # it was counted when the epoch began
+        batches = iter(self.loader)
+        for _ in range(self.position):
+            next(batches)
+        torch.set_rng_state(now)  # the loop's own; the generators have moved on as they had before
+        return batches
+
+    def _generators(self) -> list[torch.Generator]:
+        """What the order may be drawn from, the global random numbers apart."""
+        loader = self.loader
+        sources = (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+        found = [getattr(source, "generator", None) for source in sources]
+        return list({id(g): g for g in found if g is not None}.values())

@@ -1,0 +1,72 @@
+"""A look at a model in training that leaves no trace on it."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import nn
+
+logger = logging.getLogger("irw_optim")
+
+_warned: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's mode and every random state are as before.
+
+    Eval mode is what makes a sample's gradient its own: with BatchNorm in train mode it would
+    depend on who else is in the batch, with dropout on the draw.
+
+    Args:
+        model: every submodule gets its own mode back, not the model's.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    >>> with undisturbed(model):
+    ...     model[0].training
+    False
+    >>> model.training, model[0].training, model[1].training
+    (True, True, False)
+    """
+    _warn_of_batch_statistics(model)
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices), _recurrent_backward_in_eval_mode(model):
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _recurrent_backward_in_eval_mode(model: nn.Module) -> Any:
+    """CuDNN has no backward for recurrent layers in eval mode; torch's own kernels have."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+
+
+def _warn_of_batch_statistics(model: nn.Module) -> None:
+    if model in _warned:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            _warned.add(model)
+            logger.warning(
+                "%s (%s) has no running statistics and normalises by the batch even in eval mode: "
+                "the weights depend on the batch size and on the order of the data set; use "
+                "track_running_stats=True",
+                name,
+                type(module).__name__,
+            )
+            return
