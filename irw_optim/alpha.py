@@ -1,0 +1,265 @@
+"""The share of the smallest group, without anybody's group: alpha from randomised response.
+
+Each person flips a coin on their own: heads, they answer with their true group, tails, with one
+drawn uniformly from all. Nobody's answer gives them away, and the shares can still be computed::
+
+    answers = randomized_response(groups, num_groups=2)  # each person by themselves
+    survey = estimate_alpha(answers, num_groups=2)
+    IRWOptimizer(..., alpha=survey.lower_bound)          # (ln 3, 0)-differentially private
+
+The scheme is Warner's (1965), with several groups that of Kairouz, Bonawitz and Ramage (2016).
+With truth probability p and m groups of shares pi_k, answer k is given with probability::
+
+    rho_k = p pi_k + (1 - p) / m          and so          pi_k = (rho_k - (1 - p) / m) / p
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+
+Groups: TypeAlias = Tensor | npt.ArrayLike
+"""Group numbers 0 ... m - 1, one a person: a tensor, an array or a list."""
+
+Vector: TypeAlias = npt.NDArray[np.float64]
+
+
+class AlphaEstimate(NamedTuple):
+    """What a survey by randomised response says of the group shares; see `estimate_alpha`.
+
+    Attributes:
+        alpha: estimated share of the smallest group, min_k of ``proportions``.
+        lower_bound: the alpha to train with: min_k pi_k is at least this, with probability
+            ``confidence``. 0 where the survey is too small to tell, or a group is empty.
+        proportions: estimated share of each group; they sum to 1.
+        intervals: for each group by itself, (low, high) that contains its share with probability
+            ``confidence`` or more.
+        confidence: of the bound, and of each interval.
+        responses: number of answers.
+    """
+
+    alpha: float
+    lower_bound: float
+    proportions: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...]
+    confidence: float
+    responses: int
+
+
+def randomized_response(
+    groups: Groups,
+    num_groups: int,
+    truth_probability: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Each person's answer: the true group with probability p, else one of the m at random.
+
+    torch's generators are made for simulation, not against an adversary. Where the promise to
+    people counts, let them flip real coins, or draw from the operating system's randomness.
+
+    Args:
+        groups: (N,) true groups, whole numbers in 0 ... ``num_groups`` - 1.
+        num_groups: m >= 2.
+        truth_probability: p in [0, 1].
+        generator: source of randomness, on the device of ``groups``; torch's own if None.
+
+    Returns:
+        (N,) int64 on the device of ``groups``.
+
+    Raises:
+        TypeError: an argument of another type, groups that are no whole numbers included.
+        ValueError: an argument outside its range, or a group that is not among the m.
+
+    >>> groups = torch.zeros(100_000, dtype=torch.int64)
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> answers = randomized_response(groups, num_groups=2, generator=generator)
+    >>> round((answers != groups).double().mean().item(), 2)  # half of them toss, half of those lie
+    0.25
+    """
+    _check_num_groups(num_groups)
+    p = _check_probability("truth_probability", truth_probability, "[0, 1]")
+    truth = _as_groups("groups", groups, num_groups)
+    # float64: at 24 bits, p would be rounded to multiples of 6e-8.
+    coin = torch.rand(len(truth), dtype=torch.float64, device=truth.device, generator=generator)
+    drawn = torch.randint(num_groups, truth.shape, device=truth.device, generator=generator)
+    return torch.where(coin < p, truth, drawn)
+
+
+def privacy_of(truth_probability: float, num_groups: int) -> float:
+    """The epsilon of one answer's (epsilon, 0)-differential privacy: ln(1 + p m / (1 - p)).
+
+    An answer has probability p + (1 - p)/m if it is true and (1 - p)/m if it is not. Between any
+    two groups a person might belong to, the probability of any answer changes at most by the
+    factor [p + (1 - p)/m] / [(1 - p)/m] = 1 + p m / (1 - p), and for some answer by just that. Who
+    is asked twice, with fresh coins, has spent it twice.
+
+    Args:
+        truth_probability: p in [0, 1].
+        num_groups: m >= 2.
+
+    Returns:
+        epsilon >= 0; 0 if nobody tells the truth, infinity if everybody does.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: an argument outside its range.
+
+    >>> round(privacy_of(0.5, num_groups=2), 6), round(math.log(3), 6)
+    (1.098612, 1.098612)
+    """
+    _check_num_groups(num_groups)
+    p = _check_probability("truth_probability", truth_probability, "[0, 1]")
+    return math.inf if p == 1 else math.log1p(p * num_groups / (1 - p))
+
+
+def estimate_alpha(
+    responses: Groups,
+    num_groups: int,
+    truth_probability: float = 0.5,
+    confidence: float = 0.95,
+) -> AlphaEstimate:
+    """The shares of the groups, and the alpha to train with, from people's randomised answers.
+
+    Proportions: with r_k the share of answer k, (r_k - (1 - p)/m) / p is an unbiased estimate of
+    pi_k. These sum to 1 but may be negative; `project_onto_simplex` mends that, at the price of a
+    bias where a share is within a few standard errors of 0. The least of several estimates is
+    biased downwards, the more so the closer the smallest groups are in size.
+
+    Intervals: the N answers are independent, so the count of answer k is Binomial(N, rho_k), and
+    Clopper and Pearson's interval contains rho_k with probability ``confidence`` at least, at every
+    N and rho_k. pi_k is increasing in rho_k, so the interval's ends go through the same formula;
+    cutting them at 0 and 1 leaves out no possible share. (If the groups of these N people are
+    themselves the population, the count varies less than a binomial one does, and the interval
+    covers more.)
+
+    Lower bound: the least of the one-sided bounds L_k at ``confidence``. No correction for several
+    groups is needed: with k* the truly smallest group, min_k L_k <= L_k*, and L_k* exceeds
+    min_k pi_k = pi_k* with probability 1 - ``confidence`` at most.
+
+    Args:
+        responses: (N,) answers, whole numbers in 0 ... ``num_groups`` - 1.
+        num_groups: m >= 2: the groups that people could answer with, also those that nobody named.
+            A group without members makes alpha 0: leave it out before people are asked.
+        truth_probability: p in (0, 1], as people were told.
+        confidence: in (0, 1).
+
+    Returns:
+        Proportions, intervals, alpha and its lower bound.
+
+    Raises:
+        TypeError: an argument of another type, answers that are no whole numbers included.
+        ValueError: an argument outside its range, no answers, or one that is not among the m.
+
+    >>> answers = [0] * 650 + [1] * 350  # of 1000 people; with p = 1/2 a quarter is chance
+    >>> survey = estimate_alpha(answers, num_groups=2)
+    >>> round(survey.alpha, 3), round(survey.lower_bound, 3)
+    (0.2, 0.15)
+    >>> [round(end, 3) for end in survey.intervals[1]]
+    [0.141, 0.261]
+    """
+    _check_num_groups(num_groups)
+    p = _check_probability("truth_probability", truth_probability, "(0, 1]")
+    confidence = _check_probability("confidence", confidence, "(0, 1)")
+    answers = _as_groups("responses", responses, num_groups)
+    if not len(answers):
+        raise ValueError("responses is empty: expected the answers of one person or more")
+
+    def share_of(rho: Vector) -> Vector:
+        shares: Vector = (rho - (1 - p) / num_groups) / p
+        return shares
+
+    counts = torch.bincount(answers, minlength=num_groups).cpu().numpy()
+    proportions = project_onto_simplex(share_of(counts / len(answers)))
+    low, high = _clopper_pearson(counts, len(answers), (1 - confidence) / 2)
+    bound, _ = _clopper_pearson(counts, len(answers), 1 - confidence)
+    intervals = share_of(np.stack([low, high], axis=1)).clip(0, 1)
+    return AlphaEstimate(
+        alpha=float(proportions.min()),
+        lower_bound=float(share_of(bound).clip(0, 1).min()),
+        proportions=tuple(proportions.tolist()),
+        intervals=tuple((start, end) for start, end in intervals.tolist()),
+        confidence=confidence,
+        responses=len(answers),
+    )
+
+
+def project_onto_simplex(point: npt.ArrayLike) -> Vector:
+    """The closest point, in Euclidean distance, of non-negative coordinates that sum to 1.
+
+    It is max(0, v - t) with the t that makes the sum 1; sorting v tells which coordinates stay
+    positive (Duchi, Shalev-Shwartz, Singer and Chandra 2008, figure 1).
+
+    Args:
+        point: (m,), finite, m >= 1.
+
+    Returns:
+        (m,) float64.
+
+    >>> project_onto_simplex([0.75, 0.75, -0.5]).tolist()
+    [0.5, 0.5, 0.0]
+    """
+    v = np.asarray(point, dtype=np.float64)
+    descending = np.sort(v)[::-1]
+    thresholds = (descending.cumsum() - 1) / np.arange(1, len(v) + 1)
+    positive = np.flatnonzero(descending > thresholds)[-1]
+    projected: Vector = (v - thresholds[positive]).clip(min=0)
+    return projected
+
+
+def _clopper_pearson(
+    counts: npt.NDArray[np.int64], total: int, tail: float
+) -> tuple[Vector, Vector]:
+    """Bounds of binomial probabilities, each of them wrong with probability ``tail`` at most."""
+    low = betaincinv(counts.clip(min=1), total - counts + 1, tail)
+    high = betaincinv(counts + 1, (total - counts).clip(min=1), 1 - tail)
+    return np.where(counts == 0, 0.0, low), np.where(counts == total, 1.0, high)
+
+
+def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:
+    expected = f"expected whole numbers 0 ... {num_groups - 1}, one a person"
+    mend = f"{name} = numpy.unique({name}, return_inverse=True)[1] numbers them"
+    try:
+        numbers = torch.as_tensor(groups)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} holds no numbers: {expected}; {mend}") from error
+    if numbers.ndim != 1:
+        raise ValueError(f"{name} has shape {tuple(numbers.shape)}: {expected}, of shape (N,)")
+    if not len(numbers):
+        return numbers.long()
+    if numbers.is_floating_point() or numbers.is_complex():
+        raise TypeError(f"{name} has dtype {numbers.dtype}: {expected}; {mend}")
+    numbers = numbers.long()
+    outside = (numbers < 0) | (numbers >= num_groups)
+    if outside.any():
+        first = int(outside.nonzero()[0])
+        raise ValueError(
+            f"{name}[{first}]={int(numbers[first])} is none of num_groups={num_groups}: {expected}"
+        )
+    return numbers
+
+
+def _check_num_groups(num_groups: object) -> None:
+    message = f"num_groups={num_groups!r}: expected a whole number >= 2"
+    if isinstance(num_groups, bool) or not isinstance(num_groups, Integral):
+        raise TypeError(message)
+    if int(num_groups) < 2:
+        raise ValueError(message)
+
+
+def _check_probability(name: str, value: object, allowed: str) -> float:
+    message = f"{name}={value!r}: expected a number in {allowed}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(message)
+    number = float(value)
+    too_low = number < 0 or (number == 0 and allowed[0] == "(")
+    too_high = number > 1 or (number == 1 and allowed[-1] == ")")
+    if too_low or too_high or math.isnan(number):
+        raise ValueError(message)
+    return number
