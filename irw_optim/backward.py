@@ -97,8 +97,14 @@ class _DeferredLoss(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward(create_graph=True) was called on a weighted loss: its gradient cannot be "
+                "differentiated again, since the weights are constants of the step; leave "
+                "create_graph out (optimizers that need curvature, such as AdaHessian and SophiaH, "
+                "cannot be inside IRWOptimizer)"
+            )
         return None, None, *ctx.plan.gradients(upstream)
 
 
