@@ -9,6 +9,7 @@ a nested backward pass, from the losses to the layers, gives the engine what it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -77,9 +78,8 @@ class _Pass:
             )
         batch = self.batch
         keep_graph = graph_is_kept()
-        device = upstream.device.type
         try:
-            with torch.autocast(device_type=device, enabled=False):
+            with without_autocast(upstream.device.type):
                 shared = keep_graph or walked_by_this_backward(batch)
                 batch.start(seed_of(upstream), shared)
                 weights = self.weigh(lambda: batch.rows(self.scored))
@@ -114,7 +114,16 @@ def seed_of(upstream: Tensor) -> Tensor:
     A factor on the loss (a gradient scaler's, 1/accumulation steps) rides along, since half
     precision may need it, and leaves the weights alone; 0 would take the weights with it.
     """
+    if upstream.device.type == "cpu":  # looking at it waits for nothing there
+        return upstream if upstream.item() else torch.ones_like(upstream)
     return torch.where(upstream == 0, torch.ones_like(upstream), upstream)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Products are taken in the precision that the tensors have, or better."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def graph_is_kept() -> bool:

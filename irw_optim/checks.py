@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from irw_optim.criterion import validate_criterion
 from irw_optim.gradients.engine import ENGINES
 from irw_optim.privacy.errors import DPGuaranteeError
-from irw_optim.weighting import check_alpha, check_options
+from irw_optim.ranges import check_alpha, check_options
 
 WEIGHTINGS = ("irw", "cvar", "uniform")
 

@@ -25,9 +25,10 @@ from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.local_scheme import LocalScheme, Scheme, averaged_loss
 from irw_optim.outliers import OutlierFilter
 from irw_optim.progress import Progress
+from irw_optim.ranges import check_losses
 from irw_optim.record import StepRecord
 from irw_optim.selection import ScoreParameters, select_parameters
-from irw_optim.weighting import Alignment, Equality, Membership, ScoreRule, check_losses
+from irw_optim.weighting import Alignment, Equality, Membership, ScoreRule
 from irw_optim.wrapping import OptimizerWrapper, fires_own_hooks
 
 logger = logging.getLogger("irw_optim")

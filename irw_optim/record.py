@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from torch import Tensor
 
@@ -34,6 +35,8 @@ class StepRecord(Weights):
     @property
     def broken_samples(self) -> list[int]:
         """Samples whose loss is not finite, or failing that, whose score is not."""
+        if isfinite(float(self.losses.sum() + self.scores.sum())):
+            return []
         for values in (self.losses, self.scores):
             if not bool(values.isfinite().all()):
                 return [int(i) for i in (~values.isfinite()).nonzero().flatten()]

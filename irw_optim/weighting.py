@@ -22,29 +22,16 @@ import torch
 from torch import Tensor
 
 from irw_optim.gradients.materialized import MaterializedGradients
-from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.protocol import PerSampleGradients, align
 from irw_optim.outliers import OutlierFilter
+from irw_optim.ranges import check_alpha, check_labels, check_losses, check_options
 
 ScoreRule = Callable[[Tensor, PerSampleGradients, Tensor], Tensor]
 """``rule(losses, gradients, worst_off) -> scores``, all vectors of shape (B,)."""
 
 
-def check_alpha(alpha: object) -> float:
-    """Return ``alpha`` as a float, or raise a ValueError that says what is allowed.
-
-    >>> check_alpha(0.2)
-    0.2
-    """
-    allowed = "a number in (0, 1], a lower bound on the share of the smallest group"
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise TypeError(f"alpha={alpha!r}: expected {allowed}, for example alpha=0.2")
-    if not 0.0 < alpha <= 1.0:  # false for NaN too
-        raise ValueError(f"alpha={alpha!r}: expected {allowed}, for example alpha=0.2")
-    return float(alpha)
-
-
 def worst_off_count(size: int, alpha: float) -> int:
-    """k = max(1, ceil(alpha * size)), where a product that is exact is not rounded up.
+    """The size of S: max(1, ceil(alpha * size)), where an exact product is not rounded up.
 
     ``math.ceil(0.07 * 100)`` is 8 in floating point; the share meant is 7.
 
@@ -147,8 +134,9 @@ class Alignment:
         return members - self.center * (members.sum() / batch.sum()) * batch
 
     def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
+        """Scores of a batch, (B,)."""
         coefficients = self.coefficients(worst_off, None, losses.dtype)
-        return gradients.dot(gradients.combine(coefficients))
+        return align(gradients, coefficients)
 
 
 @dataclass(frozen=True)
@@ -158,6 +146,7 @@ class Membership:
     needs_gradients = False
 
     def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
+        """Scores of a batch, (B,)."""
         return worst_off.to(losses.dtype)
 
 
@@ -168,6 +157,7 @@ class Equality:
     needs_gradients = False
 
     def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
+        """Scores of a batch, (B,)."""
         return torch.ones_like(losses)
 
 
@@ -211,7 +201,7 @@ def weigh(
         kept = None
     else:
         gram = gradients.gram()
-        removed = outliers(gram)
+        removed = _outliers_in(gram, outliers)
         kept = ~removed
         worst = torch.zeros_like(removed)
         worst[kept] = _worst_off(losses[kept], alpha)
@@ -243,7 +233,10 @@ def normalise(
     total = mass.sum()
     empty = total == 0
     if labels is None:
+        if empty.device.type == "cpu" and not empty:  # looking waits for nothing there
+            return mass / total, empty
         return torch.where(empty, uniform(mass, kept), mass / total), empty
+    check_labels(labels, len(mass))
     present = torch.ones_like(mass) if kept is None else kept.to(mass.dtype)
     classes, member = labels.unique(return_inverse=True)
     zeros = mass.new_zeros(len(classes))
@@ -261,38 +254,31 @@ def uniform(like: Tensor, kept: Tensor | None = None) -> Tensor:
     return kept.to(like.dtype) / kept.sum()
 
 
-def check_losses(losses: object) -> None:
-    """Raise unless ``losses`` is a vector of floating-point numbers."""
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"losses={losses!r}: expected a tensor of shape (B,), one loss a sample")
-    if losses.ndim != 1:
-        raise ValueError(
-            f"losses has shape {tuple(losses.shape)}: expected (B,), one loss a sample; "
-            'for example F.cross_entropy(output, target, reduction="none")'
-        )
-    if not losses.is_floating_point():
-        raise TypeError(f"losses has dtype {losses.dtype}: expected a floating-point dtype")
-
-
-def check_options(*, center: object = 0.0, mix: object = 0.0, warmup_steps: object = 0) -> None:
-    """Raise for options of `IRWOptimizer` and `irw_weights` outside their ranges."""
-    for name, value, low, high, meaning in (
-        ("center", center, 0.0, math.inf, "0 is the paper's rule, 1 what we recommend to try"),
-        ("mix", mix, 0.0, 1.0, "the share of plain averaging in the weights"),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}={value!r}: expected a number ({meaning})")
-        if not low <= value <= high or math.isinf(value):
-            bounds = f"[{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-            raise ValueError(f"{name}={value!r}: expected a number in {bounds} ({meaning})")
-    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
-        raise TypeError(f"warmup_steps={warmup_steps!r}: expected a whole number of steps")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps={warmup_steps!r}: expected 0 or more steps")
-
-
 def _worst_off(losses: Tensor, alpha: float) -> Tensor:
-    order = losses.detach().sort(descending=True, stable=True).indices
+    count = worst_off_count(losses.shape[0], alpha)
+    worst_first = losses.detach().argsort(descending=True, stable=True)
     mask = torch.zeros_like(losses, dtype=torch.bool)
-    mask[order[: worst_off_count(len(losses), alpha)]] = True
-    return mask
+    return mask.index_fill_(0, worst_first[:count], True)
+
+
+def _outliers_in(gram: Tensor, outliers: OutlierFilter) -> Tensor:
+    """What the filter removes; nobody where it removed everybody or where G is not finite.
+
+    Scores of what is not finite are not finite either, and whoever steps on them decides.
+    """
+    nobody = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+    if not gram.isfinite().all():
+        return nobody
+    removed = outliers(gram)
+    if not isinstance(removed, Tensor) or removed.dtype != torch.bool:
+        found = removed.dtype if isinstance(removed, Tensor) else type(removed).__name__
+        raise TypeError(
+            f"the outlier filter returned {found}: expected a bool mask of shape ({len(gram)},), "
+            "True for the samples to remove"
+        )
+    if removed.shape != nobody.shape:
+        raise ValueError(
+            f"the outlier filter returned shape {tuple(removed.shape)}: expected a bool mask of "
+            f"shape ({len(gram)},), True for the samples to remove"
+        )
+    return nobody if removed.all() else removed

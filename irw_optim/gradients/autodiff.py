@@ -50,18 +50,15 @@ class AutodiffGradients:
     def dot(self, direction: Direction) -> Tensor:
         if not self.known.get("row_by_row"):
             try:
-                return self._dot_by_double_backward(direction)
+                scores = self._dot_by_double_backward(direction)
             except RuntimeError as error:
                 if not _lacks_double_backward(error):
                     raise
-                self.known["row_by_row"] = True
-                logger.warning(
-                    "an operation of this model has no double backward (%s): scores are taken "
-                    "one backward pass a sample from now on. score_parameters= (the last layer, "
-                    "say), or attention under sdpa_kernel(SDPBackend.MATH), avoids this",
-                    str(error).splitlines()[0],
-                )
-        self._linear_map = None
+                self._go_row_by_row(str(error).splitlines()[0])
+            else:
+                if self._adds_up(scores, direction):
+                    return scores
+                self._go_row_by_row("its derivative misses terms, without an error")
         rows = (self._row(i) for i in range(self.batch_size))
         return torch.stack([_inner(row, direction) for row in rows])
 
@@ -70,26 +67,50 @@ class AutodiffGradients:
         return blocked_gram(self.batch_size, numbers, self.rows)
 
     def _dot_by_double_backward(self, direction: Direction) -> Tensor:
-        if self._linear_map is None:
-            self.combine(torch.ones_like(self.losses))
-        assert self._linear_map is not None
-        u, combined = self._linear_map
-        outputs = [
-            combined[p] for p in self.parameters if p in direction and combined[p].requires_grad
-        ]
-        along = [
-            direction[p] for p in self.parameters if p in direction and combined[p].requires_grad
-        ]
+        u, combined = self._linear()
+        pairs = [(combined[p], v) for p, v in direction.items() if p in combined]
+        outputs = [(g, v) for g, v in pairs if g.requires_grad]
         if not outputs:
-            return torch.zeros_like(u)
+            return widened(torch.zeros_like(u))
         (scores,) = torch.autograd.grad(
-            outputs,
+            [g for g, _ in outputs],
             u,
-            [v.to(g.dtype) for v, g in zip(along, outputs, strict=True)],
+            [v.to(g.dtype) for g, v in outputs],
             retain_graph=True,
             allow_unused=True,
         )
         return widened(torch.zeros_like(u) if scores is None else scores)
+
+    def _adds_up(self, scores: Tensor, direction: Direction) -> bool:
+        """Whether u^T (G v) = (G^T u)^T v.
+
+        Some operations hide that they have no double backward: the graph just ends there, or is
+        wrong, and nothing raises. Both sides are at hand, so every step can afford to look.
+        """
+        u, combined = self._linear()
+        terms = u.detach() * scores
+        expected = _inner({p: g.detach() for p, g in combined.items()}, direction)
+        if not bool(expected.isfinite()):
+            return True  # not finite either way, which is for the step to say
+        tolerance = 1e-6 if terms.dtype == torch.float64 else 1e-2
+        return bool((terms.sum() - expected).abs() <= tolerance * terms.abs().sum() + 1e-30)
+
+    def _go_row_by_row(self, reason: str) -> None:
+        self.known["row_by_row"] = True
+        self._linear_map = None
+        logger.warning(
+            "an operation of this model has no double backward (%s): scores are taken one "
+            "backward pass a sample from now on, exact but slow. score_parameters= (the last "
+            "layer, say), or attention under sdpa_kernel(SDPBackend.MATH), avoids this",
+            reason,
+        )
+
+    def _linear(self) -> tuple[Tensor, dict[Tensor, Tensor]]:
+        """The vector u and G^T u with its graph; any u does, since the map is linear."""
+        if self._linear_map is None:
+            self.combine(torch.ones_like(self.losses))
+        assert self._linear_map is not None
+        return self._linear_map
 
     def _backward(self, weights: Tensor, create_graph: bool = False) -> dict[Tensor, Tensor]:
         with torch.enable_grad():
@@ -102,7 +123,7 @@ class AutodiffGradients:
                 allow_unused=True,
             )
         return {
-            p: torch.zeros_like(p) if g is None else g
+            p: torch.zeros_like(p) if g is None else g.to_dense()
             for p, g in zip(self.parameters, gradients, strict=True)
         }
 

@@ -49,7 +49,7 @@ def hook_layers(model: nn.Module) -> list[RemovableHandle]:
     """Attach the recording hooks in place; remove them with the handles returned."""
     handles = []
     for module in model.modules():
-        if rule_of(type(module)) is not None:
+        if rule_of(module) is not None:
             handles.append(
                 module.register_forward_hook(_record_layer, with_kwargs=True, prepend=True)
             )
@@ -105,7 +105,7 @@ def _notes(node: Node) -> dict[Any, Any]:
 
 def _record_layer(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
     if output.grad_fn is not None:
-        rule = rule_of(type(module))
+        rule = rule_of(module)
         assert rule is not None
         record(rule(module, *args, **kwargs), output)
 

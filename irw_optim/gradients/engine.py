@@ -57,22 +57,21 @@ class Engine:
 
     def covering(self, graph: Graph, batch_size: int) -> Covering:
         """What is known of graphs with these layers and leaves."""
-        inside: set[Tensor] = set()
-        outside: set[Tensor] = set()
-        for call, _, shape in graph.sites:
-            found = call.find_batch(batch_size, shape)
-            (inside if found else outside).update(call.parameters.values())
-        covered = inside - outside
-        key = (frozenset(map(id, covered)), frozenset(map(id, graph.leaves)))
-        if key not in self.coverings:
-            self.coverings[key] = Covering(covered.intersection(graph.leaves))
-            self._report(self.coverings[key], graph.leaves)
-        return self.coverings[key]
+        found = [call.find_batch(batch_size, shape) for call, _, shape in graph.sites]
+        key = (
+            *found,
+            *[id(p) for call, _, _ in graph.sites for p in call.parameters.values()],
+            *map(id, graph.leaves),
+        )
+        covering = self.coverings.get(key)
+        if covering is None:
+            covering = self.coverings[key] = _what_is_covered(graph, found)
+            self._report(covering, graph.leaves)
+        return covering
 
     def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:
         """Stop using the ghost products for parameters on which autograd disagrees."""
-        covering.covered -= wrong.keys()
-        covering.unproven -= wrong.keys()
+        covering.lose(wrong)
         worst = max(wrong.values())
         reason = (
             f"the ghost products differ from autograd by up to {worst:.2g} of the gradient for "
@@ -119,17 +118,40 @@ class Engine:
 
 
 class Covering:
-    """Which parameters the ghost products cover, and which of those still await proof."""
+    """Which parameters the ghost products cover, and which of those still await proof.
 
-    def __init__(self, covered: set[Tensor]) -> None:
+    Args:
+        covered: the parameters that only layers with a rule read.
+        whole: whether those are all there is: nothing is left for autograd.
+    """
+
+    def __init__(self, covered: set[Tensor], whole: bool) -> None:
         self.covered = covered
         self.unproven = set(covered)
+        self.whole = whole
         self.uses = 0
 
     def check_is_due(self) -> bool:
         """At uses 1, 2, 4, 8, ... while a covered parameter has shown no gradient yet."""
         self.uses += 1
         return bool(self.unproven) and self.uses & (self.uses - 1) == 0
+
+    def lose(self, parameters: Iterable[Tensor]) -> None:
+        """Leave these parameters to autograd from now on."""
+        self.covered.difference_update(parameters)
+        self.unproven.difference_update(parameters)
+        self.whole = False
+
+
+def _what_is_covered(graph: Graph, found: list[bool]) -> Covering:
+    inside: set[Tensor] = set()
+    outside: set[Tensor] = set()
+    for (call, _, _), has_batch in zip(graph.sites, found, strict=True):
+        (inside if has_batch else outside).update(call.parameters.values())
+    covered = inside.difference(outside).intersection(graph.leaves)
+    whole = covered.issuperset(inside | outside | set(graph.leaves))
+    sparse = any(call.needs_autograd_combine for call, _, _ in graph.sites)
+    return Covering(covered, whole and not sparse)
 
 
 class LossGradients:
@@ -158,40 +180,41 @@ class LossGradients:
             seed: 0-dim, not zero; the scale that the losses carry into half precision.
             keep_graph: whether somebody else will still walk the graph.
         """
-        engine, graph = self.engine, self.graph
-        covering = engine.covering(graph, len(self.losses))
-        sites = [
-            s for s in graph.sites if not covering.covered.isdisjoint(s.call.parameters.values())
-        ]
-        if not sites:
+        graph = self.graph
+        covering = self.engine.covering(graph, self.losses.shape[0])
+        if not covering.covered:
             return
-        check = covering.check_is_due()
-        self.rest = [p for p in self.leaves if p not in covering.covered]
-        sparse = {
-            p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()
-        }
-        retain = keep_graph or bool(self.rest) or bool(sparse) or check or bool(self.sharing)
-        ghost = ghost_gradients(self.losses, sites, seed, retain_graph=retain)
+        check = bool(len(self.losses)) and covering.check_is_due()
+        if covering.whole and not check:
+            self.rest = self.finished_by_autograd = []
+            retain = keep_graph or bool(self.sharing)
+            self.ghost = ghost_gradients(self.losses, graph.sites, seed, retain_graph=retain)
+            return
+        covered = covering.covered
+        sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
+        ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True)
         if check:
-            parameters = [p for p in self.leaves if p in covering.covered]
+            parameters = [p for p in self.leaves if p in covered]
             wrong, proven = compare_with_autograd(self.losses, ghost, parameters)
             covering.unproven -= proven
             if wrong:
-                engine.reject(covering, wrong)
-                self.rest = [p for p in self.leaves if p not in covering.covered]
-        self.ghost = ghost.restricted_to(covering.covered)
-        self.finished_by_autograd = [
-            p for p in self.leaves if p not in covering.covered or p in sparse
-        ]
+                self.engine.reject(covering, wrong)
+        sparse = {
+            p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()
+        }
+        self.rest = [p for p in self.leaves if p not in covered]
+        self.finished_by_autograd = [p for p in self.leaves if p not in covered or p in sparse]
+        self.ghost = ghost.restricted_to(covered)
 
     def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
         """G with the columns of the chosen parameters."""
+        if self.ghost is not None and not self.rest and all(map(parameters, self.leaves)):
+            return self.ghost
         parts: list[PerSampleGradients] = []
-        rest = [p for p in self.rest if parameters(p)]
+        chosen = {p for p in self.leaves if parameters(p)}
+        rest = [p for p in self.rest if p in chosen]
         if self.ghost is not None:
-            part = self.ghost.restricted_to(
-                p for call in self.ghost.calls for p in call.parameters.values() if parameters(p)
-            )
+            part = self.ghost.restricted_to(chosen)
             if part.calls:
                 parts.append(part)
         if rest:
@@ -213,8 +236,10 @@ class LossGradients:
         total: dict[Tensor, Tensor] = {}
         rest = self.finished_by_autograd
         if self.ghost is not None:
-            others = set(self.leaves).difference(rest)
-            total = self.ghost.restricted_to(others).combine(weights)
+            covered = self.ghost
+            if rest:
+                covered = covered.restricted_to(set(self.leaves).difference(rest))
+            total = covered.combine(weights)
         if rest:
             gradients = torch.autograd.grad(
                 self.losses,
@@ -224,7 +249,7 @@ class LossGradients:
                 allow_unused=True,
             )
             total.update((p, g) for p, g in zip(rest, gradients, strict=True) if g is not None)
-        return [total[p].to(p.dtype) if p in total else None for p in self.leaves]
+        return [None if (g := total.get(p)) is None else g.to(p.dtype) for p in self.leaves]
 
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""

@@ -6,14 +6,14 @@ b, and no ordinary weight gradient is formed on the way; `layers` has the produc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from copy import copy
 
 import torch
 from torch import Tensor
 
 from irw_optim.gradients.capture import CallSite
-from irw_optim.gradients.layers import LayerCall
+from irw_optim.gradients.layers import LayerCall, RowWeights
 from irw_optim.gradients.layers._call import gram_of_rows
 from irw_optim.gradients.protocol import Direction
 
@@ -31,38 +31,50 @@ class GhostGradients:
         self.calls = calls
         self.batch_size = batch_size
         self.seed = seed
+        self._factor = _as_factor(seed)
 
-    def restricted_to(self, parameters: Iterable[Tensor]) -> GhostGradients:
+    def restricted_to(self, parameters: Container[Tensor]) -> GhostGradients:
         """The same rows with the columns of these parameters alone; caches are shared."""
-        chosen = set(parameters)
-        calls = [
-            call if chosen.issuperset(call.parameters.values()) else _with_roles(call, chosen)
-            for call in self.calls
-            if not chosen.isdisjoint(call.parameters.values())
-        ]
-        return GhostGradients(calls, self.batch_size, self.seed)
+        calls = [_with_roles(call, parameters) for call in self.calls]
+        return GhostGradients(
+            [call for call in calls if call.parameters], self.batch_size, self.seed
+        )
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        weights = weights / self.seed
+        rows = RowWeights(self._unseeded(weights))
         total: dict[Tensor, Tensor] = {}
         for call in self.calls:
-            for parameter, part in call.combine(weights).items():
-                total[parameter] = total[parameter] + part if parameter in total else part
+            for parameter, part in call.combine(rows).items():
+                before = total.get(parameter)
+                total[parameter] = part if before is None else before + part
         return total
 
     def dot(self, direction: Direction) -> Tensor:
-        products = [call.dot(direction) for call in self.calls]
-        total = products[0]
-        for product in products[1:]:
-            total = total + product
-        return total / self.seed
+        return self._unseeded(_sum(call.dot(direction) for call in self.calls))
+
+    def align(self, coefficients: Tensor) -> Tensor:
+        """G (G^T c), shape (B,): for small batches there are ways that are shorter than g_S."""
+        rows = RowWeights(self._unseeded(coefficients))
+        alone: list[LayerCall] = []
+        meeting: list[LayerCall] = []
+        for group in _sharing_parameters(self.calls):
+            (alone if len(group) == 1 else meeting).extend(group)
+        products = [call.align(rows) for call in alone]
+        if meeting:
+            part = GhostGradients(meeting, self.batch_size, self.seed)
+            combined = part.combine(coefficients)
+            products += [call.dot(combined) for call in meeting]
+        return self._unseeded(_sum(products))
 
     def gram(self) -> Tensor:
-        products = [
+        gram = _sum(
             group[0].gram() if len(group) == 1 else gram_of_rows(group)
             for group in _sharing_parameters(self.calls)
-        ]
-        return sum(products[1:], start=products[0]) / self.seed**2
+        )
+        return self._unseeded(self._unseeded(gram))
+
+    def _unseeded(self, values: Tensor) -> Tensor:
+        return values if self._factor is None else values / self._factor
 
 
 def ghost_gradients(
@@ -108,14 +120,33 @@ def check_inputs(calls: Iterable[LayerCall]) -> None:
             )
 
 
-def _with_roles(call: LayerCall, chosen: set[Tensor]) -> LayerCall:
+def _as_factor(seed: Tensor) -> Tensor | None:
+    """None for 1, where looking does not wait for a device: most steps are spared the divisions."""
+    return None if seed.device.type == "cpu" and float(seed) == 1.0 else seed
+
+
+def _sum(products: Iterable[Tensor]) -> Tensor:
+    total: Tensor | None = None
+    for product in products:
+        total = product if total is None else total + product
+    assert total is not None, "rows without columns"
+    return total
+
+
+def _with_roles(call: LayerCall, chosen: Container[Tensor]) -> LayerCall:
+    kept = {role: p for role, p in call.parameters.items() if p in chosen}
+    if len(kept) == len(call.parameters):
+        return call
     part = copy(call)
-    part.parameters = {role: p for role, p in call.parameters.items() if p in chosen}
+    part.parameters = kept
     return part
 
 
 def _sharing_parameters(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:
     """Calls grouped so that no parameter is in two groups: <g_i, g_j> has no terms between."""
+    names = [id(p) for call in calls for p in call.parameters.values()]
+    if len(set(names)) == len(names):
+        return [[call] for call in calls]
     groups: list[tuple[set[Tensor], list[LayerCall]]] = []
     for call in calls:
         parameters, members = set(call.parameters.values()), [call]

@@ -49,3 +49,18 @@ class StackedGradients:
     def gram(self) -> Tensor:
         products = [part.gram() for part in self.parts]
         return sum(products[1:], start=products[0])
+
+    def align(self, coefficients: Tensor) -> Tensor:
+        products = [align(part, coefficients) for part in self.parts]
+        return sum(products[1:], start=products[0])
+
+
+def align(gradients: PerSampleGradients, coefficients: Tensor) -> Tensor:
+    """G (G^T c), shape (B,): how far each row points along the combination c of all rows.
+
+    An engine that has a shorter way than `combine` and `dot` says so with a method ``align``.
+    """
+    shorter = getattr(gradients, "align", None)
+    if shorter is not None:
+        return shorter(coefficients)  # type: ignore[no-any-return]
+    return gradients.dot(gradients.combine(coefficients))

@@ -11,7 +11,6 @@ BatchNorm in training mode mixes the samples). Add one with::
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +32,7 @@ _Rule = TypeVar("_Rule", bound=Rule)
 
 _BY_TYPE: dict[type | str, Rule] = {}
 _BY_FUNCTION: dict[Any, Rule] = {}
+_FOUND: dict[type, Rule | None] = {}  # what `rule_of` answered, since it is asked at every call
 
 
 def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
@@ -45,7 +45,7 @@ def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
     def register(rule: _Rule) -> _Rule:
         for layer in layers:
             _BY_TYPE[layer] = rule
-        rule_of.cache_clear()
+        _FOUND.clear()
         return rule
 
     return register
@@ -65,9 +65,17 @@ def function_rule(*functions: Any) -> Callable[[_Rule], _Rule]:
     return register
 
 
-@cache
-def rule_of(kind: type[nn.Module]) -> Rule | None:
-    """The rule for a type of modules: its own, or a base class's whose ``forward`` it keeps."""
+def rule_of(module: nn.Module) -> Rule | None:
+    """The rule for a module: its type's, or a base class's whose ``forward`` it keeps."""
+    if "parametrizations" in module._modules:
+        return None  # what it reads is computed from its parameters, at every access anew
+    kind = type(module)
+    if kind not in _FOUND:
+        _FOUND[kind] = _find_rule(kind)
+    return _FOUND[kind]
+
+
+def _find_rule(kind: type[nn.Module]) -> Rule | None:
     for base in kind.__mro__:
         rule = _BY_TYPE.get(base) or _BY_TYPE.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:

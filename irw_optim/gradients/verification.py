@@ -46,9 +46,9 @@ def compare_with_autograd(
     for probe in probes:
         truth = torch.autograd.grad(losses, parameters, probe, retain_graph=True, allow_unused=True)
         claim = gradients.combine(probe)
-        total = sum((float(t.float().square().sum()) for t in truth if t is not None), 0.0) ** 0.5
+        total = sum((float(t.to_dense().norm()) ** 2 for t in truth if t is not None), 0.0) ** 0.5
         for parameter, t in zip(parameters, truth, strict=True):
-            t = torch.zeros_like(parameter) if t is None else t
+            t = torch.zeros_like(parameter) if t is None else t.to_dense()
             c = claim.get(parameter)
             difference = t if c is None else t - c
             size = float(t.float().norm())

@@ -1,6 +1,6 @@
 """One call of a layer, and its products with G: a class for each kind of layer."""
 
-from irw_optim.gradients.layers._call import LayerCall
+from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.layers._convolution import ConvolutionCall
 from irw_optim.gradients.layers._elementwise import ElementwiseCall
 from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCall
@@ -16,4 +16,5 @@ __all__ = [
     "LinearCall",
     "LinearRowsCall",
     "NormCall",
+    "RowWeights",
 ]

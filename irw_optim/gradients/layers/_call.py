@@ -11,8 +11,8 @@ be exact, the other methods are there where a kind has something cheaper.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,9 +21,35 @@ from irw_optim.gradients.layers._layout import Layout, layout_of
 from irw_optim.gradients.materialized import blocked_gram, widened
 from irw_optim.gradients.protocol import Direction
 
-GATHER_FROM = 2**16
-"""From this many input numbers on, rows of weight 0 are left out of `combine`: below it the
+GATHER_FROM = 2**17
+"""From this many numbers in a and b on, rows of weight 0 are left out of `combine`: below it the
 gather costs more than the rows."""
+
+
+class RowWeights:
+    """The weights of the B rows, and which rows have any: found once for all layers.
+
+    Args:
+        values: (B,).
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @cached_property
+    def used(self) -> Tensor | None:
+        """Indices of the rows whose weight is not 0; None where nearly all are used."""
+        used = self.values.nonzero().squeeze(1)
+        return used if len(used) < 0.8 * len(self.values) else None
+
+    def in_dtype(self, dtype: torch.dtype) -> Tensor:
+        """All weights, in the dtype of what they multiply."""
+        return self.values if self.values.dtype == dtype else self.values.to(dtype)
+
+    @cached_property
+    def used_values(self) -> Tensor:
+        """The weights of the used rows."""
+        return self.values if self.used is None else self.values.index_select(0, self.used)
 
 
 class LayerCall:
@@ -51,17 +77,17 @@ class LayerCall:
         self.parameters = {
             role: p for role, p in parameters.items() if p is not None and p.requires_grad
         }
-        self.output_gradient = self.input.new_empty(0)
+        self.output_gradient: Tensor = self.input  # until `set_output_gradient`
         self.layout: Layout | None = None
 
     def find_batch(self, batch_size: int, output_shape: torch.Size) -> bool:
         """Bring the batch to the first dimension of the input; False where it is not found."""
         if self.layout is None:
             self.layout = layout_of(self.input.shape, batch_size, self.is_sequence, self.time_major)
-            if self.layout is None or math.prod(output_shape[:1]) != len(self.input):
+            if self.layout is None or output_shape[:1] != self.input.shape[:1]:
                 return False
             self.input = self.layout(self.input)
-        return len(self.input) == batch_size
+        return self.input.shape[0] == batch_size
 
     def set_output_gradient(self, gradient: Tensor) -> None:
         """Take b; the products are defined from then on."""
@@ -80,9 +106,9 @@ class LayerCall:
         values = self.values_in(direction)
         return inner(self.b, self.apply(widened(self.input), values))
 
-    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
         """Sum of w_i g_i by parameter."""
-        return self.transpose(self.input, self.weighted_b(weights))
+        return self.transpose(self.input, scaled(self.b, weights.values))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         """The per-sample gradients of some samples: (b, *p.shape) by parameter."""
@@ -92,6 +118,10 @@ class LayerCall:
 
         blocks = torch.vmap(row)(self.input[samples], self.b[samples])
         return dict(zip(self.parameters.values(), blocks, strict=True))
+
+    def align(self, coefficients: RowWeights) -> Tensor:
+        """<g_i, sum_j c_j g_j>, shape (B,)."""
+        return self.dot(self.combine(coefficients))
 
     def gram(self) -> Tensor:
         """<g_i, g_j>, shape (B, B), a block of rows at a time."""
@@ -114,20 +144,21 @@ class LayerCall:
     def b(self) -> Tensor:
         return widened(self.output_gradient)
 
-    def weighted_b(self, weights: Tensor) -> Tensor:
-        return self.b * along_batch(weights, self.b)
-
     def values_in(self, direction: Direction) -> dict[str, Tensor]:
         return {role: direction[p] for role, p in self.parameters.items() if p in direction}
 
-    def used_rows(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def used_rows(self, weights: RowWeights) -> tuple[Tensor, Tensor]:
         """Input and weighted b of the rows that count, where leaving out the others pays."""
-        if self.input.numel() >= GATHER_FROM:
-            used = weights.nonzero().squeeze(1)
-            if len(used) < 0.8 * len(weights):
-                b = widened(self.output_gradient[used])
-                return widened(self.input[used]), b * along_batch(weights[used], b)
-        return widened(self.input), self.weighted_b(weights)
+        a, b = self.input, self.output_gradient
+        values = weights.values
+        if a.numel() + b.numel() >= GATHER_FROM and weights.used is not None:
+            a, b = a.index_select(0, weights.used), b.index_select(0, weights.used)
+            values = weights.used_values
+        a, b = widened(a), widened(b)
+        # The factor goes where there are fewer numbers to multiply, but a bias needs it on b.
+        if a.numel() < b.numel() and "bias" not in self.parameters:
+            return scaled(a, values), b
+        return a, scaled(b, values)
 
 
 def gram_of_rows(calls: list[LayerCall]) -> Tensor:
@@ -148,12 +179,14 @@ def _summed_rows(calls: list[LayerCall], samples: slice) -> dict[Tensor, Tensor]
     return total
 
 
-def along_batch(weights: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, ..., 1) in the dtype of ``like``."""
-    return weights.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+def scaled(rows: Tensor, weights: Tensor) -> Tensor:
+    """Row i times w_i, in the dtype of the rows."""
+    if weights.dtype != rows.dtype:
+        weights = weights.to(rows.dtype)
+    return rows * weights.view(-1, *[1] * (rows.ndim - 1))
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """Row-wise inner products, shape (B,)."""
     product = left * right
-    return product.flatten(1).sum(1)
+    return product.sum(1) if product.ndim == 2 else product.flatten(1).sum(1)

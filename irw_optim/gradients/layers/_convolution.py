@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall
+from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.materialized import widened
 
 
@@ -30,7 +30,7 @@ class ConvolutionCall(LayerCall):
             return torch.zeros_like(self.b) if bias is None else bias.view(shape).expand_as(self.b)
         return torch.ops.aten.convolution(input, values["weight"], bias, *self.settings)  # type: ignore[no-any-return]
 
-    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
         return self.transpose(*self.used_rows(weights))
 
     def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall, inner
+from irw_optim.gradients.layers._call import LayerCall, RowWeights, inner
 from irw_optim.gradients.layers._gram import gram_of
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
@@ -42,8 +42,8 @@ class ElementwiseCall(LayerCall):
     def dot(self, direction: Direction) -> Tensor:
         return inner(self.b, self.apply(self.input, self.values_in(direction)))
 
-    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        return self.scatter(self.reduced().movedim(0, -1) @ weights.to(self.b.dtype))
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        return self.scatter(self.reduced().movedim(0, -1) @ weights.values.to(self.b.dtype))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         blocks = [self.scatter(row) for row in self.reduced()[samples]]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall
+from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.layers._gram import gram_of_lookups
 
 
@@ -39,12 +39,12 @@ class EmbeddingCall(LayerCall):
 
     def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
         table = b.new_zeros(self.table)
-        table = table.index_add(0, input.flatten(), b.reshape(-1, self.table[1]))
+        table = table.index_add(0, input.flatten(), b.reshape(input.numel(), self.table[1]))
         return {self.parameters["weight"]: table}
 
     def gram(self) -> Tensor:
         index = self.input.reshape(len(self.input), -1)
-        b = self.b.reshape(*index.shape, -1)
+        b = self.b.reshape(*index.shape, self.table[1])
         return gram_of_lookups(index, b)
 
 
@@ -67,5 +67,5 @@ class EmbeddingBagCall(LayerCall):
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         basis = torch.eye(len(self.b), dtype=self.b.dtype, device=self.b.device)[samples]
-        table = [self.combine(one)[self.parameters["weight"]] for one in basis]
+        table = [self.combine(RowWeights(one))[self.parameters["weight"]] for one in basis]
         return {self.parameters["weight"]: torch.stack(table)}

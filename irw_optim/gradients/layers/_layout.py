@@ -18,7 +18,7 @@ def layout_of(
 
     A guess where sizes coincide; the engine compares its products with autograd.
     """
-    if shape[:1] == (batch_size,) and not time_major:
+    if shape and shape[0] == batch_size and not time_major:
         return _as_it_is
     if not is_sequence or not shape or not batch_size:
         return None

@@ -8,10 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall
+from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.layers._gram import gram_of, gram_of_positions
 from irw_optim.gradients.materialized import MEMORY_BOUND, widened
 from irw_optim.gradients.protocol import Direction
+
+FEW_PRODUCTS = 2**18
+"""Below this many, the number of operations counts and not their size: the kernel has fewer."""
+
+KERNEL_SELECTS_FROM = 128
+"""Batch size from which the kernel is computed for the used columns alone."""
 
 
 class LinearCall(LayerCall):
@@ -39,18 +45,43 @@ class LinearCall(LayerCall):
         weight = values["weight"].T if self.transposed else values["weight"]
         return F.linear(input, weight, bias)
 
-    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
         return self.transpose(*self.used_rows(weights))
 
     def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
-        a, b = input.flatten(0, -2), b.flatten(0, -2)
+        if b.ndim > 2:
+            input, b = input.flatten(0, -2), b.flatten(0, -2)
+        a = input
         result: dict[Tensor, Tensor] = {}
-        if "weight" in self.parameters:
-            weight = a.T @ b if self.transposed else b.T @ a
-            result[self.parameters["weight"]] = weight
-        if "bias" in self.parameters:
-            result[self.parameters["bias"]] = b.sum(0)
+        for role, parameter in self.parameters.items():
+            if role == "bias":
+                result[parameter] = b.sum(0)
+            else:
+                result[parameter] = a.t().mm(b) if self.transposed else b.t().mm(a)
         return result
+
+    def align(self, coefficients: RowWeights) -> Tensor:
+        """By the kernel (A A^T + 1) o (B B^T), where that is less work than by g_S."""
+        a, b = self.input, self.output_gradient
+        if a.ndim > 2 or "weight" not in self.parameters:
+            return super().align(coefficients)
+        batch, width_in, width_out = len(a), a.shape[1], b.shape[1]
+        used = coefficients.used if batch >= KERNEL_SELECTS_FROM else None
+        chosen = batch if used is None else len(used)
+        by_kernel = batch * chosen * (width_in + width_out)
+        by_direction = (batch + chosen) * width_in * width_out
+        if by_kernel > max(by_direction, FEW_PRODUCTS):
+            return super().align(coefficients)
+        a, b = widened(a), widened(b)
+        if used is None:
+            return self.kernel(a, b, a, b).mv(coefficients.in_dtype(b.dtype))
+        a_used, b_used = a.index_select(0, used), b.index_select(0, used)
+        return self.kernel(a, b, a_used, b_used).mv(coefficients.used_values.to(b.dtype))
+
+    def kernel(self, a: Tensor, b: Tensor, a_other: Tensor, b_other: Tensor) -> Tensor:
+        """<g_i, g_j> for two sets of samples without positions: (B, B')."""
+        A, B = a.mm(a_other.t()), b.mm(b_other.t())
+        return torch.addcmul(B, A, B) if "bias" in self.parameters else A.mul_(B)
 
     def gram(self) -> Tensor:
         a, b = widened(self.input), self.b
@@ -58,7 +89,7 @@ class LinearCall(LayerCall):
             return gram_of(b.flatten(1, -2).sum(1) if b.ndim > 2 else b)
         with_bias = "bias" in self.parameters
         if a.ndim == 2:
-            return (a @ a.T + with_bias) * (b @ b.T)
+            return self.kernel(a, b, a, b)
         a, b = a.flatten(1, -2), b.flatten(1, -2)
         (batch, length, width_in), width_out = a.shape, b.shape[-1]
         by_positions = (batch * length) ** 2 * (width_in + width_out)
@@ -78,16 +109,20 @@ class LinearRowsCall(LinearCall):
     def __init__(
         self, input: Tensor, weight: Tensor, bias: Tensor | None, *, time_major: bool = False
     ) -> None:
-        whole = [None if t is None else t if t._base is None else t._base for t in (weight, bias)]
-        super().__init__(input, whole[0], whole[1], time_major=time_major)  # type: ignore[arg-type]
-        start = weight.storage_offset() // weight.stride(0)
-        self.slice = slice(start, start + len(weight))
-        self.after = len(whole[0]) - self.slice.stop  # type: ignore[arg-type]
+        slices = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        whole = {role: t if t._base is None else t._base for role, t in slices.items()}
+        super().__init__(input, whole["weight"], whole.get("bias"), time_major=time_major)
+        starts = {role: t.storage_offset() // t.stride(0) for role, t in slices.items()}
+        self.slices = {r: slice(starts[r], starts[r] + len(t)) for r, t in slices.items()}
 
     def values_in(self, direction: Direction) -> dict[str, Tensor]:
-        return {role: v[self.slice] for role, v in super().values_in(direction).items()}
+        return {r: v[self.slices[r]] for r, v in super().values_in(direction).items()}
 
     def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
-        around = {1: (self.slice.start, self.after), 2: (0, 0, self.slice.start, self.after)}
         parts = super().transpose(input, b)
-        return {p: F.pad(part, around[part.ndim]) for p, part in parts.items()}
+        return {p: self.padded(role, parts[p]) for role, p in self.parameters.items()}
+
+    def padded(self, role: str, part: Tensor) -> Tensor:
+        """The gradient of the slice among zeros for the other rows."""
+        rows, total = self.slices[role], len(self.parameters[role])
+        return F.pad(part, (*[0, 0] * (part.ndim - 1), rows.start, total - rows.stop))

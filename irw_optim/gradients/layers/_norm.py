@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall
+from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.materialized import as_matrix, widened
 from irw_optim.gradients.protocol import Direction
 
@@ -55,7 +55,6 @@ class NormCall(LayerCall):
                 total = total + as_matrix(g) @ direction[p].flatten()
         return total
 
-    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        return {
-            p: (weights.to(g.dtype) @ as_matrix(g)).view(p.shape) for p, g in self.rows().items()
-        }
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        w = weights.values
+        return {p: (w.to(g.dtype) @ as_matrix(g)).view(p.shape) for p, g in self.rows().items()}
