@@ -11,7 +11,7 @@ else's weight. Here a sample is weighed by itself and by what earlier noisy step
 
     config      the public parameters           mechanism   the formulas, pure
     optimizer   the state of a training         engine      the wiring
-    refusals    what would void the guarantee   losses, rows   how a batch gets in
+    refusals    what would void the guarantee   pending, rows   how a batch gets in
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from . import refusals
 from .config import IRWDPConfig
-from .losses import check_criterion
+from .ghost import GhostBatch
 from .optimizer import IRWDPOptimizer
+from .pending import check_criterion
 
 __all__ = ["IRWPrivacyEngine"]
 
@@ -88,8 +89,10 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             poisson_sampling: must be True.
             clipping: must be "flat".
             noise_generator: source of the noise, for tests; its seed must stay secret.
-            grad_sample_mode: Opacus' way to per-sample gradients: "hooks", "functorch" or "ew".
-            wrap_model: False attaches hooks to the model instead of wrapping it.
+            grad_sample_mode: "hooks", "functorch" or "ew" are Opacus' ways to per-sample gradients;
+                "ghost" makes the same step without them, and needs `criterion`.
+            wrap_model: False attaches hooks to the model instead of wrapping it; ghost mode never
+                wraps.
             rand_on_empty: must be False.
             **unknown: refused; a misspelt argument must not give another mechanism.
 
@@ -105,13 +108,15 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         refusals.check_config(irw)
         refusals.check_optimizer(optimizer)
         refusals.check_noise_and_clipping(noise_multiplier, max_grad_norm)
-        refusals.check_clipping_mode(clipping, grad_sample_mode)
+        refusals.check_clipping_mode(clipping)
+        refusals.check_grad_sample_mode(grad_sample_mode, criterion, batch_first=batch_first)
         refusals.check_loader(
             data_loader, poisson_sampling=poisson_sampling, rand_on_empty=rand_on_empty
         )
         refusals.check_module(module, criterion)
         if criterion is not None:
             check_criterion(criterion, loss_reduction)
+        ghost = grad_sample_mode == "ghost"
         private_module, private_optimizer, private_loader = super().make_private(
             module=module,
             optimizer=optimizer,
@@ -121,15 +126,19 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             batch_first=batch_first,
             loss_reduction=loss_reduction,
             noise_generator=noise_generator,
-            grad_sample_mode=grad_sample_mode,
-            wrap_model=wrap_model,
+            grad_sample_mode="no_op" if ghost else grad_sample_mode,
+            wrap_model=wrap_model and not ghost,
             irw=irw,
         )
-        # Opacus' own guard raises in the middle of a backward pass; the optimizer's raises before
-        # the step, and by name.
-        private_module.allow_grad_accumulation()
+        if ghost:
+            private_optimizer.pending = GhostBatch(loss_reduction, module)
+            private_module = module
+        else:
+            # Opacus' own guard raises in the middle of a backward pass; the optimizer's raises
+            # before the step, and by name.
+            private_module.allow_grad_accumulation()
         if criterion is not None:
-            private_optimizer.pending_losses.follow(criterion, module)
+            private_optimizer.pending.follow(criterion, module)
         return private_module, private_optimizer, private_loader
 
     def make_private_with_epsilon(

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from . import checkpoint, refusals
 from .config import IRWDPConfig
 from .errors import DPGuaranteeError
-from .losses import PendingLosses
 from .mechanism import (
     NoiseScales,
     PublicState,
@@ -25,7 +24,8 @@ from .mechanism import (
     noise_scales,
     sample_terms,
 )
-from .rows import ClippableGradients, GradSampleRows
+from .pending import PendingBatch
+from .rows import ClippableGradients
 
 __all__ = ["IRWDPOptimizer"]
 
@@ -106,7 +106,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             secure_mode=secure_mode,
         )
         self.irw = irw
-        self.pending_losses = PendingLosses(loss_reduction)
+        self.pending = PendingBatch(loss_reduction)
         self._public_state = PublicState.initial(irw)
         self._last_release: Released | None = None
         self._logical_batch: _LogicalBatch | None = None
@@ -164,10 +164,10 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         self, closure: Callable[[], float] | None = None, *, losses: Tensor | None = None
     ) -> bool:
         """All of a step but the inner optimizer's; False while the logical batch goes on."""
-        losses = self.pending_losses.take(losses)
-        rows = self._per_sample_gradients(len(losses))
+        losses = self.pending.losses(losses)
+        rows = self.pending.rows(self.params, len(losses))
         self._accumulate(rows, self._weigh(losses, rows))
-        self.pending_losses.clear()
+        self.pending.clear()
         self._is_last_step_skipped = self._check_skip_next_step()
         if self._is_last_step_skipped:
             return False
@@ -186,7 +186,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and their losses; the sums of an unfinished logical batch stay."""
-        self.pending_losses.clear()
+        self.pending.clear()
         super().zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,6 +213,10 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         self.original_optimizer.load_state_dict(inner)
         self._public_state = public
 
+    def detach(self) -> None:
+        """Leave criterion and model as they were; `make_private` may then take them again."""
+        self.pending.unfollow()
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse copies: two optimizers with one noise generator, and Opacus' class breaks."""
         raise TypeError(
@@ -223,9 +227,6 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     @property
     def _all_parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
-
-    def _per_sample_gradients(self, batch_size: int) -> ClippableGradients:
-        return GradSampleRows.read(self.params, batch_size)
 
     def _weigh(self, losses: Tensor, rows: ClippableGradients) -> SampleTerms:
         norms = rows.norms()
@@ -242,8 +243,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         dropped = terms.counted == 0
         if dropped.any():
             rows = rows.without(dropped)
-        gradient = rows.combine(terms.clip * terms.weights)
-        direction = rows.combine(terms.clip * terms.tail) if self.irw.uses_direction else {}
+        gradient = self._sum(rows, terms.clip * terms.weights)
+        direction = self._sum(rows, terms.clip * terms.tail) if self.irw.uses_direction else {}
         batch = self._logical_batch
         if batch is None:
             for p in self.params:
@@ -257,7 +258,12 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             batch.tail_count += terms.tail_count
             batch.saturated_count += terms.saturated_count
         for p in self.params:
-            _mark_as_processed(p.grad_sample)
+            _mark_as_processed(getattr(p, "grad_sample", None))
+
+    def _sum(self, rows: ClippableGradients, weights: Tensor) -> dict[Tensor, Tensor]:
+        """Sum of w_i g_i for every parameter, zero where the losses do not depend on it."""
+        total = rows.combine(weights)
+        return {p: total[p] if p in total else torch.zeros_like(p) for p in self.params}
 
     def _release(self) -> Released:
         """Noise on the four sums; the gradient goes to ``p.grad``, ready for the inner step."""

@@ -24,12 +24,13 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from .config import IRWDPConfig, refuse_batch_level_options
 from .errors import DPGuaranteeError
-from .losses import PendingLosses, follower_of
+from .pending import PendingBatch, follower_of
 
 __all__ = [
     "check_clipping_mode",
     "check_config",
     "check_expected_batch_size",
+    "check_grad_sample_mode",
     "check_loader",
     "check_module",
     "check_noise_and_clipping",
@@ -114,16 +115,29 @@ def check_expected_batch_size(expected_batch_size: object) -> None:
         )
 
 
-def check_clipping_mode(clipping: str, grad_sample_mode: str) -> None:
+def check_clipping_mode(clipping: str) -> None:
     """Raise for ways of clipping that are not built."""
     if clipping != "flat":
         raise NotImplementedError(
             f"clipping={clipping!r}: only clipping='flat' is built for DP-IRW"
         )
-    if grad_sample_mode not in ("hooks", "functorch", "ew"):
+
+
+def check_grad_sample_mode(mode: str, criterion: nn.Module | None, *, batch_first: bool) -> None:
+    """Raise for ways to per-sample gradients that are not built, or lack what they need."""
+    if mode not in ("hooks", "functorch", "ew", "ghost"):
         raise NotImplementedError(
-            f"grad_sample_mode={grad_sample_mode!r}: DP-IRW is built for 'hooks', 'functorch' and "
-            "'ew'"
+            f"grad_sample_mode={mode!r}: DP-IRW is built for 'hooks', 'functorch', 'ew' and 'ghost'"
+        )
+    if mode == "ghost" and criterion is None:
+        raise ValueError(
+            "grad_sample_mode='ghost' without a criterion: expected criterion=, whose backward "
+            "makes the ghost products; PerSampleLoss(function) makes one of any function"
+        )
+    if mode == "ghost" and not batch_first:
+        raise NotImplementedError(
+            "batch_first=False: ghost mode takes the batch in dimension 0; use "
+            "grad_sample_mode='hooks'"
         )
 
 
@@ -190,9 +204,10 @@ def check_module(module: nn.Module, criterion: nn.Module | None = None) -> None:
             )
         if any(_is_irw_hook(hook) for hook in _hooks(child)):
             raise DPGuaranteeError(
-                f"an IRWOptimizer is attached to the model: {_REWEIGHTED_EARLIER}"
+                f"an IRWOptimizer (or a private one in ghost mode) is attached to the model: "
+                f"{_REWEIGHTED_EARLIER}"
             )
-    if criterion is not None and not isinstance(follower_of(criterion), PendingLosses | None):
+    if criterion is not None and not isinstance(follower_of(criterion), PendingBatch | None):
         raise DPGuaranteeError(
             f"an IRWOptimizer is attached to the criterion: {_REWEIGHTED_EARLIER}"
         )

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.materialized import MaterializedGradients
+from irw_optim.gradients.materialized import MaterializedGradients, as_matrix
 from irw_optim.gradients.protocol import PerSampleGradients
 
 from .errors import DPGuaranteeError
@@ -37,7 +37,7 @@ class GradSampleRows(MaterializedGradients):
 
     def norms(self) -> Tensor:
         """|g_i| over all parameters, (B,)."""
-        squares = [block.flatten(1).square().sum(1) for block in self.rows.values()]
+        squares = [as_matrix(block).square().sum(1) for block in self.rows.values()]
         return torch.stack([s.to(squares[0].device) for s in squares]).sum(0).sqrt()
 
     def without(self, dropped: Tensor) -> GradSampleRows:

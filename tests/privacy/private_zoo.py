@@ -116,7 +116,7 @@ def setting(
         loss_reduction=criterion.reduction,
         **options,
     )
-    optimizer.pending_losses.follow(criterion, model)
+    optimizer.pending.follow(criterion, model)
     x = draw(n, generator)
     y = torch.randint(0, CLASSES, (n,), generator=generator)
     return Setting(model, optimizer, criterion, x, y)
@@ -131,8 +131,8 @@ def aim(s: Setting) -> None:
     }
     state = replace(optimizer.public_state, steps=5, direction=direction)
     s.backward()
-    losses = optimizer.pending_losses.take()
-    rows = optimizer._per_sample_gradients(len(losses))
+    losses = optimizer.pending.losses()
+    rows = optimizer.pending.rows(optimizer.params, len(losses))
     products = rows.dot(direction) / rows.norms()
     optimizer._public_state = replace(
         state,

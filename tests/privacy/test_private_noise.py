@@ -127,4 +127,4 @@ def test_nothing_of_a_single_sample_is_exposed():
     }
     assert 7 not in lengths.values(), lengths
     with pytest.raises(DPGuaranteeError, match="losses are missing"):
-        s.optimizer.pending_losses.take()
+        s.optimizer.pending.losses()

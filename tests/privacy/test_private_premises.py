@@ -21,8 +21,8 @@ TERMS = ("clip", "tail", "saturated", "weights", "counted")
 
 def terms_of(s, rows):
     s.backward(rows)
-    losses = s.optimizer.pending_losses.take()
-    return s.optimizer._weigh(losses, s.optimizer._per_sample_gradients(len(losses)))
+    losses = s.optimizer.pending.losses()
+    return s.optimizer._weigh(losses, s.optimizer.pending.rows(s.optimizer.params, len(losses)))
 
 
 def assert_same_terms(terms, expected, rows):
@@ -94,7 +94,7 @@ def test_locality_where_torch_normalises_by_the_batch(option, reduction):
 
     def gradient_rows(rows):
         s.backward(rows)
-        return s.optimizer._per_sample_gradients(len(s.x[rows])).rows
+        return s.optimizer.pending.rows(s.optimizer.params, len(s.x[rows])).rows
 
     whole = gradient_rows(slice(None))
     for removed in range(len(s.x)):
@@ -201,7 +201,7 @@ def test_a_sample_that_is_not_finite_contributes_nothing(where, value, drawn):
         sums, counts = released(slice(None))
     else:
         s.backward()
-        losses = s.optimizer.pending_losses.take().clone()
+        losses = s.optimizer.pending.losses().clone()
         losses[3] = value
         sums, counts = released(slice(None), losses)
     assert counts == pytest.approx(expected_counts)

@@ -271,7 +271,7 @@ def unchanged(s, error, match, **step):
 
 def test_missing_losses_are_refused():
     s = setting("mlp")
-    s.optimizer.pending_losses.unfollow()
+    s.optimizer.pending.unfollow()
     s.backward()
     unchanged(s, DPGuaranteeError, "losses are missing")
 
@@ -360,7 +360,7 @@ def test_gradient_accumulation_is_refused(parts):
 def test_stepping_twice_on_the_same_gradients_is_refused():
     s = setting("mlp")
     s.backward()
-    losses = s.optimizer.pending_losses.take()
+    losses = s.optimizer.pending.losses()
     s.optimizer.step()
     with pytest.raises(DPGuaranteeError, match="losses are missing"):
         s.optimizer.step()

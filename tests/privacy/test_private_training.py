@@ -160,7 +160,7 @@ def test_poisson_batches_of_every_size_train():
 
 def test_losses_by_the_criterion_and_by_hand_agree():
     by_criterion, by_hand = setting("mlp"), setting("mlp")
-    by_hand.optimizer.pending_losses.unfollow()
+    by_hand.optimizer.pending.unfollow()
     for _ in range(3):
         by_criterion.backward()
         by_criterion.optimizer.step()

@@ -1,6 +1,8 @@
-"""Per-sample losses on their way from the criterion to the private optimizer."""
+"""What a backward pass leaves for the private optimizer: the losses, and the gradients' rows."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -8,8 +10,9 @@ from irw_optim.attach import AttachedForward
 from irw_optim.criterion import PerSampleLosses, validate_criterion
 
 from .errors import DPGuaranteeError
+from .rows import ClippableGradients, GradSampleRows
 
-__all__ = ["PendingLosses", "check_criterion"]
+__all__ = ["PendingBatch", "check_criterion", "follower_of"]
 
 
 def check_criterion(criterion: nn.Module, loss_reduction: str) -> None:
@@ -38,18 +41,18 @@ def check_criterion(criterion: nn.Module, loss_reduction: str) -> None:
         )
 
 
-class PendingLosses:
-    """The per-sample losses of the backward passes since the last step.
+class PendingBatch:
+    """The batch whose backward pass has run since the last step, with Opacus' ``grad_sample``.
 
     A loss counts once its backward has run: one that is only looked at, or thrown away, does not.
 
     Example:
         >>> import torch
-        >>> pending, criterion = PendingLosses(), nn.MSELoss()
+        >>> pending, criterion = PendingBatch(), nn.MSELoss()
         >>> pending.follow(criterion, nn.Linear(1, 1))
         >>> output = torch.tensor([1.0, 3.0], requires_grad=True)
         >>> criterion(output, torch.zeros(2)).backward()
-        >>> pending.take()
+        >>> pending.losses()
         tensor([1., 9.])
         >>> pending.unfollow()
     """
@@ -66,7 +69,7 @@ class PendingLosses:
         per-sample losses, which differs from torch's where torch divides by something that the
         whole batch decides, as with class weights or ignored targets.
         """
-        if isinstance(earlier := follower_of(criterion), PendingLosses):
+        if isinstance(earlier := follower_of(criterion), PendingBatch):
             earlier.unfollow()  # a new training with the same criterion
         self._attached = AttachedForward(criterion, model, self._hand_out)
 
@@ -81,17 +84,15 @@ class PendingLosses:
         losses = batch.losses
         if not losses.requires_grad:
             return batch.value
-        losses.register_hook(  # type: ignore[no-untyped-call]
-            lambda _: self._backwarded.append(losses.detach())
-        )
-        reduced = losses.mean() if self._reduction == "mean" else losses.sum()
+        losses.register_hook(lambda _: self._backwarded.append(losses.detach()))
+        reduced = self._reduced(losses)
         return batch.value + (reduced - reduced.detach())
 
     def clear(self) -> None:
         """Forget the losses whose gradients were thrown away."""
         self._backwarded.clear()
 
-    def take(self, given: Tensor | None = None) -> Tensor:
+    def losses(self, given: Tensor | None = None) -> Tensor:
         """The losses of this backward pass, (B,), detached; they stay until `clear`.
 
         Args:
@@ -117,6 +118,13 @@ class PendingLosses:
                 "optimizer.step(losses=...) with the summed per-sample losses"
             )
         return self._backwarded[0]
+
+    def rows(self, parameters: Sequence[Tensor], batch_size: int) -> ClippableGradients:
+        """The per-sample gradients of the same backward pass; errors as `GradSampleRows.read`."""
+        return GradSampleRows.read(parameters, batch_size)
+
+    def _reduced(self, losses: Tensor) -> Tensor:
+        return losses.mean() if self._reduction == "mean" else losses.sum()
 
 
 def follower_of(criterion: nn.Module) -> object | None:

@@ -1,0 +1,171 @@
+"""Norms of per-sample gradients from layer inputs and output gradients: |g_i| without g_i.
+
+For a linear map at one position, g_i = b_i a_i^T and |g_i| = |a_i| |b_i|. With positions t,
+g_i = sum_t b_it a_it^T, whose norm comes from the smaller of two products of the same sample::
+
+    sum over t, t' of <a_it, a_it'> <b_it, b_it'>      (T x T)    by positions
+    | sum over t of b_it a_it^T |^2                    (d' x d)   by rows
+
+Convolutions are linear maps of patches, embeddings of one-hot vectors. What has no form of its own
+goes by rows, a block of samples at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from irw_optim.gradients.ghost import GhostGradients, _sharing_parameters
+from irw_optim.gradients.layers import (
+    ConvolutionCall,
+    EmbeddingCall,
+    LayerCall,
+    LinearCall,
+    NormCall,
+)
+from irw_optim.gradients.layers._call import _summed_rows
+from irw_optim.gradients.materialized import MEMORY_BOUND, as_matrix, widened
+
+__all__ = ["row_norms"]
+
+
+def row_norms(gradients: GhostGradients) -> Tensor:
+    """|g_i| over all parameters that `gradients` covers, shape (B,), in float32 or better.
+
+    Args:
+        gradients: the ghost products of one batch.
+
+    Example:
+        >>> from irw_optim.gradients.capture import hook_layers, walk
+        >>> from irw_optim.gradients.ghost import ghost_gradients
+        >>> model = torch.nn.Linear(2, 1)
+        >>> handles = hook_layers(model)
+        >>> losses = model(torch.tensor([[2.0, 2.0], [0.0, 0.0]])).squeeze(1)
+        >>> graph = walk(losses)
+        >>> _ = [call.find_batch(2, shape) for call, _, shape in graph.sites]
+        >>> row_norms(ghost_gradients(losses, graph.sites, torch.ones(()), retain_graph=False))
+        tensor([3., 1.])
+    """
+    groups = _sharing_parameters(gradients.calls)
+    squares = torch.stack([_squares(group) for group in groups]).sum(0)
+    return squares.clamp(min=0).sqrt() / gradients.seed.abs()
+
+
+def _squares(calls: Sequence[LayerCall]) -> Tensor:
+    """Sum over the parameters that these calls share of |g_i|^2, (B,)."""
+    if len(calls) > 1:
+        if all(type(call) is LinearCall for call in calls) and _same_parameters(calls):
+            return _one_after_another(calls)  # a recurrent layer: one call a time step
+        return _by_rows(calls)
+    (call,) = calls
+    if type(call) is LinearCall:
+        return _linear(call.parameters, widened(call.input), call.b)
+    if isinstance(call, ConvolutionCall) and (patches := _patches_of(call)) is not None:
+        return _convolution(call, patches)
+    if isinstance(call, EmbeddingCall):
+        return _embedding(call)
+    if isinstance(call, NormCall):
+        return torch.stack([_square(as_matrix(rows)) for rows in call.rows().values()]).sum(0)
+    return _by_rows(calls)
+
+
+def _linear(parameters: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+    with_bias, with_weight = "bias" in parameters, "weight" in parameters
+    if a.ndim == 2:
+        return _square(b) * ((_square(a) if with_weight else 0) + with_bias)
+    a, b = a.flatten(1, -2), b.flatten(1, -2)
+    total = _square(b.sum(1)) if with_bias else b.new_zeros(len(b))
+    return total + _outer(a, b) if with_weight else total
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """|sum_t b_it a_it^T|^2 for a of shape (B, T, d) and b of shape (B, T, d')."""
+    _, length, width_in = a.shape
+    width_out = b.shape[-1]
+    if length * (width_in + width_out) < width_in * width_out:
+        return _blocked(
+            length * length, lambda a, b: ((a @ a.mT) * (b @ b.mT)).flatten(1).sum(1), a, b
+        )
+    return _blocked(width_in * width_out, lambda a, b: _square((b.mT @ a).flatten(1)), a, b)
+
+
+def _convolution(call: ConvolutionCall, patches: Tensor) -> Tensor:
+    """Groups are further samples; positions are the output's."""
+    groups = call.settings[-1]
+    b = call.b.flatten(2)
+    total = b.new_zeros(len(b))
+    if "bias" in call.parameters:
+        total = total + _square(b.sum(2))
+    if "weight" in call.parameters:
+        a = patches.unflatten(1, (groups, -1)).flatten(0, 1).mT
+        split = b.unflatten(1, (groups, -1)).flatten(0, 1).mT
+        total = total + _outer(a, split).view(-1, groups).sum(1)
+    return total
+
+
+def _patches_of(call: ConvolutionCall) -> Tensor | None:
+    """What each output position reads, (B, channels * kernel, positions); None in 3d."""
+    stride, padding, dilation, transposed, *_ = call.settings
+    kernel: tuple[int, ...] = call.weight.shape[2:]
+    if transposed or len(kernel) > 2:
+        return None
+    a = widened(call.input)
+    if len(kernel) == 1:  # one row of an image
+        a, kernel = a.unsqueeze(2), (1, *kernel)
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+    return F.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride)
+
+
+def _embedding(call: EmbeddingCall) -> Tensor:
+    """Lookups of the same row add up before the norm is taken."""
+    index = call.input.reshape(len(call.input), -1)
+    b = call.b.reshape(*index.shape, -1)
+
+    def block(index: Tensor, b: Tensor) -> Tensor:
+        same = index.unsqueeze(1) == index.unsqueeze(2)
+        return (same * (b @ b.mT)).flatten(1).sum(1)
+
+    return _blocked(index.shape[1] ** 2, block, index, b)
+
+
+def _one_after_another(calls: Sequence[LayerCall]) -> Tensor:
+    positions = [
+        (widened(call.input).flatten(1, -2), call.b.flatten(1, -2))
+        if call.input.ndim > 2
+        else (widened(call.input).unsqueeze(1), call.b.unsqueeze(1))
+        for call in calls
+    ]
+    a, b = (torch.cat(tensors, dim=1) for tensors in zip(*positions, strict=True))
+    return _linear(calls[0].parameters, a, b)
+
+
+def _same_parameters(calls: Sequence[LayerCall]) -> bool:
+    first = {role: id(p) for role, p in calls[0].parameters.items()}
+    return all({r: id(p) for r, p in call.parameters.items()} == first for call in calls)
+
+
+def _by_rows(calls: Sequence[LayerCall]) -> Tensor:
+    numbers = sum(p.numel() for p in {p for call in calls for p in call.parameters.values()})
+    step = max(1, MEMORY_BOUND // numbers)
+    blocks = []
+    for start in range(0, len(calls[0].b), step):
+        rows = _summed_rows(list(calls), slice(start, start + step))
+        blocks.append(torch.stack([_square(as_matrix(block)) for block in rows.values()]).sum(0))
+    return torch.cat(blocks)
+
+
+def _blocked(numbers: int, squares: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`squares` of some samples at a time, such that no block holds more than MEMORY_BOUND."""
+    step = max(1, MEMORY_BOUND // max(1, 2 * numbers))
+    if len(tensors[0]) <= step:
+        return squares(*tensors)
+    parts = [t.split(step) for t in tensors]
+    return torch.cat([squares(*some) for some in zip(*parts, strict=True)])
+
+
+def _square(rows: Tensor) -> Tensor:
+    """|row|^2 of (B, n)."""
+    return rows.square().sum(1)

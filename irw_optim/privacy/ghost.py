@@ -1,0 +1,187 @@
+"""Ghost mode: the same mechanism with no B x P tensor.
+
+The layers' inputs and output gradients give all that a private step asks for: the norms to clip by,
+<g_i, v> for the weights, and the two weighted sums, each one matrix product a layer. One backward
+pass to the layers' outputs is all; gradients without noise never reach ``p.grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+
+from irw_optim.backward import deferred_loss, walked_by_this_backward, without_autocast
+from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.engine import Engine, LossGradients
+from irw_optim.gradients.ghost import GhostGradients
+from irw_optim.gradients.layers import LayerCall
+from irw_optim.gradients.norms import row_norms
+from irw_optim.gradients.protocol import Direction
+
+from .errors import DPGuaranteeError
+from .pending import PendingBatch
+from .rows import ClippableGradients, GradSampleRows
+
+__all__ = ["GhostBatch", "GhostRows"]
+
+
+class GhostBatch(PendingBatch):
+    """A pending batch whose rows are products of a ghost engine instead of ``grad_sample``.
+
+    Args:
+        loss_reduction: "mean" or "sum"; either way row i is the gradient of loss i.
+        model: hooked in place.
+    """
+
+    def __init__(self, loss_reduction: str, model: nn.Module) -> None:
+        super().__init__(loss_reduction)
+        self._engine = Engine(model, "auto")
+        self._rows: list[ClippableGradients | None] = []
+
+    def unfollow(self) -> None:
+        """Leave the criterion and the model as they were."""
+        super().unfollow()
+        self._engine.remove_hooks()
+
+    def clear(self) -> None:
+        """Forget losses and rows."""
+        super().clear()
+        self._rows.clear()
+
+    def rows(self, parameters: Sequence[Tensor], batch_size: int) -> ClippableGradients:
+        """The rows of the one backward pass.
+
+        Raises:
+            DPGuaranteeError: the losses given are not those of the backward pass.
+        """
+        rows = self._rows[0] if len(self._rows) == 1 else None
+        if rows is None and batch_size == 0:
+            return GradSampleRows.read(parameters, 0)
+        if rows is None or rows.batch_size != batch_size:
+            raise DPGuaranteeError(
+                f"losses has {batch_size} samples, but {len(self._rows)} backward passes ran since "
+                "the last step, or one of another size: in ghost mode call the criterion that "
+                "make_private was given, backward, and step() without losses"
+            )
+        return rows
+
+    def _hand_out(self, batch: PerSampleLosses) -> Tensor:
+        if not batch.losses.requires_grad:
+            return batch.value
+        captured = self._engine.capture(batch.losses) if len(batch.losses) else None
+        anchor = torch.zeros_like(batch.value, requires_grad=True)  # something to go backward to
+        return deferred_loss(batch.value, _Arrival(self, batch.losses.detach(), captured), [anchor])
+
+    def note(self, losses: Tensor, rows: ClippableGradients | None) -> None:
+        """Keep what a backward pass has brought; None for those of a batch of no samples."""
+        self._backwarded.append(losses)
+        self._rows.append(rows)
+
+    def rows_of(self, captured: LossGradients, upstream: Tensor) -> GhostRows:
+        """Run the engine behind a vector of losses.
+
+        Raises:
+            NotImplementedError: a layer that the ghost products do not cover, or another term in
+                the loss.
+        """
+        if walked_by_this_backward(captured):
+            raise NotImplementedError(
+                "grad_sample_mode='ghost': another term of the loss uses the same outputs, and "
+                "would not be clipped; put it into the criterion (a PerSampleLoss), or use "
+                "grad_sample_mode='hooks'"
+            )
+        batch_size = len(captured.losses)
+        captured.start(torch.ones_like(upstream), keep_graph=False)
+        uncovered = set(captured.rest)
+        for call, _, shape in captured.graph.sites:
+            # The engine also finds a batch that is folded or stands second, by its size; but a
+            # Poisson batch has any size, and a wrong guess would mix samples.
+            if shape[:1] != (batch_size,) or call.time_major:
+                uncovered.update(call.parameters.values())
+        if uncovered or captured.ghost is None:
+            raise NotImplementedError(
+                f"grad_sample_mode='ghost' does not cover {self._engine.names_of(uncovered)}: it "
+                "takes layers that are linear in their parameters and keep the batch in dimension "
+                "0, in a forward that does not mix samples; use grad_sample_mode='hooks'"
+            )
+        return GhostRows(captured.ghost, upstream)
+
+
+class _Arrival:
+    """What happens when the backward pass arrives at the losses: the plan of `deferred_loss`."""
+
+    def __init__(self, pending: GhostBatch, losses: Tensor, captured: LossGradients | None) -> None:
+        self.pending = pending
+        self.losses = losses
+        self.captured = captured
+        self.done = False
+
+    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
+        """Nothing goes on to the parameters: their gradient is made by the private step."""
+        if self.done:
+            raise DPGuaranteeError("this loss went backward already: one backward pass, one step")
+        self.done = True
+        rows = None
+        if self.captured is not None:
+            try:
+                with without_autocast(upstream.device.type):
+                    rows = self.pending.rows_of(self.captured, upstream)
+            finally:
+                self.captured.close()
+        self.pending.note(self.losses, rows)
+        return [None]
+
+
+class GhostRows:
+    """Ghost products as a private step wants them: with norms, and any row can be dropped.
+
+    Args:
+        gradients: of the losses.
+        scale: 0-dim, what the training loop multiplied the loss with; it scales every row.
+    """
+
+    def __init__(self, gradients: GhostGradients, scale: Tensor) -> None:
+        self.gradients = gradients
+        self.scale = scale
+        self.batch_size = gradients.batch_size
+
+    def norms(self) -> Tensor:
+        """|g_i| over all parameters, (B,)."""
+        return row_norms(self.gradients) * self.scale.abs()
+
+    def dot(self, direction: Direction) -> Tensor:
+        """<g_i, v>, (B,)."""
+        if not direction:
+            return self.scale.new_zeros(self.batch_size)
+        return self.gradients.dot(direction) * self.scale
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """Sum of w_i g_i by parameter; one that the losses do not depend on is left out."""
+        return self.gradients.combine(weights * self.scale)
+
+    def gram(self) -> Tensor:
+        """<g_i, g_j>, (B, B)."""
+        return self.gradients.gram() * self.scale.square()
+
+    def without(self, dropped: Tensor) -> GhostRows:
+        """The same gradients with zero rows where `dropped` (B,) bool."""
+        whole = self.gradients
+        calls = [_without(call, dropped) for call in whole.calls]
+        return GhostRows(GhostGradients(calls, whole.batch_size, whole.seed), self.scale)
+
+
+def _without(call: LayerCall, dropped: Tensor) -> LayerCall:
+    """A copy with zero inputs and output gradients: both, since 0 times NaN is NaN."""
+    part = copy(call)
+    for name in ("input", "output_gradient", "factor"):
+        tensor = getattr(call, name, None)
+        if tensor is None or not tensor.is_floating_point() or tensor.shape[:1] != dropped.shape:
+            continue
+        column = dropped.view(-1, *[1] * (tensor.ndim - 1))
+        setattr(part, name, tensor.masked_fill(column, 0.0))
+    if hasattr(part, "_rows"):
+        part._rows = None  # made from what has just changed
+    return part
