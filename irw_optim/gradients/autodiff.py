@@ -113,15 +113,9 @@ class AutodiffGradients:
         return self._linear_map
 
     def _backward(self, weights: Tensor, create_graph: bool = False) -> dict[Tensor, Tensor]:
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(
-                self.losses,
-                self.parameters,
-                weights.to(self.losses.dtype),
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+        gradients = backward_to(
+            self.parameters, self.losses, weights, retain_graph=True, create_graph=create_graph
+        )
         return {
             p: torch.zeros_like(p) if g is None else g.to_dense()
             for p, g in zip(self.parameters, gradients, strict=True)
@@ -136,6 +130,38 @@ class AutodiffGradients:
         """The per-sample gradients of some samples, one backward pass each: (b, *p.shape)."""
         rows = [self._row(i) for i in range(self.batch_size)[samples]]
         return {p: torch.stack([row[p] for row in rows]) for p in self.parameters}
+
+
+def backward_to(
+    leaves: Sequence[Tensor],
+    losses: Tensor,
+    weights: Tensor,
+    *,
+    retain_graph: bool,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """A backward pass of our own: the gradient of <weights, losses>, unheard by anybody.
+
+    A hook on a parameter belongs to the gradient that the parameter finally gets. Here it would be
+    called besides, with something else, and what it returns would change the result.
+    """
+    hooks = [p._backward_hooks for p in leaves if p._backward_hooks]
+    silenced = [(table, dict(table)) for table in hooks]
+    for table in hooks:
+        table.clear()
+    try:
+        with torch.enable_grad():
+            return torch.autograd.grad(
+                losses,
+                leaves,
+                weights.to(losses.dtype),
+                retain_graph=retain_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+    finally:
+        for table, saved in silenced:
+            table.update(saved)
 
 
 def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> MaterializedGradients:

@@ -11,16 +11,18 @@ import logging
 from collections.abc import Callable, Iterable
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
-from irw_optim.gradients.autodiff import AutodiffGradients
+from irw_optim.gradients.autodiff import AutodiffGradients, backward_to
 from irw_optim.gradients.capture import Graph, hook_layers, walk
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.verification import compare_with_autograd
 
 logger = logging.getLogger("irw_optim")
+
+KNOWN_GRAPHS = 256
+"""Kinds of graphs remembered at once: a forward that changes for ever must not fill the memory."""
 
 ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
 
@@ -62,9 +64,12 @@ class Engine:
             *found,
             *[id(p) for call, _, _ in graph.sites for p in call.parameters.values()],
             *map(id, graph.leaves),
+            frozenset(map(type, graph.nodes)),
         )
         covering = self.coverings.get(key)
         if covering is None:
+            if len(self.coverings) >= KNOWN_GRAPHS:
+                self.coverings.clear()
             covering = self.coverings[key] = _what_is_covered(graph, found)
             self._report(covering, graph.leaves)
         return covering
@@ -118,7 +123,7 @@ class Engine:
 
 
 class Covering:
-    """Which parameters the ghost products cover, and which of those still await proof.
+    """Which parameters the ghost products cover, and when to look whether they still do.
 
     Args:
         covered: the parameters that only layers with a rule read.
@@ -127,19 +132,17 @@ class Covering:
 
     def __init__(self, covered: set[Tensor], whole: bool) -> None:
         self.covered = covered
-        self.unproven = set(covered)
         self.whole = whole
         self.uses = 0
 
     def check_is_due(self) -> bool:
-        """At uses 1, 2, 4, 8, ... while a covered parameter has shown no gradient yet."""
+        """At uses 1, 2, 4, 8, ...: proven once is not for ever, where a forward may change."""
         self.uses += 1
-        return bool(self.unproven) and self.uses & (self.uses - 1) == 0
+        return self.uses & (self.uses - 1) == 0
 
     def lose(self, parameters: Iterable[Tensor]) -> None:
         """Leave these parameters to autograd from now on."""
         self.covered.difference_update(parameters)
-        self.unproven.difference_update(parameters)
         self.whole = False
 
 
@@ -195,8 +198,7 @@ class LossGradients:
         ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True)
         if check:
             parameters = [p for p in self.leaves if p in covered]
-            wrong, proven = compare_with_autograd(self.losses, ghost, parameters)
-            covering.unproven -= proven
+            wrong = compare_with_autograd(self.losses, ghost, parameters)
             if wrong:
                 self.engine.reject(covering, wrong)
         sparse = {
@@ -241,12 +243,8 @@ class LossGradients:
                 covered = covered.restricted_to(set(self.leaves).difference(rest))
             total = covered.combine(weights)
         if rest:
-            gradients = torch.autograd.grad(
-                self.losses,
-                rest,
-                weights.to(self.losses.dtype),
-                retain_graph=keep_graph or bool(self.sharing),
-                allow_unused=True,
+            gradients = backward_to(
+                rest, self.losses, weights, retain_graph=keep_graph or bool(self.sharing)
             )
             total.update((p, g) for p, g in zip(rest, gradients, strict=True) if g is not None)
         return [None if (g := total.get(p)) is None else g.to(p.dtype) for p in self.leaves]

@@ -83,7 +83,9 @@ class LayerCall:
     def find_batch(self, batch_size: int, output_shape: torch.Size) -> bool:
         """Bring the batch to the first dimension of the input; False where it is not found."""
         if self.layout is None:
-            self.layout = layout_of(self.input.shape, batch_size, self.is_sequence, self.time_major)
+            # Features stand last: (T * B, d) is no (T, B), also where d = B.
+            positions = self.input.shape[: len(output_shape) - 1 if self.is_sequence else None]
+            self.layout = layout_of(positions, batch_size, self.is_sequence, self.time_major)
             if self.layout is None or output_shape[:1] != self.input.shape[:1]:
                 return False
             self.input = self.layout(self.input)
