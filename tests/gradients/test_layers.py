@@ -15,15 +15,6 @@ from irw_optim import IRWOptimizer
 
 B = 5
 
-KNOWN_BUGS = {
-    "test_an_empty_batch*[[][!M]*": "the check looks at the sample of the largest loss",
-    "test_[bcf]*?, sparse]": "the check subtracts dense from sparse gradients",
-    "test_some_parameters_frozen[[]bias*?, sparse]": "the check subtracts dense from sparse",
-    "test_autodiff*sparse]": "autodiff's gram meets sparse rows",
-    "test_[bcf]*kdim and vdim]": "a bias in three chunks is taken for a whole one",
-    "test_some_parameters_frozen[[]weight*kdim and vdim]": "a bias in three chunks",
-}
-
 
 class Case(NamedTuple):
     """A layer, and a maker of its inputs."""
@@ -243,6 +234,8 @@ class TestGhost:
         model = Uses(case)
         if len(model.calls[0][0]) != B:
             pytest.skip("bags of their own sizes")
+        if isinstance(model.layer, nn.modules.instancenorm._InstanceNorm):
+            pytest.skip("torch has none")
         model.calls = [tuple(None if i is None else i[:0] for i in model.calls[0])]
         model.keywords = {
             k: v[:0] if isinstance(v, Tensor) else v for k, v in model.keywords.items()

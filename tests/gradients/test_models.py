@@ -15,13 +15,6 @@ from irw_optim import IRWOptimizer
 
 ALPHA, STEPS, TOLERANCE = 0.4, 3, 1e-9
 
-KNOWN_BUGS = {
-    "*[[]sparse embedding-auto]": "the check subtracts dense from sparse gradients",
-    "*[[]embedding scaled by frequency-*]": "torch's double backward forgets the frequencies",
-    "*[[]no double backward-*]": "torch drops a path through once_differentiable without a word",
-    "*[[]spectral_norm-auto]": "the hook runs the parametrization again",
-}
-
 
 def losses_of(case: Case, model: nn.Module, inputs: tuple[Any, ...], seed: int) -> Tensor:
     """Losses (B,), with the dropout masks of ``seed``."""
