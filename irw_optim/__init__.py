@@ -1,6 +1,7 @@
 """irw_optim: any torch optimizer, for the people that the average forgets."""
 
 from irw_optim.criterion import PerSampleLoss, per_sample_losses
+from irw_optim.model_check import Verification, verify
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.outliers import DBSCANFilter
 from irw_optim.record import StepRecord
@@ -13,7 +14,9 @@ __all__ = [
     "IRWOptimizer",
     "PerSampleLoss",
     "StepRecord",
+    "Verification",
     "irw_weights",
     "per_sample_losses",
+    "verify",
     "worst_off",
 ]

@@ -132,9 +132,9 @@ def distances(gram: Tensor) -> Tensor:
         raise ValueError(f"gram has shape {tuple(gram.shape)}: expected (B, B), G @ G.T")
     K = gram.detach().to(torch.promote_types(gram.dtype, torch.float32))
     norms = K.diagonal()
-    squares = norms[:, None] + norms - 2 * K  # exactly 0 on the diagonal
+    squares = (K * -2).add_(norms[:, None] + norms)  # exactly 0 on the diagonal
     # The one wait for the device. Later, clamp would turn K_ij = inf into a distance of 0.
-    if not squares.isfinite().all():
+    if not squares.sum().isfinite() and not squares.isfinite().all():  # the first is cheaper
         broken = ~norms.isfinite() if not norms.isfinite().all() else ~squares.isfinite().all(1)
         raise FloatingPointError(
             f"gram is not finite for the samples {broken.nonzero().flatten().tolist()}: "
@@ -169,9 +169,9 @@ def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Te
     if not isinstance(eps, Tensor):  # looking into a tensor would wait for its device
         eps = _check_eps(eps)
     _check_min_samples(min_samples)
-    near = distances <= eps
-    core = near.count_nonzero(dim=1) >= min_samples
-    within_reach = (near & core[:, None]).any(dim=0)
+    near = (distances <= eps).to(torch.float32)  # counts below 2^24 are exact, sums of it quick
+    core = near.sum(dim=1) >= min_samples
+    within_reach = core.to(near.dtype) @ near > 0
     return ~(core | within_reach)
 
 

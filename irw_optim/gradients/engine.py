@@ -87,6 +87,11 @@ class Engine:
             raise RuntimeError(f'engine="ghost": {reason}; use engine="auto"')
         logger.warning("%s; they go through autodiff from now on, exact but slower", reason)
 
+    def covered_parameters(self) -> set[Tensor]:
+        """The parameters that the ghost products covered in every graph met so far."""
+        known = [covering.covered for covering in self.coverings.values()]
+        return set.intersection(*known) if known else set()
+
     def names_of(self, parameters: Iterable[Tensor]) -> str:
         """Names in the model, for messages; shapes for what is not the model's."""
         names = {} if self.model is None else {p: n for n, p in self.model.named_parameters()}

@@ -1,0 +1,59 @@
+"""Time and peak memory of a training step, as ratios within one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from time import perf_counter
+
+import torch
+
+Step = Callable[[], object]
+
+
+def median_seconds(steps: Sequence[Step], repeats: int = 7, inner: int = 1) -> list[float]:
+    """Median time of each step, taken in turns so that a slower machine slows all alike.
+
+    Args:
+        steps: what to time.
+        repeats: rounds; each step is warmed up by one more.
+        inner: calls a round, for steps too short to time alone.
+    """
+    times: list[list[float]] = [[] for _ in steps]
+    for round_ in range(repeats + 1):
+        for step, taken in zip(steps, times, strict=True):
+            _wait()
+            start = perf_counter()
+            for _ in range(inner):
+                step()
+            _wait()
+            if round_:
+                taken.append((perf_counter() - start) / inner)
+    return [median(taken) for taken in times]
+
+
+def peak_bytes(step: Step) -> int:
+    """The most bytes of tensors that one call of the step holds beyond what was there before."""
+    step()
+    if torch.cuda.is_available():
+        _wait()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        _wait()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    results = profile.profiler.kineto_results
+    changes = [e for e in results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        most = max(most, held)
+    return most
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

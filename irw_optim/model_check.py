@@ -1,0 +1,192 @@
+"""`verify`: is the optimizer exact on this model, and what does it cost?
+
+The first thing to call on a new model. One batch, compared with a loop of plain autograd over its
+samples; the model, its buffers, gradients and the random state are left as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from irw_optim.criterion import per_sample_losses
+from irw_optim.gradients.autodiff import AutodiffGradients
+from irw_optim.gradients.capture import walk
+from irw_optim.measure import median_seconds, peak_bytes
+from irw_optim.optimizer import IRWOptimizer
+from irw_optim.outliers import OutlierFilter
+from irw_optim.weighting import Alignment, weigh
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_TOLERANCE_OF_HALF = 5e-2
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; print it.
+
+    Attributes:
+        engines: for each module that owns trainable parameters, ``"ghost"`` or ``"autodiff"``.
+        errors: relative error of ``scores``, ``weights`` and ``gradient`` against the loop.
+        tolerance: what counts as equal in the dtype of the losses.
+        time_ratio: median time of a step over that of a plain step.
+        memory_ratio: peak of the tensors that a step makes, over that of a plain step.
+    """
+
+    engines: dict[str, str]
+    errors: dict[str, float]
+    tolerance: float
+    time_ratio: float
+    memory_ratio: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether every error is rounding."""
+        return all(error <= self.tolerance for error in self.errors.values())
+
+    def __str__(self) -> str:
+        width = max(len("module"), *(len(name) for name in self.engines))
+        lines = [f"{'module':<{width}}  engine"]
+        lines += [f"{name:<{width}}  {engine}" for name, engine in self.engines.items()]
+        lines += ["", "relative error against a loop of plain autograd over the samples"]
+        lines += [f"  {name:<9} {error:.1e}" for name, error in self.errors.items()]
+        lines += [
+            f"time of a step   {self.time_ratio:.2f} x plain",
+            f"peak memory      {self.memory_ratio:.2f} x plain",
+            f"{'EXACT' if self.exact else 'NOT EXACT'} (tolerance {self.tolerance:.0e})",
+        ]
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module,
+    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    targets: Any,
+    criterion: nn.Module,
+    *,
+    alpha: float = 0.2,
+    outliers: OutlierFilter | None = None,
+    engine: str = "auto",
+    repeats: int = 5,
+) -> Verification:
+    """Run one batch through `IRWOptimizer` and through a loop over its samples, and compare.
+
+    Args:
+        model: as it will be trained, in train mode or with parts in eval mode.
+        inputs: one batch; a tuple is passed as positional arguments, a mapping by name.
+        targets: second argument of the criterion.
+        criterion: the loss module.
+        alpha: as for `IRWOptimizer`.
+        outliers: as for `IRWOptimizer`.
+        engine: as for `IRWOptimizer`.
+        repeats: timed rounds; the loop itself takes B backward passes once.
+
+    Raises:
+        TypeError, ValueError: as `IRWOptimizer` does.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> x, y = torch.randn(16, 4), torch.randint(0, 2, (16,))
+    >>> report = verify(model, x, y, nn.CrossEntropyLoss())
+    >>> report.exact, report.engines
+    (True, {'0': 'ghost', '2': 'ghost'})
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def forward() -> Any:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+    def plain_step() -> None:
+        model.zero_grad()
+        criterion(forward(), targets).backward()
+
+    with _as_it_was(model):
+        inner = torch.optim.SGD(parameters, lr=0.0)
+        optimizer = IRWOptimizer(
+            inner, alpha=alpha, model=model, criterion=criterion, outliers=outliers, engine=engine
+        )
+        try:
+            with _as_it_was(model):
+                plain_step()
+                record = optimizer.last_step
+                gradients = {p: p.grad for p in parameters}
+            covered = optimizer.engine.covered_parameters()
+            times = median_seconds([plain_step], repeats)
+            memory = peak_bytes(plain_step)
+        finally:
+            optimizer.detach()
+        if record is None:
+            raise RuntimeError(
+                "the criterion made no weighted gradient: expected the model in train mode and "
+                "a loss that depends on its parameters"
+            )
+        plain_time = median_seconds([plain_step], repeats)[0]
+        plain_memory = peak_bytes(plain_step)
+    with _as_it_was(model):
+        batch = per_sample_losses(criterion, forward(), targets)
+        reached = set(walk(batch.losses).leaves)
+        scored = [p for p in parameters if p in reached]
+        rows = AutodiffGradients(batch.losses, scored, {"row_by_row": True})
+        truth = weigh(batch.losses.detach(), rows, alpha, Alignment(), outliers=outliers)
+        expected = rows.combine(truth.weights * batch.scale)
+    found = [torch.zeros_like(p) if (g := gradients[p]) is None else g.to_dense() for p in scored]
+    errors = {
+        "scores": _relative(record.scores, truth.scores),
+        "weights": _relative(record.weights, truth.weights),
+        "gradient": _relative(_flat(found), _flat([expected[p] for p in scored])),
+    }
+    lowest = {t.dtype for t in (batch.losses, *parameters)}
+    tolerance = max(_TOLERANCE.get(d, _TOLERANCE_OF_HALF) for d in lowest)
+    return Verification(
+        _engines_by_module(model, covered),
+        errors,
+        tolerance,
+        times[0] / plain_time,
+        memory / plain_memory,
+    )
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    size = float(expected.norm())
+    difference = float((found.to(expected.dtype) - expected).norm())
+    return difference / size if size else difference
+
+
+def _engines_by_module(model: nn.Module, covered: set[Tensor]) -> dict[str, str]:
+    engines = {}
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if own:
+            kinds = {"ghost" if p in covered else "autodiff" for p in own}
+            engines[name or "(the model itself)"] = " and ".join(sorted(kinds, reverse=True))
+    return engines
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Buffers, gradients and random state are restored afterwards."""
+    buffers = {name: deepcopy(b) for name, b in model.named_buffers()}
+    gradients = {p: p.grad for p in model.parameters()}
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for p, gradient in gradients.items():
+                p.grad = gradient
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
