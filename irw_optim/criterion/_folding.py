@@ -25,9 +25,9 @@ class PerSampleLosses(NamedTuple):
             Σn for the sum, the number of elements of a sample for KLDivLoss' ``batchmean``.
         labels: Class of each sample, int64 of shape (B,), if the target is one class per sample,
             else None. Ignored samples keep the criterion's ``ignore_index`` as their label.
-        counts: n, valid elements of each sample, int64 of shape (B,), or None if no element can
-            be invalid, so that all samples have equally many. ``counts == 0`` marks the samples
-            that are ignored altogether: they are part of no mean.
+        counts: n, valid elements of each sample, int64 of shape (B,), or None if all samples are
+            known to have equally many. ``counts == 0`` marks the samples that are ignored
+            altogether: they are part of no mean.
     """
 
     losses: Tensor
