@@ -134,7 +134,8 @@ def error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     if not expected.numel():
         return 0.0
-    difference = float((actual.double() - expected.double()).abs().max())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference = float((actual - expected).abs().max())
     if math.isnan(difference):
         return math.inf
-    return difference / (max(float(expected.double().abs().max()), floor) or 1.0)
+    return difference / (max(float(expected.abs().max()), floor) or 1.0)
