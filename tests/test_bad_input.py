@@ -1,0 +1,329 @@
+"""What cannot work is refused by name before anything changes."""
+
+from __future__ import annotations
+
+import math
+
+import opacus
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from irw_optim import IRWOptimizer
+from irw_optim.privacy.errors import DPGuaranteeError
+
+
+KNOWN_BUGS = {"test_before_backward": "a step without any gradient is taken for an idle one"}
+
+
+class World:
+    """A model, a criterion and an optimizer, with a momentum buffer and a gradient already."""
+
+    def __init__(self) -> None:
+        self.model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+        self.criterion = nn.CrossEntropyLoss()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.x, self.y = torch.randn(6, 4), torch.randint(3, (6,))
+        self.criterion(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+
+    def losses(self) -> torch.Tensor:
+        return F.cross_entropy(self.model(self.x), self.y, reduction="none")
+
+    def wrap(self, **options) -> IRWOptimizer:
+        defaults = {"alpha": 0.3, "model": self.model, "criterion": self.criterion}
+        return IRWOptimizer(options.pop("optimizer", self.optimizer), **{**defaults, **options})
+
+    def snapshot(self) -> list[object]:
+        """All that an error must leave alone."""
+        modules = [*self.model.modules(), self.criterion]
+        hooks = [len(v) for m in modules for k, v in vars(m).items() if "hooks" in k and v]
+        tensors = [*self.model.state_dict().values()]
+        tensors += [p.grad for p in self.model.parameters() if p.grad is not None]
+        tensors += [s["momentum_buffer"] for s in self.optimizer.state.values()]
+        forward = self.criterion.__dict__.get("forward")
+        return [hooks, forward, [t.tolist() for t in tensors]]
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+FOREIGN = nn.Linear(2, 2)
+PRIVATE = opacus.optimizers.DPOptimizer(
+    torch.optim.SGD(FOREIGN.parameters(), lr=0.1),
+    noise_multiplier=1.0,
+    max_grad_norm=1.0,
+    expected_batch_size=4,
+)
+
+
+class WithoutReduction(nn.Module):
+    def forward(self, input, target):
+        return (input - target).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"alpha": 0.0}, ValueError, r"alpha=0\.0: expected a number in \(0, 1\]"),
+        ({"alpha": 1.01}, ValueError, r"alpha=1\.01: expected"),
+        ({"alpha": -1}, ValueError, r"alpha=-1: expected"),
+        ({"alpha": math.nan}, ValueError, r"alpha=nan: expected"),
+        ({"alpha": "0.2"}, TypeError, r"alpha='0\.2': expected"),
+        ({"alpha": None}, TypeError, r"alpha=None: expected"),
+        ({"alpha": True}, TypeError, r"alpha=True: expected"),
+        ({"optimizer": None}, TypeError, r"optimizer=None: expected a torch optimizer"),
+        (
+            {"optimizer": torch.optim.SGD},
+            TypeError,
+            r"optimizer=.*SGD.*: expected a torch optimizer",
+        ),
+        ({"optimizer": PRIVATE}, DPGuaranteeError, r"DPOptimizer.*void its guarantee"),
+        (
+            {"optimizer": IRWOptimizer(torch.optim.SGD(FOREIGN.parameters(), lr=1), alpha=1)},
+            TypeError,
+            r"IRWOptimizer already: wrap the optimizer inside it",
+        ),
+        (
+            {"optimizer": torch.optim.SGD(FOREIGN.parameters(), lr=0.1)},
+            ValueError,
+            r"2 parameters that are not the model's.*\(2, 2\)",
+        ),
+        ({"model": 3}, TypeError, r"model=3: expected the torch\.nn\.Module"),
+        ({"model": None}, ValueError, r"criterion is given without model"),
+        ({"criterion": F.cross_entropy}, TypeError, r"criterion=.*PerSampleLoss\(fn\)"),
+        ({"criterion": nn.CrossEntropyLoss}, TypeError, r"criterion=.*an instance, not a class"),
+        (
+            {"criterion": nn.CrossEntropyLoss(reduction="none")},
+            ValueError,
+            r"reduction='none'.*optimizer\.backward\(losses\)",
+        ),
+        ({"criterion": WithoutReduction()}, TypeError, r"no reduction to switch off"),
+        ({"outliers": 0.5}, TypeError, r"outliers=0\.5: expected None or a filter"),
+        ({"center": -0.1}, ValueError, r"center=-0\.1: expected a number in \[0, inf\)"),
+        ({"center": math.nan}, ValueError, r"center=nan"),
+        (
+            {"center": 1.0, "weighting": "cvar"},
+            ValueError,
+            r"center=1\.0 belongs to weighting='irw'",
+        ),
+        ({"class_balance": 1}, TypeError, r"class_balance=1: expected True or False"),
+        ({"mix": 2}, ValueError, r"mix=2: expected a number in \[0, 1\]"),
+        ({"warmup_steps": -1}, ValueError, r"warmup_steps=-1: expected 0 or more"),
+        ({"warmup_steps": 0.5}, TypeError, r"warmup_steps=0\.5: expected a whole number"),
+        ({"engine": "fast"}, ValueError, r"engine='fast': expected one of 'auto'"),
+        ({"weighting": "dro"}, ValueError, r"weighting='dro': expected one of 'irw'"),
+        ({"weighting": 1}, TypeError, r"weighting=1: expected a name or a callable"),
+        (
+            {"score_parameters": "first"},
+            TypeError,
+            r"score_parameters='first': expected None, 'last'",
+        ),
+        ({"score_parameters": ["7"]}, ValueError, r"score_parameters names '7'.*it has 0\.weight"),
+        ({"score_parameters": lambda n, p: False}, ValueError, r"chooses no trainable parameter"),
+        (
+            {"score_parameters": "last", "model": None, "criterion": None},
+            ValueError,
+            r"score_parameters='last' is given without model",
+        ),
+    ],
+)
+def test_impossible_arguments(world, options, kind, message):
+    before = world.snapshot()
+    with pytest.raises(kind, match=message):
+        world.wrap(**options)
+    assert world.snapshot() == before
+    world.wrap()  # and the same objects are good for another try
+
+
+def test_unknown_arguments(world):
+    with pytest.raises(TypeError, match="lambd"):
+        world.wrap(lambd=0.5)
+    with pytest.raises(TypeError, match="alpha"):
+        IRWOptimizer(world.optimizer)
+
+
+def test_a_criterion_already_attached(world):
+    first = world.wrap()
+    before = world.snapshot()
+    with pytest.raises(ValueError, match=r"CrossEntropyLoss\(\) is attached.*detach\(\)"):
+        world.wrap()
+    assert world.snapshot() == before
+    first.detach()
+    world.wrap()
+
+
+@pytest.mark.parametrize(
+    ("losses", "kind", "message"),
+    [
+        (lambda w: w.losses().mean(), ValueError, r"losses has shape \(\): expected \(B,\)"),
+        (lambda w: w.losses()[:, None], ValueError, r"losses has shape \(6, 1\): expected \(B,\)"),
+        (lambda w: w.losses().tolist(), TypeError, r"losses=\[.*expected a tensor of shape \(B,\)"),
+        (lambda w: w.losses().detach(), RuntimeError, r"losses do not require a gradient"),
+        (lambda w: torch.arange(6), TypeError, r"losses has dtype torch\.int64"),
+        (lambda w: None, TypeError, r"losses=None"),
+    ],
+)
+def test_losses_that_are_none(world, losses, kind, message):
+    optimizer = world.wrap(criterion=None)
+    before = world.snapshot()
+    with pytest.raises(kind, match=message):
+        optimizer.backward(losses(world))
+    assert world.snapshot() == before
+    assert optimizer.last_step is None
+
+
+def test_losses_that_do_not_come_from_the_model(world):
+    optimizer = world.wrap(criterion=None)
+    before = world.snapshot()
+    with pytest.raises(RuntimeError, match=r"do not depend on any parameter that makes the scores"):
+        optimizer.backward(torch.rand(6, requires_grad=True) * 2)
+    assert world.snapshot() == before
+
+
+def test_class_balance_without_labels(world):
+    optimizer = world.wrap(criterion=None, class_balance=True)
+    before = world.snapshot()
+    with pytest.raises(ValueError, match=r"class_balance=True needs one class label a sample"):
+        optimizer.backward(world.losses())
+    assert world.snapshot() == before
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(5).long(), torch.zeros(6, 2).long(), [0] * 6])
+def test_labels_that_do_not_fit(world, labels):
+    optimizer = world.wrap(criterion=None, class_balance=True)
+    before = world.snapshot()
+    with pytest.raises((TypeError, ValueError), match="labels"):
+        optimizer.backward(world.losses(), labels=labels)
+    assert world.snapshot() == before
+
+
+def test_outputs_without_a_batch_dimension(world):
+    world.wrap()
+    with pytest.raises(ValueError, match=r"single sample without a batch dimension"):
+        world.criterion(world.model(world.x[0]), world.y[0])
+
+
+class TestStep:
+    def test_before_backward(self, world):
+        optimizer = world.wrap()
+        optimizer.zero_grad()
+        before = world.snapshot()
+        with pytest.raises(RuntimeError, match=r"step\(\).*backward"):
+            optimizer.step()
+        assert world.snapshot() == before
+
+    def test_on_a_gradient_that_nobody_weighed(self, world):
+        optimizer = world.wrap()
+        optimizer.zero_grad()
+        world.losses().mean().backward()
+        before = world.snapshot()
+        with pytest.raises(RuntimeError, match=r"without weights.*criterion\(model\(x\), y\)"):
+            optimizer.step()
+        assert world.snapshot() == before
+
+    def test_twice_on_one_backward(self, world):
+        optimizer = world.wrap()
+        optimizer.zero_grad()
+        world.criterion(world.model(world.x), world.y).backward()
+        optimizer.step()
+        before = world.snapshot()
+        with pytest.raises(RuntimeError, match=r"without weights"):
+            optimizer.step()
+        assert world.snapshot() == before
+
+    def test_with_losses_but_without_grad_sample(self, world):
+        optimizer = world.wrap(model=None, criterion=None)
+        optimizer.zero_grad()
+        losses = world.losses()
+        losses.mean().backward()
+        before = world.snapshot()
+        with pytest.raises(RuntimeError, match=r"no grad_sample.*|no parameter has a grad_sample"):
+            optimizer.step(losses=losses)
+        assert world.snapshot() == before
+
+    def test_inside_opacus(self, world):
+        optimizer = world.wrap()
+        optimizer.zero_grad()
+        world.criterion(world.model(world.x), world.y).backward()
+        world.model[0].weight.summed_grad = torch.zeros(5, 4)
+        before = world.snapshot()
+        with pytest.raises(DPGuaranteeError, match=r"summed_grad.*IRWPrivacyEngine"):
+            optimizer.step()
+        assert world.snapshot() == before
+
+
+class TestNonFinite:
+    """A sample that is not finite raises at the step, naming it; parameters are as they were."""
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize(
+        "options", [{}, {"outliers": lambda gram: gram.diagonal() < 0}], ids=str
+    )
+    def test_losses(self, world, value, options):
+        optimizer = world.wrap(**options)
+        optimizer.zero_grad()
+        world.x[[1, 4]] = value
+        world.criterion(world.model(world.x), world.y).backward()
+        before = [p.tolist() for p in world.model.parameters()]
+        with pytest.raises(
+            FloatingPointError, match=r"2 samples.*indices 1, 4.*nothing was updated"
+        ):
+            optimizer.step()
+        assert [p.tolist() for p in world.model.parameters()] == before
+
+    def test_gradients_alone(self, world):
+        optimizer = world.wrap(criterion=None)
+        optimizer.zero_grad()
+        # sqrt at 0 has a finite value, and an infinite gradient
+        optimizer.backward(
+            world.losses() + F.pad(world.model(world.x[:1]).mul(0)[:, 0].sqrt(), (0, 5))
+        )
+        before = [p.tolist() for p in world.model.parameters()]
+        with pytest.raises(FloatingPointError, match=r"nothing was updated"):
+            optimizer.step()
+        assert [p.tolist() for p in world.model.parameters()] == before
+
+    @pytest.mark.parametrize("weighting", ["cvar", "uniform"])
+    def test_other_weightings(self, world, weighting):
+        optimizer = world.wrap(weighting=weighting)
+        optimizer.zero_grad()
+        world.x[2] = math.nan
+        world.criterion(world.model(world.x), world.y).backward()
+        with pytest.raises(FloatingPointError, match=r"1 samples.*indices 2"):
+            optimizer.step()
+
+    def test_warm_up(self, world):
+        optimizer = world.wrap(warmup_steps=2)
+        optimizer.zero_grad()
+        world.x[2] = math.nan
+        world.criterion(world.model(world.x), world.y).backward()
+        with pytest.raises(FloatingPointError, match=r"indices 2"):
+            optimizer.step()
+
+    def test_training_goes_on_after_a_broken_batch(self, world):
+        optimizer = world.wrap()
+        good = world.x.clone()
+        world.x[0] = math.nan
+        world.criterion(world.model(world.x), world.y).backward()
+        with pytest.raises(FloatingPointError):
+            optimizer.step()
+        optimizer.zero_grad()
+        world.criterion(world.model(good), world.y).backward()
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in world.model.parameters())
+
+    def test_a_gradient_scaler_skips_instead(self, world):
+        optimizer = world.wrap()
+        optimizer.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        world.x[0] = math.inf
+        scaler.scale(world.criterion(world.model(world.x), world.y)).backward()
+        before = [p.tolist() for p in world.model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0
+        assert [p.tolist() for p in world.model.parameters()] == before
