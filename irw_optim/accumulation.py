@@ -19,6 +19,7 @@ from irw_optim.backward import (
     graph_is_kept,
     seed_of,
     walked_by_this_backward,
+    without_autocast,
 )
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.concatenated import ConcatenatedGradients
@@ -28,33 +29,47 @@ from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.record import StepRecord
 
+Decide = Callable[[PerSampleLosses, PerSampleGradients], StepRecord]
+
 
 class LogicalBatch:
     """Backward passes that wait for each other.
 
     Args:
         size: number of backward passes that make the batch, k.
-        decide: the weights of the whole batch, from its losses and its rows.
     """
 
-    def __init__(
-        self, size: int, decide: Callable[[PerSampleLosses, PerSampleGradients], StepRecord]
-    ) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
-        self.decide = decide
         self.members: list[_Member] = []
 
     def loss(
-        self, batch: PerSampleLosses, engine: Engine, scored: Callable[[Tensor], bool]
+        self,
+        batch: PerSampleLosses,
+        engine: Engine,
+        scored: Callable[[Tensor], bool],
+        decide: Decide,
     ) -> Tensor:
-        """The criterion's value; the backward pass of the k-th gives the gradient of all k."""
-        member = _Member(self, batch, engine.capture(batch.losses), scored)
-        return deferred_loss(batch.value, member, member.captured.leaves)
+        """The criterion's value; the backward pass of the k-th gives the gradient of all k.
+
+        Args:
+            batch: per-sample losses of one physical batch, with their graph.
+            engine: gives the per-sample gradients.
+            scored: which parameters make the scores.
+            decide: the weights of the whole batch, from its losses and its rows.
+        """
+        member = _Member(self, batch, engine.capture(batch.losses), scored, decide)
+        # Not the leaves: hooks on parameters would be called in passes that give no gradient.
+        anchor = torch.zeros_like(batch.value).requires_grad_()
+        return deferred_loss(batch.value, member, [anchor])
 
     def finish(self) -> None:
         """Decide with the members there are, and add the gradient to ``p.grad``."""
         if self.members:
-            accumulate(self.gradient())
+            with without_autocast(self.members[0].batch.losses.device.type):
+                total = self.gradient()
+            # As a backward pass does it, so that hooks on the leaves are called.
+            torch.autograd.backward(list(total), list(total.values()))
 
     def gradient(self) -> dict[Tensor, Tensor]:
         """The gradient of the whole batch, for every leaf; the members are let go."""
@@ -64,7 +79,7 @@ class LogicalBatch:
                 [member.captured.rows(member.scored) for member in members],
                 like=widened(members[0].batch.losses),
             )
-            record = self.decide(_joined([member.batch for member in members]), rows)
+            record = members[-1].decide(_joined([member.batch for member in members]), rows)
             # The ordinary gradient is sum_j factor_j mean_j: its length is the sum of the factors.
             length = sum(member.factor for member in members)
             total: dict[Tensor, Tensor] = {}
@@ -91,16 +106,18 @@ class _Member:
         batch: PerSampleLosses,
         captured: LossGradients,
         scored: Callable[[Tensor], bool],
+        decide: Decide,
     ) -> None:
         self.logical = logical
         self.batch = batch._replace(losses=batch.losses.detach())
         self.captured = captured
         self.scored = scored
+        self.decide = decide
         self.factor: Tensor | float = 0.0
         self.started = False
 
     def gradients(self, upstream: Tensor) -> list[Tensor | None]:
-        """What this backward pass gives its leaves: the k-th the whole gradient, others nothing."""
+        """Start this batch; the k-th pass adds the gradient of the whole to ``p.grad``."""
         logical, captured = self.logical, self.captured
         if self.started:
             raise RuntimeError(
@@ -108,7 +125,7 @@ class _Member:
                 "expected one backward() for each loss, or IRWOptimizer without accumulation_steps"
             )
         self.started = True
-        with torch.autocast(device_type=upstream.device.type, enabled=False):
+        with without_autocast(upstream.device.type):
             keep_graph = graph_is_kept()
             walked = walked_by_this_backward(captured)
             captured.start(seed_of(upstream), keep_graph or walked)
@@ -121,13 +138,9 @@ class _Member:
                 )
             self.factor = upstream * self.batch.scale
             logical.members.append(self)
-            if len(logical.members) < logical.size:
-                return [None] * len(captured.leaves)
-            leaves = captured.leaves
-            total = logical.gradient()
-        gradients = [total.pop(leaf, None) for leaf in leaves]
-        accumulate(total)  # leaves that only the earlier members used
-        return gradients
+            if len(logical.members) == logical.size:
+                logical.finish()
+        return [None]
 
     def weighted_sum(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """Sum of w_i times the gradient of loss i, by leaf."""
@@ -137,12 +150,6 @@ class _Member:
         gradients = captured.weighted_sum(weights, keep_graph=False)
         leaves = zip(captured.leaves, gradients, strict=True)
         return {leaf: gradient for leaf, gradient in leaves if gradient is not None}
-
-
-def accumulate(total: dict[Tensor, Tensor]) -> None:
-    """Add to ``p.grad`` as a backward pass does, so that hooks on the leaves are called."""
-    if total:
-        torch.autograd.backward(list(total), list(total.values()))
 
 
 def _joined(batches: list[PerSampleLosses]) -> PerSampleLosses:

@@ -32,11 +32,14 @@ class AttachedForward:
 
     def __init__(self, criterion: nn.Module, model: nn.Module, listener: Listener) -> None:
         validate_criterion(criterion)
-        if isinstance(criterion.__dict__.get("forward"), AttachedForward):
-            raise ValueError(
-                f"criterion={type(criterion).__name__}() is attached to another IRWOptimizer "
-                "already: call detach() on that one first, or give each its own criterion"
-            )
+        earlier = criterion.__dict__.get("forward")
+        if isinstance(earlier, AttachedForward):
+            if earlier.listener() is not None:
+                raise ValueError(
+                    f"criterion={type(criterion).__name__}() is attached to another IRWOptimizer "
+                    "already: call detach() on that one first, or give each its own criterion"
+                )
+            earlier.detach()
         self.criterion = criterion
         self.model = model
         self.listener = WeakMethod(listener)

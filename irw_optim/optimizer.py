@@ -285,7 +285,7 @@ class IRWOptimizer(OptimizerWrapper):
             return averaged_loss(batch, self._note)
         scored = self.scored_parameters().__contains__
         if self.accumulation_steps > 1:
-            return self._logical.loss(batch, self.engine, scored)
+            return self._logical.loss(batch, self.engine, scored, self._decide)
         return self.scheme.loss(batch, self.engine, scored, self._note)
 
     def _weigh_grad_samples(self, losses: Tensor, labels: Tensor | None) -> None:
@@ -327,7 +327,7 @@ class IRWOptimizer(OptimizerWrapper):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _attach(self, model: nn.Module | None, criterion: nn.Module | None) -> None:
-        self._logical = LogicalBatch(self.accumulation_steps, self._decide)
+        self._logical = LogicalBatch(self.accumulation_steps)
         if model is not None and criterion is not None:
             self._attached = AttachedForward(criterion, model, self._loss)
 
