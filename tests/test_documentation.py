@@ -10,6 +10,7 @@ from torch import nn
 
 import irw_optim
 import irw_optim.privacy
+import irw_optim.schemes
 
 ROOT = Path(__file__).parents[1]
 PAGES_WITH_THE_DIFF = ["README.md", "docs/index.md"]
@@ -39,7 +40,7 @@ def test_the_script_runs_before_and_after_the_diff(page: str, sign: str, wrapped
     assert not torch.equal(model.weight, before)
 
 
-@pytest.mark.parametrize("package", [irw_optim, irw_optim.privacy])
+@pytest.mark.parametrize("package", [irw_optim, irw_optim.privacy, irw_optim.schemes])
 def test_every_public_name_is_on_the_api_page(package: ModuleType) -> None:
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     directive = rf"^\.\. auto\w+:: {re.escape(package.__name__)}\.(\w+)$"
