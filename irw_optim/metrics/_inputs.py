@@ -1,0 +1,130 @@
+"""What a user may hand in, checked and turned into numpy arrays of shape (N,)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array: TypeAlias = npt.NDArray[Any]
+ArrayLike: TypeAlias = Tensor | npt.ArrayLike
+GroupsLike: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
+"""One column (N,), several (N, c), or columns by name: a mapping or a pandas DataFrame."""
+
+
+def as_array(values: ArrayLike) -> Array:
+    """Any tensor, list, array or pandas column as a numpy array on the CPU."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
+    array = np.asarray(values)
+    if array.dtype.kind in "US" and not isinstance(values, np.ndarray):
+        return np.asarray(values, dtype=object)  # numpy would turn NaN into the string "nan"
+    return array
+
+
+def missing(array: Array) -> Array:
+    """Where there is no value: None, NaN, NaT and pandas.NA."""
+    if array.dtype.kind in "fcmM":
+        return np.isnan(array) if array.dtype.kind in "fc" else np.isnat(array)
+    if array.dtype != object:
+        return np.zeros(array.shape, dtype=bool)
+
+    def equals_itself(value: object) -> bool:  # NaN and NaT do not, and NA == NA is NA
+        same: object = value == value
+        return isinstance(same, bool | np.bool_) and bool(same)
+
+    flat = [value is None or not equals_itself(value) for value in array.ravel()]
+    return np.array(flat, dtype=bool).reshape(array.shape)
+
+
+def as_vector(name: str, values: ArrayLike, each: str, mend: str = "") -> Array:
+    """``values`` as (N,), N >= 1, nothing missing; ``each`` says what an entry is."""
+    array = as_array(values)
+    if array.ndim != 1:
+        raise ValueError(
+            f"{name} has shape {array.shape}: expected (N,), one {each} a sample{mend}"
+        )
+    if not len(array):
+        raise ValueError(f"{name} is empty: expected one {each} a sample")
+    gaps = missing(array)
+    if gaps.any():
+        raise ValueError(
+            f"{name} has no value for {gaps.sum()} of {len(array)} samples, the first at "
+            f"{gaps.argmax()}: expected one {each} a sample; leave these samples out, or give them "
+            "a value of their own"
+        )
+    # Objects (pandas' strings) are slow to compare and cannot always be sorted.
+    return np.asarray(array.tolist()) if array.dtype == object else array
+
+
+def as_losses(losses: ArrayLike) -> npt.NDArray[np.float64]:
+    """Per-sample losses as float64, (N,), finite."""
+    array = as_vector("losses", losses, "loss")
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"losses has dtype {array.dtype}: expected numbers, one loss a sample")
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"losses[{np.isinf(array).argmax()}] is infinite: expected finite losses; look for "
+            "log(0) in the criterion, or leave these samples out"
+        )
+    return array.astype(np.float64)
+
+
+def as_classes(name: str, values: ArrayLike) -> Array:
+    """Class labels, (N,): numbers without fractions, or strings."""
+    array = as_vector(name, values, "class", "; of scores, scores.argmax(-1)")
+    if array.dtype.kind == "f" and (array != np.round(array)).any():
+        first = int((array != np.round(array)).argmax())
+        raise ValueError(
+            f"{name}[{first}]={array[first]:g} is no class: expected class labels; of scores, "
+            f"{name} = (scores > 0.5) or scores.argmax(-1)"
+        )
+    return array
+
+
+def as_predictions(y_true: ArrayLike, y_pred: ArrayLike) -> tuple[Array, Array]:
+    """True and predicted classes of the same samples, comparable with each other."""
+    true, predicted = as_classes("y_true", y_true), as_classes("y_pred", y_pred)
+    check_lengths(y_true=true, y_pred=predicted)
+    if (true.dtype.kind in "US") != (predicted.dtype.kind in "US"):
+        raise TypeError(
+            f"y_true has dtype {true.dtype} and y_pred {predicted.dtype}: expected both to be "
+            "strings, or both numbers, so that a right prediction equals its label"
+        )
+    return true, predicted
+
+
+def as_columns(groups: GroupsLike) -> dict[str, Array]:
+    """The columns of ``groups`` by name; without names of their own, group, or group_0, ..."""
+    if isinstance(groups, Mapping) or (hasattr(groups, "columns") and hasattr(groups, "items")):
+        named = {str(name): column for name, column in groups.items()}
+        if not named:
+            raise ValueError("groups has no column: expected one or more")
+        return {
+            name: as_vector(f"groups[{name!r}]", column, "group") for name, column in named.items()
+        }
+    array = as_array(groups)
+    if array.ndim != 2:
+        return {"group": as_vector("groups", array, "group")}
+    if not array.shape[1]:
+        raise ValueError(f"groups has shape {array.shape}: expected one column or more")
+    return {
+        f"group_{i}": as_vector(f"groups[:, {i}]", column, "group")
+        for i, column in enumerate(array.T)
+    }
+
+
+def check_lengths(**arrays: Array) -> None:
+    """Raise unless all have as many samples as the first."""
+    (first, reference), *others = arrays.items()
+    for name, array in others:
+        if len(array) != len(reference):
+            raise ValueError(
+                f"{first} has {len(reference)} samples and {name} has {len(array)}: "
+                "expected the same samples in the same order"
+            )
