@@ -42,8 +42,7 @@ class AttachedForward:
             earlier.detach()
         self.criterion = criterion
         self.model = model
-        self.listener = WeakMethod(listener)
-        self.running = False
+        self.listener: WeakMethod[Listener] = WeakMethod(listener)
         self.previous = criterion.__dict__.get("forward")
         criterion.forward = self
 
@@ -51,14 +50,11 @@ class AttachedForward:
         """The listener's scalar while the model trains, else what the criterion returns."""
         listener = self.listener()
         training = torch.is_grad_enabled() and self.model.training
-        if self.running or listener is None or not training:
+        # per_sample_losses switches the reduction off and comes by here again.
+        unreduced = getattr(self.criterion, "reduction", None) == "none"
+        if listener is None or not training or unreduced:
             return self.original(*args, **kwargs)
-        self.running = True
-        try:
-            losses = per_sample_losses(self.criterion, *args, **kwargs)
-        finally:
-            self.running = False
-        return listener(losses)
+        return listener(per_sample_losses(self.criterion, *args, **kwargs))
 
     @property
     def original(self) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if chosen is None:
-        selected = set(trainable.values())
+        selected: set[Tensor] = set(trainable.values())
     elif chosen == "last":
         owners = [name.rpartition(".")[0] for name in trainable]
         selected = {p for name, p in trainable.items() if name.rpartition(".")[0] == owners[-1]}

@@ -14,6 +14,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from irw_optim.gradients.autodiff import AutodiffGradients, backward_to
+from irw_optim.gradients.broadcast import with_batch
 from irw_optim.gradients.capture import Graph, hook_layers, walk
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
@@ -49,7 +50,7 @@ class Engine:
 
     def capture(self, losses: Tensor) -> LossGradients:
         """Take note of a batch of losses: what leads to them, and who else shares it."""
-        batch = LossGradients(self, losses, walk(losses))
+        batch = LossGradients(self, losses, with_batch(walk(losses), len(losses)))
         for other in self.waiting:
             if not other.graph.nodes.isdisjoint(batch.graph.nodes):
                 other.sharing.add(batch)

@@ -106,9 +106,9 @@ def _addition(output: Tensor, left: Any, right: Any) -> LayerCall | None:
 def _multiplication(output: Tensor, left: Any, right: Any) -> LayerCall | None:
     if is_parameter(left) and isinstance(right, Tensor):
         left, right = right, left
-    if not is_parameter(right) or not isinstance(left, Tensor) or left.shape != output.shape:
+    if not is_parameter(right) or not isinstance(left, Tensor):
         return None
-    return ElementwiseCall(right, left, output)
+    return ElementwiseCall(right, left.expand(output.shape), output)
 
 
 @function_rule(Tensor.expand)

@@ -12,6 +12,7 @@ be exact, the other methods are there where a kind has something cheaper.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -94,6 +95,14 @@ class LayerCall:
     def set_output_gradient(self, gradient: Tensor) -> None:
         """Take b; the products are defined from then on."""
         self.output_gradient = gradient if self.layout is None else self.layout(gradient)
+
+    def for_every_sample(self, batch_size: int) -> LayerCall | None:
+        """The same call as if each sample had made it, where its input has no batch dimension."""
+        return None
+
+    def copy(self) -> LayerCall:
+        """Another call with the same input and parameters, for another output gradient."""
+        return copy(self)
 
     # What a kind of layer must say ------------------------------------------------------------
 

@@ -26,6 +26,14 @@ class EmbeddingCall(LayerCall):
         self.padding_idx = padding_idx
         self.needs_autograd_combine = sparse
 
+    def for_every_sample(self, batch_size: int) -> LayerCall | None:
+        index = self.input[0] if self.input.ndim > 1 else self.input
+        if self.input.ndim > 1 and self.input.shape[0] != 1:
+            return None
+        call = self.copy()
+        call.input = index.expand(batch_size, *index.shape)
+        return call
+
     @property
     def b(self) -> Tensor:
         """Padding has no gradient, whatever the output gradient there."""
