@@ -41,7 +41,8 @@ class People:
 
     def group_of(self, *columns: str) -> pd.Series[str]:
         """The intersectional group of each person, for example ``group_of("race", "sex")``."""
-        return self.groups[list(columns)].agg(", ".join, axis="columns")
+        first, *others = (self.groups[column] for column in columns)
+        return first.str.cat(others, sep=", ") if others else first
 
 
 def load_adult(path: Path | str = DATA) -> tuple[People, People]:

@@ -1,0 +1,1 @@
+"""What `examples/adult.py` does with its trained models: measure, compare, say, draw, write."""
