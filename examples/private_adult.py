@@ -59,11 +59,18 @@ CONFIGS: dict[str, IRWDPConfig | None] = {
 }
 
 
+class Rows(TensorDataset):
+    """Looks up a whole batch at once, not person by person."""
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return [tensor[indices] for tensor in self.tensors]
+
+
 @dataclass(frozen=True)
 class Task:
     """Training data, and test data with the groups whose worst accuracy is reported."""
 
-    train: TensorDataset
+    train: Rows
     x: Tensor
     y: Tensor
     groups: pd.Series[str]
@@ -92,7 +99,7 @@ def planted(train: People, test: People, share: float = 0.08) -> Task:
 
 def _task(x: Any, y: Any, x_test: Any, y_test: Any, groups: pd.Series[str]) -> Task:
     tensor = torch.as_tensor
-    return Task(TensorDataset(tensor(x), tensor(y)), tensor(x_test), tensor(y_test), groups)
+    return Task(Rows(tensor(x), tensor(y)), tensor(x_test), tensor(y_test), groups)
 
 
 @functools.cache
@@ -116,21 +123,26 @@ def train(task: Task, method: str, epsilon: float, seed: int, epochs: int) -> nn
         nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, CLASSES)
     )
     trained = model
-    criterion = nn.CrossEntropyLoss()
+    criterion: Any = nn.CrossEntropyLoss()
     optimizer: Any = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    loader: Any = DataLoader(task.train, batch_size=BATCH_SIZE, shuffle=True)
+    loader: Any = DataLoader(task.train, BATCH_SIZE, shuffle=True, collate_fn=list)
     if math.isfinite(epsilon):
         config = CONFIGS[method]
         engine = PrivacyEngine() if config is None else IRWPrivacyEngine()
-        options = {} if config is None else {"irw": config, "criterion": criterion}
-        model, optimizer, loader = engine.make_private(
+        returned = engine.make_private(
             module=model,
             optimizer=optimizer,
             data_loader=loader,
+            criterion=criterion,
             noise_multiplier=noise_for(epsilon, 1 / len(loader), epochs),
             max_grad_norm=MAX_GRAD_NORM,
-            **options,
+            grad_sample_mode="ghost",
+            **({} if config is None else {"irw": config}),
         )
+        if config is None:  # Opacus wraps the criterion, where irw_optim follows it in place
+            model, optimizer, criterion, loader = returned
+        else:
+            model, optimizer, loader = returned
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()

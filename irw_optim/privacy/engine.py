@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from opacus import PrivacyEngine
 from opacus.accountants.utils import get_noise_multiplier
+from opacus.grad_sample import GradSampleHooks
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from . import refusals
 from .config import IRWDPConfig
+from .distributed import DistributedIRWDPOptimizer, every_draw
 from .ghost import GhostBatch
 from .optimizer import IRWDPOptimizer
 from .pending import check_criterion
@@ -76,7 +79,8 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         """Make a training private; arguments that Opacus shares mean what they mean there.
 
         Args:
-            module: the model, in training mode, without BatchNorm.
+            module: the model, in training mode, without BatchNorm; over several processes in
+                Opacus' DifferentiallyPrivateDistributedDataParallel.
             optimizer: a plain torch optimizer over its parameters.
             data_loader: loader of the whole data set; replaced by a Poisson sampling one.
             noise_multiplier: sigma, of the whole step.
@@ -138,7 +142,8 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             # before the step, and by name.
             private_module.allow_grad_accumulation()
         if criterion is not None:
-            private_optimizer.pending.follow(criterion, module)
+            hooks = private_module if isinstance(private_module, GradSampleHooks) else None
+            private_optimizer.pending.follow(criterion, module, hooks)
         return private_module, private_optimizer, private_loader
 
     def make_private_with_epsilon(
@@ -179,13 +184,32 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             **options,
         )
 
-    def _prepare_optimizer(self, *, optimizer: Optimizer, **options: Any) -> IRWDPOptimizer:
+    def _prepare_data_loader(
+        self, data_loader: DataLoader[Any], *, distributed: bool, **options: Any
+    ) -> DataLoader[Any]:
         """Opacus' factory, called by its make_private."""
-        for chosen_already in ("distributed", "clipping", "grad_sample_mode"):
-            options.pop(chosen_already)
-        noise_generator = options.pop("noise_generator")
-        return IRWDPOptimizer(
+        loader: DataLoader[Any] = super()._prepare_data_loader(
+            data_loader, distributed=distributed, **options
+        )
+        return every_draw(loader, self.secure_rng) if distributed else loader
+
+    def _prepare_optimizer(
+        self,
+        *,
+        optimizer: Optimizer,
+        distributed: bool,
+        expected_batch_size: float,
+        noise_generator: torch.Generator | None,
+        clipping: str,
+        grad_sample_mode: str,
+        **options: Any,
+    ) -> IRWDPOptimizer:
+        """Opacus' factory, called by its make_private."""
+        kind = DistributedIRWDPOptimizer if distributed else IRWDPOptimizer
+        ranks = dist.get_world_size() if distributed else 1  # Opacus gives the share of one rank
+        return kind(
             optimizer,
+            expected_batch_size=expected_batch_size * ranks,
             generator=self.secure_rng if self.secure_mode else noise_generator,
             secure_mode=self.secure_mode,
             **options,

@@ -42,10 +42,9 @@ class _LogicalBatch:
 class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     """Differentially private IRW around any torch optimizer, in place of Opacus' DPOptimizer.
 
-    `IRWPrivacyEngine.make_private` builds it. A step releases four noisy sums: the reweighted
-    clipped gradients, the clipped gradients of the samples above the loss threshold, and two counts
-    (formulas in ``irw_optim.privacy.mechanism``). Together they are one sampled Gaussian mechanism
-    with multiplier `noise_multiplier`, which is what Opacus' accountants are told.
+    `IRWPrivacyEngine.make_private` builds it. A step releases four noisy sums (formulas in
+    ``irw_optim.privacy.mechanism``), together one sampled Gaussian mechanism with multiplier
+    `noise_multiplier`, which is what Opacus' accountants are told.
 
     Args:
         optimizer: the optimizer that takes the noisy gradient.
@@ -128,7 +127,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
     @property
     def accumulated_iterations(self) -> int:
-        """One: a step is one Poisson batch, whatever its physical batches; read by accountants."""
+        """One Poisson batch a step, whatever its physical batches; read by accountants."""
         return 1
 
     def step(
@@ -218,7 +217,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         self.pending.unfollow()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse copies: two optimizers with one noise generator, and Opacus' class breaks."""
+        """Refuse copies: they would share the noise, and break Opacus' class on the way."""
         raise TypeError(
             "an IRWDPOptimizer cannot be copied or pickled: save optimizer.state_dict(), or use "
             "IRWPrivacyEngine.save_checkpoint"
@@ -269,28 +268,31 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """Noise on the four sums; the gradient goes to ``p.grad``, ready for the inner step."""
         batch = self._logical_batch
         assert batch is not None  # _accumulate has just filled it
+        self._logical_batch = None
         scales, C = self.noise_scales, self.max_grad_norm
         for p in self.params:
-            noisy = p.summed_grad + self._noise(scales.gradient * C, p.summed_grad)
-            p.grad = noisy.view_as(p).to(p.dtype)
+            p.grad = self._noisy(p.summed_grad, scales.gradient * C).view_as(p).to(p.dtype)
             _mark_as_processed(p.summed_grad)
         self.scale_grad()
-        self._logical_batch = None
-        tail_count = batch.tail_count + self._noise(scales.count, batch.tail_count)
+        tail_count = self._noisy(batch.tail_count, scales.count).item()
         if not self.irw.uses_direction:
-            return Released(tail_count.item())
-        saturated_count = batch.saturated_count + self._noise(scales.count, batch.saturated_count)
-        direction = {
-            p: total + self._noise(scales.direction * C, total)
-            for p, total in batch.direction.items()
-        }
-        return Released(tail_count.item(), saturated_count.item(), direction)
+            return Released(tail_count)
+        saturated_count = self._noisy(batch.saturated_count, scales.count).item()
+        direction = {p: self._noisy(t, scales.direction * C) for p, t in batch.direction.items()}
+        return Released(tail_count, saturated_count, direction)
+
+    def _noisy(self, total: Tensor, std: float) -> Tensor:
+        return self._over_ranks(total + self._noise(std, total))
 
     def _noise(self, std: float, like: Tensor) -> Tensor:
         noise: Tensor = _generate_noise(
             std=std, reference=like, generator=self.generator, secure_mode=self.secure_mode
         )
         return noise
+
+    def _over_ranks(self, total: Tensor) -> Tensor:
+        """The sum over all processes; this one is alone."""
+        return total
 
     def _refuse_mid_batch(self, what: str) -> None:
         if self._logical_batch is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from irw_optim.criterion import PerSampleLosses, validate_criterion
 
 from .errors import DPGuaranteeError
 from .rows import ClippableGradients, GradSampleRows
+from .spot_check import SpotCheck
 
 __all__ = ["PendingBatch", "check_criterion", "follower_of"]
 
@@ -61,17 +63,25 @@ class PendingBatch:
         self._backwarded: list[Tensor] = []
         self._reduction = loss_reduction
         self._attached: AttachedForward | None = None
+        self._spot_check: SpotCheck | None = None
 
-    def follow(self, criterion: nn.Module, model: nn.Module) -> None:
+    def follow(self, criterion: nn.Module, model: nn.Module, hooks: Any = None) -> None:
         """Let `criterion`, called while `model` trains, leave its losses here; in place.
 
         What it returns keeps its value. Its gradient is that of the mean (or sum) of the
         per-sample losses, which differs from torch's where torch divides by something that the
         whole batch decides, as with class weights or ignored targets.
+
+        Args:
+            criterion: the loss that the training loop calls.
+            model: asked whether it trains.
+            hooks: Opacus' GradSampleHooks; if given, the rows of the first batch are compared
+                with plain autograd.
         """
         if isinstance(earlier := follower_of(criterion), PendingBatch):
             earlier.unfollow()  # a new training with the same criterion
         self._attached = AttachedForward(criterion, model, self._hand_out)
+        self._spot_check = None if hooks is None else SpotCheck(hooks)
 
     def unfollow(self) -> None:
         """Leave the criterion as it was."""
@@ -84,8 +94,17 @@ class PendingBatch:
         losses = batch.losses
         if not losses.requires_grad:
             return batch.value
-        losses.register_hook(lambda _: self._backwarded.append(losses.detach()))
-        reduced = self._reduced(losses)
+        if self._spot_check is not None:
+            self._spot_check.look(losses)
+        averaged = self._reduction == "mean"
+
+        def arrive(gradient: Tensor) -> None:
+            self._backwarded.append(losses.detach())
+            if self._spot_check is not None:
+                self._spot_check.scale = gradient * len(losses) if averaged else gradient
+
+        losses.register_hook(arrive)
+        reduced = losses.mean() if averaged else losses.sum()
         return batch.value + (reduced - reduced.detach())
 
     def clear(self) -> None:
@@ -120,11 +139,15 @@ class PendingBatch:
         return self._backwarded[0]
 
     def rows(self, parameters: Sequence[Tensor], batch_size: int) -> ClippableGradients:
-        """The per-sample gradients of the same backward pass; errors as `GradSampleRows.read`."""
-        return GradSampleRows.read(parameters, batch_size)
+        """The per-sample gradients of the same backward pass; errors as `GradSampleRows.read`.
 
-    def _reduced(self, losses: Tensor) -> Tensor:
-        return losses.mean() if self._reduction == "mean" else losses.sum()
+        Raises:
+            DPGuaranteeError: at the first batch, rows that are not those of plain autograd.
+        """
+        rows = GradSampleRows.read(parameters, batch_size)
+        if self._spot_check is not None and self._spot_check.passes(rows):
+            self._spot_check = None
+        return rows
 
 
 def follower_of(criterion: nn.Module) -> object | None:

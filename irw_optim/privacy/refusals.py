@@ -17,8 +17,10 @@ from opacus.data_loader import DPDataLoader
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
@@ -198,9 +200,10 @@ def check_module(module: nn.Module, criterion: nn.Module | None = None) -> None:
                 f"{where} with track_running_stats=True: running statistics are released without "
                 "noise; set track_running_stats=False"
             )
-        if type(child).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        if isinstance(child, DistributedDataParallel | FullyShardedDataParallel | FSDPModule):
             raise NotImplementedError(
-                f"{where}: it averages gradients before the noise; DP-IRW is not built for it"
+                f"{where}: it averages or shards gradients before the noise; DP-IRW is built for "
+                "opacus.distributed.DifferentiallyPrivateDistributedDataParallel"
             )
         if any(_is_irw_hook(hook) for hook in _hooks(child)):
             raise DPGuaranteeError(

@@ -116,7 +116,7 @@ def setting(
         loss_reduction=criterion.reduction,
         **options,
     )
-    optimizer.pending.follow(criterion, model)
+    optimizer.pending.follow(criterion, model, hooks=model)
     x = draw(n, generator)
     y = torch.randint(0, CLASSES, (n,), generator=generator)
     return Setting(model, optimizer, criterion, x, y)

@@ -320,6 +320,37 @@ def test_a_batch_dimension_that_the_model_folds_away_is_refused():
         optimizer.step(losses=losses)
 
 
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize("how", ["mean", "functional"])
+def test_per_sample_gradients_that_are_not_autograds_are_refused(parts, mode, how):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            h = self.first(x)
+            if how == "mean":  # the samples of a batch mix
+                return self.second(h - h.mean(0))
+            return self.second(h @ self.first.weight)  # a weight behind its layer's back
+
+    model = Model()
+    parts |= {"module": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    private, optimizer, _ = IRWPrivacyEngine(accountant="rdp").make_private(
+        **parts, grad_sample_mode=mode
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    for rows in (1, 6):  # one sample alone has nobody to mix with
+        optimizer.zero_grad()
+        parts["criterion"](private(torch.randn(rows, 4)), torch.zeros(rows).long()).backward()
+        if rows == 1:
+            continue
+        with pytest.raises(DPGuaranteeError, match="differ from autograd"):
+            optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+
+
 def test_a_criterion_with_another_reduction_is_refused(parts):
     for reduction in ("sum", "none"):
         assert_refused(
