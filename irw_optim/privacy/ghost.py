@@ -8,7 +8,6 @@ pass to the layers' outputs is all; gradients without noise never reach ``p.grad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -175,13 +174,14 @@ class GhostRows:
 
 def _without(call: LayerCall, dropped: Tensor) -> LayerCall:
     """A copy with zero inputs and output gradients: both, since 0 times NaN is NaN."""
-    part = copy(call)
-    for name in ("input", "output_gradient", "factor"):
+    part = call.copy()
+    for name in ("input", "factor"):
         tensor = getattr(call, name, None)
-        if tensor is None or not tensor.is_floating_point() or tensor.shape[:1] != dropped.shape:
-            continue
-        column = dropped.view(-1, *[1] * (tensor.ndim - 1))
-        setattr(part, name, tensor.masked_fill(column, 0.0))
-    if hasattr(part, "_rows"):
-        part._rows = None  # made from what has just changed
+        if tensor is not None and tensor.is_floating_point() and len(tensor) == len(dropped):
+            setattr(part, name, _zeroed(tensor, dropped))
+    part.set_output_gradient(_zeroed(call.output_gradient, dropped))
     return part
+
+
+def _zeroed(rows: Tensor, dropped: Tensor) -> Tensor:
+    return rows.masked_fill(dropped.view(-1, *[1] * (rows.ndim - 1)), 0.0)

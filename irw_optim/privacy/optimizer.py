@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -31,12 +30,21 @@ __all__ = ["IRWDPOptimizer"]
 
 
 @dataclass
-class _LogicalBatch:
-    """Private sums over the physical batches so far; the gradient's is ``p.summed_grad``."""
+class _Sums:
+    """The four sums over the samples so far, without noise: private."""
 
+    gradient: dict[Tensor, Tensor]
     direction: dict[Tensor, Tensor]
     tail_count: Tensor
     saturated_count: Tensor
+
+    def add(self, other: _Sums) -> None:
+        for p, total in self.gradient.items():
+            total += other.gradient[p]
+        for p, total in self.direction.items():
+            total += other.direction[p]
+        self.tail_count += other.tail_count
+        self.saturated_count += other.saturated_count
 
 
 class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
@@ -108,7 +116,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         self.pending = PendingBatch(loss_reduction)
         self._public_state = PublicState.initial(irw)
         self._last_release: Released | None = None
-        self._logical_batch: _LogicalBatch | None = None
+        self._logical_batch: _Sums | None = None  # while it goes on
 
     @property
     def public_state(self) -> PublicState:
@@ -130,12 +138,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """One Poisson batch a step, whatever its physical batches; read by accountants."""
         return 1
 
-    def step(
-        self,
-        closure: Callable[[], float] | None = None,
-        *,
-        losses: Tensor | None = None,
-    ) -> float | None:
+    def step(self, closure: Any = None, *, losses: Tensor | None = None) -> float | None:
         """Clip, weigh, sum, and at the end of a logical batch add noise, account and step.
 
         Args:
@@ -159,18 +162,22 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             return result
         return None
 
-    def pre_step(
-        self, closure: Callable[[], float] | None = None, *, losses: Tensor | None = None
-    ) -> bool:
+    def pre_step(self, closure: Any = None, *, losses: Tensor | None = None) -> bool:
         """All of a step but the inner optimizer's; False while the logical batch goes on."""
         losses = self.pending.losses(losses)
         rows = self.pending.rows(self.params, len(losses))
-        self._accumulate(rows, self._weigh(losses, rows))
+        sums = self._sums(rows, self._weigh(losses, rows))
         self.pending.clear()
+        for p in self.params:
+            _mark_as_processed(getattr(p, "grad_sample", None))
+        if self._logical_batch is not None:
+            self._logical_batch.add(sums)
+            sums = self._logical_batch
         self._is_last_step_skipped = self._check_skip_next_step()
+        self._logical_batch = sums if self._is_last_step_skipped else None
         if self._is_last_step_skipped:
             return False
-        released = self._release()
+        released = self._release(sums)
         if self.step_hook:
             self.step_hook(self)  # account before anything can be learnt from the release
         self._public_state = next_state(
@@ -238,47 +245,33 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             self.max_grad_norm,
         )
 
-    def _accumulate(self, rows: ClippableGradients, terms: SampleTerms) -> None:
+    def _sums(self, rows: ClippableGradients, terms: SampleTerms) -> _Sums:
         dropped = terms.counted == 0
         if dropped.any():
             rows = rows.without(dropped)
-        gradient = self._sum(rows, terms.clip * terms.weights)
-        direction = self._sum(rows, terms.clip * terms.tail) if self.irw.uses_direction else {}
-        batch = self._logical_batch
-        if batch is None:
-            for p in self.params:
-                p.summed_grad = gradient[p]
-            self._logical_batch = _LogicalBatch(direction, terms.tail_count, terms.saturated_count)
-        else:
-            for p in self.params:
-                p.summed_grad += gradient[p]
-            for p, total in batch.direction.items():
-                total += direction[p]
-            batch.tail_count += terms.tail_count
-            batch.saturated_count += terms.saturated_count
-        for p in self.params:
-            _mark_as_processed(getattr(p, "grad_sample", None))
+        return _Sums(
+            gradient=self._sum(rows, terms.clip * terms.weights),
+            direction=self._sum(rows, terms.clip * terms.tail) if self.irw.uses_direction else {},
+            tail_count=terms.tail_count,
+            saturated_count=terms.saturated_count,
+        )
 
     def _sum(self, rows: ClippableGradients, weights: Tensor) -> dict[Tensor, Tensor]:
         """Sum of w_i g_i for every parameter, zero where the losses do not depend on it."""
         total = rows.combine(weights)
         return {p: total[p] if p in total else torch.zeros_like(p) for p in self.params}
 
-    def _release(self) -> Released:
+    def _release(self, sums: _Sums) -> Released:
         """Noise on the four sums; the gradient goes to ``p.grad``, ready for the inner step."""
-        batch = self._logical_batch
-        assert batch is not None  # _accumulate has just filled it
-        self._logical_batch = None
         scales, C = self.noise_scales, self.max_grad_norm
-        for p in self.params:
-            p.grad = self._noisy(p.summed_grad, scales.gradient * C).view_as(p).to(p.dtype)
-            _mark_as_processed(p.summed_grad)
+        for p, total in sums.gradient.items():
+            p.grad = self._noisy(total, scales.gradient * C).view_as(p).to(p.dtype)
         self.scale_grad()
-        tail_count = self._noisy(batch.tail_count, scales.count).item()
+        tail_count = self._noisy(sums.tail_count, scales.count).item()
         if not self.irw.uses_direction:
             return Released(tail_count)
-        saturated_count = self._noisy(batch.saturated_count, scales.count).item()
-        direction = {p: self._noisy(t, scales.direction * C) for p, t in batch.direction.items()}
+        saturated_count = self._noisy(sums.saturated_count, scales.count).item()
+        direction = {p: self._noisy(t, scales.direction * C) for p, t in sums.direction.items()}
         return Released(tail_count, saturated_count, direction)
 
     def _noisy(self, total: Tensor, std: float) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from private_zoo import CLASSES, CONFIG, ZOO
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from irw_optim import IRWOptimizer, PerSampleLoss
@@ -211,6 +212,53 @@ def test_physical_batches_in_ghost_mode(kind):
         outcomes.append(outcome(model, optimizer))
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer", "cnn_group_norm"])
+def test_no_tensor_of_batch_times_parameters_is_made(kind):
+    """Nor of batch times the largest layer, which grad_sample needs."""
+    largest = {}
+    for mode in ("hooks", "ghost"):
+        torch.manual_seed(0)
+        _, draw = ZOO[kind]
+        x = draw(B, torch.Generator().manual_seed(0))
+        model = {  # wide, so that parameters outnumber activations
+            "mlp": lambda: nn.Sequential(nn.Linear(6, 256), nn.Tanh(), nn.Linear(256, 256)),
+            "transformer": lambda: nn.Sequential(
+                nn.Embedding(11, 128), nn.LayerNorm(128), nn.Linear(128, 256), nn.Flatten()
+            ),
+            "cnn_group_norm": lambda: nn.Sequential(
+                nn.Conv2d(2, 64, 3, stride=4),
+                nn.GroupNorm(2, 64),
+                nn.Conv2d(64, 128, 2),
+                nn.Flatten(),
+            ),
+        }[kind]()
+        layer = max(p.numel() for p in model.parameters())
+        x = x.float() if x.is_floating_point() else x
+        _, model, optimizer, _, criterion = private(
+            mode, kind, module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+        )
+        y = torch.zeros(B).long()
+        train(model, optimizer, [(x, y), (x, y)], criterion)  # with the check of the first step
+        with LargestTensor() as watch:
+            train(model, optimizer, [(x, y)], criterion)
+        largest[mode] = watch.numbers / (B * layer)
+    assert largest["hooks"] >= 1
+    assert largest["ghost"] < 0.5
 
 
 def test_no_gradient_without_noise_reaches_the_parameters():
