@@ -17,9 +17,8 @@ from irw_optim import IRWOptimizer
 ALPHA = 0.4
 
 KNOWN_BUGS = {
-    "test_hooks_on_parameters_*": "passes inside the backward pass call them too",
-    "test_a_permutation_that_*": "what was right once is not looked at again",
-    "test_centring_that_*": "what was right once is not looked at again",
+    "test_a_batch_as_large_as_the_sequence_*": "another guess of where the batch is is no new graph",
+    "test_a_sequence_as_long_as_the_batch_*": "another guess of where the batch is is no new graph",
 }
 
 
@@ -317,36 +316,61 @@ class TestParameters:
 
 
 class TestWhatBeginsLater:
-    """A model that was fine in the first step may mix its samples in the third."""
+    """What was right in the first steps may be wrong in a later one."""
 
-    def test_a_permutation_that_was_the_identity_at_first(self):
-        case = CASES["sorted and back"]
-        model = case.model().double()
+    def steps(self, case, batches, exact_from=0):
+        """One backward pass for each batch, equal to the loop from the given one on."""
+        model = CASES[case].model().double()
         optimizer = wrapped(model)
-        for step in range(4):
-            x = torch.randn(6, 4).double()
-            order = torch.arange(6) if step < 3 else torch.tensor([1, 2, 0, 4, 5, 3])
-            pattern = torch.arange(24.0).view(6, 4).cos()
-            truth = reference.step(
-                (model(x, order) - pattern).square().sum(1), model.parameters(), ALPHA
-            )
+        for number, inputs in enumerate(batches):
+
+            def losses_of(net, inputs=inputs):
+                output = net(*inputs)
+                pattern = torch.linspace(-1, 1, output.numel()).view_as(output).cos()
+                return (output - pattern).square().flatten(1).sum(1)
+
+            truth = reference.step(losses_of(model), model.parameters(), ALPHA)
             optimizer.zero_grad()
-            optimizer.backward((model(x, order) - pattern).square().sum(1))
-            agree(optimizer, model, truth)
+            optimizer.backward(losses_of(model))
+            if number >= exact_from:
+                agree(optimizer, model, truth)
 
     def test_centring_that_is_switched_on(self):
-        case = CASES["centred by the batch"]
-        model = case.model().double()
-        plain = model.forward
+        def forward(self, x, centre):
+            h = self.first(x)
+            return self.second(h - h.mean(0) if centre else h)
+
+        centred = CASES["centred by the batch"].model()
+        type(centred).forward = forward
+        model = centred.double()
         optimizer = wrapped(model)
-        for step in range(4):
-            model.forward = (lambda x: model.second(model.first(x))) if step < 3 else plain
+        for step in range(6):
             x = torch.randn(6, 4).double()
             pattern = torch.arange(24.0).view(6, 4).cos()
-            truth = reference.step((model(x) - pattern).square().sum(1), model.parameters(), ALPHA)
+            losses = [(model(x, step > 3) - pattern).square().sum(1) for _ in range(2)]
+            truth = reference.step(losses[0], model.parameters(), ALPHA)
             optimizer.zero_grad()
-            optimizer.backward((model(x) - pattern).square().sum(1))
+            optimizer.backward(losses[1])
             agree(optimizer, model, truth)
+
+    def test_a_permutation_that_begins_unseen_is_noticed_at_a_power_of_two(self, caplog):
+        """Nothing in the graph tells one permutation from another: the 8th step looks again."""
+        x = [torch.randn(6, 4).double() for _ in range(12)]
+        orders = [torch.arange(6)] * 5 + [torch.tensor([1, 2, 0, 4, 5, 3])] * 7
+        self.steps("sorted and back", zip(x, orders, strict=True), exact_from=7)
+        assert "mixes samples" in caplog.text
+
+    def test_a_sequence_as_long_as_the_batch_among_others(self):
+        lengths = (4, 3, 5, 4, 6, 2, 6)
+        self.steps("time first", [(torch.randn(6, t, 4).double(),) for t in lengths])
+
+    def test_a_batch_as_large_as_the_sequence_is_long(self):
+        sizes = (6, 3, 6, 5, 4, 6, 4)
+        self.steps("positions (T, D)", [(torch.randint(7, (b, 4)),) for b in sizes])
+
+    def test_a_batch_that_divides_the_length_of_the_sequence(self):
+        sizes = (5, 5, 5, 4, 3, 2, 1)
+        self.steps("positions (T, D), square", [(torch.randint(7, (b, 6)),) for b in sizes])
 
 
 def test_reentrant_checkpointing_is_refused_by_name():
