@@ -87,6 +87,7 @@ class _Pass:
         finally:
             if not keep_graph:
                 self.done = True
+                self.weigh = _forgotten  # it knows the losses, and they the graph
                 batch.close()
 
 
@@ -106,6 +107,10 @@ class _DeferredLoss(torch.autograd.Function):
                 "cannot be inside IRWOptimizer)"
             )
         return None, None, *ctx.plan.gradients(upstream)
+
+
+def _forgotten(rows: Callable[[], PerSampleGradients]) -> Tensor:
+    raise AssertionError("weights are asked for once a backward pass, and this one is over")
 
 
 def seed_of(upstream: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -50,6 +51,12 @@ def check_arguments(
         )
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}")
+    if engine == "grad_sample" and model is not None:
+        raise ValueError(
+            "engine='grad_sample' reads what Opacus left in p.grad_sample, in "
+            "optimizer.step(losses=losses): expected neither model nor criterion with it, or "
+            "engine='auto'"
+        )
     if isinstance(weighting, str) and weighting not in WEIGHTINGS:
         raise ValueError(
             f"weighting={weighting!r}: expected one of {', '.join(map(repr, WEIGHTINGS))}, or a "
@@ -143,8 +150,29 @@ def check_model(model: Any) -> None:
             if kind.__name__ in _SHARDED:
                 raise NotImplementedError(
                     f"model contains a {kind.__name__}, whose parameters are spread over devices: "
-                    "train with DistributedDataParallel, or on one device"
+                    "train on one device"
                 )
+            if kind.__name__ == "GradSampleModuleExpandedWeights":
+                raise TypeError(
+                    "model is Opacus' GradSampleModuleExpandedWeights, whose parameters answer to "
+                    "no hook: give IRWOptimizer the plain model, or leave model and criterion out "
+                    "and call optimizer.step(losses=losses)"
+                )
+            if kind.__name__ == "DistributedDataParallel" and _several_processes():
+                raise NotImplementedError(
+                    "model is in DistributedDataParallel over several processes: the worst-off "
+                    "group would be chosen in each process by itself, which is not built to be "
+                    "exact yet; train in one process"
+                )
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
 
 
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineModule"}

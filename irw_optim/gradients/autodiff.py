@@ -178,10 +178,9 @@ def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> Materi
 
 
 def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:
-    products = [
-        (widened(g) * widened(direction[p])).sum() for p, g in row.items() if p in direction
-    ]
-    return sum(products[1:], start=products[0])
+    zero = widened(next(iter(row.values()))).new_zeros(())
+    pairs = [(g, direction[p]) for p, g in row.items() if p in direction]
+    return sum(((widened(g) * widened(v)).sum() for g, v in pairs), start=zero)
 
 
 def _lacks_double_backward(error: RuntimeError) -> bool:

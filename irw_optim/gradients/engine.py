@@ -41,21 +41,24 @@ class Engine:
         self.kind = kind
         use_hooks = model is not None and kind != "autodiff"
         self.handles = hook_layers(model) if use_hooks else []  # type: ignore[arg-type]
+        # Opacus' hooks make rows that nobody reads here, and trip over passes within a pass.
+        self._silenced = bool(getattr(model, "hooks_enabled", False))
+        if self._silenced:
+            model.disable_hooks()  # type: ignore[operator, union-attr]
         self._forget()
 
     def _forget(self) -> None:
         self.known: dict[str, bool] = {}
         self.coverings: dict[tuple[object, ...], Covering] = {}
-        self.waiting: WeakSet[LossGradients] = WeakSet()
 
     def capture(self, losses: Tensor) -> LossGradients:
         """Take note of a batch of losses: what leads to them, and who else shares it."""
         batch = LossGradients(self, losses, with_batch(walk(losses), len(losses)))
-        for other in self.waiting:
+        for other in _WAITING:
             if not other.graph.nodes.isdisjoint(batch.graph.nodes):
                 other.sharing.add(batch)
                 batch.sharing.add(other)
-        self.waiting.add(batch)
+        _WAITING.add(batch)
         return batch
 
     def covering(self, graph: Graph, batch_size: int) -> Covering:
@@ -103,6 +106,9 @@ class Engine:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        if self._silenced:
+            self.model.enable_hooks()  # type: ignore[operator, union-attr]
+            self._silenced = False
 
     def __getstate__(self) -> dict[str, object]:
         """A copy goes with the model's, hooks included; what is known is of the old model."""
@@ -257,7 +263,7 @@ class LossGradients:
 
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""
-        self.engine.waiting.discard(self)
+        _WAITING.discard(self)
         for other in self.sharing:
             other.sharing.discard(self)
         if not self.sharing:
@@ -265,3 +271,7 @@ class LossGradients:
         self.ghost = None
         self.losses = self.losses.detach()
         self.graph = Graph([], [], set())
+
+
+_WAITING: WeakSet[LossGradients] = WeakSet()
+"""Losses whose backward pass is still to come, whichever engine's: they may share a graph."""

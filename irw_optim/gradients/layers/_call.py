@@ -95,6 +95,7 @@ class LayerCall:
     def set_output_gradient(self, gradient: Tensor) -> None:
         """Take b; the products are defined from then on."""
         self.output_gradient = gradient if self.layout is None else self.layout(gradient)
+        self.__dict__.pop("bias_rows", None)
 
     def for_every_sample(self, batch_size: int) -> LayerCall | None:
         """The same call as if each sample had made it, where its input has no batch dimension."""
@@ -115,7 +116,10 @@ class LayerCall:
     def dot(self, direction: Direction) -> Tensor:
         """<g_i, v>, shape (B,)."""
         values = self.values_in(direction)
-        return inner(self.b, self.apply(widened(self.input), values))
+        output = self.apply(widened(self.input), values)
+        theirs = {value.data_ptr() for value in values.values()}
+        fresh = output.is_contiguous() and output.data_ptr() not in theirs
+        return inner(self.b, output, in_place=fresh)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
         """Sum of w_i g_i by parameter."""
@@ -155,21 +159,32 @@ class LayerCall:
     def b(self) -> Tensor:
         return widened(self.output_gradient)
 
+    @cached_property
+    def bias_rows(self) -> Tensor:
+        """The per-sample gradients of a bias, made once and used three times: (B, out).
+
+        Sums b over everything but the batch and the last dimension.
+        """
+        return self.b if self.b.ndim == 2 else self.b.flatten(1, -2).sum(1)
+
     def values_in(self, direction: Direction) -> dict[str, Tensor]:
         return {role: direction[p] for role, p in self.parameters.items() if p in direction}
 
     def used_rows(self, weights: RowWeights) -> tuple[Tensor, Tensor]:
-        """Input and weighted b of the rows that count, where leaving out the others pays."""
-        a, b = self.input, self.output_gradient
-        values = weights.values
-        if a.numel() + b.numel() >= GATHER_FROM and weights.used is not None:
-            a, b = a.index_select(0, weights.used), b.index_select(0, weights.used)
-            values = weights.used_values
+        """Input and b of the rows that count, one of them times the weights.
+
+        Rows of weight 0 are left out where that pays; the factor goes where there are fewer
+        numbers to multiply.
+        """
+        a, b, values = self.input, self.output_gradient, weights.values
+        used = weights.used if a.numel() + b.numel() >= GATHER_FROM else None
+        gathered = used is not None
+        if used is not None:
+            a, b, values = a.index_select(0, used), b.index_select(0, used), weights.used_values
         a, b = widened(a), widened(b)
-        # The factor goes where there are fewer numbers to multiply, but a bias needs it on b.
-        if a.numel() < b.numel() and "bias" not in self.parameters:
-            return scaled(a, values), b
-        return a, scaled(b, values)
+        if a.numel() < b.numel():
+            return scaled(a, values, in_place=gathered), b
+        return a, scaled(b, values, in_place=gathered)
 
 
 def gram_of_rows(calls: list[LayerCall]) -> Tensor:
@@ -190,14 +205,15 @@ def _summed_rows(calls: list[LayerCall], samples: slice) -> dict[Tensor, Tensor]
     return total
 
 
-def scaled(rows: Tensor, weights: Tensor) -> Tensor:
+def scaled(rows: Tensor, weights: Tensor, in_place: bool = False) -> Tensor:
     """Row i times w_i, in the dtype of the rows."""
     if weights.dtype != rows.dtype:
         weights = weights.to(rows.dtype)
-    return rows * weights.view(-1, *[1] * (rows.ndim - 1))
+    column = weights.view(-1, *[1] * (rows.ndim - 1))
+    return rows.mul_(column) if in_place else rows * column
 
 
-def inner(left: Tensor, right: Tensor) -> Tensor:
-    """Row-wise inner products, shape (B,)."""
-    product = left * right
+def inner(left: Tensor, right: Tensor, in_place: bool = False) -> Tensor:
+    """Row-wise inner products, shape (B,); ``right`` may be overwritten to spare memory."""
+    product = right.mul_(left) if in_place else right * left
     return product.sum(1) if product.ndim == 2 else product.flatten(1).sum(1)

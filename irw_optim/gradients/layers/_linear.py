@@ -46,19 +46,28 @@ class LinearCall(LayerCall):
         return F.linear(input, weight, bias)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        return self.transpose(*self.used_rows(weights))
-
-    def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
-        if b.ndim > 2:
-            input, b = input.flatten(0, -2), b.flatten(0, -2)
-        a = input
         result: dict[Tensor, Tensor] = {}
         for role, parameter in self.parameters.items():
             if role == "bias":
-                result[parameter] = b.sum(0)
+                result[parameter] = weights.in_dtype(self.bias_rows.dtype) @ self.bias_rows
             else:
-                result[parameter] = a.t().mm(b) if self.transposed else b.t().mm(a)
+                result[parameter] = self.weight_gradient(*self.used_rows(weights))
         return result
+
+    def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
+        result: dict[Tensor, Tensor] = {}
+        for role, parameter in self.parameters.items():
+            if role == "bias":
+                result[parameter] = b.flatten(0, -2).sum(0)
+            else:
+                result[parameter] = self.weight_gradient(input, b)
+        return result
+
+    def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
+        """B^T A over all rows and positions."""
+        if b.ndim > 2:
+            a, b = a.flatten(0, -2), b.flatten(0, -2)
+        return a.t().mm(b) if self.transposed else b.t().mm(a)
 
     def align(self, coefficients: RowWeights) -> Tensor:
         """By the kernel (A A^T + 1) o (B B^T), where that is less work than by g_S."""
@@ -86,7 +95,7 @@ class LinearCall(LayerCall):
     def gram(self) -> Tensor:
         a, b = widened(self.input), self.b
         if "weight" not in self.parameters:
-            return gram_of(b.flatten(1, -2).sum(1) if b.ndim > 2 else b)
+            return gram_of(self.bias_rows)
         with_bias = "bias" in self.parameters
         if a.ndim == 2:
             return self.kernel(a, b, a, b)
@@ -96,7 +105,7 @@ class LinearCall(LayerCall):
         by_rows = batch * (length + batch) * width_in * width_out
         if by_positions <= by_rows:
             return gram_of_positions(a, b, with_bias)
-        gram = gram_of(b.sum(1)) if with_bias else b.new_zeros(batch, batch)
+        gram = gram_of(self.bias_rows) if with_bias else b.new_zeros(batch, batch)
         step = max(1, MEMORY_BOUND // (batch * width_in))
         for some in b.split(step, dim=-1):  # the per-sample weight gradient, some outputs at once
             gram = gram + gram_of(torch.bmm(some.mT, a))
@@ -118,8 +127,14 @@ class LinearRowsCall(LinearCall):
     def values_in(self, direction: Direction) -> dict[str, Tensor]:
         return {r: v[self.slices[r]] for r, v in super().values_in(direction).items()}
 
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        return self.among_zeros(super().combine(weights))
+
     def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
-        parts = super().transpose(input, b)
+        return self.among_zeros(super().transpose(input, b))
+
+    def among_zeros(self, parts: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """The gradients of the slices, of the shape of the whole parameters."""
         return {p: self.padded(role, parts[p]) for role, p in self.parameters.items()}
 
     def padded(self, role: str, part: Tensor) -> Tensor:

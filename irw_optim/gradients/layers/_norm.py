@@ -35,6 +35,10 @@ class NormCall(LayerCall):
         self.is_sequence = min(dims) < 0
         self._rows: dict[Tensor, Tensor] | None = None
 
+    def set_output_gradient(self, gradient: Tensor) -> None:
+        super().set_output_gradient(gradient)
+        self._rows = None
+
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         if self._rows is None:
             b = self.b
@@ -42,7 +46,7 @@ class NormCall(LayerCall):
             others = [d for d in range(1, b.ndim) if d not in spanned]
             blocks = {}
             if "weight" in self.parameters:
-                blocks[self.parameters["weight"]] = b * self.normalise(widened(self.input))
+                blocks[self.parameters["weight"]] = self.normalise(widened(self.input)).mul_(b)
             if "bias" in self.parameters:
                 blocks[self.parameters["bias"]] = b
             self._rows = {p: t.sum(others) if others else t for p, t in blocks.items()}
