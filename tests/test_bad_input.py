@@ -202,9 +202,10 @@ def test_labels_that_do_not_fit(world, labels):
 
 
 def test_outputs_without_a_batch_dimension(world):
-    world.wrap()
+    optimizer = world.wrap()
     with pytest.raises(ValueError, match=r"single sample without a batch dimension"):
         world.criterion(world.model(world.x[0]), world.y[0])
+    assert optimizer.last_step is None
 
 
 class TestStep:

@@ -225,7 +225,8 @@ def test_uniform_weights_are_plain_training(name, reduction):
     loss = criterion(output, *arguments)
     plain = torch.autograd.grad(loss, list(body.parameters()), retain_graph=True)
     sgd = torch.optim.SGD(body.parameters(), lr=0.1)
-    IRWOptimizer(sgd, alpha=1.0, model=body, criterion=criterion, weighting="uniform")
+    optimizer = IRWOptimizer(sgd, alpha=1.0, model=body, criterion=criterion, weighting="uniform")
     criterion(output, *arguments).backward()
+    assert optimizer.last_step.effective_sample_size == pytest.approx(B)
     errors = gradient_errors(body, list(plain))
     assert max(errors.values()) < 1e-9, errors

@@ -19,11 +19,6 @@ from irw_optim import DBSCANFilter, IRWOptimizer
 
 ALPHA, B = 0.3, 8
 
-KNOWN_BUGS = {
-    "test_a_loss_that_is_kept*[[]LayerNorm-ghost]": "the loss holds on to the losses' graph",
-    "test_a_loss_that_is_kept*[[]LayerNorm-outliers]": "the loss holds on to the losses' graph",
-}
-
 
 class Body(nn.Module):
     """Ghost layers and, with BatchNorm, autodiff ones; watches an activation."""
