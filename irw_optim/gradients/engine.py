@@ -66,6 +66,7 @@ class Engine:
         found = [call.find_batch(batch_size, shape) for call, _, shape in graph.sites]
         key = (
             *found,
+            *[call.arrangement() for call, _, _ in graph.sites],
             *[id(p) for call, _, _ in graph.sites for p in call.parameters.values()],
             *map(id, graph.leaves),
             frozenset(map(type, graph.nodes)),

@@ -97,6 +97,10 @@ class LayerCall:
         self.output_gradient = gradient if self.layout is None else self.layout(gradient)
         self.__dict__.pop("bias_rows", None)
 
+    def arrangement(self) -> tuple[str, int]:
+        """Where the batch was found: what decides whether an earlier proof still holds."""
+        return getattr(self.layout, "__name__", ""), self.input.ndim
+
     def for_every_sample(self, batch_size: int) -> LayerCall | None:
         """The same call as if each sample had made it, where its input has no batch dimension."""
         return None

@@ -24,11 +24,16 @@ def layout_of(
         return None
     if len(shape) > 1 and shape[1] == batch_size:
         return _batch_second
-    if shape[0] % batch_size == 0:
-        if time_major:
-            return lambda t: t.unflatten(0, (-1, batch_size)).transpose(0, 1)
-        return lambda t: t.unflatten(0, (batch_size, -1))
-    return None
+    if shape[0] % batch_size:
+        return None
+
+    def folded(tensor: Tensor) -> Tensor:
+        return tensor.reshape(batch_size, -1, *tensor.shape[1:])
+
+    def folded_time_first(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, batch_size, *tensor.shape[1:]).transpose(0, 1)
+
+    return folded_time_first if time_major else folded
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
