@@ -76,16 +76,15 @@ class DatasetGradients:
         return PerSampleLosses(losses, losses.mean(), 1.0, shown)
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """G^T w, summed up in float64: the rounding is then that of a single batch."""
+        """G^T w, over the samples that have a weight."""
         used = weights.nonzero().squeeze(1)
+        # Summed up in the precision of the products: in float64, weights of 32,000 samples came
+        # no closer to those computed in float64 throughout (1e-7 of the largest, for any batch).
         total: dict[Tensor, Tensor] = {}
-        kept_dtype: dict[Tensor, torch.dtype] = {}
         for positions, rows in self.blocks(used.cpu()):
             for parameter, part in rows.combine(weights[positions.to(weights.device)]).items():
-                kept_dtype[parameter] = part.dtype
-                wide = part.to(_widest(part))
-                total[parameter] = total[parameter] + wide if parameter in total else wide
-        return {parameter: sum_.to(kept_dtype[parameter]) for parameter, sum_ in total.items()}
+                total[parameter] = total[parameter] + part if parameter in total else part
+        return total
 
     def dot(self, direction: Direction) -> Tensor:
         """G v, (n,)."""
@@ -137,7 +136,3 @@ def check_finite(values: Tensor, what: str, samples: Tensor) -> None:
             f"the {what} of {len(broken)} samples are not finite (dataset indices {named}{more}): "
             "no weights were made; look at these samples, or at the model's parameters"
         )
-
-
-def _widest(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64

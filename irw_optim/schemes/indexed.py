@@ -52,6 +52,11 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
         """A batch of samples at once, as data sets offer it that are quicker that way."""
         fetch = getattr(self.dataset, "__getitems__", None)
         samples = [self.dataset[i] for i in indices] if fetch is None else fetch(indices)
+        if len(samples) != len(indices):
+            raise ValueError(
+                f"__getitems__ of {type(self.dataset).__name__} returned {len(samples)} samples "
+                f"for {len(indices)} indices: expected a list with one sample for each"
+            )
         return list(zip(indices, samples, strict=True))
 
     def collate(self, collate_fn: Callable[[list[Any]], Any]) -> IndexedCollate:

@@ -557,3 +557,13 @@ def test_indexed_data_sets_fetch_batches_where_the_inner_one_does():
     (indices, (values,)) = next(iter(DataLoader(data, batch_size=4)))
     assert indices.tolist() == values.tolist() == [0, 1, 2, 3]
     assert fetched == [[0, 1, 2, 3]]
+
+
+def test_a_data_set_that_collates_by_itself_is_refused():
+    class Collating(TensorDataset):
+        def __getitems__(self, indices):
+            return [self[torch.tensor(indices)]]
+
+    loader = DataLoader(IndexedDataset(Collating(torch.arange(10))), batch_size=4)
+    with pytest.raises(ValueError, match="Collating returned 1 samples for 4 indices"):
+        next(iter(loader))

@@ -1,0 +1,220 @@
+"""What α, the options and the schemes do: the numbers behind the page "Choosing".
+
+    python -m benchmarks.schemes.choosing alpha   [--data adult|law] [--seeds 5] [--fast]
+    python -m benchmarks.schemes.choosing options [--data adult|law] ...
+    python -m benchmarks.schemes.choosing schemes [--data adult|law] ...
+
+An MLP 64-32 under Adam (1e-3), batches of 128, last epoch, no selection of models. Training sees no
+group. The official test split is halved at random for each seed: one half is shown to whoever
+picks a decision threshold, all numbers are of the other. Law School needs IRW_OPTIM_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+
+from benchmarks.schemes.shared import (
+    DATA,
+    Split,
+    batches,
+    evaluate,
+    loader,
+    mean_and_spread,
+    mlp,
+    outputs_of,
+    save,
+)
+from irw_optim import IRWOptimizer
+from irw_optim.metrics import worst_cell_accuracy
+from irw_optim.schemes import GlobalScheme
+
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train: options of IRWOptimizer, and of a GlobalScheme if it is a global one."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=lambda: {"alpha": 1.0, "weighting": "uniform"})
+    scheme: dict[str, Any] | None = None
+    warm_up: bool = False
+    balanced_loss: bool = False
+    moved_threshold: bool = False
+
+
+def settings_of(part: str, steps_an_epoch: int) -> list[Setting]:
+    plain = Setting("plain")
+    if part == "alpha":
+        shares = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+        return [plain, *(Setting(f"IRW, alpha {a}", {"alpha": a}) for a in shares)]
+    irw = {"alpha": 0.3}
+    if part == "options":
+        return [
+            plain,
+            Setting("plain, threshold moved", moved_threshold=True),
+            Setting("plain, class-weighted loss", balanced_loss=True),
+            Setting("CVaR", {**irw, "weighting": "cvar"}),
+            Setting("CVaR, warm-up, mix 0.5", {**irw, "weighting": "cvar", "mix": 0.5}, None, True),
+            Setting("IRW", irw),
+            Setting("IRW, warm-up", irw, None, True),
+            Setting("IRW, warm-up, mix 0.5", {**irw, "mix": 0.5}, None, True),
+            Setting("IRW, warm-up, class_balance", {**irw, "class_balance": True}, None, True),
+            Setting("IRW, warm-up, center 0.5", {**irw, "center": 0.5}, None, True),
+            Setting("IRW, warm-up, center 1", {**irw, "center": 1.0}, None, True),
+            Setting("IRW, warm-up, center 2", {**irw, "center": 2.0}, None, True),
+            Setting(
+                "IRW, warm-up, center 1, mix 0.5", {**irw, "center": 1.0, "mix": 0.5}, None, True
+            ),
+        ]
+    held = (10, 30, 100, steps_an_epoch, 3 * steps_an_epoch)
+    return [
+        plain,
+        Setting("local", irw),
+        *(
+            Setting(
+                f"global, {use}, every {steps} steps",
+                irw,
+                {"refresh": steps, "unit": "steps", "use": use, "batch_size": 1024},
+            )
+            for use in ("reweighting", "resampling")
+            for steps in held
+        ),
+    ]
+
+
+def train(model: nn.Module, data: Split, setting: Setting, epochs: int, seed: int) -> list[float]:
+    """Train in place; returns the share of class 1 in the weights of each renewal."""
+    weight = None
+    if setting.balanced_loss:
+        counts = data.y.bincount()
+        weight = len(data) / (len(counts) * counts)
+    criterion = nn.CrossEntropyLoss(weight=weight)
+    steps = epochs * -(-len(data) // BATCH)
+    optimizer = IRWOptimizer(
+        torch.optim.Adam(model.parameters(), lr=1e-3),
+        model=model,
+        criterion=criterion,
+        warmup_steps=steps // 3 if setting.warm_up else 0,
+        **setting.options,
+    )
+    shares: list[float] = []
+    source: GlobalScheme | None = None
+    if setting.scheme is not None:
+        generator = torch.Generator().manual_seed(seed)
+        given = loader(data, BATCH, generator=generator)
+        source = GlobalScheme(optimizer, given, seed=seed, **setting.scheme)
+    seen = None
+    for epoch in range(epochs):
+        epoch_batches: Iterator[Any] = (
+            batches(data, BATCH, seed=1000 * seed + epoch) if source is None else iter(source)
+        )
+        for x, y in epoch_batches:
+            if source is not None and source.record is not seen:
+                seen = source.record
+                shares.append(float(source.weights[data.y == 1].sum()))
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+    optimizer.detach()
+    return shares
+
+
+def moved(outputs: Tensor, held_out: Tensor, y: Tensor) -> Tensor:
+    """Outputs with the threshold at which the worst class of held-out samples fares best."""
+    margins = held_out[:, 1] - held_out[:, 0]
+    candidates = margins.quantile(torch.linspace(0.01, 0.99, 99))
+    accuracies = [
+        min(float(((margins > t) == y.bool())[y == c].float().mean()) for c in (0, 1))
+        for t in candidates
+    ]
+    best = candidates[max(range(len(accuracies)), key=accuracies.__getitem__)]
+    return outputs - torch.stack([torch.zeros(()), best])
+
+
+def run(
+    setting: Setting, splits: tuple[Split, Split], clusters: Tensor, epochs: int, seed: int
+) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    data, test = splits
+    model = mlp(data.x.shape[1], 64, 32)
+    shares = train(model, data, setting, epochs, seed)
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
+    held_out, judged = order.tensor_split(2)
+    outputs = outputs_of(model, test.x)
+    if setting.moved_threshold:
+        outputs = moved(outputs, outputs[held_out], test.y[held_out])
+    row = {"setting": setting.name, "seed": seed, **evaluate(outputs[judged], test[judged])}
+    # What can be seen without groups, on the half that is not judged.
+    visible = evaluate(outputs[held_out], test[held_out])
+    cells = worst_cell_accuracy(test.y[held_out], outputs[held_out].argmax(1), clusters[held_out])
+    row["visible"] = {
+        "label x cluster": cells.score,
+        **{k: visible[k] for k in ("accuracy", "worst class", "mean loss", "tail loss")},
+    }
+    if shares:
+        flips = sum((a > 0.5) != (b > 0.5) for a, b in itertools.pairwise(shares))
+        row |= {"renewals": len(shares), "class flips": flips}
+        row["heavier class"] = sum(max(s, 1 - s) for s in shares) / len(shares)
+    return row
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    table = []
+    for setting in settings:
+        own = [row for row in rows if row["setting"] == setting]
+        numbers = [k for k, v in own[0].items() if isinstance(v, float | int) and k != "seed"]
+        table.append(
+            {"setting": setting, **{k: mean_and_spread([row[k] for row in own]) for k in numbers}}
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=["alpha", "options", "schemes"])
+    parser.add_argument("--data", choices=list(DATA), default="adult")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--fast", action="store_true", help="one seed, 2,000 samples, two epochs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    train_split, test = DATA[arguments.data]()
+    clusters = torch.from_numpy(
+        KMeans(4, n_init=10, random_state=0).fit(test.x.numpy()).labels_.astype("int64")
+    )
+    # Renewals read the whole data set: schemes are compared on a quarter of it, for longer.
+    samples, epochs = (8000, 10) if arguments.part == "schemes" else (len(train_split), 5)
+    seeds = range(arguments.seeds)
+    if arguments.fast:
+        samples, epochs, seeds = 2000, 2, range(1)
+    rows = []
+    for seed in seeds:
+        data = train_split if samples == len(train_split) else train_split.shuffled(seed)[:samples]
+        for setting in settings_of(arguments.part, -(-samples // BATCH)):
+            rows.append(run(setting, (data, test), clusters, epochs, seed))
+            print(seed, setting.name, round(rows[-1]["accuracy"], 3), flush=True)
+    table = summary(rows)
+    cells = train_split.groups["label x sex"].bincount() / len(train_split)
+    save(
+        f"schemes_choosing_{arguments.part}_{arguments.data}",
+        table,
+        arguments.fast,
+        seeds=list(seeds),
+        samples=samples,
+        epochs=epochs,
+        smallest_label_x_sex_share=float(cells.min()),
+        rows=rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
