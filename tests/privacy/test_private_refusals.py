@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from irw_optim import DBSCANFilter, IRWOptimizer
 from irw_optim.privacy import DPGuaranteeError, IRWDPConfig, IRWDPOptimizer, IRWPrivacyEngine
+from irw_optim.schemes import GlobalScheme, ResamplingSampler
 
 N = 24
 
@@ -188,6 +189,19 @@ def test_filters_and_schemes_are_refused(parts):
             expected_batch_size=6,
             outliers=DBSCANFilter(),
         )
+
+
+def test_the_global_scheme_is_refused(parts):
+    data = parts["data_loader"].dataset
+    sampler = ResamplingSampler(torch.ones(N) / N)
+    refused(
+        "ResamplingSampler.*global IRW weights",
+        parts,
+        data_loader=DataLoader(data, batch_size=6, sampler=sampler),
+    )
+    _, optimizer, loader = IRWPrivacyEngine(accountant="rdp").make_private(**parts)
+    with pytest.raises(DPGuaranteeError):
+        GlobalScheme(optimizer, loader)
 
 
 @pytest.mark.parametrize(
