@@ -250,15 +250,16 @@ class LossGradients:
         """
         total: dict[Tensor, Tensor] = {}
         rest = self.finished_by_autograd
-        if self.ghost is not None:
-            covered = self.ghost
-            if rest:
-                covered = covered.restricted_to(set(self.leaves).difference(rest))
-            total = covered.combine(weights)
+        last = not keep_graph and not self.sharing
+        if self.ghost is not None and not rest:
+            ghost = self.ghost
+            if last:
+                self._let_go()
+            total = ghost.combine(weights, release=last)
+        elif self.ghost is not None:
+            total = self.ghost.restricted_to(set(self.leaves).difference(rest)).combine(weights)
         if rest:
-            gradients = backward_to(
-                rest, self.losses, weights, retain_graph=keep_graph or bool(self.sharing)
-            )
+            gradients = backward_to(rest, self.losses, weights, retain_graph=not last)
             total.update((p, g) for p, g in zip(rest, gradients, strict=True) if g is not None)
         return [None if (g := total.get(p)) is None else g.to(p.dtype) for p in self.leaves]
 
@@ -268,10 +269,16 @@ class LossGradients:
         for other in self.sharing:
             other.sharing.discard(self)
         if not self.sharing:
-            self.graph.forget_calls()
+            self._let_go()
         self.ghost = None
         self.losses = self.losses.detach()
         self.graph = Graph([], [], set())
+
+    def _let_go(self) -> None:
+        """Hold the layers' inputs and output gradients no longer, here and on the graph."""
+        self.graph.forget_calls()
+        self.graph = Graph([], [], set())
+        self.ghost = None
 
 
 _WAITING: WeakSet[LossGradients] = WeakSet()

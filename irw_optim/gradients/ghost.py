@@ -40,10 +40,15 @@ class GhostGradients:
             [call for call in calls if call.parameters], self.batch_size, self.seed
         )
 
-    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+    def combine(self, weights: Tensor, *, release: bool = False) -> dict[Tensor, Tensor]:
+        """G^T w; with ``release`` for the last time: each layer's a and b go as they are used."""
         rows = RowWeights(self._unseeded(weights))
         total: dict[Tensor, Tensor] = {}
-        for call in self.calls:
+        calls = list(reversed(self.calls))
+        if release:
+            self.calls = []
+        while calls:
+            call = calls.pop()
             for parameter, part in call.combine(rows).items():
                 before = total.get(parameter)
                 total[parameter] = part if before is None else before + part
