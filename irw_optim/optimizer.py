@@ -314,7 +314,8 @@ class IRWOptimizer(OptimizerWrapper):
 
     def _evaluated(self, closure: Callable[[], Any]) -> Any:
         loss = closure()
-        self._make_ready()
+        if loss is not None or self._progress.pending:  # a training step may skip its batch
+            self._make_ready()
         return loss
 
     def _make_ready(self) -> None:

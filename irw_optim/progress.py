@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -30,20 +30,28 @@ class Progress:
         self.pending.append(record)
         self.last = record
 
-    def check(self, parameters: Iterable[Tensor]) -> None:
+    def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise unless ``p.grad`` is weighted and finite.
 
+        Gradients of zero pass: there is nothing to weigh, and torch's own functions for distributed
+        checkpoints step on them to make an optimizer's state.
+
         Raises:
-            RuntimeError: there is a gradient that no weighted loss made.
+            RuntimeError: there is no gradient, or one that no weighted loss made.
             FloatingPointError: a loss or a score is not finite.
         """
-        if not self.pending and any(map(_has_gradient, parameters)):
-            raise RuntimeError(
-                "step() found a gradient without weights: expected criterion(model(x), y)"
-                ".backward() on the attached criterion with the model in train mode, "
-                "optimizer.backward(losses), or step(losses=losses) after Opacus. For a plain "
-                "step on purpose call optimizer.inner.step()"
+        if not self.pending:
+            expected = (
+                "expected criterion(model(x), y).backward() on the attached criterion with the "
+                "model in train mode, optimizer.backward(losses), or step(losses=losses) after Opacus"
             )
+            if all(p.grad is None for p in parameters):
+                raise RuntimeError(f"step() found no gradient: {expected}")
+            if any(map(_has_gradient, parameters)):
+                raise RuntimeError(
+                    f"step() found a gradient without weights: {expected}. For a plain step on "
+                    "purpose call optimizer.inner.step()"
+                )
         for record in self.pending:
             if broken := record.broken_samples:
                 shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")

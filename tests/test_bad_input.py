@@ -13,8 +13,6 @@ from torch import nn
 from irw_optim import IRWOptimizer
 from irw_optim.privacy.errors import DPGuaranteeError
 
-KNOWN_BUGS = {"test_before_backward": "a step without any gradient is taken for an idle one"}
-
 
 class World:
     """A model, a criterion and an optimizer, with a momentum buffer and a gradient already."""

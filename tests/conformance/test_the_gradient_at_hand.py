@@ -15,15 +15,33 @@ from torch.nn.functional import cross_entropy
 from irw_optim import IRWOptimizer
 
 
-def test_a_step_without_any_gradient_is_the_inner_optimizers() -> None:
-    """Nothing to weigh: as with a plain optimizer, nothing happens, and no step is counted."""
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_without_any_gradient_is_refused(closure: bool) -> None:
     run = Run(SGD)
     before = [p.detach().clone() for p in run.parameters]
-    run.optimizer.step()
+    with pytest.raises(RuntimeError, match=r"step\(\) found no gradient: expected .*backward"):
+        run.optimizer.step((lambda: torch.ones(())) if closure else None)
     assert all(map(torch.equal, run.parameters, before))
-    run.model.zero_grad(set_to_none=False)
+
+
+def test_a_closure_may_skip_its_batch() -> None:
+    """As Lightning's does where training_step returns None."""
+    run = Run(SGD).train(SGD.batches(1))
+    before = [p.detach().clone() for p in run.parameters]
+    run.optimizer.zero_grad()
+    assert run.optimizer.step(lambda: None) is None
+    assert all(map(torch.equal, run.parameters, before))
+    assert run.optimizer.steps == 1
+
+
+def test_gradients_of_zero_are_the_inner_optimizers() -> None:
+    """Nothing to weigh: no step is counted, and the inner optimizer does what it does."""
+    run = Run(SGD)
+    for p in run.parameters:
+        p.grad = torch.zeros_like(p)
     run.optimizer.step()
     assert run.optimizer.steps == 0
+    assert run.optimizer.state, "which here is to make its momentum buffers"
 
 
 @pytest.mark.parametrize("closure", [False, True])
