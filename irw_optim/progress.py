@@ -43,7 +43,8 @@ class Progress:
         if not self.pending:
             expected = (
                 "expected criterion(model(x), y).backward() on the attached criterion with the "
-                "model in train mode, optimizer.backward(losses), or step(losses=losses) after Opacus"
+                "model in train mode, optimizer.backward(losses), or step(losses=losses) after "
+                "Opacus"
             )
             if all(p.grad is None for p in parameters):
                 raise RuntimeError(f"step() found no gradient: {expected}")
