@@ -20,6 +20,15 @@ from irw_optim import DBSCANFilter, IRWOptimizer
 ALPHA, B = 0.3, 8
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _look_at_new_objects_only():
+    """What other modules hold is neither searched nor counted."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Body(nn.Module):
     """Ghost layers and, with BatchNorm, autodiff ones; watches an activation."""
 

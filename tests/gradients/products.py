@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from irw_optim import IRWOptimizer
 from irw_optim.gradients import PerSampleGradients
+from irw_optim.gradients.protocol import align
 
 
 class Products(NamedTuple):
-    """G^T u, G v, G v with one parameter of v alone, and G G^T."""
+    """G^T u, G v, G v with one parameter of v alone, G G^T u, and G G^T."""
 
     combine: Tensor
     dot: Tensor
     partial_dot: Tensor
+    align: Tensor
     gram: Tensor
 
 
@@ -49,6 +51,7 @@ def measured(
                 torch.cat([dense(combined[p]).flatten().double() for p in parameters]),
                 gradients.dot(direction),
                 gradients.dot({parameters[0]: direction[parameters[0]]}),
+                align(gradients, u.to(losses.dtype)),
                 gradients.gram(),
             )
         )
@@ -75,7 +78,7 @@ def expected(
     first[: parameters[0].numel()] = v[: parameters[0].numel()]
     w = u.abs() / u.abs().sum()
     gradients = parts_of(w @ G, parameters)
-    return Products(u @ G, G @ v, G @ first, G @ G.T), gradients
+    return Products(u @ G, G @ v, G @ first, G @ (u @ G), G @ G.T), gradients
 
 
 def check(
@@ -84,10 +87,22 @@ def check(
     engine: str,
     tolerance: float,
     batch: int,
+    every: int = 3,
+    but: int = 1,
 ) -> None:
-    """Compare all of it, for weights of which some are zero and some negative."""
+    """Compare all of it, for weights some of which are negative.
+
+    Args:
+        model: and the others: as of `measured`.
+        losses_of: runs the model.
+        engine: of IRWOptimizer.
+        tolerance: of relative errors.
+        batch: B.
+        every: of so many samples in a row ...
+        but: ... so many have weight 0.
+    """
     parameters = trainable(model)
-    u = torch.randn(batch, dtype=torch.float64) * (torch.arange(batch) % 3 != 1)
+    u = torch.randn(batch, dtype=torch.float64) * ((torch.arange(batch) + 1) % every >= but)
     v = torch.randn(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
     truth, gradients_by_loop = expected(model, losses_of, u, v)
     ours, gradients = measured(model, losses_of, engine, u, v)

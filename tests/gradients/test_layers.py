@@ -266,3 +266,18 @@ class TestGhost:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_autodiff(case: Case) -> None:
     products.check(Uses(case).double(), losses_of, "autodiff", 1e-10, B)
+
+
+@pytest.mark.parametrize("size", [20, 127, 128, 200])
+@pytest.mark.parametrize("length", [None, 1, 5])
+@pytest.mark.parametrize("weightless", [1, 18], ids=["most rows count", "few rows count"])
+def test_batches_large_and_small(size: int, length: int | None, weightless: int) -> None:
+    """Which way is the shortest depends on the sizes; all of them are right."""
+    model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3, bias=False)).double()
+    x = torch.randn(size, *([] if length is None else [length]), 16).double()
+    pattern = torch.randn(*x.shape[:-1], 3).double()
+
+    def run(net: nn.Module) -> Tensor:
+        return (net(x) - pattern).square().flatten(1).sum(1)
+
+    products.check(model, run, "ghost", 1e-10, size, every=20, but=weightless)

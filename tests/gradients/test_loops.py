@@ -16,11 +16,6 @@ from irw_optim import IRWOptimizer
 
 ALPHA = 0.4
 
-KNOWN_BUGS = {
-    "test_a_batch_as_large_as_the_sequence_*": "a new guess of where the batch is, unchecked",
-    "test_a_sequence_as_long_as_the_batch_*": "a new guess of where the batch is, unchecked",
-}
-
 
 def mlp() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3), nn.Tanh())

@@ -15,10 +15,6 @@ from hypothesis import settings
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-KNOWN_BUGS = {
-    "test_multihead_attention": "autodiff's dot with a direction that has none of its parameters"
-}
-
 usual = settings.get_current_profile_name()
 settings.register_profile("few", settings.get_profile(usual), max_examples=12)
 settings.load_profile("few")  # a test takes the settings at hand when its module is imported
