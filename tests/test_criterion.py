@@ -681,11 +681,19 @@ def test_per_sample_loss_keeps_what_its_function_owns() -> None:
     assert "Learned" in repr(criterion)
 
 
-def test_per_sample_loss_of_flattened_tokens() -> None:
-    criterion = PerSampleLoss(lambda a, b: F.cross_entropy(a, b, reduction="none"))
-    logits, target = normal(B * T, C), classes(B * T)
-    result = per_sample_losses(criterion, logits, target, batch_size=B)
-    close(result.losses, F.cross_entropy(logits, target, reduction="none").reshape(B, T).mean(1))
+def test_per_sample_loss_that_flattens_tokens() -> None:
+    def token_losses(logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+
+    logits, target = normal(B, T, C), classes(B, T)
+    result = per_sample_losses(PerSampleLoss(token_losses), logits, target, batch_size=B)
+    close(result.losses, token_losses(logits, target).reshape(B, T).mean(1))
+
+
+def test_per_sample_loss_of_arguments_that_are_no_tensors() -> None:
+    criterion = PerSampleLoss(lambda batch: batch["output"].square())
+    output = normal(B, T)
+    close(per_sample_losses(criterion, {"output": output}).losses, output.square().mean(1))
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -785,6 +793,12 @@ REFUSED_CALLS = {
         PerSampleLoss(lambda a, b: (a - b).flatten()),
         (normal(B, T), normal(B, T)),
         {},
+        r"losses of shape \(20,\), but its arguments have leading dimensions \[4\]",
+    ),
+    "flattened by keyword": (
+        PerSampleLoss(lambda a, b: (a - b).flatten()),
+        (),
+        {"a": normal(B, T), "b": normal(B, T)},
         r"losses of shape \(20,\), but its arguments have leading dimensions \[4\]",
     ),
 }
