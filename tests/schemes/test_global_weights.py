@@ -37,6 +37,19 @@ class Recurrent(nn.Module):
         return self.head(self.cell(x.unsqueeze(-1))[0][:, -1])
 
 
+class Transformer(nn.Module):
+    """Embeddings and attention; as wide as a batch is long."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 8, batch_first=True)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embedding(x.abs().long().clamp(max=5))).mean(1))
+
+
 def mlp():
     return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
 
@@ -51,7 +64,12 @@ def normed():
     )
 
 
-MODELS = {"mlp": mlp, "batch_norm_and_dropout": normed, "lstm": Recurrent}
+MODELS = {
+    "mlp": mlp,
+    "batch_norm_and_dropout": normed,
+    "transformer": Transformer,
+    "lstm": Recurrent,
+}
 
 
 @pytest.fixture
