@@ -215,6 +215,12 @@ class TestDifferences:
         p = stats.ttest_rel(other, one).pvalue
         assert found.clear == (p < 1 - differences.CONFIDENCE)
 
+    @pytest.mark.parametrize(("mean", "clear"), [(2.4, False), (2.6, True), (-2.6, True)])
+    def test_the_limit_for_three_seeds(self, mean, clear):
+        # sd 1, t quantile 4.303 with 2 degrees of freedom: the limit is 4.303 / sqrt(3) = 2.484
+        frame = two_methods([0, 0, 0], [mean - 1, mean, mean + 1])
+        assert differences.difference(frame, "IRW", "plain", evaluation.ACCURACY).clear == clear
+
     def test_lower_is_better_where_it_is(self):
         frame = two_methods([1.0, 1.1, 1.2], [0.5, 0.61, 0.69], "tail loss")
         down = differences.difference(frame, "IRW", "plain", evaluation.TAIL_LOSS)

@@ -138,7 +138,7 @@ def weights_by_group(runs: Runs) -> Figure:
     """A cell for each group and method, with the ratio written in it."""
     ratios = pd.concat([runs.weight_ratio(name) for name in PARTITIONS], axis=1)
     order = [g for name in reversed(PARTITIONS) for g in group_sizes(runs.train, name).index]
-    table = ratios.groupby(level="method", sort=False).mean()[order].T
+    table = mean_and_sd(ratios)[0][order].T
     shades = np.log2(table.to_numpy().clip(1 / 8, 8))
     figure = Figure((WIDTH, 0.9 + 0.3 * len(table)), layout="constrained")
     axes = figure.subplots()
@@ -150,7 +150,8 @@ def weights_by_group(runs: Runs) -> Figure:
     axes.grid(visible=False)
     axes.axhline(len(group_sizes(runs.train, INCOME_SEX)) - 0.5, color="black", linewidth=1)
     axes.set_yticks(range(len(table)), [short(group) for group in table.index])
-    axes.set_xticks(range(len(table.columns)), table.columns, rotation=40, ha="left")
+    slanted = {"rotation": 40, "rotation_mode": "anchor", "ha": "left"}
+    axes.set_xticks(range(len(table.columns)), table.columns, **slanted)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -21,7 +21,7 @@ from adult_report.evaluation import (
     WORST_RACE_SEX,
     group_sizes,
 )
-from adult_report.runs import MOVED, PLAIN, Runs
+from adult_report.runs import MOVED, PLAIN, Runs, mean_and_sd
 
 OURS = ("IRW", "IRW, centred", "IRWO")
 ACCURACIES = (WORST_RACE_SEX, WORST_INCOME_SEX, ACCURACY)
@@ -93,7 +93,7 @@ def short_comparison(metrics: pd.DataFrame, method: str, baseline: str) -> str:
 
 def tail_and_mean(metrics: pd.DataFrame) -> list[str]:
     """Which methods bought a smaller tail loss with a larger mean loss."""
-    means = metrics.groupby(level="method", sort=False).mean()[[TAIL_LOSS.name, MEAN_LOSS.name]]
+    means = mean_and_sd(metrics)[0][[TAIL_LOSS.name, MEAN_LOSS.name]]
     even = math.log(2)
     tail_before, mean_before = means.loc[PLAIN]
     reference = (
@@ -117,19 +117,19 @@ def tail_and_mean(metrics: pd.DataFrame) -> list[str]:
 def where_the_weight_went(runs: Runs) -> list[str]:
     """Which class and which groups had the weight, and how many samples carried a step."""
     class_share = runs.largest_class_share()
-    ratio = runs.weight_ratio(INCOME_SEX).groupby(level="method", sort=False).mean()
-    effective = runs.history("effective share").groupby(level="method", sort=False).mean()
+    ratio, _ = mean_and_sd(runs.weight_ratio(INCOME_SEX))
+    last_epoch = mean_and_sd(runs.history("effective share"))[0].iloc[:, -1]
     larger = max(runs.train.labels.mean(), 1 - runs.train.labels.mean())
     sentences = [
         f"Of the samples {larger:.0%} are of the larger class; plain training weighs all alike."
     ]
     for method in ratio.index.drop(PLAIN):
-        most, least = ratio.loc[method].idxmax(), ratio.loc[method].idxmin()
+        mean = ratio.loc[method]
         sentences.append(
-            f"{method}: {class_share[method]:.0%} of a batch's weight lay on one class, "
-            f"the steps rested on {effective.loc[method].mean():.0%} of the batch (effective "
-            f"sample size); per head, {most} had {ratio.loc[method, most]:.2f} times the average "
-            f"weight and {least} {ratio.loc[method, least]:.2f} times."
+            f"{method}: {class_share[method]:.0%} of a batch's weight lay on one class; in the "
+            f"last epoch a step rested on {last_epoch[method]:.0%} of the batch (effective sample "
+            f"size); per head, {mean.idxmax()} had {mean.max():.2f} times the average weight and "
+            f"{mean.idxmin()} {mean.min():.2f} times."
         )
     return sentences + removed_outliers(runs)
 
@@ -138,13 +138,13 @@ def removed_outliers(runs: Runs) -> list[str]:
     """Whom an outlier filter removed, for each method that has one."""
     sentences = []
     for partition in (INCOME_SEX, RACE_SEX):
-        shares = runs.removed_share(partition).groupby(level="method", sort=False).mean()
+        shares, _ = mean_and_sd(runs.removed_share(partition))
         for method in shares.index[shares.gt(0).any(axis=1)]:
-            most, least = shares.loc[method].idxmax(), shares.loc[method].idxmin()
+            share = shares.loc[method]
             sentences.append(
                 f"{method} removed as outliers, of the groups of {partition}, most often "
-                f"{most} ({shares.loc[method, most]:.1%} of the times that one was seen), "
-                f"least often {least} ({shares.loc[method, least]:.1%})."
+                f"{share.idxmax()} ({share.max():.1%} of the times that one was seen), least often "
+                f"{share.idxmin()} ({share.min():.1%})."
             )
     return sentences
 
