@@ -4,10 +4,10 @@
     python -m benchmarks.schemes.choosing options [--data adult|law] ...
     python -m benchmarks.schemes.choosing schemes [--data adult|law] ...
 
-An MLP 64-32 under Adam (1e-3), 8,000 samples drawn anew for each seed, batches of 128, 8 epochs, the
-last one of them, no selection of models. Training sees no group. The official test split is halved
-at random for each seed: one half is shown to whoever picks a decision threshold, all numbers are of
-the other. Law School needs IRW_OPTIM_DATA, a directory with law_school.csv.gz.
+An MLP 64-32 under Adam (1e-3), 8,000 samples drawn anew for each seed, batches of 128, 8 epochs,
+the model of the last one. Training sees no group. The official test split is halved at random for
+each seed: one half is shown to whoever picks a decision threshold, all numbers are of the other.
+Law School needs IRW_OPTIM_DATA, a directory with law_school.csv.gz.
 """
 
 from __future__ import annotations
