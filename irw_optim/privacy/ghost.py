@@ -7,6 +7,7 @@ pass to the layers' outputs is all; gradients without noise never reach ``p.grad
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,8 @@ class GhostBatch(PendingBatch):
     def __init__(self, loss_reduction: str, model: nn.Module) -> None:
         super().__init__(loss_reduction)
         self._engine = Engine(model, "auto")
+        # A model whose private optimizer is gone is a plain model again.
+        weakref.finalize(self, self._engine.remove_hooks).atexit = False
         self._rows: list[ClippableGradients | None] = []
 
     def unfollow(self) -> None:

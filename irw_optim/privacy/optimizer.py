@@ -157,10 +157,10 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
                 "closure: a closure takes several looks at a batch for one step's privacy budget; "
                 "call backward and then step()"
             )
-        if self.pre_step(losses=losses):
-            result: float | None = self.original_optimizer.step()
-            return result
-        return None
+        loss: float | None = (
+            self.original_optimizer.step() if self.pre_step(losses=losses) else None
+        )
+        return loss
 
     def pre_step(self, closure: Any = None, *, losses: Tensor | None = None) -> bool:
         """All of a step but the inner optimizer's; False while the logical batch goes on."""
@@ -194,6 +194,12 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """Clear gradients and their losses; the sums of an unfinished logical batch stay."""
         self.pending.clear()
         super().zero_grad(set_to_none)
+
+    def discard_batch(self) -> None:
+        """Forget an unfinished logical batch, after a loop that broke off: nothing was released."""
+        self._logical_batch, self._is_last_step_skipped = None, False
+        self._step_skip_queue.clear()
+        self.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state and, under ``"irw_dp"``, the public state.
@@ -290,6 +296,6 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     def _refuse_mid_batch(self, what: str) -> None:
         if self._logical_batch is not None:
             raise DPGuaranteeError(
-                f"{what} in the middle of a logical batch: the sums so far have no noise yet and "
-                "must neither be saved nor lost; call it after the step that ends the batch"
+                f"{what} in the middle of a logical batch: the sums so far have no noise yet. Call "
+                "it after the step that ends the batch, or discard_batch() if the loop broke off"
             )

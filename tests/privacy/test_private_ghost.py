@@ -1,5 +1,6 @@
 """Ghost mode is the same mechanism: against the materialised rows, and against plain autograd."""
 
+import gc
 import math
 from dataclasses import replace
 
@@ -340,6 +341,14 @@ def test_detach_leaves_model_and_criterion_as_they_were():
     optimizer.detach()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert "forward" not in vars(criterion)
+
+
+def test_hooks_go_with_the_optimizer():
+    _, model, optimizer, loader, criterion = private("ghost", "mlp")
+    train(model, optimizer, [loader.dataset.tensors], criterion)
+    del optimizer, criterion
+    gc.collect()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 # Refusals ------------------------------------------------------------------------------------

@@ -98,6 +98,26 @@ def test_physical_batches_add_up_to_the_logical_one(kind, physical):
     assert_same(run(physical), run(100), rtol=1e-9, atol=1e-12)
 
 
+def test_a_loop_that_broke_off_can_be_started_again():
+    """The samples of the unfinished batch must not count twice."""
+    s, fresh = setting("mlp"), setting("mlp")
+    loader = DataLoader(TensorDataset(s.x, s.y), batch_sampler=[list(range(8))])
+
+    def batches(optimizer):
+        return BatchMemoryManager(
+            data_loader=loader, max_physical_batch_size=3, optimizer=optimizer
+        )
+
+    with batches(s.optimizer) as physical:
+        train(s.model, s.optimizer, [next(iter(physical))], s.criterion)
+    s.optimizer.discard_batch()
+    for each in (s, fresh):
+        with batches(each.optimizer) as physical:
+            train(each.model, each.optimizer, physical, each.criterion)
+    assert_same(parameters_of(s.model), parameters_of(fresh.model))
+    assert s.optimizer.public_state.steps == 1
+
+
 def test_zero_grad_between_physical_batches_keeps_the_sums():
     s = setting("mlp")
     loader = DataLoader(TensorDataset(s.x, s.y), batch_sampler=[list(range(8))])
