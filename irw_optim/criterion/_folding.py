@@ -102,9 +102,9 @@ def _valid_row_means(elements: Tensor, valid: Tensor, batch: int) -> tuple[Tenso
 
 def _quotient(elements: Tensor, divisor: Tensor | float, *dim: int) -> Tensor:
     if elements.dtype not in _HALVES:
-        return elements.sum(dim) / divisor
+        return elements.sum(dim or None) / divisor
     # Their sum can overflow, or drop small terms, where the quotient does neither.
-    return (elements.sum(dim, dtype=torch.float32) / divisor).to(elements.dtype)
+    return (elements.sum(dim or None, dtype=torch.float32) / divisor).to(elements.dtype)
 
 
 def _wide(elements: Tensor) -> torch.dtype:
