@@ -368,6 +368,52 @@ class TestWhatBeginsLater:
         self.steps("positions (T, D), square", [(torch.randint(7, (b, 6)),) for b in sizes])
 
 
+class TestLog:
+    """What is exact but slower is said once; what is quick says nothing."""
+
+    @pytest.mark.parametrize(
+        ("case", "level", "words"),
+        [
+            ("in-place ReLU", None, ()),
+            ("BatchNorm, train", "INFO", ("autodiff", "1.weight", "1.bias")),
+            ("LSTM", "INFO", ("autodiff", "cell.weight_hh_l0")),
+            ("centred by the batch", "WARNING", ("first.weight", "mixes samples", "autodiff")),
+            ("no double backward", "WARNING", ("double backward", "score_parameters")),
+        ],
+    )
+    def test_choice_and_reason(self, caplog, case, level, words):
+        caplog.set_level("INFO", "irw_optim")
+        model = CASES[case].model().double()
+        optimizer = wrapped(model)
+        for _ in range(5):
+            (x,) = CASES[case].inputs()
+            optimizer.backward(model(x.double()).square().flatten(1).sum(1))
+        if level is None:
+            assert not caplog.records
+            return
+        said = [r.getMessage() for r in caplog.records if r.levelname == level]
+        assert len([text for text in said if all(word in text for word in words)]) == 1
+        assert len(said) == len(set(said))
+
+
+@pytest.mark.parametrize("case", ["BatchNorm and dropout", "TransformerEncoderLayer", "LSTM"])
+def test_autocast(case):
+    """bfloat16 keeps 8 bits; the loop rounds its gradients to them, and so the scores differ."""
+    model = CASES[case].model()
+    twin = copy.deepcopy(model)
+    (x,) = CASES[case].inputs()
+
+    def losses_of(net):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x).float().square().flatten(1).sum(1)
+
+    truth = reference.step(losses_of(twin), twin.parameters(), ALPHA)
+    optimizer = wrapped(model)
+    optimizer.backward(losses_of(model))
+    agree(optimizer, model, truth, 3e-2)
+
+
 def test_reentrant_checkpointing_is_refused_by_name():
     model = CASES["checkpointing"].model().double()
     optimizer = wrapped(model)
