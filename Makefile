@@ -20,12 +20,12 @@ WITH_ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-fast test-lowest lint format types docs demo bench build clean
+.PHONY: help setup test test-fast test-lowest test-versions lint format types docs demo bench build clean
 
 help: ## Show this text
 	@echo "irw-optim: the targets of this Makefile (each installs into $(VENV) what it needs, once)"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(WITH_ALL) ## Install the package with everything needed for development
 
@@ -37,6 +37,8 @@ test-fast: $(WITH_ALL) ## Run the tests that take no more than seconds
 
 test-lowest: $(VENV)-lowest/.installed ## Run the tests on the lowest versions of pyproject.toml
 	$(VENV)-lowest/bin/python -m pytest -W default -p no:cacheprovider
+
+test-versions: test-lowest test ## Run the tests on the lowest versions, then on those in use
 
 lint: $(WITH_ALL) ## Check style and format
 	$(BIN)/ruff check .

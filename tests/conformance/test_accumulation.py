@@ -275,6 +275,18 @@ def test_what_is_kept_is_let_go() -> None:
         assert kept[-1]() is None
 
 
+def test_a_logical_batch_thrown_away_is_not_in_the_next_one() -> None:
+    run = built("layers", accumulation_steps=K)
+    expected = oracle(run)
+    x, y = physical_batches()[0]
+    run.criterion(run.model(x), y).backward()
+    run.optimizer.zero_grad()
+    accumulate(run)
+    assert len(run.optimizer.last_step.weights) == sum(SIZES)
+    for found, gradient in zip(gradients(run), expected.gradients, strict=True):
+        assert reference.error(found, gradient) < 1e-9
+
+
 def test_another_term_in_the_loss() -> None:
     """Fine where the layers are covered; refused where the graph would be needed again."""
     run = built("layers", accumulation_steps=K)

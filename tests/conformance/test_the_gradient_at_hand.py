@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -256,3 +257,14 @@ def test_methods_of_the_inner_optimizer_are_at_hand() -> None:
     assert not hasattr(optimizer, "eval")
     optimizer.train()
     assert optimizer.mode == optimizer.inner.mode == "train"
+
+
+def test_copies_have_neither_hooks_nor_a_schedulers_patch() -> None:
+    """As with torch's own optimizers, whose copies begin without either."""
+    run, calls = Run(SGD), []
+    torch.optim.lr_scheduler.StepLR(run.optimizer, 1)
+    run.optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    twin = copy.deepcopy(run.optimizer)
+    assert "step" in vars(run.optimizer)
+    assert "step" not in vars(twin)
+    assert not twin._optimizer_step_post_hooks
