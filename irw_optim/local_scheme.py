@@ -68,7 +68,14 @@ class LocalScheme:
                 "class_balance=False"
             )
         decided = weigh(
-            losses, rows, self.alpha, self.rule, outliers=self.outliers, labels=labels, mix=self.mix
+            losses,
+            rows,
+            self.alpha,
+            self.rule,
+            outliers=self.outliers,
+            labels=labels,
+            mix=self.mix,
+            present=_present(batch),
         )
         return StepRecord(**vars(decided), losses=losses, labels=batch.labels)
 
@@ -108,7 +115,9 @@ def averaged_record(batch: PerSampleLosses) -> StepRecord:
     """The record of a step with plain averaging."""
     losses = batch.losses.detach()
     nobody = torch.zeros_like(losses, dtype=torch.bool)
-    equal = uniform(losses) if batch.counts is None else batch.counts / batch.counts.sum()
+    equal = (
+        uniform(losses) if batch.counts is None else batch.counts / batch.counts.sum().clamp(min=1)
+    )
     return StepRecord(
         worst_off=nobody,
         outliers=nobody,
@@ -128,6 +137,14 @@ def with_known_weights(
     loss = weighted + (batch.value - weighted).detach()
     loss.register_hook(lambda _: note(record))
     return loss
+
+
+def _present(batch: PerSampleLosses) -> Tensor | None:
+    """The samples that are not ignored altogether; None for all, and where that is nobody."""
+    if batch.counts is None:
+        return None
+    present = batch.counts > 0
+    return present if bool(present.any()) else None
 
 
 class _NoRows:

@@ -189,20 +189,24 @@ def weigh(
     outliers: OutlierFilter | None = None,
     labels: Tensor | None = None,
     mix: float = 0.0,
+    present: Tensor | None = None,
 ) -> Weights:
     """Outliers out, S, scores, weights: the whole of one mini-batch (the local scheme).
 
-    Inputs are taken as checked; `irw_weights` is the checked front.
+    Inputs are taken as checked; `irw_weights` is the checked front. ``present`` (B,) bool leaves
+    out samples whose target is ignored: they have no loss, no class and no share of a mean.
     """
     if outliers is None or not len(losses):
         removed = torch.zeros_like(losses, dtype=torch.bool)
         worst = _worst_off(losses, alpha)
         scores = rule(losses, gradients, worst)
-        kept = None
+        kept = present
+        if kept is not None:
+            scores = scores * kept
     else:
         gram = gradients.gram()
         removed = _outliers_in(gram, outliers)
-        kept = ~removed
+        kept = ~removed if present is None else ~removed & present
         worst = torch.zeros_like(removed)
         worst[kept] = _worst_off(losses[kept], alpha)
         if isinstance(rule, Alignment):  # G G^T is at hand: G (G^T c) costs nothing more
