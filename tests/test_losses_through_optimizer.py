@@ -182,7 +182,7 @@ def test_weights_and_scale(name, reduction):
 
     criterion = make(reduction)
     sgd = torch.optim.SGD(body.parameters(), lr=0.1)
-    optimizer = IRWOptimizer(sgd, alpha=ALPHA, model=body, criterion=criterion)
+    optimizer = IRWOptimizer(sgd, alpha=ALPHA, model=body, criterion=criterion, engine="ghost")
     loss = criterion(output_of(body), *arguments)
     assert loss.item() == pytest.approx(ordinary.item(), rel=1e-12)
     loss.backward()

@@ -27,9 +27,10 @@ def losses_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def attached(model: nn.Module, reduction: str = "mean", **options):
-    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    """By ghost alone, which raises where "auto" would mend an error by falling back."""
+    criterion = options.pop("criterion", nn.CrossEntropyLoss(reduction=reduction))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"alpha": ALPHA, "model": model, "criterion": criterion, **options}
+    options = {"alpha": ALPHA, "model": model, "criterion": criterion, "engine": "ghost", **options}
     return IRWOptimizer(sgd, **options), criterion
 
 
@@ -74,9 +75,7 @@ class TestWays:
 
     def test_losses_of_ones_own(self):
         model, (x, y) = make(), batch()
-        optimizer = IRWOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1), alpha=ALPHA, model=model
-        )
+        optimizer, _ = attached(model, criterion=None)
         truth = truth_of(model, x, y)
         value = optimizer.backward(losses_of(model, x, y))
         assert float(value) == pytest.approx(float(truth.losses.mean()))
@@ -146,8 +145,24 @@ class TestTheGradientIsFinalAtBackward:
         optimizer, criterion = attached(model)
         truth = truth_of(model, x, y)
         (factor * criterion(model(x), y)).backward()
+        assert reference.error(optimizer.last_step.scores, truth.scores) < 1e-9
         assert reference.error(optimizer.last_step.weights, truth.weights) < 1e-9
         is_gradient(model, [factor * g for g in truth.gradients])
+
+    @pytest.mark.parametrize("factor", [2.0**12, -0.5])
+    def test_a_factor_does_not_move_the_outliers(self, factor):
+        model, (x, y) = with_an_outlier()
+        seen = []
+
+        def filter_(gram: Tensor) -> Tensor:
+            seen.append(gram)
+            return torch.zeros(len(gram), dtype=torch.bool)
+
+        _, criterion = attached(model, outliers=filter_)
+        twin = twin_of(model)
+        G = reference.per_sample_gradients(losses_of(twin, x, y), twin.parameters())
+        (factor * criterion(model(x), y)).backward()
+        assert reference.error(seen[0], G @ G.T) < 1e-9
 
     def test_backward_with_a_gradient_of_ones_own(self):
         model, (x, y) = make(), batch()
@@ -169,9 +184,7 @@ class TestTheGradientIsFinalAtBackward:
 
     def test_a_factor_on_losses_of_ones_own(self):
         model, (x, y) = make(), batch()
-        optimizer = IRWOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1), alpha=ALPHA, model=model
-        )
+        optimizer, _ = attached(model, criterion=None)
         truth = truth_of(model, x, y)
         optimizer.backward(losses_of(model, x, y) * 8)
         assert reference.error(optimizer.last_step.weights, truth.weights) < 1e-9
@@ -370,9 +383,7 @@ class TestBatches:
 
     def test_worst_off_without_gradient_fall_back_to_plain_training(self):
         model, (x, y) = make(), batch()
-        optimizer = IRWOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.2, model=model
-        )
+        optimizer, _ = attached(model, criterion=None, alpha=0.2)
         stuck = torch.where(torch.arange(B) < 2, 0.0, 1.0).double()
         losses = losses_of(model, x, y) * stuck + 100 * (1 - stuck)
         expected = plain_gradients(model, lambda m: (losses_of(m, x, y) * stuck).mean())
