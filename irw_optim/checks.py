@@ -216,14 +216,6 @@ def check_not_private(parameters: Iterable[Tensor]) -> None:
         )
 
 
-def described(value: Any) -> Any:
-    """An option as a checkpoint can hold it, and as two runs write it alike."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    name = getattr(value, "__qualname__", None) or repr(value)
-    return type(value).__qualname__ if " at 0x" in name else name
-
-
 def check_trains(losses: Tensor) -> None:
     """Refuse losses that lead nowhere."""
     if not losses.requires_grad:

@@ -16,13 +16,13 @@ from irw_optim.checks import (
     check_group,
     check_not_private,
     check_trains,
-    described,
 )
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.grad_sample_way import weigh_grad_samples
 from irw_optim.gradients.engine import Engine
-from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.local_scheme import LocalScheme, Scheme, averaged_loss
+from irw_optim.options import described, report_differences
 from irw_optim.outliers import OutlierFilter
 from irw_optim.progress import Progress
 from irw_optim.ranges import check_losses
@@ -191,12 +191,7 @@ class IRWOptimizer(OptimizerWrapper):
             )
             return
         self._progress.steps = own["steps"]
-        for name, now in self._options.items():
-            if (before := own.get(name, now)) != now:
-                logger.warning(
-                    "the checkpoint was made with %s=%r; training goes on with %r",
-                    *(name, before, now),
-                )
+        report_differences(own, self._options)
 
     # The three ways in -----------------------------------------------------------------------
 
@@ -245,7 +240,8 @@ class IRWOptimizer(OptimizerWrapper):
         """
         check_not_private(self._parameters())
         if losses is not None:
-            self._weigh_grad_samples(losses, labels)
+            scored = self.scored_parameters()
+            weigh_grad_samples(self._parameters(), scored, losses, labels, self._decide)
         if closure is None:
             self._make_ready()
             result = self.inner.step()
@@ -287,22 +283,6 @@ class IRWOptimizer(OptimizerWrapper):
         if self.accumulation_steps > 1:
             return self._logical.loss(batch, self.engine, scored, self._decide)
         return self.scheme.loss(batch, self.engine, scored, self._note)
-
-    def _weigh_grad_samples(self, losses: Tensor, labels: Tensor | None) -> None:
-        check_losses(losses)
-        rows = MaterializedGradients.from_grad_sample(self._parameters())
-        if rows.batch_size != len(losses):
-            raise ValueError(
-                f"losses has {len(losses)} samples but p.grad_sample has {rows.batch_size}: "
-                "expected the losses of the batch that was backpropagated last"
-            )
-        batch = PerSampleLosses(losses.detach(), losses.detach().mean(), 1.0, labels)
-        scored = self.scored_parameters()
-        record = self._decide(
-            batch, MaterializedGradients({p: g for p, g in rows.rows.items() if p in scored})
-        )
-        for parameter, gradient in rows.combine(record.weights).items():
-            parameter.grad = gradient.to(parameter.dtype)
 
     def _decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
         record = self.scheme.decide(batch, rows)
