@@ -169,7 +169,8 @@ def how_to_read(runs: Runs) -> list[str]:
         f"same, and who happens to be in it is in no spread. {worst} Of the smallest group, "
         f"{smallest.index[0]}, one person is {100 / smallest.iloc[0]:.1f} points."
     )
-    return [difference_means, spread_lacks]
+    recipe = "With another recipe (`--optimizer`, `--epochs`) the methods may rank differently."
+    return [difference_means, spread_lacks, recipe]
 
 
 def worst_group(runs: Runs, partition: str) -> str:
