@@ -232,8 +232,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse copies: they would share the noise, and break Opacus' class on the way."""
         raise TypeError(
-            "an IRWDPOptimizer cannot be copied or pickled: save optimizer.state_dict(), or use "
-            "IRWPrivacyEngine.save_checkpoint"
+            "an IRWDPOptimizer cannot be copied or pickled: save its state_dict() instead"
         )
 
     @property

@@ -66,6 +66,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """Raise for an optimizer that would see gradients before the noise, or needs a closure."""
     from irw_optim.optimizer import IRWOptimizer  # it imports this package for its own refusals
 
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r}: expected a torch optimizer such as "
+            "torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
     for inner in _optimizers_inside(optimizer):
         if isinstance(inner, IRWOptimizer):
             raise DPGuaranteeError(

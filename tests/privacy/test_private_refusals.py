@@ -472,6 +472,7 @@ def test_closures_are_refused():
     ("change", "error", "match"),
     [
         ({"irw": None}, TypeError, "irw=None: expected an IRWDPConfig"),
+        ({"criterion": nn.functional.mse_loss}, TypeError, "is no nn.Module"),
         ({"irw": {"alpha": 0.3}}, TypeError, "expected an IRWDPConfig"),
         ({"noise_multiplier": -1.0}, ValueError, "noise_multiplier=-1.0"),
         ({"noise_multiplier": math.nan}, ValueError, "noise_multiplier=nan"),
@@ -482,6 +483,11 @@ def test_closures_are_refused():
 )
 def test_values_out_of_range_are_named(parts, change, error, match):
     assert_refused(error, match, parts, **change)
+
+
+def test_what_is_no_optimizer_is_named(parts):
+    with pytest.raises(TypeError, match="expected a torch optimizer"):
+        IRWPrivacyEngine(accountant="rdp").make_private(**{**parts, "optimizer": parts["module"]})
 
 
 def test_misspelt_arguments_are_refused(parts):
