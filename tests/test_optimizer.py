@@ -205,7 +205,11 @@ class TestTheGradientIsFinalAtBackward:
 
 
 class TestOtherTermsOfTheLoss:
-    """Terms added to the criterion keep their ordinary gradients."""
+    """Terms added to the criterion keep their ordinary gradients.
+
+    Each three times: the engine compares itself with autograd at the first two, which keeps the
+    graph for others to use; from then on it has to know by itself who needs the graph.
+    """
 
     @pytest.mark.parametrize(
         "term",
@@ -222,7 +226,7 @@ class TestOtherTermsOfTheLoss:
         optimizer, criterion = attached(model)
         truth = truth_of(model, x, y)
         added = plain_gradients(model, lambda twin: term(twin, twin(x), x))
-        for repeat in (1, 2):
+        for repeat in (1, 2, 3):
             out = model(x)
             (criterion(out, y) + term(model, out, x)).backward()
             is_gradient(model, *[truth.gradients, added] * repeat)
@@ -232,18 +236,22 @@ class TestOtherTermsOfTheLoss:
         model, (x, y) = make(), batch()
         _, criterion = attached(model)
         truth = truth_of(model, x, y)
-        out = model(x)
-        (0.1 * out.square().mean() - 2 * criterion(out, y)).backward()
         added = plain_gradients(model, lambda twin: 0.1 * twin(x).square().mean())
-        is_gradient(model, [-2 * g for g in truth.gradients], added)
+        for repeat in (1, 2, 3):
+            out = model(x)
+            (0.1 * out.square().mean() - 2 * criterion(out, y)).backward()
+            is_gradient(model, *[[-2 * g for g in truth.gradients], added] * repeat)
 
     def test_another_criterion_on_the_same_output(self):
         model, (x, y) = make(), batch()
         _, criterion = attached(model)
         truth = truth_of(model, x, y)
-        out, other = model(x), nn.MSELoss()
-        (criterion(out, y) + other(out, torch.zeros_like(out))).backward()
-        is_gradient(model, truth.gradients, plain_gradients(model, lambda m: m(x).square().mean()))
+        other = nn.MSELoss()
+        added = plain_gradients(model, lambda twin: twin(x).square().mean())
+        for repeat in (1, 2, 3):
+            out = model(x)
+            (criterion(out, y) + other(out, torch.zeros_like(out))).backward()
+            is_gradient(model, *[truth.gradients, added] * repeat)
 
     def test_two_attached_criteria_on_the_same_graph(self):
         model, (x, y) = make(), batch()
@@ -257,7 +265,7 @@ class TestOtherTermsOfTheLoss:
             truth_of(model, x, y),
             reference.step(squares, twin.parameters(), ALPHA),
         )
-        for in_order in (True, False):
+        for in_order in (True, False, True, False):
             model.zero_grad()
             out = model(x)
             terms = [first(out, y), second(out, target)]
@@ -270,10 +278,11 @@ class TestOtherTermsOfTheLoss:
         model, (x, y) = make(), batch()
         _, criterion = attached(model)
         z = torch.randint(3, (B,))
-        out = model(x)
-        (criterion(out, y) + criterion(out, z)).backward()
         truths = truth_of(model, x, y), truth_of(model, x, z)
-        is_gradient(model, *(truth.gradients for truth in truths))
+        for repeat in (1, 2, 3):
+            out = model(x)
+            (criterion(out, y) + criterion(out, z)).backward()
+            is_gradient(model, *[truth.gradients for truth in truths] * repeat)
 
 
 class TestWhereNothingShouldHappen:

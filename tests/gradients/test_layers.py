@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -261,6 +262,30 @@ class TestGhost:
         if not products.trainable(model):
             pytest.skip("no other parameter")
         products.check(model, losses_of, "ghost", 1e-10, B)
+
+
+@pytest.mark.parametrize("bound", [1, 40, 400])
+@pytest.mark.parametrize("engine", ["ghost", "autodiff"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Linear, sequence",
+        "Linear, wide",
+        "Conv2d",
+        "Embedding",
+        "EmbeddingBag, offsets",
+        "LayerNorm, sequence",
+        "MultiheadAttention",
+    ],
+)
+@pytest.mark.parametrize("times", [1, 2])
+def test_in_blocks(monkeypatch, name: str, engine: str, bound: int, times: int) -> None:
+    """Products that would not fit are taken a block of samples or of columns at a time."""
+    holders = [m for name, m in sys.modules.items() if name.startswith("irw_optim.")]
+    for module in holders:
+        if hasattr(module, "MEMORY_BOUND"):
+            monkeypatch.setattr(module, "MEMORY_BOUND", bound)
+    products.check(Uses(CASES[name], times).double(), losses_of, engine, 1e-10, B)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
