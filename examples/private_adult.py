@@ -9,7 +9,7 @@ Three private trainings at the same (epsilon, delta), over several seeds:
 and plain training without privacy beside them. Two tasks: Adult as it is, and Adult with a planted
 minority, 8 % of the people, marked by a feature, for whom the label means the opposite.
 
-    python examples/private_adult.py                     # about a quarter of an hour on one core
+    python examples/private_adult.py                     # about ten minutes on one core of its own
     python examples/private_adult.py --quick             # one seed, one epoch: does it run?
 
 Race and sex are used to evaluate, never to train. Features are scaled with statistics of the
@@ -236,7 +236,7 @@ def draw(results: pd.DataFrame, path: Path) -> None:
             axis.set_xticks(list(places), [f"ε = {e:g}" for e in EPSILONS])
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
