@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from agreement import agree, gradient_errors
 from torch import Tensor, nn
-from zoo import CASES
+from zoo import CASES, OnceDifferentiable
 
 from irw_optim import IRWOptimizer
 
 ALPHA = 0.4
+
+KNOWN_BUGS = {"test_an_empty_batch_row_by_row": "a stack of no rows"}
 
 
 def mlp() -> nn.Module:
@@ -126,6 +128,17 @@ class TestForwards:
             optimizer.backward(losses_of(model, *data))
             agree(optimizer, model, truth)
             optimizer.step()
+
+    def test_an_empty_batch_row_by_row(self):
+        """Where an operation has no double backward, autodiff takes a pass for each sample."""
+        layer = nn.Linear(4, 3).double()
+        optimizer = wrapped(layer, engine="autodiff")
+        for size in (6, 0):
+            optimizer.zero_grad()
+            x = torch.randn(size, 4).double()
+            optimizer.backward(OnceDifferentiable.apply(layer(x)).square().sum(1))
+        assert optimizer.last_step.weights.shape == (0,)
+        assert not any(p.grad is not None and p.grad.any() for p in layer.parameters())
 
 
 class TestBackwards:
