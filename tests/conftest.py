@@ -1,7 +1,5 @@
 """What every test starts from: the same seeds, one thread, and no warnings but known ones."""
 
-from fnmatch import fnmatchcase as fnmatch
-
 import pytest
 import torch
 from hypothesis import settings
@@ -17,11 +15,3 @@ settings.load_profile("reproducible")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def pytest_collection_modifyitems(items):
-    """Mark what a module's KNOWN_BUGS names (pattern of a test's name: reason) as xfail."""
-    for item in items:
-        for pattern, reason in getattr(getattr(item, "module", None), "KNOWN_BUGS", {}).items():
-            if fnmatch(item.name, pattern):
-                item.add_marker(pytest.mark.xfail(reason=reason))

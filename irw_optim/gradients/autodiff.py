@@ -60,7 +60,8 @@ class AutodiffGradients:
                     return scores
                 self._go_row_by_row("its derivative misses terms, without an error")
         rows = (self._row(i) for i in range(self.batch_size))
-        return torch.stack([_inner(row, direction) for row in rows])
+        products = [_inner(row, direction) for row in rows]
+        return torch.stack(products) if products else widened(self.losses.detach())
 
     def gram(self) -> Tensor:
         numbers = sum(p.numel() for p in self.parameters)
@@ -129,7 +130,10 @@ class AutodiffGradients:
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         """The per-sample gradients of some samples, one backward pass each: (b, *p.shape)."""
         rows = [self._row(i) for i in range(self.batch_size)[samples]]
-        return {p: torch.stack([row[p] for row in rows]) for p in self.parameters}
+        return {
+            p: torch.stack([row[p] for row in rows]) if rows else p.new_zeros(0, *p.shape)
+            for p in self.parameters
+        }
 
 
 def backward_to(

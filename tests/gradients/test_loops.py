@@ -16,8 +16,6 @@ from irw_optim import IRWOptimizer
 
 ALPHA = 0.4
 
-KNOWN_BUGS = {"test_an_empty_batch_row_by_row": "a stack of no rows"}
-
 
 def mlp() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3), nn.Tanh())
