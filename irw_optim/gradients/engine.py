@@ -146,6 +146,7 @@ class Covering:
     def __init__(self, covered: set[Tensor], whole: bool) -> None:
         self.covered = covered
         self.whole = whole
+        self.reached: set[int] = set()
         self.uses = 0
 
     def check_is_due(self) -> bool:
@@ -204,11 +205,14 @@ class LossGradients:
         if covering.whole and not check:
             self.rest = self.finished_by_autograd = []
             retain = keep_graph or bool(self.sharing)
-            self.ghost = ghost_gradients(self.losses, graph.sites, seed, retain_graph=retain)
+            self.ghost = ghost_gradients(
+                self.losses, graph.sites, seed, retain_graph=retain, reached=covering.reached
+            )
             return
         covered = covering.covered
         sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
         ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True)
+        covering.reached = ghost.reached  # asked for where all sites are covered alone
         if check:
             parameters = [p for p in self.leaves if p in covered]
             wrong = compare_with_autograd(self.losses, ghost, parameters)

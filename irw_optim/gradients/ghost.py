@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from copy import copy
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from irw_optim.gradients.capture import CallSite
-from irw_optim.gradients.layers import LayerCall, RowWeights
+from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.layers._call import gram_of_rows
 from irw_optim.gradients.protocol import Direction
 
@@ -22,13 +24,14 @@ class GhostGradients:
     """Per-sample gradients of layers that are linear in their parameters.
 
     Args:
-        calls: the layer calls, each with its output gradient.
+        calls: the layer calls, each with its output gradient; None where none arrived.
         batch_size: B.
         seed: 0-dim factor that the output gradients carry; the products are free of it.
     """
 
-    def __init__(self, calls: Sequence[LayerCall], batch_size: int, seed: Tensor) -> None:
-        self.calls = calls
+    def __init__(self, calls: Sequence[LayerCall | None], batch_size: int, seed: Tensor) -> None:
+        self.calls = [call for call in calls if call is not None]
+        self.reached = {number for number, call in enumerate(calls) if call is not None}
         self.batch_size = batch_size
         self.seed = seed
         self._factor = _as_factor(seed)
@@ -83,9 +86,17 @@ class GhostGradients:
 
 
 def ghost_gradients(
-    losses: Tensor, sites: Sequence[CallSite], seed: Tensor, *, retain_graph: bool
+    losses: Tensor,
+    sites: Sequence[CallSite],
+    seed: Tensor,
+    *,
+    retain_graph: bool,
+    reached: Container[int] = (),
 ) -> GhostGradients:
     """One backward pass from the losses to the layers' outputs.
+
+    Where rows are made of a and b, they are made as b arrives, and a and b are let go: at the
+    places known to be reached, if nobody else needs the graph.
 
     Args:
         losses: (B,).
@@ -93,24 +104,63 @@ def ghost_gradients(
         seed: 0-dim; multiplies the losses for the pass, so that half-precision gradients keep
             the scale that a gradient scaler chose for them.
         retain_graph: whether something else still needs the graph.
+        reached: numbers of the sites at which a gradient arrived in an earlier pass like this.
 
     Raises:
         RuntimeError: a layer's input was changed in place after the layer read it.
     """
-    gradients = torch.autograd.grad(
-        losses,
-        [site.edge for site in sites],
-        seed.to(losses.dtype).expand_as(losses),
-        retain_graph=retain_graph,
-        allow_unused=True,
-    )
-    calls = []
-    check_inputs(site.call for site in sites)
-    for (call, _, shape), gradient in zip(sites, gradients, strict=True):
+    calls: list[LayerCall | None] = [None] * len(sites)
+    asked: list[int] = []
+    handles: list[RemovableHandle] = []
+    for number, site in enumerate(sites):
+        # A node that passes nothing on is not run, and its hooks are not called.
+        waits = not retain_graph and number in reached and site.call.passes_on
+        if waits and site.call.makes_rows(site.shape):
+            arrival = partial(_arrive, calls, number, site)
+            handles.append(site.edge.node.register_prehook(arrival))
+        else:
+            asked.append(number)
+    try:
+        gradients = torch.autograd.grad(
+            losses,
+            [sites[number].edge for number in asked],
+            seed.to(losses.dtype).expand_as(losses),
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    for number, gradient in zip(asked, gradients, strict=True):
         if gradient is not None:
-            call.set_output_gradient(gradient.reshape(shape))
-            calls.append(call)
+            calls[number] = _settled(sites[number], gradient, retain_graph)
+    if any(call is None for number, call in enumerate(calls) if number not in asked):
+        raise RuntimeError(
+            "no gradient arrived at a layer that one arrived at before: expected a forward that "
+            'uses its layers alike in every step; set engine="autodiff" for one that does not'
+        )
     return GhostGradients(calls, len(losses), seed)
+
+
+def _arrive(
+    calls: list[LayerCall | None], number: int, site: CallSite, gradients: Sequence[Tensor | None]
+) -> None:
+    gradient = gradients[site.edge.output_nr]
+    if gradient is not None:
+        calls[number] = _settled(site, gradient, retain_graph=False)
+
+
+def _settled(site: CallSite, gradient: Tensor, retain_graph: bool) -> LayerCall:
+    """The call with its output gradient, or the rows that are made of both."""
+    call = site.call
+    check_inputs([call])
+    call.set_output_gradient(gradient.reshape(site.shape))
+    if not call.makes_rows(site.shape):
+        return call
+    rows = RowsCall(call)
+    if not retain_graph:
+        call.let_go()
+    return rows
 
 
 def check_inputs(calls: Iterable[LayerCall]) -> None:

@@ -24,7 +24,6 @@ from irw_optim.gradients.layers import (
     EmbeddingCall,
     LayerCall,
     LinearCall,
-    NormCall,
 )
 from irw_optim.gradients.layers._call import _summed_rows
 from irw_optim.gradients.materialized import MEMORY_BOUND, as_matrix, widened
@@ -67,8 +66,6 @@ def _squares(calls: Sequence[LayerCall]) -> Tensor:
         return _convolution(call, patches)
     if isinstance(call, EmbeddingCall):
         return _embedding(call)
-    if isinstance(call, NormCall):
-        return torch.stack([_square(as_matrix(rows)) for rows in call.rows().values()]).sum(0)
     return _by_rows(calls)
 
 

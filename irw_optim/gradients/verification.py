@@ -63,4 +63,4 @@ def _one_hot(losses: Tensor, sample: int) -> Tensor:
 
 
 def _dtypes(gradients: GhostGradients) -> set[torch.dtype]:
-    return {call.output_gradient.dtype for call in gradients.calls}
+    return {call.precision for call in gradients.calls}

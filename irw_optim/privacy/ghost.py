@@ -17,7 +17,6 @@ from irw_optim.backward import deferred_loss, walked_by_this_backward, without_a
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.engine import Engine, LossGradients
 from irw_optim.gradients.ghost import GhostGradients
-from irw_optim.gradients.layers import LayerCall
 from irw_optim.gradients.norms import row_norms
 from irw_optim.gradients.protocol import Direction
 
@@ -171,20 +170,5 @@ class GhostRows:
     def without(self, dropped: Tensor) -> GhostRows:
         """The same gradients with zero rows where `dropped` (B,) bool."""
         whole = self.gradients
-        calls = [_without(call, dropped) for call in whole.calls]
+        calls = [call.without(dropped) for call in whole.calls]
         return GhostRows(GhostGradients(calls, whole.batch_size, whole.seed), self.scale)
-
-
-def _without(call: LayerCall, dropped: Tensor) -> LayerCall:
-    """A copy with zero inputs and output gradients: both, since 0 times NaN is NaN."""
-    part = call.copy()
-    for name in ("input", "factor"):
-        tensor = getattr(call, name, None)
-        if tensor is not None and tensor.is_floating_point() and len(tensor) == len(dropped):
-            setattr(part, name, _zeroed(tensor, dropped))
-    part.set_output_gradient(_zeroed(call.output_gradient, dropped))
-    return part
-
-
-def _zeroed(rows: Tensor, dropped: Tensor) -> Tensor:
-    return rows.masked_fill(dropped.view(-1, *[1] * (rows.ndim - 1)), 0.0)

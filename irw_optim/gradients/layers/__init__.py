@@ -6,6 +6,7 @@ from irw_optim.gradients.layers._elementwise import ElementwiseCall
 from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCall
 from irw_optim.gradients.layers._linear import LinearCall, LinearRowsCall
 from irw_optim.gradients.layers._norm import NormCall
+from irw_optim.gradients.layers._rows import RowsCall
 
 __all__ = [
     "ConvolutionCall",
@@ -17,4 +18,5 @@ __all__ = [
     "LinearRowsCall",
     "NormCall",
     "RowWeights",
+    "RowsCall",
 ]

@@ -75,6 +75,7 @@ class LayerCall:
     def __init__(self, input: Tensor, **parameters: Tensor | None) -> None:
         self.input = input.detach()
         self.version = input._version
+        self.passes_on = input.requires_grad
         self.parameters = {
             role: p for role, p in parameters.items() if p is not None and p.requires_grad
         }
@@ -105,15 +106,39 @@ class LayerCall:
         """The same call as if each sample had made it, where its input has no batch dimension."""
         return None
 
+    def let_go(self) -> None:
+        """Hold a and b no longer."""
+        self.input = self.output_gradient = self.input[:0]
+
+    def without(self, dropped: Tensor) -> LayerCall:
+        """A copy with zero rows where ``dropped`` (B,) bool, also where they are not finite."""
+        part = self.copy()
+        for name in ("input", "factor"):  # both a and b: 0 times NaN is NaN
+            tensor = getattr(self, name, None)
+            if tensor is not None and tensor.is_floating_point() and len(tensor) == len(dropped):
+                setattr(part, name, zeroed(tensor, dropped))
+        part.output_gradient = zeroed(self.output_gradient, dropped)
+        part.__dict__.pop("bias_rows", None)
+        return part
+
     def copy(self) -> LayerCall:
         """Another call with the same input and parameters, for another output gradient."""
         return copy(self)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype in which the gradient arrived."""
+        return self.output_gradient.dtype
 
     # What a kind of layer must say ------------------------------------------------------------
 
     def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """The layer's output for other parameter values; a missing role counts as zero."""
         raise NotImplementedError
+
+    def makes_rows(self, output_shape: torch.Size) -> bool:
+        """Whether the rows of G are quickly made and no more numbers than a and b."""
+        return False
 
     # The three products -----------------------------------------------------------------------
 
@@ -221,3 +246,8 @@ def inner(left: Tensor, right: Tensor, in_place: bool = False) -> Tensor:
     """Row-wise inner products, shape (B,); ``right`` may be overwritten to spare memory."""
     product = right.mul_(left) if in_place else right * left
     return product.sum(1) if product.ndim == 2 else product.flatten(1).sum(1)
+
+
+def zeroed(rows: Tensor, dropped: Tensor) -> Tensor:
+    """The rows with zeros where ``dropped``."""
+    return rows.masked_fill(dropped.view(-1, *[1] * (rows.ndim - 1)), 0.0)
