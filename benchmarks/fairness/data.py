@@ -11,11 +11,8 @@ All files but Adult's come from the directory that the variable IRW_OPTIM_DATA n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
-VARIABLE = "IRW_OPTIM_DATA"
-SHIPPED = Path(__file__).parents[2] / "examples" / "data"
+from benchmarks.fairness.files import read
 
 
 @dataclass(frozen=True)
@@ -96,23 +92,46 @@ class Sizes:
 
 
 def split(
-    source: Source, seed: int, sizes: Sizes | None = None
+    source: Source, seed: int, sizes: Sizes | None = None, noise: float = 0.0
 ) -> tuple[Samples, Samples, Samples]:
-    """Training, validation and test part, drawn at random by ``seed``."""
-    order = np.random.default_rng(seed).permutation(len(source.label))
+    """Training, validation and test part, drawn at random by ``seed``.
+
+    Args:
+        source: the data set.
+        seed: of the draw.
+        sizes: None for the default ones.
+        noise: share of the labels that are recorded wrongly, outside the test part. Groups with
+            the label in them are then those of the record.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(source.label))
     train, validation, test = (sizes or Sizes()).of(len(order))
     parts = np.split(order[: train + validation + test], [train, train + validation])
     encoder = preprocessing(source).fit(source.features.iloc[parts[0]])
-    x = encoder.transform(source.features.iloc[np.concatenate(parts)])
+    recorded = replace(source, label=flipped(source.label, noise, generator))
+    return (
+        _samples(recorded, parts[0], encoder),
+        _samples(recorded, parts[1], encoder),
+        _samples(source, parts[2], encoder),
+    )
+
+
+def flipped(labels: pd.Series, share: float, generator: np.random.Generator) -> pd.Series:
+    """Another class, drawn evenly, for a random share of the labels."""
+    classes = int(labels.max()) + 1
+    chosen = generator.random(len(labels)) < share
+    step = generator.integers(1, classes, len(labels))
+    return labels.where(~chosen, (labels + step) % classes)
+
+
+def _samples(source: Source, rows: np.ndarray, encoder: ColumnTransformer) -> Samples:
     groups, names = group_codes(source)
-    every = Samples(
-        torch.from_numpy(np.asarray(x, np.float32)),
-        torch.from_numpy(source.label.to_numpy(np.int64)[np.concatenate(parts)]),
-        {name: codes[np.concatenate(parts)] for name, codes in groups.items()},
+    return Samples(
+        torch.from_numpy(np.asarray(encoder.transform(source.features.iloc[rows]), np.float32)),
+        torch.from_numpy(source.label.to_numpy(np.int64)[rows]),
+        {name: codes[torch.from_numpy(rows)] for name, codes in groups.items()},
         names,
     )
-    first, second, third = torch.arange(len(every)).split([len(part) for part in parts])
-    return every[first], every[second], every[third]
 
 
 def preprocessing(source: Source) -> ColumnTransformer:
@@ -244,52 +263,3 @@ def load(name: str) -> Source:
     if name not in SOURCES:
         raise ValueError(f"name={name!r}: expected one of {', '.join(SOURCES)}")
     return SOURCES[name]()
-
-
-# Reading --------------------------------------------------------------------------------------
-
-
-def read(stem: str) -> pd.DataFrame:
-    """The table ``<stem>.csv.gz`` or ``<stem>.csv``; Adult also from the examples and OpenML."""
-    path = find(stem)
-    if path is not None:
-        return pd.read_csv(path)
-    if stem == "adult":
-        return adult_from_openml()
-    folder = os.environ.get(VARIABLE)
-    where = f"{VARIABLE}={folder!r} has none" if folder else f"{VARIABLE} is not set"
-    raise FileNotFoundError(
-        f"{stem}.csv.gz: {where}; expected a directory with that file: "
-        f"export {VARIABLE}=/path/to/data (benchmarks/fairness/README.md says where the data "
-        "comes from, and its columns)"
-    )
-
-
-def find(stem: str) -> Path | None:
-    """The file of a table in the data directory, or in what the project ships."""
-    folder = os.environ.get(VARIABLE)
-    folders = [Path(folder)] if folder else []
-    candidates = [
-        place / f"{stem}{suffix}" for place in [*folders, SHIPPED] for suffix in (".csv.gz", ".csv")
-    ]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def available(name: str) -> bool:
-    """Whether the files of a data set are on this machine."""
-    return find("celeba_attributes" if name.startswith("celeba") else name) is not None
-
-
-def adult_from_openml() -> pd.DataFrame:
-    """Adult by scikit-learn from OpenML (version 2), with the column names used here.
-
-    COMPAS and Law School are on OpenML with other people, columns and targets, CelebA's attributes
-    are not: those three are read from files only.
-    """
-    from sklearn.datasets import fetch_openml
-
-    fetched: Any = fetch_openml("adult", version=2, as_frame=True)
-    table = fetched.frame.rename(columns=lambda name: name.replace("-", "_"))
-    texts = table.select_dtypes("category").columns
-    table[texts] = table[texts].astype(object)
-    return table.rename(columns={"class": "income"})

@@ -1,8 +1,7 @@
-"""Structure planted in real data, so that the groups are known: a shortcut, a minority, noise.
+"""Structure planted in real data, so that the groups are known: a shortcut, a minority.
 
-shortcut    digits whose colour tells the class 9 times in 10: the groups are label x colour
-minority    Adult, where 1 in 20 people carry a mark that turns their label round
-noise       labels flipped at random, which no group explains
+`coloured_digits`: the colour tells the class 9 times in 10, and the groups are label x colour.
+`marked_adult`: 1 in 20 people carry a mark that turns their label round.
 """
 
 from __future__ import annotations
@@ -13,17 +12,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.fairness.data import Samples, Source, adult
+from benchmarks.fairness.data import Samples, Source, adult, flipped
 
 SHORTCUT = 0.9
 MINORITY = 0.05
 
 
-def coloured_digits(seed: int, agreement: float = SHORTCUT) -> tuple[Samples, Samples, Samples]:
+def coloured_digits(
+    seed: int, agreement: float = SHORTCUT, noise: float = 0.0
+) -> tuple[Samples, Samples, Samples]:
     """scikit-learn's digits in red or green: is it 5 or more? The colour agrees in most cases.
 
     Training and validation part are drawn alike. Every test image comes in both colours: the
     accuracies inside the groups are then of the same images, and accuracy is that of even groups.
+    ``noise`` is the share of wrongly recorded labels outside the test part, as of `split`.
     """
     from sklearn.datasets import load_digits
 
@@ -33,11 +35,12 @@ def coloured_digits(seed: int, agreement: float = SHORTCUT) -> tuple[Samples, Sa
     train, validation, test = np.split(order, [len(order) // 2, 7 * len(order) // 10])
     labels = (digits >= 5).astype(np.int64)
     colours = np.where(generator.random(len(labels)) < agreement, labels, 1 - labels)
+    recorded = flipped(pd.Series(labels), noise, generator).to_numpy()
     both = np.concatenate([test, test])
     test_colours = np.repeat([0, 1], len(test))
     return (
-        _coloured(images[train], labels[train], colours[train]),
-        _coloured(images[validation], labels[validation], colours[validation]),
+        _coloured(images[train], recorded[train], colours[train]),
+        _coloured(images[validation], recorded[validation], colours[validation]),
         _coloured(images[both], labels[both], test_colours),
     )
 
@@ -71,26 +74,3 @@ def marked_adult(share: float = MINORITY) -> Source:
         sensitive=source.sensitive.assign(mark=np.where(marked, "marked", "unmarked")),
         groupings={"mark": ["mark"], "label x mark": ["label", "mark"]},
     )
-
-
-def flipped(data: Samples, share: float, seed: int) -> Samples:
-    """Another class, drawn evenly, for a random share of the samples; the groups stay as known.
-
-    Groupings that include the label keep the true one: who is hurt is not what was recorded.
-    """
-    if not share:
-        return data
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(len(data), generator=generator) < share
-    step = torch.randint(1, data.classes, (len(data),), generator=generator)
-    return replace(data, y=torch.where(chosen, (data.y + step) % data.classes, data.y))
-
-
-def shares(data: Samples) -> dict[str, pd.Series]:
-    """How large each group is, for each grouping: shares of all samples."""
-    return {
-        name: pd.Series(
-            codes.bincount(minlength=len(data.names[name])) / len(data), index=data.names[name]
-        )
-        for name, codes in data.groups.items()
-    }

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.fairness import planted
-from benchmarks.fairness.data import Samples, available, load, split
+from benchmarks.fairness.data import Samples, load, split
+from benchmarks.fairness.files import find
 
 Parts = tuple[Samples, Samples, Samples]
 
@@ -21,36 +22,36 @@ class Task:
     Attributes:
         protected: the grouping by people, or by what was planted.
         targets: the groupings with headroom.
+        table: the file it needs; None for data that scikit-learn brings along.
     """
 
     name: str
     protected: str
     targets: tuple[str, ...]
+    table: str | None
 
-    def parts(self, seed: int) -> Parts:
-        """Training, validation and test part."""
+    def parts(self, seed: int, noise: float = 0.0) -> Parts:
+        """Training, validation and test part; ``noise`` as of `split`."""
         if self.name == "coloured_digits":
-            return planted.coloured_digits(seed)
+            return planted.coloured_digits(seed, noise=noise)
         source = planted.marked_adult() if self.name == "marked_adult" else load(self.name)
-        return split(source, seed)
+        return split(source, seed, noise=noise)
 
     @property
     def available(self) -> bool:
         """Whether its data is on this machine."""
-        if self.name == "coloured_digits":
-            return True
-        return available(self.name.removeprefix("marked_"))
+        return self.table is None or find(self.table) is not None
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("coloured_digits", "label x colour", ("label x colour",)),
-        Task("adult", "race x sex", ("label x sex",)),
-        Task("law_school", "race x sex", ("label x sex", "label x race")),
-        Task("celeba_blond", "male x young", ("label x male",)),
-        Task("marked_adult", "mark", ("label x mark",)),
-        Task("compas", "race x sex", ("label x race",)),
-        Task("celeba_hair", "male x young", ("label x male",)),
+        Task("coloured_digits", "label x colour", ("label x colour",), None),
+        Task("adult", "race x sex", ("label x sex",), "adult"),
+        Task("law_school", "race x sex", ("label x sex", "label x race"), "law_school"),
+        Task("celeba_blond", "male x young", ("label x male",), "celeba_attributes"),
+        Task("marked_adult", "mark", ("label x mark",), "adult"),
+        Task("compas", "race x sex", ("label x race",), "compas"),
+        Task("celeba_hair", "male x young", ("label x male",), "celeba_attributes"),
     )
 }

@@ -1,0 +1,111 @@
+"""What is compared: each method with the settings it may choose from.
+
+A name says all of a setting: the results are stored under it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.fairness.loop import Method
+from benchmarks.fairness.methods.intrinsic import Global, Intrinsic
+from benchmarks.fairness.methods.objectives import (
+    arl,
+    chi_square,
+    class_balanced,
+    cvar,
+    group_balanced,
+    group_dro,
+    plain,
+)
+from benchmarks.fairness.methods.stages import JTT
+from benchmarks.fairness.tasks import Task
+from irw_optim import DBSCANFilter
+
+PLAIN = "plain"
+MOVED = "plain, moved threshold"
+ORACLES = ("group balancing", "GroupDRO")
+"""Methods that are told the groups of a grouping: for each one they are trained anew."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train and to decide.
+
+    Attributes:
+        method: whose it is.
+        name: of the setting; unique.
+        how: trains.
+        told: the grouping whose groups it is told; "" for none.
+        moved: strength with which the decision threshold is moved afterwards.
+    """
+
+    method: str
+    name: str
+    how: Method
+    told: str = ""
+    moved: float = 0.0
+
+
+WARM = 1 / 3
+
+
+def irw(method: str, alpha: float, warm_up: float = 0.0, **options: Any) -> Setting:
+    said = "".join(f", {k} {v:g}" if v is not True else f", {k}" for k, v in options.items())
+    return Setting(method, f"{method}: α {alpha:g}{said}", Intrinsic(alpha, warm_up, options))
+
+
+def without_groups() -> Iterator[Setting]:
+    """The settings of all methods that are told no group, the cheap and the central ones first."""
+    yield Setting(PLAIN, PLAIN, plain())
+    for strength in (0.5, 1.0, 1.5):
+        yield Setting(MOVED, f"{MOVED}: {strength:g}", plain(), moved=strength)
+    for strength in (0.5, 1.0):
+        yield Setting("class-balanced", f"class-balanced: {strength:g}", class_balanced(strength))
+    for alpha in (0.1, 0.3, 0.5):
+        yield irw("IRW", alpha)
+    for alpha in (0.1, 0.3, 0.5):
+        yield irw("IRW, warm-up", alpha, WARM)
+    for alpha in (0.1, 0.3):
+        yield irw("IRW, warm-up, class_balance", alpha, WARM, class_balance=True)
+    for alpha, center in ((0.1, 1.0), (0.3, 0.5), (0.3, 1.0)):
+        yield irw("IRW, warm-up, center", alpha, WARM, center=center)
+    for mix in (0.25, 0.5):
+        yield irw("IRW, warm-up, center, mix", 0.3, WARM, center=1.0, mix=mix)
+    for alpha in (0.1, 0.3):
+        for mix in (0.0, 0.5):
+            method = "CVaR, warm-up"
+            yield Setting(method, f"{method}: α {alpha:g}, mix {mix:g}", cvar(alpha, WARM, mix))
+    for alpha in (0.3, 0.5, 0.7):
+        yield Setting("χ²-DRO, warm-up", f"χ²-DRO, warm-up: α {alpha:g}", chi_square(alpha, WARM))
+    for early in (0.05, 0.2):
+        for times in (5, 20):
+            yield Setting("JTT", f"JTT: early {early:g}, times {times}", JTT(early, times))
+    for lr in (0.001, 0.01, 0.1):
+        yield Setting("ARL", f"ARL: lr {lr:g}", arl(lr))
+    for alpha in (0.1, 0.3):
+        yield Setting(
+            "IRW, last layer",
+            f"IRW, last layer: α {alpha:g}",
+            Intrinsic(alpha, 0.0, {"score_parameters": "last"}),
+        )
+        yield Setting(
+            "IRWO", f"IRWO: α {alpha:g}", Intrinsic(alpha, 0.0, {"outliers": DBSCANFilter()})
+        )
+    for use in ("reweighting", "resampling"):
+        yield Setting(
+            f"IRW, global {use}", f"IRW, global {use}: α 0.3", Global(Intrinsic(0.3), use)
+        )
+
+
+def told_the_groups(task: Task) -> Iterator[Setting]:
+    """The upper bounds, for each grouping that counts."""
+    for grouping in dict.fromkeys((*task.targets, task.protected)):
+        balanced, robust = (f"{method}, {grouping}" for method in ORACLES)
+        yield Setting(ORACLES[0], balanced, group_balanced(grouping), grouping)
+        for step in (0.01, 0.1):
+            yield Setting(
+                ORACLES[1], f"{robust}: step {step:g}", group_dro(grouping, step), grouping
+            )
