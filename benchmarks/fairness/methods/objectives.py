@@ -113,6 +113,8 @@ def chi_square_risk(losses: Tensor, alpha: float) -> Tensor:
     while slope(low) > 0:  # tends to 1 - c < 0
         low = top - 2 * (top - low)
     high = top - 1e-9 * max(1.0, abs(top))
+    if slope(high) < 0:  # the ball holds every distribution
+        return losses.max()
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)

@@ -6,9 +6,7 @@ Frozen S    IRW with S of the early model's worst-off, held for the whole traini
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -46,26 +44,19 @@ class JTT:
 
 @dataclass(frozen=True)
 class FrozenWorst:
-    """IRW whose S is the worst-off share of an early model's losses, in every batch and step."""
+    """IRW whose S is what an early model was worst at in each class, for the whole training."""
 
     local: Intrinsic
     early: float
-    in_each_class: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
         logits = early_logits(data, plain(), recipe, seed, self.early)
         losses = F.cross_entropy(logits, data.y, reduction="none")
-        members = (
-            worst_in_each_class(losses, data.y, self.local.alpha)
-            if self.in_each_class
-            else worst_off(losses, self.local.alpha)
-        )
+        members = worst_in_each_class(losses, data.y, self.local.alpha)
         rule = HeldMembers(members, self.local.options.get("center", 0.0))
         options = {k: v for k, v in self.local.options.items() if k != "center"}
-        trainer = replace(self.local, options={**options, "weighting": rule}).prepare(
-            model, data, recipe, seed
-        )
+        options["weighting"] = rule
+        trainer = replace(self.local, options=options).prepare(model, data, recipe, seed)
 
         def backward(losses: Tensor, index: Tensor) -> None:
             rule.batch = index

@@ -1,0 +1,285 @@
+"""Each method against an independent evaluation of the formula in its paper."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize
+from torch import nn
+
+from benchmarks.fairness.data import Samples
+from benchmarks.fairness.loop import Recipe, drawn, mlp, scores, shuffled, train
+from benchmarks.fairness.methods import intrinsic, objectives, stages
+
+RECIPE = Recipe(steps=6, batch=16, lr=0.01, widths=(4,))
+
+
+@pytest.fixture
+def data():
+    x = torch.randn(48, 3)
+    y = (x[:, 0] + torch.randn(48) > 0.7).long()
+    groups = {"g": 2 * y + (x[:, 1] > 0.5).long()}
+    return Samples(x, y, groups, {"g": list("abcd")})
+
+
+def batch_of(data, size=16):
+    index = torch.arange(size)
+    losses = torch.rand(size, requires_grad=True)
+    return losses, index
+
+
+def gradient(objective, losses, index):
+    (found,) = torch.autograd.grad(objective(losses, index), losses)
+    return found
+
+
+def test_plain_is_the_mean(data):
+    losses, index = batch_of(data)
+    assert torch.allclose(gradient(objectives.mean, losses, index), torch.full((16,), 1 / 16))
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_class_balanced_weighs_by_the_inverse_frequency(data, strength):
+    losses, index = batch_of(data)
+    found = gradient(objectives.class_balanced(strength).objective(data, RECIPE), losses, index)
+    shares = [float((data.y == c).float().mean()) for c in (0, 1)]
+    weights = np.array([shares[c] ** -strength for c in data.y.tolist()])
+    expected = weights[:16] / weights.mean() / 16
+    assert np.allclose(found.numpy(), expected)
+    if strength == 1:  # over the whole training part both classes have the same weight
+        assert np.isclose(weights[data.y == 0].sum(), weights[data.y == 1].sum())
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 1.0])
+def test_cvar_is_the_minimum_of_rockafellar_and_uryasev(data, alpha):
+    losses, index = batch_of(data)
+    found = objectives.cvar(alpha).objective(data, RECIPE)(losses, index)
+    values = losses.detach().double().numpy()
+    # A minimum of this piecewise linear function is at one of the losses.
+    dual = min(t + np.maximum(values - t, 0).mean() / alpha for t in values)
+    assert math.isclose(found.item(), dual, rel_tol=1e-5)
+
+
+class TestChiSquare:
+    @pytest.mark.parametrize("alpha", [0.3, 0.5, 0.9])
+    def test_is_the_maximum_over_the_ball(self, alpha):
+        losses = torch.rand(8, dtype=torch.float64) * 3
+        radius = (1 / alpha - 1) ** 2
+        values = losses.numpy()
+        primal = optimize.minimize(
+            lambda q: -q @ values,
+            np.full(8, 1 / 8),
+            jac=lambda q: -values,
+            bounds=[(0, 1)] * 8,
+            constraints=[
+                {"type": "eq", "fun": lambda q: q.sum() - 1},
+                {"type": "ineq", "fun": lambda q: radius - ((8 * q - 1) ** 2).mean() / 2},
+            ],
+            method="SLSQP",
+            options={"maxiter": 500, "ftol": 1e-12},
+        )
+        assert primal.success
+        assert float(objectives.chi_square_risk(losses, alpha)) == pytest.approx(
+            -primal.fun, rel=1e-5
+        )
+
+    @pytest.mark.parametrize("alpha", [0.3, 0.5])
+    def test_gradient_is_the_maximising_distribution(self, alpha):
+        losses = torch.rand(8, dtype=torch.float64, requires_grad=True)
+        (q,) = torch.autograd.grad(objectives.chi_square_risk(losses, alpha), losses)
+        assert (q >= 0).all()
+        assert float(q.sum()) == pytest.approx(1, rel=1e-5)
+        assert float(q @ losses) == pytest.approx(
+            objectives.chi_square_risk(losses, alpha).item(), rel=1e-5
+        )
+
+    def test_a_ball_with_every_distribution_has_the_largest_loss(self):
+        losses = torch.rand(8, requires_grad=True)
+        (q,) = torch.autograd.grad(objectives.chi_square_risk(losses, 0.1), losses)
+        assert q.tolist() == (losses == losses.max()).float().tolist()
+
+    def test_alpha_1_is_the_mean(self):
+        losses = torch.rand(5)
+        assert objectives.chi_square_risk(losses, 1.0) == losses.mean()
+
+    def test_equal_losses(self):
+        assert float(objectives.chi_square_risk(torch.full((5,), 0.7), 0.3)) == pytest.approx(0.7)
+
+
+class TestARL:
+    def test_weights_are_those_of_the_paper(self):
+        logits = torch.randn(7)
+        f = 1 / (1 + np.exp(-logits.double().numpy()))
+        assert np.allclose(objectives.adversarial_weights(logits), 1 + 7 * f / f.sum(), rtol=1e-5)
+
+    def test_learner_has_the_weights_and_the_adversary_ascends(self, data):
+        torch.manual_seed(3)
+        objective = objectives.arl(lr=0.01).objective(data, RECIPE)
+        torch.manual_seed(3)
+        adversary = nn.Linear(3 + 2, 1)
+        losses, index = batch_of(data)
+        one_hot = torch.eye(2)[data.y[index]]
+        inputs = torch.cat([data.x[index], one_hot], 1)
+
+        def reward():
+            f = torch.sigmoid(adversary(inputs)[:, 0])
+            return ((1 + len(f) * f / f.sum()) * losses.detach()).mean()
+
+        f = torch.sigmoid(adversary(inputs)[:, 0]).detach()
+        first = gradient(objective, losses, index)
+        assert torch.allclose(first, (1 + 16 * f / f.sum()) / 16)
+        # One step of Adam moves each parameter by lr in the direction of the reward's gradient.
+        before = float(reward())
+        for parameter, g in zip(
+            adversary.parameters(),
+            torch.autograd.grad(reward(), adversary.parameters()),
+            strict=True,
+        ):
+            parameter.data += 0.01 * g / (g.abs() + 1e-8)
+        assert float(reward()) > before
+        f = torch.sigmoid(adversary(inputs)[:, 0]).detach()
+        second = gradient(objective, losses, index)
+        assert torch.allclose(second, (1 + 16 * f / f.sum()) / 16, atol=1e-6)
+
+
+class TestGroupDRO:
+    def test_two_steps_by_hand(self, data):
+        objective = objectives.group_dro("g", step=0.5).objective(data, RECIPE)
+        losses, index = batch_of(data)
+        member = data.groups["g"][index]
+        q = np.ones(4)
+        for _ in range(2):
+            found = gradient(objective, losses, index)
+            means = np.array(
+                [
+                    float(losses[member == g].mean()) if (member == g).any() else 0.0
+                    for g in range(4)
+                ]
+            )
+            q = q * np.exp(0.5 * means)
+            q /= q.sum()
+            sizes = np.array([int((member == g).sum()) for g in member])
+            assert np.allclose(found.numpy(), q[member.numpy()] / sizes, rtol=1e-4)
+
+    def test_groups_are_drawn_evenly(self, data):
+        weights = objectives.even_groups("g")(data)
+        sums = torch.zeros(4).index_add(0, data.groups["g"], weights)
+        assert torch.allclose(sums, torch.ones(4))
+
+
+class TestJTT:
+    def test_errors_of_the_early_model_are_drawn_more_often(self, data):
+        state = torch.get_rng_state()
+        model = mlp(3, RECIPE.widths, 2)
+        trainer = stages.JTT(early=0.5, times=7).prepare(model, data, RECIPE, seed=1)
+        early = train(data, objectives.plain(), Recipe(3, 16, 0.01, (4,)), seed=1)
+        wrong = scores(early, data.x).argmax(1) != data.y
+        assert wrong.any()
+        assert not wrong.all()
+        expected = drawn(torch.where(wrong, 7.0, 1.0), 16, seed=1)
+        for _ in range(3):
+            assert torch.equal(next(trainer.batches), next(expected))
+        torch.set_rng_state(state)
+
+
+class TestMovedThreshold:
+    def test_moves_it_to_the_share_of_the_second_class(self):
+        labels = torch.tensor([0] * 8 + [1] * 2)
+        p = torch.tensor([0.1, 0.19, 0.21, 0.4, 0.6])
+        decided = stages.moved(torch.stack([1 - p, p], 1).log(), labels, 1.0).argmax(1)
+        assert decided.tolist() == (p > 0.2).long().tolist()
+
+    def test_strength_0_changes_nothing(self):
+        logits = torch.randn(5, 3)
+        assert torch.equal(stages.moved(logits, torch.tensor([0, 1, 2, 2]), 0.0), logits)
+
+
+def row_gradients(model, x, y):
+    rows = []
+    for i in range(len(y)):
+        loss = nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(rows)
+
+
+class TestFrozenWorst:
+    def test_gradient_of_a_step_by_hand(self, data):
+        model = mlp(3, RECIPE.widths, 2)
+        method = stages.FrozenWorst(
+            intrinsic.Intrinsic(0.25, 0.0, {"class_balance": True, "center": 0.5}), early=0.5
+        )
+        trainer = method.prepare(model, data, RECIPE, seed=2)
+        early = train(data, objectives.plain(), Recipe(3, 16, 0.01, (4,)), seed=2)
+        all_losses = nn.functional.cross_entropy(scores(early, data.x), data.y, reduction="none")
+        members = torch.zeros(48)
+        for label in (0, 1):
+            own = (data.y == label).nonzero()[:, 0]
+            worst = all_losses[own].sort(descending=True).indices
+            members[own[worst[: math.ceil(0.25 * len(own))]]] = 1
+
+        index = torch.arange(10, 26)
+        x, y = data.x[index], data.y[index]
+        G = row_gradients(model, x, y)
+        inside = members[index]
+        s = (G @ (G.T @ (inside - 0.5 * inside.mean()))).clamp(min=0)
+        w = torch.zeros(16)
+        for label in (0, 1):
+            own = y == label
+            mass = s[own] if s[own].sum() else torch.ones(int(own.sum()))
+            w[own] = mass / mass.sum() / 2
+        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+        trainer.backward(losses, index)
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert torch.allclose(found, G.T @ w, atol=1e-5)
+
+
+class TestGlobal:
+    @pytest.mark.parametrize("use", ["reweighting", "resampling"])
+    def test_weights_are_renewed_and_used(self, data, use):
+        method = intrinsic.Global(intrinsic.Intrinsic(0.3), use, refresh=2)
+        model = mlp(3, RECIPE.widths, 2)
+        trainer = method.prepare(model, data, RECIPE, seed=0)
+        index = next(trainer.batches)
+        G, y = row_gradients(model, data.x, data.y), data.y
+        losses = nn.functional.cross_entropy(model(data.x), y, reduction="none")
+        S = losses >= losses.sort(descending=True).values[math.ceil(0.3 * 48) - 1]
+        w = (G @ G[S].sum(0)).clamp(min=0)
+        w = w / w.sum()
+        trainer.backward(losses[index], index)
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        in_batch = w[index] / w[index].sum() if use == "reweighting" else torch.ones(16) / 16
+        assert torch.allclose(found, G[index].T @ in_batch, atol=1e-5)
+        if use == "resampling":
+            assert (w[index] > 0).all()
+
+
+class TestLoop:
+    def test_methods_share_initialisation_and_batches(self, data):
+        plain = train(data, objectives.plain(), RECIPE, seed=5)
+        uniform = intrinsic.Intrinsic(1.0, 0.0, {"weighting": "uniform"})
+        same = train(data, uniform, RECIPE, seed=5)
+        warm = train(data, intrinsic.Intrinsic(0.3, 1.0), RECIPE, seed=5)  # warm-up to the end
+        for other in (same, warm):
+            for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+                assert torch.allclose(a, b, atol=1e-5)
+
+    def test_cvar_is_that_of_the_library(self, data):
+        ours = train(data, objectives.cvar(0.3, warm_up=1 / 3, mix=0.5), RECIPE, seed=5)
+        options = {"weighting": "cvar", "mix": 0.5}
+        library = train(data, intrinsic.Intrinsic(0.3, 1 / 3, options), RECIPE, seed=5)
+        for a, b in zip(ours.parameters(), library.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+    def test_every_epoch_sees_everybody_once(self):
+        batches = list(itertools.islice(shuffled(12, 4, seed=0), 6))
+        for epoch in (batches[:3], batches[3:]):
+            assert sorted(torch.cat(epoch).tolist()) == list(range(12))
+
+    def test_draws_follow_the_weights(self):
+        weights = torch.tensor([0.0, 1.0, 3.0])
+        counts = torch.cat(list(itertools.islice(drawn(weights, 100, seed=0), 40))).bincount()
+        assert counts[0] == 0
+        assert 2.5 < counts[2] / counts[1] < 3.5
