@@ -2,11 +2,12 @@
 
     python -m benchmarks.schemes.cost [--fast]
 
-Both sides in one process and in turns, CPU time of one thread, ratio of medians. The renewals are
-those of a GlobalScheme that has made weights before, with as many samples at once as the loader's
-batches have, and with two and four times as many. "in memory" reads a batch by one index; "sample
-by sample" is torch's TensorDataset with its default collation, where reading takes most of the time
-of a small model.
+Both sides in one process, CPU time of one thread: in every round a plain epoch (forward, backward,
+SGD step) and then a renewal each with as many samples at once as the loader's batches have, with
+twice and with four times as many; the median of the rounds' ratios. The renewals are those of a
+GlobalScheme that has made weights before. "in memory" reads a batch by one index; "sample by
+sample" is torch's TensorDataset with its default collation, where reading takes most of the time of
+a small model.
 """
 
 from __future__ import annotations
@@ -14,25 +15,18 @@ from __future__ import annotations
 import argparse
 import copy
 import resource
+import statistics
 import subprocess
 import sys
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.schemes.shared import (
-    Split,
-    Transformer,
-    adult,
-    adult_tokens,
-    cnn,
-    loader,
-    markdown,
-    mlp,
-    save,
-    seconds,
-)
+from benchmarks.schemes.data import Split, adult, adult_tokens, loader
+from benchmarks.schemes.models import Transformer, cnn, mlp
+from benchmarks.schemes.results import markdown, save, time_ratios
 from irw_optim import IRWOptimizer
 from irw_optim.schemes import GlobalScheme, global_weights
 
@@ -40,9 +34,9 @@ ALPHA = 0.2
 AT_ONCE = (1, 2, 4)
 
 
-def ratios(
-    model: nn.Module, data: DataLoader, batch: int, rounds: int
-) -> tuple[float, dict[int, float]]:
+def renewals(
+    model: nn.Module, data: DataLoader[Any], batch: int, rounds: int
+) -> tuple[float, dict[int, list[float]]]:
     """Seconds of a plain epoch, and renewals in plain epochs by the factor of the batch size."""
     plain_model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(plain_model.parameters(), lr=0.01)
@@ -63,23 +57,31 @@ def ratios(
             criterion=criterion,
         )
         schemes.append(GlobalScheme(wrapped, data, batch_size=factor * batch))
-    plain, *renewed = seconds(plain_epoch, *(scheme.renew for scheme in schemes), rounds=rounds)
-    return plain, dict(zip(AT_ONCE, (time / plain for time in renewed), strict=True))
+    plain, ratios = time_ratios(plain_epoch, *(scheme.renew for scheme in schemes), rounds=rounds)
+    return plain, dict(zip(AT_ONCE, ratios, strict=True))
 
 
-def cases(fast: bool) -> dict[str, tuple[nn.Module, Split, int]]:
-    size = 2_000 if fast else 16_000
-    people, sequences = adult()[0][:size], adult_tokens()[0][: size // 4]
-    number = size // 10
-    images = Split(torch.randn(number, 1, 28, 28), torch.randint(0, 10, (number,)), {})
-    small_cnn = nn.Sequential(*cnn()[:7], nn.AdaptiveAvgPool2d(4), *cnn()[7:])
-    features = people.x.shape[1]
+def cases(part: int) -> dict[str, tuple[nn.Module, Split, int]]:
+    """Model, data and batch size; a ``part``-th of the data."""
+    people, sequences = adult()[0][: 8192 // part], adult_tokens()[0][: 2048 // part]
+    features, tokens = people.x.shape[1], int(sequences.x.max()) + 1
+    pool = nn.AdaptiveAvgPool2d(4)
     return {
-        "MLP 64-32, Adult": (mlp(features, 64, 32), people, 128),
-        "MLP 512-512, Adult": (mlp(features, 512, 512), people, 128),
-        "CNN, 28 x 28": (small_cnn, images, 64),
-        "transformer, Adult": (Transformer(int(sequences.x.max()) + 1), sequences, 64),
+        "MLP 64-32": (mlp(features, 64, 32), people, 128),
+        "MLP 512-512": (mlp(features, 512, 512), people, 128),
+        "MLP 1024-1024": (mlp(features, 1024, 1024), people[: 4096 // part], 256),
+        "CNN, 28 x 28": (nn.Sequential(*cnn()[:7], pool, *cnn()[7:]), _images(768 // part, 28), 64),
+        "transformer, 10 x 32": (Transformer(tokens), sequences, 64),
+        "transformer, 64 x 128": (Transformer(1000, 128), _texts(384 // part, 64), 32),
     }
+
+
+def _images(number: int, side: int) -> Split:
+    return Split(torch.randn(number, 1, side, side), torch.randint(0, 10, (number,)), {})
+
+
+def _texts(number: int, length: int) -> Split:
+    return Split(torch.randint(0, 1000, (number, length)), torch.randint(0, 2, (number,)), {})
 
 
 def memory(samples: int) -> None:
@@ -93,13 +95,25 @@ def memory(samples: int) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def loader_of(x: torch.Tensor) -> DataLoader:
+def loader_of(x: torch.Tensor) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, torch.zeros(len(x)).long()), batch_size=128)
 
 
+def memory_by_size(sizes: tuple[int, ...]) -> list[dict[str, int]]:
+    """Each size in a process of its own: a peak does not come down again."""
+    parameters = sum(p.numel() for p in mlp(20, 512, 512).parameters())
+    grown = []
+    for samples in sizes:
+        command = [sys.executable, "-m", __spec__.name, "--memory", str(samples)]
+        printed = subprocess.run(command, capture_output=True, check=True).stdout
+        row = {"N": samples, "growth of the peak, MiB": round(float(printed))}
+        grown.append(row | {"N x P numbers, MiB": samples * parameters * 4 // 2**20})
+    return grown
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fast", action="store_true", help="an eighth of the data, 3 rounds")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--fast", action="store_true", help="a sixteenth of the data, one round")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -108,31 +122,22 @@ def main() -> None:
         memory(arguments.memory)
         return
 
-    rounds = 3 if arguments.fast else 7
-    table = []
-    for name, (model, split, batch) in cases(arguments.fast).items():
+    part, rounds, sizes = (16, 1, (500,)) if arguments.fast else (1, 7, (8_000, 32_000, 128_000))
+    table: list[dict[str, Any]] = []
+    by_round = []
+    for name, (model, split, batch) in cases(part).items():
         readers = {"in memory": loader(split, batch)}
-        if len(table) == 0:  # reading is the same for all of them; the smallest model feels it most
+        if not table:  # reading is the same for all of them; the smallest model feels it most
             samples = TensorDataset(split.x, split.y)
             readers["sample by sample"] = DataLoader(samples, batch_size=batch, shuffle=True)
         for reading, data in readers.items():
-            plain, renewals = ratios(model, data, batch, rounds)
+            plain, ratios = renewals(model, data, batch, rounds)
             row = {"model": name, "reading": reading, "batch": batch, "plain epoch, s": plain}
-            table.append(row | {f"renewal, {k} x batch": v for k, v in renewals.items()})
-            print(name, reading, {k: round(v, 2) for k, v in renewals.items()}, flush=True)
-
-    grown = []
-    parameters = sum(p.numel() for p in mlp(20, 512, 512).parameters())
-    for samples in (2_000, 8_000) if arguments.fast else (8_000, 32_000, 128_000):
-        command = [sys.executable, "-m", __spec__.name, "--memory", str(samples)]
-        printed = subprocess.run(command, capture_output=True, check=True).stdout
-        grown.append(
-            {
-                "N": samples,
-                "growth of the peak, MiB": round(float(printed)),
-                "N x P numbers, MiB": samples * parameters * 4 // 2**20,
-            }
-        )
+            row |= {f"renewal, {k} x batch": statistics.median(v) for k, v in ratios.items()}
+            table.append(row)
+            by_round.append({"model": name, "reading": reading, "ratios": ratios})
+            print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()})
+    grown = memory_by_size(sizes)
     print(markdown(grown))
     save(
         "schemes_cost",
@@ -141,6 +146,7 @@ def main() -> None:
         seeds=[0],
         alpha=ALPHA,
         rounds=rounds,
+        by_round=by_round,
         memory=grown,
     )
 

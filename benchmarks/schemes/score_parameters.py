@@ -1,15 +1,19 @@
 """Which parameters' gradients to score with: the question that the paper leaves open.
 
-    python -m benchmarks.schemes.score_parameters [--fast]
+    python -m benchmarks.schemes.score_parameters train [--seeds 5] [--fast]
+    python -m benchmarks.schemes.score_parameters time [--fast]
 
 For an MLP and a small transformer on UCI Adult and a small CNN on scikit-learn's digits (a tenth of
 them inverted), scores from all parameters against those from the first, the middle or the last
-layer, or from a random third of the layers:
+layer, or from a random third of the layers (another one for each seed):
 
     rank correlation   Spearman's, of the scores in a batch, and the overlap sum min(w, w') of the
-                       weights, at three points of an IRW training; mean over 20 batches each
-    worst group        accuracy on the test split after training with these scores
-    time               of one step, in steps with the full scores and in plain steps
+                       weights, at three points of an IRW training with the full scores; mean over
+                       20 batches each
+    worst group        accuracy on the test split after training with these scores; mean and
+                       standard deviation over the seeds, which also draw the training samples
+    time               of one step, in steps with the full scores and in plain steps: CPU time of
+                       one thread, in turns, median of the rounds' ratios
 """
 
 from __future__ import annotations
@@ -17,32 +21,34 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from benchmarks.schemes.shared import (
-    Split,
-    Transformer,
-    adult,
-    adult_tokens,
-    batches,
-    cnn,
-    digits,
-    evaluate,
-    mean_and_spread,
-    mlp,
-    outputs_of,
-    save,
-    seconds,
-)
+from benchmarks.schemes.data import Split, adult, adult_tokens, batches, digits
+from benchmarks.schemes.models import Transformer, cnn, evaluate, mlp, outputs_of
+from benchmarks.schemes.results import mean_and_spread, save, time_ratios
 from irw_optim import IRWOptimizer
 
 ALPHA = 0.3
 WAYS = ("all", "first", "middle", "last", "random third")
+POINTS = ("start", "third", "end")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, and what it is trained on: ``data(seed)`` gives a training and a test split."""
+
+    make: Callable[[], nn.Module]
+    data: Callable[[int], tuple[Split, Split]]
+    grouping: str
+    batch: int
+    epochs: int
 
 
 def layers_of(model: nn.Module) -> list[str]:
@@ -58,11 +64,9 @@ def chosen(way: str, layers: Sequence[str], seed: int) -> list[str] | None:
     return [layers[{"first": 0, "middle": len(layers) // 2, "last": -1}[way]]]
 
 
-def wrapped(
-    model: nn.Module, criterion: nn.Module, scores: list[str] | None, learning_rate: float
-) -> IRWOptimizer:
+def wrapped(model: nn.Module, criterion: nn.Module, scores: list[str] | None) -> IRWOptimizer:
     return IRWOptimizer(
-        torch.optim.Adam(model.parameters(), lr=learning_rate),
+        torch.optim.Adam(model.parameters(), lr=1e-3),
         alpha=ALPHA,
         model=model,
         criterion=criterion,
@@ -71,23 +75,20 @@ def wrapped(
 
 
 def train(
-    model: nn.Module, data: Split, scores: list[str] | None, setup: dict[str, Any], seed: int
+    model: nn.Module, data: Split, optimizer: Any, criterion: nn.Module, setup: Setup, seed: int
 ) -> list[nn.Module]:
     """Train in place; copies of the model at the beginning, after a third and at the end."""
-    criterion = nn.CrossEntropyLoss()
-    optimizer = wrapped(model, criterion, scores, setup["lr"])
-    total = setup["epochs"] * -(-len(data) // setup["batch"])
+    total = setup.epochs * -(-len(data) // setup.batch)
     kept, step = [], 0
-    for epoch in range(setup["epochs"]):
-        for x, y in batches(data, setup["batch"], seed=1000 * seed + epoch):
+    for epoch in range(setup.epochs):
+        for x, y in batches(data, setup.batch, seed=1000 * seed + epoch):
             if step in (0, total // 3):
-                kept.append(_copy(model, setup["make"]))
+                kept.append(_copy(model, setup.make))
             optimizer.zero_grad()
             criterion(model(x), y).backward()
             optimizer.step()
             step += 1
-    optimizer.detach()
-    return [*kept, _copy(model, setup["make"])]
+    return [*kept, _copy(model, setup.make)]
 
 
 def _copy(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
@@ -101,7 +102,7 @@ def agreement(model: nn.Module, data: Split, ways: dict[str, Any], batch: int) -
     records: dict[str, list[Any]] = {}
     for way, scores in ways.items():
         criterion = nn.CrossEntropyLoss()
-        optimizer = wrapped(model, criterion, scores, 0.0)
+        optimizer = wrapped(model, criterion, scores)
         records[way] = []
         for x, y in itertools.islice(batches(data, batch, seed=7), 20):
             optimizer.zero_grad()
@@ -122,120 +123,123 @@ def agreement(model: nn.Module, data: Split, ways: dict[str, Any], batch: int) -
     return result
 
 
-def step_times(
-    make: Callable[[], nn.Module], batch: tuple[Tensor, Tensor], ways: dict[str, Any], rounds: int
-) -> dict[str, float]:
-    """Seconds of a step with each way's scores, and of a plain one."""
-
-    def stepper(scores: Any, plain: bool = False) -> Callable[[], None]:
-        model, criterion = make(), nn.CrossEntropyLoss()
-        optimizer: Any = torch.optim.Adam(model.parameters(), lr=1e-4)
-        if not plain:
-            optimizer = wrapped(model, criterion, scores, 1e-4)
-
-        def steps() -> None:
-            for _ in range(5):
-                optimizer.zero_grad()
-                criterion(model(batch[0]), batch[1]).backward()
-                optimizer.step()
-
-        return steps
-
-    actions = [stepper(None, plain=True), *(stepper(scores) for scores in ways.values())]
-    for action in actions:  # past the first checks of the engine
-        for _ in range(4):
-            action()
-    return dict(zip(["plain", *ways], seconds(*actions, rounds=rounds), strict=True))
-
-
-def study(name: str, setup: dict[str, Any], seeds: range, rounds: int) -> list[dict[str, Any]]:
-    data, test = setup["data"]
-    layers = layers_of(setup["make"]())
-    found: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
+def study(name: str, setup: Setup, seeds: range) -> list[dict[str, Any]]:
+    """A row for plain training and one for each way to score."""
+    layers = layers_of(setup.make())
+    found: dict[str, dict[str, list[float]]] = {way: {} for way in ("plain", *WAYS)}
     for seed in seeds:
+        data, test = setup.data(seed)
         ways = {way: chosen(way, layers, seed) for way in WAYS}
-        for way, scores in [("plain", None), *ways.items()]:
+        for way, values in found.items():
             torch.manual_seed(seed)
-            model = setup["make"]()
-            if way == "plain":
-                kept = train_plainly(model, data, setup, seed)
-            else:
-                kept = train(model, data, scores, setup, seed)
+            model, criterion = setup.make(), nn.CrossEntropyLoss()
+            optimizer: Any = torch.optim.Adam(model.parameters(), lr=1e-3)
+            if way != "plain":
+                optimizer = wrapped(model, criterion, ways[way])
+            kept = train(model, data, optimizer, criterion, setup, seed)
+            if way != "plain":
+                optimizer.detach()
             metrics = evaluate(outputs_of(model, test.x), test)
-            store = found.setdefault(way, {})
-            metrics["worst group"] = metrics[f"worst {setup['grouping']}"]
-            for key in ("accuracy", "worst group", "tail loss"):
-                store.setdefault(key, []).append(metrics[key])
+            values.setdefault("accuracy", []).append(metrics["accuracy"])
+            values.setdefault("worst group", []).append(metrics[f"worst {setup.grouping}"])
             if way == "all":
-                for point, snapshot in zip(("start", "third", "end"), kept, strict=True):
-                    for other, values in agreement(snapshot, data, ways, setup["batch"]).items():
-                        for key, value in values.items():
+                for point, snapshot in zip(POINTS, kept, strict=True):
+                    for other, seen in agreement(snapshot, data, ways, setup.batch).items():
+                        for key, value in seen.items():
                             found[other].setdefault(f"{key}, {point}", []).append(value)
-            print(name, seed, way, {k: round(v[-1], 3) for k, v in store.items()}, flush=True)
-    x, y = next(iter(batches(data, setup["batch"], seed=0)))
-    times = step_times(setup["make"], (x, y), {way: chosen(way, layers, 0) for way in WAYS}, rounds)
-    rows = []
-    for way, values in found.items():
-        row: dict[str, Any] = {"model": name, "scores from": way}
-        row |= {key: mean_and_spread(v) for key, v in values.items()}
-        row["step / full-score step"] = times[way] / times["all"]
-        row["step / plain step"] = times[way] / times["plain"]
-        rows.append(row)
-    return rows
+            print(name, seed, way, {k: round(v[-1], 3) for k, v in values.items()}, flush=True)
+    return [
+        {"model": name, "scores from": way} | {k: mean_and_spread(v) for k, v in values.items()}
+        for way, values in found.items()
+    ]
 
 
-def train_plainly(
-    model: nn.Module, data: Split, setup: dict[str, Any], seed: int
-) -> list[nn.Module]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=setup["lr"])
-    for epoch in range(setup["epochs"]):
-        for x, y in batches(data, setup["batch"], seed=1000 * seed + epoch):
+def times(name: str, setup: Setup, rounds: int) -> list[dict[str, Any]]:
+    """A row for each way to score: what a step takes, in plain and in full-score steps."""
+    layers = layers_of(setup.make())
+    x, y = next(iter(batches(setup.data(0)[0], setup.batch, seed=0)))
+    plain = setup.make()
+    plain_steps = _five_steps(
+        plain, (x, y), nn.CrossEntropyLoss(), torch.optim.Adam(plain.parameters(), lr=1e-3)
+    )
+    actions = []
+    for way in WAYS:
+        model, criterion = setup.make(), nn.CrossEntropyLoss()
+        optimizer = wrapped(model, criterion, chosen(way, layers, seed=0))
+        actions.append(_five_steps(model, (x, y), criterion, optimizer))
+        for _ in range(7):  # 35 steps: past nearly all of the engine's checks
+            actions[-1]()
+    seconds, ratios = time_ratios(plain_steps, *actions, rounds=rounds)
+    return [
+        {
+            "model": name,
+            "scores from": way,
+            "plain step, ms": 1000 * seconds / 5,
+            "step / plain step": statistics.median(own),
+            "step / full-score step": statistics.median(
+                [a / b for a, b in zip(own, ratios[0], strict=True)]
+            ),
+        }
+        for way, own in zip(WAYS, ratios, strict=True)
+    ]
+
+
+def _five_steps(
+    model: nn.Module, batch: tuple[Tensor, Tensor], criterion: nn.Module, optimizer: Any
+) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(5):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
+            criterion(model(batch[0]), batch[1]).backward()
             optimizer.step()
-    return []
+
+    return steps
+
+
+def setups(part: int) -> dict[str, Setup]:
+    """Three models; a ``part``-th of the samples and epochs."""
+    people, sequences = adult(), adult_tokens()
+    features, tokens = people[0].x.shape[1], int(sequences[0].x.max()) + 1
+    return {
+        "MLP": Setup(
+            make=lambda: mlp(features, 64, 64, 64, 32),
+            data=lambda seed: (people[0].shuffled(seed)[: 16_000 // part], people[1]),
+            grouping="label x sex",
+            batch=128,
+            epochs=6,
+        ),
+        "transformer": Setup(
+            make=lambda: Transformer(tokens),
+            data=lambda seed: (sequences[0].shuffled(seed)[: 12_000 // part], sequences[1]),
+            grouping="label x sex",
+            batch=128,
+            epochs=3,
+        ),
+        "CNN": Setup(
+            make=cnn,
+            data=digits,
+            grouping="inverted",
+            batch=64,
+            epochs=max(1, 16 // part),
+        ),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--fast", action="store_true", help="one seed, an eighth of the data")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("part", choices=["train", "time"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--fast", action="store_true", help="one seed or round, little data")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    seeds, rounds = (range(1), 3) if arguments.fast else (range(arguments.seeds), 15)
-
-    people, sequences = adult(), adult_tokens()
-    part = 8 if arguments.fast else 1
-    features, tokens = people[0].x.shape[1], int(sequences[0].x.max()) + 1
-    setups = {
-        "MLP": {
-            "make": lambda: mlp(features, 64, 64, 64, 32),
-            "data": (people[0][: len(people[0]) // part], people[1]),
-            "grouping": "label x sex",
-            "batch": 128,
-            "epochs": 4,
-            "lr": 1e-3,
-        },
-        "transformer": {
-            "make": lambda: Transformer(tokens),
-            "data": (sequences[0].shuffled(0)[: 12_000 // part], sequences[1]),
-            "grouping": "label x sex",
-            "batch": 128,
-            "epochs": 3,
-            "lr": 1e-3,
-        },
-        "CNN": {
-            "make": cnn,
-            "data": digits(),
-            "grouping": "inverted",
-            "batch": 64,
-            "epochs": 16 // part,
-            "lr": 1e-3,
-        },
-    }
-    table = []
-    for name, setup in setups.items():
-        table += study(name, setup, seeds, rounds)
+    cases = setups(16 if arguments.fast else 1).items()
+    if arguments.part == "time":
+        rounds = 1 if arguments.fast else 25
+        table = [row for name, setup in cases for row in times(name, setup, rounds)]
+        save("schemes_score_time", table, arguments.fast, alpha=ALPHA, rounds=rounds)
+        return
+    seeds = range(1 if arguments.fast else arguments.seeds)
+    table = [row for name, setup in cases for row in study(name, setup, seeds)]
     save("schemes_score_parameters", table, arguments.fast, seeds=list(seeds), alpha=ALPHA)
 
 

@@ -14,8 +14,8 @@ and optimizer (warmed up on 50 plain steps). Three ways to use the weights w:
                   what GlobalScheme(use="reweighting") does; a ratio, so slightly biased
 
 The variance is the trace of the covariance of the displacement of all parameters over the draws,
-divided by the squared norm of resampling's mean displacement. For one SGD step the first two are
-also computed in closed form, from all N per-sample gradients.
+divided by the squared norm of resampling's mean displacement; ± is its standard error. For one SGD
+step the first two are also computed in closed form, from all N per-sample gradients.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.schemes.shared import FIGURES, Split, adult, batches, loader, mlp, save
+from benchmarks.schemes.data import Split, adult, batches, loader
+from benchmarks.schemes.models import mlp
+from benchmarks.schemes.results import save
 from irw_optim.schemes import ResamplingSampler, global_weights
 
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
@@ -45,26 +47,18 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()]).double()
 
 
-class Moments:
-    """Mean and covariance trace of vectors that come one by one."""
+class Moments(NamedTuple):
+    """Mean of vectors, trace of their covariance, and the standard error of that trace."""
 
-    def __init__(self) -> None:
-        self.number, self.total, self.squares = 0, torch.zeros(()).double(), 0.0
-        self.values: list[float] = []
+    mean: Tensor
+    variance: float
+    error: float
 
-    def add(self, vector: Tensor) -> None:
-        self.number += 1
-        self.total = self.total + vector
-        self.squares += float(vector.square().sum())
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.number
-
-    @property
-    def variance(self) -> float:
-        spread = self.squares / self.number - float(self.mean.square().sum())
-        return spread * self.number / (self.number - 1)
+    @classmethod
+    def of(cls, vectors: Tensor) -> Moments:
+        mean = vectors.mean(0)
+        squares = (vectors - mean).square().sum(1) * len(vectors) / (len(vectors) - 1)
+        return cls(mean, float(squares.mean()), float(squares.std() / len(vectors) ** 0.5))
 
 
 def draw(
@@ -95,7 +89,7 @@ def displacements(
     sampler = ResamplingSampler(weights, size, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     start = flat(model)
-    moments = {steps: Moments() for steps in STEPS}
+    moved: dict[int, list[Tensor]] = {steps: [] for steps in STEPS}
     for _ in range(draws):
         for step in range(1, max(STEPS) + 1):
             samples, factors = draw(way, weights, size, sampler, generator)
@@ -105,11 +99,11 @@ def displacements(
             optimizer.zero_grad()
             (factors * losses).sum().backward()
             optimizer.step()
-            if step in moments:
-                moments[step].add(flat(model) - start)
+            if step in moved:
+                moved[step].append(flat(model) - start)
         model.load_state_dict(state[0])
         optimizer.load_state_dict(copy.deepcopy(state[1]))
-    return moments
+    return {steps: Moments.of(torch.stack(vectors)) for steps, vectors in moved.items()}
 
 
 def in_closed_form(model: nn.Module, data: Split, weights: Tensor, size: int) -> dict[str, float]:
@@ -134,37 +128,48 @@ def in_closed_form(model: nn.Module, data: Split, weights: Tensor, size: int) ->
     }
 
 
-def figure(table: list[dict]) -> None:
-    import matplotlib as mpl
+def with_state(
+    make: Callable[[list[Tensor]], torch.optim.Optimizer], model: nn.Module, data: Split, size: int
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A copy of the model, and an optimizer with the state it has after 50 plain steps."""
+    copied = copy.deepcopy(model)
+    optimizer = make(list(copied.parameters()))
+    for _, (x, y) in zip(range(50), batches(data, size, seed=1), strict=False):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(copied(x), y).backward()
+        optimizer.step()
+    copied.load_state_dict(model.state_dict())
+    return copied, optimizer
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(STEPS), figsize=(9, 3.4), layout="constrained")
-    for axis, steps in zip(axes, STEPS, strict=True):
-        for i, way in enumerate(WAYS):
-            rows = [r for r in table if r["steps"] == steps and r["way"] == way]
-            places = [j + 0.27 * (i - 1) for j in range(len(rows))]
-            axis.bar(places, [r["variance"] for r in rows], 0.25, label=way)
-        axis.set_yscale("log")
-        axis.set_xticks(range(len(OPTIMIZERS)), OPTIMIZERS)
-        axis.set_title("one update" if steps == 1 else f"{steps} updates in a row")
-        axis.set_ylabel("variance / squared mean")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / "schemes_variance.png", dpi=120)
+def row_of(name: str, steps: int, moments: dict[str, Moments], draws: int) -> dict[str, Any]:
+    """One line of the table; everything relative to resampling's mean displacement."""
+    reference = moments["resampling"]
+    length = float(reference.mean.square().sum())
+    row: dict[str, Any] = {"optimizer": name, "updates": steps}
+    for way, m in moments.items():
+        row[f"{way}: variance"] = (m.variance / length, m.error / length)
+    for way, m in moments.items():
+        if way != "resampling":
+            # Squared distance of the means, less what chance alone gives.
+            noise = (m.variance + reference.variance) / draws
+            distance = float((m.mean - reference.mean).square().sum()) - noise
+            row[f"{way}: distance of the mean"] = max(0.0, distance / length) ** 0.5
+    return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fast", action="store_true", help="40 draws instead of 400")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--fast", action="store_true", help="5 draws instead of 400, 1,000 samples")
     parser.add_argument("--alpha", type=float, default=0.3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    draws, size = (40, 128) if arguments.fast else (400, 128)
+    draws, size = (5, 128) if arguments.fast else (400, 128)
 
     data = adult()[0]
+    if arguments.fast:
+        data = data[:1000]
     model = mlp(data.x.shape[1], 64, 32)
     warm_up = torch.optim.Adam(model.parameters(), lr=1e-3)
     for x, y in batches(data, size, seed=0):
@@ -174,68 +179,31 @@ def main() -> None:
     weights = global_weights(
         model, nn.CrossEntropyLoss(), loader(data, 512), arguments.alpha, progress=False
     )
-    ess = 1 / float(weights.square().sum())
     exact = in_closed_form(model, data, weights, size)
-    print(
-        f"effective sample size {ess:.0f} of {len(data)}; "
-        f"{float((weights > 0).float().mean()):.0%} of the weights are positive"
-    )
 
     table = []
     for name, make in OPTIMIZERS.items():
-        trained = copy.deepcopy(model)
-        optimizer = make(list(trained.parameters()))
-        for step, (x, y) in enumerate(batches(data, size, seed=1)):
-            if step == 50:
-                break
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(trained(x), y).backward()
-            optimizer.step()
-        trained.load_state_dict(model.state_dict())  # the optimizer's state, at the same model
-        moments = {
-            way: displacements(trained, optimizer, data, weights, way, size, draws) for way in WAYS
+        copied, optimizer = with_state(make, model, data, size)
+        found = {
+            way: displacements(copied, optimizer, data, weights, way, size, draws) for way in WAYS
         }
         for steps in STEPS:
-            reference = moments["resampling"][steps].mean
-            length = float(reference.square().sum())
-            for way in WAYS:
-                m = moments[way][steps]
-                # Squared distance of the means, less what chance alone gives.
-                noise = (m.variance + moments["resampling"][steps].variance) / draws
-                distance = float((m.mean - reference).square().sum()) - noise
-                row = {"optimizer": name, "steps": steps, "way": way}
-                row |= {"variance": m.variance / length, "bias": max(0.0, distance / length) ** 0.5}
-                table.append(row)
-                print(
-                    f"{name:9} {steps:2} steps  {way:12} variance {row['variance']:8.3f}"
-                    f"  distance of the mean {row['bias']:.3f}"
-                )
-    print("closed form, one SGD step:", {way: round(value, 3) for way, value in exact.items()})
-    rows = []
-    for name in OPTIMIZERS:
-        for steps in STEPS:
-            row: dict[str, Any] = {"optimizer": name, "updates": steps}
-            for way in WAYS:
-                (found,) = (
-                    r for r in table if (r["optimizer"], r["steps"], r["way"]) == (name, steps, way)
-                )
-                row[f"{way}: variance"] = round(found["variance"], 4)
-                if way != "resampling":
-                    row[f"{way}: distance of the mean"] = found["bias"]
-            rows.append(row)
+            table.append(row_of(name, steps, {way: found[way][steps] for way in WAYS}, draws))
+            print(table[-1], flush=True)
+    print("closed form, one SGD step:", exact)
     save(
         "schemes_variance",
-        rows,
+        table,
         arguments.fast,
         seeds=[0, 1, 2],
         draws=draws,
         batch=size,
         alpha=arguments.alpha,
-        effective_sample_size=ess,
+        samples=len(data),
+        effective_sample_size=1 / float(weights.square().sum()),
+        positive_share=float((weights > 0).float().mean()),
         closed_form_sgd=exact,
     )
-    if not arguments.fast:
-        figure(table)
 
 
 if __name__ == "__main__":
