@@ -17,7 +17,7 @@ from irw_optim.metrics import (
     worst_cell_accuracy,
 )
 
-SMALLEST = {"validation": 10, "test": 40}
+SMALLEST = {"validation": 5, "test": 40}
 """A group with fewer samples in that part does not count there: its accuracy would be noise."""
 
 CLUSTERS = 4

@@ -1,6 +1,6 @@
 """Structure planted in real data, so that the groups are known: a shortcut, a minority.
 
-`coloured_digits`: the colour tells the class 9 times in 10, and the groups are label x colour.
+`coloured_digits`: the colour tells the class 19 times in 20, and the groups are label x colour.
 `marked_adult`: 1 in 20 people carry a mark that turns their label round.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.fairness.data import Samples, Source, adult, flipped
 
-SHORTCUT = 0.9
+SHORTCUT = 0.95
 MINORITY = 0.05
 
 
@@ -32,7 +32,7 @@ def coloured_digits(
     images, digits = load_digits(return_X_y=True)
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(digits))
-    train, validation, test = np.split(order, [len(order) // 2, 7 * len(order) // 10])
+    train, validation, test = np.split(order, [len(order) // 2, 3 * len(order) // 4])
     labels = (digits >= 5).astype(np.int64)
     colours = np.where(generator.random(len(labels)) < agreement, labels, 1 - labels)
     recorded = flipped(pd.Series(labels), noise, generator).to_numpy()
