@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.local_scheme import averaged_loss, averaged_record, with_known_weights
+from irw_optim.local_scheme import averaged_record
 from irw_optim.record import StepRecord
 from irw_optim.weighting import normalise
 
@@ -22,22 +19,12 @@ class HeldWeights:
             a plain one.
     """
 
+    needs_gradients = False
+
     def __init__(self, resampled: bool) -> None:
         self.resampled = resampled
         self.record: StepRecord | None = None
         self.indices: Tensor | None = None
-
-    def loss(
-        self,
-        batch: PerSampleLosses,
-        engine: Engine,
-        scored: Callable[[Tensor], bool],
-        note: Callable[[StepRecord], None],
-    ) -> Tensor:
-        """The criterion's value, carrying the gradient weighted with the held weights."""
-        if self.resampled:
-            return averaged_loss(batch, note)
-        return with_known_weights(batch, self.decide(batch), note)
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None = None) -> StepRecord:
         """The held weights of the batch's samples, renormalised to sum 1.

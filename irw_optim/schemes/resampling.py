@@ -70,6 +70,8 @@ class ResamplingSampler(Sampler[int]):
             seed = torch.empty((), dtype=torch.int64, device=generator.device)
             self.seed = int(seed.random_(generator=generator))
         self.epoch = 0
+        self._drawn: list[int] = []
+        self._repeated: list[int] = []
         self._hold(weights)
 
     @property
@@ -89,23 +91,35 @@ class ResamplingSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed + self.epoch) % 2**63)
         self.epoch += 1
+        self._drawn, self._repeated = self._repeated, []
         if self.replacement:
-            return self._with_replacement(generator)
+            return self._with_replacement(generator, self._drawn)
         return self._without_replacement(generator)
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration that of this epoch; without it, epochs count up by themselves."""
         self.epoch = epoch
 
+    def resume_epoch(self) -> None:
+        """Make the next iteration that of the epoch that was broken off.
+
+        It repeats the draws that were made, those for the batches that workers were still at
+        included: by the weights held now, they would come out differently. Then it goes on.
+        """
+        self.epoch -= 1
+        self._repeated = self._drawn
+
     def state_dict(self) -> dict[str, Any]:
-        """The weights, the seed and the next epoch."""
-        return {"weights": self.weights, "seed": self.seed, "epoch": self.epoch}
+        """The weights, the seed, the next epoch, and the draws of the one that is under way."""
+        drawn = torch.tensor(self._drawn, dtype=torch.int64)
+        return {"weights": self.weights, "seed": self.seed, "epoch": self.epoch, "drawn": drawn}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of `state_dict`; the weights must be of the same length."""
         self.weights = state_dict["weights"]
         self.seed = state_dict["seed"]
         self.epoch = state_dict["epoch"]
+        self._drawn = state_dict["drawn"].tolist()
 
     def _hold(self, weights: Tensor) -> None:
         if not self.replacement:
@@ -114,18 +128,20 @@ class ResamplingSampler(Sampler[int]):
         # A mass of 0 leaves two equal entries, and the search skips the second: never drawn.
         self._cumulative = self._weights.double().cumsum(0)
 
-    def _with_replacement(self, generator: torch.Generator) -> Iterator[int]:
+    def _with_replacement(self, generator: torch.Generator, drawn: list[int]) -> Iterator[int]:
         draws = self._of_this_rank(self._uniform(generator, self.num_samples * self.world_size))
-        drawn = 0
-        while drawn < len(draws):
+        yield from list(drawn)
+        while len(drawn) < len(draws):
             cumulative = self._cumulative
             total = cumulative[-1]
             # Rounding must not reach the total itself: behind it there is nobody.
-            points = (draws[drawn:] * total).clamp(max=total.nextafter(torch.zeros_like(total)))
+            points = (draws[len(drawn) :] * total).clamp(
+                max=total.nextafter(torch.zeros_like(total))
+            )
             for index in torch.searchsorted(cumulative, points, right=True).tolist():
                 if self._cumulative is not cumulative:  # new weights
                     break
-                drawn += 1
+                drawn.append(index)
                 yield index
 
     def _without_replacement(self, generator: torch.Generator) -> Iterator[int]:

@@ -69,7 +69,7 @@ class ResumableLoader:
         for generator, state in zip(self._generators(), own, strict=True):
             generator.set_state(state)
         if isinstance(self.loader.sampler, ResamplingSampler):
-            self.loader.sampler.epoch -= 1  # it was counted when the epoch began
+            self.loader.sampler.resume_epoch()
         batches = iter(self.loader)
         for _ in range(self.position):
             next(batches)

@@ -312,12 +312,7 @@ def test_select_is_not_for_resampling():
 # Checkpoint and resume ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use", ["reweighting", "resampling"])
-@pytest.mark.parametrize("shuffle_seed", [None, 5], ids=["global numbers", "own generator"])
-@pytest.mark.parametrize("stop", [1, 5, 6, 9], ids=lambda n: f"after {n}")
-@pytest.mark.parametrize("refresh", [(1, "epochs"), (4, "steps")], ids=str)
-def test_a_resumed_training_is_the_uninterrupted_one(use, shuffle_seed, stop, refresh):
-    options = {"use": use, "shuffle_seed": shuffle_seed, "refresh": refresh[0], "unit": refresh[1]}
+def resumed_like_an_uninterrupted(stop, options):
     straight = Training(**options)
     straight.epochs(3)
 
@@ -336,7 +331,8 @@ def test_a_resumed_training_is_the_uninterrupted_one(use, shuffle_seed, stop, re
                 }
                 torch.save(states, saved)
 
-    resumed = Training(seed=99, **{**options, "shuffle_seed": shuffle_seed and 77})
+    shuffle_seed = options["shuffle_seed"] and 77
+    resumed = Training(seed=99, **{**options, "shuffle_seed": shuffle_seed})
     resumed.data.tensors = broken.data.tensors
     saved.seek(0)
     states = torch.load(saved, weights_only=True)
@@ -349,6 +345,24 @@ def test_a_resumed_training_is_the_uninterrupted_one(use, shuffle_seed, stop, re
     assert resumed.optimizer.steps == straight.optimizer.steps
     assert torch.equal(resumed.parameters(), straight.parameters())
     assert torch.equal(resumed.scheme.weights, straight.scheme.weights)
+
+
+@pytest.mark.parametrize("use", ["reweighting", "resampling"])
+@pytest.mark.parametrize("shuffle_seed", [None, 5], ids=["global numbers", "own generator"])
+@pytest.mark.parametrize("stop", [1, 5, 6, 9], ids=lambda n: f"after {n}")
+@pytest.mark.parametrize("refresh", [(1, "epochs"), (4, "steps")], ids=str)
+def test_a_resumed_training_is_the_uninterrupted_one(use, shuffle_seed, stop, refresh):
+    options = {"use": use, "shuffle_seed": shuffle_seed, "refresh": refresh[0], "unit": refresh[1]}
+    resumed_like_an_uninterrupted(stop, options)
+
+
+@pytest.mark.parametrize("use", ["reweighting", "resampling"])
+@pytest.mark.parametrize("stop", [3, 5], ids=["before a renewal", "after one"])
+def test_batches_that_workers_were_still_at_come_again(use, stop):
+    """They were drawn by the weights of before the renewal."""
+    options = {"use": use, "shuffle_seed": 5, "refresh": 4, "unit": "steps"}
+    loader_options = {"num_workers": 1, "prefetch_factor": 2}
+    resumed_like_an_uninterrupted(stop, {**options, "loader_options": loader_options})
 
 
 def test_a_resumed_epoch_boundary_begins_a_new_epoch():

@@ -116,6 +116,20 @@ def test_state_is_resumed():
     assert list(resumed) == expected
 
 
+def test_a_broken_epoch_repeats_its_draws_and_goes_on_by_the_weights_of_now():
+    sampler = ResamplingSampler(torch.tensor([1.0, 0.0, 0.0]), 10)
+    draws = iter(sampler)
+    before = [next(draws) for _ in range(4)]
+    state = sampler.state_dict()
+    resumed = ResamplingSampler(torch.ones(3), 10)
+    resumed.load_state_dict(state)
+    resumed.weights = torch.tensor([0.0, 0.0, 1.0])
+    resumed.resume_epoch()
+    assert list(resumed) == before + [2] * 6
+    assert resumed.epoch == 1
+    assert len(set(resumed)) == 1  # the next epoch is all its own
+
+
 def test_workers_do_not_change_the_draws():
     data = TensorDataset(torch.arange(6))
 
