@@ -48,6 +48,8 @@ class AutodiffGradients:
         return {p: g.detach() for p, g in combined.items()}
 
     def dot(self, direction: Direction) -> Tensor:
+        if not self.batch_size:  # not every operation has a double backward of nothing
+            return widened(self.losses.detach())
         if not self.known.get("row_by_row"):
             try:
                 scores = self._dot_by_double_backward(direction)
@@ -60,8 +62,7 @@ class AutodiffGradients:
                     return scores
                 self._go_row_by_row("its derivative misses terms, without an error")
         rows = (self._row(i) for i in range(self.batch_size))
-        products = [_inner(row, direction) for row in rows]
-        return torch.stack(products) if products else widened(self.losses.detach())
+        return torch.stack([_inner(row, direction) for row in rows])
 
     def gram(self) -> Tensor:
         numbers = sum(p.numel() for p in self.parameters)

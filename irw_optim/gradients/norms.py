@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.ghost import GhostGradients, _sharing_parameters
@@ -62,8 +61,8 @@ def _squares(calls: Sequence[LayerCall]) -> Tensor:
     (call,) = calls
     if type(call) is LinearCall:
         return _linear(call.parameters, widened(call.input), call.b)
-    if isinstance(call, ConvolutionCall) and (patches := _patches_of(call)) is not None:
-        return _convolution(call, patches)
+    if isinstance(call, ConvolutionCall):
+        return _convolution(call)
     if isinstance(call, EmbeddingCall):
         return _embedding(call)
     return _by_rows(calls)
@@ -89,31 +88,15 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return _blocked(width_in * width_out, lambda a, b: _square((b.mT @ a).flatten(1)), a, b)
 
 
-def _convolution(call: ConvolutionCall, patches: Tensor) -> Tensor:
-    """Groups are further samples; positions are the output's."""
-    groups = call.settings[-1]
-    b = call.b.flatten(2)
-    total = b.new_zeros(len(b))
+def _convolution(call: ConvolutionCall) -> Tensor:
+    """Groups are further samples."""
+    total = call.b.new_zeros(len(call.b))
     if "bias" in call.parameters:
-        total = total + _square(b.sum(2))
+        total = total + _square(call.bias_rows)
     if "weight" in call.parameters:
-        a = patches.unflatten(1, (groups, -1)).flatten(0, 1).mT
-        split = b.unflatten(1, (groups, -1)).flatten(0, 1).mT
-        total = total + _outer(a, split).view(-1, groups).sum(1)
+        a, b = (side.flatten(0, 1).mT for side in call.patches())
+        total = total + _outer(a, b).view(-1, call.groups).sum(1)
     return total
-
-
-def _patches_of(call: ConvolutionCall) -> Tensor | None:
-    """What each output position reads, (B, channels * kernel, positions); None in 3d."""
-    stride, padding, dilation, transposed, *_ = call.settings
-    kernel: tuple[int, ...] = call.weight.shape[2:]
-    if transposed or len(kernel) > 2:
-        return None
-    a = widened(call.input)
-    if len(kernel) == 1:  # one row of an image
-        a, kernel = a.unsqueeze(2), (1, *kernel)
-        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-    return F.unfold(a, kernel, dilation=dilation, padding=padding, stride=stride)
 
 
 def _embedding(call: EmbeddingCall) -> Tensor:

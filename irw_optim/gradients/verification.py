@@ -6,6 +6,7 @@ batch dimension. Each shows as a difference in a row of G, or in the sum of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,8 +52,9 @@ def compare_with_autograd(
             difference = t if c is None else t - c
             size = float(t.float().norm())
             tolerance = max(_TOLERANCE.get(d, 1e-3) for d in (t.dtype, *_dtypes(gradients)))
-            if float(difference.float().norm()) > tolerance * max(size, _NOISE * total):
-                wrong[parameter] = float(difference.float().norm()) / max(size, _NOISE * total)
+            error, unit = float(difference.float().norm()), max(size, _NOISE * total)
+            if error > tolerance * unit:
+                wrong[parameter] = error / unit if unit else math.inf
     return wrong
 
 

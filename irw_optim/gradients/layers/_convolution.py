@@ -7,11 +7,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
+
+PATCHES = 2**20
+"""Numbers that are unfolded at once."""
 
 
 class ConvolutionCall(LayerCall):
@@ -50,6 +54,78 @@ class ConvolutionCall(LayerCall):
             p: b.flatten(2).sum((0, 2)) if role == "bias" else self.weight_gradient(input, b)
             for role, p in self.parameters.items()
         }
+
+    def makes_rows(self, output_shape: torch.Size) -> bool:
+        """Where few channels are read: neither the rows nor the patches outnumber a and b."""
+        positions = self.input.shape[2:] if self.transposed else output_shape[2:]
+        rows = sum(p.numel() for p in self.parameters.values())
+        patches = positions.numel() * self.patch_size * self.groups
+        numbers = self.input.numel() + output_shape.numel()
+        return len(self.input) * max(rows, patches) <= numbers
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        result: dict[Tensor, Tensor] = {}
+        for role, parameter in self.parameters.items():
+            if role == "bias":
+                result[parameter] = self.bias_rows[samples]
+            else:
+                result[parameter] = self.weight_rows(samples).unflatten(-1, parameter.shape[1:])
+        return result
+
+    def weight_rows(self, samples: slice) -> Tensor:
+        """Per-sample gradients of the weight, some patches at a time: (b, out, patch size)."""
+        first, last, _ = samples.indices(len(self.input))
+        step = max(1, PATCHES // max(1, self.patch_size * self.groups * self.positions))
+        blocks = []
+        for start in range(first, max(first + 1, last), step):
+            patches, single = self.patches(slice(start, min(start + step, last)))
+            blocks.append((single @ patches.mT).flatten(1, 2))
+        return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+    def patches(self, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The convolution as a linear map: sum over positions of (one side) (patch of the other).
+
+        Returns:
+            What each position reads, (b, groups, channels / groups * kernel, positions), and what
+            it writes, (b, groups, channels / groups, positions); of a transposed convolution the
+            other way round.
+        """
+        stride, padding, dilation, *_ = self.settings
+        a, b = widened(self.input[samples]), self.b[samples]
+        many, single = (b, a) if self.transposed else (a, b)
+        margins = [side for n in reversed(padding) for side in (n, n)]
+        windows = F.pad(many, margins) if any(margins) else many
+        kernel, positions = self.weight.shape[2:], single.shape[2:]
+        for dim, size in enumerate(kernel, start=2):
+            span = (size - 1) * dilation[dim - 2] + 1
+            windows = windows.unfold(dim, span, stride[dim - 2])[..., :: dilation[dim - 2]]
+            windows = windows.narrow(dim, 0, positions[dim - 2])
+        first, last = range(2, 2 + len(kernel)), range(2 + len(kernel), windows.ndim)
+        windows = windows.permute(0, 1, *last, *first)
+        size = positions.numel()
+        return (
+            windows.reshape(len(single), self.groups, self.patch_size, size),
+            single.reshape(len(single), self.groups, single.shape[1] // self.groups, size),
+        )
+
+    @property
+    def transposed(self) -> bool:
+        return bool(self.settings[3])
+
+    @property
+    def groups(self) -> int:
+        return int(self.settings[-1])
+
+    @property
+    def patch_size(self) -> int:
+        """Numbers in what one position reads in one group: a row of the weight."""
+        return self.weight[0].numel()
+
+    @property
+    def positions(self) -> int:
+        """Positions of the kernel."""
+        side = self.input if self.transposed else self.output_gradient
+        return side.shape[2:].numel()
 
     def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
         """As autograd computes it, without the gradients of input and bias."""

@@ -24,7 +24,9 @@ class ElementwiseCall(LayerCall):
 
     def __init__(self, parameter: Tensor, factor: Tensor | None, output: Tensor) -> None:
         whole = parameter if parameter.is_leaf or parameter._base is None else parameter._base
-        super().__init__(output if factor is None else factor, weight=whole)
+        # A sum does not read what it adds to, which may be changed in place afterwards.
+        shape_alone = output.new_empty(()).expand(output.shape)
+        super().__init__(shape_alone if factor is None else factor, weight=whole)
         self.view = parameter.size(), parameter.stride(), parameter.storage_offset()
         self.factor = None if factor is None else self.input
         self.whole = whole.shape

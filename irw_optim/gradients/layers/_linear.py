@@ -63,6 +63,26 @@ class LinearCall(LayerCall):
                 result[parameter] = self.weight_gradient(input, b)
         return result
 
+    def makes_rows(self, output_shape: torch.Size) -> bool:
+        """With more positions than features the rows are the fewer numbers."""
+        if self.input.ndim == 2:
+            return False
+        numbers = len(self.input) * sum(p.numel() for p in self.parameters.values())
+        return numbers <= self.input.numel() + output_shape.numel()
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        result: dict[Tensor, Tensor] = {}
+        for role, parameter in self.parameters.items():
+            if role == "bias":
+                result[parameter] = self.bias_rows[samples]
+                continue
+            a, b = widened(self.input[samples]), self.b[samples]
+            if a.ndim == 2:
+                a, b = a.unsqueeze(1), b.unsqueeze(1)
+            a, b = a.flatten(1, -2), b.flatten(1, -2)
+            result[parameter] = a.mT.bmm(b) if self.transposed else b.mT.bmm(a)
+        return result
+
     def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
         """B^T A over all rows and positions."""
         if b.ndim > 2:
@@ -127,6 +147,9 @@ class LinearRowsCall(LinearCall):
     def values_in(self, direction: Direction) -> dict[str, Tensor]:
         return {r: v[self.slices[r]] for r, v in super().values_in(direction).items()}
 
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        return self.among_zeros(super().rows(samples))
+
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
         return self.among_zeros(super().combine(weights))
 
@@ -138,6 +161,6 @@ class LinearRowsCall(LinearCall):
         return {p: self.padded(role, parts[p]) for role, p in self.parameters.items()}
 
     def padded(self, role: str, part: Tensor) -> Tensor:
-        """The gradient of the slice among zeros for the other rows."""
-        rows, total = self.slices[role], len(self.parameters[role])
-        return F.pad(part, (*[0, 0] * (part.ndim - 1), rows.start, total - rows.stop))
+        """The gradient of the slice, or one a sample, among zeros for the other rows."""
+        rows, whole = self.slices[role], self.parameters[role]
+        return F.pad(part, (*[0, 0] * (whole.ndim - 1), rows.start, len(whole) - rows.stop))

@@ -1,0 +1,147 @@
+"""Rows that are made as the gradient arrives: exact, once, and nothing else is held for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+from agreement import agree
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from irw_optim import IRWOptimizer
+from irw_optim.gradients.capture import hook_layers, walk
+from irw_optim.gradients.ghost import ghost_gradients
+from irw_optim.gradients.layers import LayerCall, RowsCall
+
+B = 6
+
+
+def image_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 2, stride=2, dilation=2, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 2, 2, stride=2, output_padding=1),
+        nn.InstanceNorm2d(2, affine=True),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
+
+
+class Sequences(nn.Module):
+    """More positions than features, after a layer that passes its gradient on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 4), nn.LayerNorm(4)
+        self.second, self.last = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.norm(self.first(x)).tanh()).mean(1))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "images": (image_model, (2, 9, 9)),
+    "sequences": (Sequences, (20, 3)),
+}
+
+
+def made(case: str) -> tuple[nn.Module, Tensor, Tensor]:
+    build, shape = CASES[case]
+    x, y = torch.randn(B, *shape).double(), torch.randint(3, (B,))
+    model = build()
+    model(x.float())
+    return model.double(), x, y
+
+
+def captured(model: nn.Module, x: Tensor, y: Tensor):
+    hook_layers(model)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    graph = walk(losses)
+    for call, _, shape in graph.sites:
+        assert call.find_batch(B, shape)
+    return losses, graph
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_early_rows_are_those_of_the_whole_pass(case):
+    model, x, y = made(case)
+    losses, graph = captured(model, x, y)
+    one = torch.ones((), dtype=x.dtype)
+    kept = ghost_gradients(losses, graph.sites, one, retain_graph=True)
+    expected = kept.gram()
+    assert sum(type(call) is RowsCall for call in kept.calls) >= 3
+    early = ghost_gradients(
+        losses, graph.sites, one, retain_graph=False, reached=range(len(graph.sites))
+    )
+    assert [type(call) for call in early.calls] == [type(call) for call in kept.calls]
+    torch.testing.assert_close(early.gram(), expected)
+    empty = [site.call for site in graph.sites if not site.call.input.numel()]
+    assert len(empty) == sum(type(call) is RowsCall for call in early.calls)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_made_once_a_step(case, monkeypatch):
+    times: list[LayerCall] = []
+    make = RowsCall.__init__
+    monkeypatch.setattr(
+        RowsCall, "__init__", lambda self, call: (times.append(call), make(self, call))[1]
+    )
+    model, x, y = made(case)
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.1), alpha=0.3, model=model)
+    for _ in range(3):  # the third step is not checked against autograd
+        times.clear()
+        optimizer.zero_grad()
+        optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+    assert 3 <= len(times) == len({id(call) for call in times})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_with_early_rows_follow_the_loop(case):
+    model, x, y = made(case)
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.1), alpha=0.3, model=model)
+    for _ in range(4):
+        twin = copy.deepcopy(model)
+        losses = F.cross_entropy(twin(x), y, reduction="none")
+        truth = reference.step(losses, twin.parameters(), 0.3)
+        optimizer.zero_grad()
+        optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+        agree(optimizer, model, truth)
+        optimizer.step()
+
+
+def test_a_layer_that_is_not_reached_any_more_is_told():
+    class Sometimes(torch.autograd.Function):
+        silent = False
+
+        @staticmethod
+        def forward(ctx, h):
+            return h.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None if Sometimes.silent else gradient
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last(h + Sometimes.apply(self.norm(h)))
+
+    model, x, y = Model().double(), torch.randn(B, 3).double(), torch.randint(3, (B,))
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.1), alpha=0.3, model=model)
+    for Sometimes.silent in (False, False, True):
+        optimizer.zero_grad()
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        if Sometimes.silent:
+            with pytest.raises(RuntimeError, match="no gradient arrived at a layer"):
+                optimizer.backward(losses)
+        else:
+            optimizer.backward(losses)
