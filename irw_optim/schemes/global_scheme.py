@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from irw_optim.local_scheme import LocalScheme
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.privacy.errors import DPGuaranteeError
 from irw_optim.record import StepRecord
 from irw_optim.schemes.global_weights import Forward, batch_losses, check_block, weigh_dataset
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
 from irw_optim.schemes.indexed import indexed_loader
 from irw_optim.schemes.reading import DatasetReader
+from irw_optim.schemes.requirements import (
+    USES,
+    check_choices,
+    local_scheme_of,
+    model_and_criterion_of,
+)
 from irw_optim.schemes.resampling import ResamplingSampler
 from irw_optim.schemes.resuming import ResumableLoader
-
-USES = ("reweighting", "resampling")
-UNITS = ("epochs", "steps")
 
 
 class GlobalScheme:
@@ -95,10 +96,10 @@ class GlobalScheme:
         progress: bool = False,
         seed: int = 0,
     ) -> None:
-        self._local = _local_scheme(optimizer)
-        _check_choices(refresh, unit, use)
+        self._local = local_scheme_of(optimizer)
+        check_choices(refresh, unit, use)
         check_block(outlier_block)
-        self._model, criterion = _model_and_criterion(optimizer, criterion)
+        self._model, criterion = model_and_criterion_of(optimizer, criterion)
         self.optimizer = optimizer
         self.refresh = refresh
         self.unit = unit
@@ -156,7 +157,17 @@ class GlobalScheme:
         self._take(indices)
 
     def renew(self) -> StepRecord:
-        """Make new weights now, with the model as it is."""
+        """Make new weights now, with the model as it is.
+
+        Raises:
+            ValueError: the data set has another length than it had, and batches are resampled.
+        """
+        if self._sampler is not None and self._reader.size != len(self._sampler.weights):
+            raise ValueError(
+                f"the data set has {self._reader.size} samples, and had "
+                f"{len(self._sampler.weights)} when the draws were set up: "
+                'make a new GlobalScheme(..., use="resampling")'
+            )
         chosen = self.optimizer.scored_parameters()
         self._held.record = weigh_dataset(
             self._reader,
@@ -209,6 +220,8 @@ class GlobalScheme:
                 "the state is that of a GlobalScheme with another use=: expected one with "
                 f"use={USES[self._sampler is not None]!r}"
             )
+        if self._sampler is not None:
+            check_sample_weights(state_dict["sampler"]["weights"], self._reader.size)
         if record is not None:
             device = next(self._model.parameters()).device
             record = {name: None if t is None else t.to(device) for name, t in record.items()}
@@ -232,55 +245,6 @@ class GlobalScheme:
         held_for = self.refresh if self.unit == "steps" else self.refresh * len(self.loader)
         if self.record is None or self._now() - self._renewed_at >= held_for:
             self.renew()
-
-
-def _local_scheme(optimizer: object) -> LocalScheme:
-    if "DPOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:
-        raise DPGuaranteeError(
-            f"optimizer is an Opacus {type(optimizer).__name__}: weights of a whole data set "
-            "depend on every sample and would void its guarantee; use "
-            "irw_optim.privacy.IRWPrivacyEngine().make_private(..., irw=IRWDPConfig()) instead"
-        )
-    if not isinstance(optimizer, IRWOptimizer):
-        raise TypeError(
-            f"optimizer={optimizer!r}: expected an IRWOptimizer(..., model=model, criterion=...)"
-        )
-    if not isinstance(optimizer.scheme, LocalScheme):
-        raise ValueError(
-            "optimizer has a GlobalScheme already: call detach() on that one, or keep it"
-        )
-    if optimizer.accumulation_steps != 1:
-        raise ValueError(
-            f"optimizer has accumulation_steps={optimizer.accumulation_steps}: held weights are "
-            "renormalised in each backward pass; use accumulation_steps=1, which adds the passes up"
-        )
-    return optimizer.scheme
-
-
-def _model_and_criterion(
-    optimizer: IRWOptimizer, criterion: nn.Module | None
-) -> tuple[nn.Module, nn.Module]:
-    model = optimizer.engine.model
-    if model is None:
-        raise ValueError(
-            "optimizer has no model: expected IRWOptimizer(..., model=model), whose gradients "
-            "the weights are made of"
-        )
-    criterion = criterion or optimizer.criterion
-    if criterion is None:
-        raise ValueError(
-            "criterion=None and the optimizer has none: give the one that the losses come from, "
-            "for example GlobalScheme(..., criterion=torch.nn.CrossEntropyLoss())"
-        )
-    return model, criterion
-
-
-def _check_choices(refresh: object, unit: object, use: object) -> None:
-    if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
-        raise ValueError(f"refresh={refresh!r}: expected a whole number >= 1 of epochs or steps")
-    for name, value, allowed in (("unit", unit, UNITS), ("use", use, USES)):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
 
 
 def _uniform_sampler(loader: DataLoader[Any], size: int, seed: int) -> ResamplingSampler:

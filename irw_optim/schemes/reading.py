@@ -54,7 +54,6 @@ class DatasetReader:
             timeout=given.timeout,
             worker_init_fn=given.worker_init_fn,
             multiprocessing_context=given.multiprocessing_context,
-            generator=torch.Generator(),  # the workers' seeds, without a draw from anybody else's
             prefetch_factor=given.prefetch_factor,
         )
         yield from zip(pieces, loader, strict=True)

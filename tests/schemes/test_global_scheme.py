@@ -420,6 +420,15 @@ def test_a_state_of_another_data_set_is_refused():
         training.scheme.load_state_dict(state)
 
 
+def test_draws_of_another_data_set_are_refused_before_anything_changes():
+    training = Training(use="resampling")
+    state = training.scheme.state_dict() | {"batches": 5}
+    state["sampler"] = {**state["sampler"], "weights": torch.ones(43)}
+    with pytest.raises(ValueError, match="43 entries but the data set has 44 samples"):
+        training.scheme.load_state_dict(state)
+    assert training.scheme._batches == 0
+
+
 def test_a_state_of_the_other_use_is_refused():
     state = Training().scheme.state_dict()
     with pytest.raises(ValueError, match="expected one with use='resampling'"):
@@ -558,6 +567,15 @@ def test_a_grown_data_set_is_noticed():
     with pytest.raises(IndexError, match=r"indices 1 to 60, but the weights.*scheme.renew\(\)"):
         training.criterion(training.model(x[:2]), y[:2])
     assert len(training.scheme.renew().weights) == 2 * N
+
+
+def test_draws_of_a_grown_data_set_are_refused():
+    training = Training(use="resampling")
+    x, y = training.data.tensors
+    training.data.tensors = torch.cat([x, x]), torch.cat([y, y])
+    with pytest.raises(ValueError, match=r"88 samples, and had 44 .*make a new GlobalScheme"):
+        training.scheme.renew()
+    assert training.scheme.record is None
 
 
 def test_indexed_data_sets_fetch_batches_where_the_inner_one_does():

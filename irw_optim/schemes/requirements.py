@@ -1,0 +1,74 @@
+"""What a GlobalScheme needs of an optimizer, and what it does not take."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from irw_optim.local_scheme import LocalScheme
+from irw_optim.optimizer import IRWOptimizer
+from irw_optim.privacy.errors import DPGuaranteeError
+
+USES = ("reweighting", "resampling")
+UNITS = ("epochs", "steps")
+
+
+def local_scheme_of(optimizer: object) -> LocalScheme:
+    """The local scheme of an optimizer that a global one may take the place of.
+
+    Raises:
+        DPGuaranteeError: a differentially private optimizer.
+        TypeError: no IRWOptimizer.
+        ValueError: one with a global scheme, or with logical batches.
+    """
+    if "DPOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:
+        raise DPGuaranteeError(
+            f"optimizer is an Opacus {type(optimizer).__name__}: weights of a whole data set "
+            "depend on every sample and would void its guarantee; use "
+            "irw_optim.privacy.IRWPrivacyEngine().make_private(..., irw=IRWDPConfig()) instead"
+        )
+    if not isinstance(optimizer, IRWOptimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r}: expected an IRWOptimizer(..., model=model, criterion=...)"
+        )
+    if not isinstance(optimizer.scheme, LocalScheme):
+        raise ValueError(
+            "optimizer has a GlobalScheme already: call detach() on that one, or keep it"
+        )
+    if optimizer.accumulation_steps != 1:
+        raise ValueError(
+            f"optimizer has accumulation_steps={optimizer.accumulation_steps}: held weights are "
+            "renormalised in each backward pass; use accumulation_steps=1, which adds the passes up"
+        )
+    return optimizer.scheme
+
+
+def model_and_criterion_of(
+    optimizer: IRWOptimizer, criterion: nn.Module | None
+) -> tuple[nn.Module, nn.Module]:
+    """The optimizer's model, and ``criterion`` or the optimizer's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    model = optimizer.engine.model
+    if model is None:
+        raise ValueError(
+            "optimizer has no model: expected IRWOptimizer(..., model=model), whose gradients "
+            "the weights are made of"
+        )
+    criterion = criterion or optimizer.criterion
+    if criterion is None:
+        raise ValueError(
+            "criterion=None and the optimizer has none: give the one that the losses come from, "
+            "for example GlobalScheme(..., criterion=torch.nn.CrossEntropyLoss())"
+        )
+    return model, criterion
+
+
+def check_choices(refresh: object, unit: object, use: object) -> None:
+    """Raise a ValueError unless these are arguments of GlobalScheme."""
+    if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+        raise ValueError(f"refresh={refresh!r}: expected a whole number >= 1 of epochs or steps")
+    for name, value, allowed in (("unit", unit, UNITS), ("use", use, USES)):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,55 @@
+"""The benchmarks of the schemes run, in seconds where asked to, and leave no results then."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pandas", reason='needs the extra "report"')
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+WITHOUT_DATA_OF_THEIR_OWN = [
+    "cost",
+    "variance",
+    "score_parameters train",
+    "score_parameters time",
+    "choosing alpha",
+    "choosing options",
+    "choosing schemes",
+]
+
+
+def stored():
+    return {path: path.stat().st_mtime_ns for path in RESULTS.glob("schemes_*")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", WITHOUT_DATA_OF_THEIR_OWN)
+def test_a_fast_run_ends_in_a_table_and_stores_nothing(command):
+    before = stored()
+    name, *part = command.split()
+    finished = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.schemes.{name}", *part, "--fast"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("| ")]
+    assert len(lines) > 2
+    assert len({line.count("|") for line in lines[-3:]}) == 1
+    assert stored() == before
+
+
+def test_law_school_says_where_its_data_come_from(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delenv("IRW_OPTIM_DATA", raising=False)
+    from benchmarks.schemes.data import law_school
+
+    with pytest.raises(SystemExit, match="set IRW_OPTIM_DATA to a directory"):
+        law_school()
