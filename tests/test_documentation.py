@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import irw_optim
+import irw_optim.metrics
 import irw_optim.privacy
 import irw_optim.schemes
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = [irw_optim, irw_optim.metrics, irw_optim.privacy, irw_optim.schemes]
 PAGES_WITH_THE_DIFF = ["README.md", "docs/index.md"]
 
 
@@ -40,7 +42,7 @@ def test_the_script_runs_before_and_after_the_diff(page: str, sign: str, wrapped
     assert not torch.equal(model.weight, before)
 
 
-@pytest.mark.parametrize("package", [irw_optim, irw_optim.privacy, irw_optim.schemes])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_is_on_the_api_page(package: ModuleType) -> None:
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     directive = rf"^\.\. auto\w+:: {re.escape(package.__name__)}\.(\w+)$"
