@@ -194,25 +194,23 @@ def weigh(
     """Outliers out, S, scores, weights: the whole of one mini-batch (the local scheme).
 
     Inputs are taken as checked; `irw_weights` is the checked front. ``present`` (B,) bool leaves
-    out samples whose target is ignored: they have no loss, no class and no share of a mean.
+    out samples whose target is ignored: they have no loss, no class and no share of a mean, and
+    are no part of the batch that ``alpha`` is a share of.
     """
-    if outliers is None or not len(losses):
-        removed = torch.zeros_like(losses, dtype=torch.bool)
-        worst = _worst_off(losses, alpha)
-        scores = rule(losses, gradients, worst)
-        kept = present
-        if kept is not None:
-            scores = scores * kept
-    else:
+    removed = torch.zeros_like(losses, dtype=torch.bool)
+    kept, gram = present, None
+    if outliers is not None and len(losses):
         gram = gradients.gram()
-        removed = _outliers_in(gram, outliers)
-        kept = ~removed if present is None else ~removed & present
-        worst = torch.zeros_like(removed)
-        worst[kept] = _worst_off(losses[kept], alpha)
-        if isinstance(rule, Alignment):  # G G^T is at hand: G (G^T c) costs nothing more
-            scores = gram @ rule.coefficients(worst, kept, gram.dtype)
-        else:
-            scores = rule(losses, gradients, worst)
+        removed = _outliers_in(gram, outliers, present)
+        kept = ~removed if present is None else present & ~removed
+    worst = _worst_off(losses, alpha, kept)
+    if not isinstance(rule, Alignment):
+        scores = rule(losses, gradients, worst)
+    elif gram is None:
+        scores = align(gradients, rule.coefficients(worst, kept, losses.dtype))
+    else:  # G G^T is at hand: G (G^T c) costs nothing more
+        scores = gram @ rule.coefficients(worst, kept, gram.dtype)
+    if kept is not None:
         scores = scores * kept
     weights, fallback = normalise(scores.clamp(min=0), kept, labels)
     if mix:
@@ -258,18 +256,26 @@ def uniform(like: Tensor, kept: Tensor | None = None) -> Tensor:
     return kept.to(like.dtype) / kept.sum()
 
 
-def _worst_off(losses: Tensor, alpha: float) -> Tensor:
+def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tensor:
+    if kept is not None:
+        worst = torch.zeros_like(kept)
+        worst[kept] = _worst_off(losses[kept], alpha)
+        return worst
     count = worst_off_count(losses.shape[0], alpha)
     worst_first = losses.detach().argsort(descending=True, stable=True)
     mask = torch.zeros_like(losses, dtype=torch.bool)
     return mask.index_fill_(0, worst_first[:count], True)
 
 
-def _outliers_in(gram: Tensor, outliers: OutlierFilter) -> Tensor:
+def _outliers_in(gram: Tensor, outliers: OutlierFilter, present: Tensor | None = None) -> Tensor:
     """What the filter removes; nobody where it removed everybody or where G is not finite.
 
     Scores of what is not finite are not finite either, and whoever steps on them decides.
     """
+    if present is not None:  # the others have no gradient, and would look like a dense crowd
+        removed = torch.zeros_like(present)
+        removed[present] = _outliers_in(gram[present][:, present], outliers)
+        return removed
     nobody = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     if not gram.sum().isfinite() and not gram.isfinite().all():  # the first is cheaper
         return nobody

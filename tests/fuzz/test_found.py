@@ -1,0 +1,90 @@
+"""What random cases found, each in its smallest form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from irw_optim import DBSCANFilter, IRWOptimizer
+
+
+def wrapped(model: nn.Module, criterion: nn.Module | None = None, **options) -> IRWOptimizer:
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"alpha": 0.5, "model": model, "criterion": criterion, **options}
+    return IRWOptimizer(sgd, **options)
+
+
+IGNORED = torch.tensor([0, 1, -100, -100, -100, -100])
+
+
+@pytest.mark.parametrize("center", [0.0, 0.5])
+@pytest.mark.parametrize("outliers", [None, lambda gram: torch.zeros(len(gram), dtype=torch.bool)])
+def test_ignored_samples_are_no_part_of_the_batch(center, outliers):
+    """They counted in alpha * B and in the mean that ``center`` subtracts."""
+    x, weights = torch.randn(6, 4), []
+    for kept in (slice(0, 6), slice(0, 2)):
+        torch.manual_seed(1)
+        model, criterion = nn.Linear(4, 2), nn.CrossEntropyLoss()
+        optimizer = wrapped(model, criterion, center=center, outliers=outliers)
+        criterion(model(x[kept]), IGNORED[kept]).backward()
+        assert int(optimizer.last_step.worst_off.sum()) == 1  # of two samples
+        weights.append(optimizer.last_step.weights[:2])
+    torch.testing.assert_close(*weights)
+
+
+def test_ignored_samples_are_no_crowd_that_others_are_outliers_of():
+    """Their gradients are zero; a filter that removed all the others left weights of NaN."""
+    model, criterion = nn.Linear(4, 2), nn.CrossEntropyLoss()
+    optimizer = wrapped(
+        model, criterion, mix=0.5, outliers=DBSCANFilter(eps=1e-3, min_samples=3)
+    )
+    criterion(model(torch.randn(6, 4)), IGNORED).backward()
+    assert float(optimizer.last_step.weights[:2].sum()) == pytest.approx(1)
+    assert not optimizer.last_step.outliers.any()
+    assert model.weight.grad.isfinite().all()
+
+
+def test_a_sample_without_gradient_in_a_model_that_mixes_samples(caplog):
+    """The check divides by the length of a gradient, and that of an ignored sample is zero."""
+
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.second(h - h.mean(0))
+
+    model, criterion = Mixing(), nn.CrossEntropyLoss()
+    optimizer = wrapped(model, criterion)
+    criterion(model(torch.randn(6, 4)), IGNORED).backward()
+    assert optimizer.last_step is not None
+    assert "mixes samples" in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["auto", "autodiff"])
+def test_an_empty_batch_of_sequences(engine):
+    """The double backward of an embedding fails on nothing."""
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2))
+    optimizer = wrapped(model, engine=engine)
+    optimizer.backward(model(torch.zeros(0, 3, dtype=torch.long)).sum((1, 2)))
+    assert optimizer.last_step.weights.shape == (0,)
+    optimizer.step()
+
+
+def test_a_sum_with_a_parameter_may_be_changed_in_place():
+    """Plain autograd keeps nothing of a sum."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return (x + self.shift).relu_()
+
+    model = Shifted()
+    wrapped(model, engine="ghost").backward(model(torch.randn(6, 4)).sum(1))
+    assert model.shift.grad is not None
