@@ -20,7 +20,7 @@ from benchmarks.fairness.methods.objectives import (
     group_dro,
     plain,
 )
-from benchmarks.fairness.methods.stages import JTT
+from benchmarks.fairness.methods.stages import JTT, InClasses
 from benchmarks.fairness.tasks import Task
 from irw_optim import DBSCANFilter
 
@@ -53,7 +53,8 @@ WARM = 1 / 3
 
 
 def irw(method: str, alpha: float, warm_up: float = 0.0, **options: Any) -> Setting:
-    said = "".join(f", {k} {v:g}" if v is not True else f", {k}" for k, v in options.items())
+    """The method with these options; those that are numbers are named."""
+    said = "".join(f", {k} {v:g}" for k, v in options.items() if type(v) is float)
     return Setting(method, f"{method}: α {alpha:g}{said}", Intrinsic(alpha, warm_up, options))
 
 
@@ -62,42 +63,36 @@ def without_groups() -> Iterator[Setting]:
     yield Setting(PLAIN, PLAIN, plain())
     for strength in (0.5, 1.0, 1.5):
         yield Setting(MOVED, f"{MOVED}: {strength:g}", plain(), moved=strength)
-    for strength in (0.5, 1.0):
-        yield Setting("class-balanced", f"class-balanced: {strength:g}", class_balanced(strength))
-    for alpha in (0.1, 0.3, 0.5):
+    yield Setting("class-balanced", "class-balanced", class_balanced())
+    for mix in (0.0, 0.5):
+        method = "CVaR, warm-up"
+        yield Setting(method, f"{method}: α 0.3, mix {mix:g}", cvar(0.3, WARM, mix))
+    for alpha in (0.3, 0.7):
+        yield Setting("χ²-DRO, warm-up", f"χ²-DRO, warm-up: α {alpha:g}", chi_square(alpha, WARM))
+    for lr in (0.01, 0.1):
+        yield Setting("ARL", f"ARL: lr {lr:g}", arl(lr))
+    for early, times in ((0.2, 5), (0.1, 20)):
+        yield Setting("JTT", f"JTT: early {early:g}, times {times}", JTT(early, times))
+    balanced = JTT(0.2, 5, class_balance=True)
+    yield Setting("JTT, class-balanced", "JTT, class-balanced: early 0.2, times 5", balanced)
+    for early, center in ((0.0, 0.0), (0.2, 0.0), (0.2, 1.0)):
+        method = "IRW in classes" if not early else "IRW in classes, early S"
+        name = f"{method}: α 0.2, center {center:g}"
+        yield Setting(method, name, InClasses(0.2, early, center))
+    for alpha in (0.1, 0.3):
         yield irw("IRW", alpha)
-    for alpha in (0.1, 0.3, 0.5):
+    for alpha in (0.1, 0.3):
         yield irw("IRW, warm-up", alpha, WARM)
     for alpha in (0.1, 0.3):
         yield irw("IRW, warm-up, class_balance", alpha, WARM, class_balance=True)
-    for alpha, center in ((0.1, 1.0), (0.3, 0.5), (0.3, 1.0)):
-        yield irw("IRW, warm-up, center", alpha, WARM, center=center)
-    for mix in (0.25, 0.5):
-        yield irw("IRW, warm-up, center, mix", 0.3, WARM, center=1.0, mix=mix)
-    for alpha in (0.1, 0.3):
-        for mix in (0.0, 0.5):
-            method = "CVaR, warm-up"
-            yield Setting(method, f"{method}: α {alpha:g}, mix {mix:g}", cvar(alpha, WARM, mix))
-    for alpha in (0.3, 0.5, 0.7):
-        yield Setting("χ²-DRO, warm-up", f"χ²-DRO, warm-up: α {alpha:g}", chi_square(alpha, WARM))
-    for early in (0.05, 0.2):
-        for times in (5, 20):
-            yield Setting("JTT", f"JTT: early {early:g}, times {times}", JTT(early, times))
-    for lr in (0.001, 0.01, 0.1):
-        yield Setting("ARL", f"ARL: lr {lr:g}", arl(lr))
-    for alpha in (0.1, 0.3):
-        yield Setting(
-            "IRW, last layer",
-            f"IRW, last layer: α {alpha:g}",
-            Intrinsic(alpha, 0.0, {"score_parameters": "last"}),
-        )
-        yield Setting(
-            "IRWO", f"IRWO: α {alpha:g}", Intrinsic(alpha, 0.0, {"outliers": DBSCANFilter()})
-        )
+    for center in (0.5, 1.0):
+        yield irw("IRW, warm-up, center", 0.3, WARM, center=center)
+    yield irw("IRW, warm-up, center, mix", 0.3, WARM, center=1.0, mix=0.5)
+    yield irw("IRW, last layer", 0.3, 0.0, score_parameters="last")
+    yield irw("IRWO", 0.3, 0.0, outliers=DBSCANFilter())
     for use in ("reweighting", "resampling"):
-        yield Setting(
-            f"IRW, global {use}", f"IRW, global {use}: α 0.3", Global(Intrinsic(0.3), use)
-        )
+        method = f"IRW, global {use}"
+        yield Setting(method, f"{method}: α 0.3", Global(Intrinsic(0.3), use))
 
 
 def told_the_groups(task: Task) -> Iterator[Setting]:
@@ -105,7 +100,4 @@ def told_the_groups(task: Task) -> Iterator[Setting]:
     for grouping in dict.fromkeys((*task.targets, task.protected)):
         balanced, robust = (f"{method}, {grouping}" for method in ORACLES)
         yield Setting(ORACLES[0], balanced, group_balanced(grouping), grouping)
-        for step in (0.01, 0.1):
-            yield Setting(
-                ORACLES[1], f"{robust}: step {step:g}", group_dro(grouping, step), grouping
-            )
+        yield Setting(ORACLES[1], robust, group_dro(grouping, 0.1), grouping)

@@ -25,9 +25,9 @@ from benchmarks.fairness.data import Samples
 class Recipe:
     """What all methods share."""
 
-    steps: int = 500
+    steps: int = 160
     batch: int = 256
-    lr: float = 1e-3
+    lr: float = 4e-3
     widths: tuple[int, ...] = (64, 32)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

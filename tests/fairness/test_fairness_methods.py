@@ -181,6 +181,11 @@ class TestJTT:
         expected = drawn(torch.where(wrong, 7.0, 1.0), 16, seed=1)
         for _ in range(3):
             assert torch.equal(next(trainer.batches), next(expected))
+        again = stages.JTT(0.5, 7, class_balance=True).prepare(model, data, RECIPE, seed=1)
+        weights = torch.where(wrong, 7.0, 1.0)
+        for label in (0, 1):
+            weights[data.y == label] /= weights[data.y == label].sum()
+        assert torch.equal(next(again.batches), next(drawn(weights, 16, seed=1)))
         torch.set_rng_state(state)
 
 
@@ -205,32 +210,38 @@ def row_gradients(model, x, y):
     return torch.stack(rows)
 
 
-class TestFrozenWorst:
-    def test_gradient_of_a_step_by_hand(self, data):
-        model = mlp(3, RECIPE.widths, 2)
-        method = stages.FrozenWorst(
-            intrinsic.Intrinsic(0.25, 0.0, {"class_balance": True, "center": 0.5}), early=0.5
-        )
-        trainer = method.prepare(model, data, RECIPE, seed=2)
-        early = train(data, objectives.plain(), Recipe(3, 16, 0.01, (4,)), seed=2)
-        all_losses = nn.functional.cross_entropy(scores(early, data.x), data.y, reduction="none")
-        members = torch.zeros(48)
-        for label in (0, 1):
-            own = (data.y == label).nonzero()[:, 0]
-            worst = all_losses[own].sort(descending=True).indices
-            members[own[worst[: math.ceil(0.25 * len(own))]]] = 1
+def worst_of_each_class(losses, y, alpha):
+    members = torch.zeros(len(y))
+    for label in (0, 1):
+        own = (y == label).nonzero()[:, 0]
+        worst = losses[own].sort(descending=True).indices
+        members[own[worst[: math.ceil(alpha * len(own))]]] = 1
+    return members
 
+
+class TestInClasses:
+    @pytest.mark.parametrize("early", [0.0, 0.5])
+    def test_gradient_of_a_step_by_hand(self, data, early):
+        model = mlp(3, RECIPE.widths, 2)
+        method = stages.InClasses(0.25, early=early, center=0.5, floor=0.7)
+        trainer = method.prepare(model, data, RECIPE, seed=2)
         index = torch.arange(10, 26)
         x, y = data.x[index], data.y[index]
+        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+        if early:
+            pointer = train(data, objectives.class_balanced(), Recipe(3, 16, 0.01, (4,)), seed=2)
+            before = nn.functional.cross_entropy(scores(pointer, data.x), data.y, reduction="none")
+            inside = worst_of_each_class(before, data.y, 0.25)[index]
+        else:
+            inside = worst_of_each_class(losses.detach(), y, 0.25)
         G = row_gradients(model, x, y)
-        inside = members[index]
         s = (G @ (G.T @ (inside - 0.5 * inside.mean()))).clamp(min=0)
         w = torch.zeros(16)
         for label in (0, 1):
             own = y == label
-            mass = s[own] if s[own].sum() else torch.ones(int(own.sum()))
+            mean = s[own].mean()
+            mass = 0.7 + s[own] / mean.clamp(min=1e-30)
             w[own] = mass / mass.sum() / 2
-        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
         trainer.backward(losses, index)
         found = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert torch.allclose(found, G.T @ w, atol=1e-5)

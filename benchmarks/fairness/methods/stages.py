@@ -1,7 +1,7 @@
-"""Methods in two stages: an early model points out samples, a second training looks at them.
+"""Methods that look at the classes one by one, or that have an early model point out samples.
 
-JTT         draws what the early model gets wrong ``times`` as often
-Frozen S    IRW with S of the early model's worst-off, held for the whole training
+JTT               draws what the early model gets wrong ``times`` as often
+IRW in classes    S is the worst-off share of each class, by the loss now or by an early model's
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks.fairness.data import Samples
 from benchmarks.fairness.loop import Method, Recipe, Trainer, drawn, scores, train
 from benchmarks.fairness.methods.intrinsic import Intrinsic
-from benchmarks.fairness.methods.objectives import mean, plain
+from benchmarks.fairness.methods.objectives import class_balanced, mean, plain
 from irw_optim import worst_off
 from irw_optim.gradients.protocol import PerSampleGradients, align
 
@@ -27,36 +27,51 @@ class JTT:
     Attributes:
         early: the first training's share of the steps.
         times: how often its errors are drawn.
+        class_balance: draw every class equally often; the paper does not.
     """
 
     early: float
     times: float
+    class_balance: bool = False
 
     def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
-        logits = early_logits(data, plain(), recipe, seed, self.early)
-        wrong = logits.argmax(1) != data.y
+        wrong = early_logits(data, plain(), recipe, seed, self.early).argmax(1) != data.y
+        weights = torch.where(wrong, self.times, 1.0)
+        if self.class_balance:
+            weights = weights / of_class(weights, data.y).clamp(min=1e-30)
         return Trainer(
             recipe.optimizer(model),
             lambda losses, index: mean(losses, index).backward(),
-            drawn(torch.where(wrong, self.times, 1.0), recipe.batch, seed),
+            drawn(weights, recipe.batch, seed),
         )
 
 
 @dataclass(frozen=True)
-class FrozenWorst:
-    """IRW whose S is what an early model was worst at in each class, for the whole training."""
+class InClasses:
+    """IRW with S in each class, class_balance, and a floor under the weights.
 
-    local: Intrinsic
-    early: float
+    Attributes:
+        alpha: share of each class that makes S.
+        early: S is what a class-balanced model was worst at after that share of the steps, and is
+            held; 0 for the worst of each batch as it comes.
+        center: as of `IRWOptimizer`.
+        floor: what a sample without a positive score weighs, in mean weights of its class.
+    """
+
+    alpha: float
+    early: float = 0.0
+    center: float = 0.0
+    floor: float = 1.0
 
     def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
-        logits = early_logits(data, plain(), recipe, seed, self.early)
-        losses = F.cross_entropy(logits, data.y, reduction="none")
-        members = worst_in_each_class(losses, data.y, self.local.alpha)
-        rule = HeldMembers(members, self.local.options.get("center", 0.0))
-        options = {k: v for k, v in self.local.options.items() if k != "center"}
-        options["weighting"] = rule
-        trainer = replace(self.local, options=options).prepare(model, data, recipe, seed)
+        members = None
+        if self.early:
+            logits = early_logits(data, class_balanced(), recipe, seed, self.early)
+            losses = F.cross_entropy(logits, data.y, reduction="none")
+            members = worst_in_each_class(losses, data.y, self.alpha)
+        rule = InClassesRule(self, data.y, members)
+        options = {"weighting": rule, "class_balance": True}
+        trainer = Intrinsic(self.alpha, 0.0, options).prepare(model, data, recipe, seed)
 
         def backward(losses: Tensor, index: Tensor) -> None:
             rule.batch = index
@@ -65,23 +80,35 @@ class FrozenWorst:
         return trainer._replace(backward=backward)
 
 
-class HeldMembers:
-    """A score rule: s = G G^T c with c_i = 1_S(i) - center |S| / B for an S that is given.
+class InClassesRule:
+    """Scores floor + max(0, s_i) / mean of it in the class, s = G G^T c, c = 1_S - center |S| / B.
 
     Attributes:
-        members: (N,) bool.
         batch: who the next losses are of, (B,); set before each backward pass.
     """
 
     needs_gradients = True
 
-    def __init__(self, members: Tensor, center: float) -> None:
-        self.members, self.center = members, center
+    def __init__(self, options: InClasses, labels: Tensor, members: Tensor | None) -> None:
+        self.options, self.labels, self.members = options, labels, members
         self.batch = torch.arange(0)
 
     def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst: Tensor) -> Tensor:
-        inside = self.members[self.batch].to(losses.dtype)
-        return align(gradients, inside - self.center * inside.mean())
+        labels = self.labels[self.batch]
+        inside = (
+            worst_in_each_class(losses, labels, self.options.alpha)
+            if self.members is None
+            else self.members[self.batch]
+        ).to(losses.dtype)
+        aligned = align(gradients, inside - self.options.center * inside.mean()).clamp(min=0)
+        sizes = of_class(torch.ones_like(aligned), labels)
+        average = of_class(aligned, labels) / sizes
+        return aligned / average.clamp(min=1e-30) + self.options.floor
+
+
+def of_class(values: Tensor, labels: Tensor) -> Tensor:
+    """For each sample the sum of the values over its class, (N,)."""
+    return values.new_zeros(int(labels.max()) + 1).index_add(0, labels, values)[labels]
 
 
 def worst_in_each_class(losses: Tensor, labels: Tensor, alpha: float) -> Tensor:
