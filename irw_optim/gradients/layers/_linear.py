@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall, RowWeights
+from irw_optim.gradients.layers._call import LayerCall, RowWeights, inner
 from irw_optim.gradients.layers._gram import gram_of, gram_of_positions
 from irw_optim.gradients.materialized import MEMORY_BOUND, widened
 from irw_optim.gradients.protocol import Direction
@@ -44,6 +44,15 @@ class LinearCall(LayerCall):
             return torch.zeros_like(self.b) if bias is None else bias.expand_as(self.b)
         weight = values["weight"].T if self.transposed else values["weight"]
         return F.linear(input, weight, bias)
+
+    def dot(self, direction: Direction) -> Tensor:
+        """<b_i, W a_i> = <W^T b_i, a_i>: the side with fewer numbers is the one to make."""
+        values = self.values_in(direction)
+        if "weight" not in values or self.input.numel() >= self.output_gradient.numel():
+            return super().dot(direction)
+        a, weight = widened(self.input), values["weight"]
+        total = inner(a, self.b @ (weight.T if self.transposed else weight), in_place=True)
+        return total + self.bias_rows @ values["bias"] if "bias" in values else total
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
         result: dict[Tensor, Tensor] = {}
