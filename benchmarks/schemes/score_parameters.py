@@ -1,6 +1,6 @@
 """Which parameters' gradients to score with: the question that the paper leaves open.
 
-    python -m benchmarks.schemes.score_parameters train [--seeds 5] [--fast]
+    python -m benchmarks.schemes.score_parameters train [--seeds 3] [--fast]
     python -m benchmarks.schemes.score_parameters time [--fast]
 
 For an MLP and a small transformer on UCI Adult and a small CNN on scikit-learn's digits (a tenth of
@@ -203,14 +203,14 @@ def setups(part: int) -> dict[str, Setup]:
     return {
         "MLP": Setup(
             make=lambda: mlp(features, 64, 64, 64, 32),
-            data=lambda seed: (people[0].shuffled(seed)[: 16_000 // part], people[1]),
+            data=lambda seed: (people[0].shuffled(seed)[: 8_000 // part], people[1]),
             grouping="label x sex",
             batch=128,
             epochs=6,
         ),
         "transformer": Setup(
             make=lambda: Transformer(tokens),
-            data=lambda seed: (sequences[0].shuffled(seed)[: 12_000 // part], sequences[1]),
+            data=lambda seed: (sequences[0].shuffled(seed)[: 8_000 // part], sequences[1]),
             grouping="label x sex",
             batch=128,
             epochs=3,
@@ -220,7 +220,7 @@ def setups(part: int) -> dict[str, Setup]:
             data=digits,
             grouping="inverted",
             batch=64,
-            epochs=max(1, 16 // part),
+            epochs=max(1, 10 // part),
         ),
     }
 
@@ -228,7 +228,7 @@ def setups(part: int) -> dict[str, Setup]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=["train", "time"])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fast", action="store_true", help="one seed or round, little data")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
