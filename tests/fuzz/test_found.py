@@ -36,9 +36,7 @@ def test_ignored_samples_are_no_part_of_the_batch(center, outliers):
 def test_ignored_samples_are_no_crowd_that_others_are_outliers_of():
     """Their gradients are zero; a filter that removed all the others left weights of NaN."""
     model, criterion = nn.Linear(4, 2), nn.CrossEntropyLoss()
-    optimizer = wrapped(
-        model, criterion, mix=0.5, outliers=DBSCANFilter(eps=1e-3, min_samples=3)
-    )
+    optimizer = wrapped(model, criterion, mix=0.5, outliers=DBSCANFilter(eps=1e-3, min_samples=3))
     criterion(model(torch.randn(6, 4)), IGNORED).backward()
     assert float(optimizer.last_step.weights[:2].sum()) == pytest.approx(1)
     assert not optimizer.last_step.outliers.any()
