@@ -53,6 +53,12 @@ def test_a_draw_at_the_very_end_is_the_last_with_a_weight(monkeypatch):
     assert list(sampler) == [1, 1, 1, 1]
 
 
+def test_a_draw_at_the_very_beginning_is_the_first_with_a_weight(monkeypatch):
+    sampler = ResamplingSampler(torch.tensor([0.0, 1.0, 2.0]), 2)
+    monkeypatch.setattr(sampler, "_uniform", lambda _, n: torch.zeros(n).double())
+    assert list(sampler) == [1, 1]
+
+
 def test_small_weights_behind_large_ones_are_not_rounded_away(monkeypatch):
     sampler = ResamplingSampler(torch.tensor([2.0**24, 1.0]), 1)
     monkeypatch.setattr(sampler, "_uniform", lambda *_: torch.tensor([1 - 2.0**-25]).double())
