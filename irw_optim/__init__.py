@@ -2,6 +2,7 @@
 
 from irw_optim.criterion import PerSampleLoss, per_sample_losses
 from irw_optim.model_check import Verification, verify
+from irw_optim.monitor import IRWMonitor
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.outliers import DBSCANFilter
 from irw_optim.record import StepRecord
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DBSCANFilter",
+    "IRWMonitor",
     "IRWOptimizer",
     "PerSampleLoss",
     "StepRecord",

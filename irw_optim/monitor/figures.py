@@ -1,0 +1,224 @@
+"""The course of a training as one figure: a panel for each question that the rows can answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from irw_optim.monitor.course import Course, column
+from irw_optim.monitor.rows import Array
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_LINES = 8
+"""More classes or groups than that are shown as the largest ones."""
+
+# Okabe and Ito's colours, for readers with any colour vision.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+
+STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.hashsalt": "irw_optim",  # the same rows give the same file
+}
+
+Draw: TypeAlias = Callable[["Axes", Course], None]
+
+
+class Panel(NamedTuple):
+    """A question, whether this course can answer it, and how."""
+
+    title: str
+    answers: Callable[[Course], bool]
+    draw: Draw
+
+
+def draw(course: Course) -> Figure:
+    """All panels that the course has something for.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        RuntimeError: there are no rows.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plot() needs matplotlib: pip install "irw-optim[report]"') from error
+    if not course.rows:
+        raise RuntimeError("nothing was recorded yet: expected a call after optimizer.step()")
+    panels = [panel for panel in PANELS if panel.answers(course)]
+    lines = -(-len(panels) // 2)
+    with rc_context(STYLE):  # type: ignore[arg-type]  # it lists every key
+        figure = Figure((9, 2.6 * lines), layout="constrained")
+        axes = figure.subplots(lines, 2, sharex=True, squeeze=False).flatten()
+        for axis, panel in zip(axes, panels, strict=False):
+            panel.draw(axis, course)
+            _warm_up(axis, course)
+            axis.set_title(panel.title)
+            axis.legend(loc="best", ncols=2)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        for axis in axes[max(0, len(panels) - 2) : len(panels)]:
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel("optimizer step")
+    return figure
+
+
+def _losses(axis: Axes, course: Course) -> None:
+    for name, label, colour in (
+        ("loss_q99", "99 % quantile", "#999999"),
+        ("worst_alpha_loss", "worst α-fraction, mean", "#D55E00"),
+        ("mean_loss", "all, mean", "#0072B2"),
+    ):
+        _line(axis, course, column(course.rows, name), label, colour, show_each=True)
+    axis.set_ylim(bottom=0)
+
+
+def _carriers(axis: Axes, course: Course) -> None:
+    for name, label, colour in (
+        ("effective_share", "effective sample size", "#0072B2"),
+        ("zero_share", "weight 0", "#999999"),
+        ("worst_off_weight", "weight of the worst-off", "#D55E00"),
+        ("largest_weight", "weight of one sample, largest", "#009E73"),
+    ):
+        _line(axis, course, column(course.rows, name), label, colour)
+    _percent(axis)
+
+
+def _weight_by(kind: str) -> Draw:
+    def panel(axis: Axes, course: Course) -> None:
+        for part, colour in _shown(course, kind):
+            label = f"{kind} {part}"
+            weight = _of_part(course, kind, part, "weight", 0.0)
+            samples = _of_part(course, kind, part, "samples", 0.0)
+            _line(axis, course, weight, label, colour)
+            axis.axhline(float(np.nanmean(samples)), color=colour, linestyle=":", linewidth=1)
+        axis.plot([], [], color="black", linestyle=":", linewidth=1, label="share of samples")
+        _percent(axis)
+
+    return panel
+
+
+def _loss_by_group(axis: Axes, course: Course) -> None:
+    for part, colour in _shown(course, "group"):
+        values = _of_part(course, "group", part, "loss", float("nan"))
+        _line(axis, course, values, f"group {part}", colour)
+    axis.set_ylim(bottom=0)
+
+
+def _removed(axis: Axes, course: Course) -> None:
+    _line(axis, course, column(course.rows, "removed_share"), "everybody", "#000000")
+    kind = "group" if _knows("group")(course) else "class"
+    for part, colour in _shown(course, kind):
+        values = _of_part(course, kind, part, "removed", float("nan"))
+        _line(axis, course, values, f"{kind} {part}", colour)
+    _percent(axis)
+
+
+def _gradient(axis: Axes, course: Course) -> None:
+    norms = column(course.rows, "gradient_norm")
+    _line(axis, course, norms, "norm of the step's gradient", "#0072B2", show_each=True)
+    fallback = column(course.rows, "fallback") > 0
+    if fallback.any():
+        steps = course.steps[fallback]
+        axis.plot(steps, norms[fallback], "x", color="#D55E00", label="fallback to uniform weights")
+    if (norms > 0).any():
+        axis.set_yscale("log")
+
+
+def _held(axis: Axes, course: Course) -> None:
+    values = column(course.rows, "held_agreement")
+    _line(axis, course, values, "S has the larger loss", "#0072B2", show_each=True)
+    axis.axhline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
+    _percent(axis)
+
+
+def _knows(kind: str) -> Callable[[Course], bool]:
+    return lambda course: any(kind in row.breakdowns for row in course.rows)
+
+
+def _always(course: Course) -> bool:
+    return True
+
+
+PANELS = (
+    Panel("Losses of a batch", _always, _losses),
+    Panel("Who carries a step", _always, _carriers),
+    Panel("Share of the weight, by class", _knows("class"), _weight_by("class")),
+    Panel("Share of the weight, by group", _knows("group"), _weight_by("group")),
+    Panel("Mean loss, by group", _knows("group"), _loss_by_group),
+    Panel(
+        "Removed by the outlier filter",
+        lambda course: bool(column(course.rows, "removed_share").any()),
+        _removed,
+    ),
+    Panel(
+        "Do held weights still know the worst-off?",
+        lambda course: bool(np.isfinite(column(course.rows, "held_agreement")).any()),
+        _held,
+    ),
+    Panel("Length of the gradient", _always, _gradient),
+)
+
+
+def _line(
+    axis: Axes, course: Course, values: Array, label: str, colour: str, show_each: bool = False
+) -> None:
+    """A running mean over a fortieth of the course; each row behind it, if asked for."""
+    if show_each:
+        axis.plot(course.steps, values, ".", color=colour, alpha=0.2, markersize=2)
+    axis.plot(course.steps, _smooth(values), color=colour, label=label, linewidth=1.5)
+
+
+def _smooth(values: Array) -> Array:
+    """The mean of the known values around each one; NaN where there are none."""
+    window = np.ones(2 * (len(values) // 80) + 1)
+    known = np.isfinite(values)
+    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
+    count = np.convolve(known, window, mode="same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _of_part(course: Course, kind: str, part: Hashable, name: str, absent: float) -> Array:
+    """A number of one part in each row; NaN in rows that do not know the partition."""
+    tables = [row.breakdowns.get(kind) for row in course.rows]
+    return np.array(
+        [float("nan") if t is None else t.column(name).get(part, absent) for t in tables]
+    )
+
+
+def _shown(course: Course, kind: str) -> list[tuple[Hashable, str]]:
+    """The parts with the most samples, and their colours, in order of their names."""
+    totals: dict[Hashable, float] = {}
+    for row in course.rows:
+        if kind in row.breakdowns:
+            for part, share in row.breakdowns[kind].column("samples").items():
+                totals[part] = totals.get(part, 0.0) + share
+    largest = sorted(totals, key=lambda part: -totals[part])[:MOST_LINES]
+    return list(zip(sorted(largest, key=str), COLOURS, strict=False))
+
+
+def _warm_up(axis: Axes, course: Course) -> None:
+    plain = [row.step for row in course.rows if not row.numbers["weighted"]]
+    if plain:
+        axis.axvspan(plain[0], plain[-1], color="#eeeeee", zorder=0, label="warm-up")
+
+
+def _percent(axis: Axes) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_ylim(0, 1.05)

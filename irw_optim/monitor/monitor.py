@@ -1,0 +1,262 @@
+"""IRWMonitor: listens to an optimizer's steps and keeps what they say about the training."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from irw_optim.metrics._inputs import GroupsLike
+from irw_optim.monitor.course import Course
+from irw_optim.monitor.export import Logger, as_frame, check_logger, send, write_csv
+from irw_optim.monitor.findings import Finding
+from irw_optim.monitor.held import HeldSince
+from irw_optim.monitor.history import History
+from irw_optim.monitor.recording import row_of
+from irw_optim.monitor.rows import Row
+from irw_optim.monitor.signatures import diagnose
+from irw_optim.optimizer import IRWOptimizer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+class IRWMonitor:
+    """Records what an `IRWOptimizer` decides, in bounded memory, and says what is wrong with it.
+
+    The training loop stays as it was::
+
+        optimizer = IRWOptimizer(SGD(...), alpha=0.3, model=model, criterion=criterion)
+        monitor = IRWMonitor(optimizer)
+        ...                              # train
+        monitor.plot().savefig("training.svg")
+        for finding in monitor.diagnose():
+            print(finding)
+
+    A row is one step's `IRWOptimizer.last_step` in numbers (O(B) work, and one norm of ``p.grad``);
+    no other step waits for the device. When ``capacity`` rows are there, every second one is let
+    go and the interval doubles, so that the rows always cover the whole training evenly. Steps
+    that a gradient scaler skipped are no steps.
+
+    Where several backward passes add up to a step, the row is that of the newest one; with
+    ``accumulation_steps`` it is that of the whole logical batch. In distributed training each
+    process sees the samples of its own.
+
+    Args:
+        optimizer: the one that trains, or a proxy of it from Accelerate or Lightning.
+        every: steps between rows, to begin with; steps whose number it divides are recorded, and
+            the first one.
+        capacity: most rows that are kept, >= 10.
+
+    Attributes:
+        optimizer: the `IRWOptimizer` listened to.
+        interval: steps between rows by now.
+
+    Raises:
+        TypeError, ValueError: an argument that is impossible, named with what is allowed.
+
+    >>> import torch
+    >>> from irw_optim import IRWOptimizer
+    >>> _ = torch.manual_seed(0)
+    >>> model, criterion = torch.nn.Linear(4, 2), torch.nn.CrossEntropyLoss()
+    >>> optimizer = IRWOptimizer(
+    ...     torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.2, model=model, criterion=criterion
+    ... )
+    >>> monitor = IRWMonitor(optimizer, every=10)
+    >>> for _ in range(40):
+    ...     x = torch.randn(20, 4)
+    ...     optimizer.zero_grad()
+    ...     criterion(model(x), (x[:, 0] > 0).long()).backward()
+    ...     optimizer.step()
+    >>> [row["step"] for row in monitor.rows()]
+    [1, 10, 20, 30, 40]
+    >>> first, *_, last = monitor.rows()
+    >>> last["worst_alpha_loss"] < first["worst_alpha_loss"]
+    True
+    """
+
+    def __init__(self, optimizer: Optimizer, *, every: int = 1, capacity: int = 1000) -> None:
+        self.optimizer = _irw_optimizer(optimizer)
+        _check_count("every", every, 1, "steps between rows")
+        _check_count("capacity", capacity, 10, "rows that are kept")
+        self._history = History(every, capacity)
+        self._held = HeldSince()
+        self._loggers: list[Logger] = []
+        self._passes: deque[GroupsLike] = deque(maxlen=self.optimizer.accumulation_steps)
+        self._steps_before = self.optimizer.steps
+        self._listen()
+
+    # While training --------------------------------------------------------------------------
+
+    def groups(self, groups: GroupsLike) -> None:
+        """Say which groups the batch at hand is of, for the evaluation: training never sees them.
+
+        Call it before ``optimizer.step()``, once for each backward pass; steps without it have no
+        columns by group.
+
+        Args:
+            groups: (B,) one column of labels, numbers or strings, in the order of the batch;
+                (B, c) several, or {name: (B,)}, which are intersected.
+
+        >>> import torch
+        >>> from irw_optim import IRWOptimizer
+        >>> _ = torch.manual_seed(0)
+        >>> model, criterion = torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss()
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = IRWOptimizer(sgd, alpha=0.5, model=model, criterion=criterion)
+        >>> monitor = IRWMonitor(optimizer)
+        >>> criterion(model(torch.randn(4, 2)), torch.tensor([0, 1, 0, 1])).backward()
+        >>> monitor.groups(["f", "f", "m", "f"])
+        >>> optimizer.step()
+        >>> monitor.rows()[0]["samples/group_f"]
+        0.75
+        """
+        self._passes.append(groups)
+
+    def log_to(self, logger: Logger) -> None:
+        """Give a logger the rows so far and, until `detach`, every row when it is made.
+
+        The names begin with ``irw/``, and the step is the optimizer's. Partitions into more than
+        20 classes or groups, and numbers that are not known, are left out.
+
+        Args:
+            logger: a ``SummaryWriter`` of TensorBoard, a logger of Lightning, or whatever has
+                ``add_scalar(tag, value, step)`` or ``log_metrics(metrics, step)``.
+
+        Raises:
+            TypeError: it has neither.
+        """
+        check_logger(logger)
+        for row in self._history.rows:
+            send(row, logger)
+        self._loggers.append(logger)
+
+    def detach(self) -> None:
+        """Listen no longer; the rows stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._loggers.clear()
+        self._passes.clear()
+
+    # What was heard --------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Rows kept."""
+        return len(self._history.rows)
+
+    @property
+    def interval(self) -> int:
+        """Steps between rows by now."""
+        return self._history.interval
+
+    def rows(self) -> list[dict[str, float]]:
+        """One dictionary a recorded step; ``docs/diagnostics.md`` lists the columns."""
+        return [row.flat() for row in self._history.rows]
+
+    def frame(self) -> pd.DataFrame:
+        """The rows as a DataFrame with the steps as index; NaN where a row lacks a column.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return as_frame(self.rows())
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows to a CSV file."""
+        write_csv(self.rows(), path)
+
+    def plot(self) -> Figure:
+        """The course of the training: losses, weights, and on whom they fell.
+
+        Returns:
+            A matplotlib figure; ``figure.savefig("training.svg")`` keeps it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            RuntimeError: nothing was recorded yet.
+        """
+        from irw_optim.monitor.figures import draw
+
+        return draw(Course(self._history.rows))
+
+    def diagnose(self) -> list[Finding]:
+        """What the rows show of the known ways in which training with these weights fails.
+
+        Returns:
+            The findings, empty where there are none; the table of them is in
+            ``docs/diagnostics.md``. Before 20 rows of weighted steps there is one, which says that.
+        """
+        return diagnose(Course(self._history.rows))
+
+    # Checkpoints and copies ------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows and the interval, as plain data that ``torch.load(weights_only=True)`` takes."""
+        return {
+            "interval": self._history.interval,
+            "rows": [row.state() for row in self._history.rows],
+            "held": self._held.state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the rows of a checkpoint, in place of those here; the capacity stays."""
+        self._history = History(state_dict["interval"], self._history.capacity)
+        for row in state_dict["rows"]:
+            self._history.add(Row.of_state(row))
+        self._held.load(state_dict["held"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies go with the copy of the optimizer; loggers are not copied."""
+        return {**vars(self), "_handles": [], "_loggers": [], "_passes": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._passes = deque(maxlen=self.optimizer.accumulation_steps)
+        self._listen()
+
+    # Listening -------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _before_step(self, *_: object) -> None:
+        self._steps_before = self.optimizer.steps
+
+    def _after_step(self, *_: object) -> None:
+        passes = list(self._passes)
+        self._passes.clear()
+        step, record = self.optimizer.steps, self.optimizer.last_step
+        if step == self._steps_before or record is None or not len(record.losses):
+            return  # skipped, not on weights of ours, or on nobody
+        held_for = self._held.age(self.optimizer.scheme, step)
+        if self._history.due(step):
+            row = row_of(self.optimizer, record, held_for, passes)
+            if row is not None:
+                self._history.add(row)
+                for logger in self._loggers:
+                    send(row, logger)
+
+
+def _irw_optimizer(optimizer: Any) -> IRWOptimizer:
+    inside = getattr(optimizer, "optimizer", None)  # of Accelerate's and Lightning's proxies
+    for candidate in (inside, optimizer):
+        if isinstance(candidate, IRWOptimizer):
+            return candidate
+    raise TypeError(
+        f"optimizer={optimizer!r}: expected the IRWOptimizer that trains. A private optimizer "
+        "cannot be listened to: what its samples' weights say is not covered by the guarantee"
+    )
+
+
+def _check_count(name: str, value: object, least: int, meaning: str) -> None:
+    allowed = f"expected a whole number >= {least}, the {meaning}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: {allowed}")
+    if value < least:
+        raise ValueError(f"{name}={value!r}: {allowed}")

@@ -1,0 +1,191 @@
+"""What is kept of one step: a row of numbers, and on whom they fell. O(B) work.
+
+For weights w_i that sum to 1 over the B samples of a batch::
+
+    effective_samples = 1 / sum(w^2)              effective_share = effective_samples / B
+    weight_spread     = sd(B w)                   effective_share = 1 / (1 + weight_spread^2)
+
+Where a partition of the batch is known (classes, groups), each of its parts has a share of the
+samples, of the worst-off S, and of the weight; a share of it was removed; and it has a mean loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from irw_optim.metrics._groups import intersect
+from irw_optim.record import StepRecord
+from irw_optim.weighting import worst_off_count
+
+Array: TypeAlias = npt.NDArray[Any]
+
+OF_A_PART = ("samples", "worst_off", "weight", "removed", "loss")
+"""Columns of a `Breakdown`: shares of the batch, of S, of the weight; its own share that was
+removed; its mean loss."""
+
+
+class Batch(NamedTuple):
+    """A step's record as numpy arrays of shape (B,) on the CPU."""
+
+    losses: Array
+    worst_off: Array
+    outliers: Array
+    weights: Array
+    fallback: float
+    gradient_norm: float
+    labels: Array | None
+
+    def part(self, chosen: Array) -> Batch:
+        """The chosen samples, (B,) bool."""
+        return self._replace(
+            losses=self.losses[chosen],
+            worst_off=self.worst_off[chosen],
+            outliers=self.outliers[chosen],
+            weights=self.weights[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+        )
+
+
+class Breakdown(NamedTuple):
+    """How a batch divides into the parts of a partition.
+
+    Attributes:
+        parts: the classes or groups that occur, sorted.
+        numbers: (parts, 5), the columns `OF_A_PART`.
+    """
+
+    parts: tuple[Hashable, ...]
+    numbers: Array
+
+    def column(self, name: str) -> dict[Hashable, float]:
+        """One of `OF_A_PART`, by part."""
+        values = self.numbers[:, OF_A_PART.index(name)].tolist()
+        return dict(zip(self.parts, values, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One recorded step.
+
+    Attributes:
+        step: number of the optimizer step, from 1.
+        numbers: what holds for the batch as a whole, by column.
+        breakdowns: by ``"class"`` and by ``"group"``, where these are known.
+    """
+
+    step: int
+    numbers: dict[str, float]
+    breakdowns: dict[str, Breakdown]
+
+    def flat(self, most_parts: int | None = None) -> dict[str, float]:
+        """One number a column, as in ``weight/class_1``.
+
+        Args:
+            most_parts: leave out partitions with more parts than that; None takes all.
+        """
+        row = {"step": self.step, **self.numbers}
+        for kind, breakdown in self.breakdowns.items():
+            if most_parts is not None and len(breakdown.parts) > most_parts:
+                continue
+            names = [f"{kind}_{_text(part)}" for part in breakdown.parts]
+            for column, values in zip(OF_A_PART, breakdown.numbers.T.tolist(), strict=True):
+                row |= {f"{column}/{name}": v for name, v in zip(names, values, strict=True)}
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """The row as plain data, for a checkpoint."""
+        tables = {k: (list(b.parts), b.numbers.tolist()) for k, b in self.breakdowns.items()}
+        return {"step": self.step, "numbers": self.numbers, "breakdowns": tables}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Row:
+        """The row that gave this `state`."""
+        tables = state["breakdowns"].items()
+        by_kind = {k: Breakdown(tuple(parts), np.array(numbers)) for k, (parts, numbers) in tables}
+        return cls(state["step"], dict(state["numbers"]), by_kind)
+
+
+def read(record: StepRecord, gradient_norm: Tensor) -> Batch:
+    """Bring a record to the CPU, float32, waiting for the device once (twice with labels)."""
+    like = record.losses
+    vectors = [record.losses, record.worst_off, record.outliers, record.weights]
+    vectors += [v.to(like.device).expand_as(like) for v in (record.fallback, gradient_norm)]
+    losses, worst_off, outliers, weights, fallback, norm = (
+        torch.stack([v.float() for v in vectors]).cpu().numpy()
+    )
+    labels = None if record.labels is None else record.labels.cpu().numpy()
+    return Batch(losses, worst_off, outliers, weights, float(fallback[0]), float(norm[0]), labels)
+
+
+def summarise(batch: Batch, alpha: float) -> dict[str, float]:
+    """The columns that hold for a batch as a whole; B >= 1.
+
+    Args:
+        batch: the samples that count.
+        alpha: share in (0, 1] whose mean loss is ``worst_alpha_loss``.
+    """
+    losses, weights = batch.losses.astype(np.float64), batch.weights.astype(np.float64)
+    size, squares = len(losses), float(weights @ weights)
+    effective = float(weights.sum()) ** 2 / squares if squares else 0.0
+    ascending = np.sort(losses)
+    median, q90, q99 = ascending[np.ceil(np.array([0.5, 0.9, 0.99]) * size).astype(int) - 1]
+    return {
+        "samples": float(size),
+        "worst_off_samples": float(batch.worst_off.sum()),
+        "effective_samples": effective,
+        "effective_share": effective / size,
+        "weight_spread": float((size * weights).std()),
+        "zero_share": float((weights == 0).mean()),
+        "largest_weight": float(weights.max()),
+        "worst_off_weight": float(weights @ batch.worst_off),
+        "removed_share": float(batch.outliers.mean()),
+        "mean_loss": float(losses.mean()),
+        "worst_alpha_loss": float(ascending[-worst_off_count(size, alpha) :].mean()),
+        "loss_median": float(median),
+        "loss_q90": float(q90),
+        "loss_q99": float(q99),
+        "largest_loss": float(ascending[-1]),
+        "gradient_norm": batch.gradient_norm,
+        "fallback": batch.fallback,
+    }
+
+
+def break_down(batch: Batch, parts: list[Hashable], member: Array) -> Breakdown:
+    """Who the parts are: ``member`` (B,) numbers the part of each sample."""
+    size = np.bincount(member, minlength=len(parts))
+
+    def in_each(values: Array) -> Array:
+        return np.bincount(member, weights=values, minlength=len(parts))
+
+    columns = [
+        size / size.sum(),
+        in_each(batch.worst_off) / max(batch.worst_off.sum(), 1.0),
+        in_each(batch.weights) / (batch.weights.sum() or 1.0),
+        in_each(batch.outliers) / size,
+        in_each(batch.losses) / size,
+    ]
+    return Breakdown(tuple(parts), np.stack(columns, axis=1))
+
+
+def by_class(batch: Batch) -> Breakdown | None:
+    """The batch by class; None where the criterion's target shows no classes."""
+    if batch.labels is None:
+        return None
+    classes, member = np.unique(batch.labels, return_inverse=True)
+    return break_down(batch, classes.tolist(), member)
+
+
+def by_group(batch: Batch, columns: Mapping[str, Array]) -> Breakdown:
+    """The batch by group; of several columns, by each combination that occurs."""
+    return break_down(batch, *intersect(columns))
+
+
+def _text(part: Hashable) -> str:
+    return ",".join(map(str, part)) if isinstance(part, tuple) else str(part)
