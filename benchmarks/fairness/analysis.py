@@ -10,6 +10,7 @@ is compared are paired differences, with t intervals over the seeds.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +172,23 @@ def protected(folder: Path) -> list[Target]:
     ]
 
 
-def one_setting(found: list[Target], methods: tuple[str, ...]) -> str:
+def mean_recovered(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> Estimate:
+    """The mean over targets of the headroom recovered."""
+    return estimate(recovered_by_seed(found, rows))
+
+
+def recovered_by_seed(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> np.ndarray:
+    """For each seed its term of the linearised mean: two methods' terms are paired."""
+    terms = []
+    for one, runs in zip(found, rows, strict=True):
+        plain = one.plain()[one.worst]
+        above, below = runs[one.worst] - plain, one.oracle()[one.worst] - plain
+        recovered = above.mean() / below.mean()
+        terms.append(np.asarray(recovered + (above - recovered * below) / below.mean()))
+    return np.asarray(np.mean(terms, axis=0))
+
+
+def one_setting(found: Sequence[Target], methods: tuple[str, ...]) -> str:
     """The setting with the best mean score without groups over all tasks and seeds."""
     runs = pd.concat({t.task: t.runs for t in found})
     runs = runs[runs["method"].isin(methods)]

@@ -95,6 +95,21 @@ def without_groups() -> Iterator[Setting]:
         yield Setting(method, f"{method}: α 0.3", Global(Intrinsic(0.3), use))
 
 
+VARIED = "IRW, one option varied"
+PLANTED = ("coloured_digits", "marked_adult")
+
+
+def varied() -> Iterator[Setting]:
+    """IRW around α 0.1, a third of warm-up and no mix, one of them varied: for what is planted."""
+    centre = {"α": 0.1, "warm-up": WARM, "mix": 0.0}
+    others = {"α": (0.05, 0.2, 0.3, 0.5), "warm-up": (0.0, 2 / 3), "mix": (0.25, 0.5, 0.75)}
+    changes = [{}, *({name: value} for name, values in others.items() for value in values)]
+    for change in changes:
+        alpha, warm_up, mix = {**centre, **change}.values()
+        name = f"{VARIED}: α {alpha:g}, warm-up {warm_up:.2f}, mix {mix:g}"
+        yield Setting(VARIED, name, Intrinsic(alpha, warm_up, {"mix": mix}))
+
+
 def told_the_groups(task: Task) -> Iterator[Setting]:
     """The upper bounds, for each grouping that counts."""
     for grouping in dict.fromkeys((*task.targets, task.protected)):

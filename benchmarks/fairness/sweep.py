@@ -1,6 +1,7 @@
 """Runs the grid and keeps each run's numbers: stopped at any time, it goes on where it was.
 
-    python -m benchmarks.fairness.sweep [--tasks adult ...] [--seeds 0 1 2 3 4] [--noise 0]
+    python -m benchmarks.fairness.sweep
+    python -m benchmarks.fairness.sweep --noise 0.05 0.1 0.2 --tasks adult law_school --methods ...
 
 Seed by seed, so that a coarse table exists early. One row a run in <results>/<task>.csv.
 """
@@ -24,7 +25,14 @@ from torch import Tensor
 
 import irw_optim
 from benchmarks.fairness.evaluation import SMALLEST, clusters, evaluate, score_without_groups
-from benchmarks.fairness.grid import PLAIN, Setting, told_the_groups, without_groups
+from benchmarks.fairness.grid import (
+    PLAIN,
+    PLANTED,
+    Setting,
+    told_the_groups,
+    varied,
+    without_groups,
+)
 from benchmarks.fairness.loop import Recipe, scores, train
 from benchmarks.fairness.methods.stages import moved
 from benchmarks.fairness.tasks import TASKS, Parts, Task
@@ -88,11 +96,10 @@ def sweep(
     noises: Iterable[float],
     folder: Path,
     recipe: Recipe,
-    settings: Iterable[Setting] | None = None,
+    settings: Iterable[Setting],
 ) -> None:
-    """Run what is not in the folder's tables yet."""
-    tasks, noises = list(tasks), list(noises)
-    chosen = list(settings) if settings is not None else list(without_groups())
+    """Run what is not in the folder's tables yet; the oracles of a task always run along."""
+    tasks, noises, chosen = list(tasks), list(noises), list(settings)
     folder.mkdir(parents=True, exist_ok=True)
     note_how(folder, recipe)
     for seed in seeds:
@@ -100,9 +107,12 @@ def sweep(
             for task in tasks:
                 path = folder / f"{task.name}.csv"
                 done = finished(path)
+                wanted = [*chosen, *told_the_groups(task)]
+                if task.name in PLANTED and not noise:
+                    wanted += varied()
                 missing = [
                     setting
-                    for setting in (*chosen, *told_the_groups(task))
+                    for setting in wanted
                     if (f"{noise:g}", str(seed), setting.name) not in done
                 ]
                 if missing:
@@ -150,6 +160,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0])
+    methods = list(dict.fromkeys(setting.method for setting in without_groups()))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,7 +169,8 @@ def main() -> None:
         if not TASKS[name].available:
             print(f"{name}: no data, left out (IRW_OPTIM_DATA)")
     tasks = [TASKS[name] for name in options.tasks if TASKS[name].available]
-    sweep(tasks, options.seeds, options.noise, options.results, Recipe())
+    settings = [setting for setting in without_groups() if setting.method in options.methods]
+    sweep(tasks, options.seeds, options.noise, options.results, Recipe(), settings)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from benchmarks.fairness.analysis import (
     Estimate,
     Target,
     estimate,
+    mean_recovered,
     protected,
     targets,
     with_setting,
 )
-from benchmarks.fairness.grid import ORACLES, PLAIN
+from benchmarks.fairness.grid import PLAIN, without_groups
 
 SHORT = {
     "coloured_digits": "digits",
@@ -36,35 +37,24 @@ FIRST_FIVE = [
     ("law_school", "label x race"),
     ("celeba_blond", "label x male"),
 ]
-"""The targets of the headline mean: fixed before the runs, and not changed after them."""
+"""The targets of the headline mean: fixed before the runs."""
+
+METHODS = tuple(dict.fromkeys(setting.method for setting in without_groups()))
+IRW = tuple(method for method in METHODS if method.startswith("IRW"))
+OTHERS = tuple(method for method in METHODS if method not in (*IRW, PLAIN))
+BEST_OF = {"*any of IRW*": IRW, "*any of the others*": OTHERS}
 
 
 def title(found: Target) -> str:
     return f"{SHORT[found.task]} {found.grouping.replace(' x ', ' × ')}"
 
 
-def methods_of(runs: pd.DataFrame, told: bool = False) -> list[str]:
-    """The methods that have run, in their order; the oracles last, if asked for."""
-    names = list(dict.fromkeys(runs["method"]))
-    return [name for name in names if name not in ORACLES]
-
-
 def first_five(found: Iterable[Target]) -> list[Target]:
     return [t for t in found if (t.task, t.grouping) in FIRST_FIVE]
 
 
-def mean_recovered(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> Estimate:
-    """The mean over targets of the headroom recovered; the seeds are the repetitions."""
-    values = []
-    for one, runs in zip(found, rows, strict=True):
-        plain = one.plain()[one.worst]
-        above, below = runs[one.worst] - plain, one.oracle()[one.worst] - plain
-        share = above.mean() / below.mean()
-        values.append(share + (above - share * below) / below.mean())
-    return estimate(np.mean([np.asarray(v) for v in values], axis=0))
-
-
-def mean_accuracy_change(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> Estimate:
+def accuracy_change(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> Estimate:
+    """In accuracy, against plain training, mean over the targets."""
     changes = [
         np.asarray(runs["test accuracy"] - one.plain()["test accuracy"])
         for one, runs in zip(found, rows, strict=True)
@@ -73,109 +63,108 @@ def mean_accuracy_change(found: Sequence[Target], rows: Sequence[pd.DataFrame]) 
 
 
 def headroom_table(folder: Path) -> str:
-    """Headroom recovered, chosen with / without groups on validation."""
+    """Headroom recovered, by settings chosen with / without groups on validation."""
     found = targets(folder)
     five = first_five(found)
-    head = ["method", *(title(t) for t in found), "mean of the first five", "accuracy, points"]
+    head = ["method", *map(title, found), "mean of the first five", "accuracy, points"]
     lines = []
-    for method in methods_of(found[1].runs):
-        if method == PLAIN:
-            continue
-        chosen = {by: [t.chosen(method, by) for t in found] for by in (WITH, WITHOUT)}
+    for name, methods in {**{m: (m,) for m in METHODS if m != PLAIN}, **BEST_OF}.items():
         cells = [
-            " / ".join(share(t.recovered(chosen[by][i]).mean) for by in chosen)
-            for i, t in enumerate(found)
+            " / ".join(share(t.recovered(t.chosen(methods, by)).mean) for by in (WITH, WITHOUT))
+            for t in found
         ]
-        of_five = {by: [t.chosen(method, by) for t in five] for by in (WITH, WITHOUT)}
-        means = " / ".join(spread(mean_recovered(five, rows)) for rows in of_five.values())
-        accuracy = " / ".join(
-            points(mean_accuracy_change(five, rows).mean) for rows in of_five.values()
-        )
-        lines.append([method, *cells, means, accuracy])
+        rows = {by: [t.chosen(methods, by) for t in five] for by in (WITH, WITHOUT)}
+        means = " / ".join(spread(mean_recovered(five, chosen)) for chosen in rows.values())
+        cost = " / ".join(points(accuracy_change(five, chosen).mean) for chosen in rows.values())
+        lines.append([name, *cells, means, cost])
     room = [
         f"{percent(t.plain()[t.worst].mean())} → {percent(t.oracle()[t.worst].mean())}"
         for t in found
     ]
-    lines.append(["*plain → oracle, %*", *room, "", ""])
+    cost = points(accuracy_change(five, [t.oracle() for t in five]).mean)
+    lines.append(["*plain → oracle, %*", *room, "", cost])
     return markdown(head, lines)
 
 
 def protected_table(folder: Path) -> str:
-    """Worst group by people: paired differences from plain training, in points."""
+    """Worst group by people, chosen with / without groups: points from plain training."""
     found = protected(folder)
-    head = ["method", *(title(t) for t in found)]
     lines = []
-    for method in methods_of(found[0].runs):
+    for method in METHODS:
         if method == PLAIN:
             continue
         cells = []
         for t in found:
             chosen = (t.chosen(method, by) for by in (WITH, WITHOUT))
-            differences = (t.difference(rows, t.plain(), t.worst) for rows in chosen)
-            cells.append(" / ".join(marked(d) for d in differences))
+            changes = (t.difference(rows, t.plain(), t.worst) for rows in chosen)
+            cells.append(" / ".join(marked(change) for change in changes))
         lines.append([method, *cells])
-    oracles = [marked(t.headroom()) for t in found]
-    lines.append(["*oracle*", *oracles])
-    plain = [
-        f"{percent(t.plain()[t.worst].mean())} ± {percent(t.plain()[t.worst].std())}" for t in found
-    ]
-    lines.append(["*plain, %*", *plain])
-    return markdown(head, lines)
+    lines.append(["*oracle*", *(marked(t.headroom()) for t in found)])
+    plain = [t.plain()[t.worst] for t in found]
+    lines.append(["*plain, %*", *(f"{percent(p.mean())} ± {percent(p.std())}" for p in plain)])
+    return markdown(["method", *map(title, found)], lines)
 
 
 METRICS = ("accuracy", "worst", "MAD", "TAD", "mean loss", "VAR", "tail loss")
 
 
-def metrics_table(found: Target, by: str = WITHOUT) -> str:
-    """All metrics of one task: mean ± standard deviation over the seeds."""
+def metrics_table(found: Target) -> str:
+    """All metrics of one task, chosen without groups: mean ± standard deviation over the seeds."""
     head = ["method", *(m if m != "worst" else f"worst {found.grouping}" for m in METRICS)]
+    chosen = {method: found.chosen(method, WITHOUT) for method in METHODS}
     lines = []
-    for method in [*methods_of(found.runs), ORACLES]:
-        rows = found.oracle() if method == ORACLES else found.chosen(method, by)
+    for method, rows in {**chosen, "*oracle*": found.oracle()}.items():
         cells = []
         for metric in METRICS:
             column = found.worst if metric == "worst" else f"test {metric}"
             scale, digits = (1, 3) if "loss" in metric or metric == "VAR" else (100, 1)
-            change = found.difference(rows, found.plain(), column)
-            star = {"higher": "▲", "lower": "▼"}.get(change.verdict, "")
+            verdict = found.difference(rows, found.plain(), column).verdict
+            arrow = {"higher": " ▲", "lower": " ▼"}.get(verdict, "")
             mean, sd = scale * rows[column].mean(), scale * rows[column].std()
-            cells.append(f"{mean:.{digits}f} ± {sd:.{digits}f}{star}")
-        lines.append(["*oracle*" if method == ORACLES else method, *cells])
-    return markdown(head, lines)
-
-
-def noise_table(folder: Path, noises: Sequence[float], methods: Sequence[str]) -> str:
-    """Worst-off group under flipped labels: points from plain training with the same flips."""
-    head = ["method, chosen without groups", *(f"{noise:.0%} flipped" for noise in noises)]
-    found = {noise: first_five(targets(folder, noise)) for noise in noises}
-    found = {noise: [t for t in some if len(t.runs)] for noise, some in found.items()}
-    lines = []
-    for method in methods:
-        cells = []
-        for some in found.values():
-            changes = [
-                np.asarray(t.chosen(method, WITHOUT)[t.worst] - t.plain()[t.worst]) for t in some
-            ]
-            cells.append(marked(estimate(np.mean(changes, axis=0))))
+            cells.append(f"{mean:.{digits}f} ± {sd:.{digits}f}{arrow}")
         lines.append([method, *cells])
-    plain = [percent(np.mean([t.plain()[t.worst].mean() for t in some])) for some in found.values()]
-    oracle = [
-        marked(
-            estimate(
-                np.mean(
-                    [np.asarray(t.oracle()[t.worst] - t.plain()[t.worst]) for t in some], axis=0
-                )
-            )
-        )
-        for some in found.values()
-    ]
-    lines += [["*oracle, told the recorded groups*", *oracle], ["*plain, %*", *plain]]
     return markdown(head, lines)
 
 
-def settings_table(folder: Path, found: Sequence[Target], settings: Sequence[str]) -> str:
-    """Headroom recovered by one setting, the same for all targets."""
-    head = ["setting", *(title(t) for t in found), "mean", "accuracy, points", "score"]
+def noisy_targets(folder: Path, noise: float) -> list[Target]:
+    """Those of the first five for which there are runs with and without flipped labels."""
+    return [t for t in first_five(targets(folder, noise)) if len(t.runs)]
+
+
+def noise_table(folder: Path, noises: Sequence[float]) -> str:
+    """Worst-off group, chosen without groups: points from plain training with the same flips."""
+    noisy = [(t.task, t.grouping) for t in noisy_targets(folder, max(noises))]
+    found = {
+        noise: [t for t in noisy_targets(folder, noise) if (t.task, t.grouping) in noisy]
+        for noise in noises
+    }
+    present = [m for m in METHODS if (found[max(noises)][0].runs["method"] == m).any()]
+    lines = [
+        [method, *(marked(against_plain(some, method)) for some in found.values())]
+        for method in present
+        if method != PLAIN
+    ]
+    oracle = [marked(mean_change(some, [t.oracle() for t in some])) for some in found.values()]
+    plain = [percent(np.mean([t.plain()[t.worst].mean() for t in some])) for some in found.values()]
+    lines += [["*oracle, told the recorded groups*", *oracle], ["*plain, %*", *plain]]
+    return markdown(["method", *(f"{noise:.0%} flipped" for noise in noises)], lines)
+
+
+def mean_change(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> Estimate:
+    """In the worst group's accuracy against plain training, mean over the targets."""
+    changes = [
+        np.asarray(runs[t.worst] - t.plain()[t.worst]) for t, runs in zip(found, rows, strict=True)
+    ]
+    return estimate(np.mean(changes, axis=0))
+
+
+def against_plain(found: Sequence[Target], method: str) -> Estimate:
+    return mean_change(found, [t.chosen(method, WITHOUT) for t in found])
+
+
+def settings_table(found: Sequence[Target], settings: Sequence[str]) -> str:
+    """Headroom recovered by a setting that is the same for all targets."""
+    head = ["setting", *map(title, found), "mean", "accuracy, points", "score without groups"]
     lines = []
     for setting in settings:
         rows = [with_setting(t, setting) for t in found]
@@ -185,7 +174,7 @@ def settings_table(folder: Path, found: Sequence[Target], settings: Sequence[str
                 setting,
                 *(share(t.recovered(r).mean) for t, r in zip(found, rows, strict=True)),
                 spread(mean_recovered(found, rows)),
-                points(mean_accuracy_change(found, rows).mean),
+                points(accuracy_change(found, rows).mean),
                 f"{score:.3f}",
             ]
         )
@@ -196,15 +185,17 @@ def settings_table(folder: Path, found: Sequence[Target], settings: Sequence[str
 
 
 def share(value: float) -> str:
+    """A share of 1 with two digits.
+
+    >>> share(0.734), share(-0.049), share(1.2), share(-1.0), share(10.5)
+    ('.73', '−.05', '1.20', '−1.00', '10.50')
     """
-    >>> share(0.734), share(-0.049), share(1.2)
-    ('.73', '−.05', '1.20')
-    """
-    return f"{value:.2f}".replace("0.", ".", 1 if abs(value) < 0.995 else 0).replace("-", "−")
+    text = f"{abs(value):.2f}"
+    return ("−" if round(value, 2) < 0 else "") + text.removeprefix("0")
 
 
 def spread(found: Estimate) -> str:
-    return f"**{share(found.mean)}** ± {share(found.half)}"
+    return f"{share(found.mean)} ± {share(found.half)}"
 
 
 def percent(value: float) -> str:
@@ -218,7 +209,7 @@ def points(value: float) -> str:
 def marked(found: Estimate) -> str:
     """Points with half the interval; bold where the interval excludes 0."""
     text = f"{points(found.mean)} ± {percent(found.half)}"
-    return f"**{text}**" if found.verdict != "no clear difference" else text
+    return text if found.verdict == "no clear difference" else f"**{text}**"
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

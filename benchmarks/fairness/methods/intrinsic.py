@@ -48,7 +48,7 @@ class Global:
 
     local: Intrinsic
     use: str = "reweighting"
-    refresh: int = 20
+    refresh: int = 40
 
     def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
         optimizer = self.local.optimizer(model, recipe, criterion=nn.CrossEntropyLoss())
