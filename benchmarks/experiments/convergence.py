@@ -229,6 +229,17 @@ def findings(result: report.Result) -> str:
             f"{report.spread(limit, 3)}. IRW started at the optimum leaves it, for "
             f"{report.spread(away, 3)} above it."
         )
+    runs = [
+        (r["methods"]["IRW"], r["methods"]["plain"]) for c in result["studies"] for r in c["runs"]
+    ]
+    closed = [1 - irw["gap"] / plain["gap"] for irw, plain in runs]
+    least = min(irw["least <d, grad F> / |grad F|^2"] for irw, _ in runs)
+    lines.append(
+        f"- In all {len(runs)} runs IRW ends at most {max(irw['gap'] for irw, _ in runs):.3f} above the "
+        f"optimum. Of plain training's distance it closes {100 * statistics.median(closed):.0f} % in "
+        f"the median run, {100 * min(closed):.0f} % in the worst one. The least ratio of the two "
+        f"sides of (1) without its constant was {least:.2f}."
+    )
     return "\n".join(lines) + "\n"
 
 

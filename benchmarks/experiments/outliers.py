@@ -3,7 +3,7 @@
     python -m benchmarks.experiments.outliers [--fast]
 
 4,000 people of UCI Adult and of Law School, drawn anew for each seed; an MLP 64-32, Adam (1e-3),
-batches of 128, 300 steps, alpha 0.3. The training part is corrupted in one of five ways:
+batches of 128, 200 steps, alpha 0.3. The training part is corrupted in one of five ways:
 
     clean         as it is
     flips 10 %    the wrong label, for a random 10 % of the people; and 20 %
@@ -153,7 +153,7 @@ def study(source: Source, how: str, seed: int, size: int, steps: int) -> dict[st
 
 def run(fast: bool) -> report.Result:
     names = [name for name in NAMES if find(name) is not None]
-    size, steps, seeds = (1000, 60, range(2)) if fast else (4000, 300, range(5))
+    size, steps, seeds = (1000, 60, range(2)) if fast else (4000, 200, range(5))
     cases = []
     for name in names[:1] if fast else names:
         source = load(name)

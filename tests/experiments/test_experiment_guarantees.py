@@ -1,5 +1,6 @@
 """Every inequality of the page on convergence, on random instances and where it is an equality."""
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -204,6 +205,25 @@ def test_the_bound_of_the_regret_is_reached():
         theta = theta - 0.1 * (G.T @ w)
     regret = sum(0.1 * (value - float(w @ (level + G @ theta))) for w, value in weighted)
     assert regret == pytest.approx((float((start - theta).square().sum()) + squares) / 2)
+
+
+@given(sizes())
+def test_cvar_sees_all_that_it_should(sizes):
+    """What the weights do not see is never positive with weights of 1/k on S."""
+    size, k, parameters, seed = sizes
+    problem = problem_of(size, parameters, seed)
+    here, point = torch.randn(2, parameters).double()
+    _, S, _, _, _ = irw(problem, here, k)
+    at_point = problem.losses(point)
+    assert float(S @ at_point) / k <= worst_mean(at_point, k / size) + 1e-12
+
+
+@pytest.mark.parametrize("alpha", [1 / 3, 2 / 3])
+def test_the_worst_off_of_batches_are_less_badly_off(alpha):
+    losses = torch.rand(6).double()
+    batches = [losses[list(batch)] for batch in itertools.combinations(range(6), 3)]
+    average = sum(worst_mean(batch, alpha) for batch in batches) / len(batches)
+    assert average < worst_mean(losses, alpha)
 
 
 @given(sizes())

@@ -1,0 +1,130 @@
+"""The pages say what was measured, and what they claim holds in a small run of today's code."""
+
+import importlib
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pandas", reason="the experiments need the report extra")
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))
+
+report = importlib.import_module("benchmarks.experiments.report")
+NAMES = ["convergence", "alignment", "outliers", "many_groups", "cost"]
+PAGES = [ROOT / "docs" / "convergence.md", ROOT / "docs" / "experiments.md"]
+
+
+def experiment(name):
+    return importlib.import_module(f"benchmarks.experiments.{name}")
+
+
+def small(name):
+    """The result of a fast run, as it would be stored."""
+    return report.rounded(experiment(name).run(fast=True))
+
+
+# What is stored ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_texts_are_those_of_the_stored_result(name):
+    result = report.stored(name)
+    assert result["command"] == f"python -m benchmarks.experiments.{name}"
+    for stem, text in experiment(name).texts(result).items():
+        assert (report.RESULTS / f"{stem}.md").read_text(encoding="utf-8") == text, stem
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_pages_show_files_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    shown = re.findall(r"```\{include\} (\S+)", text) + re.findall(r"!\[.*?\]\((\S+)\)", text)
+    assert len(shown) >= 4
+    assert all((page.parent / path).is_file() for path in shown)
+
+
+def test_spreads_and_paired_differences():
+    assert report.spread([1.0, 3.0], 1) == "2.0 ± 1.4"
+    assert report.spread([None, 1.0]) == "1.00"
+    assert report.spread([None]) == "–"
+    mean, half = report.paired([0.3, 0.5, 0.4], [0.2, 0.2, 0.2])
+    assert mean == pytest.approx(0.2)
+    assert half == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-5)
+    assert report.rounded({"a": [math.nan, 1 / 3]}) == {"a": [None, 0.333333]}
+
+
+def test_the_cost_table_says_what_grows():
+    result = report.stored("cost")
+    largest, smallest = result["batches"]["1024"], result["batches"]["32"]
+    for key in ("ms", "MiB"):
+        ratios = [b["IRWO"][key] / b["IRW"][key] for b in (smallest, largest)]
+        assert ratios[1] > 3 * ratios[0]  # distances of all pairs
+
+
+# What holds today -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_irw_comes_close_to_the_optimum_and_cvar_closer():
+    for case in small("convergence")["studies"]:
+        for run in case["runs"]:
+            gap = {name: found["gap"] for name, found in run["methods"].items()}
+            assert -1e-6 <= run["uncertainty of F*"] < 1e-4
+            assert -1e-4 < gap["CVaR"] < gap["IRW"] < gap["plain"]
+            for found in run["methods"].values():
+                assert found["regret"] <= found["bound of the regret"]
+                ratio = found["least <d, grad F> / |grad F|^2"]
+                if found is not run["methods"]["plain"]:
+                    assert ratio >= case["constant"] - 1e-9
+
+
+@pytest.mark.slow
+def test_weights_follow_alignment_more_than_loss():
+    for case in small("alignment")["cases"]:
+        for one in case["runs"]:
+            for state in ("by IRW", "plain"):
+                assert one[state]["weight and cosine"] > one[state]["weight and loss"] + 0.1
+                assert one[state]["no weight in S"] > 0.1
+                assert one[state]["heavier class"] > 0.9
+
+
+@pytest.mark.slow
+def test_the_filter_finds_what_lies_alone_and_nothing_else():
+    cases = {case["corruption"]: case["runs"] for case in small("outliers")["cases"]}
+
+    def mean(how, *keys):
+        values = []
+        for one in cases[how]:
+            value = one["IRWO"]
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return statistics.mean(values)
+
+    assert mean("scattered 10 %", "filter", "precision") > 0.9
+    assert mean("flips 10 %", "filter", "recall") < 0.1
+    assert mean("flips 20 %", "filter", "precision") < 0.3
+    assert mean("a cluster 10 %", "filter", "recall") < 0.1
+    assert mean("a cluster 10 %", "clusters", "in clusters of their own") > 0.9
+    for one in cases["clean"]:
+        found = one["IRWO"]["filter"]
+        assert found["label x sex"]["1, Female"] > 1.5 * found["of clean samples"]
+        assert found["label x sex"]["0, Female"] < 0.7 * found["of clean samples"]
+
+
+@pytest.mark.slow
+def test_irw_helps_the_worst_group_where_the_label_is_in_it():
+    for one in small("many_groups")["runs"]:
+        for grouping in ("label × age", "label × race × sex"):
+            assert one["IRW"][grouping]["worst"] > one["plain"][grouping]["worst"] + 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_irwo_holds_more_than_irw():
+    for found in small("cost")["batches"].values():
+        assert found["IRWO"]["MiB"] > found["IRW"]["MiB"] >= found["plain"]["MiB"]
