@@ -96,7 +96,6 @@ class LayerCall:
     def set_output_gradient(self, gradient: Tensor) -> None:
         """Take b; the products are defined from then on."""
         self.output_gradient = gradient if self.layout is None else self.layout(gradient)
-        self.__dict__.pop("bias_rows", None)
 
     def arrangement(self) -> tuple[str, int]:
         """Where the batch was found: what decides whether an earlier proof still holds."""
@@ -118,7 +117,6 @@ class LayerCall:
             if tensor is not None and tensor.is_floating_point() and len(tensor) == len(dropped):
                 setattr(part, name, zeroed(tensor, dropped))
         part.output_gradient = zeroed(self.output_gradient, dropped)
-        part.__dict__.pop("bias_rows", None)
         return part
 
     def copy(self) -> LayerCall:
@@ -187,14 +185,6 @@ class LayerCall:
     @property
     def b(self) -> Tensor:
         return widened(self.output_gradient)
-
-    @cached_property
-    def bias_rows(self) -> Tensor:
-        """The per-sample gradients of a bias, made once and used three times: (B, out).
-
-        Sums b over everything but the batch and the last dimension.
-        """
-        return self.b if self.b.ndim == 2 else self.b.flatten(1, -2).sum(1)
 
     def values_in(self, direction: Direction) -> dict[str, Tensor]:
         return {role: direction[p] for role, p in self.parameters.items() if p in direction}

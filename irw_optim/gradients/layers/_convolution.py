@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -10,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall, RowWeights
+from irw_optim.gradients.layers._affine import AffineCall
+from irw_optim.gradients.layers._call import inner
 from irw_optim.gradients.materialized import widened
-from irw_optim.gradients.protocol import Direction
 
 PATCHES = 2**20
 """Numbers that are unfolded at once."""
 
 
-class ConvolutionCall(LayerCall):
+class ConvolutionCall(AffineCall):
     """Convolutions and transposed ones of any dimension, in the terms of ``aten.convolution``."""
 
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> None:
@@ -26,34 +25,22 @@ class ConvolutionCall(LayerCall):
         self.weight = weight.detach()
         self.settings = list(settings.values())
 
-    def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """The part that the weight computes; the bias goes by its rows."""
-        return torch.ops.aten.convolution(input, values["weight"], None, *self.settings)  # type: ignore[no-any-return]
-
     @cached_property
     def bias_rows(self) -> Tensor:
         return self.b.flatten(2).sum(2)
 
-    def dot(self, direction: Direction) -> Tensor:
-        values = self.values_in(direction)
-        bias = values.pop("bias", None)
-        total = super().dot(direction) if values else self.b.new_zeros(len(self.b))
-        return total if bias is None else total + self.bias_rows @ bias
+    def weight_dot(self, direction: Tensor) -> Tensor:
+        output: Tensor = torch.ops.aten.convolution(
+            widened(self.input), direction, None, *self.settings
+        )
+        return inner(self.b, output, in_place=True)
 
-    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        result: dict[Tensor, Tensor] = {}
-        for role, parameter in self.parameters.items():
-            if role == "bias":
-                result[parameter] = weights.in_dtype(self.bias_rows.dtype) @ self.bias_rows
-            else:
-                result[parameter] = self.weight_gradient(*self.used_rows(weights))
-        return result
-
-    def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
-        return {
-            p: b.flatten(2).sum((0, 2)) if role == "bias" else self.weight_gradient(input, b)
-            for role, p in self.parameters.items()
-        }
+    def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
+        """As autograd computes it, without the gradients of input and bias."""
+        result = torch.ops.aten.convolution_backward(
+            b, widened(a), widened(self.weight), None, *self.settings, [False, True, False]
+        )
+        return result[1]  # type: ignore[no-any-return]
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
         """Where few channels are read: neither the rows nor the patches outnumber a and b."""
@@ -63,24 +50,15 @@ class ConvolutionCall(LayerCall):
         numbers = self.input.numel() + output_shape.numel()
         return len(self.input) * max(rows, patches) <= numbers
 
-    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
-        result: dict[Tensor, Tensor] = {}
-        for role, parameter in self.parameters.items():
-            if role == "bias":
-                result[parameter] = self.bias_rows[samples]
-            else:
-                result[parameter] = self.weight_rows(samples).unflatten(-1, parameter.shape[1:])
-        return result
-
     def weight_rows(self, samples: slice) -> Tensor:
-        """Per-sample gradients of the weight, some patches at a time: (b, out, patch size)."""
         first, last, _ = samples.indices(len(self.input))
         step = max(1, PATCHES // max(1, self.patch_size * self.groups * self.positions))
         blocks = []
         for start in range(first, max(first + 1, last), step):
             patches, single = self.patches(slice(start, min(start + step, last)))
             blocks.append((single @ patches.mT).flatten(1, 2))
-        return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+        rows = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+        return rows.unflatten(-1, self.weight.shape[1:])
 
     def patches(self, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The convolution as a linear map: sum over positions of (one side) (patch of the other).
@@ -126,10 +104,3 @@ class ConvolutionCall(LayerCall):
         """Positions of the kernel."""
         side = self.input if self.transposed else self.output_gradient
         return side.shape[2:].numel()
-
-    def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
-        """As autograd computes it, without the gradients of input and bias."""
-        result = torch.ops.aten.convolution_backward(
-            b, widened(a), widened(self.weight), None, *self.settings, [False, True, False]
-        )
-        return result[1]  # type: ignore[no-any-return]

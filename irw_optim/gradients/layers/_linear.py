@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall, RowWeights, inner
+from irw_optim.gradients.layers._affine import AffineCall
+from irw_optim.gradients.layers._call import RowWeights, inner
 from irw_optim.gradients.layers._gram import gram_of, gram_of_positions
 from irw_optim.gradients.materialized import MEMORY_BOUND, widened
 from irw_optim.gradients.protocol import Direction
@@ -20,7 +21,7 @@ KERNEL_SELECTS_FROM = 128
 """Batch size from which the kernel is computed for the used columns alone."""
 
 
-class LinearCall(LayerCall):
+class LinearCall(AffineCall):
     """y = a W^T + bias over the last dimension; ``transposed`` for W stored as (in, out)."""
 
     is_sequence = True
@@ -38,39 +39,30 @@ class LinearCall(LayerCall):
         self.transposed = transposed
         self.time_major = time_major
 
-    def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        bias = values.get("bias")
-        if "weight" not in values:
-            return torch.zeros_like(self.b) if bias is None else bias.expand_as(self.b)
-        weight = values["weight"].T if self.transposed else values["weight"]
-        return F.linear(input, weight, bias)
+    @cached_property
+    def bias_rows(self) -> Tensor:
+        return self.b if self.b.ndim == 2 else self.b.flatten(1, -2).sum(1)
 
-    def dot(self, direction: Direction) -> Tensor:
+    def weight_dot(self, direction: Tensor) -> Tensor:
         """<b_i, W a_i> = <W^T b_i, a_i>: the side with fewer numbers is the one to make."""
-        values = self.values_in(direction)
-        if "weight" not in values or self.input.numel() >= self.output_gradient.numel():
-            return super().dot(direction)
-        a, weight = widened(self.input), values["weight"]
-        total = inner(a, self.b @ (weight.T if self.transposed else weight), in_place=True)
-        return total + self.bias_rows @ values["bias"] if "bias" in values else total
+        a, b = widened(self.input), self.b
+        weight = direction.t() if self.transposed else direction
+        if a.numel() < b.numel():
+            return inner(a, b @ weight, in_place=True)
+        return inner(b, F.linear(a, weight), in_place=True)
 
-    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        result: dict[Tensor, Tensor] = {}
-        for role, parameter in self.parameters.items():
-            if role == "bias":
-                result[parameter] = weights.in_dtype(self.bias_rows.dtype) @ self.bias_rows
-            else:
-                result[parameter] = self.weight_gradient(*self.used_rows(weights))
-        return result
+    def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
+        """B^T A over all rows and positions."""
+        if b.ndim > 2:
+            a, b = a.flatten(0, -2), b.flatten(0, -2)
+        return a.t().mm(b) if self.transposed else b.t().mm(a)
 
-    def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
-        result: dict[Tensor, Tensor] = {}
-        for role, parameter in self.parameters.items():
-            if role == "bias":
-                result[parameter] = b.flatten(0, -2).sum(0)
-            else:
-                result[parameter] = self.weight_gradient(input, b)
-        return result
+    def weight_rows(self, samples: slice) -> Tensor:
+        a, b = widened(self.input[samples]), self.b[samples]
+        if a.ndim == 2:
+            a, b = a.unsqueeze(1), b.unsqueeze(1)
+        a, b = a.flatten(1, -2), b.flatten(1, -2)
+        return a.mT.bmm(b) if self.transposed else b.mT.bmm(a)
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
         """With more positions than features the rows are the fewer numbers."""
@@ -78,25 +70,6 @@ class LinearCall(LayerCall):
             return False
         numbers = len(self.input) * sum(p.numel() for p in self.parameters.values())
         return numbers <= self.input.numel() + output_shape.numel()
-
-    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
-        result: dict[Tensor, Tensor] = {}
-        for role, parameter in self.parameters.items():
-            if role == "bias":
-                result[parameter] = self.bias_rows[samples]
-                continue
-            a, b = widened(self.input[samples]), self.b[samples]
-            if a.ndim == 2:
-                a, b = a.unsqueeze(1), b.unsqueeze(1)
-            a, b = a.flatten(1, -2), b.flatten(1, -2)
-            result[parameter] = a.mT.bmm(b) if self.transposed else b.mT.bmm(a)
-        return result
-
-    def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
-        """B^T A over all rows and positions."""
-        if b.ndim > 2:
-            a, b = a.flatten(0, -2), b.flatten(0, -2)
-        return a.t().mm(b) if self.transposed else b.t().mm(a)
 
     def align(self, coefficients: RowWeights) -> Tensor:
         """By the kernel (A A^T + 1) o (B B^T), where that is less work than by g_S."""
@@ -161,9 +134,6 @@ class LinearRowsCall(LinearCall):
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
         return self.among_zeros(super().combine(weights))
-
-    def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
-        return self.among_zeros(super().transpose(input, b))
 
     def among_zeros(self, parts: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """The gradients of the slices, of the shape of the whole parameters."""
