@@ -229,16 +229,18 @@ def findings(result: report.Result) -> str:
             f"{report.spread(limit, 3)}. IRW started at the optimum leaves it, for "
             f"{report.spread(away, 3)} above it."
         )
-    runs = [
-        (r["methods"]["IRW"], r["methods"]["plain"]) for c in result["studies"] for r in c["runs"]
+    pairs = [
+        (run["methods"]["IRW"], run["methods"]["plain"])
+        for case in result["studies"]
+        for run in case["runs"]
     ]
-    closed = [1 - irw["gap"] / plain["gap"] for irw, plain in runs]
-    least = min(irw["least <d, grad F> / |grad F|^2"] for irw, _ in runs)
+    closed = [100 * (1 - irw["gap"] / plain["gap"]) for irw, plain in pairs]
     lines.append(
-        f"- In all {len(runs)} runs IRW ends at most {max(irw['gap'] for irw, _ in runs):.3f} above the "
-        f"optimum. Of plain training's distance it closes {100 * statistics.median(closed):.0f} % in "
-        f"the median run, {100 * min(closed):.0f} % in the worst one. The least ratio of the two "
-        f"sides of (1) without its constant was {least:.2f}."
+        f"- In all {len(pairs)} runs IRW ends at most {max(irw['gap'] for irw, _ in pairs):.3f} "
+        f"above the optimum. Of plain training's distance it closes "
+        f"{statistics.median(closed):.0f} % in the median run, {min(closed):.0f} % in the worst "
+        f"one. The least ratio of the two sides of (1) without its constant was "
+        f"{min(irw['least <d, grad F> / |grad F|^2'] for irw, _ in pairs):.2f}."
     )
     return "\n".join(lines) + "\n"
 
