@@ -15,7 +15,7 @@ def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
     """The parameters that ``chosen`` means.
 
     Args:
-        model: whose named parameters to choose from.
+        model: whose named parameters to choose from; a tied one by any of its names.
         chosen: ``"last"`` for the last layer with trainable parameters; a sequence of parameter
             or module names; a predicate ``(name, parameter) -> bool``; None for all.
 
@@ -27,7 +27,9 @@ def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
     >>> sorted(p.numel() for p in select_parameters(model, "last"))
     [1, 3]
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # A tied parameter has several names, and may be chosen by any of them.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
     if chosen is None:
         selected: set[Tensor] = set(trainable.values())
     elif chosen == "last":
@@ -36,7 +38,7 @@ def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
     elif callable(chosen):
         selected = {p for name, p in trainable.items() if chosen(name, p)}
     elif isinstance(chosen, Sequence) and not isinstance(chosen, str):
-        names = [name for name, _ in model.named_parameters()]
+        names = list(named)
         for wanted in chosen:
             if not any(name == wanted or name.startswith(f"{wanted}.") for name in names):
                 raise ValueError(
