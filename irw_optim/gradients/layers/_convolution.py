@@ -58,7 +58,7 @@ class ConvolutionCall(AffineCall):
             patches, single = self.patches(slice(start, min(start + step, last)))
             blocks.append((single @ patches.mT).flatten(1, 2))
         rows = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-        return rows.unflatten(-1, self.weight.shape[1:])
+        return rows.view(len(rows), *self.weight.shape)
 
     def patches(self, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The convolution as a linear map: sum over positions of (one side) (patch of the other).
