@@ -9,7 +9,7 @@ decides, and gives the gradient of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ from irw_optim.gradients.engine import Engine, LossGradients
 from irw_optim.gradients.ghost import check_inputs
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.record import StepRecord
+from irw_optim.passes import Pass
 
-Decide = Callable[[PerSampleLosses, PerSampleGradients], StepRecord]
+Coefficients = Callable[[Sequence[Pass], PerSampleGradients], Tensor]
 
 
 class LogicalBatch:
@@ -48,7 +48,7 @@ class LogicalBatch:
         batch: PerSampleLosses,
         engine: Engine,
         scored: Callable[[Tensor], bool],
-        decide: Decide,
+        coefficients: Coefficients,
     ) -> Tensor:
         """The criterion's value; the backward pass of the k-th gives the gradient of all k.
 
@@ -56,9 +56,9 @@ class LogicalBatch:
             batch: per-sample losses of one physical batch, with their graph.
             engine: gives the per-sample gradients.
             scored: which parameters make the scores.
-            decide: the weights of the whole batch, from its losses and its rows.
+            coefficients: the factor on every loss's gradient, from all passes and their rows.
         """
-        member = _Member(self, batch, engine.capture(batch.losses), scored, decide)
+        member = _Member(self, batch, engine.capture(batch.losses), scored, coefficients)
         # Not the leaves: hooks on parameters would be called in passes that give no gradient.
         anchor = torch.zeros_like(batch.value).requires_grad_()
         return deferred_loss(batch.value, member, [anchor])
@@ -79,12 +79,11 @@ class LogicalBatch:
                 [member.captured.rows(member.scored) for member in members],
                 like=widened(members[0].batch.losses),
             )
-            record = members[-1].decide(_joined([member.batch for member in members]), rows)
-            # The ordinary gradient is sum_j factor_j mean_j: its length is the sum of the factors.
-            length = sum(member.factor for member in members)
+            passes = [Pass(member.batch, member.factor) for member in members]
+            coefficients = members[-1].coefficients(passes, rows)
             total: dict[Tensor, Tensor] = {}
-            for member, weights in zip(members, record.weights.split(rows.sizes), strict=True):
-                for leaf, gradient in member.weighted_sum(weights * length).items():
+            for member, some in zip(members, coefficients.split(rows.sizes), strict=True):
+                for leaf, gradient in member.weighted_sum(some).items():
                     total[leaf] = total[leaf] + gradient if leaf in total else gradient
             return total
         finally:
@@ -106,13 +105,13 @@ class _Member:
         batch: PerSampleLosses,
         captured: LossGradients,
         scored: Callable[[Tensor], bool],
-        decide: Decide,
+        coefficients: Coefficients,
     ) -> None:
         self.logical = logical
         self.batch = batch._replace(losses=batch.losses.detach())
         self.captured = captured
         self.scored = scored
-        self.decide = decide
+        self.coefficients = coefficients
         self.factor: Tensor | float = 0.0
         self.started = False
 
@@ -136,7 +135,7 @@ class _Member:
                     "some parameters need that graph until the logical batch is complete: use "
                     "backward(retain_graph=True), or IRWOptimizer without accumulation_steps"
                 )
-            self.factor = upstream * self.batch.scale
+            self.factor = upstream
             logical.members.append(self)
             if len(logical.members) == logical.size:
                 logical.finish()
@@ -150,19 +149,3 @@ class _Member:
         gradients = captured.weighted_sum(weights, keep_graph=False)
         leaves = zip(captured.leaves, gradients, strict=True)
         return {leaf: gradient for leaf, gradient in leaves if gradient is not None}
-
-
-def _joined(batches: list[PerSampleLosses]) -> PerSampleLosses:
-    """The losses of the logical batch; ``value`` and ``scale`` have no meaning there."""
-
-    def cat(tensors: list[Tensor | None]) -> Tensor | None:
-        present = [t for t in tensors if t is not None]
-        return torch.cat(present) if len(present) == len(tensors) else None
-
-    return PerSampleLosses(
-        torch.cat([batch.losses for batch in batches]),
-        batches[0].value,
-        1.0,
-        cat([batch.labels for batch in batches]),
-        cat([batch.counts for batch in batches]),
-    )

@@ -19,6 +19,16 @@ from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_cri
 Listener = Callable[[PerSampleLosses], Tensor]
 
 
+def check_unattached(criterion: nn.Module) -> None:
+    """Refuse a criterion that is attached to an optimizer that lives."""
+    earlier = criterion.__dict__.get("forward")
+    if isinstance(earlier, AttachedForward) and earlier.listener() is not None:
+        raise ValueError(
+            f"criterion={type(criterion).__name__}() is attached to another IRWOptimizer "
+            "already: call detach() on that one first, or give each its own criterion"
+        )
+
+
 class AttachedForward:
     """Stands in for ``criterion.forward``.
 
@@ -32,13 +42,9 @@ class AttachedForward:
 
     def __init__(self, criterion: nn.Module, model: nn.Module, listener: Listener) -> None:
         validate_criterion(criterion)
+        check_unattached(criterion)
         earlier = criterion.__dict__.get("forward")
         if isinstance(earlier, AttachedForward):
-            if earlier.listener() is not None:
-                raise ValueError(
-                    f"criterion={type(criterion).__name__}() is attached to another IRWOptimizer "
-                    "already: call detach() on that one first, or give each its own criterion"
-                )
             earlier.detach()
         self.criterion = criterion
         self.model = model

@@ -18,27 +18,23 @@ from torch import Tensor
 from irw_optim.gradients.engine import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 
-Weigh = Callable[[Callable[[], PerSampleGradients]], Tensor]
-"""Asks for the rows if it needs them, and returns the weights (B,)."""
+Weigh = Callable[[Tensor, PerSampleGradients], Tensor]
+"""``weigh(upstream, rows)`` gives the factor on every loss's gradient, (B,)."""
 
 
 def weighted_loss(
-    value: Tensor,
-    batch: LossGradients,
-    scale: Tensor | float,
-    scored: Callable[[Tensor], bool],
-    weigh: Weigh,
+    value: Tensor, batch: LossGradients, scored: Callable[[Tensor], bool], weigh: Weigh
 ) -> Tensor:
-    """A scalar with the given value whose gradient is ``scale * sum_i w_i grad(loss_i)``.
+    """A scalar with the given value whose gradient is ``sum_i c_i grad(loss_i)``.
 
     Args:
         value: what the training loop sees, 0-dim, detached.
         batch: the per-sample gradients.
-        scale: factor that keeps the length of the ordinary gradient.
         scored: which parameters' gradients make the score.
-        weigh: chooses the weights when the gradients are known.
+        weigh: chooses the factors c when the gradients are known, from them and from the gradient
+            that arrives at the scalar, 0-dim.
     """
-    return deferred_loss(value, _Pass(batch, scale, scored, weigh), batch.leaves)
+    return deferred_loss(value, _Pass(batch, scored, weigh), batch.leaves)
 
 
 class Plan(Protocol):
@@ -59,12 +55,10 @@ class _Pass:
     def __init__(
         self,
         batch: LossGradients,
-        scale: Tensor | float,
         scored: Callable[[Tensor], bool],
         weigh: Weigh,
     ) -> None:
         self.batch = batch
-        self.scale = scale
         self.scored = scored
         self.weigh = weigh
         self.done = False
@@ -82,8 +76,7 @@ class _Pass:
             with without_autocast(upstream.device.type):
                 shared = keep_graph or walked_by_this_backward(batch)
                 batch.start(seed_of(upstream), shared)
-                weights = self.weigh(lambda: batch.rows(self.scored))
-                return batch.weighted_sum(weights * (upstream * self.scale), shared)
+                return batch.weighted_sum(self.weigh(upstream, batch.rows(self.scored)), shared)
         finally:
             if not keep_graph:
                 self.done = True
@@ -109,7 +102,7 @@ class _DeferredLoss(torch.autograd.Function):
         return None, None, *ctx.plan.gradients(upstream)
 
 
-def _forgotten(rows: Callable[[], PerSampleGradients]) -> Tensor:
+def _forgotten(upstream: Tensor, rows: PerSampleGradients) -> Tensor:
     raise AssertionError("weights are asked for once a backward pass, and this one is over")
 
 

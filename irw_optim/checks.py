@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from irw_optim.attach import check_unattached
 from irw_optim.criterion import validate_criterion
+from irw_optim.distributed.replicas import check_replicas_in
 from irw_optim.gradients.engine import ENGINES
 from irw_optim.privacy.errors import DPGuaranteeError
 from irw_optim.ranges import check_alpha, check_options
 
 WEIGHTINGS = ("irw", "cvar", "uniform")
+WORST_OFF = ("global", "local")
 
 
 def check_arguments(
@@ -32,6 +34,7 @@ def check_arguments(
     weighting: Any,
     score_parameters: object,
     accumulation_steps: object,
+    worst_off: object,
 ) -> None:
     """Check the arguments of `IRWOptimizer`, each by itself and with the others.
 
@@ -75,6 +78,11 @@ def check_arguments(
             f"accumulation_steps={accumulation_steps!r}: expected 1 (weights inside each backward "
             "pass) or the number of passes whose samples are weighed together"
         )
+    if worst_off not in WORST_OFF:
+        raise ValueError(
+            f"worst_off={worst_off!r}: expected 'global' (of the batch of all processes) or "
+            "'local' (each process weighs its own batch)"
+        )
     if score_parameters is not None and model is None:
         raise ValueError(
             f"score_parameters={score_parameters!r} is given without model: expected "
@@ -87,6 +95,7 @@ def check_arguments(
                 "IRWOptimizer(..., model=model, criterion=criterion)"
             )
         validate_criterion(criterion)
+        check_unattached(criterion)
     check_model(model)
     check_parameters(
         [p for group in optimizer.param_groups for p in group["params"]], model, criterion
@@ -150,7 +159,7 @@ def check_model(model: Any) -> None:
             if kind.__name__ in _SHARDED:
                 raise NotImplementedError(
                     f"model contains a {kind.__name__}, whose parameters are spread over devices: "
-                    "train on one device"
+                    "train with DistributedDataParallel, or on one device"
                 )
             if kind.__name__ == "GradSampleModuleExpandedWeights":
                 raise TypeError(
@@ -158,21 +167,7 @@ def check_model(model: Any) -> None:
                     "no hook: give IRWOptimizer the plain model, or leave model and criterion out "
                     "and call optimizer.step(losses=losses)"
                 )
-            if kind.__name__ == "DistributedDataParallel" and _several_processes():
-                raise NotImplementedError(
-                    "model is in DistributedDataParallel over several processes: the worst-off "
-                    "group would be chosen in each process by itself, which is not built to be "
-                    "exact yet; train in one process"
-                )
-
-
-def _several_processes() -> bool:
-    distributed = torch.distributed
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
+    check_replicas_in(model)
 
 
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineModule"}

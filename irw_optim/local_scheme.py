@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from irw_optim.backward import weighted_loss
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.outliers import OutlierFilter
 from irw_optim.record import StepRecord
-from irw_optim.weighting import ScoreRule, uniform, weigh
+from irw_optim.weighting import Alignment, Equality, Membership, ScoreRule, uniform, weigh
 
 
 class Scheme(Protocol):
     """Decides the weights of a batch: this module's `LocalScheme`, or one that holds weights."""
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the weights depend on more than the losses."""
+
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
         """The weights of one batch, and all that led to them."""
 
-    def loss(
-        self,
-        batch: PerSampleLosses,
-        engine: Engine,
-        scored: Callable[[Tensor], bool],
-        note: Callable[[StepRecord], None],
-    ) -> Tensor:
-        """The criterion's value, carrying the weighted gradient."""
+
+def rule_named(weighting: str | ScoreRule, center: float) -> ScoreRule:
+    """The rule that the optimizer's argument ``weighting`` means."""
+    if not isinstance(weighting, str):
+        return weighting
+    named: dict[str, ScoreRule] = {
+        "irw": Alignment(center),
+        "cvar": Membership(),
+        "uniform": Equality(),
+    }
+    return named[weighting]
 
 
 @dataclass(frozen=True)
 class LocalScheme:
-    """Turns the losses of one batch into a scalar that carries the weighted gradient.
+    """Weighs the samples of one batch against each other.
 
     Attributes:
         alpha: lower bound on the share of the smallest group.
@@ -79,36 +83,15 @@ class LocalScheme:
         )
         return StepRecord(**vars(decided), losses=losses, labels=batch.labels)
 
-    def loss(
-        self,
-        batch: PerSampleLosses,
-        engine: Engine,
-        scored: Callable[[Tensor], bool],
-        note: Callable[[StepRecord], None],
-    ) -> Tensor:
-        """The criterion's value, with ``scale * sum_i w_i grad(loss_i)`` as its gradient.
 
-        Args:
-            batch: per-sample losses with their graph.
-            engine: gives the per-sample gradients.
-            scored: which parameters make the scores.
-            note: is told what was decided, when the backward pass runs.
-        """
-        if not self.needs_gradients:
-            return with_known_weights(batch, self.decide(batch, _NoRows(batch)), note)
+class Averaging:
+    """Plain training, as a scheme: the warm-up."""
 
-        def weights(rows: Callable[[], PerSampleGradients]) -> Tensor:
-            record = self.decide(batch, rows())
-            note(record)
-            return record.weights
+    needs_gradients = False
 
-        captured = engine.capture(batch.losses)
-        return weighted_loss(batch.value, captured, batch.scale, scored, weights)
-
-
-def averaged_loss(batch: PerSampleLosses, note: Callable[[StepRecord], None]) -> Tensor:
-    """The criterion's value with its ordinary gradient, noted as a step: the warm-up."""
-    return with_known_weights(batch, averaged_record(batch), note)
+    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
+        """Equal weights."""
+        return averaged_record(batch)
 
 
 def averaged_record(batch: PerSampleLosses) -> StepRecord:
@@ -129,16 +112,6 @@ def averaged_record(batch: PerSampleLosses) -> StepRecord:
     )
 
 
-def with_known_weights(
-    batch: PerSampleLosses, record: StepRecord, note: Callable[[StepRecord], None]
-) -> Tensor:
-    """Where the weights are known before backward, ordinary autograd does the rest."""
-    weighted = batch.scale * (record.weights.to(batch.losses.dtype) * batch.losses).sum()
-    loss = weighted + (batch.value - weighted).detach()
-    loss.register_hook(lambda _: note(record))
-    return loss
-
-
 def _present(batch: PerSampleLosses) -> Tensor | None:
     """The samples that are not ignored altogether; None for all, and where that is nobody."""
     if batch.counts is None:
@@ -147,17 +120,24 @@ def _present(batch: PerSampleLosses) -> Tensor | None:
     return present if bool(present.any()) else None
 
 
-class _NoRows:
-    """Stands where a rule that looks at losses alone is handed gradients."""
+class NoRows:
+    """Stands where a rule that looks at losses alone is handed gradients.
 
-    def __init__(self, batch: PerSampleLosses) -> None:
-        self.batch_size = len(batch.losses)
+    Args:
+        batch_size: B.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """Not on offer, as the others."""
         raise RuntimeError("a rule with needs_gradients=False asked for gradients")
 
     def dot(self, direction: object) -> Tensor:
+        """Not on offer."""
         raise RuntimeError("a rule with needs_gradients=False asked for gradients")
 
     def gram(self) -> Tensor:
+        """Not on offer."""
         raise RuntimeError("a rule with needs_gradients=False asked for gradients")

@@ -9,27 +9,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irw_optim.accumulation import LogicalBatch
 from irw_optim.attach import AttachedForward
-from irw_optim.checks import (
-    check_arguments,
-    check_group,
-    check_not_private,
-    check_trains,
-)
+from irw_optim.checks import check_arguments, check_group, check_not_private, check_trains
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.distributed.replicas import Replicas
 from irw_optim.grad_sample_way import weigh_grad_samples
 from irw_optim.gradients.engine import Engine
-from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.local_scheme import LocalScheme, Scheme, averaged_loss
+from irw_optim.local_scheme import LocalScheme, rule_named
 from irw_optim.options import described, report_differences
 from irw_optim.outliers import OutlierFilter
-from irw_optim.progress import Progress
 from irw_optim.ranges import check_losses
 from irw_optim.record import StepRecord
 from irw_optim.selection import ScoreParameters, select_parameters
-from irw_optim.weighting import Alignment, Equality, Membership, ScoreRule
-from irw_optim.wrapping import OptimizerWrapper, fires_own_hooks
+from irw_optim.weighing import Weighing
+from irw_optim.weighting import ScoreRule
+from irw_optim.wrapping import OptimizerWrapper, fires_own_hooks, one_of
 
 logger = logging.getLogger("irw_optim")
 
@@ -74,9 +68,14 @@ class IRWOptimizer(OptimizerWrapper):
         accumulation_steps: 1 chooses S and the weights inside each backward pass, which adds to
             ``p.grad`` as usual; k over k passes together: ``p.grad`` then stays as it was until
             the k-th one, and has the weighted gradient of all of them after it.
+        worst_off: over several processes with the model in DistributedDataParallel: ``"global"``,
+            the step of one process on the batch of all; or ``"local"``, each process weighs its
+            own batch, which costs no message.
 
     Attributes:
         inner: the optimizer that takes the step.
+        scheme: decides the weights.
+        engine: gives the per-sample gradients.
         last_step: the `StepRecord` of the newest backward pass, or of the newest logical batch.
         steps: optimizer steps taken.
 
@@ -115,6 +114,7 @@ class IRWOptimizer(OptimizerWrapper):
         engine: str = "auto",
         weighting: str | ScoreRule = "irw",
         accumulation_steps: int = 1,
+        worst_off: str = "global",
     ) -> None:
         options = {
             "alpha": alpha,
@@ -126,31 +126,41 @@ class IRWOptimizer(OptimizerWrapper):
             "score_parameters": score_parameters,
             "weighting": weighting,
             "accumulation_steps": accumulation_steps,
+            "worst_off": worst_off,
         }
         check_arguments(optimizer, model=model, criterion=criterion, engine=engine, **options)
-        self._score_parameters: set[Tensor] | None = None
+        chosen = None
         if model is not None and score_parameters is not None:
-            self._score_parameters = select_parameters(model, score_parameters)
+            chosen = select_parameters(model, score_parameters)
         super().__init__(optimizer)
-        rule = _RULES[weighting](center) if isinstance(weighting, str) else weighting
-        self.scheme: Scheme = LocalScheme(float(alpha), rule, outliers, class_balance, mix)
-        self.warmup_steps = warmup_steps
-        self.accumulation_steps = accumulation_steps
         self._options = {name: described(value) for name, value in options.items()}
-        self._progress = Progress()
+        rule = rule_named(weighting, center)
+        self._weighing = Weighing(
+            optimizer,
+            Engine(model, engine),
+            LocalScheme(float(alpha), rule, outliers, class_balance, mix),
+            chosen,
+            warmup_steps,
+            accumulation_steps,
+            Replicas(model, worst_off, self._options),
+        )
         self._attached: AttachedForward | None = None
         self._attach(model, criterion)
-        self.engine = Engine(model, engine)
+
+    scheme = one_of("_weighing", "scheme")
+    engine = one_of("_weighing", "engine")
+    warmup_steps = one_of("_weighing", "warmup_steps")
+    accumulation_steps = one_of("_weighing", "accumulation_steps")
 
     @property
     def steps(self) -> int:
         """Optimizer steps on a weighted gradient; those that a scaler skipped do not count."""
-        return self._progress.steps
+        return self._weighing.progress.steps
 
     @property
     def last_step(self) -> StepRecord | None:
         """What the newest backward pass decided; None before the first."""
-        return self._progress.last
+        return self._weighing.progress.last
 
     @property
     def criterion(self) -> nn.Module | None:
@@ -171,9 +181,8 @@ class IRWOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, per-sample ones too, and what backward has noted since."""
         super().zero_grad(set_to_none)
-        self._progress.pending.clear()
-        self._logical.clear()
-        for parameter in self._parameters():
+        self._weighing.clear()
+        for parameter in self._weighing.parameters:
             if getattr(parameter, "grad_sample", None) is not None:
                 parameter.grad_sample = None  # type: ignore[attr-defined]
 
@@ -190,7 +199,7 @@ class IRWOptimizer(OptimizerWrapper):
                 self.steps,
             )
             return
-        self._progress.steps = own["steps"]
+        self._weighing.progress.steps = own["steps"]
         report_differences(own, self._options)
 
     # The three ways in -----------------------------------------------------------------------
@@ -212,7 +221,7 @@ class IRWOptimizer(OptimizerWrapper):
         check_losses(losses)
         check_trains(losses)
         value = losses.detach().mean()
-        self._loss(PerSampleLosses(losses, value, 1.0, labels)).backward()
+        self._weighing.loss(PerSampleLosses(losses, value, 1.0, labels)).backward()
         return value
 
     @fires_own_hooks
@@ -238,16 +247,16 @@ class IRWOptimizer(OptimizerWrapper):
             FloatingPointError: a loss or a score is not finite; parameters are as they were.
             DPGuaranteeError: the parameters belong to a differentially private optimizer.
         """
-        check_not_private(self._parameters())
+        check_not_private(self._weighing.parameters)
         if losses is not None:
-            scored = self.scored_parameters()
-            weigh_grad_samples(self._parameters(), scored, losses, labels, self._decide)
+            every, scored = self._weighing.parameters, self.scored_parameters()
+            weigh_grad_samples(every, scored, losses, labels, self._weighing.decide)
         if closure is None:
-            self._make_ready()
+            self._weighing.make_ready()
             result = self.inner.step()
         else:
-            result = self.inner.step(lambda: self._evaluated(closure))
-        self._progress.step_taken(skipped=bool(getattr(self.inner, "found_inf", False)))
+            result = self.inner.step(lambda: self._weighing.evaluated(closure))
+        self._weighing.step_taken()
         return result
 
     def finish(self) -> None:
@@ -255,13 +264,11 @@ class IRWOptimizer(OptimizerWrapper):
 
         `step` does so too; this is for what must see the gradient before, such as clipping.
         """
-        self._logical.finish()
+        self._weighing.finish()
 
     def detach(self) -> None:
         """Remove every hook: model and criterion are as they were before."""
-        self.engine.remove_hooks()
-        self.engine = Engine(None)
-        self._logical.clear()
+        self._weighing.release()
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
@@ -270,64 +277,19 @@ class IRWOptimizer(OptimizerWrapper):
 
     def scored_parameters(self) -> set[Tensor]:
         """The parameters whose gradients make the scores."""
-        chosen = self._score_parameters
-        return {p for p in self._parameters() if chosen is None or p in chosen}
-
-    def _loss(self, batch: PerSampleLosses) -> Tensor:
-        """The criterion's value, carrying the weighted gradient."""
-        if not batch.losses.requires_grad:
-            return batch.value
-        if self.steps < self.warmup_steps:
-            return averaged_loss(batch, self._note)
-        scored = self.scored_parameters().__contains__
-        if self.accumulation_steps > 1:
-            return self._logical.loss(batch, self.engine, scored, self._decide)
-        return self.scheme.loss(batch, self.engine, scored, self._note)
-
-    def _decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
-        record = self.scheme.decide(batch, rows)
-        self._note(record)
-        return record
-
-    def _note(self, record: StepRecord) -> None:
-        self._progress.note(record, self._parameters())
-
-    def _evaluated(self, closure: Callable[[], Any]) -> Any:
-        loss = closure()
-        if loss is not None or self._progress.pending:  # a training step may skip its batch
-            self._make_ready()
-        return loss
-
-    def _make_ready(self) -> None:
-        """What must hold of the gradient before the inner optimizer uses it."""
-        self.finish()
-        if getattr(self.inner, "found_inf", None) is None:  # else its step skips what is not finite
-            self._progress.check(self._parameters())
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return set(self._weighing.scored)
 
     def _attach(self, model: nn.Module | None, criterion: nn.Module | None) -> None:
-        self._logical = LogicalBatch(self.accumulation_steps)
         if model is not None and criterion is not None:
-            self._attached = AttachedForward(criterion, model, self._loss)
+            self._attached = AttachedForward(criterion, model, self._weighing.loss)
 
     # (model, criterion, optimizer) copied together stay attached to each other: the hooks on the
     # model come along with it, the criterion's forward does not.
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {**super().__getstate__(), "_attached": self.criterion}
-        del own["_logical"]
-        return own
+        return {**super().__getstate__(), "_attached": self.criterion}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         criterion = state["_attached"]
         super().__setstate__({**state, "_attached": None})
         self._attach(self.engine.model, criterion)
-
-
-_RULES: dict[str, Callable[[float], ScoreRule]] = {
-    "irw": Alignment,
-    "cvar": lambda center: Membership(),
-    "uniform": lambda center: Equality(),
-}

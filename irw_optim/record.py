@@ -21,10 +21,13 @@ class StepRecord(Weights):
         outliers: bool, the samples that a filter removed; their weight is 0.
         scores: s_i = <g_i, g_S> (or the score of another rule).
         weights: w_i, sums to 1.
+        own: bool, the samples of this process where B counts those of all processes, in the order
+            of their ranks; None where all are.
     """
 
     losses: Tensor
     labels: Tensor | None = None
+    own: Tensor | None = None
 
     @property
     def effective_sample_size(self) -> float:

@@ -41,12 +41,12 @@ def fires_own_hooks(step: _Step) -> _Step:
     return hooked  # type: ignore[return-value]
 
 
-def _of_inner(name: str) -> Any:
-    """An attribute that is read, set and deleted on the inner optimizer."""
+def one_of(part: str, name: str) -> Any:
+    """An attribute that is read, set and deleted on a part of the object."""
     return property(
-        lambda self: getattr(self.inner, name),
-        lambda self, value: setattr(self.inner, name, value),
-        lambda self: delattr(self.inner, name),
+        lambda self: getattr(getattr(self, part), name),
+        lambda self, value: setattr(getattr(self, part), name, value),
+        lambda self: delattr(getattr(self, part), name),
     )
 
 
@@ -66,11 +66,11 @@ class OptimizerWrapper(Optimizer):
     SECTION: str
     """The key of `own_state` in the state dict, beside torch's ``state`` and ``param_groups``."""
 
-    param_groups = _of_inner("param_groups")
-    state = _of_inner("state")
+    param_groups = one_of("inner", "param_groups")
+    state = one_of("inner", "state")
     # A GradScaler leaves these for fused optimizers, which unscale and skip by themselves.
-    grad_scale = _of_inner("grad_scale")
-    found_inf = _of_inner("found_inf")
+    grad_scale = one_of("inner", "grad_scale")
+    found_inf = one_of("inner", "found_inf")
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner

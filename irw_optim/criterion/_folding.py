@@ -28,6 +28,9 @@ class PerSampleLosses(NamedTuple):
         counts: n, valid elements of each sample, int64 of shape (B,), or None if all samples are
             known to have equally many. ``counts == 0`` marks the samples that are ignored
             altogether: they are part of no mean.
+        elements: Σn, or None if every sample is one element. With `scale` it makes the value of
+            several batches together: a mean divides by the sum of their ``elements / scale``.
+        summed: Whether the value is the sum, which divides by nothing.
     """
 
     losses: Tensor
@@ -35,6 +38,8 @@ class PerSampleLosses(NamedTuple):
     scale: Tensor | float
     labels: Tensor | None = None
     counts: Tensor | None = None
+    elements: Tensor | float | None = None
+    summed: bool = False
 
 
 def fold(
@@ -69,16 +74,17 @@ def fold(
 
     if reduction == "sum":
         scale = float(total) if isinstance(total, int) else total.to(_wide(elements))
-        return PerSampleLosses(losses, detached.sum(), scale, labels, counts)
+        return PerSampleLosses(losses, detached.sum(), scale, labels, counts, total, summed=True)
     if normaliser is None and valid is None:
-        return PerSampleLosses(losses, detached.mean(), 1.0, labels, counts)
+        return PerSampleLosses(losses, detached.mean(), 1.0, labels, counts, total)
     if normaliser is None:
-        return PerSampleLosses(losses, _quotient(detached, total), 1.0, labels, counts)
+        return PerSampleLosses(losses, _quotient(detached, total), 1.0, labels, counts, total)
     scale = total / normaliser
     if isinstance(scale, Tensor):
         # 0/0, everything ignored: torch's value is NaN and its gradient 0, as any number leaves it.
         scale = scale.nan_to_num(1.0, posinf=float("inf"))
-    return PerSampleLosses(losses, _quotient(detached, normaliser), scale, labels, counts)
+    value = _quotient(detached, normaliser)
+    return PerSampleLosses(losses, value, scale, labels, counts, total)
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -164,7 +164,10 @@ def _ctc(
     if criterion.reduction == "mean":
         return means
     scale = lengths.sum().to(elements.dtype)
-    return means._replace(value=elements.detach().sum(), scale=scale, counts=lengths)
+    total = elements.detach().sum()
+    return means._replace(
+        value=total, scale=scale, counts=lengths, elements=lengths.sum(), summed=True
+    )
 
 
 def _labels(target: Tensor, batch: int, threshold: float | None = None) -> Tensor | None:

@@ -1,0 +1,207 @@
+"""Which DistributedDataParallel a model is in, and what that asks of a weighted loss.
+
+DDP reduces what arrives at the parameters, which is the weighted gradient. Only it must know the
+time: two of its modes wait for a signal on the way, and a nested backward pass gives it too early.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from irw_optim.distributed.ranks import Ranks
+from irw_optim.distributed.weigher import OverRanks
+from irw_optim.local_scheme import Scheme
+from irw_optim.record import StepRecord
+
+logger = logging.getLogger("irw_optim")
+
+_AROUND: WeakKeyDictionary[nn.Module, ref[DistributedDataParallel]] = WeakKeyDictionary()
+"""The DDP that called a model last: a framework may wrap the model long after the optimizer."""
+
+_TOLD: WeakSet[nn.Module] = WeakSet()
+"""Models of which it was said already that they are in no DDP."""
+
+
+def several_processes() -> bool:
+    """Whether a default process group of more than one is there."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class Replicas:
+    """What an optimizer knows of the processes that its model trains in.
+
+    Args:
+        model: watched, so that the DDP around it is found, whoever puts it there and when.
+        worst_off: ``"global"`` or ``"local"``.
+        options: what has to be equal in all processes.
+    """
+
+    def __init__(self, model: nn.Module | None, worst_off: str, options: dict[str, Any]) -> None:
+        self.model = model
+        self.worst_off = worst_off
+        self.options = options
+        self.handle = model.register_forward_pre_hook(_note_caller) if model is not None else None
+        self.ranks: Ranks | None = None
+        self.synced = True
+
+    def find(self) -> DistributedDataParallel | None:
+        """The DDP over several processes that the model is in, or that is in the model.
+
+        Raises:
+            NotImplementedError: `check_replica`'s.
+        """
+        if self.model is None or not several_processes():
+            return None
+        around = _AROUND.get(self.model)
+        found = around() if around is not None else None
+        if found is None:
+            found = next(_replicas_in(self.model), None)
+        if found is None or dist.get_world_size(found.process_group) == 1:
+            return None
+        check_replica(found)
+        return found
+
+    def weigher(
+        self,
+        scheme: Scheme,
+        note: Callable[[StepRecord], None],
+        layout: Sequence[Tensor],
+        most_passes: int,
+    ) -> OverRanks | None:
+        """Who weighs the batch of all processes; None where each weighs its own.
+
+        Args:
+            scheme: decides the weights.
+            note: is told what was decided.
+            layout: the parameters that make the scores.
+            most_passes: how many backward passes are weighed together.
+
+        Raises:
+            NotImplementedError: passes weighed together in a DDP with a static graph.
+        """
+        replica = self.find()
+        if replica is None:
+            if several_processes() and self.worst_off == "global":
+                _say_that_there_is_none(self.model)
+            return None
+        if replica.static_graph and most_passes > 1:
+            raise NotImplementedError(
+                f"accumulation_steps={most_passes} in DistributedDataParallel(static_graph=True): "
+                "passes without a gradient of their own are no static graph; leave static_graph "
+                "out, or use accumulation_steps=1"
+            )
+        self.synced = replica.require_backward_grad_sync
+        if self.worst_off == "local":
+            return None
+        if self.ranks is None or self.ranks.group is not replica.process_group:
+            self.ranks = Ranks(replica.process_group, self.options)
+        return OverRanks(scheme, note, self.ranks, layout, most_passes)
+
+    def hear(self, loss: Tensor) -> None:
+        """See `hear_in_time`."""
+        replica = self.find()
+        if replica is not None:
+            hear_in_time(loss, replica)
+
+    def check_reduced(self) -> None:
+        """Raise where DDP would not reduce what is added to ``p.grad`` now."""
+        if not self.synced:
+            raise RuntimeError(
+                "a logical batch ends before its last pass, and the passes that it has had ran "
+                "under no_sync(): each process would keep a gradient of its own. Leave the last "
+                "pass before step() out of no_sync()"
+            )
+
+    def release(self) -> None:
+        """Watch the model no longer."""
+        if self.handle is not None:
+            self.handle.remove()
+        self.model = self.handle = self.ranks = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "ranks": None}
+
+
+def check_replicas_in(model: nn.Module) -> None:
+    """`check_replica` for what is in the model already."""
+    for replica in _replicas_in(model) if several_processes() else ():
+        check_replica(replica)
+
+
+def check_replica(replica: DistributedDataParallel) -> None:
+    """Refuse what is not exact over processes.
+
+    Raises:
+        NotImplementedError: batch statistics over processes, or a `join` of uneven inputs.
+    """
+    for name, module in replica.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise NotImplementedError(
+                f"{name} is a SyncBatchNorm: a sample's gradient would run through the batches of "
+                "all processes, and no process has all of it; use GroupNorm or LayerNorm, or "
+                "BatchNorm with the statistics of each process by itself"
+            )
+    if replica._join_config.enable:
+        raise NotImplementedError(
+            "the model trains inside DistributedDataParallel.join(): a process without data would "
+            "miss the collectives that choose the weights; leave join() out and give that process "
+            "empty batches, criterion(model(x[:0]), y[:0]).backward()"
+        )
+
+
+def _say_that_there_is_none(model: nn.Module | None) -> None:
+    if model is None or model in _TOLD:
+        return
+    _TOLD.add(model)
+    logger.warning(
+        "%d processes run, but the model is not in DistributedDataParallel: each process weighs "
+        "its own batch. Wrap the model, or say worst_off='local' if that is meant",
+        dist.get_world_size(),
+    )
+
+
+def hear_in_time(loss: Tensor, replica: DistributedDataParallel) -> None:
+    """Tell a DDP with ``static_graph=True`` of the backward pass of this loss, when it runs.
+
+    In its first iteration it reduces everything at the end of backward. A node behind the model's
+    output asks for that, which the nested pass would meet, whose end is too early. So it is asked
+    for here, where the outer pass begins, and that node is told so.
+
+    Raises:
+        RuntimeError: the first pass of all is under no_sync(), which torch does not survive.
+    """
+    if not replica.static_graph or replica._static_graph_delay_allreduce_enqueued:
+        return
+    if not replica.require_backward_grad_sync:
+        raise RuntimeError(
+            "the first backward pass of DistributedDataParallel(static_graph=True) is under "
+            "no_sync(), which torch's reducer does not expect: run the first iteration without "
+            "no_sync(), or leave static_graph out"
+        )
+
+    def ask(_: Tensor) -> None:
+        if not replica._static_graph_delay_allreduce_enqueued:
+            replica._static_graph_delay_allreduce_enqueued = True
+            engine: Any = torch.autograd.Variable._execution_engine
+            reducer: Any = replica.reducer
+            engine.queue_callback(reducer._delay_all_reduce)
+
+    loss.register_hook(ask)
+
+
+def _note_caller(module: nn.Module, args: Any) -> None:
+    active = DistributedDataParallel._get_active_ddp_module()
+    if active is not None:
+        _AROUND[module] = ref(active)
+
+
+def _replicas_in(model: nn.Module) -> Iterator[DistributedDataParallel]:
+    return (m for m in model.modules() if isinstance(m, DistributedDataParallel))

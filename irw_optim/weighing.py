@@ -1,0 +1,133 @@
+"""What turns the losses of a training loop into weighted gradients: all of it but the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from irw_optim.accumulation import LogicalBatch
+from irw_optim.criterion import PerSampleLosses
+from irw_optim.distributed.replicas import Replicas
+from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.local_scheme import Averaging, Scheme
+from irw_optim.progress import Progress
+from irw_optim.record import StepRecord
+from irw_optim.weigher import OneProcess, Weigher, carried
+
+
+class Weighing:
+    """Takes the losses of every backward pass, and knows what was decided for them.
+
+    Args:
+        inner: whose parameters are updated.
+        engine: gives the per-sample gradients.
+        scheme: decides the weights.
+        chosen: the parameters whose gradients make the scores; None for all.
+        warmup_steps: this many steps with plain averaging first.
+        accumulation_steps: backward passes that are weighed together.
+        replicas: the processes that the model trains in.
+
+    Attributes:
+        progress: the steps taken, and the records since the last one.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        engine: Engine,
+        scheme: Scheme,
+        chosen: set[Tensor] | None,
+        warmup_steps: int,
+        accumulation_steps: int,
+        replicas: Replicas,
+    ) -> None:
+        self.inner = inner
+        self.engine = engine
+        self.scheme = scheme
+        self.chosen = chosen
+        self.warmup_steps = warmup_steps
+        self.accumulation_steps = accumulation_steps
+        self.replicas = replicas
+        self.progress = Progress()
+        self.logical = LogicalBatch(accumulation_steps)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that are updated."""
+        return [p for group in self.inner.param_groups for p in group["params"]]
+
+    @property
+    def scored(self) -> list[Tensor]:
+        """The parameters whose gradients make the scores."""
+        chosen = self.chosen
+        return [p for p in self.parameters if chosen is None or p in chosen]
+
+    def loss(self, batch: PerSampleLosses) -> Tensor:
+        """The criterion's value, carrying the weighted gradient."""
+        if not batch.losses.requires_grad:
+            return batch.value
+        warming_up = self.progress.steps < self.warmup_steps
+        scheme = Averaging() if warming_up else self.scheme
+        logical = None if warming_up or self.accumulation_steps == 1 else self.logical
+        scored = self.scored
+        loss = carried(
+            batch, self._weigher(scheme, scored), self.engine, set(scored).__contains__, logical
+        )
+        self.replicas.hear(loss)
+        return loss
+
+    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
+        """The weights of a batch whose rows are at hand."""
+        record = self.scheme.decide(batch, rows)
+        self.note(record)
+        return record
+
+    def note(self, record: StepRecord) -> None:
+        """Keep what was decided for a backward pass."""
+        self.progress.note(record, self.parameters)
+
+    def finish(self) -> None:
+        """Decide the logical batch with the passes that it has had."""
+        if self.logical.members:
+            self.replicas.check_reduced()
+            self.logical.finish()
+
+    def make_ready(self) -> None:
+        """Raise unless the gradient is one that the inner optimizer may use."""
+        self.finish()
+        if getattr(self.inner, "found_inf", None) is None:  # else its step skips what is not finite
+            self.progress.check(self.parameters)
+
+    def evaluated(self, closure: Callable[[], Any]) -> Any:
+        """What a closure returns, with its gradient made ready."""
+        loss = closure()
+        if loss is not None or self.progress.pending:  # a training step may skip its batch
+            self.make_ready()
+        return loss
+
+    def step_taken(self) -> None:
+        """Count the step."""
+        self.progress.step_taken(skipped=bool(getattr(self.inner, "found_inf", False)))
+
+    def clear(self) -> None:
+        """Forget the backward passes since the last step."""
+        self.progress.pending.clear()
+        self.logical.clear()
+
+    def release(self) -> None:
+        """Remove every hook from the model."""
+        self.engine.remove_hooks()
+        self.engine = Engine(None)
+        self.replicas.release()
+        self.logical.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "logical": LogicalBatch(self.accumulation_steps)}
+
+    def _weigher(self, scheme: Scheme, scored: Sequence[Tensor]) -> Weigher:
+        over = self.replicas.weigher(scheme, self.note, scored, self.accumulation_steps)
+        return OneProcess(scheme, self.note) if over is None else over

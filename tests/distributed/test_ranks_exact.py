@@ -1,0 +1,130 @@
+"""N processes on the shards of a batch make the update of one process on the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ranked
+import torch
+from torch import Tensor, nn
+from trainings import SHARDS, Training
+
+from irw_optim import DBSCANFilter, PerSampleLoss
+
+pytestmark = pytest.mark.slow
+
+REMOVES_SOME = DBSCANFilter(quantile=0.8)
+WEIGHTS = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+CROSS_ENTROPY = nn.CrossEntropyLoss
+
+
+def largest_first(losses: Tensor, gradients: Any, worst_off: Tensor) -> Tensor:
+    """A rule of one's own that asks for a product."""
+    return gradients.dot(gradients.combine(losses)) * worst_off
+
+
+def no_gradient(output: Tensor, target: Tensor) -> Tensor:
+    """Losses that nobody can lower: all scores are 0."""
+    return 0 * output.square().sum(1) + target
+
+
+CASES = {
+    "IRW": Training(),
+    "given the DDP": Training(around=True),
+    "way 2": Training(way=2),
+    "static graph": Training(ddp={"static_graph": True}),
+    "static graph, way 2": Training(ddp={"static_graph": True}, way=2, around=True),
+    "bucket views": Training(ddp={"gradient_as_bucket_view": True}),
+    "static graph and bucket views": Training(
+        ddp={"static_graph": True, "gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4}
+    ),
+    "unused parameters": Training("branching", ddp={"find_unused_parameters": True}),
+    "centre": Training(irw={"center": 1.0}),
+    "class balance": Training(irw={"class_balance": True}),
+    "class balance, ignored": Training(irw={"class_balance": True}, ignored=True),
+    "mix": Training(irw={"mix": 0.3}),
+    "warm-up": Training(irw={"warmup_steps": 2}),
+    "warm-up, static graph": Training(irw={"warmup_steps": 2}, ddp={"static_graph": True}),
+    "CVaR": Training(irw={"weighting": "cvar"}),
+    "uniform": Training(irw={"weighting": "uniform"}, ignored=True),
+    "rule of one's own": Training(irw={"weighting": largest_first}),
+    "last layer": Training(irw={"score_parameters": "last"}),
+    "autodiff": Training(irw={"engine": "autodiff"}),
+    "recurrent": Training("gru"),
+    "images": Training("images"),
+    "sum": Training(criterion=CROSS_ENTROPY(reduction="sum"), steps=2),
+    "class weights": Training(criterion=CROSS_ENTROPY(weight=WEIGHTS)),
+    "class weights, sum": Training(criterion=CROSS_ENTROPY(WEIGHTS, reduction="sum"), steps=2),
+    "ignored": Training(ignored=True),
+    "class weights, ignored": Training(criterion=CROSS_ENTROPY(WEIGHTS), ignored=True),
+    "sequences": Training("tagger"),
+    "sequences, class weights": Training("tagger", criterion=CROSS_ENTROPY(WEIGHTS)),
+    "sequences, plain": Training("tagger", irw={"warmup_steps": 9}),
+    "IRWO": Training(irw={"outliers": REMOVES_SOME}),
+    "IRWO, centre": Training(irw={"outliers": REMOVES_SOME, "center": 1.0}),
+    "IRWO, images": Training("images", irw={"outliers": REMOVES_SOME}),
+    "IRWO, sequences": Training("tagger", irw={"outliers": REMOVES_SOME}),
+    "IRWO, recurrent": Training("gru", irw={"outliers": REMOVES_SOME}),
+    "nobody can be helped": Training(criterion=PerSampleLoss(no_gradient)),
+    "three passes": Training(passes=3, no_sync=True),
+    "three passes, static graph": Training(passes=3, no_sync=True, ddp={"static_graph": True}),
+    "weighed together": Training(passes=3, no_sync=True, irw={"accumulation_steps": 3}),
+    "weighed together, in step": Training(passes=3, irw={"accumulation_steps": 3}),
+    "weighed together, class weights": Training(
+        passes=2, criterion=CROSS_ENTROPY(WEIGHTS), ignored=True, irw={"accumulation_steps": 2}
+    ),
+    "weighed together, IRWO": Training(
+        passes=2, no_sync=True, irw={"accumulation_steps": 2, "outliers": REMOVES_SOME}
+    ),
+    "weighed together, to be finished": Training(passes=3, irw={"accumulation_steps": 5}),
+    "100 steps": Training(steps=100, irw={"warmup_steps": 20}),
+}
+IN_FOUR = ["IRW", "way 2", "static graph", "unused parameters", "class balance", "warm-up", "CVaR"]
+IN_FOUR += ["class weights, ignored", "sequences, class weights", "IRWO", "IRWO, sequences"]
+IN_FOUR += ["recurrent", "three passes", "weighed together", "nobody can be helped", "100 steps"]
+RANKS = [(case, 2) for case in CASES] + [(case, 4) for case in IN_FOUR]
+
+
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory):
+    return ranked.run(CASES, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def in_four(tmp_path_factory):
+    cases = {case: CASES[case] for case in IN_FOUR}
+    return ranked.run(cases, 4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize(("case", "ranks"), RANKS)
+def test_several_processes_make_the_update_of_one(case, ranks, request):
+    outcomes = request.getfixturevalue("in_two" if ranks == 2 else "in_four").of(case)
+    whole = CASES[case].alone(ranks)
+    order = torch.cat([outcome["samples"] for outcome in outcomes])
+    place = torch.cat([(whole["samples"] == sample).nonzero()[0] for sample in order])
+    for outcome in outcomes:
+        assert torch.equal(outcome["parameters"], outcomes[0]["parameters"]), "ranks apart"
+        difference = (outcome["parameters"] - whole["parameters"]).norm()
+        assert difference <= 1e-9 * whole["parameters"].norm()
+        assert outcome["steps"] == whole["steps"]
+        record, expected = outcome["record"], whole["record"]
+        for name in ("losses", "scores", "weights"):
+            values = getattr(expected, name)[place]
+            torch.testing.assert_close(getattr(record, name), values, rtol=1e-7, atol=1e-9)
+        assert torch.equal(record.worst_off, expected.worst_off[place])
+        assert torch.equal(record.outliers, expected.outliers[place])
+        assert bool(record.fallback) == bool(expected.fallback)
+        assert torch.equal(order[record.own], outcome["samples"])
+
+
+def test_the_cases_are_what_they_are_meant_to_be(in_two, in_four):
+    """Some rank has nobody who is worst off, some has nobody at all, and the filter finds some."""
+    members = [o["record"].worst_off[o["record"].own].sum() for o in in_four.of("IRW")]
+    assert SHARDS[4][2] == 0
+    assert min(members[:2]) == 0
+    assert sum(members) == 8
+    for case in ("IRWO", "IRWO, images", "IRWO, sequences", "IRWO, recurrent"):
+        assert in_two.of(case)[0]["record"].outliers.any()
+    assert in_two.of("nobody can be helped")[0]["record"].fallback
+    assert not in_two.of("IRW")[0]["record"].fallback
