@@ -1,6 +1,6 @@
 """What α, the options and the schemes do: the numbers behind the page "Choosing".
 
-    python -m benchmarks.schemes.choosing alpha   [--data adult|law] [--seeds 5] [--fast]
+    python -m benchmarks.schemes.choosing alpha   [--data adult|law] [--flips 0.2] [--seeds 5] ...
     python -m benchmarks.schemes.choosing options [--data adult|law] ...
     python -m benchmarks.schemes.choosing schemes [--data adult|law] ...
 
@@ -152,6 +152,12 @@ def moved(outputs: Tensor, held_out: Tensor, y: Tensor) -> Tensor:
     return outputs - torch.stack([torch.zeros(()), best])
 
 
+def with_flips(data: Split, share: float, seed: int) -> Split:
+    """Training samples of which a share has the other label, at random."""
+    turned = torch.rand(len(data), generator=torch.Generator().manual_seed(seed)) < share
+    return Split(data.x, torch.where(turned, 1 - data.y, data.y), data.groups)
+
+
 def run(
     setting: Setting, splits: tuple[Split, Split], clusters: Tensor, epochs: int, seed: int
 ) -> dict[str, Any]:
@@ -200,7 +206,8 @@ def main() -> None:
     parser.add_argument("part", choices=["alpha", "options", "schemes"])
     parser.add_argument("--data", choices=list(DATA), default="adult")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--fast", action="store_true", help="one seed, 2,000 samples, two epochs")
+    parser.add_argument("--flips", type=float, default=0.0, help="share of training labels turned")
+    parser.add_argument("--fast", action="store_true", help="one seed, 1,000 samples, one epoch")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     train_split, test = DATA[arguments.data]()
@@ -222,12 +229,13 @@ def main() -> None:
     }[arguments.part]
     rows = []
     for seed in seeds:
-        data = train_split.shuffled(seed)[:samples]
+        data = with_flips(train_split.shuffled(seed)[:samples], arguments.flips, seed)
         for setting in settings:
             rows.append(run(setting, (data, test), clusters, epochs, seed))
             print(seed, setting.name, round(rows[-1]["accuracy"], 3), flush=True)
+    flips = f"_flips_{arguments.flips}" if arguments.flips else ""
     save(
-        f"schemes_choosing_{arguments.part}_{arguments.data}",
+        f"schemes_choosing_{arguments.part}_{arguments.data}{flips}",
         summary(rows),
         arguments.fast,
         shown=lambda column: column not in ("mean loss", "training error", "renewals"),

@@ -49,6 +49,8 @@ class Setup:
     grouping: str
     batch: int
     epochs: int
+    timed_steps: int
+    """Steps that are timed in one go: some tens of milliseconds."""
 
 
 def layers_of(model: nn.Module) -> list[str]:
@@ -159,22 +161,20 @@ def times(name: str, setup: Setup, rounds: int) -> list[dict[str, Any]]:
     layers = layers_of(setup.make())
     x, y = next(iter(batches(setup.data(0)[0], setup.batch, seed=0)))
     plain = setup.make()
-    plain_steps = _five_steps(
-        plain, (x, y), nn.CrossEntropyLoss(), torch.optim.Adam(plain.parameters(), lr=1e-3)
-    )
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-3)
+    plain_steps = _steps(setup.timed_steps, plain, (x, y), nn.CrossEntropyLoss(), adam)
     actions = []
     for way in WAYS:
         model, criterion = setup.make(), nn.CrossEntropyLoss()
         optimizer = wrapped(model, criterion, chosen(way, layers, seed=0))
-        actions.append(_five_steps(model, (x, y), criterion, optimizer))
-        for _ in range(7):  # 35 steps: past nearly all of the engine's checks
-            actions[-1]()
+        actions.append(_steps(setup.timed_steps, model, (x, y), criterion, optimizer))
+        _steps(40, model, (x, y), criterion, optimizer)()  # past nearly all of the engine's checks
     seconds, ratios = time_ratios(plain_steps, *actions, rounds=rounds)
     return [
         {
             "model": name,
             "scores from": way,
-            "plain step, ms": 1000 * seconds / 5,
+            "plain step, ms": 1000 * seconds / setup.timed_steps,
             "step / plain step": statistics.median(own),
             "step / full-score step": statistics.median(
                 [a / b for a, b in zip(own, ratios[0], strict=True)]
@@ -184,11 +184,15 @@ def times(name: str, setup: Setup, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def _five_steps(
-    model: nn.Module, batch: tuple[Tensor, Tensor], criterion: nn.Module, optimizer: Any
+def _steps(
+    number: int,
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    criterion: nn.Module,
+    optimizer: Any,
 ) -> Callable[[], None]:
     def steps() -> None:
-        for _ in range(5):
+        for _ in range(number):
             optimizer.zero_grad()
             criterion(model(batch[0]), batch[1]).backward()
             optimizer.step()
@@ -207,6 +211,7 @@ def setups(part: int) -> dict[str, Setup]:
             grouping="label x sex",
             batch=128,
             epochs=6,
+            timed_steps=40,
         ),
         "transformer": Setup(
             make=lambda: Transformer(tokens),
@@ -214,6 +219,7 @@ def setups(part: int) -> dict[str, Setup]:
             grouping="label x sex",
             batch=128,
             epochs=3,
+            timed_steps=4,
         ),
         "CNN": Setup(
             make=cnn,
@@ -221,6 +227,7 @@ def setups(part: int) -> dict[str, Setup]:
             grouping="inverted",
             batch=64,
             epochs=max(1, 10 // part),
+            timed_steps=10,
         ),
     }
 
