@@ -31,7 +31,6 @@ STYLE: dict[str, Any] = {
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "svg.hashsalt": "irw_optim",  # the same rows give the same file
 }
 
 Draw: TypeAlias = Callable[["Axes", Course], None]

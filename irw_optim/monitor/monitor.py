@@ -42,8 +42,8 @@ class IRWMonitor:
     that a gradient scaler skipped are no steps.
 
     Where several backward passes add up to a step, the row is that of the newest one; with
-    ``accumulation_steps`` it is that of the whole logical batch. In distributed training each
-    process sees the samples of its own.
+    ``accumulation_steps`` it is that of the whole logical batch. Where several processes weigh
+    their samples together it is about those of all, and by group about those of this process.
 
     Args:
         optimizer: the one that trains, or a proxy of it from Accelerate or Lightning.

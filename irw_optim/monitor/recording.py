@@ -33,14 +33,15 @@ def row_of(
     Raises:
         ValueError: the groups are not those of this batch.
     """
-    groups = groups_of(passes, len(record.losses)) if passes else None
     batch = read(record, gradient_norm(optimizer))
+    own = getattr(record, "own", None)  # of several processes, whose samples the record holds
+    mine = batch if own is None else batch.part(own.cpu().numpy())
+    groups = groups_of(passes, len(mine.losses)) if passes else None
     held = held_members(optimizer.scheme)
-    counted = with_a_target(batch, getattr(optimizer.criterion, "ignore_index", None))
-    if counted is not None:
-        batch = batch.part(counted)
-        held = None if held is None else held[counted]
-        groups = None if groups is None else {k: g[counted] for k, g in groups.items()}
+    ignored = getattr(optimizer.criterion, "ignore_index", None)
+    batch = batch.part(with_a_target(batch, ignored))
+    counted = with_a_target(mine, ignored)
+    mine = mine.part(counted)
     if not len(batch.losses):
         return None
     unknown = float("nan")
@@ -49,12 +50,13 @@ def row_of(
         **summarise(batch, float(optimizer.own_state()["alpha"])),
         "held_for": unknown if held_for is None else float(held_for),
         "resampled": float(getattr(optimizer.scheme, "resampled", False)),
-        "held_agreement": unknown if held is None else agreement(batch.losses, held),
+        "held_agreement": unknown if held is None else agreement(mine.losses, held[counted]),
     }
     classes = by_class(batch)
     breakdowns = {} if classes is None else {"class": classes}
-    if groups is not None:
-        breakdowns["group"] = by_group(batch, groups)
+    if groups is not None and len(mine.losses):
+        of_mine = {name: column[counted] for name, column in groups.items()}
+        breakdowns["group"] = by_group(mine, of_mine)
     return Row(optimizer.steps, numbers, breakdowns)
 
 
@@ -78,12 +80,11 @@ def groups_of(passes: Sequence[GroupsLike], size: int) -> dict[str, Array]:
     return {name: np.concatenate([columns[name] for columns in given[first:]]) for name in given[0]}
 
 
-def with_a_target(batch: Batch, ignored: int | None) -> Array | None:
-    """(B,) bool, False for targets that the criterion ignores, which are nobody's; None for all."""
+def with_a_target(batch: Batch, ignored: int | None) -> Array:
+    """(B,) bool, False for targets that the criterion ignores, which are nobody's."""
     if batch.labels is None or ignored is None:
-        return None
-    counted = np.asarray(batch.labels != ignored)
-    return None if counted.all() else counted
+        return np.ones(len(batch.losses), dtype=bool)
+    return np.asarray(batch.labels != ignored)
 
 
 def gradient_norm(optimizer: IRWOptimizer) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import majority_and_minority, mlp, train
+from monitored_runs import majority_and_minority, mlp, train
 from torch import Tensor, nn
 
 from irw_optim import DBSCANFilter
