@@ -58,7 +58,7 @@ def recovered(results: Path, folder: Path) -> Path:
         "headroom recovered: 0 plain training, 1 trained with group labels\n"
         "(mean of five targets with 95 % interval; small dots: the targets, cut off at −1)"
     )
-    axes.legend(loc="lower left", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return saved(figure, folder / "fairness_headroom.png")
 
 
@@ -77,6 +77,7 @@ def trade_off(results: Path, folder: Path) -> Path:
                 "o" if ours else "s",
                 ms=5,
                 color="black" if method == PLAIN else "#d1495b" if ours else "#8d99ae",
+                zorder=3 if method == PLAIN else 2,
             )
         oracle = t.oracle()
         axes.plot(

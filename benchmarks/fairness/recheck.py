@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ import torch
 from scipy import stats
 
 from benchmarks.fairness.analysis import Target, estimate, target, with_setting
-from benchmarks.fairness.grid import without_groups
+from benchmarks.fairness.grid import Setting, told_the_groups, without_groups
 from benchmarks.fairness.loop import Recipe
 from benchmarks.fairness.sweep import RESULTS, sweep
-from benchmarks.fairness.tasks import TASKS
+from benchmarks.fairness.tasks import TASKS, Task
 
 SETTINGS = (
     "plain",
@@ -62,7 +63,11 @@ class Recheck:
 
 def run(folder: Path, tasks: tuple[str, ...] = SHIPPED) -> None:
     """Train anew, into tables in a folder."""
-    settings = [setting for setting in without_groups() if setting.name in SETTINGS]
+
+    def settings(task: Task, noise: float) -> Iterator[Setting]:
+        yield from (setting for setting in without_groups() if setting.name in SETTINGS)
+        yield from (s for s in told_the_groups(task) if s.told in task.targets)
+
     sweep([TASKS[name] for name in tasks], SEEDS, [0.0], folder, Recipe(), settings)
 
 

@@ -22,6 +22,7 @@ from benchmarks.fairness.analysis import (
     with_setting,
 )
 from benchmarks.fairness.claims import claims
+from benchmarks.fairness.facts import facts
 from benchmarks.fairness.grid import PLANTED, varied
 from benchmarks.fairness.sweep import RESULTS
 from benchmarks.fairness.tables import (
@@ -66,6 +67,7 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
         "claims.md": "".join(claim.markdown() for claim in claims(folder)),
         "summary.md": summary(folder),
         "seeds.md": about_the_runs(found),
+        **facts(folder),
     }
     if noisy_targets(folder, max(NOISES)):
         texts["noise.md"] = noise_table(folder, NOISES)

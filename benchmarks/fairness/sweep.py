@@ -13,7 +13,7 @@ import csv
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,10 +96,10 @@ def sweep(
     noises: Iterable[float],
     folder: Path,
     recipe: Recipe,
-    settings: Iterable[Setting],
+    settings: Callable[[Task, float], Iterable[Setting]],
 ) -> None:
-    """Run what is not in the folder's tables yet; the oracles of a task always run along."""
-    tasks, noises, chosen = list(tasks), list(noises), list(settings)
+    """Run what is not in the folder's tables yet: of each task, at each noise, these settings."""
+    tasks, noises = list(tasks), list(noises)
     folder.mkdir(parents=True, exist_ok=True)
     note_how(folder, recipe)
     for seed in seeds:
@@ -107,12 +107,9 @@ def sweep(
             for task in tasks:
                 path = folder / f"{task.name}.csv"
                 done = finished(path)
-                wanted = [*chosen, *told_the_groups(task)]
-                if task.name in PLANTED and not noise:
-                    wanted += varied()
                 missing = [
                     setting
-                    for setting in wanted
+                    for setting in settings(task, noise)
                     if (f"{noise:g}", str(seed), setting.name) not in done
                 ]
                 if missing:
@@ -169,7 +166,13 @@ def main() -> None:
         if not TASKS[name].available:
             print(f"{name}: no data, left out (IRW_OPTIM_DATA)")
     tasks = [TASKS[name] for name in options.tasks if TASKS[name].available]
-    settings = [setting for setting in without_groups() if setting.method in options.methods]
+
+    def settings(task: Task, noise: float) -> Iterator[Setting]:
+        yield from (s for s in without_groups() if s.method in options.methods)
+        yield from told_the_groups(task)
+        if task.name in PLANTED and not noise:
+            yield from varied()
+
     sweep(tasks, options.seeds, options.noise, options.results, Recipe(), settings)
 
 

@@ -91,7 +91,7 @@ class TestChiSquare:
         (q,) = torch.autograd.grad(objectives.chi_square_risk(losses, alpha), losses)
         assert (q >= 0).all()
         assert float(q.sum()) == pytest.approx(1, rel=1e-5)
-        assert float(q @ losses) == pytest.approx(
+        assert (q @ losses).item() == pytest.approx(
             objectives.chi_square_risk(losses, alpha).item(), rel=1e-5
         )
 

@@ -1,0 +1,134 @@
+"""The sweep keeps what it has, the documentation shows what is stored, and it holds when rerun."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from benchmarks.fairness import recheck, report, sweep
+from benchmarks.fairness.analysis import TASKS, read
+from benchmarks.fairness.evaluation import evaluate
+from benchmarks.fairness.grid import told_the_groups, varied, without_groups
+from benchmarks.fairness.loop import Recipe
+from benchmarks.fairness.planted import coloured_digits
+from benchmarks.fairness.sweep import RESULTS
+from irw_optim.metrics import group_report
+
+ROOT = Path(__file__).parents[2]
+DIGITS = TASKS["coloured_digits"]
+TINY = Recipe(steps=3, batch=32, widths=(4,))
+
+
+@pytest.fixture
+def tiny():
+    """A few settings on digits."""
+
+    def settings(task, noise):
+        yield from (s for s in without_groups() if s.method.startswith("plain"))
+        yield from told_the_groups(task)
+
+    def run(folder, seeds=(0,)):
+        sweep.sweep([DIGITS], seeds, [0.0], folder, TINY, settings)
+        return read(folder, "coloured_digits")
+
+    return run
+
+
+class TestSweep:
+    def test_goes_on_where_it_was(self, tiny, tmp_path):
+        whole = tiny(tmp_path / "whole", seeds=(0, 1))
+        path = tmp_path / "broken" / "coloured_digits.csv"
+        path.parent.mkdir()
+        lines = (tmp_path / "whole" / "coloured_digits.csv").read_text().splitlines(True)
+        path.write_text("".join(lines[:4]))
+        again = tiny(tmp_path / "broken", seeds=(0, 1))
+        columns = [c for c in whole if c != "seconds"]
+        pd.testing.assert_frame_equal(again[columns], whole[columns])
+        assert len(again) == len(whole) == 2 * 6  # plain, three thresholds, two oracles
+
+    def test_a_moved_threshold_is_the_same_model(self, tiny, tmp_path):
+        runs = tiny(tmp_path).set_index("setting")
+        moved = runs.loc["plain, moved threshold: 1", "test accuracy"]
+        assert runs.loc["plain", "told"] == ""
+        assert 0 <= moved <= 1
+
+    def test_every_setting_has_a_name_of_its_own(self):
+        for task in TASKS.values():
+            names = [s.name for s in (*without_groups(), *varied(), *told_the_groups(task))]
+            assert len(names) == len(set(names))
+
+
+def test_evaluation_agrees_with_the_report_of_the_library():
+    pytest.importorskip("fairlearn")
+    _, _, test = coloured_digits(seed=0)
+    logits = 2 * np.random.default_rng(0).normal(size=(len(test), 2))
+    logits = torch.from_numpy(logits)
+    found = evaluate(logits, test, "label x colour", smallest=1)
+    losses = torch.nn.functional.cross_entropy(logits, test.y, reduction="none")
+    groups = test.groups["label x colour"]
+    wanted = group_report(test.y, logits.argmax(1), groups, losses=losses, alpha=0.1)
+    assert found["worst label x colour"] == wanted.worst_group_accuracy
+    assert (found["MAD"], found["TAD"]) == (wanted.mad, wanted.tad)
+    assert (found["VAR"], found["tail loss"]) == (wanted.loss_variance, wanted.worst_alpha_loss)
+    assert found["accuracy"] == wanted.overall["accuracy"]
+
+
+def test_groups_that_are_too_small_do_not_count():
+    _, _, test = coloured_digits(seed=0)
+    wrong_once = torch.nn.functional.one_hot(test.y, 2).double()
+    wrong_once[0] = 1 - wrong_once[0]
+    alone = dataclasses.replace(test, groups={"g": (torch.arange(len(test)) == 0).long()})
+    assert evaluate(wrong_once, alone, "g", smallest=1)["worst g"] == 0
+    assert evaluate(wrong_once, alone, "g", smallest=2)["worst g"] == 1
+
+
+class TestStoredResults:
+    def test_the_documentation_shows_the_stored_runs(self):
+        for name, text in report.fragments().items():
+            stored = (RESULTS / name).read_text(encoding="utf-8")
+            assert stored == text, f"{name}: run python -m benchmarks.fairness.report"
+
+    @pytest.mark.parametrize("page", ["reproduce.md", "should_i_use_it.md"])
+    def test_the_pages_have_no_measured_number_of_their_own(self, page):
+        """Their numbers are included from what is generated; a percentage or decimal is not."""
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|\d{4}\.\d{5}", "", text, flags=re.DOTALL)
+        assert re.findall(r"\d+\.\d+|[−-]\d|\d+ ?%", prose) == []
+
+    def test_there_are_five_seeds_of_every_setting(self):
+        for name in ("coloured_digits", "adult", "law_school", "celeba_blond", "marked_adult"):
+            runs = read(RESULTS, name)
+            runs = runs[runs["noise"] == 0]
+            seeds = runs.groupby("setting")["seed"].nunique()
+            assert seeds.min() == seeds.max() >= 5
+            expected = {s.name for s in (*without_groups(), *told_the_groups(TASKS[name]))}
+            assert expected <= set(seeds.index)
+
+    def test_the_files_are_small(self):
+        for path in RESULTS.iterdir():
+            assert path.stat().st_size < 200_000, path
+
+
+class TestRecheck:
+    def test_notices_what_no_longer_holds(self):
+        before = np.array([0.10, 0.12, 0.11, 0.09, 0.10])
+        assert recheck.check("t", before, 0.11, 3).holds
+        assert not recheck.check("t", before, 0.30, 3).holds
+        assert not recheck.check("t", before, -0.01, 3).holds
+
+    def test_a_clear_difference_must_keep_its_sign(self):
+        before = np.array([0.1, 0.2, 0.15, 0.05, 0.1])
+        found = recheck.check("t", before, -0.01, 3)
+        assert abs(found.found - found.stated) < found.half
+        assert not found.holds
+
+    @pytest.mark.slow
+    def test_the_stated_differences_hold(self, tmp_path):
+        tasks = recheck.SHIPPED
+        recheck.run(tmp_path, tasks)
+        failed = [str(one) for one in recheck.compare(RESULTS, tmp_path, tasks) if not one.holds]
+        assert not failed
