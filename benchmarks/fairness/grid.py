@@ -98,6 +98,21 @@ VARIED = "IRW, one option varied"
 PLANTED = ("coloured_digits", "marked_adult")
 
 
+NOISY = ("adult", "law_school")
+UNDER_NOISE = (
+    PLAIN,
+    MOVED,
+    "class-balanced",
+    "CVaR, warm-up",
+    "JTT",
+    "IRW in classes",
+    "IRW",
+    "IRW, warm-up, center",
+    "IRWO",
+)
+"""The tasks and methods that are tried with flipped labels too."""
+
+
 def varied() -> Iterator[Setting]:
     """IRW around α 0.1, a third of warm-up and no mix, one of them varied: for what is planted."""
     centre = {"α": 0.1, "warm-up": WARM, "mix": 0.0}
@@ -107,6 +122,18 @@ def varied() -> Iterator[Setting]:
         alpha, warm_up, mix = {**centre, **change}.values()
         name = f"{VARIED}: α {alpha:g}, warm-up {warm_up:.2f}, mix {mix:g}"
         yield Setting(VARIED, name, Intrinsic(alpha, warm_up, {"mix": mix}))
+
+
+def settings_of(task: Task, noise: float = 0.0) -> Iterator[Setting]:
+    """All that is run of a task."""
+    if noise and task.name not in NOISY:
+        return
+    for setting in without_groups():
+        if not noise or setting.method in UNDER_NOISE:
+            yield setting
+    yield from told_the_groups(task)
+    if task.name in PLANTED:
+        yield from varied()
 
 
 def told_the_groups(task: Task) -> Iterator[Setting]:

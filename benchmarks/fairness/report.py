@@ -24,7 +24,7 @@ from benchmarks.fairness.analysis import (
 from benchmarks.fairness.claims import claims
 from benchmarks.fairness.facts import facts
 from benchmarks.fairness.grid import PLANTED, varied
-from benchmarks.fairness.sweep import RESULTS
+from benchmarks.fairness.sweep import NOISES, RESULTS
 from benchmarks.fairness.tables import (
     IRW,
     OTHERS,
@@ -46,7 +46,6 @@ from benchmarks.fairness.tables import (
 )
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-NOISES = (0.0, 0.05, 0.1, 0.2)
 AIM = 0.8
 
 

@@ -1,7 +1,6 @@
 """Runs the grid and keeps each run's numbers: stopped at any time, it goes on where it was.
 
-    python -m benchmarks.fairness.sweep
-    python -m benchmarks.fairness.sweep --noise 0.05 0.1 0.2 --tasks adult law_school --methods ...
+    python -m benchmarks.fairness.sweep [--tasks adult ...] [--seeds 0 1 2 3 4] [--noise 0 0.1 ...]
 
 Seed by seed, so that a coarse table exists early. One row a run in <results>/<task>.csv.
 """
@@ -25,20 +24,14 @@ from torch import Tensor
 
 import irw_optim
 from benchmarks.fairness.evaluation import SMALLEST, clusters, evaluate, score_without_groups
-from benchmarks.fairness.grid import (
-    PLAIN,
-    PLANTED,
-    Setting,
-    told_the_groups,
-    varied,
-    without_groups,
-)
+from benchmarks.fairness.grid import PLAIN, Setting, settings_of
 from benchmarks.fairness.loop import Recipe, scores, train
 from benchmarks.fairness.methods.stages import moved
 from benchmarks.fairness.tasks import TASKS, Parts, Task
 
 RESULTS = Path(__file__).parents[1] / "results" / "fairness"
 KEY = ("noise", "seed", "setting")
+NOISES = (0.0, 0.05, 0.1, 0.2)
 KEPT_OF_VALIDATION = ("accuracy", "worst ", "tail loss")
 
 
@@ -156,9 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
-    parser.add_argument("--noise", nargs="+", type=float, default=[0.0])
-    methods = list(dict.fromkeys(setting.method for setting in without_groups()))
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--noise", nargs="+", type=float, default=NOISES)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -166,14 +157,7 @@ def main() -> None:
         if not TASKS[name].available:
             print(f"{name}: no data, left out (IRW_OPTIM_DATA)")
     tasks = [TASKS[name] for name in options.tasks if TASKS[name].available]
-
-    def settings(task: Task, noise: float) -> Iterator[Setting]:
-        yield from (s for s in without_groups() if s.method in options.methods)
-        yield from told_the_groups(task)
-        if task.name in PLANTED and not noise:
-            yield from varied()
-
-    sweep(tasks, options.seeds, options.noise, options.results, Recipe(), settings)
+    sweep(tasks, options.seeds, options.noise, options.results, Recipe(), settings_of)
 
 
 if __name__ == "__main__":
