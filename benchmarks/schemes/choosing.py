@@ -3,6 +3,7 @@
     python -m benchmarks.schemes.choosing alpha   [--data adult|law] [--flips 0.2] [--seeds 5] ...
     python -m benchmarks.schemes.choosing options [--data adult|law] ...
     python -m benchmarks.schemes.choosing schemes [--data adult|law] ...
+    python -m benchmarks.schemes.choosing held    [--data adult|law] ...
 
 An MLP 64-32 under Adam (1e-3), 8,000 samples drawn anew for each seed, batches of 128, 8 epochs of
 63 steps, the model of the last one: nothing is selected. Training sees no group. The official test
@@ -100,6 +101,23 @@ def schemes(steps_an_epoch: int) -> list[Setting]:
             for use in ("reweighting", "resampling")
             for steps in held
         ),
+    ]
+
+
+def held_for_an_epoch(steps: int) -> list[Setting]:
+    """Which options make up for weights that are held for long."""
+    scheme = {"refresh": steps, "unit": "steps", "batch_size": 1024}
+    more: dict[str, dict[str, Any]] = {
+        "class_balance": {"class_balance": True},
+        "mix 0.5": {"mix": 0.5},
+        "class_balance, mix 0.5": {"class_balance": True, "mix": 0.5},
+    }
+    return [
+        Setting(
+            f"global, {use}, every {steps} steps, {name}", {**IRW, **add}, {**scheme, "use": use}
+        )
+        for use in ("reweighting", "resampling")
+        for name, add in more.items()
     ]
 
 
@@ -203,7 +221,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["alpha", "options", "schemes"])
+    parser.add_argument("part", choices=["alpha", "options", "schemes", "held"])
     parser.add_argument("--data", choices=list(DATA), default="adult")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--flips", type=float, default=0.0, help="share of training labels turned")
@@ -226,6 +244,7 @@ def main() -> None:
         "alpha": alphas(list(smallest.values())),
         "options": options(),
         "schemes": schemes(-(-samples // BATCH)),
+        "held": held_for_an_epoch(-(-samples // BATCH)),
     }[arguments.part]
     rows = []
     for seed in seeds:

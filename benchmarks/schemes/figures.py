@@ -42,7 +42,7 @@ def variance() -> None:
             heights, errors = zip(*(row[f"{way}: variance"] for row in rows), strict=True)
             places = [j + 0.27 * (i - 1) for j in range(len(rows))]
             axis.bar(places, heights, 0.25, yerr=errors, label=way)
-        axis.set(yscale="log", ylabel="variance / squared mean")
+        axis.set(yscale="log", ylim=(1e-3, 1), ylabel="variance / squared mean")
         axis.set_xticks(range(len(names)), names)
         axis.set_title("one update" if steps == 1 else f"{steps} updates in a row")
     axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -57,15 +57,17 @@ def held() -> None:
         key = "worst label x sex"
         for setting, style in (("local", "-"), ("plain", ":")):
             axis.axhline(100 * rows[setting][key][0], color="black", ls=style, label=setting)
-        for use in ("reweighting", "resampling"):
+        ticks = set()
+        for use, beside in (("reweighting", 1.0), ("resampling", 1.06)):
             points = [
-                (int(found[1]), *row[key])
+                (beside * int(found[1]), *row[key])
                 for setting, row in rows.items()
                 if (found := re.fullmatch(rf"global, {use}, every (\d+) steps", setting))
             ]
+            ticks |= {round(point[0] / beside) for point in points}
             _line(axis, points, use, marker="o")
         axis.set(xscale="log", xlabel="steps that the weights are held", title=title)
-        axis.set_xticks([point[0] for point in points], [str(point[0]) for point in points])
+        axis.set_xticks(sorted(ticks), map(str, sorted(ticks)))
         axis.minorticks_off()
     axes[0].set_ylabel("worst label x sex accuracy, %")
     axes[1].legend()
@@ -81,14 +83,16 @@ def alpha() -> None:
             points = [(float(row["setting"].split()[-1]), *row[key]) for row in table[1:]]
             _line(axis, points, key, marker="o", color=f"C{i}")
             axis.axhline(100 * plain[key][0], color=f"C{i}", ls=":")
-        axis.axvline(1 - plain["accuracy"][0], color="gray", lw=0.8)
-        axis.text(1 - plain["accuracy"][0], 2, " error rate", color="gray", fontsize=8)
+        error = 1 - plain["accuracy"][0]
+        axis.axvline(error, color="gray", lw=0.8)
+        inside = axis.get_xaxis_transform()
+        axis.text(error, 0.03, " error rate", color="gray", fontsize=8, transform=inside)
         axis.set(xscale="log", xlabel="α", title=f"{title} (dotted: plain training)")
         ticks = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1)
         axis.set_xticks(ticks, map(str, ticks))
         axis.minorticks_off()
     axes[0].set_ylabel("%")
-    axes[1].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower left")
     keep("choosing_alpha")
 
 

@@ -25,9 +25,9 @@ SMALLER_IS_BETTER = ("mean loss", "tail loss")
 
 
 def runs_of(data: str) -> list[dict[str, Any]]:
-    """The runs on a data set: plain training, for one, is a row of all three parts."""
+    """The runs on a data set: plain training, for one, is a row of three parts."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for part in ("alpha", "options", "schemes"):
+    for part in ("alpha", "options", "schemes", "held"):
         path = RESULTS / f"schemes_choosing_{part}_{data}.json"
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             rows.setdefault((row["seed"], row["mean loss"], row["accuracy"]), row)
