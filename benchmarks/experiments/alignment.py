@@ -9,8 +9,8 @@ plainly; means over ten batches of 128, with explicit per-sample gradients:
 
     rank correlation (Spearman's) of the weight with the cosine of g_i and g_S, with |g_i|, and with
     the loss, also among the samples of the one class that has most of the weight
-    the weight of S, the worst-off by loss: its share of the total, how many of S have none, and,
-    of S in that class, those whose gradient is shorter than the batch's median against the others
+    the weight of S, the worst-off by loss: its share of the total, how many of S have none, and
+    the mean weight of each third of S in that class, in order of the loss
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from benchmarks.fairness.loop import mlp, shuffled
 from irw_optim import IRWOptimizer, irw_weights, worst_off
 
 ALPHA, BATCH, BATCHES = 0.3, 128, 10
+THIRDS = ("least", "middle", "worst")
 NAMES = {"adult": "Adult", "law_school": "Law School"}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -73,8 +74,8 @@ def look(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> dict[str, float]
     lengths = G.norm(dim=1)
     cosines = G @ g_S / (lengths * g_S.norm()).clamp(min=1e-30)
     same = y == (1 if w[y == 1].sum() > 0.5 else 0)
-    short = lengths < lengths.median()
-    flat, steep = S & same & short, S & same & ~short
+    inside = (S & same).nonzero().flatten()
+    thirds = w[inside[losses[inside].argsort()]].tensor_split(3)
     return {
         "weight and cosine": rank_correlation(w, cosines),
         "weight and |g|": rank_correlation(w, lengths),
@@ -85,9 +86,9 @@ def look(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> dict[str, float]
         "|g| and loss": rank_correlation(lengths, losses),
         "weight of S": float(w[S].sum()),
         "no weight in S": float((w[S] == 0).double().mean()),
-        "flat in S": float((S & short).sum() / S.sum()),
-        "mean weight, flat": float(w[flat].mean()) * len(y),
-        "mean weight, steep": float(w[steep].mean()) * len(y),
+        **{
+            f"{n} third of S": len(y) * float(t.mean()) for n, t in zip(THIRDS, thirds, strict=True)
+        },
         "heavier class": float(w[same].sum()),
     }
 
@@ -99,7 +100,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the batches; those in which nobody is flat, or steep, do not count there."""
+    """Means over the batches; those with nobody in a third do not count there."""
     columns = {key: [row[key] for row in rows if not math.isnan(row[key])] for key in rows[0]}
     return {key: statistics.mean(own) if own else math.nan for key, own in columns.items()}
 
@@ -174,9 +175,7 @@ def texts(result: report.Result) -> dict[str, str]:
                     name,
                     report.spread(over_seeds("weight of S"), 0, 100),
                     report.spread(over_seeds("no weight in S"), 0, 100),
-                    report.spread(over_seeds("flat in S"), 0, 100),
-                    report.spread(over_seeds("mean weight, flat")),
-                    report.spread(over_seeds("mean weight, steep")),
+                    *(report.spread(over_seeds(f"{third} third of S")) for third in THIRDS),
                     report.spread(over_seeds("heavier class"), 0, 100),
                 ]
             )
@@ -188,9 +187,7 @@ def texts(result: report.Result) -> dict[str, str]:
                 "",
                 "weight on S, %",
                 "of S without weight, %",
-                "of S flat, %",
-                "B × weight, flat",
-                "B × weight, steep",
+                *(f"B × weight, {third} third" for third in THIRDS),
                 "weight on one class, %",
             ],
             tail,
@@ -218,9 +215,7 @@ def findings(result: report.Result) -> str:
             f"with the cosine is {over('weight and cosine')}, with the loss "
             f"{over('weight and loss')}. Inside the class that has the weight it is "
             f"{over('weight and cosine, one class')} with the cosine and "
-            f"{over('weight and loss, one class')} with the loss. There a flat member of S has "
-            f"{over('mean weight, flat')} times the average weight, a steep one "
-            f"{over('mean weight, steep')} times."
+            f"{over('weight and loss, one class')} with the loss."
         )
     return "\n".join(lines) + "\n"
 
