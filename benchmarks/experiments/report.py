@@ -59,13 +59,35 @@ def main(experiment: ModuleType) -> None:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     if not options.again:
-        text = json.dumps(result, indent=1, ensure_ascii=False)
-        (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        (RESULTS / f"{name}.json").write_text(as_json(result), encoding="utf-8")
     for stem, text in experiment.texts(result).items():
         (RESULTS / f"{stem}.md").write_text(text, encoding="utf-8")
     if hasattr(experiment, "draw"):
         FIGURES.mkdir(parents=True, exist_ok=True)
         experiment.draw(result, FIGURES)
+
+
+def as_json(result: Result) -> str:
+    """JSON with a line for each key, and for each element of a list: small, and fit for a diff.
+
+    >>> print(as_json({"steps": 2, "runs": [{"a": 1.5}, {"a": 2}]}), end="")
+    {
+    "steps": 2,
+    "runs": [
+    {"a": 1.5},
+    {"a": 2}
+    ]
+    }
+    """
+
+    def dumps(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    lines = []
+    for key, value in result.items():
+        rows = ",\n".join(map(dumps, value)) if isinstance(value, list) else None
+        lines.append(f"{dumps(key)}: " + (dumps(value) if rows is None else f"[\n{rows}\n]"))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def stored(name: str) -> Result:
