@@ -152,6 +152,13 @@ def paired_text(
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *[list(row) for row in rows]]
+    """A Markdown table; the first column is text, the others are numbers.
+
+    >>> print(table(["", "|g|"], [["a", "1"]]), end="")
+    |  | \\|g\\| |
+    | --- | ---: |
+    | a | 1 |
+    """
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in (columns, *rows)]
+    lines = [cells[0], ["---", *["---:"] * (len(columns) - 1)], *cells[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
