@@ -118,6 +118,8 @@ def selection() -> None:
             axis.scatter(shown, [100 * run[key] for run in runs], s=7, alpha=0.5)
             unit = "" if "loss" in seen else ", %"
             axis.set_xlabel(f"{seen}{unit} (held-out half)")
+            if "loss" in seen:
+                axis.set_xscale("log")
             axis.set_title(f"rank correlation {correlations[f'by {seen}']:.2f}", fontsize=9)
         row[0].set_ylabel(f"{title}: worst\nlabel x sex accuracy, %")
     keep("schemes_selection")

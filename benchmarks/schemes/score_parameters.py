@@ -226,7 +226,7 @@ def setups(part: int) -> dict[str, Setup]:
             data=digits,
             grouping="inverted",
             batch=64,
-            epochs=max(1, 10 // part),
+            epochs=40 // part,
             timed_steps=10,
         ),
     }

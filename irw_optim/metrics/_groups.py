@@ -76,7 +76,7 @@ def mad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
 
 
 def tad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
-    """TAD, sum_g |acc_g - acc| with the accuracy acc of all; arguments of `group_accuracy`.
+    """TAD, sum_g ``|acc_g - acc|`` with the accuracy acc of all; arguments of `group_accuracy`.
 
     Every group counts alike, whatever its size, and more groups make a larger sum: compare only
     between models on the same groups.
@@ -95,7 +95,7 @@ def overall_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> float:
 
 
 def total_disparity(accuracies: Mapping[Group, float], overall: float) -> float:
-    """sum_g |acc_g - acc|."""
+    """sum_g ``|acc_g - acc|``."""
     return float(sum(abs(accuracy - overall) for accuracy in accuracies.values()))
 
 

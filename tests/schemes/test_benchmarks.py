@@ -19,6 +19,7 @@ WITHOUT_DATA_OF_THEIR_OWN = [
     "choosing alpha",
     "choosing options",
     "choosing schemes",
+    "choosing held",
 ]
 
 
