@@ -28,7 +28,8 @@ def stored(name: str) -> dict[str, Any]:
 
 def keep(name: str) -> None:
     """The same drawing is the same file."""
-    plt.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+    undated = {"Date": None} if name.endswith(".svg") else None
+    plt.savefig(FIGURES / name, metadata=undated, dpi=110)
     plt.close()
 
 
@@ -46,7 +47,7 @@ def variance() -> None:
         axis.set_xticks(range(len(names)), names)
         axis.set_title("one update" if steps == 1 else f"{steps} updates in a row")
     axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    keep("schemes_variance")
+    keep("schemes_variance.svg")
 
 
 def held() -> None:
@@ -71,7 +72,7 @@ def held() -> None:
         axis.minorticks_off()
     axes[0].set_ylabel("worst label x sex accuracy, %")
     axes[1].legend()
-    keep("schemes_held")
+    keep("schemes_held.svg")
 
 
 def alpha() -> None:
@@ -93,7 +94,7 @@ def alpha() -> None:
         axis.minorticks_off()
     axes[0].set_ylabel("%")
     axes[0].legend(fontsize=8, loc="lower left")
-    keep("choosing_alpha")
+    keep("choosing_alpha.svg")
 
 
 def _line(axis: Axes, points: list[tuple[float, float, float]], label: str, **style: Any) -> None:
@@ -122,7 +123,7 @@ def selection() -> None:
                 axis.set_xscale("log")
             axis.set_title(f"rank correlation {correlations[f'by {seen}']:.2f}", fontsize=9)
         row[0].set_ylabel(f"{title}: worst\nlabel x sex accuracy, %")
-    keep("schemes_selection")
+    keep("schemes_selection.png")  # hundreds of points
 
 
 def main() -> None:
