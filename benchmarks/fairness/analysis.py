@@ -10,8 +10,8 @@ is compared are paired differences, with t intervals over the seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -155,21 +155,28 @@ def target(folder: Path, task: str, grouping: str, noise: float = 0.0) -> Target
 
 def targets(folder: Path, noise: float = 0.0) -> list[Target]:
     """The groupings with headroom, of all tasks that have run."""
-    return [
+    return with_common_seeds(
         target(folder, task.name, grouping, noise)
         for task in TASKS.values()
         if (folder / f"{task.name}.csv").exists()
         for grouping in task.targets
-    ]
+    )
 
 
 def protected(folder: Path) -> list[Target]:
     """The groupings by people (race x sex, male x young), of all tasks that have run."""
-    return [
+    return with_common_seeds(
         target(folder, task.name, task.protected)
         for task in TASKS.values()
         if (folder / f"{task.name}.csv").exists() and task.name not in PLANTED
-    ]
+    )
+
+
+def with_common_seeds(found: Iterable[Target]) -> list[Target]:
+    """Those that have runs, with the seeds that all of them have."""
+    found = [one for one in found if len(one.runs)]
+    common = set.intersection(*(set(one.runs["seed"]) for one in found)) if found else set()
+    return [replace(one, runs=one.runs[one.runs["seed"].isin(common)]) for one in found]
 
 
 def mean_recovered(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> Estimate:

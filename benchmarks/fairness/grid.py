@@ -74,10 +74,11 @@ def without_groups() -> Iterator[Setting]:
         yield Setting("JTT", f"JTT: early {early:g}, times {times}", JTT(early, times))
     balanced = JTT(0.2, 5, class_balance=True)
     yield Setting("JTT, class-balanced", "JTT, class-balanced: early 0.2, times 5", balanced)
-    for early, center in ((0.0, 0.0), (0.2, 0.0), (0.2, 1.0)):
-        method = "IRW in classes" if not early else "IRW in classes, early S"
-        name = f"{method}: α 0.2, center {center:g}"
-        yield Setting(method, name, InClasses(0.2, early, center))
+    for early, center, floor in ((0, 0, 1), (0.2, 0, 1), (0.2, 1, 1), (0.1, 1, 1), (0.1, 0.5, 0.5)):
+        method = "IRW in classes, early S" if early else "IRW in classes"
+        name = f"{method}: α 0.2, center {center:g}, floor {floor:g}"
+        name += f", early {early:g}" if early else ""
+        yield Setting(method, name, InClasses(0.2, early, center, floor))
     for alpha in (0.1, 0.3):
         yield irw("IRW", alpha)
     for alpha in (0.1, 0.3):
@@ -111,6 +112,28 @@ UNDER_NOISE = (
     "IRWO",
 )
 """The tasks and methods that are tried with flipped labels too."""
+
+
+SLOWLY = (
+    PLAIN,
+    MOVED,
+    "class-balanced",
+    "CVaR, warm-up",
+    "JTT",
+    "JTT, class-balanced",
+    "IRW in classes, early S",
+    "IRW",
+    "IRW, warm-up, class_balance",
+    "IRW, warm-up, center",
+    "IRW, warm-up, center, mix",
+)
+"""The methods that are tried with the slow recipe too."""
+
+
+def slowly(task: Task, noise: float = 0.0) -> Iterator[Setting]:
+    """What is run of a task with the slow recipe: is it the recipe?"""
+    yield from (setting for setting in without_groups() if setting.method in SLOWLY)
+    yield from (s for s in told_the_groups(task) if s.told in task.targets)
 
 
 def varied() -> Iterator[Setting]:

@@ -33,7 +33,7 @@ SETTINGS = (
     "JTT: early 0.1, times 20",
     "IRW: α 0.3",
     "IRW, warm-up, center: α 0.3, center 1",
-    "IRW in classes, early S: α 0.2, center 0",
+    "IRW in classes, early S: α 0.2, center 0, floor 1, early 0.2",
 )
 SHIPPED = ("coloured_digits", "adult")
 SEEDS = (0, 1, 2)

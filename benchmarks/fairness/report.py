@@ -76,7 +76,7 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
 def settings_to_show(five: list[Target]) -> list[str]:
     """The best by the score without groups, of those of IRW and of the others."""
     runs = pd.concat([t.runs for t in five])
-    runs = runs[runs["told"] == ""]
+    runs = runs[runs["method"].isin((*IRW, *OTHERS))]
     score = runs.groupby("setting")["score without groups"].mean().sort_values(ascending=False)
     return list(score.index[:12])
 

@@ -1,6 +1,6 @@
 """Runs the grid and keeps each run's numbers: stopped at any time, it goes on where it was.
 
-    python -m benchmarks.fairness.sweep [--tasks adult ...] [--seeds 0 1 2 3 4] [--noise 0 0.1 ...]
+    python -m benchmarks.fairness.sweep [--slow] [--tasks adult ...] [--seeds 0 1 2 3 4] [--noise 0 0.1 ...]
 
 Seed by seed, so that a coarse table exists early. One row a run in <results>/<task>.csv.
 """
@@ -11,6 +11,8 @@ import argparse
 import csv
 import json
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,12 +26,13 @@ from torch import Tensor
 
 import irw_optim
 from benchmarks.fairness.evaluation import SMALLEST, clusters, evaluate, score_without_groups
-from benchmarks.fairness.grid import PLAIN, Setting, settings_of
-from benchmarks.fairness.loop import Recipe, scores, train
+from benchmarks.fairness.grid import PLAIN, Setting, settings_of, slowly
+from benchmarks.fairness.loop import SLOW, Recipe, scores, train
 from benchmarks.fairness.methods.stages import moved
 from benchmarks.fairness.tasks import TASKS, Parts, Task
 
 RESULTS = Path(__file__).parents[1] / "results" / "fairness"
+RESULTS_SLOW = RESULTS.with_name("fairness_slow")
 KEY = ("noise", "seed", "setting")
 NOISES = (0.0, 0.05, 0.1, 0.2)
 KEPT_OF_VALIDATION = ("accuracy", "worst ", "tail loss")
@@ -137,7 +140,7 @@ def note_how(folder: Path, recipe: Recipe) -> None:
         **{package.__name__: package.__version__ for package in (torch, np, sklearn, scipy)},
     }
     about = {
-        "command": "python -m benchmarks.fairness.sweep",
+        "command": shlex.join(["python", "-m", "benchmarks.fairness.sweep", *sys.argv[1:]]),
         "recipe": asdict(recipe),
         "versions": versions,
         "threads": torch.get_num_threads(),
@@ -150,14 +153,17 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--noise", nargs="+", type=float, default=NOISES)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--slow", action="store_true", help="the slow recipe, fewer methods")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.tasks:
         if not TASKS[name].available:
             print(f"{name}: no data, left out (IRW_OPTIM_DATA)")
     tasks = [TASKS[name] for name in options.tasks if TASKS[name].available]
-    sweep(tasks, options.seeds, options.noise, options.results, Recipe(), settings_of)
+    if options.slow:
+        sweep(tasks, options.seeds, [0.0], RESULTS_SLOW, SLOW, slowly)
+    else:
+        sweep(tasks, options.seeds, options.noise, RESULTS, Recipe(), settings_of)
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ class TestInClasses:
 class TestGlobal:
     @pytest.mark.parametrize("use", ["reweighting", "resampling"])
     def test_weights_are_renewed_and_used(self, data, use):
-        method = intrinsic.Global(intrinsic.Intrinsic(0.3), use, refresh=2)
+        method = intrinsic.Global(intrinsic.Intrinsic(0.3), use)
         model = mlp(3, RECIPE.widths, 2)
         trainer = method.prepare(model, data, RECIPE, seed=0)
         index = next(trainer.batches)

@@ -44,11 +44,10 @@ class Intrinsic:
 
 @dataclass(frozen=True)
 class Global:
-    """The global scheme: weights of all samples, held for ``refresh`` steps."""
+    """The global scheme: weights of all samples, renewed every epoch as in the paper."""
 
     local: Intrinsic
     use: str = "reweighting"
-    refresh: int = 40
 
     def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
         optimizer = self.local.optimizer(model, recipe, criterion=nn.CrossEntropyLoss())
@@ -63,8 +62,8 @@ class Global:
         scheme = GlobalScheme(
             optimizer,
             positions,
-            refresh=self.refresh,
-            unit="steps",
+            refresh=1,
+            unit="epochs",
             use=self.use,
             forward=_reader(data),
             batch_size=4096,
