@@ -70,6 +70,9 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
     }
     if noisy_targets(folder, max(NOISES)):
         texts["noise.md"] = noise_table(folder, NOISES)
+    slow = folder.with_name("fairness_slow")
+    if slow.exists():
+        texts["slow.md"] = headroom_table(slow)
     return texts
 
 

@@ -1,6 +1,6 @@
 """Runs the grid and keeps each run's numbers: stopped at any time, it goes on where it was.
 
-    python -m benchmarks.fairness.sweep [--slow] [--tasks adult ...] [--seeds 0 1 2 3 4] [--noise 0 0.1 ...]
+    python -m benchmarks.fairness.sweep [--slow] [--tasks adult ...] [--seeds 0 ...] [--noise 0 ...]
 
 Seed by seed, so that a coarse table exists early. One row a run in <results>/<task>.csv.
 """

@@ -68,7 +68,9 @@ def headroom_table(folder: Path) -> str:
     five = first_five(found)
     head = ["method", *map(title, found), "mean of the first five", "accuracy, points"]
     lines = []
-    for name, methods in {**{m: (m,) for m in METHODS if m != PLAIN}, **BEST_OF}.items():
+    run = set.intersection(*(set(t.runs["method"]) for t in found))
+    each = {method: (method,) for method in METHODS if method in run - {PLAIN}}
+    for name, methods in {**each, **BEST_OF}.items():
         cells = [
             " / ".join(share(t.recovered(t.chosen(methods, by)).mean) for by in (WITH, WITHOUT))
             for t in found

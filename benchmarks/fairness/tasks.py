@@ -23,12 +23,14 @@ class Task:
         protected: the grouping by people, or by what was planted.
         targets: the groupings with headroom.
         table: the file it needs; None for data that scikit-learn brings along.
+        classes: how many.
     """
 
     name: str
     protected: str
     targets: tuple[str, ...]
     table: str | None
+    classes: int = 2
 
     def parts(self, seed: int, noise: float = 0.0) -> Parts:
         """Training, validation and test part; ``noise`` as of `split`."""
@@ -52,6 +54,6 @@ TASKS = {
         Task("celeba_blond", "male x young", ("label x male",), "celeba_attributes"),
         Task("marked_adult", "mark", ("label x mark",), "adult"),
         Task("compas", "race x sex", ("label x race",), "compas"),
-        Task("celeba_hair", "male x young", ("label x male",), "celeba_attributes"),
+        Task("celeba_hair", "male x young", ("label x male",), "celeba_attributes", 4),
     )
 }

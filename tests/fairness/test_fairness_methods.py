@@ -131,14 +131,14 @@ class TestARL:
         first = gradient(objective, losses, index)
         assert torch.allclose(first, (1 + 16 * f / f.sum()) / 16)
         # One step of Adam moves each parameter by lr in the direction of the reward's gradient.
-        before = float(reward())
+        before = reward().item()
         for parameter, g in zip(
             adversary.parameters(),
             torch.autograd.grad(reward(), adversary.parameters()),
             strict=True,
         ):
             parameter.data += 0.01 * g / (g.abs() + 1e-8)
-        assert float(reward()) > before
+        assert reward().item() > before
         f = torch.sigmoid(adversary(inputs)[:, 0]).detach()
         second = gradient(objective, losses, index)
         assert torch.allclose(second, (1 + 16 * f / f.sum()) / 16, atol=1e-6)
@@ -154,7 +154,7 @@ class TestGroupDRO:
             found = gradient(objective, losses, index)
             means = np.array(
                 [
-                    float(losses[member == g].mean()) if (member == g).any() else 0.0
+                    losses[member == g].mean().item() if (member == g).any() else 0.0
                     for g in range(4)
                 ]
             )
