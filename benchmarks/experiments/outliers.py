@@ -197,8 +197,10 @@ def texts(result: report.Result) -> dict[str, str]:
         filters += [
             [f"{where}: {m}", *filter_row([r[m] for r in runs])] for m in methods if m in FILTERED
         ]
-        if case["corruption"] in ("clean", "scattered 10 %"):
-            groups += removed_groups(where, [r["IRWO"]["filter"] for r in runs])
+        if case["corruption"] == "clean":
+            for method in (m for m in methods if m in FILTERED):
+                own = [r[method]["filter"] for r in runs]
+                groups += removed_groups(f"{case['data']}: {method}", own)
         if "clusters" in runs[0]["IRWO"]:
             row = [where]
             for when in ("early", "end"):

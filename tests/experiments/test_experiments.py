@@ -126,6 +126,9 @@ def test_the_page_on_outliers_says_what_was_measured():
         assert means(cluster, "IRWO", "clusters", "early", "in clusters of their own") > 0.5
         assert means(clean, "IRWO, eps 0.5", accuracy) == 0
         assert means(clean, "IRWO, eps 0.5", "filter", "removed") > 0.25
+        rare = "1" if data == "Adult" else "0"
+        for sex in ("Female", "Male"):
+            assert means(clean, "IRWO, eps 0.5", "filter", "label x sex", f"{rare}, {sex}") > 0.9
     adult = found["Adult", "clean"]
     assert means(adult, "IRWO", accuracy) < means(adult, "plain", accuracy) - 0.03
     assert means(adult, "IRWO", "filter", "label x sex", "1, Female") > 4 * means(
