@@ -13,7 +13,7 @@ layer, or from a random third of the layers (another one for each seed):
     worst group        accuracy on the test split after training with these scores; mean and
                        standard deviation over the seeds, which also draw the training samples
     time               of one step, in steps with the full scores and in plain steps: CPU time of
-                       one thread, in turns, median of the rounds' ratios
+                       one thread, in turns, median of the rounds' ratios; steps of length 0
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ class Setup:
     epochs: int
     timed_steps: int
     """Steps that are timed in one go: some tens of milliseconds."""
+    compared: int
+    """Batches on which scores are compared."""
+    warm_up: int
+    """Steps before the timed ones: past nearly all of the engine's checks."""
 
 
 def layers_of(model: nn.Module) -> list[str]:
@@ -66,9 +70,11 @@ def chosen(way: str, layers: Sequence[str], seed: int) -> list[str] | None:
     return [layers[{"first": 0, "middle": len(layers) // 2, "last": -1}[way]]]
 
 
-def wrapped(model: nn.Module, criterion: nn.Module, scores: list[str] | None) -> IRWOptimizer:
+def wrapped(
+    model: nn.Module, criterion: nn.Module, scores: list[str] | None, learning_rate: float = 1e-3
+) -> IRWOptimizer:
     return IRWOptimizer(
-        torch.optim.Adam(model.parameters(), lr=1e-3),
+        torch.optim.Adam(model.parameters(), lr=learning_rate),
         alpha=ALPHA,
         model=model,
         criterion=criterion,
@@ -99,14 +105,14 @@ def _copy(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
     return copied
 
 
-def agreement(model: nn.Module, data: Split, ways: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Mean rank correlation and overlap with the full scores, over 20 batches."""
+def agreement(model: nn.Module, data: Split, ways: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """Mean rank correlation and overlap with the full scores, over some batches."""
     records: dict[str, list[Any]] = {}
     for way, scores in ways.items():
         criterion = nn.CrossEntropyLoss()
         optimizer = wrapped(model, criterion, scores)
         records[way] = []
-        for x, y in itertools.islice(batches(data, batch, seed=7), 20):
+        for x, y in itertools.islice(batches(data, setup.batch, seed=7), setup.compared):
             optimizer.zero_grad()
             criterion(model(x), y).backward()
             records[way].append(optimizer.last_step)
@@ -146,7 +152,7 @@ def study(name: str, setup: Setup, seeds: range) -> list[dict[str, Any]]:
             values.setdefault("worst group", []).append(metrics[f"worst {setup.grouping}"])
             if way == "all":
                 for point, snapshot in zip(POINTS, kept, strict=True):
-                    for other, seen in agreement(snapshot, data, ways, setup.batch).items():
+                    for other, seen in agreement(snapshot, data, ways, setup).items():
                         for key, value in seen.items():
                             found[other].setdefault(f"{key}, {point}", []).append(value)
             print(name, seed, way, {k: round(v[-1], 3) for k, v in values.items()}, flush=True)
@@ -161,14 +167,15 @@ def times(name: str, setup: Setup, rounds: int) -> list[dict[str, Any]]:
     layers = layers_of(setup.make())
     x, y = next(iter(batches(setup.data(0)[0], setup.batch, seed=0)))
     plain = setup.make()
-    adam = torch.optim.Adam(plain.parameters(), lr=1e-3)
+    # Steps of length 0: a model that has learned this batch by heart is no longer a usual one.
+    adam = torch.optim.Adam(plain.parameters(), lr=0.0)
     plain_steps = _steps(setup.timed_steps, plain, (x, y), nn.CrossEntropyLoss(), adam)
     actions = []
     for way in WAYS:
         model, criterion = setup.make(), nn.CrossEntropyLoss()
-        optimizer = wrapped(model, criterion, chosen(way, layers, seed=0))
+        optimizer = wrapped(model, criterion, chosen(way, layers, seed=0), learning_rate=0.0)
         actions.append(_steps(setup.timed_steps, model, (x, y), criterion, optimizer))
-        _steps(40, model, (x, y), criterion, optimizer)()  # past nearly all of the engine's checks
+        _steps(setup.warm_up, model, (x, y), criterion, optimizer)()
     seconds, ratios = time_ratios(plain_steps, *actions, rounds=rounds)
     return [
         {
@@ -202,8 +209,9 @@ def _steps(
 
 def setups(part: int) -> dict[str, Setup]:
     """Three models; a ``part``-th of the samples and epochs."""
-    people, sequences = adult(), adult_tokens()
+    people, sequences = ((a, b[: len(b) // part]) for a, b in (adult(), adult_tokens()))
     features, tokens = people[0].x.shape[1], int(sequences[0].x.max()) + 1
+    shared = {"compared": max(1, 20 // part), "warm_up": 40 // part}
     return {
         "MLP": Setup(
             make=lambda: mlp(features, 64, 64, 64, 32),
@@ -211,7 +219,8 @@ def setups(part: int) -> dict[str, Setup]:
             grouping="label x sex",
             batch=128,
             epochs=6,
-            timed_steps=40,
+            timed_steps=max(1, 40 // part),
+            **shared,
         ),
         "transformer": Setup(
             make=lambda: Transformer(tokens),
@@ -219,7 +228,8 @@ def setups(part: int) -> dict[str, Setup]:
             grouping="label x sex",
             batch=128,
             epochs=3,
-            timed_steps=4,
+            timed_steps=max(1, 4 // part),
+            **shared,
         ),
         "CNN": Setup(
             make=cnn,
@@ -227,7 +237,8 @@ def setups(part: int) -> dict[str, Setup]:
             grouping="inverted",
             batch=64,
             epochs=40 // part,
-            timed_steps=10,
+            timed_steps=max(1, 10 // part),
+            **shared,
         ),
     }
 
