@@ -3,24 +3,24 @@
     python -m benchmarks.fairness.recheck           # about two minutes
 
 Trains some methods on what is on this machine, seeds 0 to 2, and compares the difference from plain
-training in the worst group with the stored runs: it must lie in their 99 % prediction interval for
-a mean of three seeds, and have their sign where they are clear of 0.
+training in the worst group with the stored runs of the same seeds: it must lie within the interval
+that is stated for the mean of all seeds, and where that is clear of 0, it must be on the same side.
+On the machine that made the runs the two agree to the last digit; elsewhere rounding leads a little
+astray.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
-from scipy import stats
 
-from benchmarks.fairness.analysis import Target, estimate, target, with_setting
+from benchmarks.fairness.analysis import Estimate, Target, estimate, target, with_setting
 from benchmarks.fairness.grid import Setting, told_the_groups, without_groups
 from benchmarks.fairness.loop import Recipe
 from benchmarks.fairness.sweep import RESULTS, sweep
@@ -31,34 +31,42 @@ SETTINGS = (
     "plain, moved threshold: 1",
     "class-balanced",
     "JTT: early 0.1, times 20",
-    "IRW: α 0.3",
-    "IRW, warm-up, center: α 0.3, center 1",
-    "IRW in classes, early S: α 0.2, center 0, floor 1, early 0.2",
+    "IRW: α 0.1",
+    "IRW, warm-up, class_balance: α 0.1",
+    "IRW in classes, early S: α 0.2, center 1, floor 1, early 0.2",
 )
 SHIPPED = ("coloured_digits", "adult")
 SEEDS = (0, 1, 2)
-LEVEL = 0.99
+SLACK = 0.02
+"""What rounding may do on another machine where the seeds happen to agree very well."""
 
 
 @dataclass(frozen=True)
 class Recheck:
-    """One stated difference, and the one found now."""
+    """A stated difference and the one found now.
+
+    Attributes:
+        what: is compared.
+        stated: with its interval, over all seeds that are stored.
+        stored: mean over the seeds that were run anew.
+        found: the same, anew.
+    """
 
     what: str
-    stated: float
-    half: float
-    clear: bool
+    stated: Estimate
+    stored: float
     found: float
 
     @property
     def holds(self) -> bool:
-        same_sign = self.found * self.stated > 0
-        return abs(self.found - self.stated) <= self.half and (same_sign or not self.clear)
+        near = abs(self.found - self.stored) <= max(self.stated.half, SLACK)
+        clear = self.stated.verdict != "no clear difference"
+        return near and (not clear or self.found * self.stated.mean > 0)
 
     def __str__(self) -> str:
-        mark = "holds" if self.holds else "DOES NOT HOLD"
-        stated = f"stated {100 * self.stated:+.1f} ± {100 * self.half:.1f}"
-        return f"{self.what}: {stated}, found {100 * self.found:+.1f}: {mark}"
+        stated = f"stated {100 * self.stated.mean:+.1f} ± {100 * self.stated.half:.1f}"
+        anew = f"these seeds {100 * self.stored:+.1f}, anew {100 * self.found:+.1f}"
+        return f"{self.what}: {stated}; {anew}: {'holds' if self.holds else 'DOES NOT HOLD'}"
 
 
 def run(folder: Path, tasks: tuple[str, ...] = SHIPPED) -> None:
@@ -79,25 +87,21 @@ def compare(stored: Path, new: Path, tasks: tuple[str, ...] = SHIPPED) -> list[R
             then, now = target(stored, name, grouping), target(new, name, grouping)
             named = {s: s for s in SETTINGS if s != "plain"} | {f"oracle, {grouping}": None}
             for what, setting in named.items():
-                before = differences(then, setting)
-                after = float(differences(now, setting).mean())
-                found.append(check(f"{name}, {grouping}, {what}", before, after, len(SEEDS)))
+                before, after = differences(then, setting), differences(now, setting)
+                found.append(check(f"{name}, {grouping}, {what}", before, after))
     return found
 
 
-def differences(found: Target, setting: str | None) -> np.ndarray:
-    """From plain training, in the worst group's accuracy, one a seed; None for the oracle."""
+def differences(found: Target, setting: str | None) -> pd.Series[float]:
+    """From plain training, in the worst group's accuracy, by seed; None for the oracle."""
     rows = found.oracle() if setting is None else with_setting(found, setting)
-    return np.asarray(rows[found.worst] - found.plain()[found.worst])
+    return rows[found.worst] - found.plain()[found.worst]
 
 
-def check(what: str, before: np.ndarray, after: float, seeds: int) -> Recheck:
-    """The new mean against the prediction interval of the stored differences."""
-    n = len(before)
-    quantile = stats.t.ppf((1 + LEVEL) / 2, n - 1)
-    half = float(quantile * before.std(ddof=1) * math.sqrt(1 / n + 1 / seeds))
-    clear = estimate(before).verdict != "no clear difference"
-    return Recheck(what, float(before.mean()), half, clear, after)
+def check(what: str, before: pd.Series[float], after: pd.Series[float]) -> Recheck:
+    """The seeds of ``after`` beside the same ones of ``before``."""
+    stored = float(before.loc[after.index].mean())
+    return Recheck(what, estimate(before), stored, float(after.mean()))
 
 
 def main() -> int:

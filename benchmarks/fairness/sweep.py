@@ -141,7 +141,7 @@ def note_how(folder: Path, recipe: Recipe) -> None:
     }
     about = {
         "command": shlex.join(["python", "-m", "benchmarks.fairness.sweep", *sys.argv[1:]]),
-        "recipe": asdict(recipe),
+        "recipe": {"optimizer": "Adam, cosine decay to 0", **asdict(recipe)},
         "versions": versions,
         "threads": torch.get_num_threads(),
     }

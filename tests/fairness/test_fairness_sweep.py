@@ -116,16 +116,21 @@ class TestStoredResults:
 
 
 class TestRecheck:
+    BEFORE = pd.Series([0.10, 0.12, 0.11, 0.09, 0.10])
+
+    def test_compares_the_same_seeds(self):
+        found = recheck.check("t", self.BEFORE, self.BEFORE.loc[[0, 2]])
+        assert found.stored == found.found == pytest.approx(0.105)
+
     def test_notices_what_no_longer_holds(self):
-        before = np.array([0.10, 0.12, 0.11, 0.09, 0.10])
-        assert recheck.check("t", before, 0.11, 3).holds
-        assert not recheck.check("t", before, 0.30, 3).holds
-        assert not recheck.check("t", before, -0.01, 3).holds
+        assert recheck.check("t", self.BEFORE, pd.Series([0.11, 0.11])).holds
+        assert not recheck.check("t", self.BEFORE, pd.Series([0.2, 0.2])).holds
+        assert not recheck.check("t", self.BEFORE, pd.Series([0.0, 0.0])).holds
 
     def test_a_clear_difference_must_keep_its_sign(self):
-        before = np.array([0.1, 0.2, 0.15, 0.05, 0.1])
-        found = recheck.check("t", before, -0.01, 3)
-        assert abs(found.found - found.stated) < found.half
+        before = pd.Series([0.01, 0.2, 0.15, 0.05, 0.1])
+        found = recheck.check("t", before, pd.Series({0: -0.01}))
+        assert abs(found.found - found.stored) < found.stated.half
         assert not found.holds
 
     @pytest.mark.slow
