@@ -62,6 +62,9 @@ def test_the_page_on_convergence_says_what_was_measured():
         gap = {m: means(case["runs"], "methods", m, "gap") for m in ("plain", "CVaR", "IRW")}
         assert gap["CVaR"] < gap["IRW"] < 0.55 * gap["plain"]
         assert all(run["methods"]["IRW"]["gap"] < 0.02 for run in case["runs"])
+        further = means(case["runs"], "IRW, 8 times the steps") / gap["IRW"]
+        rests = (case["data"], case["alpha"]) == ("Adult", 0.3)
+        assert further > 0.9 if rests else further < 0.6
         silent = means(case["runs"], "silent share")
         assert 0.25 < silent < 0.45  # "below a third or so"
         worst = {m: means(case["runs"], "methods", m, "worst class") for m in ("plain", "CVaR")}
