@@ -79,7 +79,8 @@ def fold(
         return PerSampleLosses(losses, detached.mean(), 1.0, labels, counts, total)
     if normaliser is None:
         return PerSampleLosses(losses, _quotient(detached, total), 1.0, labels, counts, total)
-    scale = total / normaliser
+    empty = isinstance(normaliser, float) and not normaliser  # Python's 0/0 raises
+    scale = 1.0 if empty else total / normaliser
     if isinstance(scale, Tensor):
         # 0/0, everything ignored: torch's value is NaN and its gradient 0, as any number leaves it.
         scale = scale.nan_to_num(1.0, posinf=float("inf"))

@@ -106,6 +106,7 @@ def test_the_state_is_the_inner_optimizers_and_a_key_of_ours() -> None:
         "score_parameters": None,
         "weighting": "irw",
         "accumulation_steps": 1,
+        "worst_off": "global",
     }
 
 
