@@ -61,13 +61,13 @@ def draw(course: Course) -> Figure:
     panels = [panel for panel in PANELS if panel.answers(course)]
     lines = -(-len(panels) // 2)
     with rc_context(STYLE):  # type: ignore[arg-type]  # it lists every key
-        figure = Figure((9, 2.6 * lines), layout="constrained")
+        figure = Figure((11, 2.4 * lines), layout="constrained")
         axes = figure.subplots(lines, 2, sharex=True, squeeze=False).flatten()
         for axis, panel in zip(axes, panels, strict=False):
             panel.draw(axis, course)
             _warm_up(axis, course)
             axis.set_title(panel.title)
-            axis.legend(loc="best", ncols=2)
+            axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         for axis in axes[max(0, len(panels) - 2) : len(panels)]:
