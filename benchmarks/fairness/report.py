@@ -73,6 +73,7 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
     slow = folder.with_name("fairness_slow")
     if slow.exists():
         texts["slow.md"] = headroom_table(slow)
+        texts["slow_one_setting.md"] = about_one_setting(first_five(targets(slow)))
     return texts
 
 
