@@ -147,6 +147,8 @@ def plain(case: Case, twin: nn.Module, criterion: nn.Module, batch: Batch) -> Tr
     parameters = [p for p in twin.parameters() if p.requires_grad]
     output = batch.output(case, twin)
     losses = expected(criterion, output, batch.target(case, criterion, output))
+    whole = losses.losses.sum()  # a backward pass that raises must do so for empty batches too
+    torch.autograd.grad(whole, parameters, retain_graph=True, allow_unused=True)
     G = reference.per_sample_gradients(losses.losses, parameters)
     extra = torch.zeros(G.shape[1])
     if case.extra_term:
