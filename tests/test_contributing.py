@@ -1,0 +1,90 @@
+"""What CONTRIBUTING.md shows to add, added: the code of the page, run as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from agreement import agree
+from torch import nn
+
+from irw_optim import IRWOptimizer
+from irw_optim.gradients import rules
+
+PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
+SECTIONS = ("A layer rule", "A weighting", "An outlier filter", "An engine")
+
+
+def code_of(section: str) -> str:
+    text = PAGE.read_text(encoding="utf-8")
+    match = re.search(rf"^### {section}\n.*?```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    assert match, section
+    return match[1]
+
+
+def run(section: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(code_of(section), names)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def _rules_as_they_were(monkeypatch):
+    monkeypatch.setattr(rules, "_BY_TYPE", dict(rules._BY_TYPE))
+    monkeypatch.setattr(rules, "_FOUND", {})
+
+
+def step(model: nn.Module, **options):
+    """One backward pass on six samples, and the loop's."""
+    model = model.double()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(sgd, **{"alpha": 0.4, "model": model, **options})
+    x = torch.randn(6, 4).double()
+    losses = model(x).square().sum(1)
+    truth = reference.step(losses, model.parameters(), 0.4)
+    optimizer.backward(model(x).square().sum(1))
+    return optimizer, model, truth
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_in_under_thirty_lines(section):
+    assert len(code_of(section).splitlines()) < 30
+
+
+def test_a_layer_rule():
+    layer = run("A layer rule")["Mapped"]
+    agree(*step(nn.Sequential(layer(4, 5), nn.Linear(5, 3)), engine="ghost"))
+
+
+def test_without_the_rule_the_ghost_products_do_not_cover_it():
+    layer = run("A layer rule")["Mapped"]
+    del rules._BY_TYPE[layer]
+    rules._FOUND.clear()
+    with pytest.raises(RuntimeError, match="does not cover"):
+        step(nn.Sequential(layer(4, 5), nn.Linear(5, 3)), engine="ghost")
+
+
+def test_a_weighting():
+    optimizer, _, truth = step(nn.Linear(4, 3), weighting=run("A weighting")["by_length"])
+    lengths = truth.G.norm(dim=1)
+    assert reference.error(optimizer.last_step.weights, lengths / lengths.sum()) < 1e-6
+
+
+def test_an_outlier_filter():
+    optimizer, _, truth = step(nn.Linear(4, 3), outliers=run("An outlier filter")["Longest"](0.2))
+    longest = int(truth.G.norm(dim=1).argmax())
+    assert optimizer.last_step.outliers.nonzero().flatten().tolist() == [longest]
+    assert float(optimizer.last_step.weights[longest]) == 0
+
+
+def test_an_engine():
+    names = run("An engine")
+    model = nn.Linear(4, 3).double()
+    losses = model(torch.randn(6, 4).double()).square().sum(1)
+    truth = reference.step(losses, model.parameters(), 0.4)
+    weights = names["irw_weights"](losses.detach(), names["Rows"](losses, model.parameters()), 0.4)
+    assert reference.error(weights, truth.weights) < 1e-9

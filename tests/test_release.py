@@ -1,0 +1,57 @@
+"""What is released: one version, a citation that loads, packages that hold what they should."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import irw_optim
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_citation_names_the_version_and_the_paper() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(rf"^version: {re.escape(irw_optim.__version__)}$", text, re.MULTILINE)
+    assert "2411.03068" in text
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution and the wheel made from it."""
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_wheel_is_the_package_and_nothing_else(built: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    information = f"irw_optim-{irw_optim.__version__}.dist-info/"
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "irw_optim").rglob("*.py")}
+    assert sources <= names
+    assert f"{information}licenses/LICENSE" in names
+    assert {n for n in names if not n.startswith(information)} - sources <= {"irw_optim/py.typed"}
+
+
+@pytest.mark.slow
+def test_the_source_distribution_can_be_tested_and_documented(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as source:
+        names = {name.partition("/")[2] for name in source.getnames()}
+    for needed in ("README.md", "LICENSE", "CITATION.cff", "Makefile", "docs/conf.py"):
+        assert needed in names
+    assert {"tests/reference.py", "examples/adult.py", "irw_optim/optimizer.py"} <= names
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert folders == {"benchmarks", "docs", "examples", "irw_optim", "tests"}
+    unwanted = re.compile(r"__pycache__|\.pyc$|_build|\.(pt|pkl|log)$|\.venv")
+    assert not [name for name in names if unwanted.search(name)]
