@@ -46,6 +46,20 @@ class HeldWeights:
             labels=batch.labels,
         )
 
+    def over_ranks(self, ranks: object) -> HeldWeights:
+        """What decides for the batch of all processes of a DistributedDataParallel.
+
+        Raises:
+            NotImplementedError: each process knows the indices of its own samples alone.
+        """
+        if not self.resampled:
+            raise NotImplementedError(
+                "GlobalScheme(use='reweighting') under DistributedDataParallel is not built: the "
+                "weights of a batch would be renormalised over all processes, and each knows its "
+                "own indices; use GlobalScheme(..., use='resampling')"
+            )
+        return self
+
     def _selected(self, losses: Tensor) -> tuple[StepRecord, Tensor]:
         record, indices = self.record, self.indices
         if record is None or indices is None:
