@@ -88,9 +88,11 @@ $(WITH_ALL): $(VENV)/.created $(DEFINITION)
 	@touch $@ $(WITH_REPORT)
 
 $(VENV)-lowest/.installed: pyproject.toml
+	@$(PYTHON_LOWEST) --version || { echo "Name the oldest Python: make test-lowest PYTHON_LOWEST=/path/to/python3.10" >&2; exit 1; }
 	$(PYTHON_LOWEST) -m venv $(VENV)-lowest
 	$(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		print(*project["dependencies"], sep="\n")' | sed 's/>=/==/' > $(VENV)-lowest/lowest.txt
+		print(*project["dependencies"], *project["optional-dependencies"]["report"], sep="\n")' \
+		| sed 's/>=/==/' > $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check \
 		--requirement $(VENV)-lowest/lowest.txt --editable . pytest hypothesis
 	@touch $@
