@@ -189,7 +189,7 @@ class Step:
         truths: Sequence[Truth],
         filter_: Filter | None,
     ) -> None:
-        self.case, self.options = case, case.options
+        self.case, self.options, self.model = case, case.options, model
         self.record = optimizer.last_step
         self.tolerance = EXACT[case.dtype]
         self.trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -278,10 +278,14 @@ class Step:
     @cached_property
     def scored(self) -> Tensor:
         """The columns of G that make the scores."""
-        last = self.trainable[-1][0].rpartition(".")[0]
+        last, named = "", {}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            if p.requires_grad:  # a tied one is chosen by any of its names
+                last = name.rpartition(".")[0]
+                named.setdefault(p, set()).add(last)
         chosen = {
             "all": lambda name, p: True,
-            "last": lambda name, p: name.rpartition(".")[0] == last,
+            "last": lambda name, p: last in named[p],
             "matrices": SCORED["matrices"],
         }[self.case.scored]
         columns = [

@@ -232,8 +232,9 @@ def nested(draw, kind, width):
         blocks.Unused,
     )
     names = KEEPING_SHAPE[kind]
-    if wrapper is blocks.Checkpointed:  # its second forward moves running statistics on again
-        names = tuple(name for name in names if name not in ("batch norm", "channel norm"))
+    if wrapper is blocks.Checkpointed:  # its second forward moves buffers on again, as in torch
+        with_buffers = ("batch norm", "channel norm", "shared parameters")
+        names = tuple(name for name in names if name not in with_buffers)
     inner = pick(draw, *names)
     makers = [BLOCKS[inner](draw, kind, width)]
     if flag(draw):
