@@ -94,7 +94,7 @@ def expected(criterion: nn.Module, output: Tensor, target: Tensor) -> Losses:
     if criterion.reduction == "sum":
         scale = float(counts.sum())
     elif criterion.reduction == "batchmean":
-        scale = float(counts.sum()) / max(1, size)
+        scale = float(elements[0].numel() if size else 1)  # a sample's own elements
     elif of_classes and criterion.weight is not None and bool(valid.any()):
         scale = float(valid.sum()) / float(criterion.weight[target[valid]].sum())
     labels = None
