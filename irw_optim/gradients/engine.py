@@ -65,6 +65,7 @@ class Engine:
         """What is known of graphs with these layers and leaves."""
         found = [call.find_batch(batch_size, shape) for call, _, shape in graph.sites]
         key = (
+            batch_size > 1,  # one sample alone does not show whether the forward mixes them
             *found,
             *[call.arrangement() for call, _, _ in graph.sites],
             *[id(p) for call, _, _ in graph.sites for p in call.parameters.values()],

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import reference
 import torch
-from torch import nn
+from agreement import agree
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from irw_optim import DBSCANFilter, IRWOptimizer
 
@@ -86,3 +91,27 @@ def test_a_sum_with_a_parameter_may_be_changed_in_place():
     model = Shifted()
     wrapped(model, engine="ghost").backward(model(torch.randn(6, 4)).sum(1))
     assert model.shift.grad is not None
+
+
+def test_samples_that_mix_are_found_after_batches_of_one():
+    """Alone, a sample is its own mean: what was proven there says nothing of two."""
+
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inner(x)
+            return self.head(h - h.mean(0))
+
+    model = Centred().double()
+    optimizer = wrapped(model, alpha=0.4)
+    for size in (1, 1, 5):
+        x, y = torch.randn(size, 4).double(), torch.randint(3, (size,))
+        twin = copy.deepcopy(model)
+        losses = F.cross_entropy(twin(x), y, reduction="none")
+        truth = reference.step(losses, twin.parameters(), 0.4)
+        optimizer.zero_grad()
+        optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+        agree(optimizer, model, truth)
