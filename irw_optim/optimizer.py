@@ -21,7 +21,7 @@ from irw_optim.outliers import OutlierFilter
 from irw_optim.ranges import check_losses
 from irw_optim.record import StepRecord
 from irw_optim.selection import ScoreParameters, select_parameters
-from irw_optim.weighing import Weighing
+from irw_optim.weighted_backward import WeightedBackward
 from irw_optim.weighting import ScoreRule
 from irw_optim.wrapping import OptimizerWrapper, fires_own_hooks, one_of
 
@@ -135,7 +135,7 @@ class IRWOptimizer(OptimizerWrapper):
         super().__init__(optimizer)
         self._options = {name: described(value) for name, value in options.items()}
         rule = rule_named(weighting, center)
-        self._weighing = Weighing(
+        self._weighted = WeightedBackward(
             optimizer,
             Engine(model, engine),
             LocalScheme(float(alpha), rule, outliers, class_balance, mix),
@@ -147,20 +147,20 @@ class IRWOptimizer(OptimizerWrapper):
         self._attached: AttachedForward | None = None
         self._attach(model, criterion)
 
-    scheme = one_of("_weighing", "scheme")
-    engine = one_of("_weighing", "engine")
-    warmup_steps = one_of("_weighing", "warmup_steps")
-    accumulation_steps = one_of("_weighing", "accumulation_steps")
+    scheme = one_of("_weighted", "scheme")
+    engine = one_of("_weighted", "engine")
+    warmup_steps = one_of("_weighted", "warmup_steps")
+    accumulation_steps = one_of("_weighted", "accumulation_steps")
 
     @property
     def steps(self) -> int:
         """Optimizer steps on a weighted gradient; those that a scaler skipped do not count."""
-        return self._weighing.progress.steps
+        return self._weighted.progress.steps
 
     @property
     def last_step(self) -> StepRecord | None:
         """What the newest backward pass decided; None before the first."""
-        return self._weighing.progress.last
+        return self._weighted.progress.last
 
     @property
     def criterion(self) -> nn.Module | None:
@@ -181,8 +181,8 @@ class IRWOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, per-sample ones too, and what backward has noted since."""
         super().zero_grad(set_to_none)
-        self._weighing.clear()
-        for parameter in self._weighing.parameters:
+        self._weighted.clear()
+        for parameter in self._weighted.parameters:
             if getattr(parameter, "grad_sample", None) is not None:
                 parameter.grad_sample = None  # type: ignore[attr-defined]
 
@@ -199,7 +199,7 @@ class IRWOptimizer(OptimizerWrapper):
                 self.steps,
             )
             return
-        self._weighing.progress.steps = own["steps"]
+        self._weighted.progress.steps = own["steps"]
         report_differences(own, self._options)
 
     # The three ways in -----------------------------------------------------------------------
@@ -221,7 +221,7 @@ class IRWOptimizer(OptimizerWrapper):
         check_losses(losses)
         check_trains(losses)
         value = losses.detach().mean()
-        self._weighing.loss(PerSampleLosses(losses, value, 1.0, labels)).backward()
+        self._weighted.loss(PerSampleLosses(losses, value, 1.0, labels)).backward()
         return value
 
     @fires_own_hooks
@@ -247,16 +247,16 @@ class IRWOptimizer(OptimizerWrapper):
             FloatingPointError: a loss or a score is not finite; parameters are as they were.
             DPGuaranteeError: the parameters belong to a differentially private optimizer.
         """
-        check_not_private(self._weighing.parameters)
+        check_not_private(self._weighted.parameters)
         if losses is not None:
-            every, scored = self._weighing.parameters, self.scored_parameters()
-            weigh_grad_samples(every, scored, losses, labels, self._weighing.decide)
+            every, scored = self._weighted.parameters, self.scored_parameters()
+            weigh_grad_samples(every, scored, losses, labels, self._weighted.decide)
         if closure is None:
-            self._weighing.make_ready()
+            self._weighted.make_ready()
             result = self.inner.step()
         else:
-            result = self.inner.step(lambda: self._weighing.evaluated(closure))
-        self._weighing.step_taken()
+            result = self.inner.step(lambda: self._weighted.evaluated(closure))
+        self._weighted.step_taken()
         return result
 
     def finish(self) -> None:
@@ -264,11 +264,11 @@ class IRWOptimizer(OptimizerWrapper):
 
         `step` does so too; this is for what must see the gradient before, such as clipping.
         """
-        self._weighing.finish()
+        self._weighted.finish()
 
     def detach(self) -> None:
         """Remove every hook: model and criterion are as they were before."""
-        self._weighing.release()
+        self._weighted.release()
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
@@ -277,11 +277,11 @@ class IRWOptimizer(OptimizerWrapper):
 
     def scored_parameters(self) -> set[Tensor]:
         """The parameters whose gradients make the scores."""
-        return set(self._weighing.scored)
+        return set(self._weighted.scored)
 
     def _attach(self, model: nn.Module | None, criterion: nn.Module | None) -> None:
         if model is not None and criterion is not None:
-            self._attached = AttachedForward(criterion, model, self._weighing.loss)
+            self._attached = AttachedForward(criterion, model, self._weighted.loss)
 
     # (model, criterion, optimizer) copied together stay attached to each other: the hooks on the
     # model come along with it, the criterion's forward does not.

@@ -45,6 +45,16 @@ class Course:
         self.recent = self.weighted[len(self.weighted) // 2 :]
 
     @property
+    def recent_local(self) -> list[Row]:
+        """The recent rows whose weights were made in their step."""
+        return [row for row in self.recent if np.isnan(row.numbers["held_for"])]
+
+    @property
+    def recent_held(self) -> list[Row]:
+        """The recent rows whose weights a global scheme held."""
+        return [row for row in self.recent if not np.isnan(row.numbers["held_for"])]
+
+    @property
     def steps(self) -> Array:
         """The numbers of the steps, (rows,)."""
         return np.array([row.step for row in self.rows])

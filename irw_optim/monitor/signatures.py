@@ -119,7 +119,7 @@ def few_samples(course: Course) -> Finding | None:
 
 def few_worst_off(course: Course) -> Finding | None:
     """S is one or two samples: its gradient is theirs."""
-    local = [row for row in course.recent if np.isnan(row.numbers["held_for"])]
+    local = course.recent_local
     if not local:
         return None
     members = float(np.median(column(local, "worst_off_samples")))
@@ -138,7 +138,7 @@ def few_worst_off(course: Course) -> Finding | None:
 
 def gradients_vanished(course: Course) -> Finding | None:
     """There is nothing to weigh by, and it is not because everything is learned."""
-    local = [row for row in course.recent if np.isnan(row.numbers["held_for"])]
+    local = course.recent_local
     fallback = float(column(local, "fallback").mean()) if local else 0.0
     tenth = max(1, len(course.rows) // 10)
     norms = column(course.rows, "gradient_norm")
@@ -161,7 +161,7 @@ def gradients_vanished(course: Course) -> Finding | None:
 
 def batches_without_weight(course: Course) -> Finding | None:
     """The weights of a global scheme leave whole batches without any."""
-    held = [row for row in course.recent if not np.isnan(row.numbers["held_for"])]
+    held = course.recent_held
     fallback = float(column(held, "fallback").mean()) if held else 0.0
     if fallback < 0.05:
         return None

@@ -63,7 +63,7 @@ class OneProcess:
         return loss
 
 
-def carried(
+def carried_loss(
     batch: PerSampleLosses,
     weigher: Weigher,
     engine: Engine,

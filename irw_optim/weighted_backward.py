@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from irw_optim.accumulation import LogicalBatch
+from irw_optim.carried_loss import OneProcess, Weigher, carried_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.replicas import Replicas
 from irw_optim.gradients.engine import Engine
@@ -16,10 +17,9 @@ from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.local_scheme import Averaging, Scheme
 from irw_optim.progress import Progress
 from irw_optim.record import StepRecord
-from irw_optim.weigher import OneProcess, Weigher, carried
 
 
-class Weighing:
+class WeightedBackward:
     """Takes the losses of every backward pass, and knows what was decided for them.
 
     Args:
@@ -74,7 +74,7 @@ class Weighing:
         scheme = Averaging() if warming_up else self.scheme
         logical = None if warming_up or self.accumulation_steps == 1 else self.logical
         scored = self.scored
-        loss = carried(
+        loss = carried_loss(
             batch, self._weigher(scheme, scored), self.engine, set(scored).__contains__, logical
         )
         self.replicas.hear(loss)
