@@ -104,6 +104,9 @@ CASES = {
     "ConvTranspose1d": Case(
         lambda: nn.ConvTranspose1d(2, 4, 3, stride=2, padding=1, output_padding=1), normal(2, 5)
     ),
+    "ConvTranspose1d, padded beyond its stride": Case(
+        lambda: nn.ConvTranspose1d(2, 4, 2, dilation=2, output_padding=1), normal(2, 5)
+    ),
     "ConvTranspose2d": Case(
         lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=2, dilation=2, groups=2), normal(4, 3, 4)
     ),

@@ -145,3 +145,20 @@ def test_a_layer_that_is_not_reached_any_more_is_told():
                 optimizer.backward(losses)
         else:
             optimizer.backward(losses)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_second_pass_with_another_factor_makes_its_own_rows(case):
+    model, x, y = made(case)
+    twin = copy.deepcopy(model)
+    truth = reference.step(F.cross_entropy(twin(x), y, reduction="none"), twin.parameters(), 0.3)
+    criterion = nn.CrossEntropyLoss()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = IRWOptimizer(sgd, alpha=0.3, model=model, criterion=criterion)
+    loss = criterion(model(x), y)
+    loss.backward(retain_graph=True)
+    optimizer.zero_grad()
+    (3 * loss).backward()
+    for parameter in model.parameters():
+        parameter.grad /= 3
+    agree(optimizer, model, truth)
