@@ -4,9 +4,9 @@ from irw_optim.criterion import PerSampleLoss, per_sample_losses
 from irw_optim.model_check import Verification, verify
 from irw_optim.monitor import IRWMonitor
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.outliers import DBSCANFilter
-from irw_optim.record import StepRecord
 from irw_optim.weighting import irw_weights, worst_off
+from irw_optim.weighting.outliers import DBSCANFilter
+from irw_optim.weighting.record import StepRecord
 
 __version__ = "0.1.0"
 

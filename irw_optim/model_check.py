@@ -20,8 +20,8 @@ from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.capture import walk
 from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.outliers import OutlierFilter
 from irw_optim.weighting import Alignment, weigh
+from irw_optim.weighting.outliers import OutlierFilter
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _TOLERANCE_OF_HALF = 5e-2

@@ -11,7 +11,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.cluster import DBSCAN
 
-from irw_optim.outliers import DBSCANFilter, auto_eps, cluster_labels, dbscan_noise, distances
+from irw_optim.weighting.outliers import (
+    DBSCANFilter,
+    auto_eps,
+    cluster_labels,
+    dbscan_noise,
+    distances,
+)
 
 DTYPES = (torch.float32, torch.float64)
 

@@ -50,7 +50,11 @@ def test_the_source_distribution_can_be_tested_and_documented(built: Path) -> No
         names = {name.partition("/")[2] for name in source.getnames()}
     for needed in ("README.md", "LICENSE", "CITATION.cff", "Makefile", "docs/conf.py"):
         assert needed in names
-    assert {"tests/reference.py", "examples/adult.py", "irw_optim/optimizer.py"} <= names
+    assert {
+        "tests/reference.py",
+        "examples/adult.py",
+        "irw_optim/optimizer/irw_optimizer.py",
+    } <= names
     folders = {name.partition("/")[0] for name in names if "/" in name}
     assert folders == {"benchmarks", "docs", "examples", "irw_optim", "tests"}
     unwanted = re.compile(r"__pycache__|\.pyc$|_build|\.(pt|pkl|log)$|\.venv")

@@ -35,8 +35,8 @@ from benchmarks.fairness.methods.objectives import arl, chi_square, cvar, group_
 from irw_optim import DBSCANFilter, IRWOptimizer
 from irw_optim.gradients.protocol import PerSampleGradients, align
 from irw_optim.measure import median_seconds, peak_bytes
-from irw_optim.outliers import auto_eps, dbscan_noise, distances
 from irw_optim.schemes import global_weights
+from irw_optim.weighting.outliers import auto_eps, dbscan_noise, distances
 
 ALPHA, STEPS = 0.3, 20
 LOCAL = Intrinsic(ALPHA)

@@ -33,7 +33,7 @@ from benchmarks.fairness.files import find
 from benchmarks.fairness.loop import mlp, scores, shuffled
 from irw_optim import DBSCANFilter, IRWOptimizer
 from irw_optim.gradients.materialized import MaterializedGradients
-from irw_optim.outliers import cluster_labels
+from irw_optim.weighting.outliers import cluster_labels
 
 ALPHA, BATCH, STEPS, EARLY = 0.3, 128, 200, 20
 NAMES = {"adult": "Adult", "law_school": "Law School"}

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.weigher import OverRanks
-from irw_optim.local_scheme import Scheme
-from irw_optim.record import StepRecord
+from irw_optim.weighting.local_scheme import Scheme
+from irw_optim.weighting.record import StepRecord
 
 logger = logging.getLogger("irw_optim")
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from irw_optim.backward import deferred_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.gradients import GlobalGradients
 from irw_optim.distributed.joining import join
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.local_scheme import NoRows, Scheme
-from irw_optim.passes import Pass
-from irw_optim.record import StepRecord
+from irw_optim.optimizer.backward import deferred_loss
+from irw_optim.optimizer.passes import Pass
+from irw_optim.weighting.local_scheme import NoRows, Scheme
+from irw_optim.weighting.record import StepRecord
 
 
 class OverRanks:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from irw_optim.metrics._inputs import ArrayLike, as_losses
-from irw_optim.ranges import check_alpha
 from irw_optim.weighting import worst_off_count
+from irw_optim.weighting.ranges import check_alpha
 
 
 def loss_variance(losses: ArrayLike) -> float:

@@ -8,8 +8,8 @@ from weakref import ref
 import numpy as np
 
 from irw_optim.monitor.rows import Array
-from irw_optim.record import StepRecord
 from irw_optim.schemes.held_weights import HeldWeights
+from irw_optim.weighting.record import StepRecord
 
 
 class HeldSince:

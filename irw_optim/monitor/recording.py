@@ -13,7 +13,7 @@ from irw_optim.metrics._inputs import GroupsLike, as_columns
 from irw_optim.monitor.held import agreement, held_members
 from irw_optim.monitor.rows import Array, Batch, Row, by_class, by_group, read, summarise
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.record import StepRecord
+from irw_optim.weighting.record import StepRecord
 
 
 def row_of(

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from irw_optim.metrics._groups import intersect
-from irw_optim.record import StepRecord
 from irw_optim.weighting import worst_off_count
+from irw_optim.weighting.record import StepRecord
 
 Array: TypeAlias = npt.NDArray[Any]
 

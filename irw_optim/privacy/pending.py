@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from irw_optim.attach import AttachedForward
 from irw_optim.criterion import PerSampleLosses, validate_criterion
+from irw_optim.optimizer.attach import AttachedForward
 
 from .errors import DPGuaranteeError
 from .rows import ClippableGradients, GradSampleRows

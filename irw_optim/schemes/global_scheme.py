@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.record import StepRecord
 from irw_optim.schemes.global_weights import Forward, batch_losses, check_block, weigh_dataset
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
 from irw_optim.schemes.indexed import indexed_loader
@@ -24,6 +23,7 @@ from irw_optim.schemes.requirements import (
 )
 from irw_optim.schemes.resampling import ResamplingSampler
 from irw_optim.schemes.resuming import ResumableLoader
+from irw_optim.weighting.record import StepRecord
 
 
 class GlobalScheme:

@@ -27,16 +27,16 @@ from torch.utils.data import DataLoader
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
 from irw_optim.gradients.engine import ENGINES, Engine
-from irw_optim.local_scheme import LocalScheme
-from irw_optim.outliers import OutlierFilter
-from irw_optim.ranges import check_alpha, check_options
-from irw_optim.record import StepRecord
+from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader, to_device
 from irw_optim.schemes.undisturbed import undisturbed
-from irw_optim.selection import ScoreParameters, select_parameters
 from irw_optim.weighting import Alignment, worst_off_count
+from irw_optim.weighting.local_scheme import LocalScheme
+from irw_optim.weighting.outliers import OutlierFilter
+from irw_optim.weighting.ranges import check_alpha, check_options
+from irw_optim.weighting.record import StepRecord
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 """``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""

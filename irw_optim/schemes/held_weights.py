@@ -6,9 +6,9 @@ from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.local_scheme import averaged_record
-from irw_optim.record import StepRecord
 from irw_optim.weighting import normalise
+from irw_optim.weighting.local_scheme import averaged_record
+from irw_optim.weighting.record import StepRecord
 
 
 class HeldWeights:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from irw_optim.local_scheme import LocalScheme
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.privacy.errors import DPGuaranteeError
+from irw_optim.weighting.local_scheme import LocalScheme
 
 USES = ("reweighting", "resampling")
 UNITS = ("epochs", "steps")

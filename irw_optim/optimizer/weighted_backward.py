@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from irw_optim.accumulation import LogicalBatch
-from irw_optim.carried_loss import OneProcess, Weigher, carried_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.replicas import Replicas
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.local_scheme import Averaging, Scheme
-from irw_optim.progress import Progress
-from irw_optim.record import StepRecord
+from irw_optim.optimizer.accumulation import LogicalBatch
+from irw_optim.optimizer.carried_loss import OneProcess, Weigher, carried_loss
+from irw_optim.optimizer.progress import Progress
+from irw_optim.weighting.local_scheme import Averaging, Scheme
+from irw_optim.weighting.record import StepRecord
 
 
 class WeightedBackward:

@@ -7,7 +7,7 @@ from math import isfinite
 
 from torch import Tensor
 
-from irw_optim.weighting import Weights
+from irw_optim.weighting.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.ranges import check_losses
-from irw_optim.record import StepRecord
+from irw_optim.weighting.ranges import check_losses
+from irw_optim.weighting.record import StepRecord
 
 
 def weigh_grad_samples(

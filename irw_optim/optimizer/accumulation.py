@@ -14,20 +14,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from irw_optim.backward import (
-    deferred_loss,
-    graph_is_kept,
-    seed_of,
-    walked_by_this_backward,
-    without_autocast,
-)
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.concatenated import ConcatenatedGradients
 from irw_optim.gradients.engine import Engine, LossGradients
 from irw_optim.gradients.ghost import check_inputs
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.passes import Pass
+from irw_optim.optimizer.backward import (
+    deferred_loss,
+    graph_is_kept,
+    seed_of,
+    walked_by_this_backward,
+    without_autocast,
+)
+from irw_optim.optimizer.passes import Pass
 
 Coefficients = Callable[[Sequence[Pass], PerSampleGradients], Tensor]
 

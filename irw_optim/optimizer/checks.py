@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irw_optim.attach import check_unattached
 from irw_optim.criterion import validate_criterion
 from irw_optim.distributed.replicas import check_replicas_in
 from irw_optim.gradients.engine import ENGINES
+from irw_optim.optimizer.attach import check_unattached
 from irw_optim.privacy.errors import DPGuaranteeError
-from irw_optim.ranges import check_alpha, check_options
+from irw_optim.weighting.ranges import check_alpha, check_options
 
 WEIGHTINGS = ("irw", "cvar", "uniform")
 WORST_OFF = ("global", "local")

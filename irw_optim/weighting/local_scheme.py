@@ -10,9 +10,9 @@ from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.outliers import OutlierFilter
-from irw_optim.record import StepRecord
-from irw_optim.weighting import Alignment, Equality, Membership, ScoreRule, uniform, weigh
+from irw_optim.weighting.outliers import OutlierFilter
+from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting.weights import Alignment, Equality, Membership, ScoreRule, uniform, weigh
 
 
 class Scheme(Protocol):

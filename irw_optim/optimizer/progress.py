@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from irw_optim.record import StepRecord
+from irw_optim.weighting.record import StepRecord
 
 
 class Progress:

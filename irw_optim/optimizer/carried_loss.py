@@ -12,14 +12,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from irw_optim.accumulation import LogicalBatch
-from irw_optim.backward import weighted_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.local_scheme import NoRows, Scheme
-from irw_optim.passes import Pass, as_one
-from irw_optim.record import StepRecord
+from irw_optim.optimizer.accumulation import LogicalBatch
+from irw_optim.optimizer.backward import weighted_loss
+from irw_optim.optimizer.passes import Pass, as_one
+from irw_optim.weighting.local_scheme import NoRows, Scheme
+from irw_optim.weighting.record import StepRecord
 
 Note = Callable[[StepRecord], None]
 

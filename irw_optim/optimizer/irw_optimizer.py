@@ -9,21 +9,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irw_optim.attach import AttachedForward
-from irw_optim.checks import check_arguments, check_group, check_not_private, check_trains
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.replicas import Replicas
-from irw_optim.grad_sample_way import weigh_grad_samples
 from irw_optim.gradients.engine import Engine
-from irw_optim.local_scheme import LocalScheme, rule_named
-from irw_optim.options import described, report_differences
-from irw_optim.outliers import OutlierFilter
-from irw_optim.ranges import check_losses
-from irw_optim.record import StepRecord
-from irw_optim.selection import ScoreParameters, select_parameters
-from irw_optim.weighted_backward import WeightedBackward
+from irw_optim.gradients.selection import ScoreParameters, select_parameters
+from irw_optim.optimizer.attach import AttachedForward
+from irw_optim.optimizer.checks import check_arguments, check_group, check_not_private, check_trains
+from irw_optim.optimizer.grad_sample_way import weigh_grad_samples
+from irw_optim.optimizer.options import described, report_differences
+from irw_optim.optimizer.weighted_backward import WeightedBackward
+from irw_optim.optimizer.wrapping import OptimizerWrapper, fires_own_hooks, one_of
 from irw_optim.weighting import ScoreRule
-from irw_optim.wrapping import OptimizerWrapper, fires_own_hooks, one_of
+from irw_optim.weighting.local_scheme import LocalScheme, rule_named
+from irw_optim.weighting.outliers import OutlierFilter
+from irw_optim.weighting.ranges import check_losses
+from irw_optim.weighting.record import StepRecord
 
 logger = logging.getLogger("irw_optim")
 

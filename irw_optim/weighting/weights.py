@@ -23,8 +23,8 @@ from torch import Tensor
 
 from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.protocol import PerSampleGradients, align
-from irw_optim.outliers import OutlierFilter
-from irw_optim.ranges import check_alpha, check_labels, check_losses, check_options
+from irw_optim.weighting.outliers import OutlierFilter
+from irw_optim.weighting.ranges import check_alpha, check_labels, check_losses, check_options
 
 ScoreRule = Callable[[Tensor, PerSampleGradients, Tensor], Tensor]
 """``rule(losses, gradients, worst_off) -> scores``, all vectors of shape (B,)."""

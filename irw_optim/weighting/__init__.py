@@ -1,0 +1,29 @@
+"""How weights are chosen: pure functions of losses and per-sample gradients; no ``torch.nn``."""
+
+from irw_optim.weighting.weights import (
+    Alignment,
+    Equality,
+    Membership,
+    ScoreRule,
+    Weights,
+    irw_weights,
+    normalise,
+    uniform,
+    weigh,
+    worst_off,
+    worst_off_count,
+)
+
+__all__ = [
+    "Alignment",
+    "Equality",
+    "Membership",
+    "ScoreRule",
+    "Weights",
+    "irw_weights",
+    "normalise",
+    "uniform",
+    "weigh",
+    "worst_off",
+    "worst_off_count",
+]
