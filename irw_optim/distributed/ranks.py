@@ -13,6 +13,13 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def place() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 class Ranks:
     """The processes of a group. Every method is a collective: all of them must call it.
 
@@ -120,7 +127,7 @@ class Ranks:
                 if any(value != values[0] for value in values):
                     raise ValueError(
                         f"{name} differs between the processes: {values}, by rank; expected the "
-                        "same IRWOptimizer in all of them"
+                        "same in all of them"
                     )
             self._to_compare = {}
 

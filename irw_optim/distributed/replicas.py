@@ -62,11 +62,10 @@ class Replicas:
             return None
         around = _AROUND.get(self.model)
         found = around() if around is not None else None
-        if found is None:
-            found = next(_replicas_in(self.model), None)
         if found is None or dist.get_world_size(found.process_group) == 1:
-            return None
-        check_replica(found)
+            found = replica_in(self.model)
+        if found is not None:
+            check_replica(found)
         return found
 
     def weigher(
@@ -128,6 +127,14 @@ class Replicas:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "ranks": None}
+
+
+def replica_in(model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP over several processes that the model is, or that is in it."""
+    found = next(_replicas_in(model), None) if several_processes() else None
+    if found is None or dist.get_world_size(found.process_group) == 1:
+        return None
+    return found
 
 
 def check_replicas_in(model: nn.Module) -> None:

@@ -76,6 +76,7 @@ class IRWOptimizer(OptimizerWrapper):
         inner: the optimizer that takes the step.
         scheme: decides the weights.
         engine: gives the per-sample gradients.
+        replicas: the processes that the model trains in.
         last_step: the `StepRecord` of the newest backward pass, or of the newest logical batch.
         steps: optimizer steps taken.
 
@@ -149,6 +150,7 @@ class IRWOptimizer(OptimizerWrapper):
 
     scheme = one_of("_weighted", "scheme")
     engine = one_of("_weighted", "engine")
+    replicas = one_of("_weighted", "replicas")
     warmup_steps = one_of("_weighted", "warmup_steps")
     accumulation_steps = one_of("_weighted", "accumulation_steps")
 

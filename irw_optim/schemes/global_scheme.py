@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from irw_optim.distributed.ranks import place
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.schemes.global_weights import Forward, batch_losses, check_block, weigh_dataset
+from irw_optim.schemes.global_weights import (
+    Forward,
+    batch_losses,
+    check_block,
+    ranks_of,
+    weigh_dataset,
+)
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
 from irw_optim.schemes.indexed import indexed_loader
 from irw_optim.schemes.reading import DatasetReader
@@ -44,6 +51,9 @@ class GlobalScheme:
     averaging before the first weights are made. One renewal costs about one and a half epochs
     of plain training (`irw_optim.schemes.global_weights`).
 
+    With the model in DistributedDataParallel, the processes share a renewal out between them, and
+    their steps are those of one process on all their batches. Each gives the same data set.
+
     Args:
         optimizer: its local scheme is replaced until `detach`.
         loader: a plain DataLoader over a map-style data set.
@@ -58,7 +68,7 @@ class GlobalScheme:
         batch_size: as there, for the renewals.
         outlier_block: as there.
         progress: as there.
-        seed: of the draws, with ``use="resampling"``.
+        seed: of the draws, with ``use="resampling"``; the same in all processes.
 
     Raises:
         DPGuaranteeError: a differentially private optimizer.
@@ -108,10 +118,15 @@ class GlobalScheme:
         self._reader = DatasetReader(loader, batch_size)
         self._losses_of = batch_losses(self._model, criterion, forward)
         self._sampler: ResamplingSampler | None = None
+        share = _share(loader)
         if use == "resampling":
-            self._sampler = _uniform_sampler(loader, self._reader.size, seed)
+            self._sampler = _uniform_sampler(self._reader.size, seed, share)
+        self._alike = {"refresh": refresh, "unit": unit, "use": use, "seed": seed}
+        self._alike["outlier_block"] = outlier_block
         # Renewed before a batch is drawn: resampling draws it by the weights.
-        self.loader = ResumableLoader(indexed_loader(loader, self._sampler), self._renew_if_due)
+        self.loader = ResumableLoader(
+            indexed_loader(loader, self._sampler), self._renew_if_due, share
+        )
         self._held = HeldWeights(resampled=self._sampler is not None)
         self._batches = 0
         self._renewed_at = 0
@@ -178,6 +193,7 @@ class GlobalScheme:
             self._local,
             outlier_block=self.outlier_block,
             progress=self.progress,
+            ranks=ranks_of(self.optimizer.replicas.find(), self._reader, self._alike),
         )
         self._renewed_at = self._now()
         if self._sampler is not None:
@@ -210,7 +226,8 @@ class GlobalScheme:
         """Take over a state of `state_dict`, for the same data set, loader and ``use``.
 
         Raises:
-            ValueError: weights of another data set, or a state of the other ``use``.
+            ValueError: weights of another data set, a state of the other ``use``, or of the
+                middle of another process's epoch; nothing has changed then.
         """
         record = state_dict["record"]
         if record is not None:
@@ -222,12 +239,17 @@ class GlobalScheme:
             )
         if self._sampler is not None:
             check_sample_weights(state_dict["sampler"]["weights"], self._reader.size)
+        self.loader.check(state_dict["loader"])
         if record is not None:
             device = next(self._model.parameters()).device
             record = {name: None if t is None else t.to(device) for name, t in record.items()}
         self._held.record = None if record is None else StepRecord(**record)
         self._batches = state_dict["batches"]
         self._renewed_at = state_dict["renewed_at"]
+        if self.unit == "epochs":  # counted in batches, of which other processes have more or fewer
+            held_for = self._batches - self._renewed_at
+            held_for = round(held_for * len(self.loader) / state_dict["loader"]["length"])
+            self._renewed_at = self._batches - held_for
         self.loader.load_state_dict(state_dict["loader"])
         if self._sampler is not None:
             self._sampler.load_state_dict(state_dict["sampler"])
@@ -247,12 +269,18 @@ class GlobalScheme:
             self.renew()
 
 
-def _uniform_sampler(loader: DataLoader[Any], size: int, seed: int) -> ResamplingSampler:
+def _share(loader: DataLoader[Any]) -> tuple[int, int]:
+    """This process's rank, and how many there are: the loader's sampler says so, or the group."""
+    sampler, (rank, number) = loader.sampler, place()
+    return getattr(sampler, "rank", rank), getattr(sampler, "num_replicas", number)
+
+
+def _uniform_sampler(size: int, seed: int, share: tuple[int, int]) -> ResamplingSampler:
     """Draws evenly until the first weights are there; a process draws its share."""
-    given = loader.sampler
+    rank, world_size = share
     return ResamplingSampler(
         torch.ones(size),
         generator=torch.Generator().manual_seed(seed),
-        rank=getattr(given, "rank", 0),
-        world_size=getattr(given, "num_replicas", 1),
+        rank=rank,
+        world_size=world_size,
     )

@@ -26,9 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
+from irw_optim.distributed.ranks import Ranks
+from irw_optim.distributed.replicas import replica_in
 from irw_optim.gradients.engine import ENGINES, Engine
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
+from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader, to_device
 from irw_optim.schemes.undisturbed import undisturbed
@@ -67,6 +70,10 @@ def global_weights(
     the loader's shuffling and sampler nor on the batch size. Mode, BatchNorm statistics, random
     states and ``p.grad`` are as before afterwards.
 
+    Given a DistributedDataParallel, its processes share the reading out between them, and each
+    gets all N weights, those of one process: a collective, which all of them call with the same
+    data set. Given the module inside, a process makes the weights by itself.
+
     Args:
         model: gives the gradients; its parameters decide the device.
         criterion: as of `IRWOptimizer`; a `PerSampleLoss` makes one of a function.
@@ -93,6 +100,7 @@ def global_weights(
         TypeError: an argument of another type; an iterable data set.
         ValueError: an option outside its range, or a loader that does not fit.
         FloatingPointError: losses or scores that are not finite, with the samples' indices.
+        ValueError: data sets of different lengths, or different options, in several processes.
 
     >>> from torch.utils.data import TensorDataset
     >>> _ = torch.manual_seed(0)
@@ -112,6 +120,9 @@ def global_weights(
         raise ValueError(f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}")
     reader = DatasetReader(loader, batch_size)
     scored = select_parameters(model, score_parameters)
+    options: dict[str, Any] = {"alpha": alpha, "center": center, "mix": mix}
+    options |= {"class_balance": class_balance, "outliers": repr(outliers)}
+    options["outlier_block"] = outlier_block
     hooked = Engine(model, engine)
     try:
         return weigh_dataset(
@@ -123,6 +134,7 @@ def global_weights(
             LocalScheme(alpha, Alignment(center), outliers, class_balance, mix),
             outlier_block=outlier_block,
             progress=progress,
+            ranks=ranks_of(replica_in(model), reader, options),
         ).weights
     finally:
         hooked.remove_hooks()
@@ -138,8 +150,12 @@ def weigh_dataset(
     *,
     outlier_block: int,
     progress: bool,
+    ranks: Ranks | None = None,
 ) -> StepRecord:
-    """What ``scheme`` decides for one batch of all the reader's samples; tensors of shape (N,)."""
+    """What ``scheme`` decides for one batch of all the reader's samples; tensors of shape (N,).
+
+    Over ``ranks``, each reads a part, and all have the record of one process.
+    """
     check_block(outlier_block)
     size = reader.size
     if not size:
@@ -148,12 +164,17 @@ def weigh_dataset(
     if scheme.needs_gradients:
         for_the_worst_off_alone = scheme.rule == Alignment(center=0.0)
         to_read += worst_off_count(size, scheme.alpha) if for_the_worst_off_alone else size
+    if ranks is not None:
+        to_read, progress = to_read // ranks.number, progress and ranks.rank == 0
     with (
         undisturbed(model),
         progress_bar("global weights", to_read, progress) as bar,
     ):
-        rows = DatasetGradients(reader, torch.arange(size), losses_of, engine, scored, bar)
+        alone = DatasetGradients(reader, torch.arange(size), losses_of, engine, scored, bar)
+        layout = [p for p in model.parameters() if p.requires_grad and scored(p)]
+        rows = alone if ranks is None else DatasetOverRanks(alone, ranks, layout)
         everybody = rows.losses()
+        check_finite(everybody.losses, "losses", rows.samples)
         if scheme.class_balance and everybody.labels is None:
             raise ValueError(
                 "class_balance=True needs one class label a sample, and the criterion's target "
@@ -161,26 +182,43 @@ def weigh_dataset(
             )
         if scheme.outliers is None:
             return _decide(scheme, everybody, rows)
-        kept = ~outliers_in_blocks(rows, scheme.outliers, outlier_block)
+        kept = ~outliers_in_blocks(alone, scheme.outliers, outlier_block, ranks)
         record = _decide(scheme, _some(everybody, kept), rows.of(kept))
         return _spread_over(everybody, kept, record)
 
 
-def outliers_in_blocks(rows: DatasetGradients, outliers: OutlierFilter, block: int) -> Tensor:
+def ranks_of(
+    replica: DistributedDataParallel | None, reader: DatasetReader, options: dict[str, Any]
+) -> Ranks | None:
+    """The processes that make weights together; they compare data set and options first."""
+    if replica is None:
+        return None
+    alike = {"the number of samples in the data set": reader.size, **options}
+    return Ranks(replica.process_group, alike)
+
+
+def outliers_in_blocks(
+    rows: DatasetGradients, outliers: OutlierFilter, block: int, ranks: Ranks | None = None
+) -> Tensor:
     """Ask the filter about blocks of samples, each compared with its block alone.
 
     The blocks are drawn at random (a data set sorted by class would otherwise give blocks of one
-    class), once and for all, and of equal size up to one sample.
+    class), once and for all, and of equal size up to one sample. Processes share the blocks out.
 
     Returns:
         (N,) bool, True for the samples to remove.
     """
     size = rows.batch_size
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-    sizes = [len(piece) for piece in order.tensor_split(math.ceil(size / block))]
+    pieces = order.tensor_split(math.ceil(size / block))
+    if ranks is not None:
+        pieces = pieces[ranks.rank :: ranks.number]
     removed = torch.zeros(size, dtype=torch.bool)
-    for positions, gradients in rows.blocks(order, sizes):
+    own, sizes = torch.cat([order[:0], *pieces]), [len(piece) for piece in pieces]
+    for positions, gradients in rows.blocks(own, sizes):
         removed[positions] = outliers(gradients.gram()).cpu()
+    if ranks is not None:
+        removed = torch.stack(ranks.objects(removed)).any(0)
     if removed.all():
         raise ValueError(
             f"outliers={outliers!r} removed all {size} samples: expected a filter that keeps some"
@@ -213,7 +251,9 @@ def check_block(outlier_block: object) -> None:
         )
 
 
-def _decide(scheme: LocalScheme, batch: PerSampleLosses, rows: DatasetGradients) -> StepRecord:
+def _decide(
+    scheme: LocalScheme, batch: PerSampleLosses, rows: DatasetGradients | DatasetOverRanks
+) -> StepRecord:
     record = replace(scheme, outliers=None).decide(batch, rows)
     check_finite(record.scores, "scores", rows.samples)
     return record

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from copy import copy
+
+import torch
 from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.weighting import normalise
 from irw_optim.weighting.local_scheme import averaged_record
@@ -34,7 +38,8 @@ class HeldWeights:
         if self.resampled:
             return averaged_record(batch)
         losses = batch.losses.detach()
-        record, indices = self._selected(losses)
+        indices, record = self._selected(len(losses)), self.record
+        assert record is not None  # or it would have been said
         weights, fallback = normalise(record.weights[indices].to(losses.device))
         return StepRecord(
             worst_off=record.worst_off[indices],
@@ -46,40 +51,60 @@ class HeldWeights:
             labels=batch.labels,
         )
 
-    def over_ranks(self, ranks: object) -> HeldWeights:
-        """What decides for the batch of all processes of a DistributedDataParallel.
+    def over_ranks(self, ranks: Ranks) -> HeldWeights:
+        """What decides for the batch of all processes: every one holds all weights.
+
+        So all it takes is who is in the batch, an all-gather of B indices.
 
         Raises:
-            NotImplementedError: each process knows the indices of its own samples alone.
+            RuntimeError, ValueError, IndexError: as `decide`, on all processes alike.
         """
-        if not self.resampled:
-            raise NotImplementedError(
-                "GlobalScheme(use='reweighting') under DistributedDataParallel is not built: the "
-                "weights of a batch would be renormalised over all processes, and each knows its "
-                "own indices; use GlobalScheme(..., use='resampling')"
+        if self.resampled:
+            return self
+        size = ranks.sizes[ranks.rank]
+        failure: Exception | None = None
+        try:
+            told = self._selected(size)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if self.record is None:  # nowhere, then: nobody waits
+                raise
+            # The others wait for as many indices, and are told by ones that cannot be.
+            told, failure = torch.full((size,), -1, device=self.record.weights.device), error
+        everybody = ranks.gather(told)
+        if failure is not None:
+            raise failure
+        if bool((everybody < 0).any()):
+            raise RuntimeError(
+                "another process does not know which samples its batch holds, or they are not "
+                "those of the weights: its own error says more"
             )
-        return self
+        whole = copy(self)
+        whole.indices = everybody
+        return whole
 
-    def _selected(self, losses: Tensor) -> tuple[StepRecord, Tensor]:
+    def _selected(self, size: int) -> Tensor:
+        """The indices of a batch of so many samples, where the weights are: (B,)."""
         record, indices = self.record, self.indices
+        if indices is None and not size:  # a process without samples
+            indices = torch.empty(0)
         if record is None or indices is None:
             raise RuntimeError(
                 "the global scheme does not know which samples this batch holds: iterate over it, "
                 "for batch in scheme, or call scheme.select(indices) before the criterion"
             )
-        if len(indices) != len(losses):
+        if len(indices) != size:
             raise ValueError(
-                f"the batch has {len(losses)} losses but {len(indices)} indices were selected: "
+                f"the batch has {size} losses but {len(indices)} indices were selected: "
                 "expected the losses of the batch that the scheme yielded last"
             )
-        size = len(record.weights)
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+        known = len(record.weights)
+        if size and not 0 <= int(indices.min()) <= int(indices.max()) < known:
             raise IndexError(
                 f"the batch has the indices {int(indices.min())} to {int(indices.max())}, but the "
-                f"weights are those of {size} samples: they are stale or belong to another data "
+                f"weights are those of {known} samples: they are stale or belong to another data "
                 "set; call scheme.renew()"
             )
-        return record, indices.to(record.weights.device)
+        return indices.to(record.weights.device, torch.int64)
 
 
 def check_sample_weights(weights: object, size: int | None = None) -> None:

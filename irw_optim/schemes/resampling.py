@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from irw_optim.distributed.ranks import place
 from irw_optim.schemes.held_weights import check_sample_weights
 
 
@@ -20,6 +21,9 @@ class ResamplingSampler(Sampler[int]):
     (without replacement: from the next epoch on). A DataLoader with workers has up to
     ``num_workers * prefetch_factor`` batches drawn in advance.
 
+    Over several processes there is one sequence of draws, and each takes its share of it: together
+    they draw what one process would.
+
     Args:
         weights: (N,) non-negative, not all 0; need not sum to 1.
         num_samples: draws an epoch, over all ranks; None takes N.
@@ -27,14 +31,15 @@ class ResamplingSampler(Sampler[int]):
             no longer proportional to the weights, and with ``num_samples=N`` the weights only
             order the epoch.
         generator: gives the seed, drawn from it once; None is seed 0. All ranks need equal seeds.
-        rank: of this process, and with ``world_size`` as in DistributedSampler: rank r takes the
-            draws r, r + world_size, ... of the epoch, which is lengthened to a multiple.
-        world_size: number of processes.
+        rank: of this process. As in DistributedSampler, rank r takes the draws r,
+            r + world_size, ... of the epoch, which is lengthened to a multiple.
+        world_size: number of processes. None for both takes those of the process group, where
+            there is one; 0 and 1 draw everything here.
 
     Raises:
         TypeError: weights that are no floating-point tensor.
         ValueError: weights of another shape, NaN, negative or all 0; more draws without
-            replacement than positive weights; a rank outside the world.
+            replacement than positive weights; a rank outside the world, or one without the other.
 
     >>> sampler = ResamplingSampler(torch.tensor([0.0, 3.0, 1.0]), num_samples=8)
     >>> first, second = list(sampler), list(sampler)
@@ -52,10 +57,14 @@ class ResamplingSampler(Sampler[int]):
         *,
         replacement: bool = True,
         generator: torch.Generator | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         check_sample_weights(weights)
+        if rank is None and world_size is None:
+            rank, world_size = place()
+        if rank is None or world_size is None:
+            raise ValueError(f"rank={rank!r}, world_size={world_size!r}: expected both or neither")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank!r}: expected 0 <= rank < world_size={world_size!r}")
         if num_samples is not None and (type(num_samples) is not int or num_samples < 1):

@@ -21,11 +21,18 @@ class ResumableLoader:
 
     Args:
         loader: any DataLoader.
+        share: this process's rank, and how many processes draw from the data set.
         before_batch: called before each batch is drawn, dropped ones excepted.
     """
 
-    def __init__(self, loader: DataLoader[Any], before_batch: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        before_batch: Callable[[], None],
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         self.loader = loader
+        self.share = share
         self.before_batch = before_batch
         self.position = 0
         self._broken = False
@@ -47,13 +54,47 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Batches given so far, and the random states at the epoch's beginning."""
-        return {"position": self.position, "began_with": list(self._began_with)}
+        return {
+            "position": self.position,
+            "began_with": list(self._began_with),
+            "share": self.share,
+            "length": len(self),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there at the next iteration."""
+        """Go on from there at the next iteration.
+
+        Raises:
+            ValueError: `check`'s; nothing has changed then.
+        """
+        self.check(state_dict)
         self.position = state_dict["position"]
         self._began_with = [state.cpu() for state in state_dict["began_with"]]
         self._broken = self.position > 0
+
+    def check(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the middle of an epoch that was another process's.
+
+        Between epochs, any process may go on from the state of any other, in any number of them.
+
+        Raises:
+            ValueError: that.
+        """
+        saved, own = tuple(state_dict["share"]), self.share
+        if not state_dict["position"] or saved == own:
+            return
+        # A DistributedSampler's order is that of its seed and epoch, on all ranks the same.
+        if saved[1] == own[1] and hasattr(self._sampler, "num_replicas"):
+            return
+        raise ValueError(
+            f"the state is from the middle of an epoch of process {saved[0]} of {saved[1]}, and "
+            f"this is process {own[0]} of {own[1]}: expected a state saved between epochs, or by "
+            "each process for itself"
+        )
+
+    @property
+    def _sampler(self) -> Any:
+        return getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
 
     def _begun(self) -> Iterator[Any]:
         self.position = 0
