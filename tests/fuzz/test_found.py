@@ -115,3 +115,46 @@ def test_samples_that_mix_are_found_after_batches_of_one():
         optimizer.zero_grad()
         optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
         agree(optimizer, model, truth)
+
+
+def test_an_empty_batch_of_a_batchmean():
+    """Its normaliser is the batch's length, a number of Python, which may not divide by 0."""
+    model, criterion = nn.Linear(4, 3), nn.KLDivLoss(reduction="batchmean")
+    optimizer = wrapped(model, criterion)
+    loss = criterion(model(torch.zeros(0, 4)).log_softmax(1), torch.zeros(0, 3))
+    assert loss.isnan()  # as torch has it
+    loss.backward()
+    assert optimizer.last_step.weights.shape == (0,)
+    assert not model.weight.grad.any()
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"weighting": "uniform"}, {"mix": 0.5}, {"center": 1.0}], ids=str
+)
+def test_ignored_samples_of_one_pass_and_none_of_another(options, whole_first):
+    """A pass that ignores nobody counts nothing, and the counts of the others went with it."""
+    torch.manual_seed(2)
+    x = torch.randn(6, 4).double()
+    passes = [torch.tensor([0, 1, 1]), torch.tensor([1, -100, -100])]
+    target = torch.cat(passes if whole_first else passes[::-1])
+    valid = target != -100
+    model, criterion = nn.Linear(4, 2).double(), nn.CrossEntropyLoss()
+
+    def step_on(chosen: Tensor, **accumulation) -> tuple[Tensor, Tensor, Tensor]:
+        twin = copy.deepcopy(model)
+        optimizer = wrapped(twin, criterion, **options, **accumulation)
+        for part, y in zip(x.split(3), target.split(3), strict=True):
+            if accumulation:
+                (criterion(twin(part), y) / 2).backward()
+        if not accumulation:
+            criterion(twin(x[chosen]), target[chosen]).backward()
+        record = optimizer.last_step
+        return record.weights, record.worst_off, twin.weight.grad
+
+    weights, worst_off, gradient = step_on(valid, accumulation_steps=2)
+    true_weights, true_worst_off, true_gradient = step_on(valid)
+    assert not weights[~valid].any()
+    torch.testing.assert_close(weights[valid], true_weights)
+    assert torch.equal(worst_off[valid], true_worst_off)
+    torch.testing.assert_close(gradient, true_gradient)

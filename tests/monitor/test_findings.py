@@ -49,14 +49,21 @@ def a_rare_class() -> tuple[Tensor, Tensor, Tensor]:
 class OneOutput(nn.Module):
     """A regression, or with a factor a probability, whose gradient is 0 where it is 0 or 1."""
 
-    def __init__(self, factor: float | None = None) -> None:
+    def __init__(self, factor: float | None = None, net: nn.Module | None = None) -> None:
         super().__init__()
-        self.net = mlp(classes=1)
+        self.net = mlp(classes=1) if net is None else net
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.net(x).squeeze(1)
         return output if self.factor is None else (self.factor * output).sigmoid()
+
+
+def deep(activation: type[nn.Module]) -> nn.Module:
+    """Three hidden layers, one output."""
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(2) for layer in (nn.Linear(16, 16), activation())]
+    return nn.Sequential(nn.Linear(3, 16), activation(), *hidden, nn.Linear(16, 1))
 
 
 @cache
@@ -134,6 +141,63 @@ def test_gradients_that_are_zero(factor: float, lr: float) -> None:
     figures = found(monitor)["gradients_vanished"].figures
     assert figures["fallback"] > 0.8
     assert figures["norm_now"] <= 1e-3 * figures["norm_at_first"]
+
+
+SATURATES = {
+    "sigmoids under a squared error": (
+        lambda: OneOutput(1.0, deep(nn.Sigmoid)),
+        nn.MSELoss,
+        {"lr": 3.0},
+    ),
+    "rectifiers that die": (
+        lambda: OneOutput(net=deep(nn.ReLU)),
+        nn.BCEWithLogitsLoss,
+        {"lr": 0.3, "epochs": 16, **BALANCED},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SATURATES)
+def test_gradients_that_fade_and_are_never_zero(name: str) -> None:
+    """Every step has positive scores: the norm of the gradient alone shows it."""
+    model, criterion, options = SATURATES[name]
+    x, y, group = majority_and_minority()
+    data = (x.double(), y.double(), group)
+    monitor = train(data, model=model().double(), criterion=criterion(), **options)
+    figures = found(monitor)["gradients_vanished"].figures
+    assert figures["fallback"] == 0
+    assert 0 < figures["norm_now"] < 1e-3 * figures["norm_at_first"]
+
+
+@pytest.mark.parametrize(("activation", "lr"), [(nn.Sigmoid, 0.3), (nn.ReLU, 0.02)])
+def test_the_same_networks_as_the_advice_has_them(activation: type[nn.Module], lr: float) -> None:
+    """A criterion on logits for the sigmoids, a smaller learning rate for the rectifiers."""
+    x, y, group = majority_and_minority()
+    monitor = train(
+        (x, y.float(), group),
+        model=OneOutput(net=deep(activation)),
+        criterion=nn.BCEWithLogitsLoss(),
+        lr=lr,
+        epochs=16,
+        **BALANCED,
+    )
+    losses = [row["worst_alpha_loss"] for row in monitor.rows()]
+    assert min(losses[-20:]) < 0.7 * losses[0], "it learns"
+    assert "gradients_vanished" not in found(monitor)
+
+
+def test_gradients_that_fade_because_all_is_learned_have_no_finding() -> None:
+    x, _, group = majority_and_minority()
+    x = x.double()
+    monitor = train(
+        (x, 2 * x[:, 0] - x[:, 1], group),
+        model=OneOutput(net=nn.Linear(3, 1).double()),
+        criterion=nn.MSELoss(),
+        epochs=20,
+    )
+    first, *_, last = (row["gradient_norm"] for row in monitor.rows())
+    assert 0 < last < 1e-5 * first
+    assert found(monitor) == {}
 
 
 def test_global_weights_that_leave_batches_without_any() -> None:
