@@ -15,7 +15,7 @@ Case = Callable[[int, int], Any]
 """``case(rank, world_size)`` runs on every rank and returns what its test looks at."""
 
 
-def run(cases: Mapping[str, Case], world_size: int, folder: Path, timeout: float = 120) -> Results:
+def run(cases: Mapping[Any, Case], world_size: int, folder: Path, timeout: float = 120) -> Results:
     """Run every case on every rank; a case that raises leaves its traceback."""
     arguments = cases, world_size, str(folder), timeout
     torch.multiprocessing.spawn(_rank, arguments, nprocs=world_size)
@@ -28,7 +28,7 @@ class Results:
     def __init__(self, by_rank: list[dict[str, Any]]) -> None:
         self.by_rank = by_rank
 
-    def of(self, case: str) -> list[Any]:
+    def of(self, case: Any) -> list[Any]:
         outcomes = [results[case] for results in self.by_rank]
         broken = [outcome for outcome in outcomes if isinstance(outcome, Raised)]
         assert not broken, "\n".join(broken)
@@ -45,7 +45,7 @@ class Raised(str):
 
 
 def _rank(
-    rank: int, cases: Mapping[str, Case], world_size: int, folder: str, timeout: float
+    rank: int, cases: Mapping[Any, Case], world_size: int, folder: str, timeout: float
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
