@@ -10,6 +10,12 @@ import pandas as pd
 
 VARIABLE = "IRW_OPTIM_DATA"
 SHIPPED = Path(__file__).parents[2] / "examples" / "data"
+NOT_ON_OPENML = {
+    "compas": "the table compas-scores-two-years.csv of ProPublica's compas-analysis",
+    "law_school": "the bar passage study of the LSAC (Wightman 1998), one row a person",
+    "celeba_attributes": "list_attr_celeba of CelebA (Liu et al. 2015), 0/1, names in lower case",
+}
+"""What to put there, where scikit-learn cannot fetch it: with these people, columns and target."""
 
 
 def read(stem: str) -> pd.DataFrame:
@@ -22,9 +28,9 @@ def read(stem: str) -> pd.DataFrame:
     folder = os.environ.get(VARIABLE)
     where = f"{VARIABLE}={folder!r} has none" if folder else f"{VARIABLE} is not set"
     raise FileNotFoundError(
-        f"{stem}.csv.gz: {where}; expected a directory with that file: "
-        f"export {VARIABLE}=/path/to/data (benchmarks/fairness/README.md says where the data "
-        "comes from, and its columns)"
+        f"{stem}.csv.gz: {where}, and OpenML has no such set; expected a directory with that file: "
+        f"export {VARIABLE}=/path/to/data, and put there {NOT_ON_OPENML.get(stem, 'it')} "
+        "(benchmarks/fairness/README.md has the columns)"
     )
 
 
@@ -39,11 +45,7 @@ def find(stem: str) -> Path | None:
 
 
 def adult_from_openml() -> pd.DataFrame:
-    """Adult by scikit-learn from OpenML (version 2), with the column names used here.
-
-    COMPAS and Law School are on OpenML with other people, columns and targets, CelebA's attributes
-    are not: those three are read from files only.
-    """
+    """Adult by scikit-learn from OpenML (version 2), with the column names used here."""
     from sklearn.datasets import fetch_openml
 
     fetched: Any = fetch_openml("adult", version=2, as_frame=True)

@@ -1,5 +1,7 @@
 """The data sets, on tables of a few rows: splits, what is fitted on what, groups, noise, errors."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -144,9 +146,27 @@ class TestFiles:
         monkeypatch.setenv(files.VARIABLE, str(tmp_path))
         with pytest.raises(FileNotFoundError, match=r"law_school.csv.gz: IRW_OPTIM_DATA='.*' has"):
             data.load("law_school")
+        with pytest.raises(FileNotFoundError, match="list_attr_celeba of CelebA"):
+            data.load("celeba_blond")
         assert not TASKS["celeba_hair"].available
         assert TASKS["adult"].available  # shipped
         assert TASKS["coloured_digits"].available
+
+    @pytest.mark.parametrize("stem", ["adult", "compas", "law_school", "celeba_attributes"])
+    def test_every_table_has_a_way_to_get_it(self, stem, tmp_path, monkeypatch):
+        """From OpenML, or by a message that says which file to put where, and whence it comes."""
+        monkeypatch.setenv(files.VARIABLE, str(tmp_path))
+        monkeypatch.setattr(files, "SHIPPED", tmp_path)
+        fetched = table_of("adult")
+        bunch = type("Bunch", (), {"frame": fetched})
+        monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda *_, **__: bunch)
+        if stem in files.NOT_ON_OPENML:
+            source = re.escape(files.NOT_ON_OPENML[stem])
+            wanted = rf"{stem}\.csv\.gz: .* OpenML has no such set.* put there {source}"
+            with pytest.raises(FileNotFoundError, match=wanted):
+                files.read(stem)
+        else:
+            assert len(files.read(stem)) == len(fetched)
 
     def test_an_unknown_name(self):
         with pytest.raises(ValueError, match="name='german': expected one of adult, compas"):
