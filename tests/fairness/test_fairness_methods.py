@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.fairness.data import Samples
 from benchmarks.fairness.loop import Recipe, drawn, mlp, scores, shuffled, train
-from benchmarks.fairness.methods import intrinsic, objectives, stages
+from benchmarks.fairness.methods import held, intrinsic, objectives, stages
 
 RECIPE = Recipe(steps=6, batch=16, lr=0.01, widths=(4,))
 
@@ -245,6 +245,56 @@ class TestInClasses:
         trainer.backward(losses, index)
         found = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert torch.allclose(found, G.T @ w, atol=1e-5)
+
+
+class TestClassByClass:
+    """Two stages: weights of an early class-balanced model, in each class by itself, and held."""
+
+    def early(self, data):
+        return train(data, objectives.class_balanced(), Recipe(3, 16, 0.01, (4,)), seed=2)
+
+    @pytest.mark.parametrize("mix", [0.0, 2 / 3])
+    def test_weights_by_hand(self, data, mix):
+        model = self.early(data)
+        found = held.class_by_class(held.intrinsic(0.25, mix), model, data)
+        losses = nn.functional.cross_entropy(scores(model, data.x), data.y, reduction="none")
+        S = worst_of_each_class(losses, data.y, 0.25)
+        G = row_gradients(model, data.x, data.y)
+        for label in (0, 1):
+            own = data.y == label
+            s = (G[own] @ (G[own].T @ S[own])).clamp(min=0)
+            expected = (1 - mix) * s / s.sum() + mix / own.sum()
+            assert torch.allclose(found[own], expected, atol=1e-6)
+            assert float(found[own].sum()) == pytest.approx(1)
+
+    def test_the_control_weighs_by_the_loss(self, data):
+        model = self.early(data)
+        found = held.class_by_class(held.by_loss(0.5), model, data)
+        losses = nn.functional.cross_entropy(scores(model, data.x), data.y, reduction="none")
+        for label in (0, 1):
+            own = data.y == label
+            expected = losses[own] / losses[own].sum() / 2 + 0.5 / own.sum()
+            assert torch.allclose(found[own], expected)
+
+    def test_a_class_of_one_sample_has_the_weight_of_any_other(self, data):
+        alone = data[torch.cat([(data.y == 0).nonzero()[:, 0], (data.y == 1).nonzero()[:1, 0]])]
+        found = held.class_by_class(held.intrinsic(0.25, 0.5), mlp(3, (4,), 2), alone)
+        assert float(found[alone.y == 1]) == pytest.approx(1)
+
+    def test_draws_by_them_and_trains_plainly(self, data):
+        model = mlp(3, RECIPE.widths, 2)
+        state = torch.get_rng_state()
+        method = held.ClassByClass(held.intrinsic(0.25, 0.5), early=0.5)
+        trainer = method.prepare(model, data, RECIPE, seed=2)
+        assert torch.equal(torch.get_rng_state(), state)
+        weights = held.class_by_class(held.intrinsic(0.25, 0.5), self.early(data), data)
+        index, again = next(trainer.batches), next(drawn(weights, 16, seed=2))
+        assert torch.equal(index, again)
+        losses = nn.functional.cross_entropy(model(data.x[index]), data.y[index], reduction="none")
+        trainer.backward(losses, index)
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        expected = row_gradients(model, data.x[index], data.y[index]).mean(0)
+        assert torch.allclose(found, expected, atol=1e-6)
 
 
 class TestGlobal:
