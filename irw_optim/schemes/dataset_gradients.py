@@ -13,6 +13,7 @@ The third product, N x N, is not on offer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
+from irw_optim.schemes.forward_mode import (
+    ForwardMode,
+    along,
+    check_equal,
+    check_sum,
+)
 from irw_optim.schemes.reading import DatasetReader
 
 
@@ -53,6 +60,7 @@ class DatasetGradients:
         self.scored = scored
         self.advance = advance
         self.batch_size = len(samples)
+        self._combined: tuple[Tensor, Direction] | None = None
 
     def of(self, rows: Tensor) -> DatasetGradients:
         """These rows alone: ``rows`` is a bool mask (n,)."""
@@ -83,12 +91,35 @@ class DatasetGradients:
         for positions, rows in self.blocks(used.cpu()):
             for parameter, part in rows.combine(weights[positions.to(weights.device)]).items():
                 total[parameter] = total[parameter] + part if parameter in total else part
+        self._combined = weights, total
         return total
 
     def dot(self, direction: Direction) -> Tensor:
-        """G v, (n,)."""
+        """G v, (n,): in forward mode where that is known to be right, else by the engine."""
+        forward = ForwardMode.of(self.engine)
+        if forward.suits(self.engine, self.reader.batch_size):
+            try:
+                return self._dot_in_forward_mode(direction, forward.comparison_is_due())
+            except RuntimeError as error:
+                forward.give_up(error)
         everybody = torch.arange(self.batch_size)
         return torch.cat([rows.dot(direction) for _, rows in self.blocks(everybody)])
+
+    def _dot_in_forward_mode(self, direction: Direction, compare: bool) -> Tensor:
+        model, parts = self.engine.model, list[Tensor]()
+        assert model is not None
+        pieces = self.samples.split(2 * self.reader.batch_size)  # no graph holds anything
+        for indices, batch in self.reader.batches(self.samples, [len(piece) for piece in pieces]):
+            scores = along(model, self.losses_of, batch, direction)
+            if compare and not parts:
+                with self._gradients(indices, batch) as rows:
+                    check_equal(scores, rows.dot(direction))
+            parts.append(scores)
+            self.advance(len(indices))
+        scores = torch.cat(parts)
+        if self._combined is not None:
+            check_sum(scores, direction, *self._combined)
+        return scores
 
     def gram(self) -> Tensor:
         """Not on offer: N x N numbers."""
@@ -103,17 +134,23 @@ class DatasetGradients:
         """Yield pieces of ``positions`` (rows of G) with the gradients of each."""
         start = 0
         for indices, batch in self.reader.batches(self.samples[positions], sizes):
-            with torch.enable_grad():
-                losses = self._losses_of(indices, batch).losses
-            captured = self.engine.capture(losses)
-            try:
-                with torch.autocast(device_type=losses.device.type, enabled=False):
-                    captured.start(torch.ones((), device=losses.device), keep_graph=False)
-                    yield positions[start : start + len(indices)], captured.rows(self.scored)
-            finally:
-                captured.close()
+            with self._gradients(indices, batch) as rows:
+                yield positions[start : start + len(indices)], rows
             start += len(indices)
             self.advance(len(indices))
+
+    @contextmanager
+    def _gradients(self, indices: Tensor, batch: Any) -> Iterator[PerSampleGradients]:
+        with torch.enable_grad():
+            losses = self._losses_of(indices, batch).losses
+        captured = self.engine.capture(losses)
+        try:
+            with torch.autocast(device_type=losses.device.type, enabled=False):
+                captured.start(torch.ones((), device=losses.device), keep_graph=False)
+                ForwardMode.of(self.engine).look_at(captured)
+                yield captured.rows(self.scored)
+        finally:
+            captured.close()
 
     def _losses_of(self, indices: Tensor, batch: Any) -> PerSampleLosses:
         part = self.losses_of(batch)

@@ -1,0 +1,197 @@
+"""G v by one forward pass: how the losses change as the parameters move along v.
+
+The scores of a data set ask for a single product with G, and nothing else of it. For that a
+forward pass that carries derivatives along is enough::
+
+    G v = d/dt losses(parameters + t v)   at t = 0
+
+No graph is kept and no gradient of an output is formed. It is exact wherever backward is the
+derivative, which some samples may stop on purpose, by ``torch.no_grad()``. So the weighted sum of
+the scores is compared with <G^T w, v> where G^T w is known, for S as a rule, and at uses 1, 2, 4,
+8, ... the scores of the first batch with the engine's. Where they differ, or an operation has no
+derivative in forward mode, the engine does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.engine import Engine, LossGradients
+from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.protocol import Direction
+
+logger = logging.getLogger("irw_optim")
+
+
+SMALL = 2**20
+"""Outputs of layers in a batch, up to which calls into torch cost more than what they compute."""
+
+
+def along(
+    model: nn.Module,
+    losses_of: Callable[[Any], PerSampleLosses],
+    batch: Any,
+    direction: Direction,
+) -> Tensor:
+    """G v for one batch, (B,).
+
+    Args:
+        model: whose parameters the losses depend on.
+        losses_of: runs the model and the criterion.
+        batch: what ``losses_of`` takes.
+        direction: v by parameter, G^T c for some c; a parameter that is missing stands still.
+
+    Raises:
+        RuntimeError: an operation without a derivative in forward mode.
+
+    >>> from irw_optim.criterion import per_sample_losses
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> losses_of = lambda x: per_sample_losses(nn.MSELoss(), model(x), torch.zeros(len(x), 1))
+    >>> _ = nn.init.ones_(model.weight)  # losses (x1 + x2)^2, whose gradient is 2 (x1 + x2) x
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    >>> along(model, losses_of, x, {model.weight: torch.tensor([[0.0, 1.0]])})
+    tensor([ 0., 12.])
+    """
+    with _unwarned(), torch.no_grad(), forward_ad.dual_level():
+        moving = {p: forward_ad.make_dual(p.detach(), v) for p, v in direction.items()}
+        with _in_place_of(moving, model), _differentiable_attention():
+            losses = losses_of(batch).losses
+        value, tangent = forward_ad.unpack_dual(losses)
+    return widened(torch.zeros_like(value) if tangent is None else tangent)
+
+
+class ForwardMode:
+    """Whether forward mode suits a model, as far as one engine has seen.
+
+    It makes about half as many calls into torch as the ghost products, for as much arithmetic: a
+    gain where batches are small, and where the engine would differentiate twice.
+    """
+
+    def __init__(self) -> None:
+        self.fails = False
+        self.uses = 0
+        self.outputs_a_sample = 0.0
+
+    @classmethod
+    def of(cls, engine: Engine) -> ForwardMode:
+        """What is known so far, one for each engine."""
+        return _KNOWN.setdefault(engine, cls())
+
+    def look_at(self, captured: LossGradients) -> None:
+        """Take note of how much the layers covered by the engine put out."""
+        numbers = sum(site.shape.numel() for site in captured.graph.sites)
+        self.outputs_a_sample = numbers / max(1, len(captured.losses))
+
+    def suits(self, engine: Engine, batch_size: int) -> bool:
+        """Whether to try: where it is quicker, and numbers of low precision do not carry it."""
+        small = self.outputs_a_sample * batch_size <= SMALL
+        if self.fails or not small or engine.kind != "auto" or engine.model is None:
+            return False
+        parameters = list(engine.model.parameters())
+        return all(p.dtype in (torch.float32, torch.float64) for p in parameters) and not any(
+            torch.is_autocast_enabled(device) for device in {p.device.type for p in parameters}
+        )
+
+    def comparison_is_due(self) -> bool:
+        """Count a use, and whether it is one of those that are compared: 1, 2, 4, 8, ..."""
+        self.uses += 1
+        return self.uses.bit_count() == 1
+
+    def give_up(self, reason: RuntimeError) -> None:
+        """Leave this model's scores to the engine, and say so."""
+        self.fails = True
+        logger.info(
+            "scores of the data set take a backward pass, forward mode being out: %s",
+            str(reason).split("\n")[0],
+        )
+
+
+_KNOWN: WeakKeyDictionary[Engine, ForwardMode] = WeakKeyDictionary()
+
+
+def check_equal(scores: Tensor, expected: Tensor) -> None:
+    """Raise a RuntimeError unless both are the scores of the same samples, (B,), to rounding."""
+    _agree((scores - expected).abs().max(), expected.abs().max(), scores.dtype)
+
+
+def check_sum(scores: Tensor, direction: Direction, weights: Tensor, combined: Direction) -> None:
+    """Raise a RuntimeError unless w^T (G v) = (G^T w)^T v.
+
+    Args:
+        scores: G v, (n,).
+        direction: v.
+        weights: w, (n,).
+        combined: G^T w.
+    """
+    terms = weights * scores
+    expected = sum((combined[p] * v).sum() for p, v in direction.items() if p in combined)
+    _agree((terms.sum() - expected).abs(), terms.abs().sum(), scores.dtype)
+
+
+def _agree(difference: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    if not bool(scale.isfinite()):
+        return  # which is for the scheme to say
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-3
+    if not bool(difference <= tolerance * scale):
+        raise RuntimeError(
+            f"it differs from backward by {float(difference):.2g} in {float(scale):.2g}"
+        )
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Torch compiles some forward derivatives in a way that it warns of itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
+        yield
+
+
+@contextmanager
+def _in_place_of(values: Direction, model: nn.Module) -> Iterator[None]:
+    """Give the modules these values in place of their parameters.
+
+    ``torch.func.functional_call`` would, but where a module has two names it puts the value back
+    instead of the parameter.
+    """
+    saved = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in values
+    ]
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    flat = [module._flat_weights for module in recurrent]
+    try:
+        for table, name, parameter in saved:
+            table[name] = values[parameter]  # type: ignore[assignment]
+        for module, weights in zip(recurrent, flat, strict=True):
+            module._flat_weights = [w if w is None else values.get(w, w) for w in weights]
+        yield
+    finally:
+        for table, name, parameter in saved:
+            table[name] = parameter
+        for module, weights in zip(recurrent, flat, strict=True):
+            module._flat_weights = weights
+
+
+@contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Attention by operations that have a forward derivative; its fused kernels have none."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,0 +1,219 @@
+"""Scores of a data set by one forward pass: equal to the loop, or left to the engine."""
+
+import logging
+
+import pytest
+import reference
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import irw_optim.schemes.dataset_gradients as dataset_gradients
+import irw_optim.schemes.forward_mode as forward_mode
+from irw_optim.criterion import per_sample_losses
+from irw_optim.schemes import global_weights
+from irw_optim.schemes.forward_mode import along
+
+N, CLASSES = 53, 3
+MESSAGE = "forward mode being out"
+
+
+class Sections(nn.Module):
+    """Leaves some samples' first layer out of backward."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, CLASSES)
+        self.frozen = frozen
+
+    def forward(self, x):
+        with torch.no_grad():
+            unseen = self.first(x)
+        return self.second(torch.where(self.frozen(x), unseen, self.first(x)).tanh())
+
+
+class Sine(torch.autograd.Function):
+    """Has no derivative in forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class Sined(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.second(Sine.apply(self.first(x)))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = nn.Linear(5, 5), nn.Linear(5, CLASSES)
+        self.last.bias.requires_grad_(False)
+        self.again = self.inner
+
+    def forward(self, x):
+        return self.last(self.again(self.inner(x).relu()) + x @ self.inner.weight)
+
+
+class Pictures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Unflatten(1, (1, 5)),
+            nn.Conv1d(1, 4, 3, padding=1),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(inplace=True),
+            nn.MaxPool1d(2),
+            nn.Flatten(),
+            nn.LayerNorm(8),
+            nn.Linear(8, CLASSES),
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.RNN(1, 4, batch_first=True), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.cell(x.unsqueeze(-1))[0][:, -1])
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 16, padding_idx=0)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 8, batch_first=True)
+        self.memory = nn.GRU(16, 4, batch_first=True)
+        self.head = nn.utils.parametrizations.spectral_norm(nn.Linear(4, CLASSES))
+
+    def forward(self, x):
+        h = self.layer(self.embedding(x.abs().long().clamp(max=5)))
+        return self.head(self.memory(h)[0][:, -1])
+
+
+def batch(dtype=torch.float64):
+    return torch.randn(N, 5, dtype=dtype), torch.randint(0, CLASSES, (N,))
+
+
+def by_hand(model, x, y, alpha=0.2):
+    model.eval()
+    losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+    return reference.step(losses, trained(model), alpha).weights
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def weights_of(model, x, y, **options):
+    loader = DataLoader(TensorDataset(x, y), batch_size=8)
+    return global_weights(model, nn.CrossEntropyLoss(), loader, 0.2, progress=False, **options)
+
+
+@pytest.mark.parametrize("kind", [Pictures, Recurrent, Attending, Tied], ids=lambda k: k.__name__)
+def test_is_the_product_with_the_rows_of_a_loop(kind):
+    model, (x, y) = kind().double().eval(), batch()
+    before = dict(model.named_parameters())
+    losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+    rows = reference.per_sample_gradients(losses, trained(model))
+    direction = torch.randn(N, dtype=torch.float64) @ rows
+    expected = rows @ direction
+    pieces = direction.split([p.numel() for p in trained(model)])
+    along_them = {p: v.view_as(p) for p, v in zip(trained(model), pieces, strict=True)}
+
+    def losses_of(batch):
+        return per_sample_losses(nn.CrossEntropyLoss(), model(batch[0]), batch[1])
+
+    actual = along(model, losses_of, (x, y), along_them)
+    assert reference.error(actual, expected) < 1e-10
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("kind", [Pictures, Recurrent, Attending, Tied], ids=lambda k: k.__name__)
+def test_makes_the_scores_where_it_can(kind, caplog, monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        dataset_gradients, "along", lambda *args: used.append(1) or along(*args), raising=True
+    )
+    caplog.set_level(logging.INFO, "irw_optim")
+    model, (x, y) = kind().double(), batch()
+    assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
+    assert used
+    assert MESSAGE not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Sined(), "jvp"),
+        (Sections(lambda x: x[:, :1] > 0), "differs from backward"),
+    ],
+    ids=["no derivative", "no_grad for some samples"],
+)
+def test_the_engine_makes_them_where_it_cannot(model, reason, caplog):
+    caplog.set_level(logging.INFO, "irw_optim")
+    x, y = batch()
+    model.double()
+    assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
+    [said] = [r.getMessage() for r in caplog.records if MESSAGE in r.getMessage()]
+    assert reason in said
+
+
+def test_what_differs_after_the_first_batch_shows_in_the_sum_over_s(caplog):
+    caplog.set_level(logging.INFO, "irw_optim")
+    x, y = batch()
+    x[:16, 0] = -1.0  # the first batch, which is compared, is alike either way
+    x[40:, 0] = 5.0
+    model = Sections(lambda x: x[:, :1] > 4).double()
+    with torch.no_grad():
+        model.second.weight *= 20
+    assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
+    assert MESSAGE in caplog.text
+
+
+def test_numbers_of_low_precision_are_left_to_the_engine(monkeypatch):
+    monkeypatch.setattr(dataset_gradients, "along", lambda *args: pytest.fail("was asked"))
+    model, (x, y) = Tied(), batch(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights_of(model, x, y)
+    weights_of(model.bfloat16(), x.bfloat16(), y)
+
+
+@pytest.mark.parametrize("engine", ["ghost", "autodiff"])
+def test_an_engine_that_is_asked_for_makes_them_itself(engine, monkeypatch):
+    monkeypatch.setattr(dataset_gradients, "along", lambda *args: pytest.fail("was asked"))
+    model, (x, y) = Pictures().double(), batch()
+    actual = weights_of(model, x, y, engine=engine)
+    assert reference.error(actual, by_hand(model, x, y)) < 1e-10
+
+
+def test_large_batches_are_left_to_the_engine(monkeypatch):
+    monkeypatch.setattr(dataset_gradients, "along", lambda *args: pytest.fail("was asked"))
+    monkeypatch.setattr(forward_mode, "SMALL", 8 * (20 + 4 + 8 + CLASSES) - 1)
+    model, (x, y) = Pictures().double(), batch()
+    assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
+
+
+def test_memory_runs_out_of_forward_mode_and_the_engine_goes_on(monkeypatch):
+    def along(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(dataset_gradients, "along", along)
+    model, (x, y) = Pictures().double(), batch()
+    assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
