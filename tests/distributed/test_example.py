@@ -1,0 +1,40 @@
+"""The example, as its reader starts it: by torchrun in two processes, and in one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for library in ("rich", "pandas"):
+    pytest.importorskip(library, reason="the examples need the report extra")
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = str(ROOT / "examples" / "distributed.py")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def table(*launcher: str) -> list[list[str]]:
+    """The cells of what it prints, by row."""
+    done = subprocess.run(
+        [sys.executable, *launcher, EXAMPLE, "--epochs", "1"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+
+
+def test_two_processes_print_the_table_of_one():
+    rows = table(*TORCHRUN)
+    assert [row[0] for row in rows] == ["plain", "IRW", "IRW, centred"]
+    assert [row[-1] for row in rows] == ["yes"] * 3
+    assert table() == rows
