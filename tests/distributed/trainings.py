@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from irw_optim import IRWOptimizer
 
-FEATURES, CLASSES, LENGTH = 5, 3, 4
+FEATURES, CLASSES, LENGTH, WIDTH = 5, 3, 4, 6
 SHARDS = {1: [37], 2: [20, 17], 4: [11, 1, 0, 25]}
 """Samples of each rank in every batch: unequal, and with four ranks one has none."""
 
@@ -59,6 +60,48 @@ class Branching(nn.Module):
         return output
 
 
+class Block(nn.Module):
+    """Attention and a perceptron, as in a transformer; positions are a parameter of the model."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.norm = nn.LayerNorm(WIDTH)
+        self.scale = nn.Parameter(torch.rand(WIDTH))
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=batch_first)
+        self.perceptron = nn.Sequential(nn.Linear(WIDTH, 9), nn.GELU(), nn.Linear(9, WIDTH))
+
+    def forward(self, h: Tensor) -> Tensor:
+        n = self.norm(h)
+        n = n if self.batch_first else n.transpose(0, 1)
+        attended = self.attention(n, n, n, need_weights=False)[0]
+        h = h + self.scale * (attended if self.batch_first else attended.transpose(0, 1))
+        return h + self.perceptron(h)
+
+
+class Transformer(nn.Module):
+    """Every number of a sample is a word; the weight of the first layer may be tied to another."""
+
+    def __init__(self, batch_first: bool = True, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, WIDTH)
+        self.positions = nn.Parameter(torch.randn(1, FEATURES, WIDTH))
+        self.blocks = nn.ModuleList([Block(batch_first), Block(batch_first)])
+        self.head = nn.Linear(WIDTH, CLASSES)
+        if tied:
+            self.blocks[1].perceptron = self.blocks[0].perceptron
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x.unsqueeze(2)) + self.positions
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h.mean(1))
+
+
+def time_first() -> nn.Module:
+    return Transformer(batch_first=False)
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
 
@@ -74,7 +117,15 @@ def images() -> nn.Module:
     )
 
 
-MODELS = {"mlp": mlp, "images": images, "gru": Recurrent, "tagger": Tagger, "branching": Branching}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "transformer": Transformer,
+    "time first": time_first,
+    "mlp": mlp,
+    "images": images,
+    "gru": Recurrent,
+    "tagger": Tagger,
+    "branching": Branching,
+}
 
 
 def data(words: bool = False, ignored: bool = False) -> tuple[Tensor, Tensor]:
@@ -97,6 +148,12 @@ def samples(passes: int, world_size: int) -> list[list[Tensor]]:
     """For each pass, the samples of each rank; together they are all samples."""
     shards = torch.arange(sum(SHARDS[1])).split(SHARDS[world_size])
     return [list(part) for part in zip(*(s.tensor_split(passes) for s in shards), strict=True)]
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Its values, from all processes where it is sharded."""
+    values: Any = parameter.detach()
+    return values.full_tensor() if hasattr(values, "full_tensor") else values
 
 
 @dataclass
@@ -128,7 +185,7 @@ class Training:
         module = MODELS[self.model]().double()
         called: nn.Module = module
         if world_size > 1:
-            called = DistributedDataParallel(module, **self.ddp)
+            called = self._spread(module)
         criterion = self.criterion
         optimizer = IRWOptimizer(
             torch.optim.SGD(module.parameters(), lr=0.3, momentum=0.9),
@@ -150,11 +207,14 @@ class Training:
         optimizer.detach()
         record = optimizer.last_step
         return {
-            "parameters": torch.cat([p.detach().flatten() for p in module.parameters()]),
+            "parameters": torch.cat([whole(p).flatten() for p in module.parameters()]),
             "record": record,
             "samples": torch.cat(passes) if optimizer.accumulation_steps > 1 else passes[-1],
             "steps": optimizer.steps,
         }
+
+    def _spread(self, module: nn.Module) -> nn.Module:
+        return DistributedDataParallel(module, **self.ddp)
 
     def _backward(self, called: nn.Module, optimizer: IRWOptimizer, x: Tensor, y: Tensor) -> None:
         if self.way == 1:

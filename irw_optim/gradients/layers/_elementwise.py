@@ -27,7 +27,8 @@ class ElementwiseCall(LayerCall):
         # A sum does not read what it adds to, which may be changed in place afterwards.
         shape_alone = output.new_empty(()).expand(output.shape)
         super().__init__(shape_alone if factor is None else factor, weight=whole)
-        self.view = parameter.size(), parameter.stride(), parameter.storage_offset()
+        start = parameter.storage_offset() - whole.storage_offset()
+        self.view = parameter.size(), parameter.stride(), start
         self.factor = None if factor is None else self.input
         self.whole = whole.shape
 
@@ -38,7 +39,9 @@ class ElementwiseCall(LayerCall):
     def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         if not values:
             return torch.zeros_like(self.b)
-        part = values["weight"].contiguous().as_strided(*self.view)
+        size, stride, start = self.view
+        value = values["weight"].contiguous()  # perhaps a part of a longer message
+        part = value.as_strided(size, stride, value.storage_offset() + start)
         return part if self.factor is None else part * widened(self.factor)
 
     def dot(self, direction: Direction) -> Tensor:

@@ -123,7 +123,8 @@ class LinearRowsCall(LinearCall):
         slices = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         whole = {role: t if t._base is None else t._base for role, t in slices.items()}
         super().__init__(input, whole["weight"], whole.get("bias"), time_major=time_major)
-        starts = {role: t.storage_offset() // t.stride(0) for role, t in slices.items()}
+        skipped = {r: t.storage_offset() - whole[r].storage_offset() for r, t in slices.items()}
+        starts = {role: skipped[role] // t.stride(0) for role, t in slices.items()}
         self.slices = {r: slice(starts[r], starts[r] + len(t)) for r, t in slices.items()}
 
     def values_in(self, direction: Direction) -> dict[str, Tensor]:
