@@ -85,6 +85,11 @@ class Ranks:
         bodies = self._gathered(room)
         return torch.cat([body[:n] for body, n in zip(bodies, self.sizes, strict=True)])
 
+    def each(self, numbers: Tensor) -> Tensor:
+        """The numbers of every rank, equally many on each: (number, *numbers.shape)."""
+        self._compare_options()
+        return self._gathered(numbers)
+
     def total(
         self, parts: Mapping[Tensor, Tensor], layout: Sequence[Tensor], rows: tuple[int, ...] = ()
     ) -> dict[Tensor, Tensor]:

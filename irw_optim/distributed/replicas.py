@@ -7,7 +7,7 @@ time: two of its modes wait for a signal on the way, and a nested backward pass 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.weigher import OverRanks
+from irw_optim.optimizer.backward import weighted_loss
 from irw_optim.weighting.local_scheme import Scheme
 from irw_optim.weighting.record import StepRecord
 
@@ -103,6 +104,12 @@ class Replicas:
         if self.ranks is None or self.ranks.group is not replica.process_group:
             self.ranks = Ranks(replica.process_group, self.options)
         return OverRanks(scheme, note, self.ranks, layout, most_passes)
+
+    finish = staticmethod(weighted_loss)
+
+    def meets(self, parameters: Iterable[Tensor]) -> Callable[[Tensor], bool]:
+        """Whether a leaf of a graph is one of these parameters."""
+        return set(parameters).__contains__
 
     def hear(self, loss: Tensor) -> None:
         """See `hear_in_time`."""

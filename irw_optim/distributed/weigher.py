@@ -55,11 +55,15 @@ class OverRanks:
         joined = join(passes, ranks, self.most_passes)
         over_ranks = getattr(self.scheme, "over_ranks", None)
         scheme = self.scheme if over_ranks is None else over_ranks(ranks)
-        record = scheme.decide(joined.batch, GlobalGradients(rows, ranks, self.layout))
+        record = scheme.decide(joined.batch, self.over_ranks(rows))
         own = torch.zeros_like(record.worst_off)
         own[ranks.own] = True
         self.note(replace(record, own=own))
         return record.weights[ranks.own] * (ranks.number * joined.length)
+
+    def over_ranks(self, rows: PerSampleGradients) -> PerSampleGradients:
+        """G of the batch of all ranks, from this rank's rows."""
+        return GlobalGradients(rows, self.ranks, self.layout)
 
     def loss(self, batch: PerSampleLosses) -> Tensor:
         """A node between losses and scalar: who goes backward are all, who goes forward may not."""

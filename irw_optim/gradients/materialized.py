@@ -140,4 +140,9 @@ def as_matrix(block: Tensor) -> Tensor:
 
 def widened(tensor: Tensor) -> Tensor:
     """At least float32: half-precision products lose the sign of a small score."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.to(wide(tensor.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what `widened` gives."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

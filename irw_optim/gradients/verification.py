@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,23 +39,52 @@ def compare_with_autograd(
     Returns:
         The relative error of each parameter that disagrees.
     """
-    ordered = losses.detach().argsort()
-    probes = [torch.ones_like(losses)]
-    probes += [_one_hot(losses, int(i)) for i in {int(ordered[0]), int(ordered[-1])}]
     wrong: dict[Tensor, float] = {}
-    for probe in probes:
+    for probe in probes_of(losses):
         truth = backward_to(parameters, losses, probe, retain_graph=True)
         claim = gradients.combine(probe)
-        total = sum((float(t.to_dense().norm()) ** 2 for t in truth if t is not None), 0.0) ** 0.5
-        for parameter, t in zip(parameters, truth, strict=True):
-            t = torch.zeros_like(parameter) if t is None else t.to_dense()
-            c = claim.get(parameter)
-            difference = t if c is None else t - c
-            size = float(t.float().norm())
-            tolerance = max(_TOLERANCE.get(d, 1e-3) for d in (t.dtype, *_dtypes(gradients)))
-            error, unit = float(difference.float().norm()), max(size, _NOISE * total)
-            if error > tolerance * unit:
-                wrong[parameter] = error / unit if unit else math.inf
+        differences = [
+            difference(p, torch.zeros_like(p) if t is None else t, claim.get(p), gradients)
+            for p, t in zip(parameters, truth, strict=True)
+        ]
+        wrong.update(wrong_among(differences))
+    return wrong
+
+
+def probes_of(losses: Tensor) -> list[Tensor]:
+    """The weights for which the sums of gradients are compared."""
+    ordered = losses.detach().argsort()
+    rows = {int(ordered[0]), int(ordered[-1])} if len(losses) else set()
+    return [torch.ones_like(losses), *[_one_hot(losses, i) for i in rows]]
+
+
+class Difference(NamedTuple):
+    """How far one parameter's gradient is off: ``error`` and ``size`` are norms."""
+
+    parameter: Tensor
+    error: float
+    size: float
+    tolerance: float
+
+
+def difference(
+    parameter: Tensor, truth: Tensor, claim: Tensor | None, gradients: GhostGradients
+) -> Difference:
+    """Measure one parameter's gradient against autograd's."""
+    truth = truth.to_dense()
+    off = truth if claim is None else truth - claim
+    tolerance = max(_TOLERANCE.get(d, 1e-3) for d in (truth.dtype, *_dtypes(gradients)))
+    return Difference(parameter, float(off.float().norm()), float(truth.float().norm()), tolerance)
+
+
+def wrong_among(differences: Sequence[Difference]) -> dict[Tensor, float]:
+    """The relative error of each parameter that disagrees, for one probe."""
+    total = sum((d.size**2 for d in differences), 0.0) ** 0.5
+    wrong: dict[Tensor, float] = {}
+    for parameter, error, size, tolerance in differences:
+        unit = max(size, _NOISE * total)
+        if error > tolerance * unit:
+            wrong[parameter] = error / unit if unit else math.inf
     return wrong
 
 

@@ -21,6 +21,11 @@ from irw_optim.gradients.protocol import PerSampleGradients
 Weigh = Callable[[Tensor, PerSampleGradients], Tensor]
 """``weigh(upstream, rows)`` gives the factor on every loss's gradient, (B,)."""
 
+ALREADY_PASSED = (
+    "this loss was already backpropagated: its graph is gone; use "
+    "loss.backward(retain_graph=True) the first time"
+)
+
 
 def weighted_loss(
     value: Tensor, batch: LossGradients, scored: Callable[[Tensor], bool], weigh: Weigh
@@ -66,10 +71,7 @@ class _Pass:
     def gradients(self, upstream: Tensor) -> list[Tensor | None]:
         """The gradient of every leaf, for the gradient ``upstream`` of the scalar loss."""
         if self.done:
-            raise RuntimeError(
-                "this loss was already backpropagated: its graph is gone; use "
-                "loss.backward(retain_graph=True) the first time"
-            )
+            raise RuntimeError(ALREADY_PASSED)
         batch = self.batch
         keep_graph = graph_is_kept()
         try:

@@ -13,15 +13,16 @@ from typing import Protocol
 from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.engine import Engine, LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.optimizer.accumulation import LogicalBatch
-from irw_optim.optimizer.backward import weighted_loss
+from irw_optim.optimizer.backward import Weigh, weighted_loss
 from irw_optim.optimizer.passes import Pass, as_one
 from irw_optim.weighting.local_scheme import NoRows, Scheme
 from irw_optim.weighting.record import StepRecord
 
 Note = Callable[[StepRecord], None]
+Finish = Callable[[Tensor, LossGradients, Callable[[Tensor], bool], Weigh], Tensor]
 
 
 class Weigher(Protocol):
@@ -69,6 +70,7 @@ def carried_loss(
     engine: Engine,
     scored: Callable[[Tensor], bool],
     logical: LogicalBatch | None = None,
+    finish: Finish = weighted_loss,
 ) -> Tensor:
     """The criterion's value, with the weighted gradient as its gradient.
 
@@ -78,6 +80,7 @@ def carried_loss(
         engine: gives the per-sample gradients.
         scored: which parameters make the scores.
         logical: the passes that this one is weighed with; None for this one alone.
+        finish: makes the loss out of rows; that of a sharded model is another.
     """
     if logical is not None:
         return logical.loss(batch, engine, scored, weigher.coefficients)
@@ -88,4 +91,4 @@ def carried_loss(
     def weigh(upstream: Tensor, rows: PerSampleGradients) -> Tensor:
         return weigher.coefficients([Pass(detached, upstream)], rows)
 
-    return weighted_loss(batch.value, engine.capture(batch.losses), scored, weigh)
+    return finish(batch.value, engine.capture(batch.losses), scored, weigh)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from irw_optim.criterion import validate_criterion
 from irw_optim.distributed.replicas import check_replicas_in
+from irw_optim.distributed.shard_checks import check_sharding
 from irw_optim.gradients.engine import ENGINES
 from irw_optim.optimizer.attach import check_unattached
 from irw_optim.privacy.errors import DPGuaranteeError
@@ -97,9 +98,16 @@ def check_arguments(
         validate_criterion(criterion)
         check_unattached(criterion)
     check_model(model)
-    check_parameters(
-        [p for group in optimizer.param_groups for p in group["params"]], model, criterion
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    check_sharding(
+        model,
+        criterion,
+        parameters,
+        engine=engine,
+        weighting=weighting,
+        accumulation_steps=accumulation_steps,
     )
+    check_parameters(parameters, model, criterion)
 
 
 def check_inner(optimizer: Any) -> None:
@@ -170,7 +178,7 @@ def check_model(model: Any) -> None:
     check_replicas_in(model)
 
 
-_SHARDED = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineModule"}
+_SHARDED = {"FullyShardedDataParallel", "DeepSpeedEngine", "PipelineModule"}
 
 
 def check_parameters(

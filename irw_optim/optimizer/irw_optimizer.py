@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.replicas import Replicas
+from irw_optim.distributed.shards import processes_of
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.attach import AttachedForward
@@ -143,7 +143,7 @@ class IRWOptimizer(OptimizerWrapper):
             chosen,
             warmup_steps,
             accumulation_steps,
-            Replicas(model, worst_off, self._options),
+            processes_of(model, worst_off, self._options),
         )
         self._attached: AttachedForward | None = None
         self._attach(model, criterion)

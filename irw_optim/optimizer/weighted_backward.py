@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.replicas import Replicas
+from irw_optim.distributed.shards import Shards
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.optimizer.accumulation import LogicalBatch
@@ -43,7 +44,7 @@ class WeightedBackward:
         chosen: set[Tensor] | None,
         warmup_steps: int,
         accumulation_steps: int,
-        replicas: Replicas,
+        replicas: Replicas | Shards,
     ) -> None:
         self.inner = inner
         self.engine = engine
@@ -75,7 +76,12 @@ class WeightedBackward:
         logical = None if warming_up or self.accumulation_steps == 1 else self.logical
         scored = self.scored
         loss = carried_loss(
-            batch, self._weigher(scheme, scored), self.engine, set(scored).__contains__, logical
+            batch,
+            self._weigher(scheme, scored),
+            self.engine,
+            self.replicas.meets(scored),
+            logical,
+            self.replicas.finish,
         )
         self.replicas.hear(loss)
         return loss

@@ -190,9 +190,7 @@ def test_deepspeed_s_optimizer() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "PipelineModule"]
-)
+@pytest.mark.parametrize("name", ["FullyShardedDataParallel", "DeepSpeedEngine", "PipelineModule"])
 @pytest.mark.parametrize("inside", [False, True])
 def test_models_spread_over_devices(name: str, inside: bool) -> None:
     net = kind(name, nn.Linear)(4, 2)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from irw_optim.gradients.layers._layout import Layout, layout_of
-from irw_optim.gradients.materialized import blocked_gram, widened
+from irw_optim.gradients.materialized import blocked_gram, wide, widened
 from irw_optim.gradients.protocol import Direction
 
 GATHER_FROM = 2**17
@@ -119,6 +119,9 @@ class LayerCall:
         part.output_gradient = zeroed(self.output_gradient, dropped)
         return part
 
+    def forget_values(self) -> None:
+        """Hold no parameter's values: whoever shards them frees them after the layer."""
+
     def copy(self) -> LayerCall:
         """Another call with the same input and parameters, for another output gradient."""
         return copy(self)
@@ -178,7 +181,8 @@ class LayerCall:
         def output(*values: Tensor) -> Tensor:
             return self.apply(widened(input), dict(zip(roles, values, strict=True)))
 
-        zeros = [torch.zeros_like(widened(p.detach())) for p in self.parameters.values()]
+        # Their values are not read, and may be gone.
+        zeros = [torch.zeros_like(p, dtype=wide(p.dtype)) for p in self.parameters.values()]
         adjoint = torch.func.vjp(output, *zeros)[1]
         return dict(zip(self.parameters.values(), adjoint(b), strict=True))
 

@@ -25,6 +25,10 @@ class ConvolutionCall(AffineCall):
         self.weight = weight.detach()
         self.settings = list(settings.values())
 
+    def forget_values(self) -> None:
+        """Only its shape counts: the products ask for no gradient of the input."""
+        self.weight = self.weight.new_empty(()).expand(self.weight.shape)
+
     @cached_property
     def bias_rows(self) -> Tensor:
         return self.b.flatten(2).sum(2)

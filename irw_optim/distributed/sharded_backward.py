@@ -1,0 +1,211 @@
+"""A backward pass of FSDP in two: one to the layers, which weighs, and the ordinary one after it.
+
+FSDP listens to autograd: at a module's output it gathers the parameters, at its input it reduces
+their gradients and frees them. So every pass has to be one of autograd's own. The first is nested
+and ends at the layers' outputs; with the a and b of all layers the scores need no parameter's
+value. The second is the user's, which goes on with the weights as the gradient of the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from irw_optim.distributed.ranks import Ranks
+from irw_optim.gradients.capture import CallSite
+from irw_optim.gradients.engine import LossGradients
+from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
+from irw_optim.gradients.verification import Difference, difference, probes_of, wrong_among
+from irw_optim.optimizer.backward import (
+    ALREADY_PASSED,
+    Weigh,
+    deferred_loss,
+    graph_is_kept,
+    seed_of,
+    without_autocast,
+)
+
+PROBES = 3
+"""Passes of a check, on every rank: FSDP gathers in each, whatever the rank has to compare."""
+
+WAY_OUT = (
+    "choose score_parameters= without them (score_parameters='last' for the last layer), or train "
+    "with DistributedDataParallel, where autodiff takes them"
+)
+
+
+class Sharded(Protocol):
+    """What is known of the model that the losses come from."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """Who takes part in every pass."""
+
+    def names_of(self, parameters: Iterable[Tensor]) -> list[str]:
+        """Names of leaves."""
+
+
+def sharded_loss(
+    value: Tensor,
+    batch: LossGradients,
+    scored: Callable[[Tensor], bool],
+    weigh: Weigh,
+    model: Sharded,
+) -> Tensor:
+    """A scalar with the given value whose gradient is ``sum_i c_i grad(loss_i)``.
+
+    Args:
+        value: what the training loop sees, 0-dim, detached.
+        batch: the per-sample gradients.
+        scored: which leaves' gradients make the score.
+        weigh: chooses the factors c, from what arrives at the scalar and the rows.
+        model: what the losses come from.
+    """
+    return deferred_loss(value, _ShardedPass(batch, scored, weigh, model), [batch.losses])
+
+
+class _ShardedPass:
+    """The plan of a node between losses and scalar, which hands the losses their factors."""
+
+    def __init__(
+        self, batch: LossGradients, scored: Callable[[Tensor], bool], weigh: Weigh, model: Sharded
+    ) -> None:
+        self.batch = batch
+        self.scored = scored
+        self.weigh = weigh
+        self.model = model
+        self.done = False
+
+    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
+        """The factor of every loss, for the gradient ``upstream`` of the scalar loss."""
+        if self.done:
+            raise RuntimeError(ALREADY_PASSED)
+        batch, keep_graph = self.batch, graph_is_kept()
+        try:
+            with without_autocast(upstream.device.type):
+                rows = self._rows(seed_of(upstream))
+                return [self.weigh(upstream, rows).to(batch.losses.dtype)]
+        finally:
+            if not keep_graph:
+                self.done = True
+                batch.close()
+
+    def _rows(self, seed: Tensor) -> GhostGradients:
+        """G of this rank, from a pass that all ranks make alike."""
+        batch, columns = self.batch, {p for p in self.batch.leaves if self.scored(p)}
+        check = self._agree(columns)
+        sites = [s for s in batch.graph.sites if columns.intersection(s.call.parameters.values())]
+        for site in sites:
+            site.call.forget_values()
+        if not len(batch.losses):
+            rows = _no_rows(batch.losses, sites, seed)
+        else:
+            rows = ghost_gradients(batch.losses, sites, seed, retain_graph=True)
+            rows = rows.restricted_to(columns)
+        if check:
+            self._check(rows, columns)
+        return rows
+
+    def _agree(self, columns: set[Tensor]) -> bool:
+        """Whether any rank has to check its products in this pass: an all-gather of 2 numbers.
+
+        Raises:
+            NotImplementedError: parameters that the ghost products do not cover, on any rank.
+        """
+        batch = self.batch
+        missing: set[Tensor] = set()
+        due = False
+        if len(batch.losses):
+            covering = batch.engine.covering(batch.graph, len(batch.losses))
+            missing, due = columns - covering.covered, covering.check_is_due()
+        told = self.model.ranks.each(batch.losses.new_tensor([bool(missing), due]))
+        anything_missing, check = told.amax(0).tolist()
+        if anything_missing:
+            raise NotImplementedError(
+                "under fully_shard the scores need parameters that the ghost products cover, and "
+                f"they do not cover {self._of_all_ranks(missing)}: {WAY_OUT}"
+            )
+        return bool(check)
+
+    def _check(self, rows: GhostGradients, columns: set[Tensor]) -> None:
+        """Compare the products with autograd's own gradients, each layer's as it arrives.
+
+        Raises:
+            RuntimeError: they differ, on any rank.
+        """
+        losses = self.batch.losses
+        wrong: dict[Tensor, float] = {}
+        probes = probes_of(losses)
+        for probe in probes + probes[:1] * (PROBES - len(probes)):
+            comparison = _Comparison(rows, probe)
+            with _seeing(columns, comparison):
+                torch.autograd.backward(losses, probe, retain_graph=True, inputs=list(columns))
+            wrong.update(comparison.wrong(columns))
+        names = self._of_all_ranks(wrong)
+        if names:
+            raise RuntimeError(
+                f"the ghost products differ from autograd for {names}: the forward mixes samples "
+                "or uses these parameters outside their layers, and under fully_shard nothing else "
+                f"makes scores; {WAY_OUT}"
+            )
+
+    def _of_all_ranks(self, parameters: Iterable[Tensor]) -> str:
+        """Names of the parameters that are meant on any rank."""
+        told = self.model.ranks.objects(self.model.names_of(parameters))
+        return ", ".join(sorted({name for names in told for name in names}))
+
+
+class _Comparison:
+    """Looks at each leaf's gradient once, for one probe."""
+
+    def __init__(self, rows: GhostGradients, probe: Tensor) -> None:
+        self.rows = rows
+        self.probe = probe
+        self.found: dict[Tensor, Difference] = {}
+
+    def __call__(self, leaf: Tensor, truth: Tensor) -> None:
+        claim = self.rows.restricted_to({leaf}).combine(self.probe).get(leaf)
+        self.found[leaf] = difference(leaf, truth, claim, self.rows)
+
+    def wrong(self, leaves: set[Tensor]) -> dict[Tensor, float]:
+        for leaf in leaves - self.found.keys():
+            self(leaf, torch.zeros_like(leaf))  # autograd has none
+        return wrong_among(list(self.found.values()))
+
+
+def _no_rows(losses: Tensor, sites: Sequence[CallSite], seed: Tensor) -> GhostGradients:
+    """Of a rank without samples: it goes along, since the others need its shards."""
+    torch.autograd.grad(
+        losses,
+        [site.edge for site in sites],
+        torch.ones_like(losses),
+        retain_graph=True,
+        allow_unused=True,
+    )
+    return GhostGradients([], 0, seed)
+
+
+@contextmanager
+def _seeing(leaves: set[Tensor], see: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Shows each leaf's gradient when it arrives, and lets none of them stay."""
+
+    def hook(leaf: Tensor) -> None:
+        assert leaf.grad is not None, "it has just arrived"
+        see(leaf, leaf.grad)
+        leaf.grad = None
+
+    before = {leaf: leaf.grad for leaf in leaves}
+    for leaf in leaves:
+        leaf.grad = None
+    handles = [leaf.register_post_accumulate_grad_hook(hook) for leaf in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for leaf, gradient in before.items():
+            leaf.grad = gradient

@@ -1,0 +1,159 @@
+"""FSDP2: parameters that are whole one layer at a time, and only while a pass goes through it.
+
+What an optimizer holds are shards; what autograd meets are the whole parameters that FSDP gathers
+for a layer and frees after it. `fully_shard` puts layers into groups that it gathers together:
+they are the unit of everything here, so that no process holds more of P numbers than FSDP does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from irw_optim.distributed.layerwise import OverShards
+from irw_optim.distributed.ranks import Ranks
+from irw_optim.distributed.replicas import Replicas
+from irw_optim.distributed.sharded_backward import sharded_loss
+from irw_optim.gradients.engine import LossGradients
+from irw_optim.optimizer.carried_loss import OneProcess, Weigher
+from irw_optim.weighting.local_scheme import Scheme
+from irw_optim.weighting.record import StepRecord
+
+Group = dict[Tensor, Tensor]
+"""What FSDP gathers together: the shards that a user's optimizer holds, and the whole parameters
+that autograd meets."""
+
+
+class Shards:
+    """What an optimizer knows of a model under `fully_shard`.
+
+    Args:
+        model: passed `check_shards`.
+        worst_off: ``"global"`` or ``"local"``.
+        options: what has to be equal in all processes.
+    """
+
+    def __init__(self, model: nn.Module, worst_off: str, options: dict[str, Any]) -> None:
+        self.model: nn.Module | None = model
+        self.worst_off = worst_off
+        self.options = options
+        self._ranks: Ranks | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that the parameters are sharded over."""
+        if self._ranks is None:
+            assert self.model is not None, "released"
+            shard: Any = next(iter(groups_of(self.model)[0]))
+            self._ranks = Ranks(shard.device_mesh.get_group(), self.options)
+        return self._ranks
+
+    def columns(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+        """The whole parameters of the shards given, group by group, alike on all ranks."""
+        chosen = set(parameters)
+        groups = [] if self.model is None else groups_of(self.model)
+        found = [[whole for shard, whole in group.items() if shard in chosen] for group in groups]
+        return [group for group in found if group]
+
+    def meets(self, parameters: Iterable[Tensor]) -> Callable[[Tensor], bool]:
+        """Whether a leaf of a graph is one of these parameters."""
+        return {whole for group in self.columns(parameters) for whole in group}.__contains__
+
+    def names_of(self, parameters: Iterable[Tensor]) -> list[str]:
+        """Names in the model of whole parameters; shapes for what is not the model's."""
+        assert self.model is not None, "released"
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        for group in groups_of(self.model):
+            names |= {whole: names[shard] for shard, whole in group.items() if shard in names}
+        return [names.get(p, f"a leaf of shape {tuple(p.shape)}") for p in parameters]
+
+    def weigher(
+        self,
+        scheme: Scheme,
+        note: Callable[[StepRecord], None],
+        scored: Sequence[Tensor],
+        most_passes: int,
+    ) -> Weigher:
+        """Who weighs the batch of all processes, or this one's."""
+        if self.worst_off == "local":
+            return OneProcess(scheme, note)
+        return OverShards(scheme, note, self.ranks, self.columns(scored), most_passes)
+
+    def finish(
+        self,
+        value: Tensor,
+        batch: LossGradients,
+        scored: Callable[[Tensor], bool],
+        weigh: Any,
+    ) -> Tensor:
+        """See `sharded_loss`."""
+        return sharded_loss(value, batch, scored, weigh, self)
+
+    def hear(self, loss: Tensor) -> None:
+        """FSDP hears of a backward pass by itself."""
+
+    def check_reduced(self) -> None:
+        """Nothing is added to ``p.grad`` behind FSDP's back."""
+
+    def release(self) -> None:
+        """Know the model no longer."""
+        self.model = self._ranks = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_ranks": None}
+
+
+def processes_of(
+    model: nn.Module | None, worst_off: str, options: dict[str, Any]
+) -> Replicas | Shards:
+    """Who knows of the processes that the model trains in."""
+    if model is not None and is_sharded(model):
+        return Shards(model, worst_off, options)
+    return Replicas(model, worst_off, options)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the model, or to some of it."""
+    return any(map(is_sharded_here, model.modules()))
+
+
+def is_sharded_here(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to this module."""
+    return "FSDPModule" in _names_of_bases(module)
+
+
+def is_shard(parameter: Tensor) -> bool:
+    """Whether this is a DTensor, by name: importing what makes them takes as long as torch."""
+    return "DTensor" in _names_of_bases(parameter)
+
+
+def _names_of_bases(thing: object) -> list[str]:
+    return [kind.__name__ for kind in type(thing).__mro__]
+
+
+def groups_of(model: nn.Module) -> list[Group]:
+    """What FSDP gathers together, in the order of the model's modules.
+
+    torch offers no public way from a shard to the whole parameter. Groups that were never
+    gathered, on any rank then, are left out.
+    """
+    found: list[Group] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        if not is_sharded_here(module):
+            continue
+        state: Any = module._get_fsdp_state()  # type: ignore[operator]
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # before torch had several groups a module
+            groups = [group] if (group := getattr(state, "_fsdp_param_group", None)) else []
+        for group in groups:
+            if id(group) in seen:
+                continue
+            seen.add(id(group))
+            pairs = (
+                (p.sharded_param, getattr(p, "_unsharded_param", None)) for p in group.fsdp_params
+            )
+            found.append({shard: whole for shard, whole in pairs if whole is not None})
+    return found

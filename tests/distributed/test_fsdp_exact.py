@@ -1,0 +1,89 @@
+"""N processes that share one model's parameters make the update of one process with all of them."""
+
+from __future__ import annotations
+
+import pytest
+import ranked
+import torch
+from sharded_trainings import ShardedTraining
+from torch import nn
+from trainings import Training
+
+from irw_optim import DBSCANFilter
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning"),
+]
+
+REMOVES_SOME = DBSCANFilter(quantile=0.8)
+WEIGHTS = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+CROSS_ENTROPY = nn.CrossEntropyLoss
+KEPT = {"reshard_after_forward": False}
+
+CASES = {
+    "IRW": ShardedTraining(),
+    "kept after forward": ShardedTraining(fsdp=KEPT),
+    "one group": ShardedTraining(layers="none"),
+    "way 2": ShardedTraining(way=2),
+    "way 2, kept after forward": ShardedTraining(way=2, fsdp=KEPT),
+    "images": ShardedTraining("images"),
+    "sequences": ShardedTraining("tagger"),
+    "transformer": ShardedTraining("transformer"),
+    "time first": ShardedTraining("time first"),
+    "tied": ShardedTraining("tied"),
+    "frozen": ShardedTraining("frozen"),
+    "centre": ShardedTraining(irw={"center": 1.0}),
+    "class balance": ShardedTraining(irw={"class_balance": True}),
+    "mix": ShardedTraining(irw={"mix": 0.3}),
+    "warm-up": ShardedTraining(irw={"warmup_steps": 2}),
+    "CVaR": ShardedTraining(irw={"weighting": "cvar"}),
+    "last layer": ShardedTraining(irw={"score_parameters": "last"}),
+    "last layer of what autodiff covers": ShardedTraining("gru", irw={"score_parameters": "last"}),
+    "sum": ShardedTraining(criterion=CROSS_ENTROPY(reduction="sum"), steps=2),
+    "class weights, ignored": ShardedTraining(criterion=CROSS_ENTROPY(WEIGHTS), ignored=True),
+    "IRWO": ShardedTraining(irw={"outliers": REMOVES_SOME}),
+    "IRWO, kept after forward": ShardedTraining(irw={"outliers": REMOVES_SOME}, fsdp=KEPT),
+    "IRWO, images": ShardedTraining("images", irw={"outliers": REMOVES_SOME}),
+    "IRWO, transformer": ShardedTraining("transformer", irw={"outliers": REMOVES_SOME}),
+    "three passes": ShardedTraining(passes=3),
+    "50 steps": ShardedTraining(steps=50, irw={"warmup_steps": 10}),
+}
+IN_FOUR = ["IRW", "transformer", "time first", "IRWO", "three passes", "images", "last layer"]
+
+
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory):
+    return ranked.run(CASES, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def in_four(tmp_path_factory):
+    cases = {case: CASES[case] for case in IN_FOUR}
+    return ranked.run(cases, 4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize(("case", "ranks"), [(c, 2) for c in CASES] + [(c, 4) for c in IN_FOUR])
+def test_sharded_processes_make_the_update_of_one(case, ranks, request):
+    outcomes = request.getfixturevalue("in_two" if ranks == 2 else "in_four").of(case)
+    alone = CASES[case].alone(ranks)
+    order = torch.cat([outcome["samples"] for outcome in outcomes])
+    place = torch.cat([(alone["samples"] == sample).nonzero()[0] for sample in order])
+    for outcome in outcomes:
+        difference = (outcome["parameters"] - alone["parameters"]).norm()
+        assert difference <= 1e-9 * alone["parameters"].norm()
+        assert outcome["steps"] == alone["steps"]
+        record, expected = outcome["record"], alone["record"]
+        for name in ("losses", "scores", "weights"):
+            values = getattr(expected, name)[place]
+            torch.testing.assert_close(getattr(record, name), values, rtol=1e-7, atol=1e-9)
+        assert torch.equal(record.worst_off, expected.worst_off[place])
+        assert torch.equal(record.outliers, expected.outliers[place])
+        assert torch.equal(order[record.own], outcome["samples"])
+
+
+def test_the_weights_make_a_difference_that_a_wrong_step_would_show(in_two):
+    """The same steps with the weights of plain averaging end elsewhere."""
+    plain = Training(irw={"weighting": "uniform"}).alone(2)["parameters"]
+    weighted = in_two.of("IRW")[0]["parameters"]
+    assert (plain - weighted).norm() > 0.05 * plain.norm()
