@@ -44,6 +44,22 @@ class People:
         first, *others = (self.groups[column] for column in columns)
         return first.str.cat(others, sep=", ") if others else first
 
+    def part(self, chosen: NDArray[np.int64] | range) -> People:
+        """The people with the given numbers, of shape (M,), in that order."""
+        groups = self.groups.iloc[chosen].reset_index(drop=True)
+        return People(self.features[chosen], self.labels[chosen], groups)
+
+    def hold_out(self, share: float, seed: int = 0) -> tuple[People, People]:
+        """Most of them to train on, and a random share in (0, 1) to choose a model with.
+
+        >>> train, validation = load_adult()[0].hold_out(0.2)
+        >>> len(train), len(validation)
+        (26049, 6512)
+        """
+        order = np.random.default_rng(seed).permutation(len(self))
+        held = round(share * len(self))
+        return self.part(order[held:]), self.part(order[:held])
+
 
 def load_adult(path: Path | str = DATA) -> tuple[People, People]:
     """The official training split (32,561 people) and test split (16,281 people).
