@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.criterion import per_sample_losses
+from irw_optim.distributed.shard_checks import check_whole
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.capture import walk
 from irw_optim.measure import median_seconds, peak_bytes
@@ -89,6 +90,7 @@ def verify(
 
     Raises:
         TypeError, ValueError: as `IRWOptimizer` does.
+        NotImplementedError: a model under `fully_shard`.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -97,6 +99,7 @@ def verify(
     >>> report.exact, report.engines
     (True, {'0': 'ghost', '2': 'ghost'})
     """
+    check_whole(model, "verify")
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def forward() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from irw_optim.distributed.shards import is_shard, is_sharded, is_sharded_here
+from irw_optim.distributed.sharding import is_shard, is_sharded, is_sharded_here
 
 
 def check_sharding(
@@ -57,6 +57,23 @@ def check_sharding(
             f"accumulation_steps={accumulation_steps} under fully_shard: passes weighed together "
             "would each keep their graph; use accumulation_steps=1, which weighs each pass by "
             "itself and adds them up"
+        )
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse a sharded model.
+
+    Args:
+        model: to be looked at.
+        what: cannot be done with it.
+
+    Raises:
+        NotImplementedError: it is one.
+    """
+    if is_sharded(model):
+        raise NotImplementedError(
+            f"{what} is not there for a model under fully_shard: expected a model that is whole, "
+            "or one in DistributedDataParallel"
         )
 
 

@@ -16,14 +16,11 @@ from irw_optim.distributed.layerwise import OverShards
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import Replicas
 from irw_optim.distributed.sharded_backward import sharded_loss
+from irw_optim.distributed.sharding import groups_of, is_sharded
 from irw_optim.gradients.engine import LossGradients
 from irw_optim.optimizer.carried_loss import OneProcess, Weigher
 from irw_optim.weighting.local_scheme import Scheme
 from irw_optim.weighting.record import StepRecord
-
-Group = dict[Tensor, Tensor]
-"""What FSDP gathers together: the shards that a user's optimizer holds, and the whole parameters
-that autograd meets."""
 
 
 class Shards:
@@ -112,48 +109,3 @@ def processes_of(
     if model is not None and is_sharded(model):
         return Shards(model, worst_off, options)
     return Replicas(model, worst_off, options)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to the model, or to some of it."""
-    return any(map(is_sharded_here, model.modules()))
-
-
-def is_sharded_here(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to this module."""
-    return "FSDPModule" in _names_of_bases(module)
-
-
-def is_shard(parameter: Tensor) -> bool:
-    """Whether this is a DTensor, by name: importing what makes them takes as long as torch."""
-    return "DTensor" in _names_of_bases(parameter)
-
-
-def _names_of_bases(thing: object) -> list[str]:
-    return [kind.__name__ for kind in type(thing).__mro__]
-
-
-def groups_of(model: nn.Module) -> list[Group]:
-    """What FSDP gathers together, in the order of the model's modules.
-
-    torch offers no public way from a shard to the whole parameter. Groups that were never
-    gathered, on any rank then, are left out.
-    """
-    found: list[Group] = []
-    seen: set[int] = set()
-    for module in model.modules():
-        if not is_sharded_here(module):
-            continue
-        state: Any = module._get_fsdp_state()  # type: ignore[operator]
-        groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # before torch had several groups a module
-            groups = [group] if (group := getattr(state, "_fsdp_param_group", None)) else []
-        for group in groups:
-            if id(group) in seen:
-                continue
-            seen.add(id(group))
-            pairs = (
-                (p.sharded_param, getattr(p, "_unsharded_param", None)) for p in group.fsdp_params
-            )
-            found.append({shard: whole for shard, whole in pairs if whole is not None})
-    return found
