@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 from trainings import CLASSES, FEATURES, MODELS, Training, Transformer
 
 from irw_optim import IRWOptimizer
@@ -32,6 +33,18 @@ class Mixing(nn.Module):
         return self.last(h - h.mean(0))
 
 
+class Checkpointed(nn.Module):
+    """The first layers run again in every backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.body, x, use_reentrant=False))
+
+
 def partly_frozen() -> nn.Module:
     model = MODELS["mlp"]()
     model[0].weight.requires_grad_(False)
@@ -44,6 +57,7 @@ MODELS.update(
         "batch statistics": with_batch_statistics,
         "mixing": Mixing,
         "frozen": partly_frozen,
+        "checkpointed": Checkpointed,
     }
 )
 
