@@ -107,7 +107,8 @@ class LayerCall:
 
     def let_go(self) -> None:
         """Hold a and b no longer."""
-        self.input = self.output_gradient = self.input[:0]
+        nothing = self.input.new_empty(0, *self.input.shape[1:])  # a slice would hold the storage
+        self.input = self.output_gradient = nothing
 
     def without(self, dropped: Tensor) -> LayerCall:
         """A copy with zero rows where ``dropped`` (B,) bool, also where they are not finite."""
