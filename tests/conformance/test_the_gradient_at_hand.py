@@ -233,6 +233,15 @@ def test_the_profiler_sees_one_step_and_one_zero_grad() -> None:
     assert len(names) == 2
 
 
+def test_the_hooks_of_a_step_are_called_from_outside_to_inside_and_back() -> None:
+    run, order = Run(SGD), []
+    for name, optimizer in (("ours", run.optimizer), ("inner", run.optimizer.inner)):
+        optimizer.register_step_pre_hook(lambda *_, name=name: order.append(f"{name} before"))
+        optimizer.register_step_post_hook(lambda *_, name=name: order.append(f"{name} after"))
+    run.step(*SGD.batches(1)[0])
+    assert order == ["ours before", "inner before", "inner after", "ours after"]
+
+
 def test_a_hook_may_change_the_arguments_of_a_step() -> None:
     run, calls = Run(SGD), []
     x, y = SGD.batches(1)[0]

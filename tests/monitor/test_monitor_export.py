@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,28 @@ def test_a_writer_has_all_rows_once_whenever_it_comes() -> None:
     assert early.scalars["irw/mean_loss", 2] == monitor.rows()[1]["mean_loss"]
 
 
-def test_a_summary_writer_of_tensorboard(monitor: IRWMonitor, tmp_path: Path) -> None:
-    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+def summary_writer(path: Path) -> tuple[Any, str]:
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter(str(path))
+    return writer, str(path)
+
+
+def lightning_s_logger(path: Path) -> tuple[Any, str]:
+    loggers = pytest.importorskip("lightning.pytorch.loggers")
+    logger = loggers.TensorBoardLogger(path)
+    return logger, logger.log_dir
+
+
+@pytest.mark.parametrize("make", [summary_writer, lightning_s_logger])
+def test_what_tensorboard_shows(
+    make: Callable[[Path], tuple[Any, str]], monitor: IRWMonitor, tmp_path: Path
+) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    writer = tensorboard.SummaryWriter(str(tmp_path))
+    writer, folder = make(tmp_path)
     train_rows = monitor.rows()
     monitor.log_to(writer)
-    writer.close()
+    getattr(writer, "experiment", writer).close()
     monitor._loggers.clear()
-    read = events.EventAccumulator(str(tmp_path))
+    read = events.EventAccumulator(folder)
     read.Reload()
     logged = read.Scalars("irw/effective_share")
     assert [event.step for event in logged] == [row["step"] for row in train_rows]
