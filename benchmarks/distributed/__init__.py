@@ -1,0 +1,1 @@
+"""Several processes: what a step sends, what that costs, and what sending nothing changes."""
