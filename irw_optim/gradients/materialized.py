@@ -140,9 +140,12 @@ def as_matrix(block: Tensor) -> Tensor:
 
 def widened(tensor: Tensor) -> Tensor:
     """At least float32: half-precision products lose the sign of a small score."""
-    return tensor.to(wide(tensor.dtype))
+    return tensor.float() if tensor.dtype in _HALF else tensor  # asked for at every turn
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of what `widened` gives."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in _HALF else dtype
+
+
+_HALF = (torch.float16, torch.bfloat16)
