@@ -154,7 +154,9 @@ def _settled(site: CallSite, gradient: Tensor, retain_graph: bool) -> LayerCall:
     """The call with its output gradient, or the rows that are made of both."""
     call = site.call
     check_inputs([call])
-    call.set_output_gradient(gradient.reshape(site.shape))
+    call.set_output_gradient(
+        gradient if gradient.shape == site.shape else gradient.reshape(site.shape)
+    )
     if not call.makes_rows(site.shape):
         return call
     rows = RowsCall(call)

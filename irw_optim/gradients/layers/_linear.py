@@ -14,7 +14,7 @@ from irw_optim.gradients.layers._gram import gram_of, gram_of_positions
 from irw_optim.gradients.materialized import MEMORY_BOUND, widened
 from irw_optim.gradients.protocol import Direction
 
-FEW_PRODUCTS = 2**18
+FEW_PRODUCTS = 2**19
 """Below this many, the number of operations counts and not their size: the kernel has fewer."""
 
 KERNEL_SELECTS_FROM = 128
