@@ -1,8 +1,12 @@
-"""One rank of two; the other has a fault in its second step: ``faulty.py RANK FAULT FILE``."""
+"""One rank of two; the other has a fault in its second step.
+
+``faulty.py RANK FAULT FILE SPREAD``, where SPREAD is ``ddp`` or ``fsdp``.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -11,12 +15,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from irw_optim import IRWOptimizer
 
 
-def train(rank: int, fault: str, file: str) -> None:
+def train(rank: int, fault: str, file: str, spread: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -25,7 +30,8 @@ def train(rank: int, fault: str, file: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=4),
     )
-    model, criterion = DistributedDataParallel(nn.Linear(3, 2)), nn.CrossEntropyLoss()
+    model, criterion = nn.Linear(3, 2), nn.CrossEntropyLoss()
+    model = DistributedDataParallel(model) if spread == "ddp" else fully_shard(model)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = IRWOptimizer(inner, alpha=0.2, model=model, criterion=criterion)
     for step in range(3):
@@ -36,7 +42,7 @@ def train(rank: int, fault: str, file: str) -> None:
                 if fault == "raises":
                     raise ValueError("a fault of this rank alone")
                 if fault == "dies":
-                    os._exit(1)
+                    os.kill(os.getpid(), signal.SIGKILL)
                 if fault == "hangs":
                     time.sleep(60)
             started = time.monotonic()
@@ -50,4 +56,4 @@ def train(rank: int, fault: str, file: str) -> None:
 
 
 if __name__ == "__main__":
-    train(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    train(int(sys.argv[1]), *sys.argv[2:])
