@@ -1,5 +1,7 @@
 """What README and docs say must be so. Their other examples run with `make docs`."""
 
+import pkgutil
+import pydoc
 import re
 from pathlib import Path
 from types import ModuleType
@@ -9,12 +11,25 @@ import torch
 from torch import nn
 
 import irw_optim
+import irw_optim.alpha
 import irw_optim.metrics
+import irw_optim.monitor
 import irw_optim.privacy
 import irw_optim.schemes
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [irw_optim, irw_optim.metrics, irw_optim.privacy, irw_optim.schemes]
+# Rooms of the house: what a user needs of them is in `irw_optim`, and what who extends them needs
+# is in CONTRIBUTING.md.
+ROOMS = {
+    "criterion",
+    "distributed",
+    "gradients",
+    "measure",
+    "model_check",
+    "optimizer",
+    "weighting",
+}
 PAGES_WITH_THE_DIFF = ["README.md", "docs/index.md"]
 
 
@@ -47,6 +62,32 @@ def test_every_public_name_is_on_the_api_page(package: ModuleType) -> None:
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     directive = rf"^\.\. auto\w+:: {re.escape(package.__name__)}\.(\w+)$"
     assert set(re.findall(directive, page, re.MULTILINE)) == set(package.__all__)
+
+
+def on_the_api_page() -> set[object]:
+    """The objects behind the directives of the page."""
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    names = re.findall(r"^\.\. auto\w+:: ([\w.]+)$", page, re.MULTILINE)
+    return {pydoc.locate(name) for name in names}
+
+
+def test_names_of_modules_are_on_the_api_page_too() -> None:
+    module = irw_optim.alpha
+    own = [
+        value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+    documented = on_the_api_page()
+    assert None not in documented
+    assert set(own) <= documented
+    assert {getattr(irw_optim.monitor, name) for name in irw_optim.monitor.__all__} <= documented
+
+
+def test_no_module_is_forgotten() -> None:
+    found = {module.name for module in pkgutil.iter_modules(irw_optim.__path__)}
+    public = {package.__name__.rpartition(".")[2] for package in PACKAGES} - {"irw_optim"}
+    assert found == ROOMS | public | {"alpha", "monitor"}
 
 
 def test_the_changelog_names_the_version() -> None:

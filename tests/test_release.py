@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import subprocess
 import sys
@@ -20,6 +21,24 @@ def test_the_citation_names_the_version_and_the_paper() -> None:
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(rf"^version: {re.escape(irw_optim.__version__)}$", text, re.MULTILINE)
     assert "2411.03068" in text
+
+
+def test_citation_and_changelog_name_the_same_release() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    released = re.search(r"^## \[(\S+)\] - (\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE)
+    assert released, "no section of a release, as in: ## [0.1.0] - 2026-11-23"
+    version, date = released.groups()
+    assert version == irw_optim.__version__
+    dt.date.fromisoformat(date)
+    assert f"\nversion: {version}\n" in citation
+    assert f"\ndate-released: {date}\n" in citation
+
+
+def test_the_security_note_says_what_is_promised_and_how_to_report() -> None:
+    note = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    for heading in ("## What differentially private training guarantees", "## How to report"):
+        assert heading in note
 
 
 @pytest.fixture(scope="module")
