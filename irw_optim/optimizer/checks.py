@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from irw_optim.criterion import validate_criterion
 from irw_optim.distributed.replicas import check_replicas_in
 from irw_optim.distributed.shard_checks import check_sharding
+from irw_optim.distributed.sharding import groups_of
 from irw_optim.gradients.engine import ENGINES
 from irw_optim.optimizer.attach import check_unattached
 from irw_optim.privacy.errors import DPGuaranteeError
@@ -167,7 +168,8 @@ def check_model(model: Any) -> None:
             if kind.__name__ in _SHARDED:
                 raise NotImplementedError(
                     f"model contains a {kind.__name__}, whose parameters are spread over devices: "
-                    "train with DistributedDataParallel, or on one device"
+                    "train with DistributedDataParallel or torch.distributed.fsdp.fully_shard, or "
+                    "on one device"
                 )
             if kind.__name__ == "GradSampleModuleExpandedWeights":
                 raise TypeError(
@@ -187,7 +189,9 @@ def check_parameters(
     """Refuse parameters that are neither the model's nor the criterion's."""
     if model is None:
         return
-    own = {*model.parameters(), *(criterion.parameters() if criterion is not None else ())}
+    shards = [shard for group in groups_of(model) for shard in group]  # a forward hides some
+    own = {*model.parameters(), *shards}
+    own.update(criterion.parameters() if criterion is not None else ())
     foreign = [p for p in parameters if p not in own]
     if foreign:
         raise ValueError(

@@ -68,9 +68,9 @@ class IRWOptimizer(OptimizerWrapper):
         accumulation_steps: 1 chooses S and the weights inside each backward pass, which adds to
             ``p.grad`` as usual; k over k passes together: ``p.grad`` then stays as it was until
             the k-th one, and has the weighted gradient of all of them after it.
-        worst_off: over several processes with the model in DistributedDataParallel: ``"global"``,
-            the step of one process on the batch of all; or ``"local"``, each process weighs its
-            own batch, which costs no message.
+        worst_off: over several processes, with the model in DistributedDataParallel or under
+            ``fully_shard``: ``"global"``, the step of one process on the batch of all; or
+            ``"local"``, each process weighs its own batch, which costs no message.
 
     Attributes:
         inner: the optimizer that takes the step.

@@ -130,11 +130,28 @@ def scaled(s: Setting) -> None:
         p.grad /= 1024.0
 
 
-def after_an_evaluation(s: Setting) -> None:
+def evaluate(s: Setting) -> None:
     s.model.eval()
     with torch.no_grad():
         s.loss()
     s.model.train()
+
+
+def after_an_evaluation(s: Setting) -> None:
+    evaluate(s)
+    s.loss().backward()
+
+
+def made_after_an_evaluation(s: Setting) -> None:
+    """A forward leaves the outermost parameters whole, of which one joins the optimizer later."""
+    if s.optimizer.steps == 0:
+        s.optimizer.detach()
+        everything = list(s.model.parameters())
+        inner = torch.optim.SGD(everything[1:], lr=0.3, momentum=0.9)
+        evaluate(s)
+        s.optimizer = IRWOptimizer(inner, alpha=0.2, model=s.model, criterion=s.criterion)
+        evaluate(s)
+        s.optimizer.add_param_group({"params": everything[:1]})
     s.loss().backward()
 
 
@@ -173,6 +190,7 @@ LOOPS |= {
     for sizes in SIZES
     if sizes != "usual"
 }
+LOOPS["made after an evaluation"] = Loop(made_after_an_evaluation, model="transformer")
 LOOPS["checkpointed"] = Loop(in_one_pass, model="checkpointed")
 LOOPS["float32"] = Loop(in_one_pass, dtype=torch.float32)
 

@@ -24,6 +24,7 @@ KEPT = {"reshard_after_forward": False}
 CASES = {
     "IRW": ShardedTraining(),
     "kept after forward": ShardedTraining(fsdp=KEPT),
+    "kept in part": ShardedTraining(fsdp={"reshard_after_forward": 2}),
     "one group": ShardedTraining(layers="none"),
     "way 2": ShardedTraining(way=2),
     "way 2, kept after forward": ShardedTraining(way=2, fsdp=KEPT),
@@ -47,9 +48,9 @@ CASES = {
     "IRWO, images": ShardedTraining("images", irw={"outliers": REMOVES_SOME}),
     "IRWO, transformer": ShardedTraining("transformer", irw={"outliers": REMOVES_SOME}),
     "three passes": ShardedTraining(passes=3),
-    "50 steps": ShardedTraining(steps=50, irw={"warmup_steps": 10}),
+    "30 steps": ShardedTraining(steps=30, irw={"warmup_steps": 10}),
 }
-IN_FOUR = ["IRW", "transformer", "time first", "IRWO", "three passes", "images", "last layer"]
+IN_FOUR = ["IRW", "transformer", "time first", "IRWO", "three passes", "kept in part", "last layer"]
 
 
 @pytest.fixture(scope="module")
