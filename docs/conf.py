@@ -37,6 +37,8 @@ warnings.filterwarnings("ignore", message="Full backward hook is firing")
 """
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"irw-optim {release}"
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
