@@ -2,10 +2,11 @@
 
     python -m benchmarks.distributed.local [--fast | --check]
 
-UCI Adult, an MLP under SGD, batches of 256. A shard that its process weighs by itself is a backward
-pass of its own, and DistributedDataParallel averages the gradients; so R processes are R passes
-with a factor of 1/R each, in one process. `--check` runs two real processes (gloo) and compares.
-The shards are drawn at random, or each process reads its piece of a data set sorted by label.
+UCI Adult, an MLP under SGD with cosine decay, batches of 256. A shard that its process weighs by
+itself is a backward pass of its own, and DistributedDataParallel averages the gradients; so R
+processes are R passes with a factor of 1/R each, in one process. `--check` runs two real processes
+(gloo) and compares. The shards are drawn at random, or each process reads its piece of a data set
+sorted by label.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.schemes.data import Split, adult
 from benchmarks.schemes.results import save
@@ -90,6 +92,8 @@ def run(
     train: Split, test: Split, ranks: int, by_label: bool, seed: int, epochs: int
 ) -> dict[str, float]:
     training = Training(train, seed)
+    total = epochs * (len(train) // ranks // (BATCH_SIZE // ranks) + 1)
+    decay = CosineAnnealingLR(training.optimizer, total)
     compared = []
     steps = 0
     for epoch in range(epochs):
@@ -98,6 +102,7 @@ def run(
                 compared.append(training.agreement(passes))
             training.gradient(passes)
             training.optimizer.step()
+            decay.step()
             steps += 1
     with torch.no_grad():
         logits = training.model(test.x)
