@@ -381,6 +381,17 @@ def test_a_resumed_epoch_boundary_begins_a_new_epoch():
     assert torch.equal(other.parameters(), straight.parameters())
 
 
+def test_epochs_are_epochs_where_they_have_other_batches(monkeypatch):
+    """As in another number of processes: of the two epochs that weights are held, one is over."""
+    first = Training(refresh=2)
+    first.epochs(1)
+    other = Training(refresh=2, loader_options={"batch_size": BATCH // 2})
+    other.scheme.load_state_dict(first.scheme.state_dict())
+    seen = counted_renewals(monkeypatch, other.scheme)
+    other.epochs(3)
+    assert seen == [(6 + 11, 11)]
+
+
 def test_samplers_with_a_generator_of_their_own_are_resumed():
     def training():
         data = TensorDataset(torch.zeros(N))

@@ -192,6 +192,8 @@ def test_weights_of_another_data_set_are_refused():
     [
         ({"num_samples": 0}, "num_samples=0"),
         ({"num_samples": 2.5}, "num_samples=2.5"),
+        ({"rank": 1}, "rank=1, world_size=None: expected both or neither"),
+        ({"world_size": 2}, "rank=None, world_size=2: expected both or neither"),
         ({"rank": 2, "world_size": 2}, "rank=2: expected 0 <= rank < world_size=2"),
         ({"num_samples": 4, "replacement": False}, "only 3 weights are positive"),
         ({"replacement": False}, "num_samples=6 without replacement"),
