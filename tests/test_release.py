@@ -78,3 +78,42 @@ def test_the_source_distribution_can_be_tested_and_documented(built: Path) -> No
     assert folders == {"benchmarks", "docs", "examples", "irw_optim", "tests"}
     unwanted = re.compile(r"__pycache__|\.pyc$|_build|\.(pt|pkl|log)$|\.venv")
     assert not [name for name in names if unwanted.search(name)]
+
+
+WITHOUT_THE_EXTRAS = """
+import sys
+sys.modules |= dict.fromkeys({extras})  # None there is what Python takes for absent
+import torch
+from torch import nn
+
+model, criterion = nn.Linear(3, 2), nn.CrossEntropyLoss()
+loader = [(torch.randn(8, 3), torch.randint(0, 2, (8,))) for _ in range(3)]
+{example}
+import irw_optim
+assert optimizer.steps == 3
+print(irw_optim.__file__)
+"""
+EXTRAS = {
+    *("fairlearn", "matplotlib", "pandas", "rich", "pytest", "hypothesis"),
+    *("accelerate", "lightning", "peft", "pytorch_optimizer", "schedulefree", "skorch"),
+    *("tensorboard", "transformers"),
+}
+
+
+@pytest.mark.slow
+def test_the_readme_runs_on_the_wheel_alone(built: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    diff = re.search(r"```diff\n(.*?)```", readme, re.DOTALL)
+    assert diff
+    example = "\n".join(line[2:] for line in diff[1].splitlines() if line[:1] in (" ", "+", ""))
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_EXTRAS.format(extras=EXTRAS, example=example)],
+        env={"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == tmp_path / "irw_optim" / "__init__.py"
