@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,4 +96,7 @@ def gradient_norm(optimizer: IRWOptimizer) -> Tensor:
         for p in group["params"]
         if p.grad is not None
     ]
-    return get_total_norm(gradients) if gradients else torch.zeros(())
+    norm: Any = get_total_norm(gradients) if gradients else torch.zeros(())
+    if hasattr(norm, "full_tensor"):  # of shards, on several processes
+        norm = norm.full_tensor()
+    return norm  # type: ignore[no-any-return]

@@ -50,7 +50,7 @@ CASES = {
     "three passes": ShardedTraining(passes=3),
     "30 steps": ShardedTraining(steps=30, irw={"warmup_steps": 10}),
 }
-IN_FOUR = ["IRW", "transformer", "time first", "IRWO", "three passes", "kept in part", "last layer"]
+IN_FOUR = ["IRW", "time first", "IRWO", "three passes", "kept in part"]
 
 
 @pytest.fixture(scope="module")
