@@ -168,7 +168,7 @@ def judge(
         "threshold's": curve["worst group"][affordable].max(),
         "race × sex": accuracies(logits, test, "race", "sex").min(),
         "tail loss": worst_alpha_loss(losses, ALPHA),
-        "cluster score": 100 * clusters.score,
+        "clusters": 100 * clusters.score,
     }
 
 
@@ -190,11 +190,11 @@ def mean_and_spread(judged: Any) -> pd.DataFrame:
 
 def decision(judged: pd.DataFrame) -> str:
     """What somebody without groups would choose, and what those with groups know about it."""
-    chosen = judged["cluster score"].idxmax()
+    chosen = judged["clusters"].idxmax()
     gained = judged.loc[chosen] - judged.loc["plain"]
     ahead = judged.loc[chosen, "worst group"] - judged.loc[chosen, "threshold's"]
     return (
-        f"The cluster score picks: {chosen}. In points, against plain training: "
+        f"The score by clusters picks: {chosen}. In points, against plain training: "
         f"{gained['worst group']:+.1f} for the worst group, {gained['accuracy']:+.1f} of accuracy, "
         f"{gained['race × sex']:+.1f} for the worst group of race × sex.\n"
         f"Against a threshold moved to the same accuracy: {ahead:+.1f} for the worst group."

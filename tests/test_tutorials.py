@@ -29,6 +29,17 @@ def rows_of(printed: str, names: tuple[str, ...]) -> list[list[float]]:
     return found
 
 
+def same_shape(printed: str, page: str) -> bool:
+    """Whether what the documentation shows has the headings and rows that are printed now."""
+
+    def words(text: str) -> list[str]:
+        *_, table = re.findall(r"(?:^ {4,}.*accuracy.*\n)(?:\S.*\n?)+", text, re.MULTILINE)
+        return re.findall(r"[^\W\d]+", table)
+
+    shown = (Path(__file__).parents[1] / "docs/outputs" / f"{page}.txt").read_text("utf-8")
+    return words(printed) == words(shown)
+
+
 class TestFindWhoSuffers:
     example = find_who_suffers
 
@@ -39,8 +50,9 @@ class TestFindWhoSuffers:
         printed = capsys.readouterr().out
         for number in "1234":
             assert f"{number}. " in printed
-        assert "The cluster score picks: " in printed
+        assert "The score by clusters picks: " in printed
         assert "nan" not in printed
+        assert same_shape(printed, "find_who_suffers")
         assert picture.read_bytes().startswith(b"\x89PNG")
 
     def test_the_rehearsal_changes_nothing_and_its_shares_are_shares(self):
@@ -71,6 +83,7 @@ class TestImageBatchNorm:
         printed = capsys.readouterr().out
         assert "EXACT" in printed
         assert "autodiff" in printed
+        assert same_shape(printed, "image_batchnorm")
         for numbers in rows_of(printed, tuple(example.methods(1))):
             assert len(numbers) == 6  # three columns, mean and spread
             assert all(0 <= number <= 100 for number in numbers)
@@ -94,6 +107,7 @@ class TestLightning:
         for numbers in rows_of(printed, ("plain", "IRW")):
             assert len(numbers) == 3
         assert "irw/effective_share" in printed
+        assert same_shape(printed, "lightning_adult")
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers', about itself
@@ -109,7 +123,9 @@ class TestHuggingFace:
 
         monkeypatch.setattr(example, "IRWOptimizer", wrapped)
         example.main(["--epochs", "1", "--people", "400"])
-        plain, irw = rows_of(capsys.readouterr().out, ("plain", "IRW"))
+        printed = capsys.readouterr().out
+        assert same_shape(printed, "huggingface")
+        plain, irw = rows_of(printed, ("plain", "IRW"))
         assert len(plain) == len(irw) == 5
         (optimizer,) = made
         assert optimizer.steps == 7  # batches of 64
