@@ -5,9 +5,14 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$python && break; done)
 
+# The oldest Python that pyproject.toml allows and the newest that it names, also where pyenv keeps
+# them, for test-lowest and test-newest.
+there = $(shell for python in python$(1) $(HOME)/.pyenv/versions/$(1).*/bin/python; do \
+	$$python -c 0 2>/dev/null && echo $$python && break; done)
+PYTHON_LOWEST ?= $(call there,3.10)
+PYTHON_NEWEST ?= $(call there,3.13)
+
 VENV := .venv
-# The oldest Python that pyproject.toml allows, for test-lowest.
-PYTHON_LOWEST ?= python3.10
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -20,7 +25,7 @@ WITH_ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-fast test-lowest test-versions lint format types docs demo bench build clean
+.PHONY: help setup test test-fast test-lowest test-newest test-versions lint format types docs demo bench build clean
 
 help: ## Show this text
 	@echo "irw-optim: the targets of this Makefile (each installs into $(VENV) what it needs, once)"
@@ -35,10 +40,13 @@ test: $(WITH_ALL) ## Run all tests, the slow ones and the doctests included
 test-fast: $(WITH_ALL) ## Run the tests that take no more than seconds
 	$(PYTEST) -m "not slow"
 
-test-lowest: $(VENV)-lowest/.installed ## Run the tests on the lowest versions of pyproject.toml
+test-lowest: $(VENV)-lowest/.installed ## Run the tests on Python 3.10 and the lowest versions
 	$(VENV)-lowest/bin/python -m pytest -W default -p no:cacheprovider
 
-test-versions: test-lowest test ## Run the tests on the lowest versions, then on those in use
+test-newest: $(VENV)-newest/.installed ## Run the tests on Python 3.13 and the newest versions
+	$(VENV)-newest/bin/python -m pytest -W default -p no:cacheprovider
+
+test-versions: test-lowest test test-newest ## Run the tests on the lowest, the pinned, the newest
 
 lint: $(WITH_ALL) ## Check style and format
 	$(BIN)/ruff check .
@@ -68,7 +76,7 @@ build: $(WITH_ALL) ## Build the source and binary distributions in dist/
 	$(BIN)/python -m build
 
 clean: ## Remove all that these targets made, the environment included
-	rm -rf $(VENV) $(VENV)-lowest build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -87,12 +95,22 @@ $(WITH_ALL): $(VENV)/.created $(DEFINITION)
 	$(INSTALL) --editable ".[dev,docs,report,stacks]"
 	@touch $@ $(WITH_REPORT)
 
+# These two download and unpack several gigabytes each. Warnings of other releases of other packages
+# are no errors there: they would say nothing about this one.
 $(VENV)-lowest/.installed: pyproject.toml
-	@$(PYTHON_LOWEST) --version || { echo "Name the oldest Python: make test-lowest PYTHON_LOWEST=/path/to/python3.10" >&2; exit 1; }
+	@test -n "$(PYTHON_LOWEST)" || { echo "Name the oldest Python: make test-lowest PYTHON_LOWEST=/path/to/python3.10" >&2; exit 1; }
 	$(PYTHON_LOWEST) -m venv $(VENV)-lowest
 	$(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		print(*project["dependencies"], *project["optional-dependencies"]["report"], sep="\n")' \
+		extras = project["optional-dependencies"]; \
+		print(*project["dependencies"], *extras["report"], *extras["stacks"], sep="\n")' \
 		| sed 's/>=/==/' > $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check \
 		--requirement $(VENV)-lowest/lowest.txt --editable . pytest hypothesis
+	@touch $@
+
+$(VENV)-newest/.installed: pyproject.toml
+	@test -n "$(PYTHON_NEWEST)" || { echo "Name the newest Python: make test-newest PYTHON_NEWEST=/path/to/python3.13" >&2; exit 1; }
+	$(PYTHON_NEWEST) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --disable-pip-version-check --upgrade \
+		--editable ".[report,stacks]" pytest hypothesis
 	@touch $@
