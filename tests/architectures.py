@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -109,9 +110,8 @@ class TabularTransformer(nn.Module):
 
 
 def bert() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
         vocab_size=30,
         hidden_size=8,
         num_hidden_layers=2,
@@ -120,22 +120,20 @@ def bert() -> nn.Module:
         max_position_embeddings=16,
         num_labels=3,
     )
-    return Logits(BertForSequenceClassification(config))
+    return Logits(transformers.BertForSequenceClassification(config))
 
 
 def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2ForSequenceClassification
-
-    config = GPT2Config(
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
         vocab_size=30, n_positions=16, n_embd=8, n_layer=2, n_head=2, num_labels=3, pad_token_id=0
     )
-    return Logits(GPT2ForSequenceClassification(config))
+    return Logits(transformers.GPT2ForSequenceClassification(config))
 
 
 def vit() -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
         hidden_size=8,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -144,7 +142,7 @@ def vit() -> nn.Module:
         patch_size=4,
         num_labels=3,
     )
-    return Logits(ViTForImageClassification(config))
+    return Logits(transformers.ViTForImageClassification(config))
 
 
 def images() -> Tensor:
