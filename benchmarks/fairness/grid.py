@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.fairness.loop import Method
+from benchmarks.fairness.methods.held import ClassByClass, by_loss, intrinsic
 from benchmarks.fairness.methods.intrinsic import Global, Intrinsic
 from benchmarks.fairness.methods.objectives import (
     arl,
@@ -58,6 +59,41 @@ def irw(method: str, alpha: float, warm_up: float = 0.0, **options: Any) -> Sett
     return Setting(method, f"{method}: α {alpha:g}{said}", Intrinsic(alpha, warm_up, options))
 
 
+CLASS_BY_CLASS = "IRW class by class, held"
+EARLY_LOSSES = "early losses, class by class"
+"""Two stages with the score of IRW, and with the loss in its place."""
+
+
+def class_by_class(alpha: float, mix: float, early: float) -> Setting:
+    """Two stages, with IRW's weights inside each class."""
+    name = f"{CLASS_BY_CLASS}: α {alpha:g}, mix {mix:.2f}, early {early:g}"
+    return Setting(CLASS_BY_CLASS, name, ClassByClass(intrinsic(alpha, mix), early))
+
+
+def early_losses(mix: float, early: float) -> Setting:
+    """Two stages, with the early model's losses as weights inside each class."""
+    name = f"{EARLY_LOSSES}: mix {mix:.2f}, early {early:g}"
+    return Setting(EARLY_LOSSES, name, ClassByClass(by_loss(mix), early))
+
+
+FIXED = class_by_class(0.5, 0.5, 0.1).name
+ON_CLEAN = class_by_class(0.5, 0.5, 0.2).name
+"""The setting for all data sets, found by `searched` on seeds of its own; and what clean labels by
+themselves would have chosen. See `single`."""
+
+
+def searched(task: Task, noise: float = 0.0) -> Iterator[Setting]:
+    """What the setting for all data sets was searched among, on seeds of its own."""
+    for early in (0.1, 0.2):
+        for mix in (1 / 2, 2 / 3, 4 / 5):
+            for alpha in (0.1, 0.2, 0.3, 0.5):
+                yield class_by_class(alpha, mix, early)
+            yield early_losses(mix, early)
+    if not noise:
+        yield Setting(PLAIN, PLAIN, plain())
+        yield from (s for s in told_the_groups(task) if s.told in task.targets)
+
+
 def without_groups() -> Iterator[Setting]:
     """The settings of all methods that are told no group, the cheap and the central ones first."""
     yield Setting(PLAIN, PLAIN, plain())
@@ -74,6 +110,10 @@ def without_groups() -> Iterator[Setting]:
         yield Setting("JTT", f"JTT: early {early:g}, times {times}", JTT(early, times))
     balanced = JTT(0.2, 5, class_balance=True)
     yield Setting("JTT, class-balanced", "JTT, class-balanced: early 0.2, times 5", balanced)
+    for early in (0.1, 0.2):
+        yield early_losses(0.5, early)
+    for alpha, mix, early in ((0.5, 0.5, 0.1), (0.1, 2 / 3, 0.1), (0.5, 0.5, 0.2)):
+        yield class_by_class(alpha, mix, early)
     for early, center, floor in ((0, 0, 1), (0.2, 0, 1), (0.2, 1, 1), (0.1, 1, 1), (0.1, 0.5, 0.5)):
         method = "IRW in classes, early S" if early else "IRW in classes"
         name = f"{method}: α 0.2, center {center:g}, floor {floor:g}"
@@ -106,6 +146,9 @@ UNDER_NOISE = (
     "class-balanced",
     "CVaR, warm-up",
     "JTT",
+    "JTT, class-balanced",
+    EARLY_LOSSES,
+    CLASS_BY_CLASS,
     "IRW in classes",
     "IRW",
     "IRW, warm-up, center",
@@ -121,6 +164,8 @@ SLOWLY = (
     "CVaR, warm-up",
     "JTT",
     "JTT, class-balanced",
+    EARLY_LOSSES,
+    CLASS_BY_CLASS,
     "IRW in classes, early S",
     "IRW",
     "IRW, warm-up, class_balance",

@@ -12,11 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.fairness.analysis import (
-    WITH,
-    WITHOUT,
     Target,
-    mean_recovered,
-    one_setting,
     protected,
     targets,
     with_setting,
@@ -24,11 +20,17 @@ from benchmarks.fairness.analysis import (
 from benchmarks.fairness.claims import claims
 from benchmarks.fairness.facts import facts
 from benchmarks.fairness.grid import PLANTED, varied
+from benchmarks.fairness.single import (
+    about_leaving_out,
+    about_one_setting,
+    confirmed,
+    noise_of_one_setting,
+    search_table,
+)
 from benchmarks.fairness.sweep import NOISES, RESULTS
 from benchmarks.fairness.tables import (
     IRW,
     OTHERS,
-    accuracy_change,
     first_five,
     headroom_table,
     markdown,
@@ -37,16 +39,13 @@ from benchmarks.fairness.tables import (
     noise_table,
     noisy_targets,
     percent,
-    points,
     protected_table,
     settings_table,
-    share,
     spread,
     title,
 )
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-AIM = 0.8
 
 
 def fragments(folder: Path = RESULTS) -> dict[str, str]:
@@ -61,6 +60,8 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
             for t in protected(folder)
         ),
         "settings.md": settings_table(five, settings_to_show(five)),
+        "confirmed.md": confirmed(found),
+        "left_out.md": about_leaving_out(five),
         "one_setting.md": about_one_setting(five),
         "varied.md": varied_table(folder),
         "claims.md": "".join(claim.markdown() for claim in claims(folder)),
@@ -70,9 +71,14 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
     }
     if noisy_targets(folder, max(NOISES)):
         texts["noise.md"] = noise_table(folder, NOISES)
+        texts["noise_of_one_setting.md"] = noise_of_one_setting(folder, NOISES)
+    search = folder.with_name("fairness_search")
+    if search.exists():
+        texts["search.md"] = search_table(search)
     slow = folder.with_name("fairness_slow")
     if slow.exists():
         texts["slow.md"] = headroom_table(slow)
+        texts["slow_confirmed.md"] = confirmed(targets(slow))
         texts["slow_one_setting.md"] = about_one_setting(first_five(targets(slow)))
     return texts
 
@@ -95,26 +101,6 @@ def varied_table(folder: Path) -> str:
         for name in names
     ]
     return markdown(head, lines)
-
-
-def about_one_setting(five: list[Target]) -> str:
-    """The single setting that the score without groups prefers, and whether it reaches the aim."""
-    lines = []
-    for whose, methods in (("IRW", IRW), ("the other methods", OTHERS)):
-        setting = one_setting(five, methods)
-        rows = [with_setting(t, setting) for t in five]
-        recovered = mean_recovered(five, rows)
-        reached = "reaches" if recovered.mean >= AIM else "misses"
-        lines.append(
-            f"- Of {whose}: `{setting}` recovers {spread(recovered)} of the headroom, at "
-            f"{points(accuracy_change(five, rows).mean)} points of accuracy; it {reached} the aim "
-            f"of {share(AIM)}."
-        )
-    for whose, methods in (("any of IRW", IRW), ("any of the others", OTHERS)):
-        chosen = {by: [t.chosen(methods, by) for t in five] for by in (WITH, WITHOUT)}
-        numbers = ", ".join(f"{by} {spread(mean_recovered(five, r))}" for by, r in chosen.items())
-        lines.append(f"- Chosen anew for each data set and seed, {whose}: {numbers}.")
-    return "\n".join(lines) + "\n"
 
 
 def summary(folder: Path) -> str:

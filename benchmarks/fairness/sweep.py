@@ -1,6 +1,6 @@
 """Runs the grid and keeps each run's numbers: stopped at any time, it goes on where it was.
 
-    python -m benchmarks.fairness.sweep [--slow] [--tasks adult ...] [--seeds 0 ...] [--noise 0 ...]
+    python -m benchmarks.fairness.sweep [--slow | --search] [--tasks adult ...] [--seeds 0 ...]
 
 Seed by seed, so that a coarse table exists early. One row a run in <results>/<task>.csv.
 """
@@ -26,13 +26,14 @@ from torch import Tensor
 
 import irw_optim
 from benchmarks.fairness.evaluation import SMALLEST, clusters, evaluate, score_without_groups
-from benchmarks.fairness.grid import PLAIN, Setting, settings_of, slowly
+from benchmarks.fairness.grid import NOISY, PLAIN, Setting, searched, settings_of, slowly
 from benchmarks.fairness.loop import SLOW, Recipe, scores, train
 from benchmarks.fairness.methods.stages import moved
 from benchmarks.fairness.tasks import TASKS, Parts, Task
 
 RESULTS = Path(__file__).parents[1] / "results" / "fairness"
 RESULTS_SLOW = RESULTS.with_name("fairness_slow")
+RESULTS_SEARCH = RESULTS.with_name("fairness_search")
 KEY = ("noise", "seed", "setting")
 NOISES = (0.0, 0.05, 0.1, 0.2)
 KEPT_OF_VALIDATION = ("accuracy", "worst ", "tail loss")
@@ -151,19 +152,25 @@ def note_how(folder: Path, recipe: Recipe) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument("--seeds", nargs="+", type=int, help="0 to 4; with --search 100 to 102")
     parser.add_argument("--noise", nargs="+", type=float, default=NOISES)
     parser.add_argument("--slow", action="store_true", help="the slow recipe, fewer methods")
+    parser.add_argument("--search", action="store_true", help="for one setting for all data sets")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.tasks:
         if not TASKS[name].available:
             print(f"{name}: no data, left out (IRW_OPTIM_DATA)")
     tasks = [TASKS[name] for name in options.tasks if TASKS[name].available]
+    seeds = options.seeds or (range(100, 103) if options.search else range(5))
     if options.slow:
-        sweep(tasks, options.seeds, [0.0], RESULTS_SLOW, SLOW, slowly)
+        sweep(tasks, seeds, [0.0], RESULTS_SLOW, SLOW, slowly)
+    elif options.search:
+        sweep(tasks, seeds, [0.0], RESULTS_SEARCH, Recipe(), searched)
+        noisy = [task for task in tasks if task.name in NOISY]
+        sweep(noisy, seeds, [0.1, 0.2], RESULTS_SEARCH, Recipe(), searched)
     else:
-        sweep(tasks, options.seeds, options.noise, RESULTS, Recipe(), settings_of)
+        sweep(tasks, seeds, options.noise, RESULTS, Recipe(), settings_of)
 
 
 if __name__ == "__main__":

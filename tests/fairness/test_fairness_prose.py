@@ -3,10 +3,22 @@
 import numpy as np
 import pytest
 
-from benchmarks.fairness.analysis import WITH, WITHOUT, estimate, protected, target, targets
+from benchmarks.fairness import single
+from benchmarks.fairness.analysis import (
+    WITH,
+    WITHOUT,
+    estimate,
+    protected,
+    recovered_by_seed,
+    target,
+    targets,
+    with_setting,
+)
 from benchmarks.fairness.claims import mean_change_between
-from benchmarks.fairness.sweep import RESULTS, RESULTS_SLOW
+from benchmarks.fairness.grid import CLASS_BY_CLASS, EARLY_LOSSES, FIXED, ON_CLEAN, searched
+from benchmarks.fairness.sweep import RESULTS, RESULTS_SEARCH, RESULTS_SLOW
 from benchmarks.fairness.tables import IRW, first_five, mean_recovered, noisy_targets
+from benchmarks.fairness.tasks import TASKS
 
 FLIPPED = 0.2
 
@@ -107,3 +119,96 @@ def test_irw_recovers_more_with_the_slow_recipe(five):
             for found in (five, slow)
         )
         assert slowly > quick, method
+
+
+class TestOneSetting:
+    """What the pages say of two stages, class by class."""
+
+    def recovered(self, found, setting):
+        return recovered_by_seed(found, [with_setting(t, setting) for t in found])
+
+    def test_was_chosen_by_the_score_without_groups_on_seeds_of_its_own(self):
+        assert single.choice(RESULTS_SEARCH) == FIXED
+        assert single.choice(RESULTS_SEARCH, noises=[0.0]) == ON_CLEAN
+        assert single.choice(RESULTS_SEARCH, EARLY_LOSSES) == single.CONTROL
+        for task in {t.task for t in targets(RESULTS_SEARCH)}:
+            search, shown = (single.read(folder, task) for folder in (RESULTS_SEARCH, RESULTS))
+            assert not set(search["seed"]) & set(shown["seed"])
+            assert {setting.name for setting in searched(TASKS[task])} <= set(search["setting"])
+
+    def test_nearly_every_searched_setting_would_have_done(self):
+        five = first_five(targets(RESULTS_SEARCH))
+        found = [
+            self.recovered(five, s.name).mean()
+            for s in searched(TASKS["adult"])
+            if s.method in (CLASS_BY_CLASS, EARLY_LOSSES)
+        ]
+        assert np.mean(np.array(found) > single.AIM) > 0.8
+        assert min(found) > 0.7
+
+    def test_reaches_the_aim_on_the_other_seeds(self, five):
+        assert estimate(self.recovered(five, FIXED)).low >= single.AIM
+        assert estimate(self.recovered(five, ON_CLEAN)).mean >= single.AIM
+
+    def test_does_not_carry_over_to_the_slow_recipe_and_the_longer_first_training_does(self):
+        slow = first_five(targets(RESULTS_SLOW))
+        assert estimate(self.recovered(slow, FIXED)).high < single.AIM
+        assert estimate(self.recovered(slow, ON_CLEAN)).low >= single.AIM
+
+        def score(setting):
+            return np.mean([with_setting(t, setting)["score without groups"].mean() for t in slow])
+
+        assert score(ON_CLEAN) > score(FIXED)
+
+    def test_so_does_a_choice_by_the_other_data_sets(self, five):
+        chosen = single.leave_one_out(five, IRW)
+        rows = [with_setting(t, setting) for t, setting in chosen]
+        assert mean_recovered(five, rows).mean >= single.AIM
+
+    def test_recovers_more_than_a_single_training(self, five):
+        ours = self.recovered(five, ON_CLEAN)
+        for method in IRW:
+            if method == CLASS_BY_CLASS:
+                continue
+            for setting in five[0].runs.query("method == @method")["setting"].unique():
+                assert self.recovered(five, setting).mean() < ours.mean(), setting
+
+    def test_the_loss_in_place_of_the_score_recovers_as_much(self, five):
+        ours, control = (self.recovered(five, name) for name in (FIXED, single.SAME_BY_LOSS))
+        assert estimate(ours - control).verdict == "no clear difference"
+        assert abs(float(np.mean(ours - control))) < 0.05
+
+    def test_wrong_labels_cost_it_more_than_the_control_and_than_class_balancing(self):
+        noisy = noisy_targets(RESULTS, FLIPPED)
+
+        def worst(setting):
+            return np.mean([with_setting(t, setting)[t.worst].mean() for t in noisy])
+
+        assert worst(FIXED) < worst(single.SAME_BY_LOSS)
+        assert worst(FIXED) < worst("class-balanced")
+        price, balanced = (
+            np.mean(
+                [
+                    (with_setting(t, s)["test accuracy"] - t.plain()["test accuracy"]).mean()
+                    for t in noisy
+                ]
+            )
+            for s in (FIXED, "class-balanced")
+        )
+        assert 1.5 < price / balanced < 2.5
+
+    @pytest.mark.parametrize("noise", [0.05, 0.1])
+    def test_few_wrong_labels_leave_it_ahead_of_class_balancing(self, noise):
+        for_worst, accuracy = (
+            np.mean(
+                [
+                    (
+                        with_setting(t, FIXED)[m or t.worst]
+                        - with_setting(t, "class-balanced")[m or t.worst]
+                    ).mean()
+                    for t in noisy_targets(RESULTS, noise)
+                ]
+            )
+            for m in (None, "test accuracy")
+        )
+        assert for_worst > 0 > accuracy
