@@ -7,9 +7,11 @@ each product is shared out anew: nobody waits for the one whose part has all of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.joining import join
@@ -17,6 +19,7 @@ from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import Direction
 from irw_optim.optimizer.passes import Pass
 from irw_optim.schemes.dataset_gradients import DatasetGradients
+from irw_optim.schemes.reading import DatasetReader
 
 
 class DatasetOverRanks:
@@ -79,3 +82,20 @@ class DatasetOverRanks:
     def _at(self, positions: Tensor) -> DatasetGradients:
         nobody = torch.zeros(self.batch_size, dtype=torch.bool)
         return self.rows.of(nobody.index_fill(0, positions, True))
+
+
+def ranks_of(
+    replica: DistributedDataParallel | None,
+    model: nn.Module,
+    reader: DatasetReader,
+    options: dict[str, Any],
+) -> Ranks | None:
+    """The processes that make weights together; they compare data set and options first.
+
+    None where a DDP is called inside of the model: that may broadcast buffers in every forward
+    pass, and so all of its processes have to run as many.
+    """
+    if replica is None or any(child is replica for child in list(model.modules())[1:]):
+        return None
+    alike = {"the number of samples in the data set": reader.size, **options}
+    return Ranks(replica.process_group, alike)

@@ -12,13 +12,8 @@ from torch.utils.data import DataLoader
 
 from irw_optim.distributed.ranks import place
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.schemes.global_weights import (
-    Forward,
-    batch_losses,
-    check_block,
-    ranks_of,
-    weigh_dataset,
-)
+from irw_optim.schemes.dataset_over_ranks import ranks_of
+from irw_optim.schemes.global_weights import Forward, batch_losses, check_block, weigh_dataset
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
 from irw_optim.schemes.indexed import indexed_loader
 from irw_optim.schemes.reading import DatasetReader
@@ -183,7 +178,7 @@ class GlobalScheme:
                 f"{len(self._sampler.weights)} when the draws were set up: "
                 'make a new GlobalScheme(..., use="resampling")'
             )
-        chosen = self.optimizer.scored_parameters()
+        chosen, replica = self.optimizer.scored_parameters(), self.optimizer.replicas.find()
         self._held.record = weigh_dataset(
             self._reader,
             self._losses_of,
@@ -193,7 +188,7 @@ class GlobalScheme:
             self._local,
             outlier_block=self.outlier_block,
             progress=self.progress,
-            ranks=ranks_of(self.optimizer.replicas.find(), self._reader, self._alike),
+            ranks=ranks_of(replica, self._model, self._reader, self._alike),
         )
         self._renewed_at = self._now()
         if self._sampler is not None:

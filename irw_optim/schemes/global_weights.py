@@ -6,7 +6,8 @@ whenever they are asked for::
     losses = G.losses()                          # pass 1: forward
     S      = worst_off(losses, alpha)
     g_S    = G.combine(S)                        # pass 2: over the members of S alone
-    s      = G.dot(g_S)                          # pass 3: forward, and backward to the layers
+    s      = G.dot(g_S)                          # pass 3: forward, and backward to the layers,
+                                                 #         or the derivative along g_S forward
     w      = s.clamp(min=0) / s.clamp(min=0).sum()
 
 In units where forward, gradients of outputs and gradients of weights cost 1 each, that is
@@ -28,10 +29,12 @@ from torch.utils.data import DataLoader
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import replica_in
+from irw_optim.distributed.shard_checks import check_whole
 from irw_optim.gradients.engine import ENGINES, Engine
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
+from irw_optim.optimizer.options import described
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
-from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks
+from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks, ranks_of
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader, to_device
 from irw_optim.schemes.undisturbed import undisturbed
@@ -87,7 +90,8 @@ def global_weights(
         center: beta >= 0; above 0, pass 2 covers the whole data set.
         class_balance: give every class of the data set the same total weight.
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / N.
-        batch_size: samples at once; None takes the loader's.
+        batch_size: samples at once; None takes the loader's. Twice as many where small batches
+            are scored in forward mode, which keeps no graph.
         outlier_block: samples that ``outliers`` compares with each other, at most; drawn at random
             once, the same for every call with as many samples.
         forward: ``forward(model, batch)`` gives the criterion's arguments, for other batches.
@@ -121,7 +125,7 @@ def global_weights(
     reader = DatasetReader(loader, batch_size)
     scored = select_parameters(model, score_parameters)
     options: dict[str, Any] = {"alpha": alpha, "center": center, "mix": mix}
-    options |= {"class_balance": class_balance, "outliers": repr(outliers)}
+    options |= {"class_balance": class_balance, "outliers": described(outliers)}
     options["outlier_block"] = outlier_block
     hooked = Engine(model, engine)
     try:
@@ -134,7 +138,7 @@ def global_weights(
             LocalScheme(alpha, Alignment(center), outliers, class_balance, mix),
             outlier_block=outlier_block,
             progress=progress,
-            ranks=ranks_of(replica_in(model), reader, options),
+            ranks=ranks_of(replica_in(model), model, reader, options),
         ).weights
     finally:
         hooked.remove_hooks()
@@ -187,16 +191,6 @@ def weigh_dataset(
         return _spread_over(everybody, kept, record)
 
 
-def ranks_of(
-    replica: DistributedDataParallel | None, reader: DatasetReader, options: dict[str, Any]
-) -> Ranks | None:
-    """The processes that make weights together; they compare data set and options first."""
-    if replica is None:
-        return None
-    alike = {"the number of samples in the data set": reader.size, **options}
-    return Ranks(replica.process_group, alike)
-
-
 def outliers_in_blocks(
     rows: DatasetGradients, outliers: OutlierFilter, block: int, ranks: Ranks | None = None
 ) -> Tensor:
@@ -230,6 +224,7 @@ def batch_losses(
     model: nn.Module, criterion: nn.Module, forward: Forward | None
 ) -> Callable[[Any], PerSampleLosses]:
     """The per-sample losses of a batch as the loader yields it."""
+    check_whole(model, "a weight for every sample of a data set")
     if isinstance(model, DistributedDataParallel):
         model = model.module  # its own forward would wait for a backward pass of every process
     parameter = next(model.parameters(), None)

@@ -23,7 +23,7 @@ BATCH = 4
 
 
 def data_set(size: int = 37) -> TensorDataset:
-    """With ties: the last eight samples are the first eight again."""
+    """The last eight samples are the first eight again."""
     x, y = data()
     x, y = torch.cat([x[:-8], x[:8]]), torch.cat([y[:-8], y[:8]])
     return TensorDataset(x[:size], y[:size])
