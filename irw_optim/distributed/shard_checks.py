@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from irw_optim.distributed.sharding import is_shard, is_sharded, is_sharded_here
+
+TESTED_FROM = "2.13"
+"""The torch from which on FSDP's own tables are those that are read here."""
 
 
 def check_sharding(
@@ -81,8 +85,13 @@ def check_shards(model: nn.Module) -> None:
     """Refuse parameters that `fully_shard` does not reduce, or not over one dimension.
 
     Raises:
-        NotImplementedError: naming the parameter.
+        NotImplementedError: naming the parameter; or a torch with another FSDP inside.
     """
+    if torch.__version__ < TESTED_FROM:  # it compares as a version
+        raise NotImplementedError(
+            f"fully_shard with torch {torch.__version__}: expected torch {TESTED_FROM} or newer; "
+            "update it, or train with DistributedDataParallel"
+        )
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             raise NotImplementedError(

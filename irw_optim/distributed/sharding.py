@@ -42,10 +42,7 @@ def groups_of(model: nn.Module) -> list[Group]:
         if not is_sharded_here(module):
             continue
         state: Any = module._get_fsdp_state()  # type: ignore[operator]
-        groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # before torch had several groups a module
-            groups = [group] if (group := getattr(state, "_fsdp_param_group", None)) else []
-        for group in groups:
+        for group in state._fsdp_param_groups:
             if id(group) in seen:
                 continue
             seen.add(id(group))

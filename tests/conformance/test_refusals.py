@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
+from torch.torch_version import TorchVersion
 
 from irw_optim import IRWOptimizer
 from irw_optim.privacy import DPGuaranteeError
@@ -196,6 +197,12 @@ def test_models_spread_over_devices(name: str, inside: bool) -> None:
     net = kind(name, nn.Linear)(4, 2)
     net = nn.Sequential(net) if inside else net
     refused(NotImplementedError, f"{name}.*spread over devices", model=net)
+
+
+def test_sharded_models_with_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    net = kind("FSDPModule", nn.Linear)(4, 2)
+    refused(NotImplementedError, "torch 2.12.1: expected torch 2.13.*DistributedData", model=net)
 
 
 def test_the_names_are_those_of_the_libraries() -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from trainings import CLASSES, FEATURES, MODELS, Training, Transformer
 
 from irw_optim import IRWOptimizer
+from irw_optim.distributed.shard_checks import TESTED_FROM
 
 
 def with_batch_statistics() -> nn.Module:
@@ -60,6 +61,9 @@ MODELS.update(
         "checkpointed": Checkpointed,
     }
 )
+
+
+CAN_SHARD = torch.__version__ >= TESTED_FROM
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ranked
 import torch
-from sharded_trainings import optimizer_for, shard
+from sharded_trainings import CAN_SHARD, optimizer_for, shard
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,6 +32,7 @@ from irw_optim.schemes import global_weights
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(not CAN_SHARD, reason="refused with this torch"),
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning"),
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ranked
 import torch
-from sharded_trainings import ShardedTraining
+from sharded_trainings import CAN_SHARD, ShardedTraining
 from torch import nn
 from trainings import Training
 
@@ -13,6 +13,7 @@ from irw_optim import DBSCANFilter
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(not CAN_SHARD, reason="refused with this torch"),
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning"),
 ]
 
