@@ -71,8 +71,9 @@ def test_every_page_is_in_a_contents() -> None:
     docs = ROOT / "docs"
     listed = set()
     for index in (docs / "index.md", docs / "stacks" / "index.md"):
-        (contents,) = re.findall(r"```\{toctree\}\n(.*?)```", index.read_text("utf-8"), re.S)
-        names = [line for line in contents.split() if not line.startswith(":")]
+        contents = re.findall(r"```\{toctree\}\n(.*?)```", index.read_text("utf-8"), re.S)
+        lines = "\n".join(contents).splitlines()
+        names = [line for line in lines if line and not line.startswith(":")]
         listed |= {(index.parent / f"{name}.md").resolve() for name in names}
     pages = {page for page in PAGES if docs in page.parents and page != docs / "index.md"}
     assert listed >= pages
