@@ -1,5 +1,6 @@
 """The paper's claims (arXiv 2411.03068), one by one, against the runs that are stored.
 
+The claims are those of the notes that the project was designed from, in words of our own.
 A verdict follows from the numbers by a rule that stands beside the claim; nothing is typed in.
 """
 
