@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from trainings import CLASSES, FEATURES, MODELS, Transformer, data, mlp, whole
 from irw_optim import IRWMonitor, IRWOptimizer, verify
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.sharding import groups_of
+from irw_optim.gradients.layers import LayerCall
 from irw_optim.schemes import global_weights
 
 pytestmark = [
@@ -264,6 +266,16 @@ def memory(rank: int, world_size: int) -> list[tuple[int, int]]:
     return found
 
 
+def left_over(rank: int, world_size: int) -> int:
+    """Layer calls that live after a step, and after one whose graph was kept."""
+    s = Setting(rank, world_size, "transformer")
+    s.step()
+    loss = s.loss()
+    loss.backward(retain_graph=True)
+    del loss
+    return sum(isinstance(thing, LayerCall) for thing in gc.get_objects())
+
+
 def resumed(rank: int, world_size: int) -> Any:
     """By the optimizer's own state, and by torch's functions for distributed checkpoints."""
     first = Setting(rank, world_size, warmup_steps=3)
@@ -423,6 +435,7 @@ CASES: dict[str, ranked.Case] = {
     "half precision": in_half_precision,
     "messages": counted,
     "memory": memory,
+    "left over": left_over,
     "resumed": resumed,
     "monitored": monitored,
     **{name: case for name, (case, _) in REFUSALS.items()},
@@ -488,6 +501,10 @@ def test_no_parameter_is_whole_while_scores_are_made(found):
         assert sum(sent for sent, _ in told) == numbers
         assert max(sent for sent, _ in told) < numbers / 2
         assert {held for _, held in told} == {0}
+
+
+def test_nothing_of_a_step_is_kept(found):
+    assert found.of("left over") == [0, 0]
 
 
 def test_a_checkpoint_goes_on(found):
