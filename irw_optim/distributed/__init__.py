@@ -9,5 +9,5 @@ product is a product of every process with its own rows, and one collective::
 
 The rule that chooses the weights is that of one process: it is handed the losses and the rows of
 all processes, and each keeps the weights of its own samples. What sums the gradient up is
-DistributedDataParallel, as in every training.
+DistributedDataParallel (`replicas`) or FSDP2 (`shards`), as in every training.
 """

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import ranked
 import torch
-from sharded_trainings import CAN_SHARD, optimizer_for, shard
-from torch import Tensor, nn
+from sharded_loops import LOOPS, SIZES, Setting
+from sharded_refusals import REFUSALS
+from sharded_trainings import CAN_SHARD
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,17 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader, TensorDataset
-from trainings import CLASSES, FEATURES, MODELS, Transformer, data, mlp, whole
+from trainings import CLASSES, FEATURES, Transformer, data, whole
 
-from irw_optim import IRWMonitor, IRWOptimizer, verify
+from irw_optim import IRWMonitor
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.sharding import groups_of
 from irw_optim.gradients.layers import LayerCall
-from irw_optim.schemes import global_weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,166 +37,6 @@ pytestmark = [
 ]
 
 HEADER = 7  # samples, labels?, counts?, passes, and of one pass: elements, divisor, factor
-SIZES = {"usual": [20, 17], "one sample": [36, 1], "nobody": [37, 0], "nobody first": [0, 37]}
-
-
-class Setting:
-    """A model, an optimizer and this rank's part of the data; all of it where there is one rank."""
-
-    def __init__(
-        self,
-        rank: int,
-        world_size: int,
-        model: str = "mlp",
-        sizes: str = "usual",
-        dtype: torch.dtype = torch.float64,
-        fsdp: dict[str, Any] | None = None,
-        **irw: Any,
-    ) -> None:
-        torch.manual_seed(0)
-        self.ranks = world_size
-        self.model = MODELS[model]().to(dtype)
-        x, y = data()
-        shards = [part.tensor_split(2) for part in torch.arange(len(x)).split(SIZES[sizes])]
-        passes = [torch.cat(part) for part in zip(*shards, strict=True)]
-        if world_size > 1:
-            passes = shards[rank]
-        if world_size > 1 or fsdp:
-            shard(self.model, **(fsdp or {}))
-        self.batches = [(x[part].to(dtype), y[part]) for part in passes]
-        self.x, self.y = (torch.cat(tensors) for tensors in zip(*self.batches, strict=True))
-        self.criterion = nn.CrossEntropyLoss()
-        self.optimizer = optimizer_for(self.model, self.criterion, **irw)
-
-    def loss(self, number: int | None = None) -> Tensor:
-        """Of one of two batches, or of both together."""
-        x, y = (self.x, self.y) if number is None else self.batches[number]
-        return self.criterion(self.model(x), y)
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        self.loss().backward()
-        self.optimizer.step()
-
-    def parameters(self) -> Tensor:
-        return torch.cat([whole(p).flatten() for p in self.model.parameters()])
-
-
-# Loops: in one process and in two they must come to the same --------------------------------------
-
-
-def in_one_pass(s: Setting) -> None:
-    s.loss().backward()
-
-
-def with_another_term(s: Setting) -> None:
-    """A sum over all samples, of which every rank has its own and FSDP takes the average."""
-    output = s.model(s.x)
-    (s.criterion(output, s.y) + 0.01 * s.ranks * output.square().sum()).backward()
-
-
-def twice_through_one_graph(s: Setting) -> None:
-    loss = s.loss()
-    loss.backward(retain_graph=True)
-    loss.backward()
-
-
-def two_forwards_before_one_backward(s: Setting) -> None:
-    (s.loss(0) + 0.5 * s.loss(1)).backward()
-
-
-def two_forwards_before_two_backwards(s: Setting) -> None:
-    first, second = s.loss(0), s.loss(1)
-    second.backward()
-    first.backward()
-
-
-def reduced_in_the_last_pass(s: Setting) -> None:
-    sync = getattr(s.model, "set_requires_gradient_sync", lambda _: None)
-    sync(False)
-    s.loss(0).backward()
-    sync(True)
-    s.loss(1).backward()
-
-
-def clipped(s: Setting) -> None:
-    s.loss().backward()
-    norm: Any = torch.nn.utils.clip_grad_norm_(s.model.parameters(), 0.05)
-    assert float(norm) > 0.05
-
-
-def scaled(s: Setting) -> None:
-    (1024.0 * s.loss()).backward()
-    for p in s.model.parameters():
-        p.grad /= 1024.0
-
-
-def evaluate(s: Setting) -> None:
-    s.model.eval()
-    with torch.no_grad():
-        s.loss()
-    s.model.train()
-
-
-def after_an_evaluation(s: Setting) -> None:
-    evaluate(s)
-    s.loss().backward()
-
-
-def made_after_an_evaluation(s: Setting) -> None:
-    """A forward leaves the outermost parameters whole, of which one joins the optimizer later."""
-    if s.optimizer.steps == 0:
-        s.optimizer.detach()
-        everything = list(s.model.parameters())
-        inner = torch.optim.SGD(everything[1:], lr=0.3, momentum=0.9)
-        evaluate(s)
-        s.optimizer = IRWOptimizer(inner, alpha=0.2, model=s.model, criterion=s.criterion)
-        evaluate(s)
-        s.optimizer.add_param_group({"params": everything[:1]})
-    s.loss().backward()
-
-
-class Loop:
-    """A class, so that it can be sent to the processes."""
-
-    def __init__(self, loop: Callable[[Setting], None], **setting: Any) -> None:
-        self.loop = loop
-        self.setting = setting
-
-    def __call__(self, rank: int, world_size: int) -> Tensor:
-        s = Setting(rank, world_size, **self.setting)
-        for _ in range(3):
-            s.optimizer.zero_grad()
-            self.loop(s)
-            s.optimizer.step()
-        return s.parameters()
-
-
-LOOPS: dict[str, ranked.Case] = {
-    loop.__name__: Loop(loop)
-    for loop in (
-        with_another_term,
-        twice_through_one_graph,
-        two_forwards_before_one_backward,
-        two_forwards_before_two_backwards,
-        reduced_in_the_last_pass,
-        clipped,
-        scaled,
-        after_an_evaluation,
-    )
-}
-LOOPS |= {
-    f"{model}, {sizes}": Loop(in_one_pass, model=model, sizes=sizes)
-    for model in ("mlp", "time first")
-    for sizes in SIZES
-    if sizes != "usual"
-}
-LOOPS["made after an evaluation"] = Loop(made_after_an_evaluation, model="transformer")
-LOOPS["checkpointed"] = Loop(in_one_pass, model="checkpointed")
-LOOPS["float32"] = Loop(in_one_pass, dtype=torch.float32)
-
-
-# One case each ------------------------------------------------------------------------------------
 
 
 def average_of_ranks(rank: int, world_size: int) -> Any:
@@ -312,123 +150,6 @@ def monitored(rank: int, world_size: int) -> Any:
     return [row["gradient_norm"] for row in monitor.rows()], s.optimizer.steps
 
 
-def not_finite(rank: int, world_size: int) -> None:
-    """On rank 1; both raise, and keep their parameters."""
-    s = Setting(rank, world_size)
-    s.x[3] = s.x[3] / (1 - rank)
-    before = s.parameters()
-    try:
-        s.step()
-    finally:
-        assert torch.equal(before, s.parameters())
-
-
-def uncovered(rank: int, world_size: int) -> None:
-    Setting(rank, world_size, "gru").step()
-
-
-def batch_statistics(rank: int, world_size: int) -> None:
-    Setting(rank, world_size, "batch statistics").step()
-
-
-def mixing(rank: int, world_size: int) -> None:
-    """On rank 1 there is one sample, which shows nothing."""
-    Setting(rank, world_size, "mixing", "one sample").step()
-
-
-def backward_twice(rank: int, world_size: int) -> None:
-    loss = Setting(rank, world_size).loss()
-    loss.backward()
-    loss.backward()
-
-
-def sharded_too_late(rank: int, world_size: int) -> None:
-    model = mlp()
-    optimizer = optimizer_for(model)
-    shard(model)
-    losses = nn.functional.cross_entropy(
-        model(torch.randn(4, FEATURES)), torch.zeros(4).long(), reduction="none"
-    )
-    optimizer.backward(losses)
-
-
-def in_part(rank: int, world_size: int) -> None:
-    model = mlp()
-    fully_shard(model[0])
-    optimizer_for(model)
-
-
-def replicated(rank: int, world_size: int) -> None:
-    model = mlp()
-    fully_shard(model, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards")))
-    optimizer_for(model)
-
-
-def also_in_ddp(rank: int, world_size: int) -> None:
-    shard(model := mlp())
-    optimizer_for(nn.Sequential(model, DistributedDataParallel(mlp())))
-
-
-def without_the_model(rank: int, world_size: int) -> None:
-    shard(model := mlp())
-    IRWOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.2)
-
-
-def with_a_learnt_criterion(rank: int, world_size: int) -> None:
-    shard(model := mlp())
-    criterion = nn.CrossEntropyLoss()
-    criterion.temperature = nn.Parameter(torch.ones(()))
-    optimizer_for(model, criterion)
-
-
-class Refused:
-    """Arguments of IRWOptimizer; a class, so that it can be sent to the processes."""
-
-    def __init__(self, **irw: Any) -> None:
-        self.irw = irw
-
-    def __call__(self, rank: int, world_size: int) -> None:
-        shard(model := mlp())
-        optimizer_for(model, **self.irw)
-
-
-def own_rule(losses: Tensor, gradients: Any, worst_off: Tensor) -> Tensor:
-    return losses
-
-
-def verified(rank: int, world_size: int) -> None:
-    s = Setting(rank, world_size)
-    s.optimizer.detach()
-    verify(s.model, s.x, s.y, s.criterion)
-
-
-def of_a_data_set(rank: int, world_size: int) -> None:
-    shard(model := mlp())
-    loader = DataLoader(TensorDataset(torch.randn(8, FEATURES), torch.zeros(8).long()), 4)
-    global_weights(model, nn.CrossEntropyLoss(), loader, alpha=0.2)
-
-
-REFUSALS: dict[str, tuple[ranked.Case, str]] = {
-    "not finite": (not_finite, "FloatingPointError: the losses or gradients of 1 samples"),
-    "uncovered": (uncovered, "they do not cover cells.bias_hh_l0, cells.bias_ih_l0, cells.weight"),
-    "batch statistics": (
-        batch_statistics,
-        "they do not cover 1.bias, 1.weight: choose score_param",
-    ),
-    "mixing": (mixing, "the ghost products differ from autograd for first.bias, first.weight: "),
-    "backward twice": (backward_twice, "RuntimeError: this loss was already backpropagated"),
-    "too late": (sharded_too_late, "RuntimeError"),
-    "in part": (in_part, "NotImplementedError: 2.weight is not sharded, and FSDP would not red"),
-    "HSDP": (replicated, "is placed as (Replicate(), Shard(dim=0)): expected fully_shard over one"),
-    "in DDP": (also_in_ddp, "NotImplementedError: model is in DistributedDataParallel and in ful"),
-    "no model": (without_the_model, "NotImplementedError: the optimizer holds DTensors, and mode"),
-    "criterion": (with_a_learnt_criterion, "criterion has a parameter, temperature, that fully_"),
-    "autodiff": (Refused(engine="autodiff"), "NotImplementedError: engine='autodiff' under full"),
-    "own rule": (Refused(weighting=own_rule), "under fully_shard: a rule of one's own may ask"),
-    "logical batch": (Refused(accumulation_steps=2), "accumulation_steps=2 under fully_shard:"),
-    "verify": (verified, "NotImplementedError: verify is not there for a model under fully_shard"),
-    "data set": (of_a_data_set, "a weight for every sample of a data set is not there for a mod"),
-}
 CASES: dict[str, ranked.Case] = {
     **LOOPS,
     "local": average_of_ranks,
