@@ -97,6 +97,11 @@ class _ShardedPass:
     def _rows(self, seed: Tensor) -> GhostGradients:
         """G of this rank, from a pass that all ranks make alike."""
         batch, columns = self.batch, {p for p in self.batch.leaves if self.scored(p)}
+        if not columns:
+            raise RuntimeError(
+                "the losses do not depend on any parameter that makes the scores: expected losses "
+                "computed from the model, and score_parameters among its trainable parameters"
+            )
         check = self._agree(columns)
         sites = [s for s in batch.graph.sites if columns.intersection(s.call.parameters.values())]
         for site in sites:
@@ -120,7 +125,7 @@ class _ShardedPass:
         missing: set[Tensor] = set()
         due = False
         if len(batch.losses):
-            covering = batch.engine.covering(batch.graph, len(batch.losses))
+            covering = batch.engine.covering(batch.graph, len(batch.losses), report=False)
             missing, due = columns - covering.covered, covering.check_is_due()
         told = self.model.ranks.each(batch.losses.new_tensor([bool(missing), due]))
         anything_missing, check = told.amax(0).tolist()

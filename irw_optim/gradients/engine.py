@@ -61,8 +61,14 @@ class Engine:
         _WAITING.add(batch)
         return batch
 
-    def covering(self, graph: Graph, batch_size: int) -> Covering:
-        """What is known of graphs with these layers and leaves."""
+    def covering(self, graph: Graph, batch_size: int, *, report: bool = True) -> Covering:
+        """What is known of graphs with these layers and leaves.
+
+        Args:
+            graph: of one vector of losses.
+            batch_size: B.
+            report: whether to say what is left to autodiff, or to refuse it.
+        """
         found = [call.find_batch(batch_size, shape) for call, _, shape in graph.sites]
         key = (
             batch_size > 1,  # one sample alone does not show whether the forward mixes them
@@ -77,7 +83,8 @@ class Engine:
             if len(self.coverings) >= KNOWN_GRAPHS:
                 self.coverings.clear()
             covering = self.coverings[key] = _what_is_covered(graph, found)
-            self._report(covering, graph.leaves)
+            if report:
+                self._report(covering, graph.leaves)
         return covering
 
     def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:

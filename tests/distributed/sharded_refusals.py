@@ -34,6 +34,17 @@ def uncovered(rank: int, world_size: int) -> None:
     Setting(rank, world_size, "gru").step()
 
 
+def uncovered_by_ghost(rank: int, world_size: int) -> None:
+    """A rank without samples cannot know by itself."""
+    Setting(rank, world_size, "gru", "nobody", engine="ghost").step()
+
+
+def nothing_scored(rank: int, world_size: int) -> None:
+    s = Setting(rank, world_size, "frozen", score_parameters=["0.bias"])
+    s.model[0].bias.requires_grad_(False)
+    s.step()
+
+
 def batch_statistics(rank: int, world_size: int) -> None:
     Setting(rank, world_size, "batch statistics").step()
 
@@ -124,7 +135,9 @@ REFUSALS: dict[str, tuple[ranked.Case, str]] = {
     ),
     "mixing": (mixing, "the ghost products differ from autograd for first.bias, first.weight: "),
     "backward twice": (backward_twice, "RuntimeError: this loss was already backpropagated"),
-    "too late": (sharded_too_late, "RuntimeError"),
+    "too late": (sharded_too_late, "the losses do not depend on any parameter that makes the sc"),
+    "nothing scored": (nothing_scored, "the losses do not depend on any parameter that makes th"),
+    "ghost": (uncovered_by_ghost, "they do not cover cells.bias_hh_l0, cells.bias_ih_l0, cells."),
     "in part": (in_part, "NotImplementedError: 2.weight is not sharded, and FSDP would not red"),
     "HSDP": (replicated, "is placed as (Replicate(), Shard(dim=0)): expected fully_shard over one"),
     "in DDP": (also_in_ddp, "NotImplementedError: model is in DistributedDataParallel and in ful"),
