@@ -153,7 +153,7 @@ def _agree(difference: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
 def _unwarned() -> Iterator[None]:
     """Torch compiles some forward derivatives in a way that it warns of itself."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit.script`")
         yield
 
 
