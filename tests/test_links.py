@@ -31,9 +31,12 @@ def read(page: Path) -> tuple[str, list[str]]:
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page, as GitHub and MyST make them of its headings."""
-    lines = re.findall(r"^#{1,6} (.+)$", read(page)[0], re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-") for line in lines}
+    """The anchors of a page, included ones too, as GitHub and MyST make them of its headings."""
+    prose, shown = read(page)
+    lines = re.findall(r"^#{1,6} (.+)$", prose, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-") for line in lines}
+    included = [page.parent / name for name in shown if name.endswith(".md")]
+    return anchors.union(*[headings(part) for part in included if part.exists()])
 
 
 def links(page: Path) -> list[str]:
