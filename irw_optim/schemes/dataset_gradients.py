@@ -77,6 +77,7 @@ class DatasetGradients:
                 part = self._losses_of(indices, batch)
             batches.append(part)
             self.advance(len(indices))
+        torch.clear_autocast_cache()  # casts of parameters that no graph leads to
         losses = torch.cat([widened(part.losses) for part in batches])
         labels = [part.labels for part in batches if part.labels is not None]
         shown = torch.cat(labels) if len(labels) == len(batches) else None

@@ -210,7 +210,8 @@ def test_a_step_costs_two_gathers_and_one_reduction_above_ddp(found):
         ("gloo:all_reduce", NUMBERS),
         ("gloo:all_gather", 20),
     ]
-    assert above_plain(found, "global") == [expected] * 2
+    # A busy machine's profiler may list messages of different kinds in another order.
+    assert [sorted(told) for told in above_plain(found, "global")] == [sorted(expected)] * 2
 
 
 def test_the_losses_alone_cost_one_gather(found):
