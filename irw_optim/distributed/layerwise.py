@@ -65,14 +65,18 @@ class LayerwiseGradients:
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """Not on offer: it is as large as the model."""
-        raise NotImplementedError(
-            "a rule of one's own asked for a sum of gradients, which is as large as the model "
-            "that FSDP shards: expected weighting='irw', 'cvar' or 'uniform'"
-        )
+        raise _as_large_as_the_model()
 
     def dot(self, direction: Direction) -> Tensor:
-        """Not on offer."""
-        return self.combine(torch.empty(0))[torch.empty(0)]
+        """Not on offer: its argument is as large as the model."""
+        raise _as_large_as_the_model()
+
+
+def _as_large_as_the_model() -> NotImplementedError:
+    return NotImplementedError(
+        "a rule of one's own asked for a sum of gradients, which is as large as the model that "
+        "FSDP shards: expected weighting='irw', 'cvar' or 'uniform'"
+    )
 
 
 class OverShards(OverRanks):

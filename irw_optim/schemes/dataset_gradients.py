@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
 from irw_optim.schemes.forward_mode import (
-    ForwardMode,
     along,
     check_equal,
     check_sum,
+    give_up,
+    suits,
 )
 from irw_optim.schemes.reading import DatasetReader
 
@@ -60,14 +62,16 @@ class DatasetGradients:
         self.scored = scored
         self.advance = advance
         self.batch_size = len(samples)
-        self._combined: tuple[Tensor, Direction] | None = None
+        self._combined: tuple[Tensor, Direction] | None = None  # w and G^T w, for `check_sum`
+        self._outputs = 0.0  # of one sample, as the engine sees them
 
     def of(self, rows: Tensor) -> DatasetGradients:
         """These rows alone: ``rows`` is a bool mask (n,)."""
-        samples = self.samples[rows.cpu()]
-        return DatasetGradients(
-            self.reader, samples, self.losses_of, self.engine, self.scored, self.advance
-        )
+        some = copy(self)
+        some.samples = self.samples[rows.cpu()]
+        some.batch_size = len(some.samples)
+        some._combined = None
+        return some
 
     def losses(self) -> PerSampleLosses:
         """The losses of all rows, (n,), and their labels where every batch shows some."""
@@ -96,26 +100,26 @@ class DatasetGradients:
         return total
 
     def dot(self, direction: Direction) -> Tensor:
-        """G v, (n,): in forward mode where that is known to be right, else by the engine."""
-        forward = ForwardMode.of(self.engine)
-        if forward.suits(self.engine, self.reader.batch_size):
+        """G v, (n,): in forward mode where that is quicker and right, else by the engine."""
+        if suits(self.engine, self._outputs * self.reader.batch_size):
             try:
-                return self._dot_in_forward_mode(direction, forward.comparison_is_due())
+                return self._dot_in_forward_mode(direction)
             except RuntimeError as error:
-                forward.give_up(error)
+                give_up(self.engine, error)
         everybody = torch.arange(self.batch_size)
         return torch.cat([rows.dot(direction) for _, rows in self.blocks(everybody)])
 
-    def _dot_in_forward_mode(self, direction: Direction, compare: bool) -> Tensor:
-        model, parts = self.engine.model, list[Tensor]()
+    def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
+        model, size, parts = self.engine.model, self.reader.batch_size, list[Tensor]()
         assert model is not None
-        pieces = self.samples.split(2 * self.reader.batch_size)  # no graph holds anything
-        for indices, batch in self.reader.batches(self.samples, [len(piece) for piece in pieces]):
-            scores = along(model, self.losses_of, batch, direction)
-            if compare and not parts:
+        # One batch, which the engine takes as well, and then two at once: no graph holds anything.
+        first, rest = self.samples[:size], self.samples[size:]
+        sizes = [len(first), *map(len, rest.split(2 * size) if len(rest) else ())]
+        for indices, batch in self.reader.batches(self.samples, sizes):
+            parts.append(along(model, self.losses_of, batch, direction))
+            if len(parts) == 1:
                 with self._gradients(indices, batch) as rows:
-                    check_equal(scores, rows.dot(direction))
-            parts.append(scores)
+                    check_equal(parts[0], rows.dot(direction))
             self.advance(len(indices))
         scores = torch.cat(parts)
         if self._combined is not None:
@@ -148,7 +152,8 @@ class DatasetGradients:
         try:
             with torch.autocast(device_type=losses.device.type, enabled=False):
                 captured.start(torch.ones((), device=losses.device), keep_graph=False)
-                ForwardMode.of(self.engine).look_at(captured)
+                outputs = sum(site.shape.numel() for site in captured.graph.sites)
+                self._outputs = outputs / max(1, len(indices))
                 yield captured.rows(self.scored)
         finally:
             captured.close()

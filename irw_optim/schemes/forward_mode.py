@@ -7,9 +7,9 @@ forward pass that carries derivatives along is enough::
 
 No graph is kept and no gradient of an output is formed. It is exact wherever backward is the
 derivative, which some samples may stop on purpose, by ``torch.no_grad()``. So the weighted sum of
-the scores is compared with <G^T w, v> where G^T w is known, for S as a rule, and at uses 1, 2, 4,
-8, ... the scores of the first batch with the engine's. Where they differ, or an operation has no
-derivative in forward mode, the engine does it.
+the scores is compared with <G^T w, v> where G^T w is known, for S as a rule, and the scores of the
+first batch with the engine's. Where they differ, or an operation has no derivative in forward mode,
+the engine does it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -27,15 +26,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.gradients.engine import Engine, LossGradients
+from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
 
 logger = logging.getLogger("irw_optim")
 
-
 SMALL = 2**20
 """Outputs of layers in a batch, up to which calls into torch cost more than what they compute."""
+
+FAILS = "forward mode fails"
+"""What an `Engine` remembers of its model, beside what the engines know."""
 
 
 def along(
@@ -71,53 +72,32 @@ def along(
     return widened(torch.zeros_like(value) if tangent is None else tangent)
 
 
-class ForwardMode:
-    """Whether forward mode suits a model, as far as one engine has seen.
+def suits(engine: Engine, outputs: float) -> bool:
+    """Whether to try forward mode for a batch of an engine's model.
 
     It makes about half as many calls into torch as the ghost products, for as much arithmetic: a
-    gain where batches are small, and where the engine would differentiate twice.
+    gain where batches are small, and where the engine would differentiate twice. Numbers of low
+    precision do not carry derivatives well.
+
+    Args:
+        engine: remembers whether it failed.
+        outputs: how many numbers the layers that the engine covers put out for the batch.
     """
-
-    def __init__(self) -> None:
-        self.fails = False
-        self.uses = 0
-        self.outputs_a_sample = 0.0
-
-    @classmethod
-    def of(cls, engine: Engine) -> ForwardMode:
-        """What is known so far, one for each engine."""
-        return _KNOWN.setdefault(engine, cls())
-
-    def look_at(self, captured: LossGradients) -> None:
-        """Take note of how much the layers covered by the engine put out."""
-        numbers = sum(site.shape.numel() for site in captured.graph.sites)
-        self.outputs_a_sample = numbers / max(1, len(captured.losses))
-
-    def suits(self, engine: Engine, batch_size: int) -> bool:
-        """Whether to try: where it is quicker, and numbers of low precision do not carry it."""
-        small = self.outputs_a_sample * batch_size <= SMALL
-        if self.fails or not small or engine.kind != "auto" or engine.model is None:
-            return False
-        parameters = list(engine.model.parameters())
-        return all(p.dtype in (torch.float32, torch.float64) for p in parameters) and not any(
-            torch.is_autocast_enabled(device) for device in {p.device.type for p in parameters}
-        )
-
-    def comparison_is_due(self) -> bool:
-        """Count a use, and whether it is one of those that are compared: 1, 2, 4, 8, ..."""
-        self.uses += 1
-        return self.uses.bit_count() == 1
-
-    def give_up(self, reason: RuntimeError) -> None:
-        """Leave this model's scores to the engine, and say so."""
-        self.fails = True
-        logger.info(
-            "scores of the data set take a backward pass, forward mode being out: %s",
-            str(reason).split("\n")[0],
-        )
+    if engine.known.get(FAILS) or engine.kind != "auto" or engine.model is None or outputs > SMALL:
+        return False
+    parameters = list(engine.model.parameters())
+    return all(p.dtype in (torch.float32, torch.float64) for p in parameters) and not any(
+        torch.is_autocast_enabled(device) for device in {p.device.type for p in parameters}
+    )
 
 
-_KNOWN: WeakKeyDictionary[Engine, ForwardMode] = WeakKeyDictionary()
+def give_up(engine: Engine, reason: RuntimeError) -> None:
+    """Leave this model's scores to the engine from now on, and say so."""
+    engine.known[FAILS] = True
+    logger.info(
+        "scores of the data set take a backward pass, forward mode being out: %s",
+        str(reason).split("\n")[0],
+    )
 
 
 def check_equal(scores: Tensor, expected: Tensor) -> None:
