@@ -12,19 +12,19 @@ sorted by label.
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from benchmarks.fairness.analysis import estimate
 from benchmarks.schemes.data import Split, adult
 from benchmarks.schemes.results import save
 from irw_optim import IRWOptimizer
@@ -120,11 +120,8 @@ def run(
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % t-interval."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    if len(values) < 2:
-        return float(tensor.mean()), math.nan
-    error = float(tensor.std()) / math.sqrt(len(values))
-    return float(tensor.mean()), float(stats.t.ppf(0.975, len(values) - 1)) * error
+    found = estimate(np.array(values))
+    return found.mean, found.half
 
 
 def table(seeds: int, epochs: int) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 Case = Callable[[int, int], Any]
 """``case(rank, world_size)`` runs on every rank and returns what its test looks at."""
@@ -64,3 +65,13 @@ def _rank(
             results[name] = Raised(traceback.format_exc())
     torch.save(results, f"{folder}/{rank}")
     dist.destroy_process_group()
+
+
+def sent(step: Callable[[], object]) -> list[tuple[str, int]]:
+    """The collectives of a step, by name, with the numbers in each; the first two set things up."""
+    for _ in range(2):
+        step()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        step()
+    found = [event for event in recorded.events() if event.name.startswith("gloo:")]
+    return [(event.name, event.input_shapes[0][0]) for event in found]

@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.profiler import ProfilerActivity, profile
 from trainings import CLASSES, FEATURES, Transformer, data, whole
 
 from irw_optim import IRWMonitor
@@ -67,21 +66,11 @@ def in_half_precision(rank: int, world_size: int) -> dict[str, Tensor]:
     return found
 
 
-def messages(s: Setting) -> list[tuple[str, int]]:
-    """The collectives of a step, by name, with the numbers in each."""
-    for _ in range(2):
-        s.step()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        s.step()
-    found = [event for event in recorded.events() if event.name.startswith("gloo:")]
-    return [(event.name, event.input_shapes[0][0]) for event in found]
-
-
 def counted(rank: int, world_size: int) -> Any:
     plain = Setting(rank, world_size)
     plain.optimizer.detach()
     plain.optimizer = plain.optimizer.inner
-    return messages(plain), messages(Setting(rank, world_size))
+    return ranked.sent(plain.step), ranked.sent(Setting(rank, world_size).step)
 
 
 def memory(rank: int, world_size: int) -> list[tuple[int, int]]:

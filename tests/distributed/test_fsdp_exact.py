@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import ranked
 import torch
 from sharded_trainings import CAN_SHARD, ShardedTraining
 from torch import nn
-from trainings import Training
+from trainings import Training, check_the_update_of_one
 
 from irw_optim import DBSCANFilter
 
@@ -54,34 +53,10 @@ CASES = {
 IN_FOUR = ["IRW", "time first", "IRWO", "three passes", "kept in part"]
 
 
-@pytest.fixture(scope="module")
-def in_two(tmp_path_factory):
-    return ranked.run(CASES, 2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def in_four(tmp_path_factory):
-    cases = {case: CASES[case] for case in IN_FOUR}
-    return ranked.run(cases, 4, tmp_path_factory.mktemp("four"))
-
-
 @pytest.mark.parametrize(("case", "ranks"), [(c, 2) for c in CASES] + [(c, 4) for c in IN_FOUR])
 def test_sharded_processes_make_the_update_of_one(case, ranks, request):
     outcomes = request.getfixturevalue("in_two" if ranks == 2 else "in_four").of(case)
-    alone = CASES[case].alone(ranks)
-    order = torch.cat([outcome["samples"] for outcome in outcomes])
-    place = torch.cat([(alone["samples"] == sample).nonzero()[0] for sample in order])
-    for outcome in outcomes:
-        difference = (outcome["parameters"] - alone["parameters"]).norm()
-        assert difference <= 1e-9 * alone["parameters"].norm()
-        assert outcome["steps"] == alone["steps"]
-        record, expected = outcome["record"], alone["record"]
-        for name in ("losses", "scores", "weights"):
-            values = getattr(expected, name)[place]
-            torch.testing.assert_close(getattr(record, name), values, rtol=1e-7, atol=1e-9)
-        assert torch.equal(record.worst_off, expected.worst_off[place])
-        assert torch.equal(record.outliers, expected.outliers[place])
-        assert torch.equal(order[record.own], outcome["samples"])
+    check_the_update_of_one(outcomes, CASES[case].alone(ranks))
 
 
 def test_the_weights_make_a_difference_that_a_wrong_step_would_show(in_two):

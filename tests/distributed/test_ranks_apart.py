@@ -12,7 +12,6 @@ import ranked
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 from trainings import CLASSES, FEATURES, data, mlp, samples
 
 from irw_optim import DBSCANFilter, IRWOptimizer
@@ -47,21 +46,11 @@ class Setting:
         self.optimizer.step()
 
 
-def messages(setting: Setting) -> list[tuple[str, int]]:
-    """The collectives of a step, by name, with the numbers in each; the first two set things up."""
-    for _ in range(2):
-        setting.step()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        setting.step()
-    found = [event for event in recorded.events() if event.name.startswith("gloo:")]
-    return [(event.name, event.input_shapes[0][0]) for event in found]
-
-
 def plain(rank: int, world_size: int) -> Any:
     setting = Setting(rank)
     setting.optimizer.detach()
     setting.optimizer = setting.inner  # type: ignore[assignment]
-    return messages(setting)
+    return ranked.sent(setting.step)
 
 
 class Weighed:
@@ -71,7 +60,7 @@ class Weighed:
         self.irw = irw
 
     def __call__(self, rank: int, world_size: int) -> Any:
-        return messages(Setting(rank, **self.irw))
+        return ranked.sent(Setting(rank, **self.irw).step)
 
 
 def different_factors(rank: int, world_size: int) -> None:

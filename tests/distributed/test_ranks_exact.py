@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import ranked
 import torch
 from torch import Tensor, nn
-from trainings import SHARDS, Training
+from trainings import SHARDS, Training, check_the_update_of_one
 
 from irw_optim import DBSCANFilter, PerSampleLoss
 
@@ -89,36 +88,10 @@ IN_FOUR += ["recurrent", "three passes", "weighed together", "nobody can be help
 RANKS = [(case, 2) for case in CASES] + [(case, 4) for case in IN_FOUR]
 
 
-@pytest.fixture(scope="module")
-def in_two(tmp_path_factory):
-    return ranked.run(CASES, 2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def in_four(tmp_path_factory):
-    cases = {case: CASES[case] for case in IN_FOUR}
-    return ranked.run(cases, 4, tmp_path_factory.mktemp("four"))
-
-
 @pytest.mark.parametrize(("case", "ranks"), RANKS)
 def test_several_processes_make_the_update_of_one(case, ranks, request):
     outcomes = request.getfixturevalue("in_two" if ranks == 2 else "in_four").of(case)
-    whole = CASES[case].alone(ranks)
-    order = torch.cat([outcome["samples"] for outcome in outcomes])
-    place = torch.cat([(whole["samples"] == sample).nonzero()[0] for sample in order])
-    for outcome in outcomes:
-        assert torch.equal(outcome["parameters"], outcomes[0]["parameters"]), "ranks apart"
-        difference = (outcome["parameters"] - whole["parameters"]).norm()
-        assert difference <= 1e-9 * whole["parameters"].norm()
-        assert outcome["steps"] == whole["steps"]
-        record, expected = outcome["record"], whole["record"]
-        for name in ("losses", "scores", "weights"):
-            values = getattr(expected, name)[place]
-            torch.testing.assert_close(getattr(record, name), values, rtol=1e-7, atol=1e-9)
-        assert torch.equal(record.worst_off, expected.worst_off[place])
-        assert torch.equal(record.outliers, expected.outliers[place])
-        assert bool(record.fallback) == bool(expected.fallback)
-        assert torch.equal(order[record.own], outcome["samples"])
+    check_the_update_of_one(outcomes, CASES[case].alone(ranks))
 
 
 def test_the_cases_are_what_they_are_meant_to_be(in_two, in_four):

@@ -156,17 +156,6 @@ IN_FOUR = ["IRW", "IRWO", "three samples", "one sample", "draws", "training: rew
 IN_FOUR += ["training: resampling", "training: distributed sampler", "training: IRWO and options"]
 
 
-@pytest.fixture(scope="module")
-def in_two(tmp_path_factory):
-    return ranked.run(CASES, 2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def in_four(tmp_path_factory):
-    cases = {case: CASES[case] for case in IN_FOUR}
-    return ranked.run(cases, 4, tmp_path_factory.mktemp("four"))
-
-
 def ranks_of(cases):
     return [(case, 2) for case in cases] + [(case, 4) for case in cases if case in IN_FOUR]
 

@@ -222,3 +222,27 @@ class Training:
         else:
             losses = nn.functional.cross_entropy(called(x), y, reduction="none")
             optimizer.backward(losses / self.passes)
+
+
+def check_the_update_of_one(outcomes: list[Any], alone: Any) -> None:
+    """What the ranks' training ended with is what one process's did, and so is the last record.
+
+    Args:
+        outcomes: of the ranks.
+        alone: of one process on the batches of all of them.
+    """
+    order = torch.cat([outcome["samples"] for outcome in outcomes])
+    place = torch.cat([(alone["samples"] == sample).nonzero()[0] for sample in order])
+    for outcome in outcomes:
+        assert torch.equal(outcome["parameters"], outcomes[0]["parameters"]), "ranks apart"
+        difference = (outcome["parameters"] - alone["parameters"]).norm()
+        assert difference <= 1e-9 * alone["parameters"].norm()
+        assert outcome["steps"] == alone["steps"]
+        record, expected = outcome["record"], alone["record"]
+        for name in ("losses", "scores", "weights"):
+            values = getattr(expected, name)[place]
+            torch.testing.assert_close(getattr(record, name), values, rtol=1e-7, atol=1e-9)
+        assert torch.equal(record.worst_off, expected.worst_off[place])
+        assert torch.equal(record.outliers, expected.outliers[place])
+        assert bool(record.fallback) == bool(expected.fallback)
+        assert torch.equal(order[record.own], outcome["samples"])
