@@ -10,9 +10,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import irw_optim.schemes.dataset_gradients as dataset_gradients
 import irw_optim.schemes.forward_mode as forward_mode
+from irw_optim import IRWOptimizer
 from irw_optim.criterion import per_sample_losses
-from irw_optim.schemes import global_weights
+from irw_optim.gradients.engine import Engine
+from irw_optim.schemes import GlobalScheme, global_weights
 from irw_optim.schemes.forward_mode import along
+from irw_optim.schemes.global_weights import batch_losses
+from irw_optim.schemes.reading import DatasetReader
 
 N, CLASSES = 53, 3
 MESSAGE = "forward mode being out"
@@ -185,6 +189,46 @@ def test_what_differs_after_the_first_batch_shows_in_the_sum_over_s(caplog):
         model.second.weight *= 20
     assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
     assert MESSAGE in caplog.text
+
+
+def test_what_differs_outside_of_s_shows_in_the_first_batch(caplog):
+    caplog.set_level(logging.INFO, "irw_optim")
+    x, y = batch()
+    x[:, 0] = -1.0
+    x[:4, 0] = 5.0
+    model = Sections(lambda x: x[:, :1] > 4).double()
+    with torch.no_grad():
+        y[:4] = model(x[:4]).argmax(1)  # too well off to be in S
+    assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
+    assert MESSAGE in caplog.text
+
+
+def test_what_failed_once_is_not_tried_again(monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        dataset_gradients, "along", lambda *args: tried.append(1) or along(*args), raising=True
+    )
+    model, criterion = Sined(), nn.CrossEntropyLoss()
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = IRWOptimizer(inner, alpha=0.2, model=model, criterion=criterion)
+    scheme = GlobalScheme(optimizer, DataLoader(TensorDataset(*batch(torch.float32)), 8))
+    scheme.renew()
+    scheme.renew()
+    assert len(tried) == 1
+
+
+def test_some_of_the_rows_know_no_sum_of_all(caplog):
+    caplog.set_level(logging.INFO, "irw_optim")
+    model, (x, y) = Pictures().double().eval(), batch()
+    losses_of = batch_losses(model, nn.CrossEntropyLoss(), None)
+    reader = DatasetReader(DataLoader(TensorDataset(x, y), batch_size=8))
+    everything = (losses_of, Engine(model), set(trained(model)).__contains__, lambda _: None)
+    rows = dataset_gradients.DatasetGradients(reader, torch.arange(N), *everything)
+    direction = rows.combine(torch.ones(N, dtype=torch.float64))
+    expected = rows.dot(direction)
+    some = torch.arange(N) % 3 == 0
+    torch.testing.assert_close(rows.of(some).dot(direction), expected[some])
+    assert MESSAGE not in caplog.text
 
 
 def test_numbers_of_low_precision_are_left_to_the_engine(monkeypatch):
