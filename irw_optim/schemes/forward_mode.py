@@ -33,7 +33,7 @@ from irw_optim.gradients.protocol import Direction
 logger = logging.getLogger("irw_optim")
 
 SMALL = 2**20
-"""Outputs of layers in a batch, up to which calls into torch cost more than what they compute."""
+"""Outputs of layers in a batch, up to which what surrounds the arithmetic costs more than it."""
 
 FAILS = "forward mode fails"
 """What an `Engine` remembers of its model, beside what the engines know."""
@@ -75,9 +75,9 @@ def along(
 def suits(engine: Engine, outputs: float) -> bool:
     """Whether to try forward mode for a batch of an engine's model.
 
-    It makes about half as many calls into torch as the ghost products, for as much arithmetic: a
-    gain where batches are small, and where the engine would differentiate twice. Numbers of low
-    precision do not carry derivatives well.
+    It is as much arithmetic as the ghost products, without their hooks and their Python for every
+    layer: a gain where batches are small (``benchmarks.schemes.cost``), and where the engine would
+    differentiate twice. Numbers of low precision do not carry derivatives well.
 
     Args:
         engine: remembers whether it failed.
