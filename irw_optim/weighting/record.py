@@ -38,7 +38,8 @@ class StepRecord(Weights):
     @property
     def broken_samples(self) -> list[int]:
         """Samples whose loss is not finite, or failing that, whose score is not."""
-        if isfinite(float(self.losses.sum() + self.scores.sum())):
+        # No number that is not finite gives a finite product or sum. One look, as it waits.
+        if isfinite(float(self.losses.to(self.scores.dtype).dot(self.scores))):
             return []
         for values in (self.losses, self.scores):
             if not bool(values.isfinite().all()):

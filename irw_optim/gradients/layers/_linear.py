@@ -17,8 +17,9 @@ from irw_optim.gradients.protocol import Direction
 FEW_PRODUCTS = 2**19
 """Below this many, the number of operations counts and not their size: the kernel has fewer."""
 
-KERNEL_SELECTS_FROM = 128
-"""Batch size from which the kernel is computed for the used columns alone."""
+KERNEL_SELECTS_FROM = 64
+"""Batch size from which the kernel is computed for the used columns alone: fewer numbers to hold,
+and to compute, where the gather costs little beside them."""
 
 
 class LinearCall(AffineCall):
@@ -92,7 +93,7 @@ class LinearCall(AffineCall):
     def kernel(self, a: Tensor, b: Tensor, a_other: Tensor, b_other: Tensor) -> Tensor:
         """<g_i, g_j> for two sets of samples without positions: (B, B')."""
         A, B = a.mm(a_other.t()), b.mm(b_other.t())
-        return torch.addcmul(B, A, B) if "bias" in self.parameters else A.mul_(B)
+        return B.addcmul_(A, B) if "bias" in self.parameters else A.mul_(B)
 
     def gram(self) -> Tensor:
         a, b = widened(self.input), self.b
