@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.capture import CallSite, Graph
+from irw_optim.gradients.capture import CallSite, Graph, output_shape
 
 
 def with_batch(graph: Graph, batch_size: int) -> Graph:
@@ -23,7 +23,7 @@ def with_batch(graph: Graph, batch_size: int) -> Graph:
             moved.append(site)
             continue
         shape = torch.Size([*call.input.shape, site.shape[-1]])
-        if any(_output_shape(node) != shape for node in sums):
+        if any(output_shape(node) != shape for node in sums):
             moved.append(site)
         else:
             moved += [CallSite(call.copy(), GradientEdge(node, 0), shape) for node in sums]
@@ -36,8 +36,3 @@ def _sums_entered(site: CallSite, nodes: set[Node]) -> list[Node] | None:
     readers = [node for node in nodes for parent in node.next_functions if parent == output]
     plain = all(n.name() == "AddBackward0" and getattr(n, "_saved_alpha", 0) == 1 for n in readers)
     return readers if readers and plain else None
-
-
-def _output_shape(node: Node) -> torch.Size | None:
-    metadata = getattr(node, "_input_metadata", None)  # of the gradient that the node reads
-    return torch.Size(metadata[0].shape) if metadata else None

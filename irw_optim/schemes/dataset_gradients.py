@@ -25,6 +25,7 @@ from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
 from irw_optim.schemes.forward_mode import (
+    Extent,
     along,
     check_equal,
     check_sum,
@@ -63,7 +64,7 @@ class DatasetGradients:
         self.advance = advance
         self.batch_size = len(samples)
         self._combined: tuple[Tensor, Direction] | None = None  # w and G^T w, for `check_sum`
-        self._outputs = 0.0  # of one sample, as the engine sees them
+        self._extent = Extent()  # known once the engine has seen a batch
 
     def of(self, rows: Tensor) -> DatasetGradients:
         """These rows alone: ``rows`` is a bool mask (n,)."""
@@ -76,7 +77,9 @@ class DatasetGradients:
     def losses(self) -> PerSampleLosses:
         """The losses of all rows, (n,), and their labels where every batch shows some."""
         batches = []
-        for indices, batch in self.reader.batches(self.samples):
+        # Two batches at once: no graph holds anything. It is never slower, and often quicker.
+        sizes = list(map(len, self.samples.split(2 * self.reader.batch_size)))
+        for indices, batch in self.reader.batches(self.samples, sizes):
             with torch.no_grad():
                 part = self._losses_of(indices, batch)
             batches.append(part)
@@ -101,7 +104,7 @@ class DatasetGradients:
 
     def dot(self, direction: Direction) -> Tensor:
         """G v, (n,): in forward mode where that is quicker and right, else by the engine."""
-        if suits(self.engine, self._outputs * self.reader.batch_size):
+        if suits(self.engine, self._extent, self.reader.batch_size):
             try:
                 return self._dot_in_forward_mode(direction)
             except RuntimeError as error:
@@ -151,9 +154,8 @@ class DatasetGradients:
         captured = self.engine.capture(losses)
         try:
             with torch.autocast(device_type=losses.device.type, enabled=False):
+                self._extent = Extent.of(captured.graph, max(1, len(indices)))
                 captured.start(torch.ones((), device=losses.device), keep_graph=False)
-                outputs = sum(site.shape.numel() for site in captured.graph.sites)
-                self._outputs = outputs / max(1, len(indices))
                 yield captured.rows(self.scored)
         finally:
             captured.close()

@@ -18,7 +18,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.capture import Graph, output_shape
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
@@ -34,6 +35,10 @@ logger = logging.getLogger("irw_optim")
 
 SMALL = 2**20
 """Outputs of layers in a batch, up to which what surrounds the arithmetic costs more than it."""
+
+ATTENTION_AT_MOST = 1 / 4
+"""As a share of the outputs of layers: numbers in matrices of attention that a fused kernel spares.
+Beyond it they cost more than forward mode gains, and memory in the square of the length."""
 
 FAILS = "forward mode fails"
 """What an `Engine` remembers of its model, beside what the engines know."""
@@ -72,8 +77,29 @@ def along(
     return widened(torch.zeros_like(value) if tangent is None else tangent)
 
 
-def suits(engine: Engine, outputs: float) -> bool:
-    """Whether to try forward mode for a batch of an engine's model.
+class Extent(NamedTuple):
+    """How many numbers a model makes for one sample, as the graph of its losses shows it.
+
+    Attributes:
+        outputs: of the layers that the engine covers.
+        attention: in matrices of attention that a fused kernel never makes, and `along` does.
+    """
+
+    outputs: float = 0.0
+    attention: float = 0.0
+
+    @classmethod
+    def of(cls, graph: Graph, samples: int) -> Extent:
+        """A sample's share of the batch that made the graph."""
+        outputs = sum(site.shape.numel() for site in graph.sites)
+        fused = [node for node in graph.nodes if node.name().startswith("ScaledDotProduct")]
+        shapes = [shape for node in fused if (shape := output_shape(node)) is not None]
+        attention = sum(shape[:-1].numel() * shape[-2] for shape in shapes)
+        return cls(outputs / samples, attention / samples)
+
+
+def suits(engine: Engine, extent: Extent, batch_size: int) -> bool:
+    """Whether to try forward mode for batches of an engine's model.
 
     It is as much arithmetic as the ghost products, without their hooks and their Python for every
     layer: a gain where batches are small (``benchmarks.schemes.cost``), and where the engine would
@@ -81,9 +107,14 @@ def suits(engine: Engine, outputs: float) -> bool:
 
     Args:
         engine: remembers whether it failed.
-        outputs: how many numbers the layers that the engine covers put out for the batch.
+        extent: of the model.
+        batch_size: samples at once.
     """
-    if engine.known.get(FAILS) or engine.kind != "auto" or engine.model is None or outputs > SMALL:
+    if engine.known.get(FAILS) or engine.kind != "auto" or engine.model is None:
+        return False
+    if batch_size * extent.outputs > SMALL:
+        return False
+    if extent.attention > ATTENTION_AT_MOST * extent.outputs:
         return False
     parameters = list(engine.model.parameters())
     return all(p.dtype in (torch.float32, torch.float64) for p in parameters) and not any(

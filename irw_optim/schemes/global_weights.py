@@ -90,8 +90,8 @@ def global_weights(
         center: beta >= 0; above 0, pass 2 covers the whole data set.
         class_balance: give every class of the data set the same total weight.
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / N.
-        batch_size: samples at once; None takes the loader's. Twice as many where small batches
-            are scored in forward mode, which keeps no graph.
+        batch_size: samples at once; None takes the loader's. Twice as many where no graph is
+            kept: for the losses, and where small batches are scored in forward mode.
         outlier_block: samples that ``outliers`` compares with each other, at most; drawn at random
             once, the same for every call with as many samples.
         forward: ``forward(model, batch)`` gives the criterion's arguments, for other batches.

@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 import irw_optim.schemes.dataset_gradients as dataset_gradients
@@ -247,11 +248,64 @@ def test_an_engine_that_is_asked_for_makes_them_itself(engine, monkeypatch):
     assert reference.error(actual, by_hand(model, x, y)) < 1e-10
 
 
-def test_large_batches_are_left_to_the_engine(monkeypatch):
-    monkeypatch.setattr(dataset_gradients, "along", lambda *args: pytest.fail("was asked"))
-    monkeypatch.setattr(forward_mode, "SMALL", 8 * (20 + 4 + 8 + CLASSES) - 1)
-    model, (x, y) = Pictures().double(), batch()
+class Attention(nn.Module):
+    """2 heads over T positions; its layers put out 5 x 8 numbers a position."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.projection = nn.Embedding(6, 8), nn.Linear(8, 24)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        h = self.projection(self.embedding(x)).unflatten(-1, (2, 12)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(*h.chunk(3, dim=-1))
+        return self.head(mixed.transpose(1, 2).flatten(-2).mean(1))
+
+
+def batches_along(monkeypatch, model, x, y):
+    """The sizes of the batches that went through forward mode; the weights are right."""
+    sizes, real = [], forward_mode.along
+
+    def noting(model, losses_of, batch, direction):
+        sizes.append(len(batch[1]))
+        return real(model, losses_of, batch, direction)
+
+    monkeypatch.setattr(dataset_gradients, "along", noting)
     assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
+    return sizes
+
+
+def test_large_batches_are_left_to_the_engine(monkeypatch):
+    model, (x, y) = Pictures().double(), batch()
+    of_a_batch = 8 * (20 + 20 + 8 + CLASSES)
+    monkeypatch.setattr(forward_mode, "SMALL", of_a_batch)
+    assert batches_along(monkeypatch, model, x, y) == [8, 16, 16, 13]
+    monkeypatch.setattr(forward_mode, "SMALL", of_a_batch - 1)
+    assert batches_along(monkeypatch, model, x, y) == []
+
+
+def test_losses_are_read_two_batches_at_once_without_a_graph():
+    model, (x, y), read = Pictures().double(), batch(), []
+    model.register_forward_hook(lambda _, args, out: read.append((len(out), out.requires_grad)))
+    weights_of(model, x, y, engine="ghost")
+    alone = [(16, False)] * 3 + [(5, False)]
+    of_the_worst_off, of_all = [(8, True), (3, True)], [(8, True)] * 6 + [(5, True)]
+    assert read == alone + of_the_worst_off + of_all
+
+
+@pytest.mark.parametrize("length", [4, 5])
+def test_long_attention_is_left_to_the_engine(length, monkeypatch):
+    # 2 T^2 numbers of attention to (8 + 24) T + 3 outputs of layers.
+    monkeypatch.setattr(forward_mode, "ATTENTION_AT_MOST", 32 / (32 * 4 + CLASSES))
+    model, x, y = Attention().double(), torch.randint(6, (N, length)), batch()[1]
+    assert bool(batches_along(monkeypatch, model, x, y)) == (length == 4)
+
+
+def test_attention_that_makes_its_matrix_anyway_does_not_count(monkeypatch):
+    monkeypatch.setattr(forward_mode, "ATTENTION_AT_MOST", 0.0)
+    model, x, y = Attention().double(), torch.randint(6, (N, 5)), batch()[1]
+    with sdpa_kernel(SDPBackend.MATH):
+        assert batches_along(monkeypatch, model, x, y)
 
 
 def test_memory_runs_out_of_forward_mode_and_the_engine_goes_on(monkeypatch):
