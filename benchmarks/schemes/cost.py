@@ -62,22 +62,29 @@ def renewals(
 
 
 def cases(part: int) -> dict[str, tuple[nn.Module, Split, int]]:
-    """Model, data and batch size; a ``part``-th of the data."""
+    """Model, data and batch size; a ``part``-th of the data.
+
+    At least 32 batches: with few, the engine's comparisons with autograd weigh more than in use.
+    """
     people, sequences = adult()[0][: 8192 // part], adult_tokens()[0][: 2048 // part]
     features, tokens = people.x.shape[1], int(sequences.x.max()) + 1
     pool = nn.AdaptiveAvgPool2d(4)
     return {
         "MLP 64-32": (mlp(features, 64, 32), people, 128),
         "MLP 512-512": (mlp(features, 512, 512), people, 128),
-        "MLP 1024-1024": (mlp(features, 1024, 1024), people[: 4096 // part], 256),
-        "CNN, 28 x 28": (nn.Sequential(*cnn()[:7], pool, *cnn()[7:]), _images(768 // part, 28), 64),
+        "MLP 1024-1024": (mlp(features, 1024, 1024), people, 256),
+        "CNN, 28 x 28": (
+            nn.Sequential(*cnn()[:7], pool, *cnn()[7:]),
+            _images(2048 // part),
+            64,
+        ),
         "transformer, 10 x 32": (Transformer(tokens), sequences, 64),
-        "transformer, 64 x 128": (Transformer(1000, 128), _texts(384 // part, 64), 32),
+        "transformer, 64 x 128": (Transformer(1000, 128), _texts(1024 // part, 64), 32),
     }
 
 
-def _images(number: int, side: int) -> Split:
-    return Split(torch.randn(number, 1, side, side), torch.randint(0, 10, (number,)), {})
+def _images(number: int) -> Split:
+    return Split(torch.randn(number, 1, 28, 28), torch.randint(0, 10, (number,)), {})
 
 
 def _texts(number: int, length: int) -> Split:

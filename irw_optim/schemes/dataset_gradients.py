@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.autodiff import backward_to
+from irw_optim.gradients.capture import walk
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
@@ -30,6 +32,7 @@ from irw_optim.schemes.forward_mode import (
     check_equal,
     check_sum,
     give_up,
+    in_full_precision,
     suits,
 )
 from irw_optim.schemes.reading import DatasetReader
@@ -92,15 +95,35 @@ class DatasetGradients:
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w, over the samples that have a weight."""
-        used = weights.nonzero().squeeze(1)
+        used = weights.nonzero().squeeze(1).cpu()
         # Summed up in the precision of the products: in float64, weights of 32,000 samples came
         # no closer to those computed in float64 throughout (1e-7 of the largest, for any batch).
         total: dict[Tensor, Tensor] = {}
-        for positions, rows in self.blocks(used.cpu()):
-            for parameter, part in rows.combine(weights[positions.to(weights.device)]).items():
+        # It is what an ordinary backward pass computes, and no engine in less. Only of numbers of
+        # low precision do the engines make more.
+        by = self._by_backward if in_full_precision(self.engine) else self._by_engine
+        for products in by(used, weights):
+            for parameter, part in products.items():
                 total[parameter] = total[parameter] + part if parameter in total else part
         self._combined = weights, total
         return total
+
+    def _by_engine(self, positions: Tensor, weights: Tensor) -> Iterator[Direction]:
+        for some, rows in self.blocks(positions):
+            yield rows.combine(weights[some.to(weights.device)])
+
+    def _by_backward(self, positions: Tensor, weights: Tensor) -> Iterator[Direction]:
+        for some, indices, batch in self._read(positions):
+            with torch.enable_grad():
+                losses = self._losses_of(indices, batch).losses
+            graph = walk(losses)
+            self._extent = Extent.of(graph, len(indices))
+            graph.forget_calls()
+            leaves = [p for p in graph.leaves if self.scored(p)]
+            chosen = weights[some.to(weights.device)]
+            gradients = backward_to(leaves, losses, chosen, retain_graph=False)
+            found = zip(leaves, gradients, strict=True)
+            yield {p: g.to_dense() for p, g in found if g is not None}
 
     def dot(self, direction: Direction) -> Tensor:
         """G v, (n,): in forward mode where that is quicker and right, else by the engine."""
@@ -140,10 +163,17 @@ class DatasetGradients:
         self, positions: Tensor, sizes: list[int] | None = None
     ) -> Iterator[tuple[Tensor, PerSampleGradients]]:
         """Yield pieces of ``positions`` (rows of G) with the gradients of each."""
+        for some, indices, batch in self._read(positions, sizes):
+            with self._gradients(indices, batch) as rows:
+                yield some, rows
+
+    def _read(
+        self, positions: Tensor, sizes: list[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """Yield pieces of ``positions`` with the dataset indices and the batch of each."""
         start = 0
         for indices, batch in self.reader.batches(self.samples[positions], sizes):
-            with self._gradients(indices, batch) as rows:
-                yield positions[start : start + len(indices)], rows
+            yield positions[start : start + len(indices)], indices, batch
             start += len(indices)
             self.advance(len(indices))
 

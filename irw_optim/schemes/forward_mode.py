@@ -116,7 +116,12 @@ def suits(engine: Engine, extent: Extent, batch_size: int) -> bool:
         return False
     if extent.attention > ATTENTION_AT_MOST * extent.outputs:
         return False
-    parameters = list(engine.model.parameters())
+    return in_full_precision(engine)
+
+
+def in_full_precision(engine: Engine) -> bool:
+    """Whether an engine's model computes in float32 or better throughout."""
+    parameters = [] if engine.model is None else list(engine.model.parameters())
     return all(p.dtype in (torch.float32, torch.float64) for p in parameters) and not any(
         torch.is_autocast_enabled(device) for device in {p.device.type for p in parameters}
     )
