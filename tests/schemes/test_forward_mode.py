@@ -253,15 +253,15 @@ def test_an_engine_that_is_asked_for_makes_them_itself(engine, monkeypatch):
 
 
 class Attention(nn.Module):
-    """2 heads over T positions; its layers put out 5 x 8 numbers a position."""
+    """2 heads over T positions; its layers put out 8 + 36 numbers a position."""
 
     def __init__(self):
         super().__init__()
-        self.embedding, self.projection = nn.Embedding(6, 8), nn.Linear(8, 24)
-        self.head = nn.Linear(8, CLASSES)
+        self.embedding, self.projection = nn.Embedding(6, 8), nn.Linear(8, 36)
+        self.head = nn.Linear(12, CLASSES)
 
     def forward(self, x):
-        h = self.projection(self.embedding(x)).unflatten(-1, (2, 12)).transpose(1, 2)
+        h = self.projection(self.embedding(x)).unflatten(-1, (2, 18)).transpose(1, 2)
         mixed = nn.functional.scaled_dot_product_attention(*h.chunk(3, dim=-1))
         return self.head(mixed.transpose(1, 2).flatten(-2).mean(1))
 
@@ -299,8 +299,8 @@ def test_losses_are_read_two_batches_at_once_without_a_graph():
 
 @pytest.mark.parametrize("length", [4, 5])
 def test_long_attention_is_left_to_the_engine(length, monkeypatch):
-    # 2 T^2 numbers of attention to (8 + 24) T + 3 outputs of layers.
-    monkeypatch.setattr(forward_mode, "ATTENTION_AT_MOST", 32 / (32 * 4 + CLASSES))
+    # 2 T^2 numbers of attention to 44 T + 3 outputs of layers.
+    monkeypatch.setattr(forward_mode, "ATTENTION_AT_MOST", 32 / (44 * 4 + CLASSES))
     model, x, y = Attention().double(), torch.randint(6, (N, length)), batch()[1]
     assert bool(batches_along(monkeypatch, model, x, y)) == (length == 4)
 
