@@ -222,5 +222,8 @@ def test_irw_helps_the_worst_group_where_the_label_is_in_it():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_irwo_holds_more_than_irw():
-    for found in small("cost")["batches"].values():
-        assert found["IRWO"]["MiB"] > found["IRW"]["MiB"] >= found["plain"]["MiB"]
+    batches = list(small("cost")["batches"].values())
+    for found in batches:
+        assert found["IRWO"]["MiB"] >= found["IRW"]["MiB"] > found["plain"]["MiB"]
+    few, many = batches  # the Gramian of a few samples is no more than what a step holds anyway
+    assert many["IRWO"]["MiB"] > 1.5 * many["IRW"]["MiB"]
