@@ -225,5 +225,5 @@ def test_irwo_holds_more_than_irw():
     batches = list(small("cost")["batches"].values())
     for found in batches:
         assert found["IRWO"]["MiB"] >= found["IRW"]["MiB"] > found["plain"]["MiB"]
-    few, many = batches  # the Gramian of a few samples is no more than what a step holds anyway
+    many = batches[-1]  # the Gramian of a few samples is no more than what a step holds anyway
     assert many["IRWO"]["MiB"] > 1.5 * many["IRW"]["MiB"]
