@@ -8,8 +8,6 @@ gradient of every loss at hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import add
 from typing import Protocol
 
 from torch import Tensor
@@ -55,7 +53,7 @@ class OneProcess:
         """Weights times length: the ordinary gradient is sum_j factor_j mean_j."""
         record = self.scheme.decide(as_one(passes), rows)
         self.note(record)
-        return record.weights * reduce(add, (factor * batch.scale for batch, factor in passes))
+        return record.weights * sum(factor * batch.scale for batch, factor in passes)
 
     def loss(self, batch: PerSampleLosses) -> Tensor:
         """Where the weights are known before backward, ordinary autograd does the rest."""

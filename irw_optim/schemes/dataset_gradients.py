@@ -22,8 +22,7 @@ from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.autodiff import backward_to
-from irw_optim.gradients.capture import walk
-from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.engine import Engine, LossGradients
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
 from irw_optim.schemes.forward_mode import (
@@ -80,7 +79,7 @@ class DatasetGradients:
     def losses(self) -> PerSampleLosses:
         """The losses of all rows, (n,), and their labels where every batch shows some."""
         batches = []
-        # Two batches at once: no graph holds anything. It is never slower, and often quicker.
+        # Two batches at once: no graph holds anything.
         sizes = list(map(len, self.samples.split(2 * self.reader.batch_size)))
         for indices, batch in self.reader.batches(self.samples, sizes):
             with torch.no_grad():
@@ -114,14 +113,10 @@ class DatasetGradients:
 
     def _by_backward(self, positions: Tensor, weights: Tensor) -> Iterator[Direction]:
         for some, indices, batch in self._read(positions):
-            with torch.enable_grad():
-                losses = self._losses_of(indices, batch).losses
-            graph = walk(losses)
-            self._extent = Extent.of(graph, len(indices))
-            graph.forget_calls()
-            leaves = [p for p in graph.leaves if self.scored(p)]
-            chosen = weights[some.to(weights.device)]
-            gradients = backward_to(leaves, losses, chosen, retain_graph=False)
+            with self._captured(indices, batch) as captured:
+                leaves = [p for p in captured.leaves if self.scored(p)]
+                chosen = weights[some.to(weights.device)]
+                gradients = backward_to(leaves, captured.losses, chosen, retain_graph=False)
             found = zip(leaves, gradients, strict=True)
             yield {p: g.to_dense() for p, g in found if g is not None}
 
@@ -179,14 +174,21 @@ class DatasetGradients:
 
     @contextmanager
     def _gradients(self, indices: Tensor, batch: Any) -> Iterator[PerSampleGradients]:
+        with self._captured(indices, batch) as captured:
+            device = captured.losses.device
+            with torch.autocast(device_type=device.type, enabled=False):
+                captured.start(torch.ones((), device=device), keep_graph=False)
+                yield captured.rows(self.scored)
+
+    @contextmanager
+    def _captured(self, indices: Tensor, batch: Any) -> Iterator[LossGradients]:
+        """The losses of a batch with what leads to them, until the end of the block."""
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
         captured = self.engine.capture(losses)
+        self._extent = Extent.of(captured.graph, max(1, len(indices)))
         try:
-            with torch.autocast(device_type=losses.device.type, enabled=False):
-                self._extent = Extent.of(captured.graph, max(1, len(indices)))
-                captured.start(torch.ones((), device=losses.device), keep_graph=False)
-                yield captured.rows(self.scored)
+            yield captured
         finally:
             captured.close()
 

@@ -38,7 +38,7 @@ SMALL = 2**20
 
 ATTENTION_AT_MOST = 1 / 4
 """As a share of the outputs of layers: numbers in matrices of attention that a fused kernel spares.
-Beyond it they cost more than forward mode gains, and memory in the square of the length."""
+Beyond it time and memory would soon be theirs, which grow with the square of the length."""
 
 FAILS = "forward mode fails"
 """What an `Engine` remembers of its model, beside what the engines know."""
