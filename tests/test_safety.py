@@ -16,6 +16,7 @@ from agreement import agree
 from torch import Tensor, nn
 
 from irw_optim import DBSCANFilter, IRWOptimizer
+from irw_optim.measure import peak_bytes
 
 ALPHA, B = 0.3, 8
 
@@ -356,3 +357,25 @@ def through(how: str, value):
     torch.save(value, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=False)
+
+
+def test_a_step_of_a_small_model_holds_hardly_more_than_a_plain_one():
+    x, y = torch.randn(64, 100), torch.randint(0, 2, (64,))
+
+    def held(wrapped):
+        layers = [nn.Linear(100, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2)]
+        model, criterion = nn.Sequential(*layers), nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if wrapped:
+            optimizer = IRWOptimizer(optimizer, alpha=0.2, model=model, criterion=criterion)
+
+        def step():
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+
+        for _ in range(9):  # past the comparisons with autograd at uses 1, 2, 4, 8
+            step()
+        return x.nbytes + sum(p.nbytes for p in model.parameters()) + peak_bytes(step)
+
+    assert held(wrapped=True) <= 1.2 * held(wrapped=False)

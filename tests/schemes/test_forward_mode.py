@@ -252,6 +252,19 @@ def test_an_engine_that_is_asked_for_makes_them_itself(engine, monkeypatch):
     assert reference.error(actual, by_hand(model, x, y)) < 1e-10
 
 
+def test_the_sum_over_s_goes_no_further_back_than_the_scores_need(monkeypatch):
+    asked, real = set(), dataset_gradients.backward_to
+
+    def noting(leaves, *args, **options):
+        asked.update(leaves)
+        return real(leaves, *args, **options)
+
+    monkeypatch.setattr(dataset_gradients, "backward_to", noting)
+    model, (x, y) = Pictures().double(), batch()
+    weights_of(model, x, y, score_parameters="last")
+    assert asked == set(model.layers[-1].parameters())
+
+
 class Attention(nn.Module):
     """2 heads over T positions; its layers put out 8 + 36 numbers a position."""
 
