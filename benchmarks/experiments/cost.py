@@ -49,7 +49,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "IRW": lambda: LOCAL,
     "IRW, last layer": lambda: Intrinsic(ALPHA, options={"score_parameters": "last"}),
     "IRWO": lambda: Intrinsic(ALPHA, options={"outliers": DBSCANFilter()}),
-    "global": lambda: Global(LOCAL, refresh=STEPS),
+    "global": lambda: Global(LOCAL, refresh=STEPS, unit="steps"),
 }
 BATCHES, WIDTHS, SIZES = (32, 128, 512, 1024), (32, 128, 512), (1000, 4000, 16000)
 
@@ -70,9 +70,9 @@ def steps_of(method: Method, data: Samples, recipe: Recipe) -> Callable[[], None
     return steps
 
 
-def compare(data: Samples, recipe: Recipe, rounds: int, names: list[str]) -> dict[str, Any]:
+def compare(data: Samples, recipe: Recipe, rounds: int) -> dict[str, Any]:
     """Milliseconds and mebibytes of a step."""
-    actions = {name: steps_of(METHODS[name](), data, recipe) for name in names}
+    actions = {name: steps_of(make(), data, recipe) for name, make in METHODS.items()}
     seconds = median_seconds(list(actions.values()), rounds)
     parameters = sum(p.numel() for p in mlp(data.x.shape[1], recipe.widths, 2).parameters())
     held = 4 * (3 * parameters + recipe.batch * data.x.shape[1])
@@ -187,14 +187,13 @@ def profile(data: Samples, batch: int, width: int, irwo: bool, rounds: int) -> d
 def run(fast: bool) -> report.Result:
     rounds = 2 if fast else 7
     data = split(load("adult"), 0, Sizes(train=2000 if fast else 16000))[0]
-    names = ["plain", "IRW", "IRWO"] if fast else list(METHODS)
     recipe = Recipe(batch=128)
     batches = {
-        b: compare(data, replace(recipe, batch=b), rounds, names)
+        b: compare(data, replace(recipe, batch=b), rounds)
         for b in (BATCHES[:2] if fast else BATCHES)
     }
     widths = {
-        w: compare(data, replace(recipe, widths=(w, w)), rounds, names)
+        w: compare(data, replace(recipe, widths=(w, w)), rounds)
         for w in (WIDTHS[:1] if fast else WIDTHS)
     }
     sizes = [renewal(data, n, rounds) for n in (SIZES[:1] if fast else SIZES)]

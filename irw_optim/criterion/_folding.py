@@ -41,6 +41,14 @@ class PerSampleLosses(NamedTuple):
     elements: Tensor | float | None = None
     summed: bool = False
 
+    def ordinary_factors(self) -> Tensor:
+        """What the ordinary gradient multiplies each loss's gradient with: (B,), detached."""
+        losses = self.losses.detach()
+        if self.counts is None:
+            return torch.full_like(losses, 1 / max(1, len(losses))) * self.scale
+        counts = self.counts.to(losses.dtype)
+        return counts / counts.sum().clamp(min=1) * self.scale
+
 
 def fold(
     elements: Tensor,

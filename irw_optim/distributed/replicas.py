@@ -107,9 +107,9 @@ class Replicas:
 
     finish = staticmethod(weighted_loss)
 
-    def meets(self, parameters: Iterable[Tensor]) -> Callable[[Tensor], bool]:
-        """Whether a leaf of a graph is one of these parameters."""
-        return set(parameters).__contains__
+    def leaves_of(self, parameters: Iterable[Tensor]) -> set[Tensor]:
+        """What autograd meets of these parameters."""
+        return set(parameters)
 
     def hear(self, loss: Tensor) -> None:
         """See `hear_in_time`."""

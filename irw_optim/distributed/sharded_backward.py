@@ -15,11 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.capture import CallSite
-from irw_optim.gradients.engine import LossGradients
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
-from irw_optim.gradients.verification import Difference, difference, probes_of, wrong_among
+from irw_optim.gradients.loss_gradients import LossGradients
+from irw_optim.gradients.verification import Difference, difference, probe_of, wrong_among
 from irw_optim.optimizer.backward import (
     ALREADY_PASSED,
     Weigh,
@@ -28,9 +29,6 @@ from irw_optim.optimizer.backward import (
     seed_of,
     without_autocast,
 )
-
-PROBES = 3
-"""Passes of a check, on every rank: FSDP gathers in each, whatever the rank has to compare."""
 
 WAY_OUT = (
     "choose score_parameters= without them (score_parameters='last' for the last layer), or train "
@@ -50,31 +48,48 @@ class Sharded(Protocol):
 
 
 def sharded_loss(
-    value: Tensor,
-    batch: LossGradients,
+    batch: PerSampleLosses,
+    captured: LossGradients,
     scored: Callable[[Tensor], bool],
     weigh: Weigh,
     model: Sharded,
 ) -> Tensor:
-    """A scalar with the given value whose gradient is ``sum_i c_i grad(loss_i)``.
+    """The criterion's value, whose gradient is ``sum_i c_i grad(loss_i)``.
 
     Args:
-        value: what the training loop sees, 0-dim, detached.
-        batch: the per-sample gradients.
+        batch: the per-sample losses, detached.
+        captured: their gradients.
         scored: which leaves' gradients make the score.
         weigh: chooses the factors c, from what arrives at the scalar and the rows.
         model: what the losses come from.
+
+    Raises:
+        NotImplementedError: inputs that require a gradient, which would be a weighted one.
     """
-    return deferred_loss(value, _ShardedPass(batch, scored, weigh, model), [batch.losses])
+    if captured.others:
+        raise NotImplementedError(
+            "the losses also lead to "
+            f"{', '.join(model.names_of(captured.others))}, which are no parameters of the model: "
+            "under fully_shard their gradient would be the weighted one. Detach them, "
+            "model(x.detach()), or take their gradient from a criterion that is not attached"
+        )
+    plan = _ShardedPass(batch, captured, scored, weigh, model)
+    return deferred_loss(batch.value, plan, [captured.losses])
 
 
 class _ShardedPass:
     """The plan of a node between losses and scalar, which hands the losses their factors."""
 
     def __init__(
-        self, batch: LossGradients, scored: Callable[[Tensor], bool], weigh: Weigh, model: Sharded
+        self,
+        batch: PerSampleLosses,
+        captured: LossGradients,
+        scored: Callable[[Tensor], bool],
+        weigh: Weigh,
+        model: Sharded,
     ) -> None:
         self.batch = batch
+        self.captured = captured
         self.scored = scored
         self.weigh = weigh
         self.model = model
@@ -84,19 +99,19 @@ class _ShardedPass:
         """The factor of every loss, for the gradient ``upstream`` of the scalar loss."""
         if self.done:
             raise RuntimeError(ALREADY_PASSED)
-        batch, keep_graph = self.batch, graph_is_kept()
+        captured, keep_graph = self.captured, graph_is_kept()
         try:
             with without_autocast(upstream.device.type):
-                rows = self._rows(seed_of(upstream))
-                return [self.weigh(upstream, rows).to(batch.losses.dtype)]
+                rows = self._rows(seed_of(upstream, self.batch))
+                return [self.weigh(upstream, rows).to(captured.losses.dtype)]
         finally:
             if not keep_graph:
                 self.done = True
-                batch.close()
+                captured.close()
 
     def _rows(self, seed: Tensor) -> GhostGradients:
         """G of this rank, from a pass that all ranks make alike."""
-        batch, columns = self.batch, {p for p in self.batch.leaves if self.scored(p)}
+        batch, columns = self.captured, {p for p in self.captured.leaves if self.scored(p)}
         if not columns:
             raise RuntimeError(
                 "the losses do not depend on any parameter that makes the scores: expected losses "
@@ -121,11 +136,11 @@ class _ShardedPass:
         Raises:
             NotImplementedError: parameters that the ghost products do not cover, on any rank.
         """
-        batch = self.batch
+        batch = self.captured
         missing: set[Tensor] = set()
         due = False
         if len(batch.losses):
-            covering = batch.engine.covering(batch.graph, len(batch.losses), report=False)
+            covering = batch.engine.covering(batch.graph, batch.leaves, batch.losses, report=False)
             missing, due = columns - covering.covered, covering.check_is_due()
         told = self.model.ranks.each(batch.losses.new_tensor([bool(missing), due]))
         anything_missing, check = told.amax(0).tolist()
@@ -142,14 +157,13 @@ class _ShardedPass:
         Raises:
             RuntimeError: they differ, on any rank.
         """
-        losses = self.batch.losses
-        wrong: dict[Tensor, float] = {}
-        probes = probes_of(losses)
-        for probe in probes + probes[:1] * (PROBES - len(probes)):
-            comparison = _Comparison(rows, probe)
-            with _seeing(columns, comparison):
-                torch.autograd.backward(losses, probe, retain_graph=True, inputs=list(columns))
-            wrong.update(comparison.wrong(columns))
+        losses = self.captured.losses
+        comparison = _Comparison(rows, probe_of(losses, self.captured.engine.random))
+        with _seeing(columns, comparison):
+            torch.autograd.backward(
+                losses, comparison.probe, retain_graph=True, inputs=list(columns)
+            )
+        wrong = comparison.wrong(columns)
         names = self._of_all_ranks(wrong)
         if names:
             raise RuntimeError(

@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.layerwise import OverShards
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import Replicas
 from irw_optim.distributed.sharded_backward import sharded_loss
 from irw_optim.distributed.sharding import groups_of, is_sharded
-from irw_optim.gradients.engine import LossGradients
+from irw_optim.gradients.loss_gradients import LossGradients
+from irw_optim.optimizer.backward import Weigh
 from irw_optim.optimizer.carried_loss import OneProcess, Weigher
 from irw_optim.weighting.local_scheme import Scheme
 from irw_optim.weighting.record import StepRecord
@@ -54,9 +56,10 @@ class Shards:
         found = [[whole for shard, whole in group.items() if shard in chosen] for group in groups]
         return [group for group in found if group]
 
-    def meets(self, parameters: Iterable[Tensor]) -> Callable[[Tensor], bool]:
-        """Whether a leaf of a graph is one of these parameters."""
-        return {whole for group in self.columns(parameters) for whole in group}.__contains__
+    def leaves_of(self, parameters: Iterable[Tensor]) -> set[Tensor]:
+        """What autograd meets of these parameters: whole ones, and those that are no shards."""
+        chosen = set(parameters)
+        return chosen.union(*self.columns(chosen))
 
     def names_of(self, parameters: Iterable[Tensor]) -> list[str]:
         """Names in the model of whole parameters; shapes for what is not the model's."""
@@ -80,13 +83,13 @@ class Shards:
 
     def finish(
         self,
-        value: Tensor,
-        batch: LossGradients,
+        batch: PerSampleLosses,
+        captured: LossGradients,
         scored: Callable[[Tensor], bool],
-        weigh: Any,
+        weigh: Weigh,
     ) -> Tensor:
         """See `sharded_loss`."""
-        return sharded_loss(value, batch, scored, weigh, self)
+        return sharded_loss(batch, captured, scored, weigh, self)
 
     def hear(self, loss: Tensor) -> None:
         """FSDP hears of a backward pass by itself."""

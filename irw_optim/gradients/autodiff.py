@@ -9,7 +9,9 @@ operation has no double backward, one backward pass a sample is exact too, only 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from irw_optim.gradients.materialized import MaterializedGradients, blocked_gram
 from irw_optim.gradients.protocol import Direction
 
 logger = logging.getLogger("irw_optim")
+
+PullBack: TypeAlias = Callable[[Sequence[Tensor], Tensor, bool], Sequence[Tensor | None]]
+"""``pull_back(leaves, weights, create_graph)``: the gradient of <weights, losses> for each leaf."""
 
 
 class AutodiffGradients:
@@ -28,20 +33,28 @@ class AutodiffGradients:
         parameters: leaves of that graph.
         known: what is remembered from step to step; ``known["row_by_row"]`` is set once an
             operation without double backward was met.
+        pull_back: ``pull_back(parameters, weights, create_graph)``, the backward pass to take;
+            None for autograd's own, which hooks on activations hear.
     """
 
     def __init__(
-        self, losses: Tensor, parameters: Sequence[Tensor], known: dict[str, bool] | None = None
+        self,
+        losses: Tensor,
+        parameters: Sequence[Tensor],
+        known: dict[str, bool] | None = None,
+        pull_back: PullBack | None = None,
     ) -> None:
         self.losses = losses
         self.parameters = list(parameters)
         self.batch_size = len(losses)
         self.known = {} if known is None else known
+        self.pull_back = partial(_by_autograd, losses) if pull_back is None else pull_back
         self._linear_map: tuple[Tensor, dict[Tensor, Tensor]] | None = None
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         if self.known.get("row_by_row") or self._linear_map is not None:
-            return self._backward(weights)
+            # Recorded graphs (CUDA) write into the same memory at every pass.
+            return {p: g.clone() for p, g in self._backward(weights).items()}
         u = weights.detach().to(self.losses.dtype).clone().requires_grad_()
         combined = self._backward(u, create_graph=True)
         self._linear_map = u, combined
@@ -115,9 +128,7 @@ class AutodiffGradients:
         return self._linear_map
 
     def _backward(self, weights: Tensor, create_graph: bool = False) -> dict[Tensor, Tensor]:
-        gradients = backward_to(
-            self.parameters, self.losses, weights, retain_graph=True, create_graph=create_graph
-        )
+        gradients = self.pull_back(self.parameters, weights, create_graph)
         return {
             p: torch.zeros_like(p) if g is None else g.to_dense()
             for p, g in zip(self.parameters, gradients, strict=True)
@@ -130,11 +141,18 @@ class AutodiffGradients:
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         """The per-sample gradients of some samples, one backward pass each: (b, *p.shape)."""
-        rows = [self._row(i) for i in range(self.batch_size)[samples]]
-        return {
-            p: torch.stack([row[p] for row in rows]) if rows else p.new_zeros(0, *p.shape)
-            for p in self.parameters
-        }
+        chosen = range(self.batch_size)[samples]
+        blocks = {p: p.new_empty(len(chosen), *p.shape) for p in self.parameters}
+        for place, sample in enumerate(chosen):
+            for p, gradient in self._row(sample).items():
+                blocks[p][place] = gradient
+        return blocks
+
+
+def _by_autograd(
+    losses: Tensor, leaves: Sequence[Tensor], weights: Tensor, create_graph: bool
+) -> Sequence[Tensor | None]:
+    return backward_to(leaves, losses, weights, retain_graph=True, create_graph=create_graph)
 
 
 def backward_to(
@@ -145,7 +163,7 @@ def backward_to(
     retain_graph: bool,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """A backward pass of our own: the gradient of <weights, losses>, unheard by anybody.
+    """A backward pass of autograd's: the gradient of <weights, losses>, unheard by the leaves.
 
     A hook on a parameter belongs to the gradient that the parameter finally gets. Here it would be
     called besides, with something else, and what it returns would change the result.

@@ -6,6 +6,8 @@ no gradient of single samples arrives there. It arrives at the sum, which passes
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
@@ -30,7 +32,7 @@ def with_batch(graph: Graph, batch_size: int) -> Graph:
     return graph._replace(sites=moved)
 
 
-def _sums_entered(site: CallSite, nodes: set[Node]) -> list[Node] | None:
+def _sums_entered(site: CallSite, nodes: Iterable[Node]) -> list[Node] | None:
     """The additions that read the output, or None where anything else reads it."""
     output = (site.edge.node, site.edge.output_nr)
     readers = [node for node in nodes for parent in node.next_functions if parent == output]

@@ -33,11 +33,27 @@ class CallSite(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """What leads to a vector of losses: layer calls, leaves, and the nodes in between."""
+    """What leads to a vector of losses.
+
+    Attributes:
+        sites: layer calls.
+        leaves: what gradients are accumulated in.
+        leaf_nodes: the nodes that accumulate them.
+        order: the nodes in between, each before those it reads from.
+        nodes: the place of each in this order.
+        wiring: who reads from whom, as numbers: equal for graphs that are wired alike.
+    """
 
     sites: list[CallSite]
     leaves: list[Tensor]
-    nodes: set[Node]
+    leaf_nodes: list[Node]
+    order: list[Node]
+    nodes: dict[Node, int]
+    wiring: list[int]
+
+    @classmethod
+    def empty(cls) -> Graph:
+        return cls([], [], [], [], {}, [])
 
     def forget_calls(self) -> None:
         """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
@@ -66,22 +82,40 @@ def walk(losses: Tensor) -> Graph:
     sites: list[CallSite] = []
     leaves: list[Tensor] = []
     leaf_nodes: list[Node] = []
-    stack = [losses.grad_fn] if losses.grad_fn is not None else []
-    seen: set[Node] = set(stack)
-    while stack:
-        node = stack.pop()
-        following = node.next_functions
-        if not following and (leaf := getattr(node, "variable", None)) is not None:
-            leaves.append(leaf)
-            leaf_nodes.append(node)
-            continue
+    order: list[Node] = []
+    wiring: list[int] = []
+    root = losses.grad_fn
+    seen: dict[Node, int] = {} if root is None else {root: 0}
+    # Depth first; a node is written down when all that it reads from is: the order, from its end.
+    path = [] if root is None else [(root, iter(root.next_functions))]
+    while path:
+        node, parents = path[-1]
+        for parent, output in parents:
+            if parent is None:
+                wiring.append(-1)
+                continue
+            number = seen.get(parent)
+            if number is not None:
+                wiring += (number, output)
+                continue
+            number = seen[parent] = len(seen)
+            wiring += (number, output)
+            following = parent.next_functions
+            if not following and (leaf := getattr(parent, "variable", None)) is not None:
+                leaves.append(leaf)
+                leaf_nodes.append(parent)
+                continue
+            path.append((parent, iter(following)))
+            break
+        else:
+            path.pop()
+            order.append(node)
+    order.reverse()
+    for node in order:
         for number, (call, shape) in _notes(node).get(_KEY, {}).items():
             sites.append(CallSite(call, GradientEdge(node, number), shape))
-        for parent, _ in following:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return Graph(sites, leaves, seen.difference(leaf_nodes))
+    nodes = {node: place for place, node in enumerate(order)}
+    return Graph(sites, leaves, leaf_nodes, order, nodes, wiring)
 
 
 def output_shape(node: Node) -> torch.Size | None:

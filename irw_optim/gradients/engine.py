@@ -2,25 +2,29 @@
 
 ``auto`` takes the ghost products for every parameter they cover exactly, and autodiff for the
 rest. What they cover is known from the graph of each loss; whether exactly, from a comparison at
-the first steps and whenever the set of layers changes.
+the first steps, whenever parameters are read in a new way, and always where samples may mix.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from threading import Lock
+from typing import TypeVar
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
-from irw_optim.gradients.autodiff import AutodiffGradients, backward_to
 from irw_optim.gradients.broadcast import with_batch
 from irw_optim.gradients.capture import Graph, hook_layers, walk
-from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
-from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
-from irw_optim.gradients.verification import compare_with_autograd
+from irw_optim.gradients.coverage import Covering, Trust, covering_of, found_in, kind_of
+from irw_optim.gradients.loss_gradients import LossGradients
+from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch
 
 logger = logging.getLogger("irw_optim")
+
+_Value = TypeVar("_Value")
 
 KNOWN_GRAPHS = 256
 """Kinds of graphs remembered at once: a forward that changes for ever must not fill the memory."""
@@ -49,56 +53,85 @@ class Engine:
 
     def _forget(self) -> None:
         self.known: dict[str, bool] = {}
-        self.coverings: dict[tuple[object, ...], Covering] = {}
+        self.batches: dict[Hashable, Batch] = {}
+        self.coverings: dict[Hashable, Covering] = {}
+        self.trust: dict[Hashable, Trust] = {}
+        self.told: set[str] = set()
+        self.random = torch.Generator().manual_seed(0)
 
-    def capture(self, losses: Tensor) -> LossGradients:
-        """Take note of a batch of losses: what leads to them, and who else shares it."""
-        batch = LossGradients(self, losses, with_batch(walk(losses), len(losses)))
-        for other in _WAITING:
-            if not other.graph.nodes.isdisjoint(batch.graph.nodes):
-                other.sharing.add(batch)
-                batch.sharing.add(other)
-        _WAITING.add(batch)
+    def capture(
+        self, losses: Tensor, owns: Callable[[Tensor], bool] | None = None
+    ) -> LossGradients:
+        """Take note of a batch of losses: what leads to them, and who else shares it.
+
+        Args:
+            losses: (B,), with their graph.
+            owns: which leaves are the model's; None for all. The others' gradient is the plain one.
+        """
+        graph = with_batch(walk(losses), len(losses))
+        batch = LossGradients(self, losses, graph, owns)
+        _WAITING.join(batch)
         return batch
 
-    def covering(self, graph: Graph, batch_size: int, *, report: bool = True) -> Covering:
-        """What is known of graphs with these layers and leaves.
+    def left(self, batch: LossGradients) -> None:
+        """The backward pass of a batch is over."""
+        _WAITING.leave(batch)
+
+    def covering(
+        self, graph: Graph, own: Sequence[Tensor], losses: Tensor, *, report: bool = True
+    ) -> Covering:
+        """What is known of graphs of this kind.
 
         Args:
             graph: of one vector of losses.
-            batch_size: B.
+            own: the leaves that are the model's.
+            losses: (B,).
             report: whether to say what is left to autodiff, or to refuse it.
         """
-        found = [call.find_batch(batch_size, shape) for call, _, shape in graph.sites]
-        key = (
-            batch_size > 1,  # one sample alone does not show whether the forward mixes them
-            *found,
-            *[call.arrangement() for call, _, _ in graph.sites],
-            *[id(p) for call, _, _ in graph.sites for p in call.parameters.values()],
-            *map(id, graph.leaves),
-            frozenset(map(type, graph.nodes)),
-        )
-        covering = self.coverings.get(key)
+        size = len(losses)
+        batch = self._follow(losses, graph) if graph.sites and size > 1 else Batch(None)
+        found = found_in(graph, size, batch)
+        kind = kind_of(graph, own, found, size, batch)
+        covering = self.coverings.get(kind)
         if covering is None:
-            if len(self.coverings) >= KNOWN_GRAPHS:
-                self.coverings.clear()
-            covering = self.coverings[key] = _what_is_covered(graph, found)
+            trust = self.trust.setdefault((size > 1, batch.mixed_by), Trust())
+            covering = covering_of(graph, own, found, size, batch, trust)
+            _remember(self.coverings, kind, covering)
             if report:
-                self._report(covering, graph.leaves)
+                self._report(covering, own)
         return covering
+
+    def _follow(self, losses: Tensor, graph: Graph) -> Batch:
+        known = fingerprint(losses, graph)
+        batch = None if known is None else self.batches.get(known)
+        if batch is None:
+            batch = follow_batch(losses, graph)
+            if known is not None:
+                _remember(self.batches, known, batch)
+        return batch
 
     def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:
         """Stop using the ghost products for parameters on which autograd disagrees."""
         covering.lose(wrong)
-        worst = max(wrong.values())
+        self.coverings = {k: c for k, c in self.coverings.items() if c.trust is not covering.trust}
+        by = covering.mixed_by
         reason = (
-            f"the ghost products differ from autograd by up to {worst:.2g} of the gradient for "
-            f"{self.names_of(wrong)}: the forward mixes samples or uses these parameters outside "
-            "their layers"
+            f"their samples meet in the forward (at {by.rpartition('::')[2]})"
+            if by is not None
+            else "they are also used outside of their layers, or by a rule that is not theirs"
         )
+        names = self.names_of(wrong)
         if self.kind == "ghost":
-            raise RuntimeError(f'engine="ghost": {reason}; use engine="auto"')
-        logger.warning("%s; they go through autodiff from now on, exact but slower", reason)
+            raise RuntimeError(
+                f'engine="ghost" is not exact for {names}: {reason}, and the ghost products differ '
+                f"from autograd by {max(wrong.values()):.2g} of the gradient; use "
+                'engine="auto"'
+            )
+        self._tell(
+            logging.WARNING,
+            "mixing" if by is not None else "outside",
+            f"{names} are scored by autodiff, exact but slower: {reason}",
+        )
 
     def covered_parameters(self) -> set[Tensor]:
         """The parameters that the ghost products covered in every graph met so far."""
@@ -127,8 +160,8 @@ class Engine:
         self.__dict__.update(state)
         self._forget()
 
-    def _report(self, covering: Covering, leaves: list[Tensor]) -> None:
-        rest = [p for p in leaves if p not in covering.covered]
+    def _report(self, covering: Covering, own: Sequence[Tensor]) -> None:
+        rest = [p for p in own if p not in covering.covered and p not in covering.trust.lost]
         if not rest or self.kind == "autodiff":
             return
         if self.kind == "ghost":
@@ -136,162 +169,47 @@ class Engine:
                 f'engine="ghost" does not cover {self.names_of(rest)}; use engine="auto", which '
                 "takes autodiff for them"
             )
-        logger.info(
-            "ghost products for %d parameters, autodiff (exact, slower) for %s",
-            len(covering.covered),
-            self.names_of(rest),
+        self._tell(
+            logging.INFO,
+            "uncovered",
+            f"quick products for {len(covering.covered)} parameters, autodiff (exact, slower) for "
+            f"{self.names_of(rest)}, which no layer with a rule reads alone",
         )
 
+    def _tell(self, level: int, about: str, text: str) -> None:
+        """Say it once for a model; a forward that varies would say it at every turn."""
+        logger.log(logging.DEBUG if about in self.told else level, text)
+        self.told.add(about)
 
-class Covering:
-    """Which parameters the ghost products cover, and when to look whether they still do.
 
-    Args:
-        covered: the parameters that only layers with a rule read.
-        whole: whether those are all there is: nothing is left for autograd.
+def _remember(known: dict[Hashable, _Value], key: Hashable, value: _Value) -> None:
+    if len(known) >= KNOWN_GRAPHS:
+        known.clear()
+    known[key] = value
+
+
+class _Waiting:
+    """Losses whose backward pass is still to come, whichever engine's: they may share a graph.
+
+    Trainings may run in several threads, and a backward pass in one of autograd's.
     """
 
-    def __init__(self, covered: set[Tensor], whole: bool) -> None:
-        self.covered = covered
-        self.whole = whole
-        self.reached: set[int] = set()
-        self.uses = 0
+    def __init__(self) -> None:
+        self.batches: WeakSet[LossGradients] = WeakSet()
+        self.lock = Lock()
 
-    def check_is_due(self) -> bool:
-        """At uses 1, 2, 4, 8, ...: proven once is not for ever, where a forward may change."""
-        self.uses += 1
-        return self.uses & (self.uses - 1) == 0
+    def join(self, batch: LossGradients) -> None:
+        nodes = batch.graph.nodes.keys()
+        with self.lock:
+            for other in self.batches:
+                if not nodes.isdisjoint(other.graph.nodes.keys()):
+                    other.sharing.add(batch)
+                    batch.sharing.add(other)
+            self.batches.add(batch)
 
-    def lose(self, parameters: Iterable[Tensor]) -> None:
-        """Leave these parameters to autograd from now on."""
-        self.covered.difference_update(parameters)
-        self.whole = False
-
-
-def _what_is_covered(graph: Graph, found: list[bool]) -> Covering:
-    inside: set[Tensor] = set()
-    outside: set[Tensor] = set()
-    for (call, _, _), has_batch in zip(graph.sites, found, strict=True):
-        (inside if has_batch else outside).update(call.parameters.values())
-    covered = inside.difference(outside).intersection(graph.leaves)
-    whole = covered.issuperset(inside | outside | set(graph.leaves))
-    sparse = any(call.needs_autograd_combine for call, _, _ in graph.sites)
-    return Covering(covered, whole and not sparse)
+    def leave(self, batch: LossGradients) -> None:
+        with self.lock:
+            self.batches.discard(batch)
 
 
-class LossGradients:
-    """The per-sample gradients behind one vector of losses, from forward to the end of backward.
-
-    Args:
-        engine: what is known from earlier batches.
-        losses: (B,), with their graph.
-        graph: what leads to them.
-    """
-
-    def __init__(self, engine: Engine, losses: Tensor, graph: Graph) -> None:
-        self.engine = engine
-        self.losses = losses
-        self.graph = graph
-        self.leaves = graph.leaves
-        self.sharing: WeakSet[LossGradients] = WeakSet()
-        self.rest = list(graph.leaves)
-        self.finished_by_autograd = self.rest
-        self.ghost: GhostGradients | None = None
-
-    def start(self, seed: Tensor, keep_graph: bool) -> None:
-        """The backward pass to the layers' outputs, with its check where one is due.
-
-        Args:
-            seed: 0-dim, not zero; the scale that the losses carry into half precision.
-            keep_graph: whether somebody else will still walk the graph.
-        """
-        graph = self.graph
-        covering = self.engine.covering(graph, self.losses.shape[0])
-        if not covering.covered:
-            return
-        check = bool(len(self.losses)) and covering.check_is_due()
-        if covering.whole and not check:
-            self.rest = self.finished_by_autograd = []
-            retain = keep_graph or bool(self.sharing)
-            self.ghost = ghost_gradients(
-                self.losses, graph.sites, seed, retain_graph=retain, reached=covering.reached
-            )
-            return
-        covered = covering.covered
-        sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
-        ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True)
-        covering.reached = ghost.reached  # asked for where all sites are covered alone
-        if check:
-            parameters = [p for p in self.leaves if p in covered]
-            wrong = compare_with_autograd(self.losses, ghost, parameters)
-            if wrong:
-                self.engine.reject(covering, wrong)
-        sparse = {
-            p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()
-        }
-        self.rest = [p for p in self.leaves if p not in covered]
-        self.finished_by_autograd = [p for p in self.leaves if p not in covered or p in sparse]
-        self.ghost = ghost.restricted_to(covered)
-
-    def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
-        """G with the columns of the chosen parameters."""
-        if self.ghost is not None and not self.rest and all(map(parameters, self.leaves)):
-            return self.ghost
-        parts: list[PerSampleGradients] = []
-        chosen = {p for p in self.leaves if parameters(p)}
-        rest = [p for p in self.rest if p in chosen]
-        if self.ghost is not None:
-            part = self.ghost.restricted_to(chosen)
-            if part.calls:
-                parts.append(part)
-        if rest:
-            parts.append(AutodiffGradients(self.losses, rest, self.engine.known))
-        if not parts:
-            raise RuntimeError(
-                "the losses do not depend on any parameter that makes the scores: expected losses "
-                "computed from the model under torch.enable_grad(), and score_parameters among "
-                "the trainable parameters"
-            )
-        return parts[0] if len(parts) == 1 else StackedGradients(parts)
-
-    def weighted_sum(self, weights: Tensor, keep_graph: bool) -> list[Tensor | None]:
-        """Sum of w_i times the gradient of loss i, for every leaf in the order of `leaves`.
-
-        This may be the last use: layers that only autograd can finish, and uncovered leaves, take
-        one ordinary backward pass.
-        """
-        total: dict[Tensor, Tensor] = {}
-        rest = self.finished_by_autograd
-        last = not keep_graph and not self.sharing
-        if self.ghost is not None and not rest:
-            ghost = self.ghost
-            if last:
-                self._let_go()
-            total = ghost.combine(weights, release=last)
-        elif self.ghost is not None:
-            total = self.ghost.restricted_to(set(self.leaves).difference(rest)).combine(weights)
-        if rest:
-            gradients = backward_to(rest, self.losses, weights, retain_graph=not last)
-            total.update((p, g) for p, g in zip(rest, gradients, strict=True) if g is not None)
-        return [None if (g := total.get(p)) is None else g.to(p.dtype) for p in self.leaves]
-
-    def close(self) -> None:
-        """The backward pass is over: nothing of it may be held any longer."""
-        _WAITING.discard(self)
-        for other in self.sharing:
-            other.sharing.discard(self)
-        if not self.sharing:
-            self._let_go()
-        self.ghost = None
-        self.losses = self.losses.detach()
-        self.graph = Graph([], [], set())
-
-    def _let_go(self) -> None:
-        """Hold the layers' inputs and output gradients no longer, here and on the graph."""
-        self.graph.forget_calls()
-        self.graph = Graph([], [], set())
-        self.ghost = None
-
-
-_WAITING: WeakSet[LossGradients] = WeakSet()
-"""Losses whose backward pass is still to come, whichever engine's: they may share a graph."""
+_WAITING = _Waiting()

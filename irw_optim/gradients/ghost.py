@@ -152,7 +152,8 @@ def _arrive(
 
 def _settled(site: CallSite, gradient: Tensor, retain_graph: bool) -> LayerCall:
     """The call with its output gradient, or the rows that are made of both."""
-    call = site.call
+    # Another loss of the same graph has output gradients of its own.
+    call = site.call.copy() if retain_graph else site.call
     check_inputs([call])
     call.set_output_gradient(
         gradient if gradient.shape == site.shape else gradient.reshape(site.shape)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.concatenated import ConcatenatedGradients
-from irw_optim.gradients.engine import Engine, LossGradients
 from irw_optim.gradients.ghost import check_inputs
+from irw_optim.gradients.loss_gradients import LossGradients, is_wanted
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.optimizer.backward import (
@@ -46,7 +47,7 @@ class LogicalBatch:
     def loss(
         self,
         batch: PerSampleLosses,
-        engine: Engine,
+        captured: LossGradients,
         scored: Callable[[Tensor], bool],
         coefficients: Coefficients,
     ) -> Tensor:
@@ -54,14 +55,14 @@ class LogicalBatch:
 
         Args:
             batch: per-sample losses of one physical batch, with their graph.
-            engine: gives the per-sample gradients.
+            captured: their gradients.
             scored: which parameters make the scores.
             coefficients: the factor on every loss's gradient, from all passes and their rows.
         """
-        member = _Member(self, batch, engine.capture(batch.losses), scored, coefficients)
         # Not the leaves: hooks on parameters would be called in passes that give no gradient.
         anchor = torch.zeros_like(batch.value).requires_grad_()
-        return deferred_loss(batch.value, member, [anchor])
+        member = _Member(self, batch, captured, scored, coefficients, get_gradient_edge(anchor))
+        return deferred_loss(batch.value, member, [anchor, *captured.others])
 
     def finish(self) -> None:
         """Decide with the members there are, and add the gradient to ``p.grad``."""
@@ -106,7 +107,9 @@ class _Member:
         captured: LossGradients,
         scored: Callable[[Tensor], bool],
         coefficients: Coefficients,
+        anchor: GradientEdge,
     ) -> None:
+        self.anchor = anchor
         self.logical = logical
         self.batch = batch._replace(losses=batch.losses.detach())
         self.captured = captured
@@ -117,35 +120,44 @@ class _Member:
 
     def gradients(self, upstream: Tensor) -> list[Tensor | None]:
         """Start this batch; the k-th pass adds the gradient of the whole to ``p.grad``."""
-        logical, captured = self.logical, self.captured
+        captured = self.captured
         if self.started:
             raise RuntimeError(
                 "a second backward pass through one loss cannot be a part of a logical batch: "
                 "expected one backward() for each loss, or IRWOptimizer without accumulation_steps"
             )
-        self.started = True
+        others = [leaf for leaf in captured.others if captured.is_wanted(leaf)]
+        weighted = is_wanted(self.anchor.node)
         with without_autocast(upstream.device.type):
-            keep_graph = graph_is_kept()
-            walked = walked_by_this_backward(captured)
-            captured.start(seed_of(upstream), keep_graph or walked)
-            if walked and not keep_graph and captured.finished_by_autograd:
-                captured.close()
-                raise RuntimeError(
-                    "the total loss has another term that goes through the model's graph, and "
-                    "some parameters need that graph until the logical batch is complete: use "
-                    "backward(retain_graph=True), or IRWOptimizer without accumulation_steps"
-                )
-            self.factor = upstream
-            logical.members.append(self)
-            if len(logical.members) == logical.size:
-                logical.finish()
-        return [None]
+            if weighted:
+                self._start(upstream)
+            plain = {}
+            if others:
+                factors = upstream * self.batch.ordinary_factors()
+                plain = captured.plain_sum(others, factors, heard=weighted)
+            if weighted and len(self.logical.members) == self.logical.size:
+                self.logical.finish()
+        return [None, *[plain.get(leaf) for leaf in captured.others]]
+
+    def _start(self, upstream: Tensor) -> None:
+        captured = self.captured
+        self.started = True
+        keep_graph = graph_is_kept()
+        walked = walked_by_this_backward(captured)
+        captured.start(seed_of(upstream, self.batch), keep_graph or walked)
+        if walked and not keep_graph and captured.finished_by_autograd:
+            captured.close()
+            raise RuntimeError(
+                "the total loss has another term that goes through the model's graph, and "
+                "some parameters need that graph until the logical batch is complete: use "
+                "backward(retain_graph=True), or IRWOptimizer without accumulation_steps"
+            )
+        self.factor = upstream
+        self.logical.members.append(self)
 
     def weighted_sum(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """Sum of w_i times the gradient of loss i, by leaf."""
         captured = self.captured
         if captured.ghost is not None:
             check_inputs(captured.ghost.calls)
-        gradients = captured.weighted_sum(weights, keep_graph=False)
-        leaves = zip(captured.leaves, gradients, strict=True)
-        return {leaf: gradient for leaf, gradient in leaves if gradient is not None}
+        return captured.weighted_sum(weights, keep_graph=False)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from math import isfinite
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.engine import LossGradients
+from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 
 Weigh = Callable[[Tensor, PerSampleGradients], Tensor]
@@ -28,18 +30,24 @@ ALREADY_PASSED = (
 
 
 def weighted_loss(
-    value: Tensor, batch: LossGradients, scored: Callable[[Tensor], bool], weigh: Weigh
+    batch: PerSampleLosses,
+    captured: LossGradients,
+    scored: Callable[[Tensor], bool],
+    weigh: Weigh,
 ) -> Tensor:
-    """A scalar with the given value whose gradient is ``sum_i c_i grad(loss_i)``.
+    """The criterion's value, whose gradient is ``sum_i c_i grad(loss_i)``.
+
+    That of what is not the model's (inputs, other networks) is the ordinary one.
 
     Args:
-        value: what the training loop sees, 0-dim, detached.
-        batch: the per-sample gradients.
+        batch: the per-sample losses, detached.
+        captured: their gradients.
         scored: which parameters' gradients make the score.
         weigh: chooses the factors c when the gradients are known, from them and from the gradient
             that arrives at the scalar, 0-dim.
     """
-    return deferred_loss(value, _Pass(batch, scored, weigh), batch.leaves)
+    plan = _Pass(batch, captured, scored, weigh)
+    return deferred_loss(batch.value, plan, [*captured.leaves, *captured.others])
 
 
 class Plan(Protocol):
@@ -59,11 +67,13 @@ class _Pass:
 
     def __init__(
         self,
-        batch: LossGradients,
+        batch: PerSampleLosses,
+        captured: LossGradients,
         scored: Callable[[Tensor], bool],
         weigh: Weigh,
     ) -> None:
         self.batch = batch
+        self.captured = captured
         self.scored = scored
         self.weigh = weigh
         self.done = False
@@ -72,18 +82,28 @@ class _Pass:
         """The gradient of every leaf, for the gradient ``upstream`` of the scalar loss."""
         if self.done:
             raise RuntimeError(ALREADY_PASSED)
-        batch = self.batch
+        captured = self.captured
         keep_graph = graph_is_kept()
         try:
             with without_autocast(upstream.device.type):
-                shared = keep_graph or walked_by_this_backward(batch)
-                batch.start(seed_of(upstream), shared)
-                return batch.weighted_sum(self.weigh(upstream, batch.rows(self.scored)), shared)
+                total: dict[Tensor, Tensor] = {}
+                others = [leaf for leaf in captured.others if captured.is_wanted(leaf)]
+                weighted = not others or any(map(captured.is_wanted, captured.leaves))
+                shared = keep_graph or walked_by_this_backward(captured)
+                if weighted:
+                    captured.start(seed_of(upstream, self.batch), shared)
+                if others:
+                    factors = upstream * self.batch.ordinary_factors()
+                    total |= captured.plain_sum(others, factors, heard=weighted)
+                if weighted:
+                    weights = self.weigh(upstream, captured.rows(self.scored))
+                    total |= captured.weighted_sum(weights, shared)
+                return [total.get(leaf) for leaf in (*captured.leaves, *captured.others)]
         finally:
             if not keep_graph:
                 self.done = True
                 self.weigh = _forgotten  # it knows the losses, and they the graph
-                batch.close()
+                captured.close()
 
 
 class _DeferredLoss(torch.autograd.Function):
@@ -108,15 +128,17 @@ def _forgotten(upstream: Tensor, rows: PerSampleGradients) -> Tensor:
     raise AssertionError("weights are asked for once a backward pass, and this one is over")
 
 
-def seed_of(upstream: Tensor) -> Tensor:
-    """The factor that the losses carry through their backward pass.
+def seed_of(upstream: Tensor, batch: PerSampleLosses) -> Tensor:
+    """The factor that every loss carries through its backward pass: that of the ordinary mean.
 
-    A factor on the loss (a gradient scaler's, 1/accumulation steps) rides along, since half
-    precision may need it, and leaves the weights alone; 0 would take the weights with it.
+    So hooks on activations hear gradients of the size that they expect, and half precision gets the
+    scale that was chosen for it (a gradient scaler's, 1/accumulation steps), which leaves the
+    weights alone; 0 would take the weights with it.
     """
-    if upstream.device.type == "cpu":  # looking at it waits for nothing there
-        return upstream if upstream.item() else torch.ones_like(upstream)
-    return torch.where(upstream == 0, torch.ones_like(upstream), upstream)
+    seed = upstream * (batch.scale / max(1, len(batch.losses)))
+    if seed.device.type == "cpu":  # looking at it waits for nothing there
+        return seed if seed.item() and isfinite(seed.item()) else torch.ones_like(seed)
+    return torch.where((seed != 0) & seed.isfinite(), seed, torch.ones_like(seed))
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
@@ -131,6 +153,6 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def walked_by_this_backward(batch: LossGradients) -> bool:
+def walked_by_this_backward(captured: LossGradients) -> bool:
     """Whether another term of the total loss goes through the same graph after us."""
-    return any(torch._C._will_engine_execute_node(node) for node in batch.graph.nodes)
+    return any(torch._C._will_engine_execute_node(node) for node in captured.graph.order)

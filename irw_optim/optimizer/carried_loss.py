@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.gradients.engine import Engine, LossGradients
+from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.optimizer.accumulation import LogicalBatch
 from irw_optim.optimizer.backward import Weigh, weighted_loss
@@ -22,7 +22,7 @@ from irw_optim.weighting.local_scheme import NoRows, Scheme
 from irw_optim.weighting.record import StepRecord
 
 Note = Callable[[StepRecord], None]
-Finish = Callable[[Tensor, LossGradients, Callable[[Tensor], bool], Weigh], Tensor]
+Finish = Callable[[PerSampleLosses, LossGradients, Callable[[Tensor], bool], Weigh], Tensor]
 
 
 class Weigher(Protocol):
@@ -35,6 +35,16 @@ class Weigher(Protocol):
 
     def loss(self, batch: PerSampleLosses) -> Tensor:
         """The criterion's value, carrying the weighted gradient, by the losses alone."""
+
+
+def ordinary_loss(batch: PerSampleLosses) -> Tensor:
+    """The criterion's value with its own gradient: nobody's samples are weighed."""
+    return _with_gradient(batch, batch.ordinary_factors())
+
+
+def _with_gradient(batch: PerSampleLosses, factors: Tensor) -> Tensor:
+    carrier = (factors.to(batch.losses.dtype) * batch.losses).sum()
+    return carrier + (batch.value - carrier).detach()
 
 
 class OneProcess:
@@ -58,8 +68,7 @@ class OneProcess:
     def loss(self, batch: PerSampleLosses) -> Tensor:
         """Where the weights are known before backward, ordinary autograd does the rest."""
         record = self.scheme.decide(batch, NoRows(len(batch.losses)))
-        weighted = batch.scale * (record.weights.to(batch.losses.dtype) * batch.losses).sum()
-        loss = weighted + (batch.value - weighted).detach()
+        loss = _with_gradient(batch, record.weights * batch.scale)
         loss.register_hook(lambda _: self.note(record))
         return loss
 
@@ -67,7 +76,7 @@ class OneProcess:
 def carried_loss(
     batch: PerSampleLosses,
     weigher: Weigher,
-    engine: Engine,
+    captured: LossGradients,
     scored: Callable[[Tensor], bool],
     logical: LogicalBatch | None = None,
     finish: Finish = weighted_loss,
@@ -77,18 +86,23 @@ def carried_loss(
     Args:
         batch: per-sample losses with their graph.
         weigher: chooses the weights.
-        engine: gives the per-sample gradients.
+        captured: the per-sample gradients.
         scored: which parameters make the scores.
         logical: the passes that this one is weighed with; None for this one alone.
         finish: makes the loss out of rows; that of a sharded model is another.
     """
+    if not captured.leaves:
+        captured.close()
+        return ordinary_loss(batch)
     if logical is not None:
-        return logical.loss(batch, engine, scored, weigher.coefficients)
-    if not weigher.scheme.needs_gradients:
+        return logical.loss(batch, captured, scored, weigher.coefficients)
+    by_losses = not weigher.scheme.needs_gradients
+    if by_losses and not captured.others:
+        captured.close()
         return weigher.loss(batch)
     detached = batch._replace(losses=batch.losses.detach())
 
     def weigh(upstream: Tensor, rows: PerSampleGradients) -> Tensor:
         return weigher.coefficients([Pass(detached, upstream)], rows)
 
-    return finish(batch.value, engine.capture(batch.losses), scored, weigh)
+    return finish(detached, captured, scored, weigh)

@@ -55,6 +55,7 @@ class WeightedBackward:
         self.replicas = replicas
         self.progress = Progress()
         self.logical = LogicalBatch(accumulation_steps)
+        self._own: set[Tensor] = set()
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -78,8 +79,8 @@ class WeightedBackward:
         loss = carried_loss(
             batch,
             self._weigher(scheme, scored),
-            self.engine,
-            self.replicas.meets(scored),
+            self.engine.capture(batch.losses, self._owns),
+            self.replicas.leaves_of(scored).__contains__,
             logical,
             self.replicas.finish,
         )
@@ -132,7 +133,15 @@ class WeightedBackward:
         self.logical.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "logical": LogicalBatch(self.accumulation_steps)}
+        return {**vars(self), "logical": LogicalBatch(self.accumulation_steps), "_own": set()}
+
+    def _owns(self, leaf: Tensor) -> bool:
+        """Whether a leaf is a parameter of the model, or one that is updated."""
+        if leaf not in self._own:  # or has become one since
+            model = self.engine.model
+            others = () if model is None else model.parameters()
+            self._own = self.replicas.leaves_of([*self.parameters, *others])
+        return leaf in self._own
 
     def _weigher(self, scheme: Scheme, scored: Sequence[Tensor]) -> Weigher:
         over = self.replicas.weigher(scheme, self.note, scored, self.accumulation_steps)

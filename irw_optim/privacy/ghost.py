@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.gradients.engine import Engine, LossGradients
+from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.ghost import GhostGradients
+from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.norms import row_norms
 from irw_optim.gradients.protocol import Direction
 from irw_optim.optimizer.backward import deferred_loss, walked_by_this_backward, without_autocast

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.autodiff import backward_to
-from irw_optim.gradients.engine import Engine, LossGradients
+from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
 from irw_optim.schemes.forward_mode import (

@@ -48,6 +48,8 @@ class Global:
 
     local: Intrinsic
     use: str = "reweighting"
+    refresh: int = 1
+    unit: str = "epochs"
 
     def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
         optimizer = self.local.optimizer(model, recipe, criterion=nn.CrossEntropyLoss())
@@ -62,8 +64,8 @@ class Global:
         scheme = GlobalScheme(
             optimizer,
             positions,
-            refresh=1,
-            unit="epochs",
+            refresh=self.refresh,
+            unit=self.unit,
             use=self.use,
             forward=_reader(data),
             batch_size=4096,

@@ -1,0 +1,142 @@
+"""What is known of a kind of graph: whom the ghost products cover there, and who vouches for it.
+
+Two graphs are of one kind if the same layers and operations read the same parameters, and the same
+operation, if any, may mix the samples. What a comparison with autograd has shown for one holds for
+every other that reads its parameters likewise: blocks that are skipped at random, or experts that
+are chosen, make many kinds out of few ways of reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
+from torch import Tensor
+
+from irw_optim.gradients.capture import Graph
+from irw_optim.gradients.mixing import Batch, stride_in
+
+
+class Trust:
+    """What comparisons have shown, for graphs in which the same operation may mix the samples.
+
+    Attributes:
+        proven: ways of reading parameters that agreed with autograd.
+        lost: parameters on which autograd disagreed.
+        uses: how many graphs have relied on it.
+    """
+
+    def __init__(self) -> None:
+        self.proven: set[Hashable] = set()
+        self.lost: set[Tensor] = set()
+        self.uses = 0
+
+
+class Covering:
+    """Which parameters the ghost products cover, and when to look whether they still do.
+
+    Args:
+        covered: the parameters that only layers with a rule read.
+        whole: whether those are all there is: nothing is left for autograd.
+        mixed_by: the operation that may mix the samples; None where none can.
+        reads: the ways of reading parameters.
+        trust: what is known of these.
+    """
+
+    def __init__(
+        self,
+        covered: set[Tensor],
+        whole: bool,
+        mixed_by: str | None,
+        reads: frozenset[Hashable],
+        trust: Trust,
+    ) -> None:
+        self.covered = covered.difference(trust.lost)
+        self.whole = whole and len(self.covered) == len(covered)
+        self.mixed_by = mixed_by
+        self.reads = reads
+        self.trust = trust
+        self.reached: set[int] = set()
+
+    def check_is_due(self) -> bool:
+        """Where samples may mix always; else at what is new, and at uses 1, 2, 4, 8, ...
+
+        A forward that cannot mix is proven not to by its graph. That a layer's rule is right, and
+        that autograd sees what it sees, is sampled.
+        """
+        trust = self.trust
+        trust.uses += 1
+        seldom = trust.uses & (trust.uses - 1) == 0
+        return self.mixed_by is not None or seldom or not self.reads <= trust.proven
+
+    def agree(self) -> None:
+        """Take note that autograd agreed."""
+        self.trust.proven |= self.reads
+
+    def lose(self, parameters: Iterable[Tensor]) -> None:
+        """Leave these parameters to autograd from now on."""
+        self.trust.lost.update(parameters)
+        self.covered.difference_update(parameters)
+        self.whole = False
+
+
+def found_in(graph: Graph, batch_size: int, batch: Batch) -> list[bool]:
+    """For each layer call, whether the batch was found in it, and is where the graph says."""
+    found = [call.find_batch(batch_size, shape) for call, _, shape in graph.sites]
+    if batch_size > 1 and batch.mixed_by is None:
+        strides = zip(graph.sites, batch.strides, strict=True)
+        right = [
+            stride == stride_in(site.call.arrangement()[0], site.shape, batch_size)
+            for site, stride in strides
+        ]
+        found = [a and b for a, b in zip(found, right, strict=True)]
+    return found
+
+
+def kind_of(
+    graph: Graph, own: Sequence[Tensor], found: Sequence[bool], batch_size: int, batch: Batch
+) -> tuple[Hashable, ...]:
+    """Equal for graphs of one kind."""
+    return (
+        batch_size > 1,  # one sample alone does not show whether the forward mixes them
+        batch.mixed_by,
+        *_reads(graph, own, found, batch),
+        *map(id, own),
+    )
+
+
+def covering_of(
+    graph: Graph,
+    own: Sequence[Tensor],
+    found: Sequence[bool],
+    batch_size: int,
+    batch: Batch,
+    trust: Trust,
+) -> Covering:
+    """Who covers what in a graph of a new kind."""
+    inside: set[Tensor] = set()
+    outside: set[Tensor] = set()
+    for (call, _, _), has_batch in zip(graph.sites, found, strict=True):
+        (inside if has_batch else outside).update(call.parameters.values())
+    covered = inside.difference(outside).intersection(own)
+    whole = covered.issuperset(own) and covered.issuperset(inside | outside)
+    sparse = any(call.needs_autograd_combine for call, _, _ in graph.sites)
+    reads = frozenset((batch_size > 1, read) for read in _reads(graph, own, found, batch))
+    return Covering(covered, whole and not sparse, batch.mixed_by, reads, trust)
+
+
+def _reads(
+    graph: Graph, own: Sequence[Tensor], found: Sequence[bool], batch: Batch
+) -> list[Hashable]:
+    """The ways in which parameters are read: by which layers, and by how many operations."""
+    by_layers: list[Hashable] = [
+        (has_batch, type(call), *call.arrangement(), *map(_name, call.parameters.values()))
+        for (call, _, _), has_batch in zip(graph.sites, found, strict=True)
+    ]
+    mine = set(own)
+    counted = zip(graph.leaves, batch.reads, strict=False)
+    return [*by_layers, *[(_name(leaf), reads) for leaf, reads in counted if leaf in mine]]
+
+
+def _name(tensor: Tensor) -> int:
+    """Of a tensor that outlives a step; what is computed in the forward has none."""
+    return id(tensor) if tensor.is_leaf else 0

@@ -1,0 +1,108 @@
+"""Which operation of a graph can carry one sample's numbers into another sample's loss.
+
+A forward that treats its samples apart is a stack of operations that leave one dimension alone:
+the batch. Where it lies is followed from the losses, of shape (B,), to the leaves. Reshaping moves
+it, so it is kept as a stride: of a tensor's numbers in row-major order, number ``n`` belongs to
+sample ``n // stride % B``. An operation that works along dimensions which hold the batch, or of
+which no rule is known, may mix. So may one whose result is read sample by sample here and whole
+there: ``h - h.mean(0)``.
+
+What passes is proven, and nothing has to be computed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from irw_optim.gradients.capture import Graph
+from irw_optim.gradients.mixing_rules import MIXES, SHARED, Output
+from irw_optim.gradients.operations import rule_for, settings_of
+
+
+class Batch(NamedTuple):
+    """Where the batch is in a graph, as far as it can be followed.
+
+    Attributes:
+        mixed_by: the first operation that may mix the samples; None where none can.
+        strides: for each layer call, the stride of the batch in its output; `SHARED` where the
+            output is one for all samples. Known where nothing mixes.
+        reads: for each leaf, how many operations on samples read it, or what is computed of it.
+    """
+
+    mixed_by: str | None
+    strides: tuple[int, ...] = ()
+    reads: tuple[int, ...] = ()
+
+
+def follow_batch(losses: Tensor, graph: Graph) -> Batch:
+    """Follow the batch through the graph.
+
+    Args:
+        losses: (B,), B > 1, with their graph.
+        graph: what leads to them.
+    """
+    places: dict[tuple[Node, int], int] = {(losses.grad_fn, losses.output_nr): 1}  # type: ignore[dict-item]
+    outputs: dict[Node, list[int]] = {losses.grad_fn: [losses.output_nr]}  # type: ignore[dict-item]
+    reads: dict[Node, int] = {}
+    for node in graph.order:
+        for number in outputs.get(node, ()):
+            stride = places[node, number]
+            if stride == SHARED:
+                found: Sequence[int] = [SHARED] * len(node.next_functions)
+                weight = reads.get(node, 0)
+            else:
+                found = _inputs_of(Output(node, number, stride, len(losses)))
+                weight = 1
+                if found is MIXES:
+                    return Batch(node.name())
+            for (parent, output), place in zip(node.next_functions, found, strict=False):
+                if parent is None:
+                    continue
+                if place == SHARED:
+                    reads[parent] = reads.get(parent, 0) + weight
+                if not parent.next_functions:
+                    continue  # a leaf: what reads it says what it is
+                known = outputs.setdefault(parent, [])
+                if output not in known:
+                    known.append(output)
+                    places[parent, output] = place
+                elif places[parent, output] != place:
+                    return Batch(parent.name())
+    strides = tuple(places.get((s.edge.node, s.edge.output_nr), SHARED) for s in graph.sites)
+    return Batch(None, strides, tuple(reads.get(node, 0) for node in graph.leaf_nodes))
+
+
+def _inputs_of(output: Output) -> Sequence[int]:
+    try:
+        return rule_for(output.node)(output)
+    except AttributeError:  # a version of torch that remembers less
+        return MIXES
+
+
+def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...] | None:
+    """What decides where the batch is: equal for graphs of which `follow_batch` says the same.
+
+    None where that depends on numbers that an operation holds, such as indices.
+    """
+    settings = []
+    for node in graph.order:
+        of_node = settings_of(node)
+        if of_node is None:
+            return None
+        settings.append(of_node)
+    sites = [(graph.nodes[s.edge.node], s.edge.output_nr) for s in graph.sites]
+    return len(losses), losses.output_nr, tuple(graph.wiring), tuple(settings), tuple(sites)
+
+
+def stride_in(layout: str, shape: Sequence[int], batch_size: int) -> int:
+    """The stride of the batch in a layer's output, where the layer says that it is."""
+    if layout == "_batch_second":
+        return prod(shape[2:])
+    if layout == "folded_time_first":
+        return prod(shape[1:])
+    return prod(shape) // batch_size

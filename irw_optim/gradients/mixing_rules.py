@@ -1,0 +1,313 @@
+"""How operations move the batch: for each, from its place in the output to that in the inputs.
+
+A rule is asked where the batch lies in what a node computed, and answers for every tensor that the
+node reads: a stride, `SHARED` for what all samples have in common (a weight), or `MIXES` for all
+where the operation works along the batch, or may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+SHARED = 0
+"""The place of what has no batch."""
+
+MIXES: tuple[int, ...] = (-1,)
+"""The samples may meet here."""
+
+Rule = Callable[["Output"], Sequence[int]]
+
+
+class Output:
+    """What a node computed, and where the batch is in it.
+
+    Args:
+        node: of the graph.
+        number: which of its outputs.
+        stride: of the batch, in numbers.
+        batch_size: B.
+    """
+
+    def __init__(self, node: Any, number: int, stride: int, batch_size: int) -> None:
+        self.node = node
+        self.number = number
+        self.stride = stride
+        self.batch_size = batch_size
+        self.shape: Sequence[int] = node._input_metadata[number].shape
+
+    @cached_property
+    def inputs(self) -> list[Sequence[int]]:
+        """The shapes of what the node read; () for what needs no gradient."""
+        return [
+            () if parent is None else parent._input_metadata[number].shape
+            for parent, number in self.node.next_functions
+        ]
+
+    @cached_property
+    def located(self) -> tuple[int, int] | None:
+        """The dimension that holds the batch, and the stride inside it; None for several."""
+        right = 1
+        for dim in reversed(range(len(self.shape))):
+            wider = right * self.shape[dim]
+            if right <= self.stride and self.stride * self.batch_size <= wider:
+                return None if self.stride % right else (dim, self.stride // right)
+            right = wider
+        return None
+
+    def saved_dims(self, name: str = "_saved_dim", ndim: int | None = None) -> list[int]:
+        """Dimensions that the node remembers, counted from the front; none means all."""
+        value = getattr(self.node, name, None)
+        values = value if isinstance(value, tuple | list) else [value]
+        size = len(self.shape) if ndim is None else ndim
+        # Negative ones are remembered as unsigned numbers.
+        signed = [d - 2**64 if d >= 2**63 else d for d in values if d is not None]
+        return [d % size if size else 0 for d in signed]
+
+    def at(self, shape: Sequence[int], dim: int) -> int | None:
+        """The stride of the batch in a tensor that holds it in ``dim`` as the output does."""
+        located = self.located
+        if located is None or not 0 <= dim < len(shape) or shape[dim] != self.shape[located[0]]:
+            return None
+        right = 1
+        for size in shape[dim + 1 :]:
+            right *= size
+        return located[1] * right
+
+    def all_at(self, dim: int) -> Sequence[int]:
+        """The answer where every input holds the batch in ``dim``."""
+        found = [self.at(shape, dim) if shape else SHARED for shape in self.inputs]
+        return MIXES if None in found else found  # type: ignore[return-value]
+
+
+def elementwise(output: Output) -> Sequence[int]:
+    """Inputs broadcast to the output."""
+    found = []
+    for shape in output.inputs:
+        if len(shape) == len(output.shape) and tuple(shape) == tuple(output.shape):
+            found.append(output.stride)
+            continue
+        if output.located is None:
+            return MIXES
+        dim = output.located[0] - len(output.shape) + len(shape)
+        if dim < 0 or shape[dim] == 1:
+            found.append(SHARED)
+            continue
+        place = output.at(shape, dim)
+        if place is None:
+            return MIXES
+        found.append(place)
+    return found
+
+
+def unreduced(output: Output) -> Sequence[int]:
+    """A loss of every element."""
+    return MIXES if output.node._saved_reduction else elementwise(output)
+
+
+def reshaped(output: Output) -> Sequence[int]:
+    """The same numbers in the same order."""
+    return [output.stride] * len(output.inputs)
+
+
+def along(name: str) -> Rule:
+    """Works along remembered dimensions, and keeps the others where they are."""
+
+    def rule(output: Output) -> Sequence[int]:
+        touched = output.saved_dims(name)
+        if output.located is None or not touched or output.located[0] in touched:
+            return MIXES
+        return output.all_at(output.located[0])
+
+    return rule
+
+
+def along_last(count: int) -> Rule:
+    """Works along the last dimensions."""
+
+    def rule(output: Output) -> Sequence[int]:
+        if output.located is None or output.located[0] >= len(output.shape) - count:
+            return MIXES
+        return output.all_at(output.located[0])
+
+    return rule
+
+
+def reducing(output: Output) -> Sequence[int]:
+    """Sums, means, norms and the like over remembered dimensions."""
+    (shape,) = output.inputs[:1]
+    dims = output.saved_dims(ndim=len(shape))
+    if not dims or output.located is None:
+        return MIXES
+    dim = output.located[0]
+    if not getattr(output.node, "_saved_keepdim", False):
+        kept = [d for d in range(len(shape)) if d not in dims]
+        if dim >= len(kept):
+            return MIXES
+        dim = kept[dim]
+    return MIXES if dim in dims else output.all_at(dim)
+
+
+def inserting(output: Output) -> Sequence[int]:
+    """The output has a dimension more than the inputs (stack)."""
+    if output.located is None:
+        return MIXES
+    dim, (new,) = output.located[0], output.saved_dims()
+    return MIXES if dim == new else output.all_at(dim - (dim > new))
+
+
+def removing(output: Output) -> Sequence[int]:
+    """The output has a dimension less than the input (select, unbind)."""
+    if output.located is None:
+        return MIXES
+    (gone,) = output.saved_dims(ndim=len(output.shape) + 1)
+    dim = output.located[0]
+    return output.all_at(dim + (dim >= gone))
+
+
+def swapping(output: Output) -> Sequence[int]:
+    """Two dimensions change places."""
+    if output.located is None:
+        return MIXES
+    dim, ndim = output.located[0], len(output.shape)
+    names = [n for n in ("_saved_dim0", "_saved_dim1") if hasattr(output.node, n)]
+    a, b = [d for n in names for d in output.saved_dims(n)] if names else (0, ndim - 1)
+    return output.all_at({a: b, b: a}.get(dim, dim))
+
+
+def permuting(output: Output) -> Sequence[int]:
+    """All dimensions change places."""
+    if output.located is None:
+        return MIXES
+    return output.all_at(output.saved_dims("_saved_dims")[output.located[0]])
+
+
+def multiplying(output: Output) -> Sequence[int]:
+    """Matrix products: with a summand first, or without; with leading batch dimensions, or not."""
+    if output.located is None:
+        return MIXES
+    dim, ndim = output.located[0], len(output.shape)
+    *summand, left, right = output.inputs
+    found: list[int | None] = []
+    for shape in summand:
+        front = dim - ndim + len(shape)
+        none = not shape or front < 0 or shape[front] == 1
+        found.append(SHARED if none else output.at(shape, front))
+    if dim < ndim - 2:
+        both = [output.at(shape, dim) if shape else SHARED for shape in (left, right)]
+        found += both
+    elif dim == ndim - 2:
+        found += [output.at(left, dim) if left else SHARED, SHARED]
+    else:
+        found += [SHARED, output.at(right, dim) if right else SHARED]
+    return MIXES if None in found else found  # type: ignore[return-value]
+
+
+def matrix_by_vector(output: Output) -> Sequence[int]:
+    """A product of a matrix of samples with a weight."""
+    left, _ = output.inputs
+    place = output.at(left, 0) if left and output.located is not None else SHARED
+    return MIXES if place is None or output.located is None else [place, SHARED]
+
+
+def with_weights(*, leading: int = 1) -> Rule:
+    """The first input holds the batch among its leading dimensions; the others are weights."""
+
+    def rule(output: Output) -> Sequence[int]:
+        if output.located is None or output.located[0] >= leading:
+            return MIXES
+        shape, *weights = output.inputs
+        place = output.at(shape, output.located[0]) if shape else SHARED
+        return MIXES if place is None else [place, *[SHARED] * len(weights)]
+
+    return rule
+
+
+def linear(output: Output) -> Sequence[int]:
+    """A map of the last dimension."""
+    return with_weights(leading=len(output.shape) - 1)(output)
+
+
+def layer_norm(output: Output) -> Sequence[int]:
+    """Normalises the last dimensions."""
+    over = len(output.node._saved_normalized_shape)
+    return with_weights(leading=len(output.shape) - over)(output)
+
+
+def batch_norm(output: Output) -> Sequence[int]:
+    """With statistics of the batch it mixes; in channels, as an instance norm has them, not."""
+    training = output.node._saved_training
+    if output.located is None or (training and output.located[0] != 1):
+        return MIXES
+    shape, *weights = output.inputs
+    place = output.at(shape, output.located[0]) if shape else SHARED
+    return MIXES if place is None else [place, *[SHARED] * len(weights)]
+
+
+def of_shared_tables(output: Output) -> Sequence[int]:
+    """Lookups: all that is read with a gradient is the table."""
+    return [SHARED] * len(output.inputs)
+
+
+def of_classes(output: Output) -> Sequence[int]:
+    """A loss of every element, whose input has the classes as dimension 1."""
+    if output.node._saved_reduction or output.located is None:
+        return MIXES
+    dim = output.located[0]
+    return output.all_at(dim + (dim >= 1))
+
+
+def padding(output: Output) -> Sequence[int]:
+    """Pads the last dimensions."""
+    return along_last(len(output.node._saved_pad) // 2)(output)
+
+
+def repeating(output: Output) -> Sequence[int]:
+    """Tiles: a shared tensor for all samples, or a batch along other dimensions."""
+    if output.located is None:
+        return MIXES
+    dim, shape = output.located[0], output.inputs[0]
+    front = dim - len(output.shape) + len(shape)
+    if front < 0 or shape[front] == 1:
+        return [SHARED]
+    return MIXES if output.node._saved_repeats[dim] != 1 else output.all_at(front)
+
+
+def picking(output: Output) -> Sequence[int]:
+    """Advanced indices: behind the batch, or with every sample its own row."""
+    indices = output.node._saved_indices
+    if output.located is None or output.located[0] != 0 or not indices:
+        return MIXES
+    first = indices[0]
+    if first is not None and not _is_every_row(first, output.shape[0]):
+        return MIXES
+    if first is None and len([i for i in indices if i is not None]) != 1:
+        return MIXES  # several indices with a gap put their dimension in front
+    return output.all_at(0)
+
+
+def _is_every_row(index: torch.Tensor, rows: int) -> bool:
+    if index.dtype == torch.bool or index.ndim < 1 or index.shape[0] != rows:
+        return False
+    column = torch.arange(rows, device=index.device).view(-1, *[1] * (index.ndim - 1))
+    return bool((index == column).all())
+
+
+def recurrent(output: Output) -> Sequence[int]:
+    """A layer over time, time first: input, four weights, states (B, width)."""
+    dim = 0 if output.number else 1
+    if output.located is None or output.located[0] != dim or output.node._saved_batch_sizes:
+        return MIXES
+    read, *weights_and_states = output.inputs
+    weights, states = weights_and_states[:4], weights_and_states[4:]
+    found = [output.at(read, 1) if read else SHARED, *[SHARED] * len(weights)]
+    found += [output.at(shape, len(shape) - 2) if shape else SHARED for shape in states]
+    return MIXES if None in found else found  # type: ignore[return-value]
+
+
+def mixing(output: Output) -> Sequence[int]:
+    """Of an operation without a rule nothing is known."""
+    return MIXES

@@ -1,0 +1,173 @@
+"""Autograd's operations by name, each with what it does to the batch.
+
+What is not in this list is taken to mix the samples: a graph with it is compared with autograd at
+every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch.autograd.graph import Node
+
+from irw_optim.gradients.mixing_rules import (
+    Rule,
+    along,
+    along_last,
+    batch_norm,
+    elementwise,
+    inserting,
+    layer_norm,
+    linear,
+    matrix_by_vector,
+    mixing,
+    multiplying,
+    of_classes,
+    of_shared_tables,
+    padding,
+    permuting,
+    picking,
+    recurrent,
+    reducing,
+    removing,
+    repeating,
+    reshaped,
+    swapping,
+    unreduced,
+    with_weights,
+)
+
+
+class _Named(NamedTuple):
+    rule: Rule
+    names: str
+
+
+_NAMED = (
+    _Named(
+        elementwise,
+        "Abs Acos Acosh Add Addcdiv Addcmul Angle Asin Asinh Atan Atan2 Atanh Bernoulli Celu Ceil "
+        "Clamp ClampMax ClampMin Clone Complex Conj ConjPhysical Copysign Cos Cosh Digamma Div "
+        "Elu Erf Erfc Erfinv Exp Exp2 Expand Expm1 Fill Floor Fmax Fmin Fmod Frac Gelu Hardshrink "
+        "Hardsigmoid Hardswish Hardtanh Heaviside Hypot Imag LeakyRelu Lerp Lgamma Log Log10 "
+        "Log1P Log2 LogSigmoid Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum "
+        "NativeDropout Neg Polar Pow PreluKernel Real Reciprocal Relu Relu6 Remainder Round "
+        "RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink Sqrt "
+        "Sub Tan Tanh Threshold ToCopy Trunc Where Xlog1Py Xlogy",
+    ),
+    _Named(
+        unreduced,
+        "BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss SmoothL1Loss "
+        "SoftMarginLoss",
+    ),
+    _Named(of_classes, "NllLoss NllLoss2D"),
+    _Named(
+        reshaped,
+        "Alias LiftFresh ReshapeAlias Squeeze UnsafeView Unsqueeze View Detach",
+    ),
+    _Named(
+        along("_saved_dim"),
+        "Cat Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C Gather Glu IndexAdd IndexSelect "
+        "LogSoftmax Logcumsumexp SafeSoftmax Scatter ScatterAdd Slice Softmax Sort Split "
+        "SplitWithSizes Topk UnsafeSplit UnsafeSplitWithSizes",
+    ),
+    _Named(along("_saved_dims"), "Flip Roll"),
+    _Named(
+        reducing,
+        "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Norm Prod Std Sum "
+        "Var",
+    ),
+    _Named(inserting, "Stack"),
+    _Named(removing, "Select Unbind"),
+    _Named(swapping, "T Transpose"),
+    _Named(permuting, "Permute"),
+    _Named(multiplying, "Addmm Baddbmm Bmm Mm"),
+    _Named(matrix_by_vector, "Mv"),
+    _Named(linear, "Linear MkldnnLinear"),
+    _Named(with_weights(), "Convolution ConvolutionOverrideable NativeGroupNorm"),
+    _Named(layer_norm, "NativeLayerNorm FusedRmsNorm"),
+    _Named(batch_norm, "CudnnBatchNorm MiopenBatchNorm NativeBatchNorm"),
+    _Named(of_shared_tables, "Embedding EmbeddingBag"),
+    _Named(
+        along_last(1),
+        "AdaptiveMaxPool1D AvgPool1D MaxPool1D ReflectionPad1D ReplicationPad1D UpsampleLinear1D "
+        "UpsampleNearest1D",
+    ),
+    _Named(
+        along_last(2),
+        "AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices "
+        "ReflectionPad2D ReplicationPad2D ScaledDotProductAttentionMath "
+        "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention "
+        "ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu "
+        "Tril Triu UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest2D",
+    ),
+    _Named(
+        along_last(3),
+        "AdaptiveAvgPool3D AdaptiveMaxPool3D AvgPool3D MaxPool3DWithIndices PixelShuffle "
+        "PixelUnshuffle ReflectionPad3D ReplicationPad3D UpsampleNearest3D UpsampleTrilinear3D",
+    ),
+    _Named(padding, "ConstantPadNd"),
+    _Named(repeating, "Repeat"),
+    _Named(picking, "Index"),
+    _Named(recurrent, "MkldnnRnnLayer"),
+)
+
+RULES: dict[str, Rule] = {name: named.rule for named in _NAMED for name in named.names.split()}
+
+_SETTINGS = (
+    "_saved_dim",
+    "_saved_dim0",
+    "_saved_dim1",
+    "_saved_dims",
+    "_saved_keepdim",
+    "_saved_normalized_shape",
+    "_saved_pad",
+    "_saved_reduction",
+    "_saved_repeats",
+    "_saved_training",
+)
+"""All that a rule reads beside the shapes; `picking` reads numbers."""
+
+
+class _Kind(NamedTuple):
+    rule: Rule
+    settings: tuple[str, ...]
+
+
+_OF_TYPE: dict[type[Node], _Kind] = {}
+
+
+def rule_for(node: Node) -> Rule:
+    """The rule of a node, by its name without what numbers its variants: ``MeanBackward1``."""
+    return _kind_of(node).rule
+
+
+def settings_of(node: Node) -> object:
+    """What the rule of a node looks at, to compare; None where that is more than settings."""
+    kind = _OF_TYPE.get(type(node)) or _kind_of(node)
+    if kind.rule is elementwise:
+        return kind
+    if kind.rule is picking:
+        return None
+    metadata: Any = node._input_metadata
+    shapes = tuple(map(_shape, metadata)) if len(metadata) > 1 else tuple(metadata[0].shape)
+    if not kind.settings:
+        return kind, shapes
+    return kind, shapes, *[_hashable(getattr(node, name)) for name in kind.settings]
+
+
+def _kind_of(node: Node) -> _Kind:
+    kind = _OF_TYPE.get(type(node))
+    if kind is None:
+        name, _, _ = node.name().partition("Backward")
+        settings = tuple(name for name in _SETTINGS if hasattr(node, name))
+        kind = _OF_TYPE[type(node)] = _Kind(RULES.get(name, mixing), settings)
+    return kind
+
+
+def _shape(metadata: Any) -> tuple[int, ...]:
+    return tuple(metadata.shape)
+
+
+def _hashable(value: Any) -> object:
+    return tuple(value) if isinstance(value, list) else value

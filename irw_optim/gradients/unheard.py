@@ -1,0 +1,187 @@
+"""Backward passes of our own, which no hook hears.
+
+A hook on a parameter or on an activation belongs to the one pass that the training loop asked for.
+Scores and comparisons need further passes through the same graph, in which it would be called
+besides, with another gradient. Autograd's engine calls hooks around every node; the nodes
+themselves are functions. Here they are called one after the other, consumers first, as it would::
+
+    gradient of a node's output  ->  node(gradient)  ->  gradients of its inputs, summed up where
+                                                         several nodes read the same
+
+Nothing is freed on the way: the graph is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node
+
+LINEAR_IN_EACH_ELEMENT = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "BinaryCrossEntropy",
+        "Elu",
+        "Gelu",
+        "Hardshrink",
+        "Hardsigmoid",
+        "Hardswish",
+        "Hardtanh",
+        "LeakyRelu",
+        "LogSigmoid",
+        "Mish",
+        "Relu6",
+        "Silu",
+        "Softplus",
+        "Softshrink",
+    )
+)
+"""Nodes that multiply every element of the gradient with a number of its own. Some have no
+derivative of their own, or one that rounds differently; the product always has one."""
+
+
+def pull_back(
+    losses: Tensor,
+    cotangent: Tensor,
+    edges: Sequence[GradientEdge],
+    order: Sequence[Node],
+    *,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """The gradient of ``<cotangent, losses>`` at some edges of the graph.
+
+    Args:
+        losses: (B,), with their graph.
+        cotangent: (B,).
+        edges: where gradients are wanted: outputs of nodes, or leaves by their accumulating nodes.
+        order: the nodes that lead to the losses, each before those it reads from.
+        create_graph: whether the result can be differentiated by ``cotangent``.
+
+    Returns:
+        One tensor for each edge; None where no gradient arrives.
+    """
+    if losses.grad_fn is None:
+        return [None] * len(edges)
+    pass_ = _Pass(edges, order)
+    root = GradientEdge(losses.grad_fn, losses.output_nr)
+    with torch.enable_grad():
+        above: Tensor = _Above.apply(losses, partial(pass_.run, root, cotangent, create_graph))  # type: ignore[no-untyped-call]
+        with suppress(_FinishedError):
+            torch.autograd.grad(above, edges, losses, retain_graph=True, allow_unused=True)
+    return pass_.found
+
+
+class _FinishedError(Exception):
+    """Ends a pass of the engine's before it calls the first node."""
+
+
+class _Above(torch.autograd.Function):
+    """A node above the losses, in whose place a pass of ours runs.
+
+    So the engine has set up a pass: nodes ask it which of their inputs are needed, and what is
+    recomputed (checkpointing) belongs to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, run: Callable[[], None]) -> Tensor:
+        ctx.run = run
+        return losses.view_as(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        ctx.run()
+        raise _FinishedError
+
+
+class _Pass:
+    """One pass: what is wanted, what has arrived where."""
+
+    def __init__(self, edges: Sequence[GradientEdge], order: Sequence[Node]) -> None:
+        self.found: list[Tensor | None] = [None] * len(edges)
+        self.wanted: dict[Node, list[tuple[int, int]]] = {}
+        for number, edge in enumerate(edges):
+            self.wanted.setdefault(edge.node, []).append((edge.output_nr, number))
+        self.order = order
+        self.arrived: dict[Node, list[Tensor | None]] = {}
+        # What is neither wanted nor leads to anything wanted need not be run.
+        self.leading: set[Node] = set()
+        for node in reversed(order):
+            if any(p in self.wanted or p in self.leading for p, _ in node.next_functions):
+                self.leading.add(node)
+
+    def run(self, root: GradientEdge, cotangent: Tensor, create_graph: bool) -> None:
+        with torch.set_grad_enabled(create_graph):
+            self._arrive(root.node, root.output_nr, cotangent)
+            for node in self.order:
+                gradients = self.arrived.pop(node, None)
+                if gradients is None:
+                    continue
+                self._take(node, gradients)
+                if node in self.leading:
+                    results = _call(node, gradients, create_graph)
+                    for (parent, output), gradient in zip(
+                        node.next_functions, results, strict=True
+                    ):
+                        if parent is not None and gradient is not None:
+                            self._arrive(parent, output, gradient)
+            for node in list(self.arrived):  # leaves
+                self._take(node, self.arrived.pop(node))
+
+    def _arrive(self, node: Node, output: int, gradient: Tensor) -> None:
+        if node not in self.leading and node not in self.wanted:
+            return
+        metadata: Any = node._input_metadata[output]
+        if gradient.shape != metadata.shape:
+            gradient = gradient.sum_to_size(metadata.shape)
+        if gradient.dtype != metadata.dtype:
+            if gradient.is_complex() and not metadata.dtype.is_complex:
+                gradient = gradient.real
+            gradient = gradient.to(metadata.dtype)
+        here = self.arrived.setdefault(node, [None] * len(node._input_metadata))
+        before = here[output]
+        here[output] = gradient if before is None else before + gradient
+
+    def _take(self, node: Node, gradients: list[Tensor | None]) -> None:
+        for output, number in self.wanted.get(node, ()):
+            self.found[number] = gradients[output]
+
+
+def _call(node: Any, gradients: Sequence[Any], create_graph: bool) -> Sequence[Tensor | None]:
+    """What a node makes of the gradients of its outputs, one for each of its inputs."""
+    if isinstance(node, BackwardCFunction):
+        results = node.apply(*_materialized(node, gradients))
+        results = results if isinstance(results, tuple) else (results,)
+        return _of_tensors(node, results)
+    if create_graph and node.name() in LINEAR_IN_EACH_ELEMENT:
+        (gradient,) = gradients
+        with torch.no_grad():
+            factors = node(torch.ones_like(gradient))
+        if isinstance(factors, Tensor):
+            factors = (factors,)
+        if all(f is None or f.shape == gradient.shape for f in factors):
+            return [None if f is None else gradient * f for f in factors]
+    results = node(*gradients)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _materialized(node: Any, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Functions written in Python expect zeros where nothing arrived."""
+    return [
+        torch.zeros(m.shape, dtype=m.dtype, device=m.device) if g is None else g
+        for g, m in zip(gradients, node._input_metadata, strict=True)
+    ]
+
+
+def _of_tensors(node: Any, results: Sequence[Any]) -> Sequence[Tensor | None]:
+    """A function in Python answers for every argument, its node knows of the tensors alone."""
+    edges = node.next_functions
+    if len(results) == len(edges):
+        return results
+    needed = iter([r for r, need in zip(results, node.needs_input_grad, strict=False) if need])
+    return [None if parent is None else next(needed) for parent, _ in edges]
