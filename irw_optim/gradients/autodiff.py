@@ -107,7 +107,7 @@ class AutodiffGradients:
         expected = _inner({p: g.detach() for p, g in combined.items()}, direction)
         if not bool(expected.isfinite()):
             return True  # not finite either way, which is for the step to say
-        tolerance = 1e-6 if terms.dtype == torch.float64 else 1e-2
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(self.losses.dtype, 1e-1)
         return bool((terms.sum() - expected).abs() <= tolerance * terms.abs().sum() + 1e-30)
 
     def _go_row_by_row(self, reason: str) -> None:

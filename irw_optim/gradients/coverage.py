@@ -8,6 +8,7 @@ are chosen, make many kinds out of few ways of reading.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
 from torch import Tensor
@@ -40,6 +41,7 @@ class Covering:
         mixed_by: the operation that may mix the samples; None where none can.
         reads: the ways of reading parameters.
         trust: what is known of these.
+        alone: the parameters that nothing but covered layers read, as the graph shows.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Covering:
         mixed_by: str | None,
         reads: frozenset[Hashable],
         trust: Trust,
+        alone: set[Tensor],
     ) -> None:
+        self.alone = alone
         self.covered = covered.difference(trust.lost)
         self.whole = whole and len(self.covered) == len(covered)
         self.mixed_by = mixed_by
@@ -121,7 +125,10 @@ def covering_of(
     whole = covered.issuperset(own) and covered.issuperset(inside | outside)
     sparse = any(call.needs_autograd_combine for call, _, _ in graph.sites)
     reads = frozenset((batch_size > 1, read) for read in _reads(graph, own, found, batch))
-    return Covering(covered, whole and not sparse, batch.mixed_by, reads, trust)
+    layers = Counter(p for site in graph.sites for p in site.call.parameters.values())
+    counted = dict(zip(graph.leaves, batch.reads, strict=False))
+    alone = {p for p in covered if counted.get(p) == layers[p]}
+    return Covering(covered, whole and not sparse, batch.mixed_by, reads, trust, alone)
 
 
 def _reads(

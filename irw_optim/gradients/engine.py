@@ -29,6 +29,9 @@ _Value = TypeVar("_Value")
 KNOWN_GRAPHS = 256
 """Kinds of graphs remembered at once: a forward that changes for ever must not fill the memory."""
 
+MANY_LOSSES = 8
+"""So many other losses that wait for their backward pass on one graph are worth a word."""
+
 ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
 
 
@@ -71,6 +74,17 @@ class Engine:
         graph = with_batch(walk(losses), len(losses))
         batch = LossGradients(self, losses, graph, owns)
         _WAITING.join(batch)
+        if len(batch.sharing) == MANY_LOSSES:
+            self._tell(
+                logging.WARNING,
+                "many losses",
+                f"{MANY_LOSSES + 1} losses lead through one graph, such as those of time steps: "
+                "each is a batch of its own, with its own worst-off samples and weights, and goes "
+                "back through all of the graph, so that the cost is quadratic in their number. For "
+                "one batch of sequences, in one backward pass, add up the losses of each sample: "
+                "optimizer.backward(torch.stack(losses).mean(0)) with losses of shape (B,) from "
+                'reduction="none"',
+            )
         return batch
 
     def left(self, batch: LossGradients) -> None:
@@ -99,6 +113,7 @@ class Engine:
             _remember(self.coverings, kind, covering)
             if report:
                 self._report(covering, own)
+                self._report_parts(graph, size, any(found))
         return covering
 
     def _follow(self, losses: Tensor, graph: Graph) -> Batch:
@@ -175,6 +190,24 @@ class Engine:
             f"quick products for {len(covering.covered)} parameters, autodiff (exact, slower) for "
             f"{self.names_of(rest)}, which no layer with a rule reads alone",
         )
+
+    def _report_parts(self, graph: Graph, losses: int, found: bool) -> None:
+        """Say where the samples are parts of what entered the model, such as tokens."""
+        entered = {site.call.input.shape[0] for site in graph.sites if site.call.input.ndim}
+        if found or len(entered) != 1:
+            return
+        (rows,) = entered
+        if 1 < rows < losses and losses % rows == 0:
+            self._tell(
+                logging.WARNING,
+                "parts",
+                f"{losses} losses come from {rows} rows that entered the model: each loss counts "
+                "as a sample of its own, as a token does where a language model's loss is "
+                "flattened. "
+                f"For {rows} sequences, call optimizer.backward(losses) with losses of shape "
+                f'({rows},): criterion(logits, targets) with reduction="none", then '
+                f".view({rows}, -1).mean(1)",
+            )
 
     def _tell(self, level: int, about: str, text: str) -> None:
         """Say it once for a model; a forward that varies would say it at every turn."""

@@ -6,12 +6,13 @@ b, and no ordinary weight gradient is formed on the way; `layers` has the produc
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from copy import copy
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from irw_optim.gradients.capture import CallSite
@@ -92,6 +93,7 @@ def ghost_gradients(
     *,
     retain_graph: bool,
     reached: Container[int] = (),
+    backward: Callable[[list[GradientEdge]], Sequence[Tensor | None]] | None = None,
 ) -> GhostGradients:
     """One backward pass from the losses to the layers' outputs.
 
@@ -105,6 +107,7 @@ def ghost_gradients(
             the scale that a gradient scaler chose for them.
         retain_graph: whether something else still needs the graph.
         reached: numbers of the sites at which a gradient arrived in an earlier pass like this.
+        backward: the pass to take, to edges of the graph; None for autograd's own.
 
     Raises:
         RuntimeError: a layer's input was changed in place after the layer read it.
@@ -120,14 +123,15 @@ def ghost_gradients(
             handles.append(site.edge.node.register_prehook(arrival))
         else:
             asked.append(number)
+    edges = [sites[number].edge for number in asked]
     try:
-        gradients = torch.autograd.grad(
-            losses,
-            [sites[number].edge for number in asked],
-            seed.to(losses.dtype).expand_as(losses),
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+        if backward is not None:
+            gradients = backward(edges)
+        else:
+            cotangent = seed.to(losses.dtype).expand_as(losses)
+            gradients = torch.autograd.grad(
+                losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True
+            )
     finally:
         for handle in handles:
             handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -12,12 +13,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.autodiff import AutodiffGradients, backward_to
-from irw_optim.gradients.capture import Graph
+from irw_optim.gradients.capture import CallSite, Graph
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.unheard import pull_back
-from irw_optim.gradients.verification import compare_with_autograd, equal, probe_of
+from irw_optim.gradients.verification import compare, equal, in_half_precision, probe_of
 
 if TYPE_CHECKING:
     from irw_optim.gradients.engine import Engine
@@ -95,7 +96,7 @@ class LossGradients:
         if len(sites) == len(graph.sites):
             covering.reached = ghost.reached
         if check:
-            self._check(covering, ghost)
+            self._check(covering, sites, ghost)
         sparse = {
             p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()
         }
@@ -173,8 +174,7 @@ class LossGradients:
         if self.engine.known.get(HOOKS_CHANGE):
             return self._heard(leaves, weights, create_graph)
         edges = [GradientEdge(self.node_of[leaf], 0) for leaf in leaves]
-        weights = weights.to(self.losses.dtype)
-        return pull_back(self.losses, weights, edges, self.graph.order, create_graph=create_graph)
+        return self._pull(weights, edges, create_graph)
 
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""
@@ -188,6 +188,12 @@ class LossGradients:
         self.graph = Graph.empty()
         self.node_of = {}
 
+    def _pull(
+        self, weights: Tensor, edges: Sequence[GradientEdge], create_graph: bool = False
+    ) -> Sequence[Tensor | None]:
+        cotangent = weights.to(self.losses.dtype)
+        return pull_back(self.losses, cotangent, edges, self.graph.order, create_graph=create_graph)
+
     def _heard(
         self, leaves: Sequence[Tensor], weights: Tensor, create_graph: bool = False
     ) -> Sequence[Tensor | None]:
@@ -195,18 +201,26 @@ class LossGradients:
             leaves, self.losses, weights, retain_graph=True, create_graph=create_graph
         )
 
-    def _check(self, covering: Covering, ghost: GhostGradients) -> None:
+    def _check(self, covering: Covering, sites: list[CallSite], ghost: GhostGradients) -> None:
         """Compare the products with autograd; what is wrong is left to it."""
         parameters = [p for p in self.leaves if p in covering.covered]
         probe = probe_of(self.losses, self.engine.random)
-        truth = self.pull_back(parameters, probe)
-        wrong = compare_with_autograd(parameters, truth, probe, ghost)
+        wrong = compare(parameters, self.pull_back(parameters, probe), probe, ghost)
         if wrong and not self.engine.known.get(HOOKS_CHANGE):
             # What the layers heard, the hooks may have changed on the way.
-            again = compare_with_autograd(parameters, self._heard(parameters, probe), probe, ghost)
+            again = compare(parameters, self._heard(parameters, probe), probe, ghost)
             if not again:
                 self._hooks_change_gradients()
             wrong = again
+        if in_half_precision(ghost):
+            # Autograd's sums over many samples are too rough there to tell; our own are not.
+            one = torch.ones((), device=probe.device)
+            rows = ghost_gradients(
+                self.losses, sites, one, retain_graph=True, backward=partial(self._pull, probe)
+            )
+            sums = rows.combine(torch.ones_like(probe))
+            wrong = {p: error for p, error in wrong.items() if p not in covering.alone}
+            wrong |= compare(parameters, [sums.get(p) for p in parameters], probe, ghost)
         if wrong:
             self.engine.reject(covering, wrong)
         else:

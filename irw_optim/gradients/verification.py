@@ -22,6 +22,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, tor
 _OF_PRODUCTS = {"highest": 1e-3, "high": 1e-2, "medium": 3e-2}
 """For float32, by the precision in which torch multiplies it: TF32 has the digits of float16."""
 
+_HALF = (torch.float16, torch.bfloat16)
+
 _NOISE = 1e-2
 """Share of the tolerance under which a difference, relative to the whole gradient, is rounding:
 a bias in front of a normalisation has no gradient but noise."""
@@ -33,17 +35,17 @@ def probe_of(losses: Tensor, random: torch.Generator) -> Tensor:
     return probe.to(losses.device, losses.dtype)
 
 
-def compare_with_autograd(
+def compare(
     parameters: Sequence[Tensor],
     truth: Sequence[Tensor | None],
     probe: Tensor,
     gradients: GhostGradients,
 ) -> dict[Tensor, float]:
-    """Compare G^T r with plain autograd's, parameter by parameter.
+    """Compare G^T r with what a backward pass from <r, losses> gave, parameter by parameter.
 
     Args:
         parameters: the leaves that ``gradients`` claims to cover.
-        truth: autograd's gradient of <r, losses> for each.
+        truth: the gradient of <r, losses> for each.
         probe: r, (B,).
         gradients: the products to check.
 
@@ -57,6 +59,11 @@ def compare_with_autograd(
             for p, t in zip(parameters, truth, strict=True)
         ]
     )
+
+
+def in_half_precision(gradients: GhostGradients) -> bool:
+    """Whether any layer's gradient arrived in half precision."""
+    return any(dtype in _HALF for dtype in _dtypes(gradients))
 
 
 class Difference(NamedTuple):

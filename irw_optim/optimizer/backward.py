@@ -47,7 +47,7 @@ def weighted_loss(
             that arrives at the scalar, 0-dim.
     """
     plan = _Pass(batch, captured, scored, weigh)
-    return deferred_loss(batch.value, plan, [*captured.leaves, *captured.others])
+    return deferred_loss(batch.value, plan, plan.leaves)
 
 
 class Plan(Protocol):
@@ -76,6 +76,7 @@ class _Pass:
         self.captured = captured
         self.scored = scored
         self.weigh = weigh
+        self.leaves = (*captured.leaves, *captured.others)
         self.done = False
 
     def gradients(self, upstream: Tensor) -> list[Tensor | None]:
@@ -98,7 +99,7 @@ class _Pass:
                 if weighted:
                     weights = self.weigh(upstream, captured.rows(self.scored))
                     total |= captured.weighted_sum(weights, shared)
-                return [total.get(leaf) for leaf in (*captured.leaves, *captured.others)]
+                return [total.get(leaf) for leaf in self.leaves]
         finally:
             if not keep_graph:
                 self.done = True

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.replicas import Replicas
+from irw_optim.distributed.replicas import Replicas, several_processes
 from irw_optim.distributed.shards import Shards
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.optimizer.accumulation import LogicalBatch
 from irw_optim.optimizer.carried_loss import OneProcess, Weigher, carried_loss
+from irw_optim.optimizer.other_terms import OtherTerms
 from irw_optim.optimizer.progress import Progress
 from irw_optim.weighting.local_scheme import Averaging, Scheme
 from irw_optim.weighting.record import StepRecord
@@ -55,6 +56,7 @@ class WeightedBackward:
         self.replicas = replicas
         self.progress = Progress()
         self.logical = LogicalBatch(accumulation_steps)
+        self.other_terms = OtherTerms()
         self._own: set[Tensor] = set()
 
     @property
@@ -85,6 +87,8 @@ class WeightedBackward:
             self.replicas.finish,
         )
         self.replicas.hear(loss)
+        if self.other_terms.watching and not several_processes():
+            self.other_terms.watch(loss)
         return loss
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
@@ -133,7 +137,12 @@ class WeightedBackward:
         self.logical.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "logical": LogicalBatch(self.accumulation_steps), "_own": set()}
+        return {
+            **vars(self),
+            "logical": LogicalBatch(self.accumulation_steps),
+            "_own": set(),
+            "other_terms": OtherTerms(),
+        }
 
     def _owns(self, leaf: Tensor) -> bool:
         """Whether a leaf is a parameter of the model, or one that is updated."""

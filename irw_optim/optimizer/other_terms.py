@@ -1,0 +1,109 @@
+"""Other terms of the total loss, which nobody weighs: said once, with their share.
+
+``criterion(out, y) + penalty(out)`` is a feature: the penalty's gradient is added as it is. But
+``criterion(out, y) + dice(out, y)`` looks the same, and only half of it is weighed. The first
+backward pass is compared with what `p.grad` has grown by at its end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irw_optim.optimizer.backward import Plan
+
+logger = logging.getLogger("irw_optim")
+
+NOTED_FROM = 1e-3
+"""Share of the gradient from which other terms are worth a word; rounding is far below."""
+
+
+class OtherTerms:
+    """Watches one backward pass, whichever losses it comes from.
+
+    Attributes:
+        watching: until it is known whether there are others.
+    """
+
+    def __init__(self) -> None:
+        self.watching = True
+        self._weighted: dict[Tensor, Tensor] = {}
+        self._before: dict[Tensor, Tensor | None] = {}
+        self._queued = False
+
+    def watch(self, loss: Tensor) -> None:
+        """Be told what a weighted loss gives its leaves."""
+        node: Any = loss.grad_fn
+        if hasattr(node, "plan"):
+            node.plan = _Watched(node.plan, self)
+
+    def begin(self) -> None:
+        """A weighted loss is reached by a backward pass, at whose end to compare."""
+        if not self._queued:
+            self._queued = True
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._compare)
+
+    def note(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Take the gradients that a weighted loss gives."""
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is None or gradient.is_sparse or _is_changed(leaf):
+                continue
+            if leaf in self._weighted:
+                gradient = self._weighted[leaf] + gradient
+            else:
+                self._before[leaf] = None if leaf.grad is None else leaf.grad.clone()
+            self._weighted[leaf] = gradient
+
+    def _compare(self) -> None:
+        weighted, before = self._weighted, self._before
+        self.__init__()  # type: ignore[misc]
+        if not weighted:
+            return
+        self.watching = False
+        total, others = 0.0, 0.0
+        for leaf, gradient in weighted.items():
+            if leaf.grad is None:  # `autograd.grad`
+                continue
+            then = before[leaf]
+            grown = leaf.grad if then is None else leaf.grad - then
+            total += _square(grown)
+            others += _square(grown - gradient)
+        if others > NOTED_FROM**2 * total:
+            logger.warning(
+                "other terms of the total loss reach the parameters beside the weighted one. Their "
+                "gradient is added as it is, unweighted: in this step it has %.0f %% of the "
+                "length of the whole. For a regulariser that is as it should be. If they are "
+                "losses of the samples, weigh them too: criterion=PerSampleLoss(lambda output, target: "
+                "first(output, target) + second(output, target)), each with one loss per sample",
+                100 * (others / total) ** 0.5,
+            )
+
+
+class _Watched:
+    def __init__(self, plan: Plan, terms: OtherTerms) -> None:
+        self.plan = plan
+        self.terms = terms
+        self.leaves = getattr(plan, "leaves", ())
+
+    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
+        if not self.terms.watching or not self.leaves:
+            return self.plan.gradients(upstream)
+        leaves = list(self.leaves)
+        self.terms.begin()
+        gradients = self.plan.gradients(upstream)
+        self.terms.note(leaves, gradients)
+        return gradients
+
+
+def _is_changed(leaf: Tensor) -> bool:
+    """Whether somebody else says what the leaf gets."""
+    return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)
+
+
+def _square(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().square().sum())
