@@ -9,7 +9,8 @@ operation has no double backward, one backward pass a sample is exact too, only 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeAlias
 
@@ -168,23 +169,29 @@ def backward_to(
     A hook on a parameter belongs to the gradient that the parameter finally gets. Here it would be
     called besides, with something else, and what it returns would change the result.
     """
+    with silent(leaves), torch.enable_grad():
+        return torch.autograd.grad(
+            losses,
+            leaves,
+            weights.to(losses.dtype),
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+
+
+@contextmanager
+def silent(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """The leaves' hooks are not called."""
     hooks = [p._backward_hooks for p in leaves if p._backward_hooks]
-    silenced = [(table, dict(table)) for table in hooks]
+    saved = [(table, dict(table)) for table in hooks]
     for table in hooks:
         table.clear()
     try:
-        with torch.enable_grad():
-            return torch.autograd.grad(
-                losses,
-                leaves,
-                weights.to(losses.dtype),
-                retain_graph=retain_graph,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+        yield
     finally:
-        for table, saved in silenced:
-            table.update(saved)
+        for table, entries in saved:
+            table.update(entries)
 
 
 def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> MaterializedGradients:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,28 +11,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.autodiff import AutodiffGradients, backward_to
+from irw_optim.gradients.autodiff import AutodiffGradients
+from irw_optim.gradients.backward_passes import BackwardPasses
 from irw_optim.gradients.capture import CallSite, Graph
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
-from irw_optim.gradients.unheard import pull_back
-from irw_optim.gradients.verification import compare, equal, in_half_precision, probe_of
+from irw_optim.gradients.verification import compare, in_half_precision, probe_of
 
 if TYPE_CHECKING:
     from irw_optim.gradients.engine import Engine
 
-logger = logging.getLogger("irw_optim")
-
-HOOKS_CHANGE = "hooks change gradients"
-"""What an `Engine` remembers of its model: passes that no hook hears give something else."""
-
 
 class LossGradients:
     """G, and the sums that a step needs of it.
-
-    Hooks on activations hear one pass: that to the layers' outputs, with the scale of the ordinary
-    mean, or, where autodiff does all, the one that gives the weighted gradient.
 
     Args:
         engine: what is known from earlier batches.
@@ -60,12 +51,11 @@ class LossGradients:
         own = [owns is None or owns(leaf) for leaf in graph.leaves]
         self.leaves = [leaf for leaf, mine in zip(graph.leaves, own, strict=True) if mine]
         self.others = [leaf for leaf, mine in zip(graph.leaves, own, strict=True) if not mine]
-        self.node_of: dict[Tensor, Node] = dict(zip(graph.leaves, graph.leaf_nodes, strict=True))
         self.sharing: WeakSet[LossGradients] = WeakSet()
         self.rest = list(self.leaves)
         self.finished_by_autograd = self.rest
         self.ghost: GhostGradients | None = None
-        self.heard = False
+        self.passes: BackwardPasses | None = BackwardPasses(losses, graph, engine.known)
 
     def start(self, seed: Tensor, keep_graph: bool) -> None:
         """The backward pass to the layers' outputs, with its check where one is due.
@@ -74,15 +64,17 @@ class LossGradients:
             seed: 0-dim, not zero; what the losses carry through it.
             keep_graph: whether somebody else will still walk the graph.
         """
-        graph, engine = self.graph, self.engine
-        covering = engine.covering(graph, self.leaves, self.losses)
-        check = bool(len(self.losses)) and covering.check_is_due()
+        graph, passes = self.graph, self._passes
+        covering = self.engine.covering(graph, self.leaves, self.losses)
+        factors = seed.to(self.losses.dtype).expand_as(self.losses)
+        listens = bool(len(self.losses)) and self.engine.looks_for_hooks()
         if not covering.covered:
-            if check:
-                self._compare_unheard(seed)
+            if listens:
+                passes.listen([], factors, self.leaves)
             return
-        self.heard = True
-        if covering.whole and not check:
+        check = bool(len(self.losses)) and covering.check_is_due()
+        if covering.whole and not check and not listens:
+            passes.heard = True
             self.rest = self.finished_by_autograd = []
             retain = keep_graph or bool(self.sharing or self.others)
             self.ghost = ghost_gradients(
@@ -92,7 +84,10 @@ class LossGradients:
             return
         covered = covering.covered
         sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
-        ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True)
+        by = partial(passes.loud if covering.whole else passes.quiet, weights=factors)
+        if listens:
+            by = partial(passes.listen, weights=factors, leaves=self.leaves)
+        ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True, backward=by)
         if len(sites) == len(graph.sites):
             covering.reached = ghost.reached
         if check:
@@ -116,7 +111,7 @@ class LossGradients:
             if part.calls:
                 parts.append(part)
         if rest:
-            parts.append(AutodiffGradients(self.losses, rest, self.engine.known, self.pull_back))
+            parts.append(AutodiffGradients(self.losses, rest, self.engine.known, self._quiet))
         if not parts:
             raise RuntimeError(
                 "the losses do not depend on any parameter that makes the scores: expected losses "
@@ -142,11 +137,14 @@ class LossGradients:
         elif self.ghost is not None:
             total = self.ghost.restricted_to(set(self.leaves).difference(rest)).combine(weights)
         if rest:
-            if self.heard:
-                gradients = self.pull_back(rest, weights)
+            passes = self._passes
+            ends = passes.edges_of(rest)
+            if passes.heard:
+                gradients = passes.quiet(ends, weights)
             else:
-                gradients = backward_to(rest, self.losses, weights, retain_graph=not last)
-            total.update((p, g) for p, g in zip(rest, gradients, strict=True) if g is not None)
+                aside = self._edges_aside(rest)
+                gradients = passes.loud([*ends, *aside], weights, retain_graph=not last)
+            total.update((p, g) for p, g in zip(rest, gradients, strict=False) if g is not None)
         return {p: g.to(p.dtype) for p, g in total.items()}
 
     def plain_sum(
@@ -159,22 +157,13 @@ class LossGradients:
             factors: (B,).
             heard: whether hooks on activations hear another pass of this loss.
         """
-        by = self.pull_back if heard else self._heard
-        gradients = by(leaves, factors)
+        passes = self._passes
+        gradients = (passes.quiet if heard else passes.loud)(passes.edges_of(leaves), factors)
         return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
 
     def is_wanted(self, leaf: Tensor) -> bool:
         """Whether the backward pass that runs now asks for the gradient of a leaf."""
-        return is_wanted(self.node_of[leaf])
-
-    def pull_back(
-        self, leaves: Sequence[Tensor], weights: Tensor, create_graph: bool = False
-    ) -> Sequence[Tensor | None]:
-        """A backward pass that no hook hears, unless one of them changes the gradient."""
-        if self.engine.known.get(HOOKS_CHANGE):
-            return self._heard(leaves, weights, create_graph)
-        edges = [GradientEdge(self.node_of[leaf], 0) for leaf in leaves]
-        return self._pull(weights, edges, create_graph)
+        return is_wanted(self._passes.edges_of([leaf])[0].node)
 
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""
@@ -186,38 +175,37 @@ class LossGradients:
         self.ghost = None
         self.losses = self.losses.detach()
         self.graph = Graph.empty()
-        self.node_of = {}
+        self.passes = None
 
-    def _pull(
-        self, weights: Tensor, edges: Sequence[GradientEdge], create_graph: bool = False
-    ) -> Sequence[Tensor | None]:
-        cotangent = weights.to(self.losses.dtype)
-        return pull_back(self.losses, cotangent, edges, self.graph.order, create_graph=create_graph)
+    @property
+    def _passes(self) -> BackwardPasses:
+        assert self.passes is not None, "the backward pass is over"
+        return self.passes
 
-    def _heard(
+    def _quiet(
         self, leaves: Sequence[Tensor], weights: Tensor, create_graph: bool = False
     ) -> Sequence[Tensor | None]:
-        return backward_to(
-            leaves, self.losses, weights, retain_graph=True, create_graph=create_graph
-        )
+        passes = self._passes
+        return passes.quiet(passes.edges_of(leaves), weights, create_graph)
+
+    def _edges_aside(self, rest: Sequence[Tensor]) -> list[GradientEdge]:
+        """Layers that a pass to the rest would not come by, and whose hooks it should meet."""
+        on_the_way = {edge.node for edge in self._passes.edges_of(rest)}
+        for node in reversed(self.graph.order):
+            if any(parent in on_the_way for parent, _ in node.next_functions):
+                on_the_way.add(node)
+        return [site.edge for site in self.graph.sites if site.edge.node not in on_the_way]
 
     def _check(self, covering: Covering, sites: list[CallSite], ghost: GhostGradients) -> None:
         """Compare the products with autograd; what is wrong is left to it."""
         parameters = [p for p in self.leaves if p in covering.covered]
         probe = probe_of(self.losses, self.engine.random)
-        wrong = compare(parameters, self.pull_back(parameters, probe), probe, ghost)
-        if wrong and not self.engine.known.get(HOOKS_CHANGE):
-            # What the layers heard, the hooks may have changed on the way.
-            again = compare(parameters, self._heard(parameters, probe), probe, ghost)
-            if not again:
-                self._hooks_change_gradients()
-            wrong = again
+        wrong = compare(parameters, self._quiet(parameters, probe), probe, ghost)
         if in_half_precision(ghost):
             # Autograd's sums over many samples are too rough there to tell; our own are not.
             one = torch.ones((), device=probe.device)
-            rows = ghost_gradients(
-                self.losses, sites, one, retain_graph=True, backward=partial(self._pull, probe)
-            )
+            by = partial(self._passes.quiet, weights=probe)
+            rows = ghost_gradients(self.losses, sites, one, retain_graph=True, backward=by)
             sums = rows.combine(torch.ones_like(probe))
             wrong = {p: error for p, error in wrong.items() if p not in covering.alone}
             wrong |= compare(parameters, [sums.get(p) for p in parameters], probe, ghost)
@@ -226,27 +214,11 @@ class LossGradients:
         else:
             covering.agree()
 
-    def _compare_unheard(self, seed: Tensor) -> None:
-        if self.engine.known.get(HOOKS_CHANGE) or not self.leaves:
-            return
-        factors = seed.to(self.losses.dtype).expand_as(self.losses)
-        heard = self._heard(self.leaves, factors)
-        self.heard = True
-        if not equal(heard, self.pull_back(self.leaves, factors)):
-            self._hooks_change_gradients()
-
-    def _hooks_change_gradients(self) -> None:
-        self.engine.known[HOOKS_CHANGE] = True
-        logger.info(
-            "a hook on an activation changes the gradient: it is called in every backward pass "
-            "that the weights need, so that all of them see the same model"
-        )
-
     def _let_go(self) -> None:
         """Hold the layers' inputs and output gradients no longer, here and on the graph."""
         self.graph.forget_calls()
         self.graph = Graph.empty()
-        self.ghost = None
+        self.passes = self.ghost = None
 
 
 def is_wanted(leaf: Node) -> bool:

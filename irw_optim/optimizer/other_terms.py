@@ -78,8 +78,9 @@ class OtherTerms:
                 "other terms of the total loss reach the parameters beside the weighted one. Their "
                 "gradient is added as it is, unweighted: in this step it has %.0f %% of the "
                 "length of the whole. For a regulariser that is as it should be. If they are "
-                "losses of the samples, weigh them too: criterion=PerSampleLoss(lambda output, target: "
-                "first(output, target) + second(output, target)), each with one loss per sample",
+                "losses of the samples, weigh them too: criterion=PerSampleLoss(lambda output, "
+                "target: first(output, target) + second(output, target)), each with one loss per "
+                "sample",
                 100 * (others / total) ** 0.5,
             )
 

@@ -1,0 +1,98 @@
+"""Backward passes from one vector of losses: one that hooks on activations hear, others that not.
+
+Hooks are there for the pass of the training loop, and hear one from us: that of the ordinary mean,
+which gives the layers their output gradients; or, where autograd finishes some parameters, the last
+one, with the weighted gradient. A hook may also change the gradient that it hears (a reversal, a
+clipping). Then every pass has to be heard, and which it is, is found out by comparing two.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from irw_optim.gradients.autodiff import silent
+from irw_optim.gradients.capture import Graph
+from irw_optim.gradients.unheard import pull_back
+from irw_optim.gradients.verification import equal
+
+logger = logging.getLogger("irw_optim")
+
+HOOKS_CHANGE = "hooks change gradients"
+"""What an `Engine` remembers of its model: passes that no hook hears give something else."""
+
+
+class BackwardPasses:
+    """From the losses to edges of their graph.
+
+    Args:
+        losses: (B,), with their graph.
+        graph: what leads to them.
+        known: what is remembered of the model.
+
+    Attributes:
+        heard: whether hooks have heard a pass of these losses.
+    """
+
+    def __init__(self, losses: Tensor, graph: Graph, known: dict[str, bool]) -> None:
+        self.losses = losses
+        self.graph = graph
+        self.known = known
+        self.heard = False
+        self._edges = {
+            leaf: GradientEdge(node, 0)
+            for leaf, node in zip(graph.leaves, graph.leaf_nodes, strict=True)
+        }
+
+    def edges_of(self, leaves: Sequence[Tensor]) -> list[GradientEdge]:
+        """Where the gradients of leaves arrive."""
+        return [self._edges[leaf] for leaf in leaves]
+
+    def quiet(
+        self, edges: Sequence[GradientEdge], weights: Tensor, create_graph: bool = False
+    ) -> Sequence[Tensor | None]:
+        """The gradient of <weights, losses> at some edges, unheard, unless hooks change it."""
+        if self.known.get(HOOKS_CHANGE):
+            return self.loud(edges, weights, create_graph=create_graph)
+        weights = weights.to(self.losses.dtype)
+        order = self.graph.order
+        return pull_back(self.losses, weights, edges, order, create_graph=create_graph)
+
+    def loud(
+        self,
+        edges: Sequence[GradientEdge],
+        weights: Tensor,
+        *,
+        retain_graph: bool = True,
+        create_graph: bool = False,
+    ) -> Sequence[Tensor | None]:
+        """The same by autograd's own engine; hooks of leaves wait for the gradient that counts."""
+        self.heard = True
+        with silent(self.graph.leaves), torch.enable_grad():
+            return torch.autograd.grad(
+                self.losses,
+                edges,
+                weights.to(self.losses.dtype),
+                retain_graph=retain_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+
+    def listen(
+        self, edges: Sequence[GradientEdge], weights: Tensor, leaves: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """A pass that is heard, compared with one that is not, as they arrive at the leaves."""
+        ends = self.edges_of(leaves)
+        found = self.loud([*edges, *ends], weights)
+        known = self.known.get(HOOKS_CHANGE)
+        if not known and not equal(found[len(edges) :], self.quiet(ends, weights)):
+            self.known[HOOKS_CHANGE] = True
+            logger.info(
+                "a hook on an activation changes the gradient: it is called in every backward pass "
+                "that the weights need, so that all of them see the same model"
+            )
+        return found[: len(edges)]

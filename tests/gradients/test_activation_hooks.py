@@ -1,0 +1,140 @@
+"""Hooks on activations hear one backward pass a step, of the ordinary size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from agreement import agree
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from irw_optim import IRWOptimizer
+
+B, ALPHA, STEPS = 8, 0.3, 5
+
+
+class Reversal(nn.Module):
+    """Reverses the gradient by a hook, as adversarial adaptation does."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h * 1.0
+        if h.requires_grad:
+            h.register_hook(lambda gradient: -0.5 * gradient)
+        return h
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, h: Tensor) -> Tensor:
+        return checkpoint(self.inside, h, use_reentrant=False)
+
+
+def built(*between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), *between, nn.Linear(6, 3)).double()
+
+
+MODELS: dict[str, Callable[[], nn.Sequential]] = {
+    "quick products": built,
+    "double backward": lambda: built(nn.BatchNorm1d(6)),
+    "checkpointed": lambda: built(Checkpointed(nn.Linear(6, 6))),
+    "checkpointed, double backward": lambda: built(
+        Checkpointed(nn.Linear(6, 6)), nn.BatchNorm1d(6)
+    ),
+    "no double backward": lambda: built(nn.Hardswish(), nn.BatchNorm1d(6)),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    return torch.randn(B, 4).double(), torch.randint(3, (B,))
+
+
+def attached(model: nn.Module, **options) -> tuple[IRWOptimizer, nn.Module]:
+    criterion = nn.CrossEntropyLoss()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    return IRWOptimizer(sgd, alpha=ALPHA, model=model, criterion=criterion, **options), criterion
+
+
+def heard_in(model: nn.Sequential, loss_of: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """What a module's hook, a tensor's hook and retain_grad get in one backward pass."""
+    heard: list[Tensor] = []
+    handle = model[1].register_full_backward_hook(lambda _, __, out: heard.append(out[0].clone()))
+    hidden = model[1](model[0](x))
+    hidden.register_hook(lambda gradient: heard.append(gradient.clone()))
+    hidden.retain_grad()
+    loss_of(model[2:](hidden)).backward()
+    handle.remove()
+    return [*heard, hidden.grad]
+
+
+@every_model
+def test_they_hear_one_gradient_of_the_ordinary_size(name):
+    model = MODELS[name]()
+    plain = copy.deepcopy(model)
+    optimizer, criterion = attached(model)
+    for _ in range(STEPS):
+        x, y = data()
+        plain.load_state_dict(model.state_dict())
+        ordinary = heard_in(plain, lambda out, y=y: F.cross_entropy(out, y), x)
+        optimizer.zero_grad()
+        heard = heard_in(model, lambda out, y=y: criterion(out, y), x)
+        assert len(heard) == len(ordinary) == 3
+        assert all(torch.equal(heard[0], other) for other in heard[1:])
+        if name in ("quick products", "checkpointed"):
+            torch.testing.assert_close(heard[0], ordinary[0])
+        else:  # the weighted gradient itself, or the ordinary one where that was compared
+            ratio = float(heard[0].norm() / ordinary[0].norm())
+            assert 1 / B < ratio < B
+        optimizer.step()
+
+
+@every_model
+def test_the_step_is_exact_whether_anybody_listens_or_not(name):
+    model = MODELS[name]()
+    optimizer, criterion = attached(model)
+    for _ in range(STEPS):
+        x, y = data()
+        twin = copy.deepcopy(model)
+        losses = F.cross_entropy(twin(x), y, reduction="none")
+        truth = reference.step(losses, twin.parameters(), ALPHA)
+        optimizer.zero_grad()
+        heard_in(model, lambda out, y=y: criterion(out, y), x)
+        agree(optimizer, model, truth)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(6)], ids=["quick", "slow"])
+def test_a_hook_that_changes_the_gradient_changes_every_sample(norm, caplog):
+    caplog.set_level("INFO", "irw_optim")
+    model = built(Reversal(), norm())
+    optimizer, criterion = attached(model)
+    for _ in range(STEPS):
+        x, y = data()
+        twin = copy.deepcopy(model)
+        losses = F.cross_entropy(twin(x), y, reduction="none")
+        truth = reference.step(losses, twin.parameters(), ALPHA)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        agree(optimizer, model, truth)
+        optimizer.step()
+    assert caplog.text.count("changes the gradient") == 1
+
+
+def test_a_logical_batch_lets_each_pass_be_heard_once():
+    model = built()
+    optimizer, criterion = attached(model, accumulation_steps=2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for _ in range(2):
+            x, y = data()
+            heard = heard_in(model, lambda out, y=y: criterion(out, y) / 2, x)
+            assert len(heard) == 3
+        optimizer.step()

@@ -1,0 +1,162 @@
+"""Only losses of the model are weighed: inputs and other networks get the ordinary gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from agreement import agree
+from torch import Tensor, nn
+
+from irw_optim import IRWOptimizer
+
+B, ALPHA = 8, 0.3
+
+
+def network(width_in: int, width_out: int, norm: bool = False) -> nn.Module:
+    between = [nn.BatchNorm1d(6)] if norm else []
+    return nn.Sequential(
+        nn.Linear(width_in, 6), *between, nn.Tanh(), nn.Linear(6, width_out)
+    ).double()
+
+
+def attached(model: nn.Module, criterion: nn.Module, **options) -> IRWOptimizer:
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    return IRWOptimizer(sgd, alpha=ALPHA, model=model, criterion=criterion, **options)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    return torch.randn(B, 4).double(), torch.randint(3, (B,))
+
+
+OPTIONS = {
+    "plain": {},
+    "by the losses alone": {"weighting": "cvar"},
+    "warming up": {"warmup_steps": 100},
+    "autodiff": {"engine": "autodiff"},
+    "accumulating": {"accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("norm", [False, True], ids=["apart", "mixed"])
+def test_an_attack_gets_the_ordinary_gradient_of_the_inputs(options, reduction, norm):
+    model, (x, y) = network(4, 3, norm), data()
+    own = nn.CrossEntropyLoss(reduction=reduction)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(own(copy.deepcopy(model)(x), y), x)
+    criterion = copy.deepcopy(own)
+    optimizer = attached(model, criterion, **options)
+    (found,) = torch.autograd.grad(criterion(model(x), y), x)
+    torch.testing.assert_close(found, expected)
+    assert optimizer.last_step is None  # nothing was weighed
+    with pytest.raises(RuntimeError, match="found no gradient"):
+        optimizer.step()
+
+
+def test_inputs_and_parameters_in_one_pass():
+    model, (x, y) = network(4, 3), data()
+    twin = copy.deepcopy(model)
+    x.requires_grad_()
+    losses = F.cross_entropy(twin(x), y, reduction="none", ignore_index=0)
+    (expected,) = torch.autograd.grad(losses.sum() / (y != 0).sum(), x, retain_graph=True)
+    criterion = nn.CrossEntropyLoss(ignore_index=0)
+    optimizer = attached(model, criterion)
+    criterion(model(x), y).backward()
+    torch.testing.assert_close(x.grad, expected)
+    record = optimizer.last_step
+    weighted = torch.autograd.grad(losses @ record.weights, list(twin.parameters()))
+    for p, gradient in zip(model.parameters(), weighted, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_another_network_in_front_gets_the_ordinary_gradient(options):
+    generator, model, (z, _) = network(4, 5), network(5, 1), data()
+    one = torch.ones(B, 1).double()
+    own = F.binary_cross_entropy_with_logits(model(generator(z)), one)
+    expected = torch.autograd.grad(own, list(generator.parameters()))
+    criterion = nn.BCEWithLogitsLoss()
+    optimizer = attached(model, criterion, **options)
+    for _ in range(optimizer.accumulation_steps):
+        generator.zero_grad()
+        criterion(model(generator(z)), one).backward()
+    for p, gradient in zip(generator.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_discriminator_is_weighed_and_its_generator_is_not():
+    generator, model, (z, _) = network(4, 5), network(5, 1), data()
+    criterion, one = nn.BCEWithLogitsLoss(), torch.ones(B, 1).double()
+    optimizer = attached(model, criterion)
+    twin = copy.deepcopy(model)
+    output = twin(generator(z).detach())
+    losses = F.binary_cross_entropy_with_logits(output, one, reduction="none").squeeze(1)
+    truth = reference.step(losses, twin.parameters(), ALPHA)
+    criterion(model(generator(z)), one).backward()
+    agree(optimizer, model, truth)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_with_the_model_frozen_the_loss_is_an_ordinary_one(options):
+    generator, model, (z, _) = network(4, 5), network(5, 1), data()
+    one = torch.ones(B, 1).double()
+    own = F.binary_cross_entropy_with_logits(model(generator(z)), one)
+    expected = torch.autograd.grad(own, list(generator.parameters()))
+    criterion = nn.BCEWithLogitsLoss()
+    optimizer = attached(model, criterion, **options)
+    model.requires_grad_(False)
+    loss = criterion(model(generator(z)), one)
+    torch.testing.assert_close(loss.detach(), own.detach())
+    loss.backward()
+    for p, gradient in zip(generator.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert optimizer.last_step is None
+
+
+def test_the_criterion_on_another_network_altogether():
+    model, other, (x, y) = network(4, 3), network(4, 3), data()
+    expected = torch.autograd.grad(F.cross_entropy(other(x), y), list(other.parameters()))
+    criterion = nn.CrossEntropyLoss()
+    optimizer = attached(model, criterion)
+    criterion(other(x), y).backward()
+    for p, gradient in zip(other.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert optimizer.last_step is None
+    with pytest.raises(RuntimeError, match="found no gradient"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_losses_of_a_logical_batch(shared):
+    """On one forward or on two: each loss is a pass, and the four make one batch."""
+    trunk, first, second = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+    model = nn.ModuleList([trunk, first, second]).double()
+    twin = copy.deepcopy(model)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = attached(model, criterion, accumulation_steps=4)
+    parts = []
+    for _ in range(2):
+        x, y = data()
+        hidden = trunk(x).tanh()
+        again = hidden if shared else trunk(x).tanh()
+        (criterion(first(hidden), y) + 0.4 * criterion(second(again), y)).backward()
+        parts += [F.cross_entropy(twin[i](twin[0](x).tanh()), y, reduction="none") for i in (1, 2)]
+    optimizer.finish()
+    record = optimizer.last_step
+    found = record.losses.view(4, B)
+    # Autograd decides which of two losses of a sum comes first.
+    by_value = {round(float(p.detach().sum()), 9): p for p in parts}
+    losses = torch.cat([by_value[round(float(row.sum()), 9)] for row in found])
+    truth = reference.step(losses, twin.parameters(), ALPHA)
+    assert record.worst_off.tolist() == truth.worst_off.tolist()
+    torch.testing.assert_close(record.weights, truth.weights.to(record.weights.dtype))
+    total = 2 * (1 + 0.4)  # the factors of the four passes
+    gradients = torch.autograd.grad(total * (losses @ truth.weights), list(twin.parameters()))
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
