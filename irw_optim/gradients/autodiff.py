@@ -53,13 +53,13 @@ class AutodiffGradients:
         self._linear_map: tuple[Tensor, dict[Tensor, Tensor]] | None = None
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        # Copies: recorded graphs (CUDA) write into the same memory at every pass.
         if self.known.get("row_by_row") or self._linear_map is not None:
-            # Recorded graphs (CUDA) write into the same memory at every pass.
             return {p: g.clone() for p, g in self._backward(weights).items()}
         u = weights.detach().to(self.losses.dtype).clone().requires_grad_()
         combined = self._backward(u, create_graph=True)
         self._linear_map = u, combined
-        return {p: g.detach() for p, g in combined.items()}
+        return {p: g.detach().clone() for p, g in combined.items()}
 
     def dot(self, direction: Direction) -> Tensor:
         if not self.batch_size:  # not every operation has a double backward of nothing

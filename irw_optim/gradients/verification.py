@@ -16,8 +16,8 @@ from torch import Tensor
 
 from irw_optim.gradients.ghost import GhostGradients
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""Far above rounding, far below what any mixing of samples does."""
+_TOLERANCE = {torch.float64: 1e-6, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
+"""Far above rounding, also of sums in which large terms cancel; far below what mixing does."""
 
 _OF_PRODUCTS = {"highest": 1e-3, "high": 1e-2, "medium": 3e-2}
 """For float32, by the precision in which torch multiplies it: TF32 has the digits of float16."""
