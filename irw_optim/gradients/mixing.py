@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 
 from irw_optim.gradients.capture import Graph
 from irw_optim.gradients.mixing_rules import MIXES, SHARED, Output
-from irw_optim.gradients.operations import rule_for, settings_of
+from irw_optim.gradients.operations import is_view, rule_for, settings_of
 
 
 class Batch(NamedTuple):
@@ -32,11 +32,13 @@ class Batch(NamedTuple):
         strides: for each layer call, the stride of the batch in its output; `SHARED` where the
             output is one for all samples. Known where nothing mixes.
         reads: for each leaf, how many operations on samples read it, or what is computed of it.
+        computes_shared: whether anything that is one for all samples is computed, beyond views.
     """
 
     mixed_by: str | None
     strides: tuple[int, ...] = ()
     reads: tuple[int, ...] = ()
+    computes_shared: bool = False
 
 
 def follow_batch(losses: Tensor, graph: Graph) -> Batch:
@@ -49,12 +51,14 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
     places: dict[tuple[Node, int], int] = {(losses.grad_fn, losses.output_nr): 1}  # type: ignore[dict-item]
     outputs: dict[Node, list[int]] = {losses.grad_fn: [losses.output_nr]}  # type: ignore[dict-item]
     reads: dict[Node, int] = {}
+    computes_shared = False
     for node in graph.order:
         for number in outputs.get(node, ()):
             stride = places[node, number]
             if stride == SHARED:
                 found: Sequence[int] = [SHARED] * len(node.next_functions)
                 weight = reads.get(node, 0)
+                computes_shared |= not is_view(node)
             else:
                 found = _inputs_of(Output(node, number, stride, len(losses)))
                 weight = 1
@@ -74,7 +78,8 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
                 elif places[parent, output] != place:
                     return Batch(parent.name())
     strides = tuple(places.get((s.edge.node, s.edge.output_nr), SHARED) for s in graph.sites)
-    return Batch(None, strides, tuple(reads.get(node, 0) for node in graph.leaf_nodes))
+    counted = tuple(reads.get(node, 0) for node in graph.leaf_nodes)
+    return Batch(None, strides, counted, computes_shared)
 
 
 def _inputs_of(output: Output) -> Sequence[int]:

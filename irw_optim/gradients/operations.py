@@ -142,6 +142,11 @@ def rule_for(node: Node) -> Rule:
     return _kind_of(node).rule
 
 
+def is_view(node: Node) -> bool:
+    """Whether a node hands on numbers as they are."""
+    return _kind_of(node).rule in (permuting, removing, reshaped, swapping)
+
+
 def settings_of(node: Node) -> object:
     """What the rule of a node looks at, to compare; None where that is more than settings."""
     kind = _OF_TYPE.get(type(node)) or _kind_of(node)

@@ -75,8 +75,7 @@ class PendingBatch:
         Args:
             criterion: the loss that the training loop calls.
             model: asked whether it trains.
-            hooks: Opacus' GradSampleHooks; if given, the rows of the first batch are compared
-                with plain autograd.
+            hooks: Opacus' GradSampleHooks; if given, rows are compared with plain autograd.
         """
         if isinstance(earlier := follower_of(criterion), PendingBatch):
             earlier.unfollow()  # a new training with the same criterion
@@ -142,11 +141,11 @@ class PendingBatch:
         """The per-sample gradients of the same backward pass; errors as `GradSampleRows.read`.
 
         Raises:
-            DPGuaranteeError: at the first batch, rows that are not those of plain autograd.
+            DPGuaranteeError: rows that are not those of plain autograd.
         """
         rows = GradSampleRows.read(parameters, batch_size)
-        if self._spot_check is not None and self._spot_check.passes(rows):
-            self._spot_check = None
+        if self._spot_check is not None:
+            self._spot_check.check(rows)
         return rows
 
 

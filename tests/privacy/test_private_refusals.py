@@ -364,6 +364,35 @@ def test_per_sample_gradients_that_are_not_autograds_are_refused(parts, mode, ho
         assert torch.equal(p, old)
 
 
+def test_samples_that_meet_in_a_later_batch_are_refused(parts):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+            self.rows = torch.arange(6)
+
+        def forward(self, x):
+            return self.second(self.first(x)[self.rows])
+
+    model = Model()
+    parts |= {"module": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    private, optimizer, _ = IRWPrivacyEngine(accountant="rdp").make_private(**parts)
+
+    def step():
+        optimizer.zero_grad()
+        parts["criterion"](private(torch.randn(6, 4)), torch.zeros(6).long()).backward()
+        optimizer.step()
+
+    for _ in range(6):
+        step()
+    model.rows = torch.tensor([0, 1, 2, 1, 4, 5])  # two samples share a row from here on
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(DPGuaranteeError, match="differ from autograd"):
+        step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+
+
 def test_a_criterion_with_another_reduction_is_refused(parts):
     for reduction in ("sum", "none"):
         assert_refused(
