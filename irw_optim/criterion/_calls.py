@@ -69,10 +69,16 @@ def rehearsal(criterion: nn.Module, arguments: Iterable[object]) -> Iterator[Non
                 restore()
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Tables of hooks and the like, which no forward changes; they take as long as a small loss."""
+
+
 def _restores(module: nn.Module) -> Iterator[Callable[[], None]]:
     attributes = vars(module)
     yield _restore_dict(attributes)
-    for value in (*attributes.values(), *module._buffers.values()):
+    yield _restore_dict(module._buffers)
+    own = [value for name, value in attributes.items() if name not in _OF_EVERY_MODULE]
+    for value in (*own, *module._buffers.values()):
         if isinstance(value, nn.Parameter):
             continue
         if isinstance(value, Tensor):

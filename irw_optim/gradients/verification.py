@@ -74,7 +74,13 @@ def difference(
     truth = truth.to_dense()
     off = truth if claim is None else truth - claim
     tolerance = max(_TOLERANCE.get(d, 1e-3) for d in (truth.dtype, *_dtypes(gradients)))
-    return Difference(parameter, float(off.float().norm()), float(truth.float().norm()), tolerance)
+    return Difference(parameter, _norm(off), _norm(truth), tolerance)
+
+
+def _norm(tensor: Tensor) -> float:
+    """Of numbers whose squares float32 may not hold."""
+    size = tensor.abs().max() if tensor.numel() else tensor.new_zeros(())
+    return float(size) * float((tensor / size).float().norm()) if size else 0.0
 
 
 def wrong_among(differences: Sequence[Difference]) -> dict[Tensor, float]:

@@ -31,6 +31,7 @@ from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import replica_in
 from irw_optim.distributed.shard_checks import check_whole
 from irw_optim.gradients.engine import ENGINES, Engine
+from irw_optim.gradients.rescaling import gram_in_range, unscaled
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.options import described
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
@@ -210,7 +211,7 @@ def outliers_in_blocks(
     removed = torch.zeros(size, dtype=torch.bool)
     own, sizes = torch.cat([order[:0], *pieces]), [len(piece) for piece in pieces]
     for positions, gradients in rows.blocks(own, sizes):
-        removed[positions] = outliers(gradients.gram()).cpu()
+        removed[positions] = outliers(unscaled(*gram_in_range(gradients))).cpu()
     if ranks is not None:
         removed = torch.stack(ranks.objects(removed)).any(0)
     if removed.all():
