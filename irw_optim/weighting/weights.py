@@ -66,9 +66,8 @@ def worst_off(losses: Tensor, alpha: float) -> Tensor:
     >>> worst_off(torch.tensor([0.1, 2.0, 0.3, 2.0]), alpha=0.25)
     tensor([False,  True, False, False])
     """
-    check_alpha(alpha)
     check_losses(losses)
-    return _worst_off(losses, alpha)
+    return _worst_off(losses, check_alpha(alpha))
 
 
 def irw_weights(
@@ -103,7 +102,7 @@ def irw_weights(
     >>> irw_weights(losses, gradients, alpha=0.3)
     tensor([0.5000, 0.5000, 0.0000])
     """
-    check_alpha(alpha)
+    alpha = check_alpha(alpha)
     check_losses(losses)
     check_options(center=center, mix=mix)
     rows = MaterializedGradients.of(gradients) if isinstance(gradients, Tensor) else gradients
