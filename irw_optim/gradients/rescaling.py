@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -101,8 +102,7 @@ def _in_range(
         return plain, 1.0
     # The engine's way to a product may be quadratic in what its gradients carry, too.
     size, seed = _looked_at(_largest(squares(plain)), getattr(gradients, "seed", None))
-    limits = torch.finfo(plain.dtype)
-    low, high = limits.tiny**0.5, limits.max**0.5  # the factors of a product are in range then
+    low, high = _range_of(plain.dtype)
     if low <= size <= high and low <= size * seed**2 <= high:
         return plain, 1.0
     reach, exponent = math.frexp(high)[1], 0
@@ -117,6 +117,13 @@ def _in_range(
         if size == 0 or (not math.isfinite(size) and exponent == -2 * reach):
             break
     return plain, 1.0
+
+
+@cache
+def _range_of(dtype: torch.dtype) -> tuple[float, float]:
+    """Roots of the least and of the largest number: in between, the factors of a product fit too."""
+    limits = torch.finfo(dtype)
+    return limits.tiny**0.5, limits.max**0.5
 
 
 def _step(size: float, low: float, high: float, reach: int) -> int:
