@@ -53,11 +53,13 @@ def rehearsal(criterion: nn.Module, arguments: Iterable[object]) -> Iterator[Non
     """
     undo = [restore for module in criterion.modules() for restore in _restores(module)]
     python, numpy = random.getstate(), np.random.get_state()
-    devices = {a.device for a in arguments if isinstance(a, Tensor) and a.device.type != "cpu"}
+    devices = {a.device for a in arguments if isinstance(a, Tensor)}
+    if torch.cuda.is_initialized():  # where the tensors may be that a dict holds
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
     with ExitStack() as forks:
         forks.enter_context(torch.random.fork_rng(()))
         for device in devices:
-            if device.type != "meta":
+            if device.type not in ("cpu", "meta"):
                 fork = torch.random.fork_rng([device], device_type=device.type)
                 forks.enter_context(fork)
         try:

@@ -45,24 +45,20 @@ def check_rows_are_samples(
     Raises:
         ValueError: If the losses stay as they are.
     """
-    if batch < 2:
-        return
     uses = _uses[criterion] = _uses.get(criterion, 0) + 1
     if uses & (uses - 1):
         return
+    # As many calls whatever the numbers are: a criterion may gather from other processes.
+    calls = [_called_again(criterion, args, kwargs, m) for m in _moves(len(elements), batch)]
+    if batch < 2:
+        return
     elements = elements.detach()
-    shift = len(elements) // batch
-    expected = elements.roll(shift, 0)
-    apart = _distance(elements, expected)
-    unmoved = False
-    for move in _moves(len(elements), batch):
-        moved = _called_again(criterion, args, kwargs, move)
-        if moved is None or moved.shape != elements.shape:
-            continue
-        if _distance(moved, expected) <= _FAR_CLOSER * apart:
-            return
-        unmoved = unmoved or _distance(moved, elements) <= _FAR_CLOSER * apart
-    if unmoved:
+    along = elements.roll(len(elements) // batch, 0)
+    near = _FAR_CLOSER * _distance(elements, along)
+    moved = [other for other in calls if other is not None and other.shape == elements.shape]
+    if any(_distance(other, along) <= near for other in moved):
+        return
+    if any(_distance(other, elements) <= near for other in moved):
         raise ValueError(
             f"{type(criterion).__name__} returned losses of shape {tuple(elements.shape)} that "
             "stay as they are when the samples of the batch change places: they are not one loss "
@@ -79,7 +75,7 @@ def _moves(rows: int, batch: int) -> list[Callable[[object], object]]:
         if isinstance(value, Tensor):
             if not value.dim() or len(value) not in (rows, batch):
                 return value
-            return value.detach().roll(len(value) // batch, 0)
+            return value.detach().roll(len(value) // max(1, batch), 0)
         if not isinstance(value, list | tuple) or len(value) != batch:
             return None
         batches = any(isinstance(v, Tensor) and v.dim() and len(v) == batch for v in value)

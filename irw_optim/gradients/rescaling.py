@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from irw_optim.gradients.autodiff import AutodiffGradients
+from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.materialized import MaterializedGradients, blocked_gram, widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients, align
 
@@ -67,8 +69,8 @@ class RescaledGradients:
         gradients = self.gradients
         if isinstance(gradients, MaterializedGradients):
             return MaterializedGradients(self._times_factor(gradients.rows)).gram()
-        rows = getattr(gradients, "rows", None)
-        if rows is not None:
+        if isinstance(gradients, GhostGradients | AutodiffGradients):
+            rows = gradients.rows
             numbers = sum(row.numel() for row in rows(slice(0, 1)).values())
             return blocked_gram(
                 self.batch_size, numbers, lambda samples: self._times_factor(rows(samples))
@@ -121,7 +123,7 @@ def _in_range(
 
 @cache
 def _range_of(dtype: torch.dtype) -> tuple[float, float]:
-    """Roots of the least and of the largest number: in between, the factors of a product fit too."""
+    """Roots of the least and of the largest number: in between, a product's factors fit too."""
     limits = torch.finfo(dtype)
     return limits.tiny**0.5, limits.max**0.5
 
