@@ -248,3 +248,17 @@ def test_a_warm_up_is_plain_training(name, reduction):
     assert float(optimizer.last_step.weights.sum()) == pytest.approx(1.0, rel=1e-14)
     errors = gradient_errors(body, list(plain))
     assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("weighting", ["irw", "cvar", "uniform"])
+def test_the_loop_sees_the_value_of_the_criterion_to_the_bit(weighting):
+    body = nn.Linear(WIDTH, 1)
+    x, y = torch.randn(B, WIDTH), torch.randn(B, 1)
+    y[:2] = torch.tensor([[-1e4], [1e4]])  # losses far from their mean
+    criterion = PerSampleLoss(lambda a, b: a - b)
+    own = criterion(body(x), y)
+    sgd = torch.optim.SGD(body.parameters(), lr=0.1)
+    options = {"alpha": 0.1, "model": body, "criterion": criterion, "weighting": weighting}
+    optimizer = IRWOptimizer(sgd, **options)
+    assert optimizer.criterion is criterion  # and it lives
+    assert torch.equal(criterion(body(x), y).detach(), own.detach())

@@ -59,7 +59,7 @@ class OneProcess:
         """Where the weights are known before backward, ordinary autograd does the rest."""
         record = self.scheme.decide(batch, NoRows(len(batch.losses)))
         weighted = batch.scale * (record.weights.to(batch.losses.dtype) * batch.losses).sum()
-        loss = weighted + (batch.value - weighted).detach()
+        loss = batch.value + (weighted - weighted.detach())  # to the bit, whatever the weights
         loss.register_hook(lambda _: self.note(record))
         return loss
 
