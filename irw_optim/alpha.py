@@ -16,7 +16,6 @@ With truth probability p and m groups of shares pi_k, answer k is given with pro
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,6 +23,8 @@ import numpy.typing as npt
 import torch
 from scipy.special import betaincinv
 from torch import Tensor
+
+from irw_optim.arguments import as_real, as_whole
 
 Groups: TypeAlias = Tensor | npt.ArrayLike
 """Group numbers 0 ... m - 1, one a person: a tensor, an array or a list."""
@@ -83,7 +84,7 @@ def randomized_response(
     >>> round((answers != groups).double().mean().item(), 2)  # half of them toss, half of those lie
     0.25
     """
-    _check_num_groups(num_groups)
+    num_groups = _check_num_groups(num_groups)
     p = _check_probability("truth_probability", truth_probability, "[0, 1]")
     truth = _as_groups("groups", groups, num_groups)
     # float64: at 24 bits, p would be rounded to multiples of 6e-8.
@@ -114,7 +115,7 @@ def privacy_of(truth_probability: float, num_groups: int) -> float:
     >>> round(privacy_of(0.5, num_groups=2), 6), round(math.log(3), 6)
     (1.098612, 1.098612)
     """
-    _check_num_groups(num_groups)
+    num_groups = _check_num_groups(num_groups)
     p = _check_probability("truth_probability", truth_probability, "[0, 1]")
     return math.inf if p == 1 else math.log1p(p * num_groups / (1 - p))
 
@@ -164,7 +165,7 @@ def estimate_alpha(
     >>> [round(end, 3) for end in survey.intervals[1]]
     [0.141, 0.261]
     """
-    _check_num_groups(num_groups)
+    num_groups = _check_num_groups(num_groups)
     p = _check_probability("truth_probability", truth_probability, "(0, 1]")
     confidence = _check_probability("confidence", confidence, "(0, 1)")
     answers = _as_groups("responses", responses, num_groups)
@@ -245,19 +246,19 @@ def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:
     return numbers
 
 
-def _check_num_groups(num_groups: object) -> None:
+def _check_num_groups(num_groups: object) -> int:
     message = f"num_groups={num_groups!r}: expected a whole number >= 2"
-    if isinstance(num_groups, bool) or not isinstance(num_groups, Integral):
+    if (number := as_whole(num_groups)) is None:
         raise TypeError(message)
-    if int(num_groups) < 2:
+    if number < 2:
         raise ValueError(message)
+    return number
 
 
 def _check_probability(name: str, value: object, allowed: str) -> float:
     message = f"{name}={value!r}: expected a number in {allowed}"
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if (number := as_real(value)) is None:
         raise TypeError(message)
-    number = float(value)
     too_low = number < 0 or (number == 0 and allowed[0] == "(")
     too_high = number > 1 or (number == 1 and allowed[-1] == ")")
     if too_low or too_high or math.isnan(number):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from fractions import Fraction
 
+import numpy as np
 import opacus
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from irw_optim import IRWOptimizer
+from irw_optim import DBSCANFilter, IRWMonitor, IRWOptimizer, alpha, irw_weights, metrics, worst_off
+from irw_optim.privacy import IRWDPConfig, IRWDPOptimizer
 from irw_optim.privacy.errors import DPGuaranteeError
+from irw_optim.schemes import GlobalScheme, ResamplingSampler
 
 
 class World:
@@ -134,6 +139,128 @@ def test_impossible_arguments(world, options, kind, message):
         world.wrap(**options)
     assert world.snapshot() == before
     world.wrap()  # and the same objects are good for another try
+
+
+NUMBERS_FROM_NUMPY = [
+    ("alpha", np.float32(0.25)),
+    ("alpha", np.float64(0.25)),
+    ("alpha", np.array(0.25)),
+    ("alpha", np.int64(1)),
+    ("alpha", Fraction(1, 4)),
+    ("center", np.float32(0.5)),
+    ("mix", np.array(0.5, dtype=np.float16)),
+    ("warmup_steps", np.int64(2)),
+    ("warmup_steps", np.array(2)),
+    ("accumulation_steps", np.uint8(2)),
+    ("class_balance", np.True_),
+    ("class_balance", np.array(False)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), NUMBERS_FROM_NUMPY, ids=repr)
+def test_numbers_from_numpy_are_the_numbers_that_they_mean(world, name, value):
+    optimizer = world.wrap(**{name: value})
+    meant = optimizer.state_dict()["irw"][name]
+    assert type(meant) in (bool, int, float)
+    assert meant == value
+    optimizer.detach()
+    plain = world.wrap(**{name: meant})
+    assert plain.scheme == optimizer.scheme
+    assert plain.state_dict()["irw"] == optimizer.state_dict()["irw"]
+
+
+NOT_NUMBERS = [
+    {"alpha": np.True_},
+    {"alpha": np.array([0.3])},
+    {"alpha": np.float32("nan")},
+    {"alpha": torch.tensor(0.3)},
+    {"alpha": 0.3 + 0j},
+    {"alpha": 10**400},
+    {"center": np.False_},
+    {"mix": np.float64("nan")},
+    {"warmup_steps": np.float64(2)},
+    {"warmup_steps": np.True_},
+    {"accumulation_steps": np.float32(2)},
+    {"accumulation_steps": np.int64(0)},
+    {"class_balance": np.int64(1)},
+]
+
+
+@pytest.mark.parametrize("options", NOT_NUMBERS, ids=repr)
+def test_what_is_no_such_number_is_refused(world, options):
+    (name,) = options
+    before = world.snapshot()
+    with pytest.raises((TypeError, ValueError), match=f"{name}=.*: expected"):
+        world.wrap(**options)
+    assert world.snapshot() == before
+
+
+ELSEWHERE = {
+    "min_samples": (lambda v: DBSCANFilter(min_samples=v), 3, "whole"),
+    "eps": (lambda v: DBSCANFilter(eps=v), 0.5, "real"),
+    "quantile": (lambda v: DBSCANFilter(quantile=v), 0.5, "real"),
+    "alpha of irw_weights": (
+        lambda v: irw_weights(torch.ones(4), torch.ones(4, 2), v),
+        0.5,
+        "real",
+    ),
+    "alpha of worst_off": (lambda v: worst_off(torch.ones(4), v), 0.5, "real"),
+    "alpha of the metric": (lambda v: metrics.worst_alpha_loss([1.0, 2.0], v), 0.5, "real"),
+    "refresh": (lambda v: global_scheme(refresh=v), 2, "whole"),
+    "batch_size": (lambda v: global_scheme(batch_size=v), 2, "whole"),
+    "outlier_block": (lambda v: global_scheme(outlier_block=v), 2, "whole"),
+    "num_samples": (lambda v: ResamplingSampler(torch.ones(4), num_samples=v), 2, "whole"),
+    "num_groups": (lambda v: alpha.privacy_of(0.5, v), 2, "whole"),
+    "truth_probability": (lambda v: alpha.privacy_of(v, 2), 0.5, "real"),
+    "IRWDPConfig": (lambda v: IRWDPConfig(init_threshold=v), 0.5, "real"),
+    "warmup_steps of IRWDPConfig": (
+        lambda v: IRWDPConfig(init_threshold=0.5, warmup_steps=v),
+        2,
+        "whole",
+    ),
+    "noise_multiplier": (lambda v: private(noise_multiplier=v), 0.5, "real"),
+    "max_grad_norm": (lambda v: private(max_grad_norm=v), 0.5, "real"),
+    "expected_batch_size": (lambda v: private(expected_batch_size=v), 4, "real"),
+    "every": (lambda v: monitor(every=v), 2, "whole"),
+    "capacity": (lambda v: monitor(capacity=v), 20, "whole"),
+}
+
+
+def global_scheme(**options) -> GlobalScheme:
+    model, criterion = nn.Linear(2, 2), nn.CrossEntropyLoss()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(inner, alpha=0.3, model=model, criterion=criterion)
+    data = torch.utils.data.TensorDataset(torch.randn(6, 2), torch.randint(0, 2, (6,)))
+    return GlobalScheme(optimizer, torch.utils.data.DataLoader(data, batch_size=3), **options)
+
+
+def private(**options) -> IRWDPOptimizer:
+    defaults = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": 4}
+    inner = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    return IRWDPOptimizer(inner, irw=IRWDPConfig(init_threshold=0.7), **{**defaults, **options})
+
+
+def monitor(**options) -> IRWMonitor:
+    inner = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    return IRWMonitor(IRWOptimizer(inner, alpha=0.3), **options)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_numbers_are_the_same_everywhere(name):
+    make, value, kind = ELSEWHERE[name]
+    kinds = [np.int64, np.int32] if kind == "whole" else [np.float32, np.float64]
+    for number in [value, *[kind(value) for kind in kinds], np.array(value)]:
+        made = make(number)
+        if dataclasses.is_dataclass(made):
+            assert all(
+                type(v) in (bool, int, float, str) for v in dataclasses.asdict(made).values()
+            )
+            assert made == make(value)
+    wrong = [np.True_, True, torch.tensor(value), np.array([value]), np.float64("nan"), "1"]
+    wrong += [np.float64(value)] if kind == "whole" else []
+    for number in wrong:
+        with pytest.raises((TypeError, ValueError, NotImplementedError), match="expected"):
+            make(number)
 
 
 def test_unknown_arguments(world):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import secrets
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -612,11 +615,234 @@ def test_own_module_with_a_reduction(reduction: str, shape: tuple[int, ...]) -> 
     close(result.scale * result.losses.mean(), criterion(output, target))
 
 
-def test_own_module_is_verified_once() -> None:
+def test_own_module_sees_one_call_a_batch() -> None:
     criterion = OwnLoss()
     for _ in range(3):
         per_sample_losses(criterion, normal(B), normal(B))
-    assert criterion.calls == ["none", "mean", "none", "none"]
+    assert criterion.calls == ["none", "none", "none"]
+
+
+class MaskedMean(nn.Module):
+    """Its mean is that of its elements only as long as nothing is masked."""
+
+    reduction = "mean"
+
+    def forward(self, output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        losses = (output - target) ** 2 * mask
+        return losses if self.reduction == "none" else losses.sum() / mask.sum()
+
+
+def test_own_module_is_compared_with_its_own_value_at_every_batch() -> None:
+    criterion, mask = MaskedMean(), torch.ones(B, T)
+    output, target = normal(B, T).requires_grad_(), normal(B, T)
+    for _ in range(5):
+        result = per_sample_losses(criterion, output, target, mask)
+        assert torch.equal(result.value, criterion(output, target, mask).detach())
+    mask[0, 2:] = 0
+    with pytest.raises(ValueError, match=r"MaskedMean.*its reduction is one of its own"):
+        per_sample_losses(criterion, output, target, mask)
+
+
+def test_own_value_that_is_not_finite_beside_losses_that_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="returned nan"):  # nothing is left of the mask
+        per_sample_losses(MaskedMean(), normal(B), normal(B), torch.zeros(B))
+
+
+class Drawn(nn.Module):
+    """Draws, counts and keeps a running value, as a loss with label noise would."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.reduction, self.source, self.calls = "mean", source, 0
+        self.generator = torch.Generator().manual_seed(0)
+        self.register_buffer("running", torch.ones(()))
+        self.running: Tensor
+
+    def noise(self, size: int) -> Tensor:
+        if self.source == "torch":
+            return torch.rand(size)
+        if self.source == "generator":
+            return torch.rand(size, generator=self.generator)
+        if self.source == "random":
+            return torch.tensor([random.random() for _ in range(size)])
+        if self.source == "numpy":
+            return torch.from_numpy(np.random.rand(size))
+        return torch.tensor([secrets.randbelow(1000) / 1000 for _ in range(size)])
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        losses = (output - target) ** 2 * self.noise(len(output)) / self.running
+        self.running.mul_(0.9).add_(0.1 * losses.detach().mean())
+        return losses if self.reduction == "none" else losses.mean()
+
+
+@pytest.mark.parametrize("source", ["torch", "generator", "random", "numpy", "secrets"])
+def test_own_module_that_draws_numbers_draws_them_once(source: str) -> None:
+    once, twin = Drawn(source), Drawn(source)
+    output, target = normal(B).requires_grad_(), normal(B)
+    for seed in range(4):
+        results = []
+        for criterion, losses_of in ((once, per_sample_losses), (twin, lambda c, *a: c(*a))):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            results.append(losses_of(criterion, output, target))  # type: ignore[operator]
+            results.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
+        (batch, left), (value, right) = results[:2], results[2:]
+        close(batch.losses.mean(), batch.value)
+        assert left == right
+        if source != "secrets":  # which nobody can draw again
+            assert torch.equal(batch.value, value)
+            assert torch.equal(once.running, twin.running)
+        assert once.calls == twin.calls
+
+
+def test_own_module_that_differentiates_twice_on_its_way() -> None:
+    class Residual(nn.Module):
+        reduction = "mean"
+
+        def forward(self, output: Tensor, points: Tensor) -> Tensor:
+            (slope,) = torch.autograd.grad(output.sum(), points, create_graph=True)
+            (bend,) = torch.autograd.grad(slope.sum(), points, create_graph=True)
+            losses = (bend - output) ** 2
+            return losses if self.reduction == "none" else losses.mean()
+
+    points = normal(B).requires_grad_()
+    result = per_sample_losses(Residual(), (3 * points).sin(), points)
+    close(result.losses, (10 * (3 * points).sin()) ** 2)
+
+
+def test_own_module_leaves_alone_what_an_earlier_graph_needs() -> None:
+    criterion = MaskedMean()
+    criterion.register_buffer("unused", torch.ones(2))
+    output = normal(B).requires_grad_()
+    first = per_sample_losses(criterion, output, normal(B), torch.ones(B)).losses.sum()
+    needed = (criterion.unused * output[:2]).sum()
+    per_sample_losses(criterion, output, normal(B), torch.ones(B))
+    (first + needed).backward()
+    assert output.grad is not None
+
+
+def test_own_forward_on_a_loss_of_torch_is_not_taken_for_torch_s() -> None:
+    criterion = nn.MSELoss()
+
+    def forward(output: Tensor, target: Tensor) -> Tensor:
+        losses = (output - target).abs()
+        return losses if criterion.reduction == "none" else losses.mean() + 1
+
+    criterion.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="its reduction is one of its own"):
+        per_sample_losses(criterion, normal(B), normal(B))
+
+
+# --- rows that are no samples -------------------------------------------------------------------
+
+
+def dice(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """One loss a class, over the whole batch: logits and targets of shape (N, C, ...)."""
+    probabilities, dims = logits.softmax(1), (0, *range(2, logits.dim()))
+    overlap, size = (probabilities * target).sum(dims), (probabilities + target).sum(dims)
+    losses = 1 - (2 * overlap + 1) / (size + 1)
+    return losses if weight is None else losses * weight
+
+
+class BatchDice(nn.Module):
+    reduction = "mean"
+
+    def forward(self, *args: Tensor) -> Tensor:
+        losses = dice(*args)
+        return losses if self.reduction == "none" else losses.mean()
+
+
+def squares_by_class(logits: Tensor, target: Tensor) -> Tensor:
+    return (logits - target).square().flatten(2).mean(2).sum(0)
+
+
+REDUCED_OVER_THE_BATCH = {
+    "function": PerSampleLoss(dice),
+    "module": BatchDice(),
+    "sums": PerSampleLoss(squares_by_class),
+    "in a dict": PerSampleLoss(lambda batch: dice(batch["logits"], batch["target"])),
+}
+
+
+@pytest.mark.parametrize("name", REDUCED_OVER_THE_BATCH)
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classes_are_not_taken_for_as_many_samples(
+    name: str, size: int, dtype: torch.dtype
+) -> None:
+    logits = normal(size, size, 4, 4).to(dtype).requires_grad_()
+    target = F.one_hot(torch.arange(size * 16).view(size, 4, 4) % size).movedim(-1, 1).to(dtype)
+    args: tuple[Any, ...] = (logits, target)
+    if name == "in a dict":
+        args = ({"logits": logits, "target": target},)
+    criterion = deepcopy(REDUCED_OVER_THE_BATCH[name])
+    with pytest.raises(ValueError, match=r"not one loss per sample.*PerSampleLoss.*backward"):
+        per_sample_losses(criterion, *args)
+
+
+@pytest.mark.parametrize("classes_", [B, B + 2])
+def test_weights_of_the_classes_are_no_samples(classes_: int) -> None:
+    logits = normal(B, classes_, 4).requires_grad_()
+    target = F.one_hot(torch.arange(B * 4).view(B, 4) % classes_, classes_).movedim(-1, 1)
+    with pytest.raises(ValueError, match="PerSampleLoss returned losses of shape"):
+        per_sample_losses(PerSampleLoss(dice), logits, target.double(), positive(classes_))
+
+
+def test_rows_are_looked_at_again_now_and_then() -> None:
+    criterion = PerSampleLoss(lambda x, over_batch: dice(x, x) if over_batch else x.mean((1, 2)))
+    logits = normal(B, B, 3).requires_grad_()
+    for _ in range(3):
+        per_sample_losses(criterion, logits, False)
+    with pytest.raises(ValueError, match="not one loss per sample"):
+        per_sample_losses(criterion, logits, True)
+
+
+def weighted_by_class(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target, weight=weight, reduction="none")
+
+
+def in_batch_negatives(left: Tensor, right: Tensor) -> Tensor:
+    return F.cross_entropy(left @ right.T, torch.arange(len(left)), reduction="none")
+
+
+def matched(outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+    pairs = zip(outputs["logits"], targets, strict=True)
+    return torch.stack([(x - t["value"]).square().mean() for x, t in pairs])
+
+
+PER_SAMPLE = {
+    "as many classes": (weighted_by_class, (normal(B, B), classes(B) % B, positive(B))),
+    "weights of samples": (lambda x, w: x.square().sum(1) * w, (normal(B, B), positive(B))),
+    "equal losses": (lambda x, w: (x * 0 + 1).sum(1) * w, (normal(B, C), positive(B))),
+    "all equal": (lambda x: (x * 0 + 1).sum(1), (normal(B, B),)),
+    "others of the batch": (in_batch_negatives, (normal(B, C), normal(B, C))),
+    "drawn": (lambda x: (x * torch.rand_like(x)).sum(1), (normal(B, B),)),
+    "a size of its own": (lambda x: x.flatten().view(B, -1).mean(1), (normal(B, B),)),
+    "not finite": (lambda x: x.sum(1) / 0, (normal(B, B),)),
+    "lists of samples": (
+        matched,
+        ({"logits": normal(B, C)}, [{"value": normal(C)} for _ in range(B)]),
+    ),
+    "lists of scales": (lambda xs: xs[0].sum(1) + xs[1].sum(1), ([normal(2, C), normal(2, C)],)),
+    "two samples": (weighted_by_class, (normal(2, 2), classes(2) % 2, positive(2))),
+}
+
+
+@pytest.mark.parametrize("name", PER_SAMPLE)
+def test_losses_of_samples_are_never_taken_for_classes(name: str) -> None:
+    function, args = PER_SAMPLE[name]
+    args = tuple(
+        a.clone().requires_grad_() if a is args[0] and isinstance(a, Tensor) else a for a in args
+    )
+    criterion = PerSampleLoss(function)
+    for _ in range(4):
+        torch.manual_seed(0)
+        expected = function(*args)
+        torch.manual_seed(0)
+        result = per_sample_losses(criterion, *args)
+        torch.testing.assert_close(result.losses, expected, equal_nan=True)
 
 
 def test_own_module_is_verified_later_if_the_first_batch_overflows() -> None:
@@ -631,7 +857,7 @@ def test_own_module_whose_losses_cancel_is_not_refused() -> None:
     criterion = OwnLoss(bias=-0.5)
     # Off by what rounding does to numbers of size 1/2, beside a mean of 0.
     criterion.penalty = 1e-7
-    assert per_sample_losses(criterion, output, torch.zeros(2)).value == 0
+    assert per_sample_losses(criterion, output, torch.zeros(2)).value == 1e-7
 
 
 def test_own_module_with_the_reduction_on_its_class() -> None:

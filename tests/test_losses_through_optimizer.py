@@ -230,3 +230,35 @@ def test_uniform_weights_are_plain_training(name, reduction):
     assert optimizer.last_step.effective_sample_size == pytest.approx(B)
     errors = gradient_errors(body, list(plain))
     assert max(errors.values()) < 1e-9, errors
+
+
+@pytest.mark.parametrize(("name", "reduction"), REDUCTIONS, ids=lambda value: value)
+def test_a_warm_up_is_plain_training(name, reduction):
+    case = CASES[name]
+    arguments = case.arguments()
+    body = nn.Linear(WIDTH, max(1, torch.Size(case.shape).numel())).double()
+    x = torch.randn(B, WIDTH).double()
+    criterion = case.make(reduction)
+    loss = criterion(case.link(body(x).reshape(B, *case.shape)), *arguments)
+    plain = torch.autograd.grad(loss, list(body.parameters()))
+    sgd = torch.optim.SGD(body.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(sgd, alpha=0.3, model=body, criterion=criterion, warmup_steps=1)
+    criterion(case.link(body(x).reshape(B, *case.shape)), *arguments).backward()
+    assert optimizer.last_step.weights.dtype == torch.float64
+    assert float(optimizer.last_step.weights.sum()) == pytest.approx(1.0, rel=1e-14)
+    errors = gradient_errors(body, list(plain))
+    assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("weighting", ["irw", "cvar", "uniform"])
+def test_the_loop_sees_the_value_of_the_criterion_to_the_bit(weighting):
+    body = nn.Linear(WIDTH, 1)
+    x, y = torch.randn(B, WIDTH), torch.randn(B, 1)
+    y[:2] = torch.tensor([[-1e4], [1e4]])  # losses far from their mean
+    criterion = PerSampleLoss(lambda a, b: a - b)
+    own = criterion(body(x), y)
+    sgd = torch.optim.SGD(body.parameters(), lr=0.1)
+    options = {"alpha": 0.1, "model": body, "criterion": criterion, "weighting": weighting}
+    optimizer = IRWOptimizer(sgd, **options)
+    assert optimizer.criterion is criterion  # and it lives
+    assert torch.equal(criterion(body(x), y).detach(), own.detach())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from irw_optim.criterion._calls import rehearsal, unreduced
 from irw_optim.criterion._folding import PerSampleLosses
 from irw_optim.criterion._rules import plain, rule_for
 
@@ -66,46 +66,57 @@ class PerSampleLoss(nn.Module):
 
 rule_for(PerSampleLoss, trusted=False)(plain)
 
-_verified: WeakSet[nn.Module] = WeakSet()
 
-
-def custom_module(
-    criterion: Any, elements: Tensor, batch: int, *args: Any, **kwargs: Any
+def with_own_value(
+    criterion: Any,
+    own: object,
+    result: PerSampleLosses,
+    elements: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> PerSampleLosses:
-    """The rule for a module that is not torch's: its value must be the mean or sum it claims.
+    """The losses of a module that is not torch's, with the value that the module itself returns.
 
-    That is checked at its first batch, at the price of a second forward of the criterion; a mean
-    that is weighted, or a penalty added on top, would otherwise go unnoticed.
+    Its value must be the mean or the sum that it claims, at every call: a mean that is weighted
+    (over a mask, say), or a penalty added on top, would otherwise go unnoticed.
+
+    Args:
+        criterion: The module.
+        own: What it returned for the same call.
+        result: The losses, folded.
+        elements: What they were folded from.
+        args: What the criterion was called with.
+        kwargs: What the criterion was called with.
 
     Raises:
         ValueError: If the criterion's own value is another one.
     """
-    result = plain(criterion, elements, batch)
-    if criterion not in _verified:
-        _verify(criterion, elements.detach(), batch, args, kwargs)
-    return result
-
-
-def _verify(
-    criterion: Any, elements: Tensor, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    with torch.no_grad():
-        own = criterion.forward(*args, **kwargs)
-    ours = plain(criterion, elements, batch).value
-    size = plain(criterion, elements.abs(), batch).value  # of what may have cancelled in the sum
-    if own.dim() == 0:
-        if not (own - ours).isfinite():
-            return  # says nothing; the next batch may
-        if (own - ours).abs() <= torch.finfo(ours.dtype).eps ** 0.5 * size:
-            _verified.add(criterion)
-            return
+    elements, ours = elements.detach(), result.value
+    if isinstance(own, Tensor) and own.dim() == 0:
+        size = plain(criterion, elements.abs(), 1).value  # of what may have cancelled in the sum
+        close = (own - ours).abs() <= torch.finfo(ours.dtype).eps ** 0.5 * size
+        if bool(close | ~ours.isfinite()):  # broken losses say nothing; the next batch may
+            return result._replace(value=own)
+        if not _repeatable(criterion, args, kwargs):
+            return result  # another draw: what these elements would have come to
+    shown = own.tolist() if isinstance(own, Tensor) else own
     name, reduction = type(criterion).__name__, criterion.reduction
     raise ValueError(
-        f"{name} with reduction={reduction!r} returned {own.tolist()}, but the {reduction} of its "
+        f"{name} with reduction={reduction!r} returned {shown}, but the {reduction} of its "
         f"losses with reduction='none' is {ours.item()}: its reduction is one of its own. Wrap a "
         "function that returns the unreduced losses in PerSampleLoss(fn), or call "
         "optimizer.backward(losses) with losses of shape (B,)"
     )
+
+
+def _repeatable(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether two calls like each other give the same: not so if numbers are drawn from afar."""
+
+    def again() -> Tensor:
+        with rehearsal(criterion, (*args, *kwargs.values())):
+            return unreduced(criterion, args, kwargs).detach()
+
+    return torch.equal(again(), again())
 
 
 def check_elements(criterion: nn.Module, elements: object) -> None:
@@ -134,10 +145,17 @@ def check_leading_dimension(
 ) -> None:
     """Checks that the losses have the leading dimension of one of the call's tensors, if any.
 
+    Beside a prediction, vectors of numbers do not count: weights of the classes are no samples.
+
     Raises:
         ValueError: If they have not.
     """
-    sizes = {a.shape[0] for a in arguments if isinstance(a, Tensor) and a.dim()}
+    tensors = [a for a in arguments if isinstance(a, Tensor) and a.dim()]
+    if any(t.requires_grad for t in tensors):
+        tensors = [
+            t for t in tensors if t.requires_grad or t.dim() > 1 or not t.is_floating_point()
+        ]
+    sizes = {t.shape[0] for t in tensors}
     if sizes and elements.shape[0] not in sizes:
         raise ValueError(
             f"{type(criterion).__name__} returned losses of shape {tuple(elements.shape)}, but its "

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from irw_optim.criterion._custom import check_elements, check_leading_dimension, custom_module
+from irw_optim.criterion._calls import unreduced, value_of_its_own
+from irw_optim.criterion._custom import check_elements, check_leading_dimension, with_own_value
 from irw_optim.criterion._folding import PerSampleLosses
-from irw_optim.criterion._rules import Rule, find_rule
+from irw_optim.criterion._rules import Rule, find_rule, plain
+from irw_optim.criterion._samples import check_rows_are_samples
 
-_CUSTOM = Rule(custom_module, trusted=False)
+_CUSTOM = Rule(plain, trusted=False)
 _WAYS_OUT = (
     "wrap a function that returns losses of shape (B,) as PerSampleLoss(fn), or leave criterion "
     "out and call optimizer.backward(losses) in place of loss.backward()"
@@ -23,8 +25,11 @@ def per_sample_losses(
 ) -> PerSampleLosses:
     """Computes a criterion's loss for each sample of the batch, differentiably.
 
-    The criterion runs once, unreduced and without its hooks, and is left as it was. Samples are
-    dimension 0 of its elements (of the losses, for CTC, of shape (B,)): a loss of shape (B, T)
+    The criterion runs unreduced and without its hooks, and is left as it was. A module that is not
+    torch's runs once more, with its own reduction: the value is always its own, and a reduction
+    other than the mean or sum of its elements is refused at the batch that shows it (counters,
+    buffers and random states see one call). A :class:`PerSampleLoss` spares that. Samples are
+    dimension 0 of the elements (of the losses, for CTC, of shape (B,)): a loss of shape (B, T)
     becomes the mean over each sample's own T elements, those with ``ignore_index`` left out.
 
     Args:
@@ -42,7 +47,8 @@ def per_sample_losses(
     Raises:
         TypeError: If per-sample losses cannot be had from such a criterion.
         ValueError: If its ``reduction`` is ``"none"`` or unknown, the elements have no batch
-            dimension, or their number of rows is no multiple of `batch_size`.
+            dimension or are reduced over the batch, their number of rows is no multiple of
+            `batch_size`, or the criterion's own value is not their mean or sum.
 
     Example:
         >>> import torch
@@ -55,13 +61,19 @@ def per_sample_losses(
         (tensor(0.4100), 1.0)
     """
     rule = _usable_rule(criterion)
-    elements = _unreduced(criterion, args, kwargs)
+    own = value_of_its_own(criterion, args, kwargs) if rule is _CUSTOM else None
+    elements = unreduced(criterion, args, kwargs)
     if not rule.trusted:
         check_elements(criterion, elements)
         if batch_size is None:
             check_leading_dimension(criterion, elements, (*args, *kwargs.values()))
     batch = _number_of_samples(criterion, elements, batch_size)
-    return rule.compute(criterion, elements, batch, *args, **kwargs)
+    if not rule.trusted:
+        check_rows_are_samples(criterion, elements, batch, args, kwargs)
+    result = rule.compute(criterion, elements, batch, *args, **kwargs)
+    if rule is not _CUSTOM:
+        return result
+    return with_own_value(criterion, own, result, elements, args, kwargs)
 
 
 def validate_criterion(criterion: nn.Module) -> None:
@@ -119,21 +131,6 @@ def _usable_rule(criterion: nn.Module) -> Rule:
 def _is_compiled(criterion: nn.Module) -> bool:
     # What torch.compile returns is of a private class; _orig_mod is how its state_dict names it.
     return isinstance(criterion, torch.jit.ScriptModule) or hasattr(criterion, "_orig_mod")
-
-
-def _unreduced(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    attributes = vars(criterion)  # nn.Module's __setattr__ takes as long as a small loss
-    own = attributes.get("reduction")
-    attributes["reduction"] = "none"
-    try:
-        # Not criterion(...): that would run its hooks, and this may be called from one of them.
-        elements: Tensor = criterion.forward(*args, **kwargs)
-    finally:
-        if own is None:
-            del attributes["reduction"]  # it was the class's
-        else:
-            attributes["reduction"] = own
-    return elements
 
 
 def _number_of_samples(criterion: nn.Module, elements: Tensor, batch_size: int | None) -> int:

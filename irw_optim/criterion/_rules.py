@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from irw_optim.criterion._calls import forward_of
 from irw_optim.criterion._folding import PerSampleLosses, flat, fold
 
 Compute: TypeAlias = Callable[..., PerSampleLosses]
@@ -53,6 +54,10 @@ def rule_for(
 def find_rule(criterion: nn.Module) -> Rule | None:
     """The rule of the criterion's class, or of the class whose `forward` it inherits."""
     kind = type(criterion)
+    if "forward" in vars(criterion):  # put there by somebody; whose, if not the class's?
+        own = forward_of(criterion)
+        if getattr(own, "__func__", None) is not getattr(kind, "forward", None):
+            return None
     if (rule := RULES.get(kind)) is not None:
         return rule
     # A subclass with a forward of its own (a focal loss on CrossEntropyLoss) is another loss.

@@ -17,6 +17,7 @@ from irw_optim.distributed.gram import gram_over
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.weigher import OverRanks
 from irw_optim.gradients.ghost import GhostGradients
+from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
 from irw_optim.weighting.local_scheme import Scheme
 from irw_optim.weighting.record import StepRecord
@@ -41,6 +42,10 @@ class LayerwiseGradients:
 
     def align(self, coefficients: Tensor) -> Tensor:
         """G (G^T c), (B,): an all-reduce for each group, P numbers together, and a gather of B."""
+        return self.align_rescaled(coefficients, 1.0)
+
+    def align_rescaled(self, coefficients: Tensor, factor: float) -> Tensor:
+        """The same of ``factor`` times G: see `RescaledGradients`."""
         own = coefficients[self.ranks.own]
         # Of the columns, since a rank without samples has no rows to go by, and gathers too.
         double = any(p.dtype == torch.float64 for group in self.groups for p in group)
@@ -48,8 +53,10 @@ class LayerwiseGradients:
         for group in self.groups:
             part = self.rows.restricted_to(set(group))
             direction = self.ranks.total(part.combine(own), group)
+            if factor != 1.0:
+                direction = {p: widened(t) * factor for p, t in direction.items()}
             if part.calls:
-                scores += part.dot(direction)
+                scores += part.dot(direction) * factor
         return self.ranks.gather(scores)
 
     def gram(self) -> Tensor:

@@ -109,7 +109,8 @@ class AutodiffGradients:
         if not bool(expected.isfinite()):
             return True  # not finite either way, which is for the step to say
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(self.losses.dtype, 1e-1)
-        return bool((terms.sum() - expected).abs() <= tolerance * terms.abs().sum() + 1e-30)
+        rounding = torch.finfo(terms.dtype).tiny  # of numbers below it
+        return bool((terms.sum() - expected).abs() <= tolerance * terms.abs().sum() + rounding)
 
     def _go_row_by_row(self, reason: str) -> None:
         self.known["row_by_row"] = True

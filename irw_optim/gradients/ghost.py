@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from irw_optim.gradients.capture import CallSite
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
-from irw_optim.gradients.layers._call import gram_of_rows
+from irw_optim.gradients.layers._call import _summed_rows, gram_of_rows
 from irw_optim.gradients.protocol import Direction
 
 
@@ -81,6 +81,11 @@ class GhostGradients:
             for group in _sharing_parameters(self.calls)
         )
         return self._unseeded(self._unseeded(gram))
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        """The per-sample gradients of some samples, (b, *p.shape) by parameter."""
+        rows = _summed_rows(self.calls, samples)
+        return {p: self._unseeded(block) for p, block in rows.items()}
 
     def _unseeded(self, values: Tensor) -> Tensor:
         return values if self._factor is None else values / self._factor

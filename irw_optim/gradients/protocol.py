@@ -38,6 +38,8 @@ class StackedGradients:
     def __init__(self, parts: Iterable[PerSampleGradients]) -> None:
         self.parts = list(parts)
         self.batch_size = self.parts[0].batch_size
+        seeds = [part.seed for part in self.parts if hasattr(part, "seed")]
+        self.seed: Tensor | None = seeds[0] if seeds else None
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         return {p: t for part in self.parts for p, t in part.combine(weights).items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from irw_optim.arguments import as_whole
 from irw_optim.metrics._groups import Group, intersect, share_in
 from irw_optim.metrics._inputs import (
     Array,
@@ -99,8 +99,8 @@ def worst_cluster_accuracy(
     true, predicted = as_predictions(y_true, y_pred)
     rows = as_rows(inputs)
     check_lengths(y_true=true, inputs=rows)
-    check_count("n_clusters", n_clusters)
-    check_count("min_cell", min_cell)
+    n_clusters = check_count("n_clusters", n_clusters)
+    min_cell = check_count("min_cell", min_cell)
     if n_clusters > len(rows):
         raise ValueError(f"n_clusters={n_clusters}: expected at most the {len(rows)} samples given")
     return worst_cell_accuracy(true, predicted, kmeans(rows, n_clusters, seed), min_cell=min_cell)
@@ -133,7 +133,7 @@ def worst_cell_accuracy(
     if cluster.dtype.kind not in "iu":
         raise TypeError(f"clusters has dtype {cluster.dtype}: expected whole numbers")
     check_lengths(y_true=true, clusters=cluster)
-    check_count("min_cell", min_cell)
+    min_cell = check_count("min_cell", min_cell)
     right = true == predicted
     labels, member = intersect({"label": true})
     cells = tuple(
@@ -194,10 +194,11 @@ def as_rows(inputs: ArrayLike) -> Array:
     return array.reshape(len(array), -1)
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise unless ``value`` is a whole number >= 1."""
+def check_count(name: str, value: object) -> int:
+    """The whole number >= 1 that ``value`` is, or an error that says what was expected."""
     message = f"{name}={value!r}: expected a whole number >= 1"
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if (number := as_whole(value)) is None:
         raise TypeError(message)
-    if int(value) < 1:
+    if number < 1:
         raise ValueError(message)
+    return number

@@ -39,6 +39,6 @@ def worst_alpha_loss(losses: ArrayLike, alpha: float) -> float:
     >>> worst_alpha_loss([0.1, 2.0, 0.3, 1.0], alpha=0.5)
     1.5
     """
-    check_alpha(alpha)
+    alpha = check_alpha(alpha)
     ascending = np.sort(as_losses(losses))
     return float(ascending[-worst_off_count(len(ascending), alpha) :].mean())

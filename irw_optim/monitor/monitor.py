@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from irw_optim.arguments import as_whole
 from irw_optim.metrics._inputs import GroupsLike
 from irw_optim.monitor.course import Course
 from irw_optim.monitor.export import Logger, as_frame, check_logger, send, write_csv
@@ -80,8 +81,8 @@ class IRWMonitor:
 
     def __init__(self, optimizer: Optimizer, *, every: int = 1, capacity: int = 1000) -> None:
         self.optimizer = _irw_optimizer(optimizer)
-        _check_count("every", every, 1, "steps between rows")
-        _check_count("capacity", capacity, 10, "rows that are kept")
+        every = _check_count("every", every, 1, "steps between rows")
+        capacity = _check_count("capacity", capacity, 10, "rows that are kept")
         self._history = History(every, capacity)
         self._held = HeldSince()
         self._loggers: list[Logger] = []
@@ -254,9 +255,10 @@ def _irw_optimizer(optimizer: Any) -> IRWOptimizer:
     )
 
 
-def _check_count(name: str, value: object, least: int, meaning: str) -> None:
+def _check_count(name: str, value: object, least: int, meaning: str) -> int:
     allowed = f"expected a whole number >= {least}, the {meaning}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if (number := as_whole(value)) is None:
         raise TypeError(f"{name}={value!r}: {allowed}")
-    if value < least:
+    if number < least:
         raise ValueError(f"{name}={value!r}: {allowed}")
+    return number

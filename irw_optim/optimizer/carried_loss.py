@@ -44,7 +44,7 @@ def ordinary_loss(batch: PerSampleLosses) -> Tensor:
 
 def _with_gradient(batch: PerSampleLosses, factors: Tensor) -> Tensor:
     carrier = (factors.to(batch.losses.dtype) * batch.losses).sum()
-    return carrier + (batch.value - carrier).detach()
+    return batch.value + (carrier - carrier.detach())  # to the bit, whatever the factors
 
 
 class OneProcess:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from irw_optim.arguments import as_flag, as_whole
 from irw_optim.criterion import validate_criterion
 from irw_optim.distributed.replicas import check_replicas_in
 from irw_optim.distributed.shard_checks import check_sharding
@@ -47,7 +48,7 @@ def check_arguments(
     check_inner(optimizer)
     check_alpha(alpha)
     check_options(center=center, mix=mix, warmup_steps=warmup_steps)
-    if not isinstance(class_balance, bool):
+    if as_flag(class_balance) is None:
         raise TypeError(f"class_balance={class_balance!r}: expected True or False")
     if outliers is not None and not callable(outliers):
         raise TypeError(
@@ -71,11 +72,11 @@ def check_arguments(
         raise TypeError(f"weighting={weighting!r}: expected a name or a callable")
     if center and weighting != "irw":
         raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
-    if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int):
+    if (passes := as_whole(accumulation_steps)) is None:
         raise TypeError(
             f"accumulation_steps={accumulation_steps!r}: expected a whole number of backward passes"
         )
-    if accumulation_steps < 1:
+    if passes < 1:
         raise ValueError(
             f"accumulation_steps={accumulation_steps!r}: expected 1 (weights inside each backward "
             "pass) or the number of passes whose samples are weighed together"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from irw_optim.arguments import plain
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.shards import processes_of
 from irw_optim.gradients.engine import Engine
@@ -117,7 +118,7 @@ class IRWOptimizer(OptimizerWrapper):
         accumulation_steps: int = 1,
         worst_off: str = "global",
     ) -> None:
-        options = {
+        options: dict[str, Any] = {
             "alpha": alpha,
             "outliers": outliers,
             "center": center,
@@ -129,20 +130,21 @@ class IRWOptimizer(OptimizerWrapper):
             "accumulation_steps": accumulation_steps,
             "worst_off": worst_off,
         }
+        options = {name: plain(value) for name, value in options.items()}
         check_arguments(optimizer, model=model, criterion=criterion, engine=engine, **options)
         chosen = None
         if model is not None and score_parameters is not None:
             chosen = select_parameters(model, score_parameters)
         super().__init__(optimizer)
         self._options = {name: described(value) for name, value in options.items()}
-        rule = rule_named(weighting, center)
+        rule = rule_named(weighting, options["center"])
         self._weighted = WeightedBackward(
             optimizer,
             Engine(model, engine),
-            LocalScheme(float(alpha), rule, outliers, class_balance, mix),
+            LocalScheme(options["alpha"], rule, outliers, options["class_balance"], options["mix"]),
             chosen,
-            warmup_steps,
-            accumulation_steps,
+            options["warmup_steps"],
+            options["accumulation_steps"],
             processes_of(model, worst_off, self._options),
         )
         self._attached: AttachedForward | None = None

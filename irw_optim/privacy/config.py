@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..arguments import as_real, as_whole
 from .errors import DPGuaranteeError
 
 __all__ = ["IRWDPConfig"]
@@ -68,7 +69,8 @@ class IRWDPConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check_number(field.name, getattr(self, field.name))
+            number = _check_number(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, number)  # frozen for everybody else
         # Without its own direction nothing but the threshold can give a sample any weight.
         if not self.uses_direction and self.floor == self.tail_weight == 0:
             raise ValueError(
@@ -115,15 +117,16 @@ _RANGES: dict[str, tuple[str, float, float, bool, bool]] = {
 }
 
 
-def _check_number(name: str, value: object) -> None:
+def _check_number(name: str, value: object) -> float:
     allowed, low, high, low_allowed, high_allowed = _RANGES[name]
-    kinds = int if name == "warmup_steps" else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    number = as_whole(value) if name == "warmup_steps" else as_real(value)
+    if number is None:
         raise TypeError(f"{name}={value!r}: expected {allowed}")
-    above = value >= low if low_allowed else value > low
-    below = value <= high if high_allowed else value < high
+    above = number >= low if low_allowed else number > low
+    below = number <= high if high_allowed else number < high
     if not (above and below):  # true for NaN
         raise ValueError(f"{name}={value!r}: expected {allowed}")
+    return number
 
 
 _BATCH_LEVEL = {

@@ -111,7 +111,9 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         refusals.refuse_options(unknown, of=self.make_private)
         refusals.check_config(irw)
         refusals.check_optimizer(optimizer)
-        refusals.check_noise_and_clipping(noise_multiplier, max_grad_norm)
+        noise_multiplier, max_grad_norm = refusals.check_noise_and_clipping(
+            noise_multiplier, max_grad_norm
+        )
         refusals.check_clipping_mode(clipping)
         refusals.check_grad_sample_mode(grad_sample_mode, criterion, batch_first=batch_first)
         refusals.check_loader(

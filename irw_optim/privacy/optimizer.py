@@ -101,13 +101,13 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         refusals.refuse_options(unknown, of=IRWDPOptimizer)
         refusals.check_config(irw)
         refusals.check_optimizer(optimizer)
-        refusals.check_noise_and_clipping(noise_multiplier, max_grad_norm)
-        refusals.check_expected_batch_size(expected_batch_size)
+        sigma, bound = refusals.check_noise_and_clipping(noise_multiplier, max_grad_norm)
+        size = refusals.check_expected_batch_size(expected_batch_size)
         super().__init__(
             optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            expected_batch_size=expected_batch_size,
+            noise_multiplier=sigma,
+            max_grad_norm=bound,
+            expected_batch_size=size,
             loss_reduction=loss_reduction,
             generator=generator,
             secure_mode=secure_mode,

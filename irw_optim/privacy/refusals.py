@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from ..arguments import as_real
 from .config import IRWDPConfig, refuse_batch_level_options
 from .errors import DPGuaranteeError
 from .pending import PendingBatch, follower_of
@@ -91,8 +92,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
             )
 
 
-def check_noise_and_clipping(noise_multiplier: object, max_grad_norm: object) -> None:
-    """Raise unless sigma >= 0 and C > 0 are single numbers."""
+def check_noise_and_clipping(
+    noise_multiplier: object, max_grad_norm: object
+) -> tuple[float, float]:
+    """Sigma >= 0 and C > 0 as plain numbers; raises unless they are single ones."""
+    numbers = []
     if isinstance(max_grad_norm, Sequence):
         raise NotImplementedError(
             f"max_grad_norm={max_grad_norm!r}: per-layer clipping is not built for DP-IRW; "
@@ -102,24 +106,25 @@ def check_noise_and_clipping(noise_multiplier: object, max_grad_norm: object) ->
         ("noise_multiplier", noise_multiplier, False),
         ("max_grad_norm", max_grad_norm, True),
     ):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if (number := as_real(value)) is None:
             raise TypeError(f"{name}={value!r}: expected a number")
-        if not (value > 0 or (value == 0 and not positive)) or math.isinf(value):
+        if not (number > 0 or (number == 0 and not positive)) or math.isinf(number):
             wanted = "a positive number" if positive else "0 or a positive number"
             raise ValueError(f"{name}={value!r}: expected {wanted}")
+        numbers.append(number)
+    sigma, bound = numbers
+    return sigma, bound
 
 
-def check_expected_batch_size(expected_batch_size: object) -> None:
-    """Raise unless B is known: the actual size of a Poisson batch is private."""
-    if (
-        isinstance(expected_batch_size, bool)
-        or not isinstance(expected_batch_size, (int, float))
-        or not 0 < expected_batch_size < math.inf
-    ):
+def check_expected_batch_size(expected_batch_size: object) -> float:
+    """B as a plain number; it must be known, as the actual size of a Poisson batch is private."""
+    size = as_real(expected_batch_size)
+    if size is None or not 0 < size < math.inf:
         raise ValueError(
             f"expected_batch_size={expected_batch_size!r}: expected a positive number, the "
             "sampling rate times the number of samples"
         )
+    return size
 
 
 def check_clipping_mode(clipping: str) -> None:

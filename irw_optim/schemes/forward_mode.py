@@ -159,7 +159,7 @@ def _agree(difference: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
     if not bool(scale.isfinite()):
         return  # which is for the scheme to say
     tolerance = 1e-8 if dtype == torch.float64 else 1e-3
-    if not bool(difference <= tolerance * scale):
+    if not bool(difference <= tolerance * scale + torch.finfo(dtype).tiny):
         raise RuntimeError(
             f"it differs from backward by {float(difference):.2g} in {float(scale):.2g}"
         )

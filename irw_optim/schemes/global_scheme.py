@@ -102,8 +102,8 @@ class GlobalScheme:
         seed: int = 0,
     ) -> None:
         self._local = local_scheme_of(optimizer)
-        check_choices(refresh, unit, use)
-        check_block(outlier_block)
+        refresh = check_choices(refresh, unit, use)
+        outlier_block = check_block(outlier_block)
         self._model, criterion = model_and_criterion_of(optimizer, criterion)
         self.optimizer = optimizer
         self.refresh = refresh

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from irw_optim.arguments import as_whole
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import replica_in
 from irw_optim.distributed.shard_checks import check_whole
 from irw_optim.gradients.engine import ENGINES, Engine
+from irw_optim.gradients.rescaling import gram_in_range, unscaled
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.options import described
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
@@ -115,7 +117,7 @@ def global_weights(
     >>> weights.shape, round(float(weights.sum()), 4)
     (torch.Size([40]), 1.0)
     """
-    check_alpha(alpha)
+    alpha = check_alpha(alpha)
     check_options(center=center, mix=mix)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected a torch.nn.Module")
@@ -160,7 +162,7 @@ def weigh_dataset(
 
     Over ``ranks``, each reads a part, and all have the record of one process.
     """
-    check_block(outlier_block)
+    outlier_block = check_block(outlier_block)
     size = reader.size
     if not size:
         raise ValueError("loader.dataset is empty: expected at least one sample")
@@ -210,7 +212,7 @@ def outliers_in_blocks(
     removed = torch.zeros(size, dtype=torch.bool)
     own, sizes = torch.cat([order[:0], *pieces]), [len(piece) for piece in pieces]
     for positions, gradients in rows.blocks(own, sizes):
-        removed[positions] = outliers(gradients.gram()).cpu()
+        removed[positions] = outliers(unscaled(*gram_in_range(gradients))).cpu()
     if ranks is not None:
         removed = torch.stack(ranks.objects(removed)).any(0)
     if removed.all():
@@ -237,13 +239,15 @@ def batch_losses(
     return losses_of
 
 
-def check_block(outlier_block: object) -> None:
-    """Raise unless ``outlier_block`` is a whole number of samples."""
-    if isinstance(outlier_block, bool) or not isinstance(outlier_block, int) or outlier_block < 1:
+def check_block(outlier_block: object) -> int:
+    """The whole number of samples that ``outlier_block`` is, or an error."""
+    block = as_whole(outlier_block)
+    if block is None or block < 1:
         raise ValueError(
             f"outlier_block={outlier_block!r}: expected the number of samples that the filter "
             "compares with each other, for example outlier_block=256"
         )
+    return block
 
 
 def _decide(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
+from irw_optim.arguments import as_whole
+
 
 class DatasetReader:
     """A loader's data set without the loader's order: no shuffling, no sampler, no drop_last.
@@ -112,10 +114,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _batch_size(loader: DataLoader[Any], given: int | None) -> int:
-    size = given or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    if isinstance(given, bool) or not isinstance(size, int) or size < 1:
+    own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    size = as_whole(own if given is None else given)
+    if size is None or size < 1:
         raise ValueError(
-            f"batch_size={given!r} with a loader of batch size {size!r}: expected the number of "
+            f"batch_size={given!r} with a loader of batch size {own!r}: expected the number of "
             "samples to read at once, for example batch_size=256"
         )
     return size

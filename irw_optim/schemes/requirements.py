@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from irw_optim.arguments import as_whole
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.privacy.errors import DPGuaranteeError
 from irw_optim.weighting.local_scheme import LocalScheme
@@ -65,10 +66,12 @@ def model_and_criterion_of(
     return model, criterion
 
 
-def check_choices(refresh: object, unit: object, use: object) -> None:
-    """Raise a ValueError unless these are arguments of GlobalScheme."""
-    if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+def check_choices(refresh: object, unit: object, use: object) -> int:
+    """The number ``refresh``; a ValueError unless these are arguments of GlobalScheme."""
+    number = as_whole(refresh)
+    if number is None or number < 1:
         raise ValueError(f"refresh={refresh!r}: expected a whole number >= 1 of epochs or steps")
     for name, value, allowed in (("unit", unit, UNITS), ("use", use, USES)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+    return number

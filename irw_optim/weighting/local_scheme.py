@@ -98,9 +98,11 @@ def averaged_record(batch: PerSampleLosses) -> StepRecord:
     """The record of a step with plain averaging."""
     losses = batch.losses.detach()
     nobody = torch.zeros_like(losses, dtype=torch.bool)
-    equal = (
-        uniform(losses) if batch.counts is None else batch.counts / batch.counts.sum().clamp(min=1)
-    )
+    if batch.counts is None:
+        equal = uniform(losses)
+    else:  # a quotient of integers would be one in float32
+        counts = batch.counts.to(torch.promote_types(losses.dtype, torch.float32))
+        equal = counts / counts.sum().clamp(min=1)
     return StepRecord(
         worst_off=nobody,
         outliers=nobody,

@@ -19,11 +19,12 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from irw_optim.arguments import as_real, as_whole
 
 
 class OutlierFilter(Protocol):
@@ -76,10 +77,14 @@ class DBSCANFilter:
     quantile: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.eps != "auto":
-            _check_eps(self.eps, allowed='a number >= 0 or "auto"')
-        _check_min_samples(self.min_samples)
-        _check_quantile(self.quantile)
+        checked: dict[str, object] = {
+            "min_samples": _check_min_samples(self.min_samples),
+            "quantile": _check_quantile(self.quantile),
+        }
+        if not (isinstance(self.eps, str) and self.eps == "auto"):
+            checked["eps"] = _check_eps(self.eps, allowed='a number >= 0 or "auto"')
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # frozen for everybody else
 
     def __call__(self, gram: Tensor, /) -> Tensor:
         """Return the outliers, (B,) bool, for ``gram`` of shape (B, B); never all of them.
@@ -168,7 +173,7 @@ def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Te
     """
     if not isinstance(eps, Tensor):  # looking into a tensor would wait for its device
         eps = _check_eps(eps)
-    _check_min_samples(min_samples)
+    min_samples = _check_min_samples(min_samples)
     near = (distances <= eps).to(torch.float32)  # counts below 2^24 are exact, sums of it quick
     core = near.sum(dim=1) >= min_samples
     within_reach = core.to(near.dtype) @ near > 0
@@ -200,8 +205,7 @@ def auto_eps(distances: Tensor, min_samples: int, quantile: float = 0.95) -> Ten
     >>> auto_eps(D, min_samples=2, quantile=0.75), auto_eps(D, min_samples=2, quantile=0.76)
     (tensor(1.), tensor(7.))
     """
-    _check_min_samples(min_samples)
-    _check_quantile(quantile)
+    min_samples, quantile = _check_min_samples(min_samples), _check_quantile(quantile)
     size = len(distances)
     if size < min_samples:
         return distances.new_tensor(math.inf)
@@ -247,30 +251,32 @@ def cluster_labels(
     # scikit-learn wants a positive, finite radius. The least normal double lies below every
     # distance but 0, the largest finite distance above them all.
     radius = min(max(float(outliers.radius(D)), sys.float_info.min), torch.finfo(D.dtype).max)
-    clusters = DBSCAN(eps=radius, min_samples=min_samples, metric="precomputed")
+    clusters = DBSCAN(eps=radius, min_samples=outliers.min_samples, metric="precomputed")
     return torch.from_numpy(clusters.fit_predict(D.cpu().numpy()))
 
 
 def _check_eps(eps: object, allowed: str = "a number >= 0") -> float:
     message = f"eps={eps!r}: expected {allowed}, in units of gradient norm"
-    if isinstance(eps, bool) or not isinstance(eps, Real):
+    if (number := as_real(eps)) is None:
         raise TypeError(message)
-    if not float(eps) >= 0:  # true for NaN too
+    if not number >= 0:  # true for NaN too
         raise ValueError(message)
-    return float(eps)
+    return number
 
 
-def _check_min_samples(min_samples: object) -> None:
+def _check_min_samples(min_samples: object) -> int:
     message = f"min_samples={min_samples!r}: expected a whole number >= 1, for example 5"
-    if isinstance(min_samples, bool) or not isinstance(min_samples, Integral):
+    if (number := as_whole(min_samples)) is None:
         raise TypeError(message)
-    if int(min_samples) < 1:
+    if number < 1:
         raise ValueError(message)
+    return number
 
 
-def _check_quantile(quantile: object) -> None:
+def _check_quantile(quantile: object) -> float:
     message = f"quantile={quantile!r}: expected a number in (0, 1], the least share to keep"
-    if isinstance(quantile, bool) or not isinstance(quantile, Real):
+    if (number := as_real(quantile)) is None:
         raise TypeError(message)
-    if not 0 < float(quantile) <= 1:
+    if not 0 < number <= 1:
         raise ValueError(message)
+    return number

@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from irw_optim.arguments import as_real, as_whole
+
 
 def check_alpha(alpha: object) -> float:
     """Return ``alpha`` as a float, or raise a ValueError that says what is allowed.
@@ -14,11 +16,11 @@ def check_alpha(alpha: object) -> float:
     0.2
     """
     allowed = "a number in (0, 1], a lower bound on the share of the smallest group"
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    if (number := as_real(alpha)) is None:
         raise TypeError(f"alpha={alpha!r}: expected {allowed}, for example alpha=0.2")
-    if not 0.0 < alpha <= 1.0:  # false for NaN too
+    if not 0.0 < number <= 1.0:  # false for NaN too
         raise ValueError(f"alpha={alpha!r}: expected {allowed}, for example alpha=0.2")
-    return float(alpha)
+    return number
 
 
 def check_losses(losses: object) -> None:
@@ -51,12 +53,12 @@ def check_options(*, center: object = 0.0, mix: object = 0.0, warmup_steps: obje
         ("center", center, 0.0, math.inf, "0 is the paper's rule, 1 what we recommend to try"),
         ("mix", mix, 0.0, 1.0, "the share of plain averaging in the weights"),
     ):
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if (number := as_real(value)) is None:
             raise TypeError(f"{name}={value!r}: expected a number ({meaning})")
-        if not low <= value <= high or math.isinf(value):
+        if not low <= number <= high or math.isinf(number):
             bounds = f"[{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
             raise ValueError(f"{name}={value!r}: expected a number in {bounds} ({meaning})")
-    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
+    if (steps := as_whole(warmup_steps)) is None:
         raise TypeError(f"warmup_steps={warmup_steps!r}: expected a whole number of steps")
-    if warmup_steps < 0:
+    if steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps!r}: expected 0 or more steps")

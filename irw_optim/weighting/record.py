@@ -19,7 +19,8 @@ class StepRecord(Weights):
         labels: class labels of the samples where the criterion's target shows them, else None.
         worst_off: bool, the members of S.
         outliers: bool, the samples that a filter removed; their weight is 0.
-        scores: s_i = <g_i, g_S> (or the score of another rule).
+        scores: s_i = <g_i, g_S> (or the score of another rule); float64 where the losses' dtype is
+            too narrow for them.
         weights: w_i, sums to 1.
         own: bool, the samples of this process where B counts those of all processes, in the order
             of their ranks; None where all are.

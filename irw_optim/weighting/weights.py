@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from irw_optim.gradients.materialized import MaterializedGradients
-from irw_optim.gradients.protocol import PerSampleGradients, align
+from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.rescaling import align_in_range, gram_in_range, unscaled
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_labels, check_losses, check_options
 
@@ -65,9 +66,8 @@ def worst_off(losses: Tensor, alpha: float) -> Tensor:
     >>> worst_off(torch.tensor([0.1, 2.0, 0.3, 2.0]), alpha=0.25)
     tensor([False,  True, False, False])
     """
-    check_alpha(alpha)
     check_losses(losses)
-    return _worst_off(losses, alpha)
+    return _worst_off(losses, check_alpha(alpha))
 
 
 def irw_weights(
@@ -102,7 +102,7 @@ def irw_weights(
     >>> irw_weights(losses, gradients, alpha=0.3)
     tensor([0.5000, 0.5000, 0.0000])
     """
-    check_alpha(alpha)
+    alpha = check_alpha(alpha)
     check_losses(losses)
     check_options(center=center, mix=mix)
     rows = MaterializedGradients.of(gradients) if isinstance(gradients, Tensor) else gradients
@@ -136,7 +136,7 @@ class Alignment:
     def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
         """Scores of a batch, (B,)."""
         coefficients = self.coefficients(worst_off, None, losses.dtype)
-        return align(gradients, coefficients)
+        return unscaled(*align_in_range(gradients, coefficients))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Weights:
     Attributes:
         worst_off: bool, the members of S.
         outliers: bool, the samples that a filter removed; their weight is 0.
-        scores: s_i; 0 for removed samples.
+        scores: s_i; 0 for removed samples. In float64 where the losses' dtype is too narrow.
         weights: w_i, sums to 1.
         fallback: 0-dim bool, True where no score was positive and the weights are uniform.
     """
@@ -198,16 +198,17 @@ def weigh(
     are no part of the batch that ``alpha`` is a share of.
     """
     removed = torch.zeros_like(losses, dtype=torch.bool)
-    kept, gram = present, None
+    kept, gram, factor = present, None, 1.0  # scores are those of `factor` times the gradients
     if outliers is not None and len(losses):
-        gram = gradients.gram()
-        removed = _outliers_in(gram, outliers, present)
+        gram, factor = gram_in_range(gradients)
+        removed = _outliers_in(unscaled(gram, factor), outliers, present)
         kept = ~removed if present is None else present & ~removed
     worst = _worst_off(losses, alpha, kept)
     if not isinstance(rule, Alignment):
-        scores = rule(losses, gradients, worst)
+        scores, factor = rule(losses, gradients, worst), 1.0
     elif gram is None:
-        scores = align(gradients, rule.coefficients(worst, kept, losses.dtype))
+        coefficients = rule.coefficients(worst, kept, losses.dtype)
+        scores, factor = align_in_range(gradients, coefficients)
     else:  # G G^T is at hand: G (G^T c) costs nothing more
         scores = gram @ rule.coefficients(worst, kept, gram.dtype)
     if kept is not None:
@@ -215,7 +216,7 @@ def weigh(
     weights, fallback = normalise(scores.clamp(min=0), kept, labels)
     if mix:
         weights = (1 - mix) * weights + mix * uniform(weights, kept)
-    return Weights(worst, removed, scores, weights, fallback)
+    return Weights(worst, removed, unscaled(scores, factor), weights, fallback)
 
 
 def normalise(

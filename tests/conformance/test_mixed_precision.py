@@ -108,7 +108,8 @@ def test_the_scaler_decides_about_a_batch_that_is_not_finite(inner: Inner, broke
     if broken == "losses":
         x = x.index_fill(0, torch.tensor([3]), float("inf"))
     else:
-        scaler = GradScaler("cpu", init_scale=3e38)  # overflows on the way to the layers
+        x = x * 1e6
+        scaler = GradScaler("cpu", init_scale=3e38)  # a gradient of the plain loss overflows, too
     scaled_step(run, scaler, (x, y))
     assert all(map(torch.equal, run.parameters, parameters))
     assert same(run.optimizer.state_dict(), state)

@@ -10,13 +10,18 @@ import torch
 from sharded_trainings import CAN_SHARD, optimizer_for, shard
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from trainings import data, mlp, whole
+
+from irw_optim import DBSCANFilter, PerSampleLoss, StepRecord
 
 pytestmark = pytest.mark.slow
 
 SPREADS = ["ddp", "fsdp"] if CAN_SHARD else ["ddp"]
 STEPS = 5
+FACTORS = [1e-30, 1e-24, 1e20]
+REMOVES_SOME = DBSCANFilter(quantile=0.8)
 
 
 class Steps:
@@ -73,6 +78,26 @@ class Overflow:
         return found
 
 
+class Scaled:
+    """One pass with losses times a factor, whose scores float32 may not hold."""
+
+    def __init__(self, spread: str, factor: float, **irw: Any) -> None:
+        self.spread = spread
+        self.factor = factor
+        self.irw = irw
+
+    def losses(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(output, y, reduction="none") * self.factor
+
+    def __call__(self, rank: int, world_size: int) -> StepRecord:
+        called, model, x, y = setting(self.spread, rank, world_size)
+        criterion = PerSampleLoss(self.losses)
+        optimizer = optimizer_for(model, criterion, **self.irw)
+        criterion(called(x), y).backward()
+        optimizer.detach()
+        return optimizer.last_step
+
+
 def setting(spread: str, rank: int, world_size: int) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = mlp()
@@ -97,6 +122,9 @@ for spread in SPREADS:
     CASES[f"float32, {spread}"] = Steps(spread)
     CASES[f"bfloat16, {spread}"] = Steps(spread, torch.bfloat16)
     CASES[f"overflow, {spread}"] = Overflow(spread)
+    for factor in FACTORS:
+        CASES[f"IRW, {factor}, {spread}"] = Scaled(spread, factor)
+        CASES[f"IRWO, {factor}, {spread}"] = Scaled(spread, factor, outliers=REMOVES_SOME)
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +163,14 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(found, spread):
         assert [now for *_, now in steps] == [scale, scale / 2, scale / 2]
         for (mine, *_), (expected, *_) in zip(steps, alone, strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("kind", ["IRW", "IRWO"])
+def test_weights_are_free_of_the_scale_of_the_losses(found, kind, factor, spread):
+    expected = Scaled(spread, 1.0, **CASES[f"{kind}, {factor}, {spread}"].irw)(0, 1)
+    assert bool(expected.outliers.any()) == (kind == "IRWO")
+    for record in found.of(f"{kind}, {factor}, {spread}"):
+        assert torch.equal(record.outliers, expected.outliers)
+        torch.testing.assert_close(record.weights, expected.weights, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,67 @@
+"""What counts as a number or as a truth value among arguments, in one place.
+
+Numbers come from Python, NumPy and pandas alike, as scalars or as arrays without a dimension. The
+functions give the plain Python value, which is what is kept, copied and written to checkpoints;
+None stands for everything else, and whoever asked says what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import numpy as np
+
+
+def plain(value: object) -> object:
+    """A number or truth value as Python's own; whatever else it is, unchanged.
+
+    >>> import numpy as np
+    >>> plain(np.float64(0.5)), plain(np.array(3)), plain(np.True_), plain("auto")
+    (0.5, 3, True, 'auto')
+    """
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value)
+
+
+def as_real(value: object) -> float | None:
+    """The value of a real number, NaN included; None for truth values and what is no number.
+
+    >>> import numpy as np
+    >>> as_real(1), as_real(np.float32(0.5)), as_real(True), as_real("0.5")
+    (1.0, 0.5, None, None)
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def as_whole(value: object) -> int | None:
+    """The value of a whole number of an integer type; None for all else, 2.0 and True included.
+
+    >>> import numpy as np
+    >>> as_whole(np.int64(2)), as_whole(2.0), as_whole(True)
+    (2, None, None)
+    """
+    number = plain(value)
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
+
+
+def as_flag(value: object) -> bool | None:
+    """True or False; None for all else, 0 and 1 included.
+
+    >>> import numpy as np
+    >>> as_flag(np.False_), as_flag(1)
+    (False, None)
+    """
+    flag = plain(value)
+    return flag if isinstance(flag, bool) else None

@@ -1,0 +1,153 @@
+"""Products that are quadratic in the gradients, for gradients of any size.
+
+Losses times 1e-24 have gradients that float32 holds, and scores (1e-48) that it does not. Weights
+are free of that scale, so the products of k G are as good as those of G. Whether k is needed shows
+in the finished product: one look at B numbers, and in the ordinary range nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from irw_optim.gradients.autodiff import AutodiffGradients
+from irw_optim.gradients.ghost import GhostGradients
+from irw_optim.gradients.materialized import MaterializedGradients, blocked_gram, widened
+from irw_optim.gradients.protocol import Direction, PerSampleGradients, align
+
+_ROUNDS = 4
+"""From infinity it takes at most two steps to a number, and two from there into the range."""
+
+
+def align_in_range(gradients: PerSampleGradients, coefficients: Tensor) -> tuple[Tensor, float]:
+    """``(k G)(k G)^T c``, shape (B,), and the power of two k; 1 wherever that will do.
+
+    Where no k helps (the gradients are zero, or not finite themselves), the product is plain.
+    """
+    return _in_range(gradients, lambda rows: align(rows, coefficients), lambda scores: scores)
+
+
+def gram_in_range(gradients: PerSampleGradients) -> tuple[Tensor, float]:
+    """``(k G)(k G)^T``, shape (B, B), and the power of two k; 1 wherever that will do."""
+    return _in_range(gradients, lambda rows: rows.gram(), lambda gram: gram.diagonal())
+
+
+class RescaledGradients:
+    """k G, from products that are linear in G.
+
+    Args:
+        gradients: G, by any engine.
+        factor: k, a power of two.
+        like: of the device and the dtype of the products.
+    """
+
+    def __init__(self, gradients: PerSampleGradients, factor: float, like: Tensor) -> None:
+        self.gradients = gradients
+        self.factor = factor
+        self.like = like
+        self.batch_size = gradients.batch_size
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        return self._times_factor(self.gradients.combine(weights))
+
+    def dot(self, direction: Direction) -> Tensor:
+        return self.gradients.dot(direction) * self.factor
+
+    def align(self, coefficients: Tensor) -> Tensor:
+        """An engine that does not hold a whole direction has an ``align_rescaled``."""
+        own = getattr(self.gradients, "align_rescaled", None)
+        if own is not None:
+            return own(coefficients, self.factor)  # type: ignore[no-any-return]
+        return self.dot(self.combine(coefficients))
+
+    def gram(self) -> Tensor:
+        """By rows where the engine makes them; else a column at a time."""
+        gradients = self.gradients
+        if isinstance(gradients, MaterializedGradients):
+            return MaterializedGradients(self._times_factor(gradients.rows)).gram()
+        if isinstance(gradients, GhostGradients | AutodiffGradients):
+            rows = gradients.rows
+            numbers = sum(row.numel() for row in rows(slice(0, 1)).values())
+            return blocked_gram(
+                self.batch_size, numbers, lambda samples: self._times_factor(rows(samples))
+            )
+        size = self.batch_size
+        one = torch.eye(size, dtype=self.like.dtype, device=self.like.device)
+        return torch.stack([self.align(one[i]) for i in range(size)])
+
+    def _times_factor(self, parts: Direction) -> dict[Tensor, Tensor]:
+        return {p: widened(part) * self.factor for p, part in parts.items()}
+
+
+def unscaled(product: Tensor, factor: float) -> Tensor:
+    """The product of G out of that of k G: in float64, and where even that ends, at its end."""
+    if factor == 1.0:
+        return product
+    wide = product.double()
+    return (wide / factor / factor).clamp(*_FLOAT64) if bool(wide.isfinite().all()) else wide
+
+
+_FLOAT64 = (torch.finfo(torch.float64).min, torch.finfo(torch.float64).max)
+
+
+def _in_range(
+    gradients: PerSampleGradients,
+    product: Callable[[PerSampleGradients], Tensor],
+    squares: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, float]:
+    plain = product(gradients)
+    if not gradients.batch_size:
+        return plain, 1.0
+    # The engine's way to a product may be quadratic in what its gradients carry, too.
+    size, seed = _looked_at(_largest(squares(plain)), getattr(gradients, "seed", None))
+    low, high = _range_of(plain.dtype)
+    if low <= size <= high and low <= size * seed**2 <= high:
+        return plain, 1.0
+    reach, exponent = math.frexp(high)[1], 0
+    for _ in range(_ROUNDS):
+        exponent += _step(size, low, high, reach)
+        exponent = max(-2 * reach, min(exponent, 2 * reach - 4))
+        factor = math.ldexp(1.0, exponent)
+        found = product(RescaledGradients(gradients, factor, plain))
+        size = float(_largest(squares(found)))
+        if low <= size <= high:
+            return found, factor
+        if size == 0 or (not math.isfinite(size) and exponent == -2 * reach):
+            break
+    return plain, 1.0
+
+
+@cache
+def _range_of(dtype: torch.dtype) -> tuple[float, float]:
+    """Roots of the least and of the largest number: in between, a product's factors fit too."""
+    limits = torch.finfo(dtype)
+    return limits.tiny**0.5, limits.max**0.5
+
+
+def _step(size: float, low: float, high: float, reach: int) -> int:
+    """By how many powers of two the gradients should grow."""
+    if low <= size <= high:
+        return 0
+    if size > 0 and math.isfinite(size):
+        return -math.frexp(size)[1] // 2
+    return reach if size == 0 else -reach
+
+
+def _largest(numbers: Tensor) -> Tensor:
+    """The largest absolute value; NaN if one is NaN."""
+    largest: Tensor = torch.linalg.vector_norm(numbers, math.inf)
+    return largest
+
+
+def _looked_at(size: Tensor, seed: Tensor | None) -> tuple[float, float]:
+    """Both as numbers, which waits for a device once."""
+    if seed is None:
+        return float(size), 1.0
+    if size.device.type == "cpu":
+        return float(size), float(seed)
+    both = torch.stack([size, seed.to(size.dtype)]).tolist()
+    return both[0], both[1]
