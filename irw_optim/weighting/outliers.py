@@ -132,8 +132,8 @@ def distances(gram: Tensor) -> Tensor:
         raise ValueError(f"gram has shape {tuple(gram.shape)}: expected (B, B), G @ G.T")
     K = gram.detach().to(torch.promote_types(gram.dtype, torch.float32))
     norms = K.diagonal()
-    # Exactly 0 on the diagonal, and symmetric, which a product rounded by its own blocks is not: two
-    # samples that are as far from each other as eps both are core, or neither is.
+    # Exactly 0 on the diagonal, and symmetric, which rounded products need not be: to each other,
+    # two samples must be equally near.
     squares = (K + K.T).neg_().add_(norms[:, None] + norms)
     # The one wait for the device. Later, clamp would turn K_ij = inf into a distance of 0.
     if not squares.sum().isfinite() and not squares.isfinite().all():  # the first is cheaper
