@@ -49,7 +49,7 @@ def worst_off_count(size: int, alpha: float) -> int:
 def worst_off(losses: Tensor, alpha: float) -> Tensor:
     """The worst alpha-fraction of the samples by loss: S (paper, section III).
 
-    Of equal losses the lower index comes first, so the set has exactly ``worst_off_count``
+    Of losses equal to the last bit the lower index comes first: the set has ``worst_off_count``
     members on every input.
 
     Args:
