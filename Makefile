@@ -18,6 +18,22 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
+# Other processors' arithmetic, as far as this one can do it: the kernels of torch, MKL and oneDNN
+# for older ones, and two threads. Each kind shuffles the tests by a seed of its own.
+machine-oldest := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
+machine-default := ATEN_CPU_CAPABILITY=default
+machine-avx2 := ATEN_CPU_CAPABILITY=avx2
+machine-mkl := MKL_CBWR=COMPATIBLE
+machine-onednn := ONEDNN_MAX_CPU_ISA=SSE41
+machine-threads := OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 TEST_THREADS=2
+seed-oldest := 1
+seed-default := 2
+seed-avx2 := 3
+seed-mkl := 4
+seed-onednn := 5
+seed-threads := 6
+MACHINES := $(addprefix test-machine-,oldest default avx2 mkl onednn threads)
+
 # A stamp file stands for "installed": it is renewed when one of these changes.
 DEFINITION := pyproject.toml constraints.txt
 WITH_REPORT := $(VENV)/.installed-report
@@ -25,7 +41,7 @@ WITH_ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-fast test-lowest test-newest test-versions lint format types docs demo bench build clean
+.PHONY: help setup test test-fast test-lowest test-newest test-versions test-machines $(MACHINES) lint format types docs demo bench build clean
 
 help: ## Show this text
 	@echo "irw-optim: the targets of this Makefile (each installs into $(VENV) what it needs, once)"
@@ -47,6 +63,12 @@ test-newest: $(VENV)-newest/.installed ## Run the tests on Python 3.13 and the n
 	$(VENV)-newest/bin/python -m pytest -W default -p no:cacheprovider
 
 test-versions: test-lowest test test-newest ## Run the tests on the lowest, the pinned, the newest
+
+test-machines: $(MACHINES) ## Run the quick tests with other processors' arithmetic, shuffled
+
+$(MACHINES): test-machine-%: $(WITH_ALL)
+	env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(machine-$*) \
+		$(PYTEST) -m "not slow" -p randomly --randomly-seed=$(seed-$*)
 
 lint: $(WITH_ALL) ## Check style and format
 	$(BIN)/ruff check .

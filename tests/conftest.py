@@ -1,11 +1,14 @@
-"""What every test starts from: the same seeds, one thread, and no warnings but known ones."""
+"""What every test starts from: the same seeds, one thread, its own log, and no other warnings."""
+
+import logging
+import os
 
 import pytest
 import torch
 from hypothesis import settings
 
-# Tiny tensors: a second thread only costs, and one thread adds in the same order every time.
-torch.set_num_threads(1)
+# Tiny tensors: a second thread only costs. `make test-machines` tries two.
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 # The same examples in every run, and no clock: a test fails for what the code does.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
@@ -15,3 +18,12 @@ settings.load_profile("reproducible")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log():
+    """An example that a test runs may silence the library; the next test wants to hear it."""
+    logger = logging.getLogger("irw_optim")
+    level = logger.level
+    yield
+    logger.setLevel(level)

@@ -110,15 +110,38 @@ def test_the_diagonal_is_exactly_zero(norms):
 
 
 def test_distances_of_nearly_equal_rows_are_clamped_and_zero_on_the_diagonal():
-    generator = torch.Generator().manual_seed(0)
-    rows = 1e3 + 1e-4 * torch.randn(50, 200, generator=generator)
-    K = gram_of(rows)
-    assert (K.diagonal()[:, None] + K.diagonal() - 2 * K < 0).any()  # what the clamp is for
+    """A Gramian whose rounding goes both ways, as some processor's product of equal rows might."""
+    units = torch.randint(-2, 3, (50, 50))
+    K = 2.0**28 + 2.0**5 * (units + units.T)  # in steps of float32's own, so that all is exact
+    squares = K.diagonal()[:, None] + K.diagonal() - 2 * K
+    assert (squares < 0).any()  # what the clamp is for
+    assert (squares > 0).any()
 
     D = distances(K)
 
+    assert torch.equal(D, squares.clamp(min=0).sqrt())
+    assert (D.diagonal() == 0).all()
+
+
+def test_distances_of_rows_that_are_nearly_equal_are_no_more_than_rounding():
+    generator = torch.Generator().manual_seed(0)
+    rows = 1e3 + 1e-4 * torch.randn(50, 200, generator=generator)
+    D = distances(gram_of(rows))
     assert D.isfinite().all()
     assert (D.diagonal() == 0).all()
+    norm, epsilon = float(rows[0].norm()), torch.finfo(torch.float32).eps
+    assert D.max() <= norm * math.sqrt(2 * 200 * epsilon)  # of sums of 200 products
+
+
+@given(st.data(), st.integers(2, 12))
+def test_distances_are_symmetric_where_the_product_is_not(data, size):
+    """Both of a pair are core or neither is, whichever way its two products were rounded."""
+    rows = torch.randn(size, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    K = gram_of(rows)
+    steps = data.draw(arrays.arrays(np.float64, (size, size), elements=st.integers(-2, 2)))
+    K = K * (1 + np.finfo(np.float64).eps * torch.from_numpy(steps))
+    D = distances(K)
+    assert torch.equal(D, D.T)
 
 
 def test_a_negative_square_is_rounding_and_becomes_zero():
@@ -251,7 +274,7 @@ def test_a_non_finite_gradient_is_named(value, outliers):
 def test_a_non_finite_product_off_the_diagonal_is_found(value):
     gram = gram_of(torch.arange(8.0)[:, None])
     gram[2, 6] = value
-    with pytest.raises(FloatingPointError, match=r"not finite for the samples \[2\]"):
+    with pytest.raises(FloatingPointError, match=r"not finite for the samples \[2, 6\]"):
         distances(gram)
 
 

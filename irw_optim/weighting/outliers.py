@@ -119,7 +119,7 @@ def distances(gram: Tensor) -> Tensor:
         gram: (B, B), K = G G^T.
 
     Returns:
-        (B, B) in the dtype of ``gram``, float32 at least; the diagonal is exactly 0.
+        (B, B) in the dtype of ``gram``, float32 at least; symmetric, and exactly 0 on the diagonal.
 
     Raises:
         FloatingPointError: ``gram`` holds NaN or infinity, or too large numbers for its dtype.
@@ -137,7 +137,9 @@ def distances(gram: Tensor) -> Tensor:
         raise ValueError(f"gram has shape {tuple(gram.shape)}: expected (B, B), G @ G.T")
     K = gram.detach().to(torch.promote_types(gram.dtype, torch.float32))
     norms = K.diagonal()
-    squares = (K * -2).add_(norms[:, None] + norms)  # exactly 0 on the diagonal
+    # Exactly 0 on the diagonal, and symmetric, which rounded products need not be: to each other,
+    # two samples must be equally near.
+    squares = (K + K.T).neg_().add_(norms[:, None] + norms)
     # The one wait for the device. Later, clamp would turn K_ij = inf into a distance of 0.
     if not squares.sum().isfinite() and not squares.isfinite().all():  # the first is cheaper
         broken = ~norms.isfinite() if not norms.isfinite().all() else ~squares.isfinite().all(1)

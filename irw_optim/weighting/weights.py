@@ -50,8 +50,8 @@ def worst_off_count(size: int, alpha: float) -> int:
 def worst_off(losses: Tensor, alpha: float) -> Tensor:
     """The worst alpha-fraction of the samples by loss: S (paper, section III).
 
-    Of equal losses the lower index comes first, so the set has exactly ``worst_off_count``
-    members on every input.
+    Of losses equal to the last bit the lower index comes first, so the set has exactly
+    ``worst_off_count`` members on every input.
 
     Args:
         losses: (B,), any float dtype.

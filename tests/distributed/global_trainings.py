@@ -22,10 +22,11 @@ BATCH = 4
 """Samples of each rank in every batch of `Drawn`."""
 
 
-def data_set(size: int = 37) -> TensorDataset:
-    """The last eight samples are the first eight again."""
+def data_set(size: int = 37, duplicates: bool = False) -> TensorDataset:
+    """Or one whose last eight samples are the first eight again: rounding ranks their losses."""
     x, y = data()
-    x, y = torch.cat([x[:-8], x[:8]]), torch.cat([y[:-8], y[:8]])
+    if duplicates:
+        x, y = torch.cat([x[:-8], x[:8]]), torch.cat([y[:-8], y[:8]])
     return TensorDataset(x[:size], y[:size])
 
 

@@ -102,4 +102,4 @@ def _tied_in(module: nn.Module) -> bool:
 
 def optimizer_for(model: nn.Module, criterion: nn.Module | None = None, **irw: Any) -> IRWOptimizer:
     inner = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    return IRWOptimizer(inner, alpha=0.2, model=model, criterion=criterion, **irw)
+    return IRWOptimizer(inner, model=model, criterion=criterion, **{"alpha": 0.2, **irw})

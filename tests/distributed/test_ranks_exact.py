@@ -80,7 +80,7 @@ CASES = {
         passes=2, no_sync=True, irw={"accumulation_steps": 2, "outliers": REMOVES_SOME}
     ),
     "weighed together, to be finished": Training(passes=3, irw={"accumulation_steps": 5}),
-    "100 steps": Training(steps=100, irw={"warmup_steps": 20}),
+    "100 steps": Training(steps=100, lr=0.03, irw={"warmup_steps": 20}),
 }
 IN_FOUR = ["IRW", "way 2", "static graph", "unused parameters", "class balance", "warm-up", "CVaR"]
 IN_FOUR += ["class weights, ignored", "sequences, class weights", "IRWO", "IRWO, sequences"]

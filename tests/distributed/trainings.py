@@ -171,6 +171,8 @@ class Training:
     ignored: bool = False
     around: bool = False
     """Whether the optimizer is given the DDP, and not the module that is in it."""
+    lr: float = 0.3
+    """Small where there are many steps, which would make rounding large."""
 
     def alone(self, ranks: int) -> dict[str, Any]:
         """In one process, on the batches that so many ranks have together."""
@@ -188,7 +190,7 @@ class Training:
             called = self._spread(module)
         criterion = self.criterion
         optimizer = IRWOptimizer(
-            torch.optim.SGD(module.parameters(), lr=0.3, momentum=0.9),
+            torch.optim.SGD(module.parameters(), lr=self.lr, momentum=0.9),
             alpha=0.2,
             model=called if self.around else module,
             criterion=criterion if self.way == 1 else None,

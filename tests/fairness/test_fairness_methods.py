@@ -78,9 +78,11 @@ class TestChiSquare:
                 {"type": "ineq", "fun": lambda q: radius - ((8 * q - 1) ** 2).mean() / 2},
             ],
             method="SLSQP",
-            options={"maxiter": 500, "ftol": 1e-12},
+            options={"maxiter": 500, "ftol": 1e-10},
         )
-        assert primal.success
+        # Whether the search calls itself a success is a matter of its last digits.
+        assert primal.x.sum() == pytest.approx(1)
+        assert ((8 * primal.x - 1) ** 2).mean() / 2 <= radius + 1e-6
         assert float(objectives.chi_square_risk(losses, alpha)) == pytest.approx(
             -primal.fun, rel=1e-5
         )

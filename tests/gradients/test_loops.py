@@ -421,7 +421,11 @@ def test_autocast(case):
         with torch.autocast("cpu", torch.bfloat16):
             return net(x).float().square().flatten(1).sum(1)
 
-    truth = reference.step(losses_of(twin), twin.parameters(), ALPHA)
+    try:
+        losses = losses_of(twin)
+    except RuntimeError as error:
+        pytest.skip(f"no bfloat16 on this processor, by torch: {error}")
+    truth = reference.step(losses, twin.parameters(), ALPHA)
     optimizer = wrapped(model)
     optimizer.backward(losses_of(model))
     agree(optimizer, model, truth, 3e-2)

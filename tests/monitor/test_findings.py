@@ -1,4 +1,8 @@
-"""Each finding by a training that really fails so, and none by trainings that do not."""
+"""Each finding by a training that really fails so, and none by trainings that do not.
+
+The trainings fail by how they are made, and by far: no finding is a matter of the seed, and so none
+is of a processor's rounding.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +43,27 @@ def heavy_tails() -> tuple[Tensor, Tensor, Tensor]:
     return x, x[:, 0] * (3 * z).exp(), group
 
 
+def a_far_minority() -> tuple[Tensor, Tensor, Tensor]:
+    """Group 1 lies far from everybody, itself included, and its labels are the other way round."""
+    x, _, group = majority_and_minority()
+    y = (x[:, 0] + x[:, 1] > 0) ^ (group == 1)
+    x[:, 2] = 0  # nothing tells the groups apart but the length
+    return torch.where(group[:, None] == 1, 30 * x, x), y.long(), group
+
+
 def a_rare_class() -> tuple[Tensor, Tensor, Tensor]:
+    """A third class, each of whose members lies far from all others."""
     x, y, group = majority_and_minority()
     rare = drawn(0.04)
-    x[rare, 0] += 4
-    return x, torch.where(rare, 2, y), group
+    return torch.where(rare[:, None], 40 * x, x), torch.where(rare, 2, y), group
+
+
+def undecided(classes: int) -> nn.Sequential:
+    """A network whose logits are all 0 at first."""
+    model = mlp(classes=classes)
+    for parameter in model[-1].parameters():
+        nn.init.zeros_(parameter)
+    return model
 
 
 class OneOutput(nn.Module):
@@ -59,6 +79,18 @@ class OneOutput(nn.Module):
         return output if self.factor is None else (self.factor * output).sigmoid()
 
 
+class Hardening(nn.Module):
+    """Ever surer of what one feature says, as a network that saturates is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.factor = nn.Parameter(torch.ones(1)), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.factor += 0.3
+        return (self.factor * self.weight * x[:, 0].sign()).sigmoid()
+
+
 def deep(activation: type[nn.Module]) -> nn.Module:
     """Three hidden layers, one output."""
     torch.manual_seed(0)
@@ -68,17 +100,18 @@ def deep(activation: type[nn.Module]) -> nn.Module:
 
 @cache
 def a_fixed_radius() -> IRWMonitor:
-    return train(outliers=DBSCANFilter(eps=0.1), **BALANCED)
+    return train(a_far_minority(), outliers=DBSCANFilter(eps=3.0), **BALANCED)
 
 
 @cache
 def global_weights_held_for_long() -> IRWMonitor:
-    return train(epochs=20, scheme={"refresh": 10}, **BALANCED)
+    """Never renewed: those in S are all that is learned, and are the worst off no longer."""
+    return train(epochs=20, scheme={"refresh": 20}, weighting="cvar")
 
 
 HEALTHY: dict[str, dict[str, Any]] = {
     "class balance": {**BALANCED},
-    "long": {**BALANCED, "epochs": 30},
+    "long": {**BALANCED, "epochs": 30, "mix": 0.25},
     "warm-up and centring": {**BALANCED, "center": 1.0, "warmup_steps": 60},
     "mix": {**BALANCED, "mix": 0.5},
     "CVaR": {"weighting": "cvar"},
@@ -97,8 +130,18 @@ def test_a_healthy_training_has_no_finding(name: str) -> None:
 
 
 def test_the_worst_off_loss_rises_with_a_learning_rate_that_is_too_large() -> None:
-    finding = found(train(lr=0.5, **BALANCED))["worst_off_loss_rises"]
-    assert finding.figures["now"] > 1.1 * finding.figures["lowest"]
+    """A quadratic, whose steepest descent diverges beyond a learning rate."""
+    x, _, group = majority_and_minority()
+    x = x.double()
+    monitor = train(
+        (x, 2 * x[:, 0] - x[:, 1], group),
+        model=OneOutput(net=nn.Linear(3, 1).double()),
+        criterion=nn.MSELoss(),
+        lr=0.8,
+        epochs=1,
+    )
+    finding = found(monitor)["worst_off_loss_rises"]
+    assert finding.figures["now"] > 100 * finding.figures["lowest"]
     assert "learning rate" in finding.advice
 
 
@@ -108,10 +151,15 @@ def test_the_worst_off_loss_rises_with_wrong_labels_and_plain_training() -> None
 
 
 def test_the_worst_off_loss_plateaus_where_nothing_can_be_learned() -> None:
-    x, y, group = majority_and_minority()
-    x[:, 2] = 0  # nobody can tell the groups apart
-    finding = found(train((x, y, group), **BALANCED))["worst_off_loss_plateaus"]
-    assert 0.9 * finding.figures["start"] < finding.figures["now"] < finding.figures["start"]
+    """Labels by a coin, and a model that begins where it can do no better."""
+    x, _, group = majority_and_minority()
+    model = nn.Linear(3, 2)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    coin = drawn(0.5).long()
+    monitor = train((x, coin, group), model=model, lr=0.005, **BALANCED)
+    finding = found(monitor)["worst_off_loss_plateaus"]
+    assert finding.figures["now"] == pytest.approx(finding.figures["start"], rel=0.08)
 
 
 def test_the_paper_s_rule_leans_on_one_class_and_class_balance_mends_it() -> None:
@@ -132,7 +180,7 @@ def test_a_batch_whose_worst_off_are_two() -> None:
     assert found(monitor)["few_worst_off"].figures["worst_off_samples"] == 2
 
 
-@pytest.mark.parametrize(("factor", "lr"), [(1e4, 0.1), (1.0, 3.0)], ids=["at once", "in training"])
+@pytest.mark.parametrize(("factor", "lr"), [(1e4, 0.1), (1.0, 1e3)], ids=["at once", "in training"])
 def test_gradients_that_are_zero(factor: float, lr: float) -> None:
     x, y, group = majority_and_minority()
     monitor = train(
@@ -144,11 +192,7 @@ def test_gradients_that_are_zero(factor: float, lr: float) -> None:
 
 
 SATURATES = {
-    "sigmoids under a squared error": (
-        lambda: OneOutput(1.0, deep(nn.Sigmoid)),
-        nn.MSELoss,
-        {"lr": 3.0},
-    ),
+    "a sigmoid under a squared error": (Hardening, nn.MSELoss, {"lr": 1e-3}),
     "rectifiers that die": (
         lambda: OneOutput(net=deep(nn.ReLU)),
         nn.BCEWithLogitsLoss,
@@ -201,8 +245,8 @@ def test_gradients_that_fade_because_all_is_learned_have_no_finding() -> None:
 
 
 def test_global_weights_that_leave_batches_without_any() -> None:
-    monitor = train(batch=3, epochs=2, scheme={"refresh": 1})
-    assert found(monitor)["batches_without_weight"].figures["fallback"] > 0.05
+    monitor = train(batch=3, epochs=2, scheme={"refresh": 1}, weighting="cvar", alpha=0.1)
+    assert found(monitor)["batches_without_weight"].figures["fallback"] > 0.5
 
 
 def test_a_fixed_radius_removes_many() -> None:
@@ -210,14 +254,15 @@ def test_a_fixed_radius_removes_many() -> None:
 
 
 def test_the_filter_removes_the_minority() -> None:
-    finding = found(train(outliers=DBSCANFilter(), **BALANCED))["filter_removes_one_group"]
+    monitor = train(a_far_minority(), outliers=DBSCANFilter(), lr=1e-4, **BALANCED)
+    finding = found(monitor)["filter_removes_one_group"]
     assert "group 1" in finding.says
     assert finding.figures["rate"] > 3 * finding.figures["rate_of_others"]
 
 
 def test_the_filter_removes_a_rare_class() -> None:
     monitor = train(
-        a_rare_class(), model=mlp(classes=3), outliers=DBSCANFilter(quantile=0.9), **BALANCED
+        a_rare_class(), model=undecided(3), outliers=DBSCANFilter(eps=3.0), lr=1e-5, **BALANCED
     )
     finding = found(monitor)["filter_removes_one_class"]
     assert "class 2" in finding.says
@@ -232,14 +277,15 @@ def test_the_worst_group_has_less_than_its_share() -> None:
 
 
 def test_without_groups_nothing_is_said_about_them() -> None:
-    monitor = train(outliers=DBSCANFilter(eps=0.1), tell_groups=False, **BALANCED)
+    filter_ = DBSCANFilter(eps=3.0)
+    monitor = train(a_far_minority(), outliers=filter_, tell_groups=False, **BALANCED)
     assert not [name for name in found(monitor) if "group" in name]
     assert "filter_removes_many" in found(monitor)
 
 
 def test_global_weights_held_for_long_are_stale() -> None:
     finding = found(global_weights_held_for_long())["stale_weights"]
-    assert finding.figures["agreement"] < 0.75
+    assert finding.figures["agreement"] < 0.5
     assert finding.figures["held_for"] > 50
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from common import (
+    ALL_WORST_OFF,
     ALPHA,
     BATCHES,
     close,
@@ -101,8 +102,9 @@ def test_a_short_logical_batch_at_the_end_of_the_loader() -> None:
 
 
 def test_mixed_precision() -> None:
-    training = Training(accelerate.Accelerator(cpu=True, mixed_precision="bf16")).train()
-    assert close(training.model, plain_loop()[0], rtol=0.05)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    training = Training(accelerator, **ALL_WORST_OFF).train()
+    assert close(training.model, plain_loop(**ALL_WORST_OFF)[0], rtol=0.05)
     assert training.irw.last_step.scores.dtype == torch.float32
 
 
@@ -165,10 +167,10 @@ def test_a_model_that_was_prepared_before_the_optimizer_was_made() -> None:
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model, criterion = accelerator.prepare(make_model()), nn.CrossEntropyLoss()
     optimizer = accelerator.prepare(
-        IRWOptimizer(sgd(model), alpha=ALPHA, model=model, criterion=criterion)
+        IRWOptimizer(sgd(model), model=model, criterion=criterion, **ALL_WORST_OFF)
     )
     for x, y in DataLoader(TensorDataset(*make_data()), batch_size=8):
         accelerator.backward(criterion(model(x), y))
         optimizer.step()
         optimizer.zero_grad()
-    assert close(model, plain_loop()[0], rtol=0.05)
+    assert close(model, plain_loop(**ALL_WORST_OFF)[0], rtol=0.05)

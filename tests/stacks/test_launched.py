@@ -52,5 +52,5 @@ def test_two_launched_processes_train_like_one(framework: str, tmp_path: Path) -
     for rank in ranks:
         assert rank["ranks"] == 2
         assert rank["samples"] == 2 * BATCH
-        torch.testing.assert_close(rank["parameters"], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rank["parameters"], expected, rtol=1e-4, atol=1e-5)
         assert all(map(torch.equal, rank["parameters"], ranks[0]["parameters"]))
