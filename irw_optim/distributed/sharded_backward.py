@@ -125,6 +125,7 @@ class _ShardedPass:
         missing: set[Tensor] = set()
         due = False
         if len(batch.losses):
+            batch.graph = batch.engine.locations.arranged(batch.graph, len(batch.losses))
             covering = batch.engine.covering(batch.graph, len(batch.losses), report=False)
             missing, due = columns - covering.covered, covering.check_is_due()
         told = self.model.ranks.each(batch.losses.new_tensor([bool(missing), due]))

@@ -19,9 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.rules import rule_of, rule_of_function
-
-_KEY = "irw_optim.call"
+from irw_optim.gradients.rules import CALLS, call_of_function, rule_of, rule_of_function
 
 
 class CallSite(NamedTuple):
@@ -42,7 +40,7 @@ class Graph(NamedTuple):
     def forget_calls(self) -> None:
         """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
         for site in self.sites:
-            _notes(site.edge.node).pop(_KEY, None)
+            _notes(site.edge.node).pop(CALLS, None)
 
 
 def hook_layers(model: nn.Module) -> list[RemovableHandle]:
@@ -75,7 +73,7 @@ def walk(losses: Tensor) -> Graph:
             leaves.append(leaf)
             leaf_nodes.append(node)
             continue
-        for number, (call, shape) in _notes(node).get(_KEY, {}).items():
+        for number, (call, shape) in _notes(node).get(CALLS, {}).items():
             sites.append(CallSite(call, GradientEdge(node, number), shape))
         for parent, _ in following:
             if parent is not None and parent not in seen:
@@ -102,7 +100,7 @@ def record(call: LayerCall | None, output: Tensor) -> None:
         if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
             at = base
     if at.grad_fn is not None:
-        _notes(at.grad_fn).setdefault(_KEY, {})[at.output_nr] = (call, output.shape)
+        _notes(at.grad_fn).setdefault(CALLS, {})[at.output_nr] = (call, output.shape)
 
 
 def _notes(node: Node) -> dict[Any, Any]:
@@ -132,7 +130,7 @@ class _FunctionRecorder(TorchFunctionMode):
         rule = rule_of_function(function)
         output = function(*args, **kwargs)
         if rule is not None and isinstance(output, Tensor) and output.grad_fn is not None:
-            record(rule(output, *args, **kwargs), output)
+            record(call_of_function(rule, output, args, kwargs), output)
         return output
 
     def linear_in_attention(

@@ -14,9 +14,9 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from irw_optim.gradients.autodiff import AutodiffGradients, backward_to
-from irw_optim.gradients.broadcast import with_batch
 from irw_optim.gradients.capture import Graph, hook_layers, walk
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
+from irw_optim.gradients.location import Locations
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.verification import compare_with_autograd
 
@@ -50,10 +50,11 @@ class Engine:
     def _forget(self) -> None:
         self.known: dict[str, bool] = {}
         self.coverings: dict[tuple[object, ...], Covering] = {}
+        self.locations = Locations()
 
     def capture(self, losses: Tensor) -> LossGradients:
         """Take note of a batch of losses: what leads to them, and who else shares it."""
-        batch = LossGradients(self, losses, with_batch(walk(losses), len(losses)))
+        batch = LossGradients(self, losses, walk(losses))
         for other in _WAITING:
             if not other.graph.nodes.isdisjoint(batch.graph.nodes):
                 other.sharing.add(batch)
@@ -205,8 +206,10 @@ class LossGradients:
             seed: 0-dim, not zero; the scale that the losses carry into half precision.
             keep_graph: whether somebody else will still walk the graph.
         """
-        graph = self.graph
-        covering = self.engine.covering(graph, self.losses.shape[0])
+        batch_size = len(self.losses)
+        graph = self.engine.locations.arranged(self.graph, batch_size, self.losses, seed)
+        self.graph = graph
+        covering = self.engine.covering(graph, batch_size)
         if not covering.covered:
             return
         check = bool(len(self.losses)) and covering.check_is_due()
