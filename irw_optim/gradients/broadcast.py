@@ -17,7 +17,9 @@ _HANDS_ON = frozenset({"AddBackward0", "UnsqueezeBackward0", "ExpandBackward0", 
 """Operations whose gradient is that of what they read, summed where it was repeated."""
 
 
-def sites_of_sums(site: CallSite, graph: Graph, batch_size: int) -> dict[int, list[CallSite]]:
+def sites_of_sums(
+    site: CallSite, graph: Graph, batch_size: int
+) -> tuple[int, list[CallSite]] | None:
     """The call as if every sample had made it, at the places where it meets the batch.
 
     Args:
@@ -26,39 +28,53 @@ def sites_of_sums(site: CallSite, graph: Graph, batch_size: int) -> dict[int, li
         batch_size: B.
 
     Returns:
-        By the dimension that holds the batch there: the sites in place of this one.
+        The dimension that holds the batch there, and the sites in place of this one; None where
+        anything but a sum reads the output.
     """
-    ways = {dim: site.call.for_every_sample(batch_size, dim) for dim in (0, 1)}
-    met = _meets_the_batch(site, graph.nodes, batch_size) if any(ways.values()) else []
-    found = {}
-    for dim, call in ways.items():
-        if call is not None and met:
-            shape = torch.Size([*call.recorded.shape, site.shape[-1]])
-            if all(output_shape(node) == shape for node in met):
-                found[dim] = [CallSite(call.copy(), GradientEdge(n, 0), shape) for n in met]
-    return found
+    met = _meets_the_batch(site, graph.nodes, batch_size)
+    dims = {dim for _, dim in met}
+    if len(dims) != 1:
+        return None
+    (dim,) = dims
+    call = site.call.for_every_sample(batch_size, dim)
+    if call is None:
+        return None
+    shape = torch.Size([*call.recorded.shape, site.shape[-1]])
+    if any(output_shape(node) != shape for node, _ in met):
+        return None
+    return dim, [CallSite(call.copy(), GradientEdge(node, 0), shape) for node, _ in met]
 
 
-def _meets_the_batch(site: CallSite, nodes: set[Node], batch_size: int) -> list[Node]:
-    """Where copies of the output first become more numbers; none where anything else reads it."""
+def _meets_the_batch(
+    site: CallSite, nodes: set[Node], batch_size: int
+) -> list[tuple[Node, int]]:
+    """The operations that repeat the output for every sample, and along which dimension."""
     readers = _readers_among(nodes)
-    numbers = site.shape.numel()
-    met: list[Node] = []
-    waiting = [(site.edge.node, site.edge.output_nr)]
+    met: list[tuple[Node, int]] = []
+    waiting = [(site.edge.node, site.edge.output_nr, site.shape)]
     while waiting:
-        read_by = readers.get(waiting.pop(), [])
+        node, number, before = waiting.pop()
+        read_by = readers.get((node, number), [])
         if not read_by:
             return []
-        for node in read_by:
-            if node.name() not in _HANDS_ON or getattr(node, "_saved_alpha", 1) != 1:
+        for reader in read_by:
+            after = output_shape(reader)
+            if (
+                after is None
+                or reader.name() not in _HANDS_ON
+                or getattr(reader, "_saved_alpha", 1) != 1
+            ):
                 return []
-            shape = output_shape(node)
-            if shape is None:
+            if after.numel() == before.numel() and batch_size > 1:
+                waiting.append((reader, 0, after))
+                continue
+            padded = [*[1] * (len(after) - len(before)), *before]
+            repeated = [d for d, n in enumerate(padded) if n == 1 and after[d] != 1]
+            if batch_size == 1 and not repeated:
+                repeated = [0]
+            if len(repeated) != 1 or after[repeated[0]] != batch_size:
                 return []
-            if shape.numel() == numbers and batch_size > 1:
-                waiting.append((node, 0))
-            else:
-                met.append(node)
+            met.append((reader, repeated[0]))
     return met
 
 

@@ -93,7 +93,7 @@ def record(call: LayerCall | None, output: Tensor) -> None:
     if call is None or not call.parameters:
         return
     at = output
-    if output._is_view() and output._base is not None:
+    if output._is_view() and output._base is not None and output._base.grad_fn is not None:
         # An in-place operation on a view rewrites the graph up to the base: the gradient then
         # arrives at the base's edge alone. A Linear's (B, T, d) output is such a view.
         base = output._base

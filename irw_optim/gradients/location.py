@@ -87,7 +87,8 @@ class Locations:
                     continue
             readings = [Reading([site], layout, False) for layout in layouts]
             sums = sites_of_sums(site, graph, batch_size)
-            readings[:0] = [Reading(sites, Layout(dim), True) for dim, sites in sums.items()]
+            if sums is not None:
+                readings.insert(0, Reading(sums[1], Layout(sums[0]), True))
             known = [r for r in readings if r.place == self.proven.get(key)]
             if len(readings) > 1 and not known:
                 ties[number] = key, readings
@@ -129,12 +130,10 @@ def tilt(losses: Tensor) -> Tensor:
 
 
 def _settled(site: CallSite, reading: Reading | None, batch_size: int) -> list[CallSite]:
-    site.call.settle(None if reading is None else reading.layout, batch_size)
-    if reading is None or not reading.at_sums:
-        return [site]
-    for moved in reading.sites:
-        moved.call.settle(reading.layout, batch_size)
-    return reading.sites
+    sites = [site] if reading is None else reading.sites
+    for chosen in sites:
+        chosen.call.settle(reading and reading.layout, batch_size)
+    return sites
 
 
 def _error(
