@@ -45,9 +45,7 @@ def sites_of_sums(
     return dim, [CallSite(call.copy(), GradientEdge(node, 0), shape) for node, _ in met]
 
 
-def _meets_the_batch(
-    site: CallSite, nodes: set[Node], batch_size: int
-) -> list[tuple[Node, int]]:
+def _meets_the_batch(site: CallSite, nodes: set[Node], batch_size: int) -> list[tuple[Node, int]]:
     """The operations that repeat the output for every sample, and along which dimension."""
     readers = _readers_among(nodes)
     met: list[tuple[Node, int]] = []

@@ -90,8 +90,8 @@ def output_shape(node: Node) -> torch.Size | None:
 
 def record(call: LayerCall | None, output: Tensor) -> None:
     """Note on the graph that ``call`` computed ``output``."""
-    if call is None or not call.parameters:
-        return
+    if call is None or not call.parameters or output.is_complex():
+        return  # the products are of real numbers; autodiff takes complex ones
     at = output
     if output._is_view() and output._base is not None and output._base.grad_fn is not None:
         # An in-place operation on a view rewrites the graph up to the base: the gradient then

@@ -18,6 +18,7 @@ from irw_optim.gradients.capture import Graph, hook_layers, walk
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.location import Locations
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
+from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
 from irw_optim.gradients.verification import compare_with_autograd
 
 logger = logging.getLogger("irw_optim")
@@ -54,7 +55,9 @@ class Engine:
 
     def capture(self, losses: Tensor) -> LossGradients:
         """Take note of a batch of losses: what leads to them, and who else shares it."""
-        batch = LossGradients(self, losses, walk(losses))
+        graph = walk(losses)
+        refuse_reentrant_checkpoints(graph.nodes)
+        batch = LossGradients(self, losses, graph)
         for other in _WAITING:
             if not other.graph.nodes.isdisjoint(batch.graph.nodes):
                 other.sharing.add(batch)

@@ -1,14 +1,16 @@
 """Where the batch is in what each layer computes: by the sizes, and by gradients where they tie.
 
-A sequence can be as long as the batch, a table can have as many rows, and T * B rows can be sorted
-by sample or by time. No size tells these apart, but gradients do: with loss i counted u_i times, what
-arrives at the numbers of sample i is u_i times what arrives otherwise. Two backward passes to the
-layers in question, once for each of them, show which reading is right, or that none is.
+A sequence can be as long as the batch, a table can have as many rows, and T * B rows can be
+sorted by sample or by time. No size tells these apart, but gradients do: with loss i counted u_i
+times, what arrives at the numbers of sample i is u_i times what arrives otherwise. Two backward
+passes to the layers in question, once for each of them, show which reading is right, or that none
+is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -74,8 +76,7 @@ class Locations:
             layouts = call.layouts(batch_size, site.shape)
             chosen.append([site])
             if len(layouts) < 2 and not call.may_lack_batch:
-                if layouts:
-                    call.settle(layouts[0], batch_size)
+                call.settle(layouts[0] if layouts else None, batch_size)
                 continue
             key = (*call.parameters.values(), len(site.shape))
             times[key] = times.get(key, 0) + 1
@@ -92,7 +93,8 @@ class Locations:
             known = [r for r in readings if r.place == self.proven.get(key)]
             if len(readings) > 1 and not known:
                 ties[number] = key, readings
-            chosen[number] = _settled(site, (known or readings or [None])[0], batch_size)
+            likeliest = [*known, *readings, None][0]
+            chosen[number] = _settled(site, likeliest, batch_size)
         if ties and losses is not None and batch_size > 1:
             for number, reading in self._decided(losses, ties, seed):
                 chosen[number] = _settled(graph.sites[number], reading, batch_size)
@@ -105,16 +107,20 @@ class Locations:
         edges = [s.edge for _, readings in ties.values() for r in readings for s in r.sites]
         u = tilt(losses)
         passes = [
-            torch.autograd.grad(losses, edges, (w * seed).to(w.dtype), retain_graph=True, allow_unused=True)
-            for w in (torch.ones_like(u), u)
+            torch.autograd.grad(losses, edges, weights, retain_graph=True, allow_unused=True)
+            for weights in ((torch.ones_like(u) * seed).to(u.dtype), (u * seed).to(u.dtype))
         ]
         arrived = iter(zip(*passes, strict=True))
         tolerance = _TOLERANCE.get(losses.dtype, _TOLERANCE_OF_HALF)
         for number, (key, readings) in ties.items():
-            errors = [max(_error(s, r.layout, *next(arrived), u) for s in r.sites) for r in readings]
+            errors = [
+                max(_error(site, reading.layout, next(arrived), u) for site in reading.sites)
+                for reading in readings
+            ]
             right = [r for r, error in zip(readings, errors, strict=True) if error <= tolerance]
             best = readings[errors.index(min(errors))] if right else None
-            if len(right) < 2:  # where no gradient arrives (yet), all of them are right
+            # Where no gradient arrives (yet), all of them are right.
+            if len(right) < 2 and all(map(isfinite, errors)):
                 self.proven[key] = best and best.place
             yield number, best
 
@@ -137,14 +143,14 @@ def _settled(site: CallSite, reading: Reading | None, batch_size: int) -> list[C
 
 
 def _error(
-    site: CallSite, layout: Layout, plain: Tensor | None, tilted: Tensor | None, u: Tensor
+    site: CallSite, layout: Layout, arrived: tuple[Tensor | None, Tensor | None], u: Tensor
 ) -> float:
     """How far the tilted gradient is from the plain one times u, in this reading."""
+    plain, tilted = (
+        None if t is None else layout.bring(widened(t).reshape(site.shape), len(u)) for t in arrived
+    )
     if plain is None or tilted is None:
         return 0.0
-    plain, tilted = (
-        layout.bring(widened(t).reshape(site.shape), len(u)) for t in (plain, tilted)
-    )
     off = tilted - plain * widened(u).view(-1, *[1] * (plain.ndim - 1))
     size = float(tilted.norm())
     return float(off.norm()) / size if size else 0.0

@@ -114,9 +114,7 @@ def _linear_function(
     return LinearCall(input, weight, bias) if input.ndim > 1 else None
 
 
-@function_rule(
-    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__
-)
+@function_rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 def _addition(output: Tensor, input: Any, other: Any, *, alpha: float = 1) -> LayerCall | None:
     return _sum(output, input, other, 1, alpha)
 

@@ -78,14 +78,11 @@ class LayerCall:
     may_lack_batch = False
     """Whether the input may be one for all samples, as the indices of positions are."""
 
-    has_batch = True
-    """Whether the batch is not known to be missing."""
-
     layout: Layout | None = None
-    """Where the batch was found; None before it was looked for."""
+    """Where the batch was found."""
 
     batch_size = -1
-    """B, once the batch was found."""
+    """The B for which it was looked for."""
 
     def __init__(self, input: Tensor, **parameters: Tensor | None) -> None:
         self.recorded = self.input = input.detach()
@@ -104,25 +101,23 @@ class LayerCall:
         return layouts_of(positions, batch_size, self.is_sequence, self.time_major)
 
     def find_batch(self, batch_size: int, output_shape: torch.Size) -> bool:
-        """Whether the batch is found; the likeliest layout is taken where none was chosen."""
-        if not self.has_batch:
-            return False
-        layouts = self.layouts(batch_size, output_shape)
-        if layouts and (self.layout not in layouts or self.batch_size != batch_size):
-            self.settle(layouts[0], batch_size)
-        return bool(layouts)
+        """Whether the batch is found; where nobody settled it, in the likeliest layout."""
+        if self.batch_size != batch_size:
+            layouts = self.layouts(batch_size, output_shape)
+            self.settle(layouts[0] if layouts else None, batch_size)
+        return self.layout is not None
 
     def settle(self, layout: Layout | None, batch_size: int) -> None:
         """Bring the batch to the first dimension of the input; None where there is none."""
         self.layout = layout
         self.batch_size = batch_size
-        self.has_batch = layout is not None
         self.input = self.recorded if layout is None else layout.bring(self.recorded, batch_size)
 
     def set_output_gradient(self, gradient: Tensor) -> None:
         """Take b; the products are defined from then on."""
-        layout = self.layout
-        self.output_gradient = gradient if layout is None else layout.bring(gradient, self.batch_size)
+        if self.layout is not None:
+            gradient = self.layout.bring(gradient, self.batch_size)
+        self.output_gradient = gradient
 
     def arrangement(self) -> tuple[object, ...]:
         """Where the batch was found: what decides whether an earlier proof still holds."""
