@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.rules import CALLS, call_of_function, rule_of, rule_of_function
+from irw_optim.gradients.rules import CALLS, call_of, rule_of, rule_of_function
 
 
 class CallSite(NamedTuple):
@@ -111,7 +111,7 @@ def _record_layer(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> 
     if output.grad_fn is not None:
         rule = rule_of(module)
         assert rule is not None
-        record(rule(module, *args, **kwargs), output)
+        record(call_of(rule, module, args, kwargs), output)
 
 
 class _FunctionRecorder(TorchFunctionMode):
@@ -130,7 +130,7 @@ class _FunctionRecorder(TorchFunctionMode):
         rule = rule_of_function(function)
         output = function(*args, **kwargs)
         if rule is not None and isinstance(output, Tensor) and output.grad_fn is not None:
-            record(call_of_function(rule, output, args, kwargs), output)
+            record(call_of(rule, output, args, kwargs), output)
         return output
 
     def linear_in_attention(

@@ -93,15 +93,22 @@ def rule_of_function(function: Any) -> Rule | None:
     return _BY_FUNCTION.get(function)
 
 
-def call_of_function(
-    rule: Rule, output: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+def call_of(
+    rule: Rule, subject: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> LayerCall | None:
-    """What the rule makes of a call of its function; None for a call in words it does not know."""
+    """What the rule makes of a call; None for one in words that it does not know.
+
+    Args:
+        rule: of a module or a function.
+        subject: the module, or what the function returned.
+        args: as the forward wrote them.
+        kwargs: as the forward wrote them.
+    """
     try:
-        return rule(output, *args, **kwargs)
+        return rule(subject, *args, **kwargs)
     except TypeError:
         try:
-            signature(rule).bind(output, *args, **kwargs)
+            signature(rule).bind(subject, *args, **kwargs)
         except TypeError:
             return None
         raise
