@@ -83,7 +83,7 @@ class MaterializedGradients:
         combined = {}
         for p, block in self.rows.items():
             matrix = as_matrix(block)
-            sums = (weights.to(matrix.dtype) @ matrix).view(_numbers(block).shape[1:])
+            sums = (weights.to(matrix.dtype) @ matrix).view(numbers_of(block).shape[1:])
             combined[p] = torch.view_as_complex(sums) if block.is_complex() else sums
         return combined
 
@@ -141,16 +141,17 @@ def as_matrix(block: Tensor) -> Tensor:
     A complex number counts as its two parts: their inner product is Re(conj(a) b), which is what a
     step along a complex gradient changes the loss by.
     """
-    block = _numbers(block)
+    block = numbers_of(block)
     return block.flatten(1) if block.ndim > 1 else block.unsqueeze(1)
 
 
 def as_vector(tensor: Tensor) -> Tensor:
     """One row of `as_matrix`, (P,)."""
-    return _numbers(tensor).flatten()
+    return numbers_of(tensor).flatten()
 
 
-def _numbers(tensor: Tensor) -> Tensor:
+def numbers_of(tensor: Tensor) -> Tensor:
+    """The tensor as real numbers: complex ones as pairs, in a further dimension."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
