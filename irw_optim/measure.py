@@ -12,37 +12,50 @@ Step = Callable[[], object]
 _MEASURED = "irw_optim: the step that is measured"
 
 
-def median_seconds(steps: Sequence[Step], repeats: int = 7, inner: int = 1) -> list[float]:
+def median_seconds(
+    steps: Sequence[Step],
+    repeats: int = 7,
+    inner: int = 1,
+    device: torch.device | str | None = None,
+) -> list[float]:
     """Median time of each step, taken in turns so that a slower machine slows all alike.
 
     Args:
         steps: what to time.
         repeats: rounds; each step is warmed up by one more.
         inner: calls a round, for steps too short to time alone.
+        device: where the steps run; None is a GPU where there is one.
     """
+    device = _given_or_found(device)
     times: list[list[float]] = [[] for _ in steps]
     for round_ in range(repeats + 1):
         for step, taken in zip(steps, times, strict=True):
-            _wait()
+            _wait(device)
             start = perf_counter()
             for _ in range(inner):
                 step()
-            _wait()
+            _wait(device)
             if round_:
                 taken.append((perf_counter() - start) / inner)
     return [median(taken) for taken in times]
 
 
-def peak_bytes(step: Step) -> int:
-    """The most bytes of tensors that one call of the step holds at once, beyond what stays."""
+def peak_bytes(step: Step, device: torch.device | str | None = None) -> int:
+    """The most bytes of tensors that one call of the step holds at once, beyond what stays.
+
+    Args:
+        step: what to measure.
+        device: whose memory; None is a GPU's where there is one.
+    """
+    device = _given_or_found(device)
     step()
-    if torch.cuda.is_available():
-        _wait()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if device.type == "cuda":
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         step()
-        _wait()
-        return torch.cuda.max_memory_allocated() - before
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()  # the profiler may miss, or not, that something older is freed: in here alone
@@ -58,6 +71,12 @@ def peak_bytes(step: Step) -> int:
     return most - least
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _given_or_found(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

@@ -28,6 +28,7 @@ ROOMS = {
     "measure",
     "model_check",
     "optimizer",
+    "restored",
     "weighting",
 }
 PAGES_WITH_THE_DIFF = ["README.md", "docs/index.md"]

@@ -19,7 +19,7 @@ from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.layers import LayerCall, LinearCall
 from irw_optim.gradients.layers._convolution import ConvolutionCall
 from irw_optim.gradients.layers._embedding import EmbeddingCall
-from irw_optim.gradients.materialized import MEMORY_BOUND, widened
+from irw_optim.gradients.materialized import MEMORY_BOUND, numbers_of, widened
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 
 _BY_FACTORS = (LinearCall, ConvolutionCall, EmbeddingCall)
@@ -94,7 +94,7 @@ def _by_rows(
 ) -> Tensor:
     """K_ij = <g_i, g_j> for this rank's i and everybody's j, a block of j at a time."""
     size, own = sum(ranks.sizes), ranks.own
-    like = widened(columns[0].new_empty(0))
+    like = numbers_of(widened(columns[0].new_empty(0)))
     step = max(1, MEMORY_BOUND // max(1, sum(p.numel() for p in columns)))
     gram = like.new_zeros(own.stop - own.start, size)
     for start in range(0, size, step):

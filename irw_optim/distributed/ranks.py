@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from irw_optim.gradients.materialized import numbers_of
+
 # Renamed in torch 2.13, which warns of the older name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -100,17 +102,19 @@ class Ranks:
             layout: the parameters in an order that all ranks have: they make one message.
             rows: further dimensions of every part, in front of the parameter's own.
         """
-        double = any(p.dtype == torch.float64 for p in layout)
+        double = any(p.dtype.to_real() == torch.float64 for p in layout)
         dtype = torch.float64 if double else torch.float32
-        shapes = [torch.Size((*rows, *p.shape)) for p in layout]
+        shapes = [torch.Size((*rows, *numbers_of(p).shape)) for p in layout]
         flat = layout[0].new_zeros(sum(shape.numel() for shape in shapes), dtype=dtype)
         pieces = flat.split([shape.numel() for shape in shapes])
         views = {
             p: piece.view(shape) for p, piece, shape in zip(layout, pieces, shapes, strict=True)
         }
         for p in parts.keys() & views.keys():
-            views[p].copy_(parts[p])
+            views[p].copy_(numbers_of(parts[p]))
         dist.all_reduce(flat, group=self.group)
+        for p in (p for p in layout if p.is_complex()):
+            views[p] = torch.view_as_complex(views[p].clone())  # a pair starts at an even place
         return views
 
     def objects(self, mine: Any) -> list[Any]:

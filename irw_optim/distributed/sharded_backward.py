@@ -140,7 +140,9 @@ class _ShardedPass:
         missing: set[Tensor] = set()
         due = False
         if len(batch.losses):
-            covering = batch.engine.covering(batch.graph, batch.leaves, batch.losses, report=False)
+            batch.graph, covering = batch.engine.covering(
+                batch.graph, batch.leaves, batch.losses, report=False
+            )
             missing, due = columns - covering.covered, covering.check_is_due()
         told = self.model.ranks.each(batch.losses.new_tensor([bool(missing), due]))
         anything_missing, check = told.amax(0).tolist()

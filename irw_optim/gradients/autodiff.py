@@ -17,7 +17,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.materialized import MaterializedGradients, blocked_gram, widened
+from irw_optim.gradients.materialized import (
+    MaterializedGradients,
+    as_vector,
+    blocked_gram,
+    widened,
+)
 from irw_optim.gradients.protocol import Direction
 
 logger = logging.getLogger("irw_optim")
@@ -209,9 +214,9 @@ def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> Materi
 
 
 def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:
-    zero = widened(next(iter(row.values()))).new_zeros(())
     pairs = [(g, direction[p]) for p, g in row.items() if p in direction]
-    return sum(((widened(g) * widened(v)).sum() for g, v in pairs), start=zero)
+    products = [(as_vector(widened(g)) * as_vector(widened(v))).sum() for g, v in pairs]
+    return sum(products, start=as_vector(widened(next(iter(row.values())))).new_zeros(()))
 
 
 def _lacks_double_backward(error: RuntimeError) -> bool:

@@ -19,9 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.rules import rule_of, rule_of_function
-
-_KEY = "irw_optim.call"
+from irw_optim.gradients.rules import CALLS, call_of, rule_of, rule_of_function
 
 
 class CallSite(NamedTuple):
@@ -58,7 +56,7 @@ class Graph(NamedTuple):
     def forget_calls(self) -> None:
         """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
         for site in self.sites:
-            _notes(site.edge.node).pop(_KEY, None)
+            _notes(site.edge.node).pop(CALLS, None)
 
 
 def hook_layers(model: nn.Module) -> list[RemovableHandle]:
@@ -112,7 +110,7 @@ def walk(losses: Tensor) -> Graph:
             order.append(node)
     order.reverse()
     for node in order:
-        for number, (call, shape) in _notes(node).get(_KEY, {}).items():
+        for number, (call, shape) in _notes(node).get(CALLS, {}).items():
             sites.append(CallSite(call, GradientEdge(node, number), shape))
     nodes = {node: place for place, node in enumerate(order)}
     return Graph(sites, leaves, leaf_nodes, order, nodes, wiring)
@@ -126,17 +124,17 @@ def output_shape(node: Node) -> torch.Size | None:
 
 def record(call: LayerCall | None, output: Tensor) -> None:
     """Note on the graph that ``call`` computed ``output``."""
-    if call is None or not call.parameters:
-        return
+    if call is None or not call.parameters or output.is_complex():
+        return  # the products are of real numbers; autodiff takes complex ones
     at = output
-    if output._is_view() and output._base is not None:
+    if output._is_view() and output._base is not None and output._base.grad_fn is not None:
         # An in-place operation on a view rewrites the graph up to the base: the gradient then
         # arrives at the base's edge alone. A Linear's (B, T, d) output is such a view.
         base = output._base
         if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
             at = base
     if at.grad_fn is not None:
-        _notes(at.grad_fn).setdefault(_KEY, {})[at.output_nr] = (call, output.shape)
+        _notes(at.grad_fn).setdefault(CALLS, {})[at.output_nr] = (call, output.shape)
 
 
 def _notes(node: Node) -> dict[Any, Any]:
@@ -147,7 +145,7 @@ def _record_layer(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> 
     if output.grad_fn is not None:
         rule = rule_of(module)
         assert rule is not None
-        record(rule(module, *args, **kwargs), output)
+        record(call_of(rule, module, args, kwargs), output)
 
 
 class _FunctionRecorder(TorchFunctionMode):
@@ -166,7 +164,7 @@ class _FunctionRecorder(TorchFunctionMode):
         rule = rule_of_function(function)
         output = function(*args, **kwargs)
         if rule is not None and isinstance(output, Tensor) and output.grad_fn is not None:
-            record(rule(output, *args, **kwargs), output)
+            record(call_of(rule, output, args, kwargs), output)
         return output
 
     def linear_in_attention(

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from torch import Tensor
 
 from irw_optim.gradients.capture import Graph
-from irw_optim.gradients.mixing import Batch, stride_in
+from irw_optim.gradients.mixing import Batch
 
 
 class Trust:
@@ -83,27 +83,14 @@ class Covering:
         self.whole = False
 
 
-def found_in(graph: Graph, batch_size: int, batch: Batch) -> list[bool]:
-    """For each layer call, whether the batch was found in it, and is where the graph says."""
-    found = [call.find_batch(batch_size, shape) for call, _, shape in graph.sites]
-    if batch_size > 1 and batch.mixed_by is None:
-        strides = zip(graph.sites, batch.strides, strict=True)
-        right = [
-            stride == stride_in(site.call.arrangement()[0], site.shape, batch_size)
-            for site, stride in strides
-        ]
-        found = [a and b for a, b in zip(found, right, strict=True)]
-    return found
-
-
 def kind_of(
-    graph: Graph, own: Sequence[Tensor], found: Sequence[bool], batch_size: int, batch: Batch
+    graph: Graph, own: Sequence[Tensor], batch_size: int, batch: Batch
 ) -> tuple[Hashable, ...]:
     """Equal for graphs of one kind."""
     return (
         batch_size > 1,  # one sample alone does not show whether the forward mixes them
         batch.mixed_by,
-        *_reads(graph, own, found, batch),
+        *_reads(graph, own, batch),
         *map(id, own),
     )
 
@@ -111,7 +98,6 @@ def kind_of(
 def covering_of(
     graph: Graph,
     own: Sequence[Tensor],
-    found: Sequence[bool],
     batch_size: int,
     batch: Batch,
     trust: Trust,
@@ -119,25 +105,23 @@ def covering_of(
     """Who covers what in a graph of a new kind."""
     inside: set[Tensor] = set()
     outside: set[Tensor] = set()
-    for (call, _, _), has_batch in zip(graph.sites, found, strict=True):
-        (inside if has_batch else outside).update(call.parameters.values())
+    for call, _, _ in graph.sites:
+        (inside if call.layout is not None else outside).update(call.parameters.values())
     covered = inside.difference(outside).intersection(own)
     whole = covered.issuperset(own) and covered.issuperset(inside | outside)
     sparse = any(call.needs_autograd_combine for call, _, _ in graph.sites)
-    reads = frozenset((batch_size > 1, read) for read in _reads(graph, own, found, batch))
+    reads = frozenset((batch_size > 1, read) for read in _reads(graph, own, batch))
     layers = Counter(p for site in graph.sites for p in site.call.parameters.values())
     counted = dict(zip(graph.leaves, batch.reads, strict=False))
     alone = {p for p in covered if counted.get(p) == layers[p]}
     return Covering(covered, whole and not sparse, batch.mixed_by, reads, trust, alone)
 
 
-def _reads(
-    graph: Graph, own: Sequence[Tensor], found: Sequence[bool], batch: Batch
-) -> list[Hashable]:
+def _reads(graph: Graph, own: Sequence[Tensor], batch: Batch) -> list[Hashable]:
     """The ways in which parameters are read: by which layers, and by how many operations."""
     by_layers: list[Hashable] = [
-        (has_batch, type(call), *call.arrangement(), *map(_name, call.parameters.values()))
-        for (call, _, _), has_batch in zip(graph.sites, found, strict=True)
+        (type(call), *call.arrangement(), *map(_name, call.parameters.values()))
+        for call, _, _ in graph.sites
     ]
     mine = set(own)
     counted = zip(graph.leaves, batch.reads, strict=False)

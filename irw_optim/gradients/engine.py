@@ -16,11 +16,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from irw_optim.gradients.broadcast import with_batch
 from irw_optim.gradients.capture import Graph, hook_layers, walk
-from irw_optim.gradients.coverage import Covering, Trust, covering_of, found_in, kind_of
+from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
+from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch
+from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
 
 logger = logging.getLogger("irw_optim")
 
@@ -72,7 +73,8 @@ class Engine:
             losses: (B,), with their graph.
             owns: which leaves are the model's; None for all. The others' gradient is the plain one.
         """
-        graph = with_batch(walk(losses), len(losses))
+        graph = walk(losses)
+        refuse_reentrant_checkpoints(graph.order)
         batch = LossGradients(self, losses, graph, owns)
         _WAITING.join(batch)
         if len(batch.sharing) == MANY_LOSSES:
@@ -94,8 +96,8 @@ class Engine:
 
     def covering(
         self, graph: Graph, own: Sequence[Tensor], losses: Tensor, *, report: bool = True
-    ) -> Covering:
-        """What is known of graphs of this kind.
+    ) -> tuple[Graph, Covering]:
+        """The graph with the batch of each layer in front, and what is known of its kind.
 
         Args:
             graph: of one vector of losses.
@@ -105,17 +107,17 @@ class Engine:
         """
         size = len(losses)
         batch = self._follow(losses, graph) if graph.sites and size > 1 else Batch(None)
-        found = found_in(graph, size, batch)
-        kind = kind_of(graph, own, found, size, batch)
+        graph = arranged(graph, batch, size)
+        kind = kind_of(graph, own, size, batch)
         covering = self.coverings.get(kind)
         if covering is None:
             trust = self.trust.setdefault((size > 1, batch.mixed_by), Trust())
-            covering = covering_of(graph, own, found, size, batch, trust)
+            covering = covering_of(graph, own, size, batch, trust)
             _remember(self.coverings, kind, covering)
             if report:
                 self._report(covering, own)
-                self._report_parts(graph, size, any(found))
-        return covering
+                self._report_parts(graph, size)
+        return graph, covering
 
     def looks_for_hooks(self) -> bool:
         """Whether to look, at uses 1, 2, 4, 8, ..., for hooks that change gradients."""
@@ -197,10 +199,11 @@ class Engine:
             f"{self.names_of(rest)}, which no layer with a rule reads alone",
         )
 
-    def _report_parts(self, graph: Graph, losses: int, found: bool) -> None:
+    def _report_parts(self, graph: Graph, losses: int) -> None:
         """Say where the samples are parts of what entered the model, such as tokens."""
-        entered = {site.call.input.shape[0] for site in graph.sites if site.call.input.ndim}
-        if found or len(entered) != 1:
+        calls = [site.call for site in graph.sites]
+        entered = {call.recorded.shape[0] for call in calls if call.recorded.ndim}
+        if len(entered) != 1 or any(call.layout is not None for call in calls):
             return
         (rows,) = entered
         if 1 < rows < losses and losses % rows == 0:

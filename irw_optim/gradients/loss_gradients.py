@@ -15,7 +15,7 @@ from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.backward_passes import BackwardPasses
 from irw_optim.gradients.capture import CallSite, Graph
 from irw_optim.gradients.coverage import Covering
-from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
+from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.verification import compare, in_half_precision, probe_of
 
@@ -64,8 +64,9 @@ class LossGradients:
             seed: 0-dim, not zero; what the losses carry through it.
             keep_graph: whether somebody else will still walk the graph.
         """
-        graph, passes = self.graph, self._passes
-        covering = self.engine.covering(graph, self.leaves, self.losses)
+        passes = self._passes
+        graph, covering = self.engine.covering(self.graph, self.leaves, self.losses)
+        self.graph = graph
         factors = seed.to(self.losses.dtype).expand_as(self.losses)
         listens = bool(len(self.losses)) and self.engine.looks_for_hooks()
         if not covering.covered:
@@ -84,6 +85,7 @@ class LossGradients:
             return
         covered = covering.covered
         sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
+        check_inputs(site.call for site in sites)
         by = partial(passes.loud if covering.whole else passes.quiet, weights=factors)
         if listens:
             by = partial(passes.listen, weights=factors, leaves=self.leaves)

@@ -80,19 +80,21 @@ class MaterializedGradients:
         return cls(rows)
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        return {
-            p: (weights.to(block.dtype) @ as_matrix(block)).view(block.shape[1:])
-            for p, block in self.rows.items()
-        }
+        combined = {}
+        for p, block in self.rows.items():
+            matrix = as_matrix(block)
+            sums = (weights.to(matrix.dtype) @ matrix).view(numbers_of(block).shape[1:])
+            combined[p] = torch.view_as_complex(sums) if block.is_complex() else sums
+        return combined
 
     def dot(self, direction: Direction) -> Tensor:
         products = [
-            as_matrix(widened(block)) @ widened(direction[p]).flatten()
+            as_matrix(widened(block)) @ as_vector(widened(direction[p]))
             for p, block in self.rows.items()
             if p in direction
         ]
         if not products:
-            return next(iter(self.rows.values())).new_zeros(self.batch_size)
+            return as_matrix(widened(next(iter(self.rows.values())))).new_zeros(self.batch_size)
         return sum(products[1:], start=products[0])
 
     def gram(self) -> Tensor:
@@ -134,18 +136,38 @@ def blocked_gram(
 
 
 def as_matrix(block: Tensor) -> Tensor:
-    """(B, ...) as (B, P), for scalars and empty batches too."""
+    """(B, ...) as (B, P) real numbers, for scalars and empty batches too.
+
+    A complex number counts as its two parts: their inner product is Re(conj(a) b), which is what a
+    step along a complex gradient changes the loss by.
+    """
+    block = numbers_of(block)
     return block.flatten(1) if block.ndim > 1 else block.unsqueeze(1)
+
+
+def as_vector(tensor: Tensor) -> Tensor:
+    """One row of `as_matrix`, (P,)."""
+    return numbers_of(tensor).flatten()
+
+
+def numbers_of(tensor: Tensor) -> Tensor:
+    """The tensor as real numbers: complex ones as pairs, in a further dimension."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def widened(tensor: Tensor) -> Tensor:
     """At least float32: half-precision products lose the sign of a small score."""
-    return tensor.float() if tensor.dtype in _HALF else tensor  # asked for at every turn
+    wider = _WIDER.get(tensor.dtype)  # asked for at every turn
+    return tensor if wider is None else tensor.to(wider)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of what `widened` gives."""
-    return torch.float32 if dtype in _HALF else dtype
+    return _WIDER.get(dtype, dtype)
 
 
-_HALF = (torch.float16, torch.bfloat16)
+_WIDER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex32: torch.complex64,
+}

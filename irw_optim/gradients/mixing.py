@@ -12,8 +12,8 @@ What passes is proven, and nothing has to be computed for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,16 +29,21 @@ class Batch(NamedTuple):
 
     Attributes:
         mixed_by: the first operation that may mix the samples; None where none can.
-        strides: for each layer call, the stride of the batch in its output; `SHARED` where the
-            output is one for all samples. Known where nothing mixes.
+        places: the stride of the batch in each output, by the place of its node in the graph's
+            order; `SHARED` where the output is one for all samples. Known where nothing mixes.
         reads: for each leaf, how many operations on samples read it, or what is computed of it.
         computes_shared: whether anything that is one for all samples is computed, beyond views.
     """
 
     mixed_by: str | None
-    strides: tuple[int, ...] = ()
+    places: Mapping[tuple[int, int], int] = MappingProxyType({})
     reads: tuple[int, ...] = ()
     computes_shared: bool = False
+
+    @property
+    def followed(self) -> bool:
+        """Whether it is known to the end of the graph where the batch is."""
+        return self.mixed_by is None and bool(self.places)
 
 
 def follow_batch(losses: Tensor, graph: Graph) -> Batch:
@@ -77,9 +82,9 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
                     places[parent, output] = place
                 elif places[parent, output] != place:
                     return Batch(parent.name())
-    strides = tuple(places.get((s.edge.node, s.edge.output_nr), SHARED) for s in graph.sites)
+    by_number = {(graph.nodes[node], output): place for (node, output), place in places.items()}
     counted = tuple(reads.get(node, 0) for node in graph.leaf_nodes)
-    return Batch(None, strides, counted, computes_shared)
+    return Batch(None, by_number, counted, computes_shared)
 
 
 def _inputs_of(output: Output) -> Sequence[int]:
@@ -100,14 +105,4 @@ def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...] | None:
         if of_node is None:
             return None
         settings.append(of_node)
-    sites = [(graph.nodes[s.edge.node], s.edge.output_nr) for s in graph.sites]
-    return len(losses), losses.output_nr, tuple(graph.wiring), tuple(settings), tuple(sites)
-
-
-def stride_in(layout: str, shape: Sequence[int], batch_size: int) -> int:
-    """The stride of the batch in a layer's output, where the layer says that it is."""
-    if layout == "_batch_second":
-        return prod(shape[2:])
-    if layout == "folded_time_first":
-        return prod(shape[1:])
-    return prod(shape) // batch_size
+    return len(losses), losses.output_nr, tuple(graph.wiring), tuple(settings)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.ghost import GhostGradients
+from irw_optim.gradients.layers import FIRST
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.norms import row_norms
 from irw_optim.gradients.protocol import Direction
@@ -99,9 +100,9 @@ class GhostBatch(PendingBatch):
         captured.start(torch.ones_like(upstream), keep_graph=False)
         uncovered = set(captured.rest)
         for call, _, shape in captured.graph.sites:
-            # The engine also finds a batch that is folded or stands second, by its size; but a
-            # Poisson batch has any size, and a wrong guess would mix samples.
-            if shape[:1] != (batch_size,) or call.time_major:
+            # The engine also finds a batch that is folded or does not stand first; but a Poisson
+            # batch has any size, and a wrong guess would mix samples.
+            if shape[:1] != (batch_size,) or call.layout != FIRST:
                 uncovered.update(call.parameters.values())
         if uncovered or captured.ghost is None:
             raise NotImplementedError(

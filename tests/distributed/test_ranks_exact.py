@@ -52,6 +52,8 @@ CASES = {
     "autodiff": Training(irw={"engine": "autodiff"}),
     "recurrent": Training("gru"),
     "images": Training("images"),
+    "complex": Training("spectral"),
+    "IRWO, complex": Training("spectral", irw={"outliers": REMOVES_SOME}),
     "transformer": Training("transformer"),
     "time first": Training("time first"),
     "IRWO, transformer": Training("transformer", irw={"outliers": REMOVES_SOME}),

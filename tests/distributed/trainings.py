@@ -43,6 +43,21 @@ class Tagger(nn.Module):
         return self.head(self.norm(self.embed(words))).transpose(1, 2)
 
 
+class Spectral(nn.Module):
+    """A filter of complex numbers between real layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bins = FEATURES // 2 + 1
+        self.first = nn.Linear(FEATURES, FEATURES)
+        self.filter = nn.Parameter(torch.randn(bins, dtype=torch.cdouble))
+        self.last = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(self.first(x)) * self.filter
+        return self.last(torch.fft.irfft(spectrum, n=FEATURES))
+
+
 class Branching(nn.Module):
     """One of two layers for each sample; a rank may have no use for one of them."""
 
@@ -125,6 +140,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gru": Recurrent,
     "tagger": Tagger,
     "branching": Branching,
+    "spectral": Spectral,
 }
 
 

@@ -431,12 +431,21 @@ def test_autocast(case):
     agree(optimizer, model, truth, 3e-2)
 
 
-def test_reentrant_checkpointing_is_refused_by_name():
-    model = CASES["checkpointing"].model().double()
-    optimizer = wrapped(model)
+@pytest.mark.parametrize("engine", ["auto", "autodiff"])
+def test_reentrant_checkpointing_is_refused_by_name(engine):
+    """Where the losses are made: before a backward pass has written anything."""
+    model, criterion = CASES["checkpointing"].model().double(), nn.MSELoss()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(sgd, alpha=ALPHA, model=model, criterion=criterion, engine=engine)
     x = torch.randn(6, 4).double().requires_grad_()
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        criterion(model(x, reentrant=True), x.detach())
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
         optimizer.backward(model(x, reentrant=True).square().sum(1))
+    assert optimizer.last_step is None
+    assert not any(p.grad is not None for p in model.parameters())
+    criterion(model(x), x.detach()).backward()
+    assert optimizer.last_step is not None
 
 
 def test_the_input_of_a_layer_changed_in_place_afterwards_is_refused():

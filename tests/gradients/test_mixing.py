@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import reference
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from irw_optim import IRWOptimizer
-from irw_optim.gradients.capture import CallSite, walk
+from irw_optim.gradients.capture import walk
 from irw_optim.gradients.mixing import follow_batch
 
 B, T, D = 3, 3, 4  # as long as the batch is large, so that sizes give nothing away
@@ -152,9 +151,9 @@ def input_rows(dtype: torch.dtype = torch.float64) -> Tensor:
 def batch_is_followed(losses: Tensor, h: Tensor) -> bool:
     """Whether the losses are proven to read the rows of h, each its own."""
     graph = walk(losses)
-    site: Any = (None, get_gradient_edge(h), h.shape)
-    batch = follow_batch(losses, graph._replace(sites=[CallSite(*site)]))
-    return batch.mixed_by is None and batch.strides == (h[0].numel(),)
+    batch, edge = follow_batch(losses, graph), get_gradient_edge(h)
+    stride = batch.places.get((graph.nodes[edge.node], edge.output_nr))
+    return batch.mixed_by is None and stride == h[0].numel()
 
 
 @pytest.mark.parametrize("name", APART)

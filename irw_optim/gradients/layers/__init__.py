@@ -4,16 +4,19 @@ from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.layers._convolution import ConvolutionCall
 from irw_optim.gradients.layers._elementwise import ElementwiseCall
 from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCall
+from irw_optim.gradients.layers._layout import FIRST, Layout
 from irw_optim.gradients.layers._linear import LinearCall, LinearRowsCall
 from irw_optim.gradients.layers._norm import NormCall
 from irw_optim.gradients.layers._rows import RowsCall
 
 __all__ = [
+    "FIRST",
     "ConvolutionCall",
     "ElementwiseCall",
     "EmbeddingBagCall",
     "EmbeddingCall",
     "LayerCall",
+    "Layout",
     "LinearCall",
     "LinearRowsCall",
     "NormCall",

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._layout import Layout, layout_of
+from irw_optim.gradients.layers._layout import Layout, layouts_of
 from irw_optim.gradients.materialized import blocked_gram, wide, widened
 from irw_optim.gradients.protocol import Direction
 
@@ -64,7 +64,10 @@ class LayerCall:
 
     is_sequence = False
     """Whether every position of the leading dimensions is treated alike, so that the batch may
-    stand second, as in (T, B, d), or be folded into one dimension, as in (B * T, d)."""
+    stand elsewhere, as in (T, B, d), or be folded into one dimension, as in (B * T, d)."""
+
+    features = 1
+    """Trailing dimensions of the output, where `is_sequence`, that are no positions."""
 
     needs_autograd_combine = False
     """Whether only autograd gives the gradient in the layout that inner optimizers expect."""
@@ -72,43 +75,67 @@ class LayerCall:
     time_major = False
     """Whether the batch is known not to stand first."""
 
+    may_lack_batch = False
+    """Whether the input may be one for all samples, as the indices of positions are."""
+
+    layout: Layout | None = None
+    """Where the batch was found."""
+
+    batch_size = -1
+    """The B for which it was looked for."""
+
     def __init__(self, input: Tensor, **parameters: Tensor | None) -> None:
-        self.input = input.detach()
+        self.recorded = self.input = input.detach()
         self.version = input._version
         self.passes_on = input.requires_grad
-        self.parameters = {
-            role: p for role, p in parameters.items() if p is not None and p.requires_grad
-        }
+        self.roles = {role: p for role, p in parameters.items() if p is not None}
+        self.parameters = {role: p for role, p in self.roles.items() if p.requires_grad}
         self.output_gradient: Tensor = self.input  # until `set_output_gradient`
-        self.layout: Layout | None = None
+
+    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
+        """Where the batch may be, in input and output alike; none where this call has none."""
+        leading = len(output_shape) - self.features if self.is_sequence else 1
+        positions = self.recorded.shape[:leading]
+        if output_shape[:leading] != positions:
+            return ()
+        return layouts_of(positions, batch_size, self.is_sequence, self.time_major)
 
     def find_batch(self, batch_size: int, output_shape: torch.Size) -> bool:
-        """Bring the batch to the first dimension of the input; False where it is not found."""
-        if self.layout is None:
-            # Features stand last: (T * B, d) is no (T, B), also where d = B.
-            positions = self.input.shape[: len(output_shape) - 1 if self.is_sequence else None]
-            self.layout = layout_of(positions, batch_size, self.is_sequence, self.time_major)
-            if self.layout is None or output_shape[:1] != self.input.shape[:1]:
-                return False
-            self.input = self.layout(self.input)
-        return self.input.shape[0] == batch_size
+        """Whether the batch is found; where nobody settled it, in the likeliest layout."""
+        if self.batch_size != batch_size:
+            layouts = self.layouts(batch_size, output_shape)
+            self.settle(layouts[0] if layouts else None, batch_size)
+        return self.layout is not None
+
+    def settle(self, layout: Layout | None, batch_size: int) -> None:
+        """Bring the batch to the first dimension of the input; None where there is none."""
+        self.layout = layout
+        self.batch_size = batch_size
+        self.input = self.recorded if layout is None else layout.bring(self.recorded, batch_size)
 
     def set_output_gradient(self, gradient: Tensor) -> None:
         """Take b; the products are defined from then on."""
-        self.output_gradient = gradient if self.layout is None else self.layout(gradient)
+        if self.layout is not None:
+            gradient = self.layout.bring(gradient, self.batch_size)
+        self.output_gradient = gradient
 
-    def arrangement(self) -> tuple[str, int]:
+    def arrangement(self) -> tuple[object, ...]:
         """Where the batch was found: what decides whether an earlier proof still holds."""
-        return getattr(self.layout, "__name__", ""), self.input.ndim
+        return self.layout, self.recorded.ndim
 
-    def for_every_sample(self, batch_size: int) -> LayerCall | None:
-        """The same call as if each sample had made it, where its input has no batch dimension."""
+    def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
+        """The same call as if each sample had made it, where its input has no batch dimension.
+
+        Args:
+            batch_size: B.
+            dim: where the batch is put.
+        """
         return None
 
     def let_go(self) -> None:
         """Hold a and b no longer."""
         nothing = self.input.new_empty(0, *self.input.shape[1:])  # a slice would hold the storage
-        self.input = self.output_gradient = nothing
+        self.recorded = self.input = self.output_gradient = nothing
 
     def without(self, dropped: Tensor) -> LayerCall:
         """A copy with zero rows where ``dropped`` (B,) bool, also where they are not finite."""
@@ -135,7 +162,7 @@ class LayerCall:
     # What a kind of layer must say ------------------------------------------------------------
 
     def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """The layer's output for other parameter values; a missing role counts as zero."""
+        """The layer's output for other values of its parameters: of every role that has one."""
         raise NotImplementedError
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
@@ -147,7 +174,9 @@ class LayerCall:
     def dot(self, direction: Direction) -> Tensor:
         """<g_i, v>, shape (B,)."""
         values = self.values_in(direction)
-        output = self.apply(widened(self.input), values)
+        if not values:
+            return self.b.new_zeros(len(self.b))
+        output = self.apply(widened(self.input), self.completed(values))
         theirs = {value.data_ptr() for value in values.values()}
         fresh = output.is_contiguous() and output.data_ptr() not in theirs
         return inner(self.b, output, in_place=fresh)
@@ -180,7 +209,8 @@ class LayerCall:
         roles = list(self.parameters)
 
         def output(*values: Tensor) -> Tensor:
-            return self.apply(widened(input), dict(zip(roles, values, strict=True)))
+            given = dict(zip(roles, values, strict=True))
+            return self.apply(widened(input), self.completed(given))
 
         # Their values are not read, and may be gone.
         zeros = [torch.zeros_like(p, dtype=wide(p.dtype)) for p in self.parameters.values()]
@@ -193,6 +223,14 @@ class LayerCall:
 
     def values_in(self, direction: Direction) -> dict[str, Tensor]:
         return {role: direction[p] for role, p in self.parameters.items() if p in direction}
+
+    def completed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values with zeros for the roles that are frozen, or not asked for."""
+        like = next(iter(values.values()))
+        return {
+            role: values[role] if role in values else like.new_zeros(p.shape)
+            for role, p in self.roles.items()
+        }
 
     def used_rows(self, weights: RowWeights) -> tuple[Tensor, Tensor]:
         """Input and b of the rows that count, one of them times the weights.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall, RowWeights, inner
+from irw_optim.gradients.layers._call import LayerCall, RowWeights, zeroed
 from irw_optim.gradients.layers._gram import gram_of
-from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.layers._layout import FIRST, Layout, layouts_of
+from irw_optim.gradients.materialized import as_matrix, widened
 from irw_optim.gradients.protocol import Direction
 
 
@@ -20,57 +21,86 @@ class ElementwiseCall(LayerCall):
         parameter: the parameter, or a view of one (``self.positions[:, :T]``).
         factor: what it is multiplied with; None for a sum.
         output: what was computed, for its shape.
+        scale: a number that it is multiplied with besides, as in ``torch.add(x, p, alpha=2)``.
     """
 
-    def __init__(self, parameter: Tensor, factor: Tensor | None, output: Tensor) -> None:
+    def __init__(
+        self, parameter: Tensor, factor: Tensor | None, output: Tensor, scale: float = 1
+    ) -> None:
         whole = parameter if parameter.is_leaf or parameter._base is None else parameter._base
         # A sum does not read what it adds to, which may be changed in place afterwards.
         shape_alone = output.new_empty(()).expand(output.shape)
-        super().__init__(shape_alone if factor is None else factor, weight=whole)
+        super().__init__(
+            shape_alone if factor is None else factor.expand(output.shape), weight=whole
+        )
+        # What an expanded view repeats is one number of the parameter.
+        steps = zip(parameter.shape, parameter.stride(), strict=True)
+        self.size = torch.Size(size if stride else 1 for size, stride in steps)
         start = parameter.storage_offset() - whole.storage_offset()
-        self.view = parameter.size(), parameter.stride(), start
-        self.factor = None if factor is None else self.input
+        self.view = self.size, parameter.stride(), start
         self.whole = whole.shape
+        self.multiplies = factor is not None
+        self.scale = scale
 
-    def find_batch(self, batch_size: int, output_shape: torch.Size) -> bool:
-        has_batch_of_its_own = len(self.view[0]) == len(output_shape) and self.view[0][0] != 1
-        return output_shape[:1] == (batch_size,) and not has_batch_of_its_own
+    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
+        """Where the parameter is the same for the whole batch."""
+        size = self._broadcast_size()
+        found = layouts_of(output_shape, batch_size, is_sequence=True)
+        return tuple(layout for layout in found if size[layout.dim] == 1)
 
-    def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    def set_output_gradient(self, gradient: Tensor) -> None:
+        super().set_output_gradient(gradient)
+        self.__dict__.pop("reduced", None)
+
+    def without(self, dropped: Tensor) -> LayerCall:
+        part = self.copy()
+        part.__dict__["reduced"] = zeroed(self.reduced, dropped)
+        return part
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.__dict__.pop("reduced", None)
+
+    def dot(self, direction: Direction) -> Tensor:
+        values = self.values_in(direction)
         if not values:
-            return torch.zeros_like(self.b)
+            return self.b.new_zeros(len(self.b))
         size, stride, start = self.view
         value = values["weight"].contiguous()  # perhaps a part of a longer message
         part = value.as_strided(size, stride, value.storage_offset() + start)
-        return part if self.factor is None else part * widened(self.factor)
-
-    def dot(self, direction: Direction) -> Tensor:
-        return inner(self.b, self.apply(self.input, self.values_in(direction)))
+        return as_matrix(self.reduced) @ part.flatten().to(self.reduced.dtype)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        return self.scatter(self.reduced().movedim(0, -1) @ weights.values.to(self.b.dtype))
+        rows = self.reduced
+        return self.scatter((weights.in_dtype(rows.dtype) @ as_matrix(rows)).view(self.size))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
-        blocks = [self.scatter(row) for row in self.reduced()[samples]]
         parameter = self.parameters["weight"]
-        return {parameter: torch.stack([block[parameter] for block in blocks])}
+        blocks = [self.scatter(row)[parameter] for row in self.reduced[samples]]
+        return {parameter: torch.stack(blocks)}
 
     def gram(self) -> Tensor:
-        return gram_of(self.reduced())
+        return gram_of(self.reduced)
 
+    @cached_property
     def reduced(self) -> Tensor:
         """The gradient of the view, sample by sample: (B, *view)."""
-        b = self.b if self.factor is None else self.b * widened(self.factor)
-        size = self.view[0]
-        # Dimensions that broadcasting put in front, but for the batch, then those it stretched.
-        b = b.flatten(1, b.ndim - len(size) - 1).sum(1) if b.ndim > len(size) + 1 else b
-        if b.ndim == len(size):  # the parameter's own first dimension, of size 1, met the batch
-            b = b.unsqueeze(1)
-        stretched = [d + 1 for d, n in enumerate(size) if n == 1 and b.shape[d + 1] != 1]
-        return b.sum(stretched, keepdim=True) if stretched else b
+        b = self.b * widened(self.input) if self.multiplies else self.b
+        layout = self.layout or FIRST
+        size = self._broadcast_size()
+        if not layout.fold:
+            del size[layout.dim]  # it met the batch, which stands in front now
+        stretched = [d for d, n in enumerate(size, start=1) if n == 1 and b.shape[d] != 1]
+        rows = b.sum(stretched) if stretched else b
+        rows = rows.reshape(len(b), *self.size)
+        return rows if self.scale == 1 else rows * self.scale
 
     def scatter(self, part: Tensor) -> dict[Tensor, Tensor]:
         """From the shape of the view to that of the whole parameter."""
         whole = part.new_zeros(self.whole)
         whole.as_strided(*self.view).copy_(part)
         return {self.parameters["weight"]: whole}
+
+    def _broadcast_size(self) -> list[int]:
+        """The parameter's sizes, with the dimensions that broadcasting puts in front."""
+        return [*[1] * (self.recorded.ndim - len(self.size)), *self.size]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.layers._gram import gram_of_lookups
+from irw_optim.gradients.layers._layout import FIRST, Layout
 
 
 class EmbeddingCall(LayerCall):
@@ -26,12 +27,21 @@ class EmbeddingCall(LayerCall):
         self.padding_idx = padding_idx
         self.needs_autograd_combine = sparse
 
-    def for_every_sample(self, batch_size: int) -> LayerCall | None:
-        index = self.input[0] if self.input.ndim > 1 else self.input
-        if self.input.ndim > 1 and self.input.shape[0] != 1:
-            return None
+    @property
+    def may_lack_batch(self) -> bool:  # type: ignore[override]
+        """One index for each position, perhaps."""
+        return self.recorded.ndim == 1 or 1 in self.recorded.shape[:2]
+
+    def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
+        index = self.recorded
+        if index.ndim > 1:
+            if index.shape[dim] != 1 or (dim and index.ndim > 2):
+                return None
+            index = index.squeeze(dim)
+        index = index.unsqueeze(dim)
         call = self.copy()
-        call.input = index.expand(batch_size, *index.shape)
+        call.recorded = index.expand(*index.shape[:dim], batch_size, *index.shape[dim + 1 :])
+        call.settle(Layout(dim), batch_size)
         return call
 
     @property
@@ -43,7 +53,7 @@ class EmbeddingCall(LayerCall):
         return b * (self.input != self.padding_idx).unsqueeze(-1)
 
     def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        return F.embedding(input, values["weight"]) if values else torch.zeros_like(self.b)
+        return F.embedding(input, values["weight"])
 
     def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
         table = b.new_zeros(self.table)
@@ -64,12 +74,11 @@ class EmbeddingBagCall(LayerCall):
         self.settings = settings
         self.needs_autograd_combine = sparse
 
-    def find_batch(self, batch_size: int, output_shape: torch.Size) -> bool:
-        return output_shape[:1] == (batch_size,)  # the indices may be flat, with offsets
+    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
+        """Bags stand first in the output; the indices may be flat, with offsets."""
+        return (FIRST,) if output_shape[:1] == (batch_size,) else ()
 
     def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        if not values:
-            return torch.zeros_like(self.b)
         # Half or float, integers stay as they are: `widened` is the identity on indices.
         return F.embedding_bag(input, values["weight"], **self.settings)
 

@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Layout = Callable[[Tensor], Tensor]
-"""Brings the batch to the first dimension."""
 
+class Layout(NamedTuple):
+    """Where the batch stands, whatever the sizes.
 
-def layout_of(
-    shape: torch.Size, batch_size: int, is_sequence: bool, time_major: bool = False
-) -> Layout | None:
-    """How to bring the batch to dimension 0 of a tensor with these leading dimensions.
-
-    A guess where sizes coincide; the engine compares its products with autograd.
+    Attributes:
+        dim: the dimension that holds it.
+        fold: ``""``, or how it is folded there with positions: ``"batch major"`` as in
+            (B * T, d), ``"batch minor"`` as in (T * B, d).
     """
-    if shape and shape[0] == batch_size and not time_major:
-        return _as_it_is
-    if not is_sequence or not shape or not batch_size:
-        return None
-    if len(shape) > 1 and shape[1] == batch_size:
-        return _batch_second
-    if shape[0] % batch_size:
-        return None
 
-    def folded(tensor: Tensor) -> Tensor:
-        return tensor.reshape(batch_size, -1, *tensor.shape[1:])
+    dim: int
+    fold: str = ""
 
-    def folded_time_first(tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, batch_size, *tensor.shape[1:]).transpose(0, 1)
-
-    return folded_time_first if time_major else folded
+    def bring(self, tensor: Tensor, batch_size: int) -> Tensor:
+        """The tensor with the batch as its first dimension."""
+        dim, fold = self
+        if fold == "batch major":
+            tensor = tensor.unflatten(dim, (batch_size, -1))
+        elif fold == "batch minor":
+            tensor, dim = tensor.unflatten(dim, (-1, batch_size)), dim + 1
+        return tensor.movedim(dim, 0) if dim else tensor
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+FIRST = Layout(0)
 
 
-def _batch_second(tensor: Tensor) -> Tensor:
-    return tensor.transpose(0, 1)
+def layouts_of(
+    shape: torch.Size, batch_size: int, is_sequence: bool, time_major: bool = False
+) -> tuple[Layout, ...]:
+    """Every place where the batch may be in tensors with these leading dimensions.
+
+    More than one where sizes coincide: then only the gradients show which is right.
+
+    Args:
+        shape: the leading dimensions, without features.
+        batch_size: B.
+        is_sequence: whether the batch may stand elsewhere than first.
+        time_major: whether it is known to stand behind the positions, as in (T, B) or (T * B).
+    """
+    if not shape:
+        return ()
+    if time_major:
+        if len(shape) > 1:
+            return (Layout(1),) if shape[1] == batch_size else ()
+        return (Layout(0, "batch minor"),) if batch_size and shape[0] % batch_size == 0 else ()
+    if shape[0] == batch_size and (batch_size < 2 or not is_sequence):
+        return (FIRST,)
+    if not is_sequence:
+        return ()
+    found = [Layout(dim) for dim, size in enumerate(shape) if size == batch_size]
+    if batch_size == 1:  # all is of the one sample
+        return (found[0] if found else Layout(0, "batch major"),)
+    if batch_size and shape[0] > batch_size and shape[0] % batch_size == 0:
+        found += [Layout(0, "batch major"), Layout(0, "batch minor")]
+    return tuple(found)

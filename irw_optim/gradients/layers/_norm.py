@@ -33,6 +33,7 @@ class NormCall(LayerCall):
         self.normalise = normalise
         self.dims = dims
         self.is_sequence = min(dims) < 0
+        self.features = len(dims)
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
         return True

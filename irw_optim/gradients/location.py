@@ -1,0 +1,70 @@
+"""Where the batch is in what each layer computes: as the graph says, or as the sizes do.
+
+A sequence can be as long as the batch, a table can have as many rows, and T * B rows can be
+sorted by sample or by time. No size tells these apart, but the graph does, which was followed from
+the losses. Where it could not be followed to its end, the likeliest reading is taken, and compared
+with autograd as everything there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from irw_optim.gradients.broadcast import sites_of_sums
+from irw_optim.gradients.capture import CallSite, Graph
+from irw_optim.gradients.layers import Layout
+from irw_optim.gradients.mixing import Batch
+
+
+def arranged(graph: Graph, batch: Batch, batch_size: int) -> Graph:
+    """The graph with the batch of every layer call brought first, where it has one.
+
+    Calls that are made once for all samples (positions) move to the sums at which they meet them.
+
+    Args:
+        graph: as it was walked.
+        batch: where the batch is.
+        batch_size: B.
+    """
+    sites: list[CallSite] = []
+    for site in graph.sites:
+        layouts: Sequence[Layout] = site.call.layouts(batch_size, site.shape)
+        if batch.followed:
+            layouts = _right(layouts, graph, batch, site, batch_size)
+        if site.call.may_lack_batch and not (batch.followed and layouts):
+            sums = sites_of_sums(site, graph, batch_size)
+            if sums is not None:
+                dim, at_sums = sums
+                if not batch.followed or all(
+                    _right([Layout(dim)], graph, batch, other, batch_size) for other in at_sums
+                ):
+                    sites += at_sums
+                    continue
+        site.call.settle(layouts[0] if layouts else None, batch_size)
+        sites.append(site)
+    return graph._replace(sites=sites)
+
+
+def _right(
+    layouts: Sequence[Layout], graph: Graph, batch: Batch, site: CallSite, batch_size: int
+) -> list[Layout]:
+    """Those under which the output holds the batch where the graph says."""
+    stride = batch.places.get((graph.nodes[site.edge.node], site.edge.output_nr))
+    return [layout for layout in layouts if stride_in(layout, site.shape, batch_size) == stride]
+
+
+def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:
+    """The stride of the batch in a tensor with such a layout.
+
+    >>> stride_in(Layout(1), torch.Size([5, 3, 4]), 3)
+    4
+    >>> stride_in(Layout(0, "batch major"), torch.Size([15, 4]), 3)
+    20
+    """
+    behind = prod(shape[layout.dim + 1 :])
+    if layout.fold == "batch major":
+        return behind * shape[layout.dim] // batch_size
+    return behind

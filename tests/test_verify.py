@@ -1,0 +1,198 @@
+"""`verify` compares passes that start from one state, and leaves that state behind."""
+
+from __future__ import annotations
+
+import math
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from irw_optim import PerSampleLoss, verify
+from irw_optim.restored import restored
+
+
+class Drawing(nn.Module):
+    """Multiplies the output with a number that it draws."""
+
+    def __init__(self, draw: Any, **attributes: Any) -> None:
+        super().__init__()
+        self.layer, self.draw = nn.Linear(6, 3), draw
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * (1 + float(self.draw(self)))
+
+
+def counted(model: Any) -> float:
+    model.calls += 1
+    return model.calls % 3
+
+
+def remembered(model: Any) -> float:
+    model.seen.append(len(model.seen))
+    return len(model.seen) % 3
+
+
+def noted(model: Any) -> float:
+    model.notes["calls"] = model.notes.get("calls", 0) + 1
+    return model.notes["calls"] % 3
+
+
+def cached(model: Any) -> float:
+    first = not hasattr(model, "cache")
+    model.cache = torch.ones(1)
+    return float(first)
+
+
+def accumulated(model: Any) -> float:
+    model.total.add_(1)
+    return float(model.total)
+
+
+def replaced_buffer(model: Any) -> float:
+    model.total = model.total + 1
+    return float(model.total)
+
+
+def with_buffer(draw: Any) -> nn.Module:
+    model = Drawing(draw)
+    model.register_buffer("total", torch.zeros(()))
+    return model
+
+
+CASES = {
+    "torch": lambda: Drawing(lambda m: torch.rand(())),
+    "random": lambda: Drawing(lambda m: random.random()),
+    "numpy": lambda: Drawing(lambda m: np.random.rand()),
+    "a generator of torch": lambda: Drawing(
+        lambda m: torch.rand((), generator=m.own), own=torch.Generator().manual_seed(3)
+    ),
+    "a generator of NumPy": lambda: Drawing(lambda m: m.own.random(), own=np.random.default_rng(3)),
+    "a state of NumPy": lambda: Drawing(lambda m: m.own.rand(), own=np.random.RandomState(3)),
+    "a generator of random": lambda: Drawing(lambda m: m.own.random(), own=random.Random(3)),
+    "a counter": lambda: Drawing(counted, calls=0),
+    "a list": lambda: Drawing(remembered, seen=[]),
+    "a dictionary": lambda: Drawing(noted, notes={}),
+    "a cache": lambda: Drawing(cached),
+    "a tensor": lambda: Drawing(accumulated, total=torch.zeros(())),
+    "a buffer changed in place": lambda: with_buffer(accumulated),
+    "a buffer that is replaced": lambda: with_buffer(replaced_buffer),
+    "dropout": lambda: nn.Sequential(nn.Linear(6, 9), nn.Dropout(), nn.Linear(9, 3)),
+    "in place on the input": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3)),
+}
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 6), torch.randint(3, (8,))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chance_and_state_are_no_errors(case):
+    for _ in range(3):
+        report = verify(CASES[case](), *batch(), nn.CrossEntropyLoss(), repeats=1)
+        assert report.deterministic
+        assert report.exact, str(report)
+        assert "EXACT" in str(report)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_everything_is_as_it_was(case):
+    model, (x, y) = CASES[case](), batch()
+
+    def drawn() -> list[float]:
+        state = torch.get_rng_state()
+        numbers = [float(torch.rand(())), random.random(), np.random.rand()]
+        torch.set_rng_state(state)
+        return numbers
+
+    def output() -> Tensor:
+        with restored(model):
+            return model(x.clone()).detach()
+
+    before, kept = output(), x.clone()
+    with restored(model):
+        expected = drawn()
+    with restored(model):
+        verify(model, x, y, nn.CrossEntropyLoss(), repeats=1)
+    assert torch.equal(output(), before)
+    assert torch.equal(x, kept)
+    with restored(model):
+        assert drawn() == expected
+    assert all(p.grad is None for p in model.parameters())
+    verify(model, x, y, nn.CrossEntropyLoss(), repeats=1)
+    assert torch.equal(model(x.clone()), before)
+
+
+def test_what_cannot_be_repeated_is_told():
+    unseen = random.Random(0)
+    report = verify(Drawing(lambda m: unseen.random()), *batch(), nn.CrossEntropyLoss(), repeats=1)
+    assert not report.deterministic
+    assert not report.exact
+    last = str(report).splitlines()[-1]
+    assert last.startswith("NOT DETERMINISTIC")
+    assert "NOT EXACT" not in str(report)
+
+
+def test_a_criterion_with_chance_of_its_own():
+    def losses(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, reduction="none") * (1 + random.random())
+
+    report = verify(nn.Linear(6, 3), *batch(), PerSampleLoss(losses), repeats=1)
+    assert report.deterministic
+    assert report.exact
+
+
+class TestAMachineWithAGPU:
+    @pytest.fixture(autouse=True)
+    def _pretend(self, monkeypatch):
+        """CUDA is there, nothing was ever allocated on it, and nobody may wait for it."""
+
+        def no(*_: Any) -> None:
+            raise AssertionError("asked CUDA about a model on the CPU")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        for name in (
+            "synchronize",
+            "memory_allocated",
+            "max_memory_allocated",
+            "reset_peak_memory_stats",
+            "get_rng_state",
+        ):
+            monkeypatch.setattr(torch.cuda, name, no)
+
+    def test_a_model_on_the_cpu_is_measured_there(self):
+        report = verify(nn.Linear(6, 3), *batch(), nn.CrossEntropyLoss(), repeats=1)
+        assert report.exact
+        assert report.memory_ratio > 0
+        assert report.time_ratio > 0
+
+
+def test_nothing_measured_is_no_division_by_zero(monkeypatch):
+    monkeypatch.setattr("irw_optim.model_check.peak_bytes", lambda *_: 0)
+    report = verify(nn.Linear(6, 3), *batch(), nn.CrossEntropyLoss(), repeats=1)
+    assert math.isnan(report.memory_ratio)
+    assert "nan" in str(report)
+
+
+def test_the_gpu_of_the_model_is_the_one_that_is_asked(monkeypatch):
+    asked: list[Any] = []
+    pretended = SimpleNamespace(
+        get_rng_state=lambda device: asked.append(device),
+        set_rng_state=lambda state, device: asked.append(device),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: pretended)
+    model = SimpleNamespace(
+        parameters=lambda **_: [SimpleNamespace(device=torch.device("cuda", 1), grad=None)],
+        modules=list,
+    )
+    with restored(model):
+        pass
+    assert asked == [torch.device("cuda", 1)] * 2
