@@ -13,10 +13,13 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
+from irw_optim.attachments import Attachment
+from irw_optim.copies import Renewed
 from irw_optim.gradients.autodiff import AutodiffGradients, backward_to
 from irw_optim.gradients.broadcast import with_batch
-from irw_optim.gradients.capture import Graph, hook_layers, walk
+from irw_optim.gradients.capture import Graph, walk
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
+from irw_optim.gradients.hooks import hooks_of
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.verification import compare_with_autograd
 
@@ -28,7 +31,7 @@ KNOWN_GRAPHS = 256
 ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
 
 
-class Engine:
+class Engine(Renewed):
     """Hooks on a model, and what is known of how its gradients can be had.
 
     Args:
@@ -36,15 +39,16 @@ class Engine:
         kind: ``"auto"``, ``"ghost"`` (raises where it does not cover) or ``"autodiff"``.
     """
 
+    PASSING = ("hooks", "known", "coverings")
+
     def __init__(self, model: nn.Module | None, kind: str = "auto") -> None:
         self.model = model
         self.kind = kind
-        use_hooks = model is not None and kind != "autodiff"
-        self.handles = hook_layers(model) if use_hooks else []  # type: ignore[arg-type]
-        # Opacus' hooks make rows that nobody reads here, and trip over passes within a pass.
-        self._silenced = bool(getattr(model, "hooks_enabled", False))
-        if self._silenced:
-            model.disable_hooks()  # type: ignore[operator, union-attr]
+        self.begin()
+
+    def begin(self) -> None:
+        """Hook the model, and know nothing of it yet."""
+        self.hooks: list[Attachment] | None = hooks_of(self.model, self.kind)
         self._forget()
 
     def _forget(self) -> None:
@@ -53,6 +57,8 @@ class Engine:
 
     def capture(self, losses: Tensor) -> LossGradients:
         """Take note of a batch of losses: what leads to them, and who else shares it."""
+        if self.hooks is None:
+            self.begin()
         batch = LossGradients(self, losses, with_batch(walk(losses), len(losses)))
         for other in _WAITING:
             if not other.graph.nodes.isdisjoint(batch.graph.nodes):
@@ -112,20 +118,7 @@ class Engine:
         return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
 
     def remove_hooks(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        if self._silenced:
-            self.model.enable_hooks()  # type: ignore[operator, union-attr]
-            self._silenced = False
-
-    def __getstate__(self) -> dict[str, object]:
-        """A copy goes with the model's, hooks included; what is known is of the old model."""
-        return {"model": self.model, "kind": self.kind, "handles": self.handles}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self.hooks = []
 
     def _report(self, covering: Covering, leaves: list[Tensor]) -> None:
         rest = [p for p in leaves if p not in covering.covered]

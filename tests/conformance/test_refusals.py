@@ -212,15 +212,17 @@ def test_the_names_are_those_of_the_libraries() -> None:
     assert FullyShardedDataParallel.__name__ == "FullyShardedDataParallel"
 
 
-def test_a_criterion_attached_twice() -> None:
-    net, criterion = model(), nn.CrossEntropyLoss()
+def test_a_criterion_attached_to_an_optimizer_of_another_model() -> None:
+    net, other, criterion = model(), model(), nn.CrossEntropyLoss()
     first = IRWOptimizer(SGD(net.parameters(), lr=0.1), alpha=0.3, model=net, criterion=criterion)
-    hooks = {m: dict(m._forward_hooks) for m in net.modules()}
+    hooks = {m: dict(m._forward_hooks) for m in other.modules()}
+    sgd = SGD(other.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"attached to another IRWOptimizer already.*detach\(\)"):
-        IRWOptimizer(SGD(net.parameters(), lr=0.1), alpha=0.3, model=net, criterion=criterion)
-    assert hooks == {m: dict(m._forward_hooks) for m in net.modules()}
+        IRWOptimizer(sgd, alpha=0.3, model=other, criterion=criterion)
+    assert hooks == {m: dict(m._forward_hooks) for m in other.modules()}
+    assert first.criterion is criterion
     first.detach()
-    IRWOptimizer(SGD(net.parameters(), lr=0.1), alpha=0.3, model=net, criterion=criterion)
+    IRWOptimizer(sgd, alpha=0.3, model=other, criterion=criterion)
 
 
 def test_a_forgotten_optimizer_lets_go_of_the_criterion() -> None:
