@@ -48,6 +48,7 @@ class Attachment:
             _there(module)[type(self)] = self
         except BaseException:
             self.remove()
+            self.plain_copies = None  # the traceback holds this object
             raise
 
     @classmethod

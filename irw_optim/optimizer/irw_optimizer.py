@@ -154,8 +154,8 @@ class IRWOptimizer(OptimizerWrapper):
             replicas = processes_of(model, worst_off, options)
             undo.callback(replicas.release)
             self._weighted = WeightedBackward(optimizer, hooked, options, chosen, replicas)
-            self._hold = Hold(self._weighted, criterion)
             super().__init__(optimizer)
+            self._hold = Hold(self._weighted, criterion)
             undo.pop_all()
 
     alpha = option("alpha")

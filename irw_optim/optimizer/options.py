@@ -66,6 +66,7 @@ class Options:
             mix=scheme.mix,
             weighting=_NAMES.get(type(rule), rule),
         )
+        self.local = scheme
 
     def described(self) -> dict[str, Any]:
         """As plain data, for checkpoints and for comparison between processes."""
