@@ -39,7 +39,7 @@ class Attachment:
 
     def __init__(self, module: nn.Module) -> None:
         self.handles: list[Removable] = []
-        self.remove = finalize(self, _remove, self.handles)
+        self.remove = finalize(self, remove_all, self.handles)
         self.remove.atexit = False
         try:
             self.plain_copies = None if isinstance(self, PlainCopies) else PlainCopies.on(module)
@@ -75,7 +75,8 @@ def _there(module: nn.Module) -> WeakValueDictionary[type, Attachment]:
     return _THERE.setdefault(module, WeakValueDictionary())
 
 
-def _remove(handles: list[Removable]) -> None:
+def remove_all(handles: list[Removable]) -> None:
+    """Take back what is in the list, and empty it."""
     while handles:
         handles.pop().remove()
 

@@ -15,6 +15,7 @@ from irw_optim.distributed.shards import processes_of
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.attach import Hold
+from irw_optim.optimizer.attributes import Attributes
 from irw_optim.optimizer.checks import (
     check_arguments,
     check_backward,
@@ -24,26 +25,18 @@ from irw_optim.optimizer.checks import (
     check_trains,
 )
 from irw_optim.optimizer.grad_sample_way import weigh_grad_samples
-from irw_optim.optimizer.options import (
-    Options,
-    chosen_once,
-    described,
-    option,
-    report_differences,
-)
+from irw_optim.optimizer.options import Options, described, report_differences
 from irw_optim.optimizer.own_steps import closure_step, own_step
 from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.optimizer.wrapping import OptimizerWrapper, fires_own_hooks
 from irw_optim.weighting import ScoreRule
-from irw_optim.weighting.local_scheme import LocalScheme, Scheme
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_losses
-from irw_optim.weighting.record import StepRecord
 
 logger = logging.getLogger("irw_optim")
 
 
-class IRWOptimizer(OptimizerWrapper):
+class IRWOptimizer(Attributes, OptimizerWrapper):
     """Wraps a torch optimizer so that it steps on sum_i w_i g_i instead of the average gradient.
 
     The weights favour the samples on which a step lowers the loss of the worst-off
@@ -157,49 +150,6 @@ class IRWOptimizer(OptimizerWrapper):
             super().__init__(optimizer)
             self._hold = Hold(self._weighted, criterion)
             undo.pop_all()
-
-    alpha = option("alpha")
-    outliers = option("outliers")
-    center = option("center")
-    class_balance = option("class_balance")
-    mix = option("mix")
-    warmup_steps = option("warmup_steps")
-    weighting = option("weighting")
-
-    score_parameters = chosen_once("score_parameters", "_options")
-    accumulation_steps = chosen_once("accumulation_steps", "_options")
-    worst_off = chosen_once("worst_off", "_options")
-    model = chosen_once("model", "engine")
-    criterion = chosen_once("criterion", "_hold")
-    engine = chosen_once("engine", "_weighted")
-    replicas = chosen_once("replicas", "_weighted")
-
-    @property
-    def _options(self) -> Options:
-        return self._weighted.options
-
-    @property
-    def scheme(self) -> Scheme:
-        """Decides the weights; a `LocalScheme` that is set is taken apart into the options."""
-        return self._weighted.scheme
-
-    @scheme.setter
-    def scheme(self, scheme: Scheme) -> None:
-        if isinstance(scheme, LocalScheme):
-            self._options.take(scheme)
-            self._weighted.held = None
-        else:
-            self._weighted.held = scheme
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps on a weighted gradient; those that a scaler skipped do not count."""
-        return self._weighted.progress.steps
-
-    @property
-    def last_step(self) -> StepRecord | None:
-        """What the newest backward pass decided; None before the first."""
-        return self._weighted.progress.last
 
     # What a torch optimizer does, and we do more -----------------------------------------------
 

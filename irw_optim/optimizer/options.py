@@ -116,28 +116,6 @@ def check_each(options: Options) -> None:
         )
 
 
-def option(name: str) -> Any:
-    """An attribute of an optimizer that is one of its options, and may be set."""
-
-    def change(self: Any, value: Any) -> None:
-        self._weighted.options.change(**{name: value})
-
-    return property(lambda self: getattr(self._weighted.options, name), change)
-
-
-def chosen_once(name: str, part: str) -> Any:
-    """An attribute that was decided when the optimizer was made."""
-
-    def refuse(self: Any, value: Any) -> None:
-        raise AttributeError(
-            f"{name}={getattr(self, name)!r} was chosen when the optimizer was made, and cannot be "
-            f"set to {value!r}: call optimizer.detach(), and make a new IRWOptimizer"
-            f"(optimizer.inner, ...) with what you want"
-        )
-
-    return property(lambda self: getattr(getattr(self, part), name), refuse)
-
-
 def described(value: Any) -> Any:
     """An option as plain data, which two runs write alike.
 
