@@ -21,6 +21,7 @@ from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.capture import walk
 from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.optimizer import IRWOptimizer
+from irw_optim.optimizer.attach import check_unattached
 from irw_optim.weighting import Alignment, weigh
 from irw_optim.weighting.outliers import OutlierFilter
 
@@ -100,6 +101,7 @@ def verify(
     (True, {'0': 'ghost', '2': 'ghost'})
     """
     check_whole(model, "verify")
+    check_unattached(criterion)  # or the optimizer that has it would lose it
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def forward() -> Any:

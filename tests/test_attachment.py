@@ -24,7 +24,7 @@ from opacus import GradSampleModule
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from irw_optim import IRWOptimizer
+from irw_optim import IRWOptimizer, verify
 from irw_optim.optimizer import attach, irw_optimizer
 
 ALPHA, B = 0.3, 8
@@ -216,6 +216,15 @@ class TestANewOneOverTheSameModel:
         del older
         gc.collect()
         check_step(model, criterion, newer)
+
+    def test_verify_is_no_newer_one(self):
+        model, criterion = make(), nn.CrossEntropyLoss()
+        optimizer = over(model, criterion)
+        with pytest.raises(ValueError, match=r"attached to another IRWOptimizer.*detach\(\)"):
+            verify(model, *batch(), criterion)
+        check_step(model, criterion, optimizer)
+        assert verify(model, *batch(), nn.CrossEntropyLoss()).exact
+        check_step(model, criterion, optimizer)
 
     def test_rounds_of_clients_and_folds(self):
         """The loader changes, and with it the optimizer; model and criterion stay."""

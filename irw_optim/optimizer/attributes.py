@@ -27,9 +27,9 @@ def chosen_once(name: str, part: str) -> Any:
 
     def refuse(self: Any, value: Any) -> None:
         raise AttributeError(
-            f"{name}={described(getattr(self, name))!r} was chosen when the optimizer was made, and cannot be "
-            f"set to {described(value)!r}: call optimizer.detach(), and make a new IRWOptimizer"
-            "(optimizer.inner, ...) with what you want"
+            f"{name}={described(getattr(self, name))!r} was chosen when the optimizer was made, "
+            f"and cannot be set to {described(value)!r}: call optimizer.detach(), and make a new "
+            "IRWOptimizer(optimizer.inner, ...) with what you want"
         )
 
     return property(lambda self: getattr(getattr(self, part), name), refuse)

@@ -167,13 +167,17 @@ def check_devices(parameters: Iterable[Tensor]) -> None:
 
 
 def check_group(
-    param_group: dict[str, Any], model: nn.Module | None, criterion: nn.Module | None
+    param_group: dict[str, Any],
+    others: list[Tensor],
+    model: nn.Module | None,
+    criterion: nn.Module | None,
 ) -> dict[str, Any]:
-    """Refuse a group with foreign parameters; the group, with its parameters in a list."""
+    """Refuse a group that does not belong to the others; it, with its parameters in a list."""
     given = param_group["params"]
     parameters = [given] if isinstance(given, Tensor) else list(given)
     tensors = [p[1] if isinstance(p, tuple) else p for p in parameters]
     check_parameters(tensors, model, criterion)
+    check_devices([*others, *tensors])
     return {**param_group, "params": parameters}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Container, Iterable
 
@@ -15,8 +14,6 @@ from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.weighting.ranges import check_losses
 from irw_optim.weighting.record import StepRecord
-
-logger = logging.getLogger("irw_optim")
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
 _TOLERANCE_OF_HALF = 5e-2
@@ -32,9 +29,6 @@ def weigh_grad_samples(
 ) -> None:
     """Put the weighted sum of ``p.grad_sample`` into ``p.grad``.
 
-    What was done to all of ``p.grad`` since backward counts: a gradient scaler that has taken its
-    factor out, a norm that was clipped.
-
     Args:
         parameters: those that are updated.
         scored: those whose gradients make the scores.
@@ -43,8 +37,8 @@ def weigh_grad_samples(
         decide: the weights, from the losses and the rows.
 
     Raises:
-        RuntimeError: a parameter without a ``grad_sample``, or with those of several passes; or
-            rows whose sum is not the gradient.
+        RuntimeError: a parameter without a ``grad_sample``, or with those of several passes, or
+            rows of which ``p.grad`` is neither the mean nor the sum.
         TypeError, ValueError: losses that are no vector, or not of this batch.
     """
     check_losses(losses)
@@ -54,9 +48,8 @@ def weigh_grad_samples(
             f"losses has {len(losses)} samples but p.grad_sample has {rows.batch_size}: "
             "expected the losses of the batch that was backpropagated last"
         )
-    factor = 1.0 if several_processes() else factor_since_backward(rows.rows)
-    if factor != 1:
-        rows = MaterializedGradients({p: g * factor for p, g in rows.rows.items()})
+    if not several_processes():  # whose gradients are averaged, and the rows not
+        check_rows(rows.rows)
     batch = PerSampleLosses(losses.detach(), losses.detach().mean(), 1.0, labels)
     record = decide(
         batch, MaterializedGradients({p: g for p, g in rows.rows.items() if p in scored})
@@ -65,21 +58,19 @@ def weigh_grad_samples(
         parameter.grad = gradient.to(parameter.dtype)
 
 
-def factor_since_backward(rows: dict[Tensor, Tensor]) -> float:
-    """What ``p.grad`` was multiplied with since the backward pass that made the rows.
+def check_rows(rows: dict[Tensor, Tensor]) -> None:
+    """Refuse rows that are not those of the gradient at hand, which knows more than they do.
 
     Args:
-        rows: (B, *p.shape) by parameter.
-
-    Returns:
-        c with p.grad = c times the mean of the rows, or their sum; 1 where there is no gradient.
+        rows: (B, *p.shape) by parameter; a gradient that was cleared says nothing about them.
 
     Raises:
-        RuntimeError: there is no such number.
+        RuntimeError: ``p.grad`` was scaled or clipped since backward, or has parts of which the
+            layers' hooks did not hear.
     """
     size = len(next(iter(rows.values()))) if rows else 0
     if not size:
-        return 1.0
+        return
     product = grads = means = squares = 0.0
     for parameter, row in rows.items():
         mean = row.float().mean(0) if row.element_size() < 4 else row.mean(0)
@@ -90,24 +81,27 @@ def factor_since_backward(rows: dict[Tensor, Tensor]) -> float:
             grads += float(gradient.norm()) ** 2
             product += float((gradient * mean).sum())
     if not (grads and means and math.isfinite(grads + means + squares)):
-        return 1.0  # cleared, or looked at elsewhere
+        return
     factor = product / means
     tolerance = max(_TOLERANCE.get(row.dtype, _TOLERANCE_OF_HALF) for row in rows.values())
-    unit = tolerance * (squares / means) ** 0.5  # of a factor
+    unit = tolerance * (squares / means) ** 0.5 * abs(factor)
     off = max(0.0, grads / means - factor**2) ** 0.5
-    if off > unit * abs(factor):
+    if off > unit:
         raise RuntimeError(
             f"p.grad is not the mean of p.grad_sample: it differs by {off / abs(factor):.2g} of "
             "it. Opacus' rows have no part of other terms of the loss, nor of parameters that are "
-            "used outside their layers: expected losses.mean().backward() and step(losses=losses) "
-            "with nothing between them but a factor on all of p.grad; else let IRWOptimizer make "
-            "the gradients, with the plain model and optimizer.backward(losses)"
+            f"used outside their layers: {_INSTEAD}"
         )
-    for usual in (1.0, float(size), _power_of_two(factor)):  # the mean, the sum, a scaler's
-        if abs(factor - usual) <= unit * abs(factor):
-            return 1.0 if usual == size else usual
-    return factor
+    if min(abs(factor - 1), abs(factor - size)) > unit:
+        raise RuntimeError(
+            f"p.grad is {factor:.3g} times the mean of p.grad_sample: a gradient scaler, or "
+            "clipping, has changed the one and not the other, of which the step is made: "
+            f"{_INSTEAD}, for which scaler.scale(losses) and clipping are what they always are"
+        )
 
 
-def _power_of_two(factor: float) -> float:
-    return 2.0 ** round(math.log2(factor)) if factor > 0 else 1.0
+_INSTEAD = (
+    "expected losses.mean().backward(), and step(losses=losses) at once; or let IRWOptimizer make "
+    "the gradients, IRWOptimizer(..., model=model) with the plain model and "
+    "optimizer.backward(losses)"
+)

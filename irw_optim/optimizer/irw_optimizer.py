@@ -159,7 +159,9 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         Raises:
             ValueError: parameters that are not the model's; nothing has changed then.
         """
-        group = check_group(param_group, self.engine.model, self.criterion)
+        group = check_group(
+            param_group, self._weighted.parameters, self.engine.model, self.criterion
+        )
         super().add_param_group(group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -236,6 +238,12 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         check_not_private(weighted.parameters)
         if losses is not None:
             check_reads_rows(self.engine)
+            if self.last_step is None:
+                logger.info(
+                    "step(losses=losses) takes Opacus' rows as they are: only a forward that does "
+                    "not mix the samples of a batch has exact ones, and the losses do not show it; "
+                    "irw_optim.verify(model, ...) on the plain model does"
+                )
             every, scored = weighted.parameters, self.scored_parameters()
             weigh_grad_samples(every, scored, losses, labels, weighted.decide)
         if closure is None:
