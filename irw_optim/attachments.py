@@ -59,7 +59,8 @@ class Attachment:
     @classmethod
     def found_on(cls: type[_Attached], module: nn.Module) -> _Attached | None:
         """The one that is there, if one is."""
-        found: Any = _there(module).get(cls)
+        there = _THERE.get(module)
+        found: Any = None if there is None else there.get(cls)
         return found if found is not None and found.remove.alive else None
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:

@@ -34,7 +34,8 @@ def check_unattached(criterion: nn.Module, model: nn.Module | None = None) -> No
         criterion: to be attached.
         model: what it is to be attached for; an older optimizer of the same yields.
     """
-    earlier = AttachedCriterion.found_on(criterion)
+    known = isinstance(criterion, nn.Module)  # what else there is is refused elsewhere
+    earlier = AttachedCriterion.found_on(criterion) if known else None
     if earlier is None or earlier.listener() is None:
         return
     if model is None or not earlier.yields or earlier.model() is not model:
