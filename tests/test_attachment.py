@@ -483,7 +483,7 @@ def test_a_shallow_copy_shares_what_is_attached():
 class TestAConstructorThatFails:
     """While the exception is looked at, too, which holds everything that was there."""
 
-    @pytest.mark.parametrize("where", ["hooks", "processes", "criterion", "wrapper"])
+    @pytest.mark.parametrize("where", ["hooks", "a pair", "processes", "criterion", "wrapper"])
     def test_leaves_everything_as_it_was(self, where, monkeypatch):
         model, criterion = make(), nn.CrossEntropyLoss()
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -498,6 +498,8 @@ class TestAConstructorThatFails:
             before = traces(model, criterion)
             sgd = torch.optim.SGD(model.parameters(), lr=0.1)
             inner = dict(vars(sgd))
+        elif where == "a pair":
+            monkeypatch.setattr(Scaled, "register_forward_hook", fail)
         elif where == "processes":
             monkeypatch.setattr(irw_optimizer, "processes_of", fail)
         elif where == "criterion":

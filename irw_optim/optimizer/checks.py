@@ -139,7 +139,8 @@ def check_parameters(
     parameters: Sequence[Tensor], model: nn.Module | None, criterion: nn.Module | None
 ) -> None:
     """Refuse parameters that are neither the model's nor the criterion's."""
-    check_devices(parameters)
+    trained = [] if model is None else [p for p in model.parameters() if p.requires_grad]
+    check_devices([*parameters, *trained])
     if model is None:
         return
     shards = [shard for group in groups_of(model) for shard in group]  # a forward hides some
