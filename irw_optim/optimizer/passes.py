@@ -37,6 +37,17 @@ def as_one(passes: Sequence[Pass]) -> PerSampleLosses:
     )
 
 
+def first_of(batch: PerSampleLosses, number: int) -> PerSampleLosses:
+    """The first samples of a batch alone; ``value`` and ``scale`` stay those of all."""
+    counts = counts_of(batch)[:number]
+    return batch._replace(
+        losses=batch.losses[:number],
+        labels=None if batch.labels is None else batch.labels[:number],
+        counts=None if batch.counts is None else counts,
+        elements=float(counts.sum()),
+    )
+
+
 def elements_of(batch: PerSampleLosses) -> float:
     """How many elements the samples of a batch have together."""
     return float(len(batch.losses) if batch.elements is None else batch.elements)

@@ -25,6 +25,7 @@ from irw_optim.gradients.autodiff import backward_to
 from irw_optim.gradients.engine import Engine, LossGradients
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
+from irw_optim.optimizer.passes import Pass, as_one, elements_of
 from irw_optim.schemes.forward_mode import (
     Extent,
     along,
@@ -77,7 +78,7 @@ class DatasetGradients:
         return some
 
     def losses(self) -> PerSampleLosses:
-        """The losses of all rows, (n,), and their labels where every batch shows some."""
+        """The losses of all rows, (n,), with labels and counts, as one batch has them."""
         batches = []
         # Two batches at once: no graph holds anything.
         sizes = list(map(len, self.samples.split(2 * self.reader.batch_size)))
@@ -87,10 +88,8 @@ class DatasetGradients:
             batches.append(part)
             self.advance(len(indices))
         torch.clear_autocast_cache()  # casts of parameters that no graph leads to
-        losses = torch.cat([widened(part.losses) for part in batches])
-        labels = [part.labels for part in batches if part.labels is not None]
-        shown = torch.cat(labels) if len(labels) == len(batches) else None
-        return PerSampleLosses(losses, losses.mean(), 1.0, shown)
+        batch = as_one([Pass(part._replace(losses=widened(part.losses)), 1.0) for part in batches])
+        return batch._replace(elements=sum(elements_of(part) for part in batches))
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w, over the samples that have a weight."""

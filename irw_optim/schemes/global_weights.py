@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,19 +29,21 @@ from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_cri
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import replica_in
 from irw_optim.distributed.shard_checks import check_whole
-from irw_optim.gradients.engine import ENGINES, Engine
+from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.options import described
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
 from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks, ranks_of
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader, to_device
+from irw_optim.schemes.requirements import check_engine
 from irw_optim.schemes.undisturbed import undisturbed
 from irw_optim.weighting import Alignment, worst_off_count
-from irw_optim.weighting.local_scheme import LocalScheme
+from irw_optim.weighting.local_scheme import LocalScheme, present_in
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_options
 from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting.weights import outliers_in
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 """``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""
@@ -120,8 +121,7 @@ def global_weights(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected a torch.nn.Module")
     validate_criterion(criterion)
-    if engine not in ENGINES:
-        raise ValueError(f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}")
+    check_engine(engine)
     reader = DatasetReader(loader, batch_size)
     scored = select_parameters(model, score_parameters)
     options: dict[str, Any] = {"alpha": alpha, "center": center, "mix": mix}
@@ -184,39 +184,50 @@ def weigh_dataset(
                 "class_balance=True needs one class label a sample, and the criterion's target "
                 "shows none: use a criterion whose target is a class, or set class_balance=False"
             )
-        if scheme.outliers is None:
-            return _decide(scheme, everybody, rows)
-        kept = ~outliers_in_blocks(alone, scheme.outliers, outlier_block, ranks)
-        record = _decide(scheme, _some(everybody, kept), rows.of(kept))
-        return _spread_over(everybody, kept, record)
+        removed = None
+        if scheme.outliers is not None:
+            present = present_in(everybody)
+            removed = outliers_in_blocks(alone, scheme.outliers, outlier_block, present, ranks)
+            removed = removed.to(everybody.losses.device)
+        record = scheme.decide(everybody, rows, removed)
+        check_finite(record.scores, "scores", rows.samples)
+        return record
 
 
 def outliers_in_blocks(
-    rows: DatasetGradients, outliers: OutlierFilter, block: int, ranks: Ranks | None = None
+    rows: DatasetGradients,
+    outliers: OutlierFilter,
+    block: int,
+    present: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Ask the filter about blocks of samples, each compared with its block alone.
 
     The blocks are drawn at random (a data set sorted by class would otherwise give blocks of one
     class), once and for all, and of equal size up to one sample. Processes share the blocks out.
 
+    Args:
+        rows: of all N samples.
+        outliers: the filter.
+        block: samples in a block, at most.
+        present: (N,) bool, those that are not ignored altogether; None for all.
+        ranks: the processes.
+
     Returns:
-        (N,) bool, True for the samples to remove.
+        (N,) bool, True for the samples to remove; nobody of a block of which all would be.
     """
-    size = rows.batch_size
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-    pieces = order.tensor_split(math.ceil(size / block))
+    order = torch.randperm(rows.batch_size, generator=torch.Generator().manual_seed(0))
+    if present is not None:
+        order = order[present.cpu()[order]]
+    pieces = order.tensor_split(math.ceil(len(order) / block))
     if ranks is not None:
         pieces = pieces[ranks.rank :: ranks.number]
-    removed = torch.zeros(size, dtype=torch.bool)
+    removed = torch.zeros(rows.batch_size, dtype=torch.bool)
     own, sizes = torch.cat([order[:0], *pieces]), [len(piece) for piece in pieces]
     for positions, gradients in rows.blocks(own, sizes):
-        removed[positions] = outliers(gradients.gram()).cpu()
+        removed[positions] = outliers_in(gradients.gram(), outliers).cpu()
     if ranks is not None:
         removed = torch.stack(ranks.objects(removed)).any(0)
-    if removed.all():
-        raise ValueError(
-            f"outliers={outliers!r} removed all {size} samples: expected a filter that keeps some"
-        )
     return removed
 
 
@@ -244,38 +255,6 @@ def check_block(outlier_block: object) -> None:
             f"outlier_block={outlier_block!r}: expected the number of samples that the filter "
             "compares with each other, for example outlier_block=256"
         )
-
-
-def _decide(
-    scheme: LocalScheme, batch: PerSampleLosses, rows: DatasetGradients | DatasetOverRanks
-) -> StepRecord:
-    record = replace(scheme, outliers=None).decide(batch, rows)
-    check_finite(record.scores, "scores", rows.samples)
-    return record
-
-
-def _some(batch: PerSampleLosses, kept: Tensor) -> PerSampleLosses:
-    kept = kept.to(batch.losses.device)
-    labels = None if batch.labels is None else batch.labels[kept]
-    return batch._replace(losses=batch.losses[kept], labels=labels)
-
-
-def _spread_over(batch: PerSampleLosses, kept: Tensor, record: StepRecord) -> StepRecord:
-    """What was decided for the kept samples as a record of all; zero for those removed."""
-    kept = kept.to(batch.losses.device)
-
-    def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(kept.shape).masked_scatter(kept, values)
-
-    return StepRecord(
-        worst_off=spread(record.worst_off),
-        outliers=~kept,
-        scores=spread(record.scores),
-        weights=spread(record.weights),
-        fallback=record.fallback,
-        losses=batch.losses,
-        labels=batch.labels,
-    )
 
 
 def _inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.weighting import normalise
-from irw_optim.weighting.local_scheme import averaged_record
+from irw_optim.weighting.local_scheme import averaged_record, present_in
 from irw_optim.weighting.record import StepRecord
 
 
@@ -40,7 +40,10 @@ class HeldWeights:
         losses = batch.losses.detach()
         indices, record = self._selected(len(losses)), self.record
         assert record is not None  # or it would have been said
-        weights, fallback = normalise(record.weights[indices].to(losses.device))
+        held, present = record.weights[indices].to(losses.device), present_in(batch)
+        if present is not None:  # as in every batch, those whose target is ignored are not there
+            held = held * present
+        weights, fallback = normalise(held, present)
         return StepRecord(
             worst_off=record.worst_off[indices],
             outliers=record.outliers[indices],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from irw_optim.gradients.engine import ENGINES
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.privacy.errors import DPGuaranteeError
 from irw_optim.weighting.local_scheme import LocalScheme
@@ -72,3 +73,17 @@ def check_choices(refresh: object, unit: object, use: object) -> None:
     for name, value, allowed in (("unit", unit, UNITS), ("use", use, USES)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+
+
+def check_engine(engine: object) -> None:
+    """Refuse what is no engine, and the one that reads gradients of a loop, of which there is none.
+
+    Raises:
+        ValueError: that.
+    """
+    allowed = [kind for kind in ENGINES if kind != "grad_sample"]
+    if engine not in allowed:
+        why = ""
+        if engine == "grad_sample":
+            why = ", which reads what a backward pass of the training loop left in p.grad_sample"
+        raise ValueError(f"engine={engine!r}{why}: expected one of {', '.join(map(repr, allowed))}")
