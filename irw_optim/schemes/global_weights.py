@@ -131,7 +131,7 @@ def global_weights(
     try:
         return weigh_dataset(
             reader,
-            batch_losses(model, criterion, forward),
+            BatchLosses(model, criterion, forward),
             model,
             hooked,
             scored.__contains__,
@@ -231,21 +231,31 @@ def outliers_in_blocks(
     return removed
 
 
-def batch_losses(
-    model: nn.Module, criterion: nn.Module, forward: Forward | None
-) -> Callable[[Any], PerSampleLosses]:
-    """The per-sample losses of a batch as the loader yields it."""
-    check_whole(model, "a weight for every sample of a data set")
-    if isinstance(model, DistributedDataParallel):
-        model = model.module  # its own forward would wait for a backward pass of every process
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    arguments = _inputs_and_target if forward is None else forward
+class BatchLosses:
+    """The per-sample losses of a batch as the loader yields it.
 
-    def losses_of(batch: Any) -> PerSampleLosses:
-        return per_sample_losses(criterion, *arguments(model, to_device(batch, device)))
+    An object and no closure: its copy is about the copy of the model.
 
-    return losses_of
+    Args:
+        model: run on the batch; its parameters decide the device.
+        criterion: makes the losses.
+        forward: of a batch that is no pair of inputs and target.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
+        check_whole(model, "a weight for every sample of a data set")
+        self.model = model
+        self.criterion = criterion
+        self.forward = forward
+
+    def __call__(self, batch: Any) -> PerSampleLosses:
+        """The losses, with their graph where gradients are enabled."""
+        model, arguments = self.model, self.forward or _inputs_and_target
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # its own forward would wait for a backward pass of every process
+        parameter = next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        return per_sample_losses(self.criterion, *arguments(model, to_device(batch, device)))
 
 
 def check_block(outlier_block: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,10 @@ class HeldWeights:
         whole = copy(self)
         whole.indices = everybody
         return whole
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds the weights, and is told of its own batches."""
+        return {**vars(self), "indices": None}
 
     def _selected(self, size: int) -> Tensor:
         """The indices of a batch of so many samples, where the weights are: (B,)."""

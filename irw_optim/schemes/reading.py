@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ class DatasetReader:
         check_loader(loader)
         self.loader = loader
         self.batch_size = _batch_size(loader, batch_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "loader": without_workers(self.loader)}
 
     @property
     def size(self) -> int:
@@ -57,6 +61,13 @@ class DatasetReader:
             prefetch_factor=given.prefetch_factor,
         )
         yield from zip(pieces, loader, strict=True)
+
+
+def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The loader as a copy can have it: persistent workers are this process's own."""
+    idle = copy(loader)
+    idle._iterator = None
+    return idle
 
 
 def check_loader(loader: object) -> None:
