@@ -37,12 +37,12 @@ def as_one(passes: Sequence[Pass]) -> PerSampleLosses:
     )
 
 
-def first_of(batch: PerSampleLosses, number: int) -> PerSampleLosses:
-    """The first samples of a batch alone; ``value`` and ``scale`` stay those of all."""
-    counts = counts_of(batch)[:number]
+def some_of(batch: PerSampleLosses, rows: slice | Tensor) -> PerSampleLosses:
+    """Some samples of a batch, or all in another order; ``value`` and ``scale`` stay."""
+    counts = counts_of(batch)[rows]
     return batch._replace(
-        losses=batch.losses[:number],
-        labels=None if batch.labels is None else batch.labels[:number],
+        losses=batch.losses[rows],
+        labels=None if batch.labels is None else batch.labels[rows],
         counts=None if batch.counts is None else counts,
         elements=float(counts.sum()),
     )

@@ -34,6 +34,8 @@ from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.options import described
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
 from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks, ranks_of
+from irw_optim.schemes.forward_mode import in_full_precision
+from irw_optim.schemes.order import check_order
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader, to_device
 from irw_optim.schemes.requirements import check_engine
@@ -146,7 +148,7 @@ def global_weights(
 
 def weigh_dataset(
     reader: DatasetReader,
-    losses_of: Callable[[Any], PerSampleLosses],
+    losses_of: BatchLosses,
     model: nn.Module,
     engine: Engine,
     scored: Callable[[Tensor], bool],
@@ -184,6 +186,8 @@ def weigh_dataset(
                 "class_balance=True needs one class label a sample, and the criterion's target "
                 "shows none: use a criterion whose target is a class, or set class_balance=False"
             )
+        if (reader.collates or losses_of.forward is not None) and reader.check_is_due():
+            check_order(alone, layout if scheme.needs_gradients else None, reader.uses)
         removed = None
         if scheme.outliers is not None:
             present = present_in(everybody)
@@ -191,6 +195,9 @@ def weigh_dataset(
             removed = removed.to(everybody.losses.device)
         record = scheme.decide(everybody, rows, removed)
         check_finite(record.scores, "scores", rows.samples)
+        if not scheme.needs_gradients or size <= reader.batch_size:
+            alone.meet_others()
+        alone.company.check(model, in_full_precision(engine))
         return record
 
 
