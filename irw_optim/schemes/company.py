@@ -26,15 +26,20 @@ class Company:
     Args:
         size: N.
 
+    Attributes:
+        off: the largest difference, 0-dim.
+        whose: of which sample, 0-dim.
+
     >>> company = Company(3)
     >>> company.note(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
     >>> company.note(torch.tensor([1, 2]), torch.tensor([2.5, 4.0]))
-    >>> company.off
-    tensor(0.5000)
+    >>> company.off, company.whose
+    (tensor(0.5000), tensor(1))
     """
 
     def __init__(self, size: int) -> None:
         self.off = torch.zeros(())
+        self.whose = torch.zeros((), dtype=torch.int64)
         self._known = torch.full((size,), torch.nan)
 
     def note(self, samples: Tensor, losses: Tensor) -> None:
@@ -46,23 +51,28 @@ class Company:
         before = self._known[samples]
         difference = (losses - before).abs().nan_to_num(0.0)  # nothing is known of some
         if len(samples):
-            self.off = self.off.maximum(difference.max())
+            most, place = difference.max(0)
+            self.whose = torch.where(most > self.off, samples[place], self.whose.to(samples))
+            self.off = self.off.maximum(most)
         self._known[samples] = torch.where(before.isnan(), losses, before)
 
-    def check(self, model: nn.Module, full_precision: bool) -> None:
-        """Warn, once for a model, if any loss was another one in other company."""
+    def differs(self, full_precision: bool) -> bool:
+        """Whether any loss was another one in other company, beyond rounding."""
         scale, off = float(self._known.nanmean()), float(self.off)
         tolerance = _LOW_PRECISION
         if full_precision:
             tolerance = _TOLERANCE.get(self._known.dtype, _LOW_PRECISION)
-        if off > tolerance * abs(scale):
-            warn_once(
-                model,
-                "a sample's loss differs by up to %.2g (the mean loss is %.2g) from one batch to "
-                "another: the forward mixes the samples of a batch, pads them without a mask, or "
-                "data set, collate_fn or model draw at random. The weights depend on the batch "
-                "size, on the order of the data set or on the draws; use a model in which each "
-                "sample stands for itself, and leave random augmentation out of the scoring",
-                off,
-                scale,
-            )
+        return off > tolerance * abs(scale)
+
+    def warn(self, model: nn.Module) -> None:
+        """Say, once for a model, what that means for its weights."""
+        warn_once(
+            model,
+            "a sample's loss differs by up to %.2g (the mean loss is %.2g) from one batch to "
+            "another: the forward mixes the samples of a batch, pads them without a mask, or "
+            "data set, collate_fn or model draw at random. The weights depend on the batch "
+            "size, on the order of the data set or on the draws; use a model in which each "
+            "sample stands for itself, and leave random augmentation out of the scoring",
+            float(self.off),
+            float(self._known.nanmean()),
+        )

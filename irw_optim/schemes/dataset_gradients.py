@@ -220,6 +220,12 @@ class DatasetGradients:
                 columns.append(rows.dot(direction).to(columns[0].dtype))
         return torch.stack(columns, 1)
 
+    def first_company_of(self, sample: int) -> Tensor:
+        """The samples in whose batch `losses` has seen this one."""
+        size = 2 * self.reader.batch_size
+        start = int((self.samples == sample).nonzero()) // size * size
+        return self.samples[start : start + size]
+
     def meet_others(self) -> None:
         """Look at some samples in other company than `losses` has seen them in."""
         some = self.samples[: max(1, min(self.reader.batch_size, self.batch_size // 2))]

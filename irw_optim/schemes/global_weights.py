@@ -35,7 +35,7 @@ from irw_optim.optimizer.options import described
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
 from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks, ranks_of
 from irw_optim.schemes.forward_mode import in_full_precision
-from irw_optim.schemes.order import check_order
+from irw_optim.schemes.order import check_order, some_at_random
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader, to_device
 from irw_optim.schemes.requirements import check_engine
@@ -186,8 +186,10 @@ def weigh_dataset(
                 "class_balance=True needs one class label a sample, and the criterion's target "
                 "shows none: use a criterion whose target is a class, or set class_balance=False"
             )
-        if (reader.collates or losses_of.forward is not None) and reader.check_is_due():
-            check_order(alone, layout if scheme.needs_gradients else None, reader.uses)
+        compared = layout if scheme.needs_gradients else None
+        arranged = reader.collates or losses_of.forward is not None
+        if arranged and reader.check_is_due():
+            check_order(alone, some_at_random(alone, reader.uses), compared)
         removed = None
         if scheme.outliers is not None:
             present = present_in(everybody)
@@ -197,7 +199,10 @@ def weigh_dataset(
         check_finite(record.scores, "scores", rows.samples)
         if not scheme.needs_gradients or size <= reader.batch_size:
             alone.meet_others()
-        alone.company.check(model, in_full_precision(engine))
+        if alone.company.differs(in_full_precision(engine)):
+            if arranged:
+                check_order(alone, alone.first_company_of(int(alone.company.whose)), compared)
+            alone.company.warn(model)
         return record
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from irw_optim.schemes.order import refuse_sorting
 from irw_optim.schemes.requirements import check_loader
 
 
@@ -78,15 +79,24 @@ class IndexedCollate:
     """Collates ``(index, sample)`` pairs into ``(indices, batch)``; a class, so that it pickles.
 
     Args:
-        collate_fn: collates the samples.
+        collate_fn: collates the samples, in their order.
     """
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
         self.collate_fn = collate_fn
+        self.uses = 0
 
     def __call__(self, pairs: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
-        """Collate the samples; ``indices`` is int64, (B,)."""
+        """Collate the samples; ``indices`` is int64, (B,).
+
+        Raises:
+            ValueError: a ``collate_fn`` that makes the same batch of the samples in another order;
+                looked at in uses 1, 2, 4, ...
+        """
         indices, samples = zip(*pairs, strict=True)
+        self.uses += 1
+        if self.uses & (self.uses - 1) == 0 and self.collate_fn is not default_collate:
+            refuse_sorting(self.collate_fn, samples)
         return torch.tensor(indices), self.collate_fn(list(samples))
 
 

@@ -7,14 +7,15 @@ samples must have the same of both::
 
     losses(collate([a, b, c])) == losses(collate([c, b, a])).flip(0)
 
-Only a few samples are asked, drawn at random from the whole data set.
+A batch of samples is asked, drawn at random from the whole data set, and every batch in which a
+sample's loss was another one than elsewhere (`irw_optim.schemes.company`).
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,29 +40,34 @@ _REMEDY = (
 )
 
 
-def check_order(rows: DatasetGradients, parameters: Sequence[Tensor] | None, seed: int) -> None:
-    """Compare what a few samples give, put together in other orders.
+def some_at_random(rows: DatasetGradients, seed: int) -> Tensor:
+    """The dataset indices of a batch."""
+    reader = rows.reader
+    number = max(reader.batch_size, reader.loader.batch_size or 1)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(rows.batch_size, generator=generator)[:number]
+
+
+def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tensor] | None) -> None:
+    """Compare what some samples give, put together in other orders.
 
     Args:
         rows: of all samples.
+        asked: the dataset indices of some, each once.
         parameters: along a random direction of which the losses are differentiated as well: where
             all losses are equal, the derivatives are not; None for the losses alone.
-        seed: which samples are asked.
 
     Raises:
         ValueError: another order gives other losses, or nothing that can be compared.
     """
-    reader = rows.reader
-    number = min(rows.batch_size, max(reader.batch_size, reader.loader.batch_size or 1))
+    reader, number = rows.reader, len(asked)
     if number < 2:
         return
-    generator = torch.Generator().manual_seed(seed)
-    asked = torch.randperm(rows.batch_size, generator=generator)[:number]
     straight = list(range(number))
     pairs = sorted({(0, number - 1), (0, number // 2)})
     arrangements = [(straight, 0), (straight[::-1], 0), (straight, 1)]
     arrangements += [(_exchanged(straight, *pair), 0) for pair in pairs]
-    direction = None if parameters is None else _random_direction(parameters, generator)
+    direction = None if parameters is None else _random_direction(parameters)
 
     batches = zip(reader.rearranged(asked, arrangements), arrangements, strict=True)
 
@@ -75,16 +81,14 @@ def check_order(rows: DatasetGradients, parameters: Sequence[Tensor] | None, see
     def next_table() -> Tensor:
         """Rows by sample, in the order of ``asked``."""
         (places, batch), (_, draws) = next(batches)
-        _seed_everything(draws)  # a model may draw in eval mode too
+        torch.manual_seed(draws)  # a model may draw in eval mode too
         found = rows.probe(asked[places], batch, direction)
         return torch.empty_like(found).index_copy(0, places.to(found.device), found)
 
     first, reversed_ = next_table(), next_table()
     if alike(first, reversed_):
         return
-    name = getattr(
-        reader.loader.collate_fn, "__qualname__", type(reader.loader.collate_fn).__name__
-    )
+    name = _name(reader.loader.collate_fn)
     again = next_table()
     if alike(first, again):
         raise ValueError(
@@ -110,6 +114,71 @@ def check_order(rows: DatasetGradients, parameters: Sequence[Tensor] | None, see
         )
 
 
+def refuse_sorting(collate_fn: Callable[[list[Any]], Any], samples: Sequence[Any]) -> None:
+    """Raise for a batch that is the same in whatever order its samples come.
+
+    All that can be seen without a model, whatever the layout of the batch is. Random states are as
+    before afterwards.
+
+    Raises:
+        ValueError: that.
+
+    >>> refuse_sorting(list, [2, 1, 1])
+    >>> refuse_sorting(sorted, [2, 1, 1])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: collate_fn=sorted puts the samples of a batch in an order of its own, ...
+    """
+    straight = list(range(len(samples)))
+    # Ties keep their order in most sorts: two neighbours say whether it is theirs or ours.
+    neighbours = straight[: -1 : max(1, len(samples) // 4)]
+    others = [straight[::-1], *(_exchanged(straight, i, i + 1) for i in neighbours)]
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(()):
+            batches = Rearranged(collate_fn, [(o, 0) for o in (straight, *others)])(list(samples))
+            suspects = [o for o, b in zip(others, batches[1:], strict=True) if _same(batches[0], b)]
+            sorts = any(_differ(collate_fn, samples, order) for order in suspects)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    if sorts:
+        raise ValueError(
+            f"collate_fn={_name(collate_fn)} puts the samples of a batch in an order of its own, "
+            f"and weights would go to the wrong ones: {_REMEDY}"
+        )
+
+
+def _differ(
+    collate_fn: Callable[[list[Any]], Any], samples: Sequence[Any], order: Sequence[int]
+) -> bool:
+    """Whether an order changes anything: not where what it exchanges makes the same batch alone."""
+    moved = [(i, k) for k, i in enumerate(order) if i != k]
+    ways = [([place], 0) for pair in moved for place in pair]
+    alone = Rearranged(collate_fn, ways)(list(samples))
+    return not all(map(_same, alone[::2], alone[1::2]))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two batches are seen to be equal; False where that cannot be seen."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.shape == other.shape and bool(np.all(one == other))
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    try:
+        return bool(one is other or one == other)
+    except Exception:  # of whatever kind, it says nothing
+        return False
+
+
+def _name(collate_fn: Any) -> str:
+    return getattr(collate_fn, "__qualname__", type(collate_fn).__name__)
+
+
 class Rearranged:
     """Collates the same samples several times; a class, so that workers can have it.
 
@@ -133,7 +202,7 @@ class Rearranged:
         """One batch for each arrangement."""
         batches = []
         for order, seed in self.arrangements:
-            _seed_everything(seed)
+            _seed(seed)
             batches.append(self.collate_fn([_copied(samples[i]) for i in order]))
         return batches
 
@@ -146,8 +215,8 @@ def _copied(sample: Any) -> Any:
         return sample
 
 
-def _seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach into devices
     random.seed(seed)
     np.random.seed(seed)
 
@@ -158,7 +227,8 @@ def _exchanged(order: list[int], i: int, j: int) -> list[int]:
     return exchanged
 
 
-def _random_direction(parameters: Sequence[Tensor], generator: torch.Generator) -> Direction:
+def _random_direction(parameters: Sequence[Tensor]) -> Direction:
+    generator = torch.Generator().manual_seed(0)
     return {
         p: torch.randn(p.shape, dtype=p.dtype, generator=generator).to(p.device) for p in parameters
     }
