@@ -56,13 +56,13 @@ class Company:
             self.off = self.off.maximum(most)
         self._known[samples] = torch.where(before.isnan(), losses, before)
 
-    def differs(self, full_precision: bool) -> bool:
-        """Whether any loss was another one in other company, beyond rounding."""
+    def differing(self, full_precision: bool) -> list[int]:
+        """The sample whose loss differed most in other company, if beyond rounding."""
         scale, off = float(self._known.nanmean()), float(self.off)
         tolerance = _LOW_PRECISION
         if full_precision:
             tolerance = _TOLERANCE.get(self._known.dtype, _LOW_PRECISION)
-        return off > tolerance * abs(scale)
+        return [int(self.whose)] if off > tolerance * abs(scale) else []
 
     def warn(self, model: nn.Module) -> None:
         """Say, once for a model, what that means for its weights."""

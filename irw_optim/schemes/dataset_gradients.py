@@ -42,6 +42,9 @@ from irw_optim.schemes.reading import DatasetReader
 DIFFERENTIATES = "the losses are derivatives themselves"
 """What an `Engine` remembers of a model whose losses need a graph, as a physics-informed one's."""
 
+APART = 8
+"""Batches that neighbours in the data set are dealt out to, for the losses: reading stays local."""
+
 
 class DatasetGradients:
     """The per-sample gradients of some or all samples of a data set.
@@ -86,12 +89,9 @@ class DatasetGradients:
     def losses(self) -> PerSampleLosses:
         """The losses of all rows, (n,), with labels and counts, as one batch has them."""
         batches, order = [], []
-        # Two batches at once: no graph holds anything.
-        sizes = list(map(len, self.samples.split(2 * self.reader.batch_size)))
-        for places, batch in self.reader.batches(self.samples, sizes):
-            batches.append(self._losses_alone(self.samples[places], batch))
-            order.append(places)
-            self.advance(len(places))
+        for some, indices, batch in self._read(*self._dealt_out()):
+            batches.append(self._losses_alone(indices, batch))
+            order.append(some)
         torch.clear_autocast_cache()  # casts of parameters that no graph leads to
         batch = as_one([Pass(part._replace(losses=widened(part.losses)), 1.0) for part in batches])
         batch = batch._replace(elements=sum(elements_of(part) for part in batches))
@@ -222,13 +222,28 @@ class DatasetGradients:
 
     def first_company_of(self, sample: int) -> Tensor:
         """The samples in whose batch `losses` has seen this one."""
+        positions, sizes = self._dealt_out()
+        place = (self.samples[positions] == sample).nonzero()
+        ends = torch.tensor(sizes).cumsum(0)
+        batch = int(torch.searchsorted(ends, place.flatten(), right=True))
+        return self.samples[positions.split(sizes)[batch]]
+
+    def _dealt_out(self) -> tuple[Tensor, list[int]]:
+        """All rows in batches for `losses`, and their sizes: two at once, as no graph is held.
+
+        Neighbours in the data set, which meet in every other pass, are dealt out to several.
+        """
         size = 2 * self.reader.batch_size
-        start = int((self.samples == sample).nonzero()) // size * size
-        return self.samples[start : start + size]
+        batches = []
+        for piece in torch.arange(self.batch_size).split(APART * size):
+            number = -(-len(piece) // size)
+            batches += [piece[first::number] for first in range(number)]
+        return torch.cat([torch.arange(0), *batches]), [len(batch) for batch in batches]
 
     def meet_others(self) -> None:
-        """Look at some samples in other company than `losses` has seen them in."""
-        some = self.samples[: max(1, min(self.reader.batch_size, self.batch_size // 2))]
+        """Look at the samples in other company than `losses` has seen them in."""
+        in_one_batch = self.batch_size <= 2 * self.reader.batch_size
+        some = self.samples[1::2] if in_one_batch else self.samples
         for places, batch in self.reader.batches(some):
             self._losses_alone(some[places], batch)
 

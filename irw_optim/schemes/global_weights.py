@@ -71,9 +71,10 @@ def global_weights(
     """IRW weights of all N samples of a data set (arXiv 2411.03068, the global scheme).
 
     S is the worst-off alpha-fraction of the data set, and w_i is proportional to
-    max(0, <g_i, g_S>). The samples are read in the order of the data set, three times (those
-    outside of S twice), with the model in eval mode: the weights depend, to rounding, neither on
-    the loader's shuffling and sampler nor on the batch size. Mode, BatchNorm statistics, random
+    max(0, <g_i, g_S>). The samples are read three times (those outside of S twice), nearly in the
+    order of the data set, with the model in eval mode: the weights depend, to rounding, neither on
+    the loader's shuffling and sampler nor on the batch size, unless a sample's loss depends on who
+    else is in its batch; that is logged as a warning. Mode, BatchNorm statistics, random
     states and ``p.grad`` are as before afterwards.
 
     Given a DistributedDataParallel, its processes share the reading out between them, and each
@@ -188,7 +189,8 @@ def weigh_dataset(
             )
         compared = layout if scheme.needs_gradients else None
         arranged = reader.collates or losses_of.forward is not None
-        if arranged and reader.check_is_due():
+        due = reader.check_is_due()
+        if arranged and due:
             check_order(alone, some_at_random(alone, reader.uses), compared)
         removed = None
         if scheme.outliers is not None:
@@ -197,11 +199,14 @@ def weigh_dataset(
             removed = removed.to(everybody.losses.device)
         record = scheme.decide(everybody, rows, removed)
         check_finite(record.scores, "scores", rows.samples)
-        if not scheme.needs_gradients or size <= reader.batch_size:
+        if due and (not scheme.needs_gradients or size <= reader.batch_size):
             alone.meet_others()
-        if alone.company.differs(in_full_precision(engine)):
+        differing = alone.company.differing(in_full_precision(engine))
+        if ranks is not None:  # what one raises, all have to
+            differing = [sample for some in ranks.objects(differing) for sample in some]
+        if differing:
             if arranged:
-                check_order(alone, alone.first_company_of(int(alone.company.whose)), compared)
+                check_order(alone, alone.first_company_of(differing[0]), compared)
             alone.company.warn(model)
         return record
 

@@ -86,6 +86,12 @@ class HeldWeights:
         whole.indices = everybody
         return whole
 
+    def __copy__(self) -> HeldWeights:
+        """The same weights for the same batch, whatever batch comes next."""
+        same = HeldWeights(self.resampled)
+        vars(same).update(vars(self))
+        return same
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds the weights, and is told of its own batches."""
         return {**vars(self), "indices": None}

@@ -33,6 +33,8 @@ class Weights:
     """Whether it is given the module inside of the DDP, on rank 1 alone."""
     tied: bool = False
     """Whether all losses are equal, so that S is chosen by the indices alone."""
+    ignored: slice | None = None
+    """Samples whose target is ignored."""
     wrapped: bool = False
     """Whether it is given a module with the DDP inside."""
 
@@ -43,6 +45,8 @@ class Weights:
             for parameter in model[-1].parameters():
                 nn.init.zeros_(parameter)
         data = data_set(self.size)
+        if self.ignored is not None:
+            data.tensors[1][self.ignored] = -100
         if not self.double:
             data.tensors = data.tensors[0].float(), data.tensors[1]
         if self.inside and rank != world_size - 1:
@@ -66,6 +70,11 @@ WEIGHTS = {
     "all worst off": Weights({"alpha": 1.0}),
     "last layer": Weights({"score_parameters": "last"}),
     "autodiff": Weights({"engine": "autodiff"}),
+    "ignored targets": Weights({"mix": 0.2}, ignored=slice(0, None, 3)),
+    "ignored by one process": Weights({"class_balance": True, "center": 1.0}, ignored=slice(20)),
+    "ignored, IRWO": Weights(
+        {"outliers": REMOVES_SOME, "outlier_block": 9}, ignored=slice(0, None, 3)
+    ),
     "IRWO": Weights({"outliers": REMOVES_SOME, "outlier_block": 9}),
     "IRWO, one block": Weights({"outliers": REMOVES_SOME}),
     "three samples": Weights({}, size=3),
