@@ -11,7 +11,7 @@ import torch
 from global_trainings import Chosen, Drawn, data_set
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from trainings import mlp
 
 from irw_optim import DBSCANFilter
@@ -124,6 +124,21 @@ def not_finite(rank: int, world_size: int) -> None:
     global_weights(model, nn.CrossEntropyLoss(), DataLoader(data), alpha=0.2, progress=False)
 
 
+def disordered(rank: int, world_size: int) -> None:
+    """One sample is put last in its batch: few batches, all of them of one rank."""
+
+    def collate(samples: list[Any]) -> Any:
+        marked = [sample for sample in samples if sample[0][0] > 50]
+        rest = [sample for sample in samples if sample[0][0] <= 50]
+        return default_collate(rest + marked)
+
+    data = data_set()
+    data.tensors[0][30, 0] = 100
+    model = DistributedDataParallel(mlp().double())
+    loader = DataLoader(data, batch_size=4, collate_fn=collate)
+    global_weights(model, nn.CrossEntropyLoss(), loader, alpha=0.2, progress=False)
+
+
 def other_data(rank: int, world_size: int) -> None:
     model = DistributedDataParallel(mlp().double())
     loader = DataLoader(data_set(30 + rank))
@@ -156,6 +171,7 @@ CASES: dict[str, ranked.Case] = {
     "local": local,
     "draws": draws,
     "not finite": not_finite,
+    "disordered": disordered,
     "other data": other_data,
     "other seed": other_seed,
     "unknown samples": unknown_samples,
@@ -227,6 +243,7 @@ def test_the_draws_of_all_ranks_are_those_of_one_process(ranks, request):
     ("case", "texts"),
     [
         ("not finite", ["the losses of 1 samples are not finite (dataset indices 30)"] * 2),
+        ("disordered", ["in an order of its own, or others: the losses of the same samples"] * 2),
         ("other data", ["samples in the data set differs between the processes: [30, 31]"] * 2),
         ("other seed", ["ValueError: seed differs between the processes: [0, 1]"] * 2),
         ("unknown samples", ["another process does not know", "indices 36 to 39, but the weights"]),
