@@ -41,9 +41,11 @@ class Company:
         self.off = torch.zeros(())
         self.whose = torch.zeros((), dtype=torch.int64)
         self._known = torch.full((size,), torch.nan)
+        self._batches: list[Tensor] = []
 
     def note(self, samples: Tensor, losses: Tensor) -> None:
-        """Take the losses (b,) of these samples (b,), dataset indices; waits for no device."""
+        """Take the losses (b,) of these samples (b,), dataset indices on the CPU."""
+        self._batches.append(samples)
         losses = forward_ad.unpack_dual(losses.detach()).primal
         if self._known.device != losses.device or self._known.dtype != losses.dtype:
             self._known, self.off = self._known.to(losses), self.off.to(losses)
@@ -56,13 +58,16 @@ class Company:
             self.off = self.off.maximum(most)
         self._known[samples] = torch.where(before.isnan(), losses, before)
 
-    def differing(self, full_precision: bool) -> list[int]:
-        """The sample whose loss differed most in other company, if beyond rounding."""
+    def differing(self, full_precision: bool) -> list[list[int]]:
+        """The batches with the sample whose loss differed most, if it did so beyond rounding."""
         scale, off = float(self._known.nanmean()), float(self.off)
         tolerance = _LOW_PRECISION
         if full_precision:
             tolerance = _TOLERANCE.get(self._known.dtype, _LOW_PRECISION)
-        return [int(self.whose)] if off > tolerance * abs(scale) else []
+        if not off > tolerance * abs(scale):
+            return []
+        whose = int(self.whose)
+        return [batch for batch in map(Tensor.tolist, self._batches) if whose in batch]
 
     def warn(self, model: nn.Module) -> None:
         """Say, once for a model, what that means for its weights."""

@@ -89,7 +89,7 @@ class DatasetGradients:
     def losses(self) -> PerSampleLosses:
         """The losses of all rows, (n,), with labels and counts, as one batch has them."""
         batches, order = [], []
-        for some, indices, batch in self._read(*self._dealt_out()):
+        for some, indices, batch in self._read(*self.dealt_out()):
             batches.append(self._losses_alone(indices, batch))
             order.append(some)
         torch.clear_autocast_cache()  # casts of parameters that no graph leads to
@@ -220,15 +220,7 @@ class DatasetGradients:
                 columns.append(rows.dot(direction).to(columns[0].dtype))
         return torch.stack(columns, 1)
 
-    def first_company_of(self, sample: int) -> Tensor:
-        """The samples in whose batch `losses` has seen this one."""
-        positions, sizes = self._dealt_out()
-        place = (self.samples[positions] == sample).nonzero()
-        ends = torch.tensor(sizes).cumsum(0)
-        batch = int(torch.searchsorted(ends, place.flatten(), right=True))
-        return self.samples[positions.split(sizes)[batch]]
-
-    def _dealt_out(self) -> tuple[Tensor, list[int]]:
+    def dealt_out(self) -> tuple[Tensor, list[int]]:
         """All rows in batches for `losses`, and their sizes: two at once, as no graph is held.
 
         Neighbours in the data set, which meet in every other pass, are dealt out to several.

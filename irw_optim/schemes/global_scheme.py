@@ -145,6 +145,7 @@ class GlobalScheme:
         for indices, batch in self.loader:
             self._take(indices)
             yield batch
+        self._held.indices = None  # a batch of the same size from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
         """Say which samples the next batch holds, for loops with a loader of their own.

@@ -35,7 +35,7 @@ from irw_optim.optimizer.options import described
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
 from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks, ranks_of
 from irw_optim.schemes.forward_mode import in_full_precision
-from irw_optim.schemes.order import check_order, some_at_random
+from irw_optim.schemes.order import batches_to_ask, check_order
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader, to_device
 from irw_optim.schemes.requirements import check_engine
@@ -191,7 +191,8 @@ def weigh_dataset(
         arranged = reader.collates or losses_of.forward is not None
         due = reader.check_is_due()
         if arranged and due:
-            check_order(alone, some_at_random(alone, reader.uses), compared)
+            for asked in batches_to_ask(alone, everybody.losses, reader.uses):
+                check_order(alone, asked, compared)
         removed = None
         if scheme.outliers is not None:
             present = present_in(everybody)
@@ -203,10 +204,10 @@ def weigh_dataset(
             alone.meet_others()
         differing = alone.company.differing(in_full_precision(engine))
         if ranks is not None:  # what one raises, all have to
-            differing = [sample for some in ranks.objects(differing) for sample in some]
+            differing = [batch for some in ranks.objects(differing) for batch in some]
         if differing:
-            if arranged:
-                check_order(alone, alone.first_company_of(differing[0]), compared)
+            for batch in differing if arranged else []:
+                check_order(alone, torch.tensor(batch), compared)
             alone.company.warn(model)
         return record
 

@@ -40,12 +40,22 @@ _REMEDY = (
 )
 
 
-def some_at_random(rows: DatasetGradients, seed: int) -> Tensor:
-    """The dataset indices of a batch."""
-    reader = rows.reader
-    number = max(reader.batch_size, reader.loader.batch_size or 1)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(rows.batch_size, generator=generator)[:number]
+def batches_to_ask(rows: DatasetGradients, losses: Tensor, seed: int) -> list[Tensor]:
+    """Samples whose order is to be looked at, as dataset indices: one batch, as a rule.
+
+    Args:
+        rows: of all samples.
+        losses: theirs, (N,). Where they are all equal, those of a batch would not show later that
+            its order was another one, and every batch is asked now.
+        seed: of the draw.
+    """
+    if losses.max() - losses.min() <= 1e-3 * losses.mean().abs():
+        positions, sizes = rows.dealt_out()
+        return [rows.samples[some] for some in positions.split(sizes)]
+    number = max(rows.reader.batch_size, rows.reader.loader.batch_size or 1)
+    drawn = torch.randperm(rows.batch_size, generator=torch.Generator().manual_seed(seed))
+    # In the order of the data set, which may be the only one that is taken.
+    return [drawn[:number].sort().values]
 
 
 def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tensor] | None) -> None:
@@ -85,7 +95,11 @@ def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tens
         found = rows.probe(asked[places], batch, direction)
         return torch.empty_like(found).index_copy(0, places.to(found.device), found)
 
-    first, reversed_ = next_table(), next_table()
+    first = next_table()
+    try:
+        reversed_ = next_table()
+    except Exception:  # what takes no order but the one it is given makes none of its own
+        return
     if alike(first, reversed_):
         return
     name = _name(reader.loader.collate_fn)
@@ -137,7 +151,8 @@ def refuse_sorting(collate_fn: Callable[[list[Any]], Any], samples: Sequence[Any
     try:
         with torch.random.fork_rng(()):
             batches = Rearranged(collate_fn, [(o, 0) for o in (straight, *others)])(list(samples))
-            suspects = [o for o, b in zip(others, batches[1:], strict=True) if _same(batches[0], b)]
+            pairs = zip(others, batches[1:], strict=True)
+            suspects = [order for order, batch in pairs if _same(batches[0], batch)]
             sorts = any(_differ(collate_fn, samples, order) for order in suspects)
     finally:
         random.setstate(states[0])
@@ -165,9 +180,9 @@ def _same(one: Any, other: Any) -> bool:
         return one.shape == other.shape and bool((one == other).all())
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return one.shape == other.shape and bool(np.all(one == other))
-    if isinstance(one, Mapping):
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(_same, one, other))
     try:
         return bool(one is other or one == other)
@@ -179,8 +194,14 @@ def _name(collate_fn: Any) -> str:
     return getattr(collate_fn, "__qualname__", type(collate_fn).__name__)
 
 
+class RefusedError(Exception):
+    """Stands for the batch of an order that a ``collate_fn`` would not take."""
+
+
 class Rearranged:
     """Collates the same samples several times; a class, so that workers can have it.
+
+    An order that is refused gives a `RefusedError`, unless it is the first one.
 
     Args:
         collate_fn: makes a batch of a list of samples.
@@ -200,10 +221,15 @@ class Rearranged:
 
     def __call__(self, samples: list[Any]) -> list[Any]:
         """One batch for each arrangement."""
-        batches = []
+        batches: list[Any] = []
         for order, seed in self.arrangements:
             _seed(seed)
-            batches.append(self.collate_fn([_copied(samples[i]) for i in order]))
+            try:
+                batches.append(self.collate_fn([_copied(samples[i]) for i in order]))
+            except Exception as error:
+                if not batches:
+                    raise
+                batches.append(RefusedError(str(error)))
         return batches
 
 

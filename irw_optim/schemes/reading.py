@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from irw_optim.schemes.indexed import IndexedDataset, told_by
-from irw_optim.schemes.order import Rearranged
+from irw_optim.schemes.order import Rearranged, RefusedError
 from irw_optim.schemes.requirements import check_loader
 
 
@@ -88,10 +88,15 @@ class DatasetReader:
 
         Yields:
             As `batches`: the places in ``samples``, and the batch.
+
+        Raises:
+            RefusedError: in place of a batch that ``collate_fn`` would not make.
         """
         collate = Rearranged(self.loader.collate_fn, arrangements)
         (batches,) = self._loader([samples.tolist()], collate)
         for (order, _), batch in zip(arrangements, batches, strict=True):
+            if isinstance(batch, RefusedError):
+                raise batch
             taken = torch.tensor(order)
             places, batch = self._places(samples[taken], batch)
             yield taken[places], batch
