@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from irw_optim.distributed.ranks import place
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.dataset_over_ranks import ranks_of
-from irw_optim.schemes.global_weights import Forward, batch_losses, check_block, weigh_dataset
+from irw_optim.schemes.global_weights import BatchLosses, Forward, check_block, weigh_dataset
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
 from irw_optim.schemes.indexed import indexed_loader
 from irw_optim.schemes.reading import DatasetReader
@@ -113,7 +113,7 @@ class GlobalScheme:
         self.outlier_block = outlier_block
         self.progress = progress
         self._reader = DatasetReader(loader, batch_size)
-        self._losses_of = batch_losses(self._model, criterion, forward)
+        self._losses_of = BatchLosses(self._model, criterion, forward)
         self._sampler: ResamplingSampler | None = None
         share = _share(loader)
         if use == "resampling":
@@ -152,6 +152,7 @@ class GlobalScheme:
         for indices, batch in self.loader:
             self._take(indices)
             yield batch
+        self._held.indices = None  # a batch of the same size from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
         """Say which samples the next batch holds, for loops with a loader of their own.
