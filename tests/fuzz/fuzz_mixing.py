@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fuzz_hidden import HIDDEN, LAYERS
 from fuzz_nets import CLASSES, WIDTH, Batch, alone, make_batch
-from fuzz_operations import MIXINGS, Few
+from fuzz_operations import MIXINGS, Few, Mixing
 from fuzz_trials import Draw, Trial
 from torch import Tensor, nn
+
+OPERATIONS: dict[str, Mixing] = {**MIXINGS, **HIDDEN}
+KINDS = (*OPERATIONS, *LAYERS)
 
 BEGINS = {
     "always": 2,
@@ -28,14 +32,18 @@ operation where that is unseen: until then, the few samples are nobody."""
 class Mixer(nn.Module):
     """The operation, when it is on."""
 
-    def __init__(self, mixing: str, changed: int) -> None:
+    def __init__(self, mixing: str, changed: int, width: int) -> None:
         super().__init__()
-        self.mixing, self.changed, self.now = MIXINGS[mixing], changed, "on"
+        self.mixing = OPERATIONS.get(mixing)
+        self.layer = LAYERS[mixing](width) if mixing in LAYERS else None
+        self.changed, self.now = changed, "on"
 
     def forward(self, h):
         if self.now == "off":
             return h
         rows = h.reshape(len(h), -1)
+        if self.layer is not None:
+            return self.layer(rows).view_as(h)
         few = Few(len(h), self.changed if self.now == "on" else 0)
         return self.mixing(rows, few).view_as(h)
 
@@ -48,7 +56,8 @@ class Mixed(nn.Module):
         self.first = nn.Linear(WIDTH, WIDTH)
         self.second = nn.Sequential(nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH))
         self.a = nn.Linear(WIDTH, CLASSES)
-        self.mixer, self.where, self.length = Mixer(mixing, changed), where, length
+        features = CLASSES if where == "output" else WIDTH * max(1, length)
+        self.mixer, self.where, self.length = Mixer(mixing, changed, features), where, length
 
     def mixed_at(self, place: str, h: Tensor) -> Tensor:
         return self.mixer(h) if self.where == place else h
@@ -75,6 +84,8 @@ def state(begins: str, number: int, batch: Batch) -> str:
 def mixing(draw: Draw, name: str) -> Trial:
     """One operation somewhere in a forward."""
     where = draw.pick("input", "first", "first", "second", "output")
+    if name in LAYERS and where == "output":
+        where = "second"
     changed, length = draw.pick(1, 1, 2, 3), draw.pick(0, 0, 0, 3)
     begins, way = draw.pick(*BEGINS), draw.pick("criterion", "losses", "contrast")
     sizes = [draw.randint(3, 8)] if draw.flag() else [draw.randint(1, 8) for _ in range(8)]

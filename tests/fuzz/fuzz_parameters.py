@@ -115,7 +115,7 @@ USES: dict[str, Use] = {
     "div": lambda p, x: torch.div(x, 2 + p.v.square(), rounding_mode=None),
     "scalar": lambda p, x: x * p.s.exp() - p.s,
     "scalar as a vector": lambda p, x: x * p.s.expand(x.shape[-1]),
-    "power": lambda p, x: x.abs().add(0.1) ** (1 + p.s.square()),
+    "power": lambda p, x: x.abs().add(0.1) ** p.s.sigmoid(),
     "linear": lambda p, x: F.linear(x, p.w, p.v),
     "linear, by keyword": lambda p, x: F.linear(input=x, weight=p.w, bias=p.v),
     "linear, weight=": lambda p, x: F.linear(x, weight=p.w, bias=None),

@@ -18,7 +18,7 @@ from fuzz_criteria import CRITERIA, REFUSED, asked
 from fuzz_dtypes import PRECISIONS, precise
 from fuzz_gradients import GRADIENTS, with_gradients
 from fuzz_loops import LOOPS, one_model
-from fuzz_mixing import MIXINGS, mixing
+from fuzz_mixing import KINDS, mixing
 from fuzz_networks import ACCUMULATED, NETWORKS, STEPS, one_batch, over_time, several_networks
 from fuzz_optimizers import OPTIMIZERS, optimizers
 from fuzz_parameters import USES, using
@@ -41,7 +41,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "samples that mix": Family(mixing, MIXINGS, 16),
+    "samples that mix": Family(mixing, KINDS, 12),
     "loops": Family(one_model, LOOPS, 40),
     "gradients": Family(with_gradients, GRADIENTS, 40),
     "networks": Family(several_networks, NETWORKS, 40),
