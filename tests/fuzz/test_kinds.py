@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import test_fuzz
+from fuzz_changes import CHANGES, with_changes
 from fuzz_criteria import CRITERIA, REFUSED, asked
 from fuzz_dtypes import PRECISIONS, precise
 from fuzz_gradients import GRADIENTS, with_gradients
@@ -47,6 +48,7 @@ FAMILIES = {
     "networks": Family(several_networks, NETWORKS, 40),
     "accumulation": Family(one_batch, ACCUMULATED, 120),
     "time": Family(over_time, STEPS, 80),
+    "changes": Family(with_changes, CHANGES, 40),
     "optimizers": Family(optimizers, OPTIMIZERS, 40),
     "parameters": Family(using, USES, 8),
     "precision": Family(precise, PRECISIONS, 30),
