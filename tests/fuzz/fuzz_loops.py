@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from fuzz_nets import TRUNKS, Batch, World, batches
-from fuzz_trials import Draw, Trial
+from fuzz_trials import LR, Draw, Trial
 from torch import nn
 
 Run = Callable[[Any, Batch], None]
@@ -40,6 +40,7 @@ def trial(draw: Draw, pattern: Pattern, trunks=tuple(TRUNKS), **options: Any) ->
         options={**rule, "engine": engine, **options},
         seed=draw.seed_of_tensors,
         steps=draw.pick(1, 2, 3, 4),
+        lr=getattr(run, "lr", LR),
     )
 
 
@@ -57,6 +58,7 @@ def plain(draw):
         user.note("value", loss)
         return user.backward(factor * loss)
 
+    run.lr = LR / abs(factor)
     return run, f"{how}, factor {factor}"
 
 

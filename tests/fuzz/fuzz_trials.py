@@ -76,6 +76,7 @@ class Trial:
         criterion: makes the criterion that is attached.
         per_sample: from a criterion and its arguments to the losses of the samples.
         steps: how many.
+        lr: of the plain step.
         seed: of all tensors.
         dtype: of the world; ``exact`` is that of the loop's, if it is another.
         owned: picks the parameters that the optimizer has; None for all of the model's.
@@ -93,6 +94,7 @@ class Trial:
     options: dict[str, Any]
     seed: int
     steps: int = 2
+    lr: float = LR
     criterion: Callable[[], nn.Module] = nn.CrossEntropyLoss
     per_sample: Callable[..., Losses] = expected
     dtype: torch.dtype = torch.float64
@@ -156,8 +158,8 @@ class Trial:
 
         def both(criterion: nn.Module, pick: Any, options: dict[str, Any]) -> tuple[Ours, Loop]:
             pick = pick or (lambda net: list(net.parameters()))
-            loop = Loop(twin, losses, its_criterion, pick(twin.model), LR, **options)
-            return Ours(world, criterion, pick(world.model), LR, **options), loop
+            loop = Loop(twin, losses, its_criterion, pick(twin.model), self.lr, **options)
+            return Ours(world, criterion, pick(world.model), self.lr, **options), loop
 
         ours, loop = both(criterion, self.owned, self.options)
         if self.second is not None:
