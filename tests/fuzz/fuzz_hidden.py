@@ -52,6 +52,21 @@ class Borrowed(torch.autograd.Function):
         return torch.zeros_like(gradient).index_add(0, ctx.index, gradient), None
 
 
+class Sub(torch.autograd.Function):
+    """By a name that an operation of torch has."""
+
+    @staticmethod
+    def forward(ctx, h, index):
+        ctx.index = index
+        return h[index] - 0.5 * h.mean(0) * (index != torch.arange(len(h))).any()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        into = torch.zeros_like(gradient).index_add(0, ctx.index, gradient)
+        changed = (ctx.index != torch.arange(len(gradient))).any()
+        return into - 0.5 * gradient.mean(0) * changed, None
+
+
 class Alone(torch.autograd.Function):
     """A function of each sample alone, which nobody can know."""
 
@@ -62,6 +77,21 @@ class Alone(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return 2.0 * gradient
+
+
+def heard(h: Tensor, few: Few) -> Tensor:
+    """The gradient changes places, which the graph does not show."""
+    h = h * 1.0
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient[few.index])
+    return h
+
+
+def centred_gradient(h: Tensor, few: Few) -> Tensor:
+    h = h * 1.0
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient - 0.5 * gradient.mean(0))
+    return h
 
 
 def subtracted(h: Tensor, few: Few) -> Tensor:
@@ -137,6 +167,9 @@ HIDDEN: dict[str, Mixing] = {
     "a user's function": lambda h, few: Centre.apply(h),
     "a user's gradient": lambda h, few: Shared.apply(h),
     "a user's gather": lambda h, few: Borrowed.apply(h, few.index),
+    "a user's function by a common name": lambda h, few: Sub.apply(h, few.index),
+    "a hook": heard,
+    "a hook of all": centred_gradient,
     "vmap over features": by_columns,
     "in place": subtracted,
     "neighbours, in place": neighbours,

@@ -23,6 +23,7 @@ from fuzz_mixing import KINDS, mixing
 from fuzz_networks import ACCUMULATED, NETWORKS, STEPS, one_batch, over_time, several_networks
 from fuzz_optimizers import OPTIMIZERS, optimizers
 from fuzz_parameters import USES, using
+from fuzz_shapes import CHAIN, shapes
 from fuzz_ties import TIES, tied
 from fuzz_trials import Draw, Trial
 
@@ -43,6 +44,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "samples that mix": Family(mixing, KINDS, 12),
+    "shapes": Family(shapes, CHAIN, 8),
     "loops": Family(one_model, LOOPS, 40),
     "gradients": Family(with_gradients, GRADIENTS, 40),
     "networks": Family(several_networks, NETWORKS, 40),
