@@ -147,10 +147,14 @@ def frozen(draw):
 @loop("hooks", GRADIENTS)
 def hooked(draw):
     where = draw.pick("parameter", "after accumulation", "module", "activation", "forward")
-    factor = draw.pick(1.0, 0.5)
+    factor, begins = draw.pick(1.0, 0.5), draw.pick(0, 0, 2)
+    steps: dict[int, int] = {}
 
     def run(user, batch):
         calls: list[float] = []
+        number = steps[id(user)] = steps.get(id(user), -1) + 1
+        if number < begins:
+            return user.backward(user.criterion(user.net(batch.x), batch.y))
 
         def heard(gradient):
             """Counts, and scales; the oracle's own passes are not heard."""
@@ -180,8 +184,9 @@ def hooked(draw):
             user.note("calls", float(len(calls)))
         for handle in handles:
             handle.remove()
+        return None
 
-    return run, f"{where}, factor {factor}"
+    return run, f"{where}, factor {factor}, from {begins}"
 
 
 def with_gradients(draw: Draw, name: str) -> Trial:
