@@ -43,7 +43,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "samples that mix": Family(mixing, KINDS, 12),
+    "samples that mix": Family(mixing, KINDS, 8),
     "shapes": Family(shapes, CHAIN, 8),
     "loops": Family(one_model, LOOPS, 40),
     "gradients": Family(with_gradients, GRADIENTS, 40),
@@ -52,10 +52,10 @@ FAMILIES = {
     "time": Family(over_time, STEPS, 80),
     "changes": Family(with_changes, CHANGES, 40),
     "optimizers": Family(optimizers, OPTIMIZERS, 40),
-    "parameters": Family(using, USES, 8),
-    "precision": Family(precise, PRECISIONS, 30),
+    "parameters": Family(using, USES, 7),
+    "precision": Family(precise, PRECISIONS, 24),
     "ties": Family(tied, TIES, 20),
-    "criteria": Family(asked, CRITERIA, 24),
+    "criteria": Family(asked, CRITERIA, 20),
 }
 
 TRIED = int(os.environ.get("FUZZ_CASES", "0"))
