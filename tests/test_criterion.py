@@ -697,6 +697,16 @@ def test_own_module_that_draws_numbers_draws_them_once(source: str) -> None:
         assert once.calls == twin.calls
 
 
+def test_own_module_that_starts_to_draw_from_numpy_is_not_refused() -> None:
+    criterion, late = Drawn("numpy"), Drawn("torch")
+    output, target = normal(B).requires_grad_(), normal(B)
+    for step in range(12):
+        late.source = "torch" if step < 4 else "numpy"
+        for c in (criterion, late):
+            batch = per_sample_losses(c, output, target)
+            close(batch.losses.mean(), batch.value)
+
+
 def test_own_module_that_differentiates_twice_on_its_way() -> None:
     class Residual(nn.Module):
         reduction = "mean"

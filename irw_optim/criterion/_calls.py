@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -33,10 +34,20 @@ def value_of_its_own(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     """What the criterion itself returns, detached; the next call finds all as this one did.
 
     Gradients stay enabled: a criterion may differentiate on its way (a penalty on a gradient).
+    Whether it draws from NumPy is looked at at uses 1, 2, 4, 8, ..., until it has: to save and
+    restore that state takes longer than all the rest.
     """
-    with rehearsal(criterion, (*args, *kwargs.values())):
+    uses = _uses[criterion] = _uses.get(criterion, 0) + 1
+    looks = criterion in _draw_from_numpy or not uses & (uses - 1)
+    with rehearsal(criterion, (*args, *kwargs.values()), numpy=looks) as saved:
         own = forward_of(criterion)(*args, **kwargs)
+        if saved is not None and not _same(saved, np.random.get_state()):
+            _draw_from_numpy.add(criterion)
     return own.detach() if isinstance(own, Tensor) else own
+
+
+_uses: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_draw_from_numpy: WeakSet[nn.Module] = WeakSet()
 
 
 def forward_of(criterion: nn.Module) -> Callable[..., Any]:
@@ -45,14 +56,21 @@ def forward_of(criterion: nn.Module) -> Callable[..., Any]:
 
 
 @contextmanager
-def rehearsal(criterion: nn.Module, arguments: Iterable[object]) -> Iterator[None]:
+def rehearsal(
+    criterion: nn.Module, arguments: Iterable[object], *, numpy: bool = True
+) -> Iterator[Any]:
     """Afterwards random states, and the counters and buffers of the criterion, are as before.
 
     Attributes are restored, with what is in the lists, dicts, tensors, random generators and plain
     objects that they name. What a criterion changes elsewhere (a file, a global) stays changed.
+
+    Args:
+        criterion: What is called inside.
+        arguments: What it is called with.
+        numpy: Whether the state of NumPy's global generator is among them; it is what is yielded.
     """
     undo = [restore for module in criterion.modules() for restore in _restores(module)]
-    python, numpy = random.getstate(), np.random.get_state()
+    python, saved = random.getstate(), np.random.get_state() if numpy else None
     devices = {a.device for a in arguments if isinstance(a, Tensor)}
     if torch.cuda.is_initialized():  # where the tensors may be that a dict holds
         devices.add(torch.device("cuda", torch.cuda.current_device()))
@@ -63,12 +81,18 @@ def rehearsal(criterion: nn.Module, arguments: Iterable[object]) -> Iterator[Non
                 fork = torch.random.fork_rng([device], device_type=device.type)
                 forks.enter_context(fork)
         try:
-            yield
+            yield saved
         finally:
             random.setstate(python)
-            np.random.set_state(numpy)
+            if saved is not None:
+                np.random.set_state(saved)
             for restore in undo:
                 restore()
+
+
+def _same(state: Any, other: Any) -> bool:
+    """Of two states of NumPy's global generator."""
+    return state[2:] == other[2:] and np.array_equal(state[1], other[1])
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -81,8 +105,8 @@ def _restores(module: nn.Module) -> Iterator[Callable[[], None]]:
     yield _restore_dict(module._buffers)
     own = [value for name, value in attributes.items() if name not in _OF_EVERY_MODULE]
     for value in (*own, *module._buffers.values()):
-        if isinstance(value, nn.Parameter):
-            continue
+        if isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value.is_inference()):
+            continue  # the one is the optimizer's to change, the other nobody's
         if isinstance(value, Tensor):
             yield _restore_tensor(value)
         elif isinstance(value, dict):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from irw_optim.criterion._calls import rehearsal, unreduced
+from irw_optim.criterion._calls import forward_of, rehearsal, unreduced
 from irw_optim.criterion._folding import PerSampleLosses
 from irw_optim.criterion._rules import plain, rule_for
 
@@ -91,32 +91,43 @@ def with_own_value(
     Raises:
         ValueError: If the criterion's own value is another one.
     """
-    elements, ours = elements.detach(), result.value
     if isinstance(own, Tensor) and own.dim() == 0:
-        size = plain(criterion, elements.abs(), 1).value  # of what may have cancelled in the sum
-        close = (own - ours).abs() <= torch.finfo(ours.dtype).eps ** 0.5 * size
-        if bool(close | ~ours.isfinite()):  # broken losses say nothing; the next batch may
+        if _agree(criterion, own, elements):
             return result._replace(value=own)
-        if not _repeatable(criterion, args, kwargs):
-            return result  # another draw: what these elements would have come to
+        if _is_another_draw(criterion, args, kwargs):
+            return result  # with the value that these elements would have come to
     shown = own.tolist() if isinstance(own, Tensor) else own
     name, reduction = type(criterion).__name__, criterion.reduction
     raise ValueError(
-        f"{name} with reduction={reduction!r} returned {shown}, but the {reduction} of its "
-        f"losses with reduction='none' is {ours.item()}: its reduction is one of its own. Wrap a "
+        f"{name} with reduction={reduction!r} returned {shown}, but the {reduction} of its losses "
+        f"with reduction='none' is {result.value.item()}: its reduction is one of its own. Wrap a "
         "function that returns the unreduced losses in PerSampleLoss(fn), or call "
         "optimizer.backward(losses) with losses of shape (B,)"
     )
 
 
-def _repeatable(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether two calls like each other give the same: not so if numbers are drawn from afar."""
+def _agree(criterion: nn.Module, own: Any, elements: Tensor) -> bool:
+    """Whether a value is the mean or sum of the elements; broken elements say nothing."""
+    elements = elements.detach()
+    ours = plain(criterion, elements, 1).value
+    size = plain(criterion, elements.abs(), 1).value  # of what may have cancelled in the sum
+    close = (own - ours).abs() <= torch.finfo(ours.dtype).eps ** 0.5 * size
+    return bool(close | ~ours.isfinite())
 
-    def again() -> Tensor:
+
+def _is_another_draw(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether value and elements differ because numbers were drawn anew in between.
+
+    Drawn from the same random states they agree, or the elements differ from themselves.
+    """
+
+    def again(call: Callable[..., Any]) -> Any:
         with rehearsal(criterion, (*args, *kwargs.values())):
-            return unreduced(criterion, args, kwargs).detach()
+            return call().detach()
 
-    return torch.equal(again(), again())
+    elements, twin = (again(lambda: unreduced(criterion, args, kwargs)) for _ in range(2))
+    own = again(lambda: forward_of(criterion)(*args, **kwargs))
+    return not torch.equal(elements, twin) or _agree(criterion, own, elements)
 
 
 def check_elements(criterion: nn.Module, elements: object) -> None:
