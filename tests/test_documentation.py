@@ -22,6 +22,7 @@ PACKAGES = [irw_optim, irw_optim.metrics, irw_optim.privacy, irw_optim.schemes]
 # Rooms of the house: what a user needs of them is in `irw_optim`, and what who extends them needs
 # is in CONTRIBUTING.md.
 ROOMS = {
+    "arguments",
     "criterion",
     "distributed",
     "gradients",
