@@ -22,6 +22,7 @@ from irw_optim.gradients.capture import walk
 from irw_optim.gradients.materialized import as_vector
 from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.optimizer import IRWOptimizer
+from irw_optim.optimizer.attach import check_unattached
 from irw_optim.restored import restored
 from irw_optim.weighting import Alignment, weigh
 from irw_optim.weighting.outliers import OutlierFilter
@@ -115,6 +116,7 @@ def verify(
     (True, {'0': 'ghost', '2': 'ghost'})
     """
     check_whole(model, "verify")
+    check_unattached(criterion)  # or the optimizer that has it would lose it
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device if parameters else torch.device("cpu")
 

@@ -273,8 +273,10 @@ def test_unknown_arguments(world):
 def test_a_criterion_already_attached(world):
     first = world.wrap()
     before = world.snapshot()
+    other = torch.nn.Linear(4, 3)
+    inner = torch.optim.SGD(other.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"CrossEntropyLoss\(\) is attached.*detach\(\)"):
-        world.wrap()
+        IRWOptimizer(inner, alpha=0.3, model=other, criterion=first.criterion)
     assert world.snapshot() == before
     first.detach()
     world.wrap()

@@ -23,6 +23,8 @@ PACKAGES = [irw_optim, irw_optim.metrics, irw_optim.privacy, irw_optim.schemes]
 # is in CONTRIBUTING.md.
 ROOMS = {
     "arguments",
+    "attachments",
+    "copies",
     "criterion",
     "distributed",
     "gradients",

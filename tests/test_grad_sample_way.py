@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import reference
 import torch
@@ -156,6 +158,127 @@ def test_frozen_parameters():
     losses.mean().backward()
     optimizer.step(losses=losses)
     agree(optimizer, model, truth)
+
+
+class TestTheGradientBesideTheRows:
+    """The step is made of the rows: what happened to p.grad alone would be lost in silence."""
+
+    def prepared(self, mode="hooks", reduction="mean"):
+        plain, data = mlp(), batch()
+        truth = reference.step(losses_of(plain, *data), plain.parameters(), ALPHA)
+        model = wrap_model(plain, grad_sample_mode=mode, loss_reduction=reduction)
+        before = [p.detach().clone() for p in model.parameters()]
+        return model, optimizer_over(model), losses_of(model, *data), truth, before
+
+    @pytest.mark.parametrize("mode", ["hooks", "functorch"])  # "ew" leaves no p.grad at all
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("unscaled", [False, True])
+    @pytest.mark.parametrize("scale", [2.0**16, 0.5, 3.0])
+    def test_a_gradient_scaler_is_refused(self, mode, reduction, unscaled, scale):
+        model, optimizer, losses, _, before = self.prepared(mode, reduction)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(losses.mean() if reduction == "mean" else losses.sum()).backward()
+        if unscaled:
+            scaler.unscale_(optimizer)
+        with pytest.raises(RuntimeError, match=r"times the mean of .*: a gradient scaler"):
+            scaler.step(optimizer, losses=losses)
+        assert all(map(torch.equal, before, model.parameters()))
+        assert optimizer.last_step is None
+
+    def test_the_way_that_the_error_names(self):
+        model, data = mlp(), batch()
+        truth = reference.step(losses_of(model, *data), model.parameters(), ALPHA)
+        optimizer = optimizer_over(model, model=model)
+        scaler = torch.amp.GradScaler("cpu")
+        optimizer.backward(scaler.scale(losses_of(model, *data)))
+        before = [p.detach().clone() for p in model.parameters()]
+        scaler.step(optimizer)
+        for p, old, g in zip(model.parameters(), before, truth.gradients, strict=True):
+            assert reference.error(p, old - 0.1 * g) < 1e-9
+
+    def test_a_scaler_that_is_switched_off(self):
+        model, optimizer, losses, truth, _ = self.prepared()
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        scaler.scale(losses.mean()).backward()
+        scaler.step(optimizer, losses=losses)
+        agree(optimizer, model, truth)
+
+    def test_a_gradient_that_was_cleared(self):
+        model, optimizer, losses, truth, _ = self.prepared()
+        losses.mean().backward()
+        optimizer.inner.zero_grad()
+        optimizer.step(losses=losses)
+        agree(optimizer, model, truth)
+
+    @pytest.mark.parametrize("what", ["term", "norm", "value", "parameter"])
+    def test_anything_else_is_refused(self, what):
+        model, optimizer, losses, _, before = self.prepared()
+        first = next(model.parameters())
+        losses.mean().backward()
+        if what == "term":
+            first.grad += 2 * first.detach()
+        elif what == "norm":
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        elif what == "value":
+            nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        else:
+            first.grad.mul_(2)
+        with pytest.raises(RuntimeError, match=r"p\.grad is .* the mean of p\.grad_sample"):
+            optimizer.step(losses=losses)
+        assert all(map(torch.equal, before, model.parameters()))
+
+    def test_rows_that_lack_a_use_outside_the_layer_are_refused(self):
+        class Twice(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return F.linear(self.layer(x), self.layer.weight)
+
+        model = Twice().double()
+        GradSampleHooks(model)
+        optimizer = optimizer_over(model)
+        losses = losses_of(model, *batch())
+        losses.mean().backward()
+        with pytest.raises(RuntimeError, match="used outside their layers"):
+            optimizer.step(losses=losses)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_rounding_is_no_difference(self, dtype):
+        model = wrap_model(mlp().to(dtype), grad_sample_mode="hooks")
+        optimizer = optimizer_over(model)
+        for size in (1, 2, B, 64):
+            x, y = batch(size)
+            optimizer.zero_grad()
+            losses = losses_of(model, x.to(dtype), y)
+            losses.mean().backward()
+            optimizer.step(losses=losses)
+        assert optimizer.steps == 4
+
+    def test_gradients_that_cancel_are_no_difference(self):
+        """At the end of a training the mean is rounding, and its factor could be anything."""
+        model = wrap_model(nn.Linear(1, 1, bias=False), grad_sample_mode="hooks")
+        optimizer = optimizer_over(model)
+        losses = (model(torch.tensor([[1.0], [-1.0 - 1e-7]])) * 1e3).squeeze(1)
+        losses.mean().backward()
+        rows = [p.grad_sample.clone() for p in model.parameters()]
+        next(model.parameters()).grad.mul_(1.5)  # which is 1e-7 of the rows
+        optimizer.step(losses=losses)
+        weighted = torch.tensordot(optimizer.last_step.weights, rows[0], dims=1)
+        assert reference.error(next(model.parameters()).grad, weighted) < 1e-6
+
+
+def test_what_cannot_be_seen_is_said_once(caplog):
+    model = wrap_model(mlp(), grad_sample_mode="hooks")
+    optimizer = optimizer_over(model)
+    with caplog.at_level(logging.INFO, "irw_optim"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses = losses_of(model, *batch())
+            losses.mean().backward()
+            optimizer.step(losses=losses)
+    assert len([m for m in caplog.messages if "does not mix the samples" in m]) == 1
 
 
 class TestBadInput:

@@ -16,9 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from irw_optim.attachments import Attachment, Removable
+from irw_optim.copies import Renewed
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.weigher import OverRanks
 from irw_optim.optimizer.backward import weighted_loss
+from irw_optim.optimizer.options import Options
 from irw_optim.weighting.local_scheme import Scheme
 from irw_optim.weighting.record import StepRecord
 
@@ -36,7 +39,16 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-class Replicas:
+class CallerNoted(Attachment):
+    """Notes which DDP calls a model."""
+
+    def put_on(self, module: nn.Module) -> Iterable[Removable]:
+        """Attach, and yield what removes it."""
+        if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+            yield module.register_forward_pre_hook(_note_caller)
+
+
+class Replicas(Renewed):
     """What an optimizer knows of the processes that its model trains in.
 
     Args:
@@ -45,11 +57,18 @@ class Replicas:
         options: what has to be equal in all processes.
     """
 
-    def __init__(self, model: nn.Module | None, worst_off: str, options: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module | None, worst_off: str, options: Options) -> None:
         self.model = model
         self.worst_off = worst_off
         self.options = options
-        self.handle = model.register_forward_pre_hook(_note_caller) if model is not None else None
+        self.begin()
+
+    PASSING = ("watch", "ranks", "synced")
+
+    def begin(self) -> None:
+        """Watch the model, unless it is still being copied: `find` does so then."""
+        whole = self.model is not None and "_modules" in vars(self.model)
+        self.watch = CallerNoted.on(self.model) if whole else None  # type: ignore[arg-type]
         self.ranks: Ranks | None = None
         self.synced = True
 
@@ -61,6 +80,8 @@ class Replicas:
         """
         if self.model is None or not several_processes():
             return None
+        if self.watch is None:
+            self.begin()
         around = _AROUND.get(self.model)
         found = around() if around is not None else None
         if found is None or dist.get_world_size(found.process_group) == 1:
@@ -102,7 +123,7 @@ class Replicas:
         if self.worst_off == "local":
             return None
         if self.ranks is None or self.ranks.group is not replica.process_group:
-            self.ranks = Ranks(replica.process_group, self.options)
+            self.ranks = Ranks(replica.process_group, self.options.described())
         return OverRanks(scheme, note, self.ranks, layout, most_passes)
 
     finish = staticmethod(weighted_loss)
@@ -128,12 +149,7 @@ class Replicas:
 
     def release(self) -> None:
         """Watch the model no longer."""
-        if self.handle is not None:
-            self.handle.remove()
-        self.model = self.handle = self.ranks = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "ranks": None}
+        self.model = self.watch = self.ranks = None
 
 
 def replica_in(model: nn.Module) -> DistributedDataParallel | None:

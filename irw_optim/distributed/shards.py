@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.layerwise import OverShards
 from irw_optim.distributed.ranks import Ranks
@@ -21,11 +22,12 @@ from irw_optim.distributed.sharding import groups_of, is_sharded
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.optimizer.backward import Weigh
 from irw_optim.optimizer.carried_loss import OneProcess, Weigher
+from irw_optim.optimizer.options import Options
 from irw_optim.weighting.local_scheme import Scheme
 from irw_optim.weighting.record import StepRecord
 
 
-class Shards:
+class Shards(Renewed):
     """What an optimizer knows of a model under `fully_shard`.
 
     Args:
@@ -34,10 +36,16 @@ class Shards:
         options: what has to be equal in all processes.
     """
 
-    def __init__(self, model: nn.Module, worst_off: str, options: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, worst_off: str, options: Options) -> None:
         self.model: nn.Module | None = model
         self.worst_off = worst_off
         self.options = options
+        self.begin()
+
+    PASSING = ("_ranks",)
+
+    def begin(self) -> None:
+        """Know the process group when it is asked for."""
         self._ranks: Ranks | None = None
 
     @property
@@ -46,7 +54,7 @@ class Shards:
         if self._ranks is None:
             assert self.model is not None, "released"
             shard: Any = next(iter(groups_of(self.model)[0]))
-            self._ranks = Ranks(shard.device_mesh.get_group(), self.options)
+            self._ranks = Ranks(shard.device_mesh.get_group(), self.options.described())
         return self._ranks
 
     def columns(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -101,13 +109,8 @@ class Shards:
         """Know the model no longer."""
         self.model = self._ranks = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_ranks": None}
 
-
-def processes_of(
-    model: nn.Module | None, worst_off: str, options: dict[str, Any]
-) -> Replicas | Shards:
+def processes_of(model: nn.Module | None, worst_off: str, options: Options) -> Replicas | Shards:
     """Who knows of the processes that the model trains in."""
     if model is not None and is_sharded(model):
         return Shards(model, worst_off, options)

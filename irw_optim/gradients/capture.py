@@ -7,6 +7,7 @@ is no list to reset, and two forwards before one backward, or a forward without 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from threading import local
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
+from irw_optim.attachments import Attachment, Removable
 from irw_optim.gradients.function_rules import CALLS, rule_of_function
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
 from irw_optim.gradients.rules import call_of, rule_of
@@ -60,20 +61,41 @@ class Graph(NamedTuple):
             _notes(site.edge.node).pop(CALLS, None)
 
 
-def hook_layers(model: nn.Module) -> list[RemovableHandle]:
-    """Attach the recording hooks in place; remove them with the handles returned."""
-    handles = []
-    for module in model.modules():
-        if rule_of(module) is not None:
-            handles.append(
-                module.register_forward_hook(_record_layer, with_kwargs=True, prepend=True)
-            )
-        elif module._parameters:
-            handles.append(module.register_forward_pre_hook(_enter_functions))
-            handles.append(
-                module.register_forward_hook(_leave_functions, always_call=True, prepend=True)
-            )
-    return handles
+def hook_layers(model: nn.Module) -> list[Attachment]:
+    """Attach the recording hooks in place, for as long as somebody holds what is returned.
+
+    Scripted modules take no hooks: their parameters are left to autograd.
+    """
+    attached: list[Attachment] = []
+    try:
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            if rule_of(module) is not None:
+                attached.append(LayerHook.on(module))
+            elif module._parameters:
+                attached.append(FunctionHooks.on(module))
+    except BaseException:
+        attached.clear()  # the traceback would hold them
+        raise
+    return attached
+
+
+class LayerHook(Attachment):
+    """Notes the calls of a layer that has a rule."""
+
+    def put_on(self, module: nn.Module) -> Iterable[Removable]:
+        """Attach, and yield what removes it."""
+        yield module.register_forward_hook(_record_layer, with_kwargs=True, prepend=True)
+
+
+class FunctionHooks(Attachment):
+    """Notes the functions that a module calls with parameters of its own."""
+
+    def put_on(self, module: nn.Module) -> Iterable[Removable]:
+        """Attach, and yield what removes it."""
+        yield module.register_forward_pre_hook(_enter_functions)
+        yield module.register_forward_hook(_leave_functions, always_call=True, prepend=True)
 
 
 def walk(losses: Tensor) -> Graph:
@@ -197,17 +219,18 @@ class _Recorders(local):
     """The recorders of the modules that run right now in this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, _FunctionRecorder]] = []
+        self.stack: list[tuple[nn.Module, _FunctionRecorder, FunctionHooks]] = []
 
 
 _recorders = _Recorders()
 
 
 def _enter_functions(module: nn.Module, args: Any) -> None:
-    if torch.is_grad_enabled():
+    hooks = FunctionHooks.found_on(module) if torch.is_grad_enabled() else None
+    if hooks is not None:  # and held until the module is left, so that they come in pairs
         recorder = _FunctionRecorder(module)
         recorder.__enter__()  # type: ignore[no-untyped-call]
-        _recorders.stack.append((module, recorder))
+        _recorders.stack.append((module, recorder, hooks))
 
 
 def _leave_functions(module: nn.Module, args: Any, output: Any) -> None:

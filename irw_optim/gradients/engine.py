@@ -16,8 +16,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from irw_optim.gradients.capture import Graph, hook_layers, walk
+from irw_optim.attachments import Attachment
+from irw_optim.copies import Renewed
+from irw_optim.gradients.capture import Graph, walk
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
+from irw_optim.gradients.hooks import hooks_of
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch
@@ -36,7 +39,7 @@ MANY_LOSSES = 8
 ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
 
 
-class Engine:
+class Engine(Renewed):
     """Hooks on a model, and what is known of how its gradients can be had.
 
     Args:
@@ -44,18 +47,16 @@ class Engine:
         kind: ``"auto"``, ``"ghost"`` (raises where it does not cover) or ``"autodiff"``.
     """
 
+    PASSING = ("hooks", "known", "batches", "coverings", "trust", "told", "uses", "random")
+
     def __init__(self, model: nn.Module | None, kind: str = "auto") -> None:
         self.model = model
         self.kind = kind
-        use_hooks = model is not None and kind != "autodiff"
-        self.handles = hook_layers(model) if use_hooks else []  # type: ignore[arg-type]
-        # Opacus' hooks make rows that nobody reads here, and trip over passes within a pass.
-        self._silenced = bool(getattr(model, "hooks_enabled", False))
-        if self._silenced:
-            model.disable_hooks()  # type: ignore[operator, union-attr]
-        self._forget()
+        self.begin()
 
-    def _forget(self) -> None:
+    def begin(self) -> None:
+        """Hook the model, and know nothing of it yet."""
+        self.hooks: list[Attachment] | None = hooks_of(self.model, self.kind)
         self.known: dict[str, bool] = {}
         self.batches: dict[Hashable, Batch] = {}
         self.coverings: dict[Hashable, Covering] = {}
@@ -73,6 +74,8 @@ class Engine:
             losses: (B,), with their graph.
             owns: which leaves are the model's; None for all. The others' gradient is the plain one.
         """
+        if self.hooks is None:
+            self.begin()
         graph = walk(losses)
         refuse_reentrant_checkpoints(graph.order)
         batch = LossGradients(self, losses, graph, owns)
@@ -168,20 +171,7 @@ class Engine:
         return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
 
     def remove_hooks(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        if self._silenced:
-            self.model.enable_hooks()  # type: ignore[operator, union-attr]
-            self._silenced = False
-
-    def __getstate__(self) -> dict[str, object]:
-        """A copy goes with the model's, hooks included; what is known is of the old model."""
-        return {"model": self.model, "kind": self.kind, "handles": self.handles}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self.hooks = []
 
     def _report(self, covering: Covering, own: Sequence[Tensor]) -> None:
         rest = [p for p in own if p not in covering.covered and p not in covering.trust.lost]

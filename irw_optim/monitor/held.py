@@ -32,6 +32,13 @@ class HeldSince:
             self._resumed = None
         return step - self.step
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows the weights of its own scheme as a checkpoint does, by what is in them."""
+        return self.state()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.load(state)
+
     def state(self) -> dict[str, Any]:
         """The step since which the weights are held, and which weights."""
         record = None if self._known is None else self._known()

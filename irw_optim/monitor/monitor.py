@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod, finalize
 
 from torch.optim import Optimizer
 
 from irw_optim.arguments import as_whole
+from irw_optim.attachments import Removable, remove_all
 from irw_optim.metrics._inputs import GroupsLike
 from irw_optim.monitor.course import Course
 from irw_optim.monitor.export import Logger, as_frame, check_logger, send, write_csv
@@ -88,6 +91,8 @@ class IRWMonitor:
         self._loggers: list[Logger] = []
         self._passes: deque[GroupsLike] = deque(maxlen=self.optimizer.accumulation_steps)
         self._steps_before = self.optimizer.steps
+        self._handles: list[Removable] = []
+        finalize(self, remove_all, self._handles).atexit = False
         self._listen()
 
     # While training --------------------------------------------------------------------------
@@ -134,11 +139,11 @@ class IRWMonitor:
         for row in self._history.rows:
             send(row, logger)
         self._loggers.append(logger)
+        self._listen(forgotten=False)
 
     def detach(self) -> None:
         """Listen no longer; the rows stay."""
-        for handle in self._handles:
-            handle.remove()
+        remove_all(self._handles)
         self._loggers.clear()
         self._passes.clear()
 
@@ -216,14 +221,20 @@ class IRWMonitor:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._passes = deque(maxlen=self.optimizer.accumulation_steps)
+        finalize(self, remove_all, self._handles).atexit = False
         self._listen()
 
     # Listening -------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
+    def _listen(self, *, forgotten: bool = True) -> None:
+        """Hear of the steps; a monitor without a logger may be forgotten, and ends with that."""
+        before, after = self._before_step, self._after_step
+        if forgotten:
+            before, after = _weakly(before), _weakly(after)
+        remove_all(self._handles)
+        self._handles += [
+            self.optimizer.register_step_pre_hook(before),
+            self.optimizer.register_step_post_hook(after),
         ]
 
     def _before_step(self, *_: object) -> None:
@@ -242,6 +253,17 @@ class IRWMonitor:
                 self._history.add(row)
                 for logger in self._loggers:
                     send(row, logger)
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    known = WeakMethod(method)
+
+    def call(*args: object) -> None:
+        alive = known()
+        if alive is not None:
+            alive(*args)
+
+    return call
 
 
 def _irw_optimizer(optimizer: Any) -> IRWOptimizer:

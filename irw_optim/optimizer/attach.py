@@ -6,56 +6,97 @@ returns carries the weighted gradient instead of the averaged one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any
-from weakref import WeakMethod
+from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod, finalize, ref
 
 import torch
 from torch import Tensor, nn
 
+from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
+from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
+
+if TYPE_CHECKING:
+    from irw_optim.optimizer.weighted_backward import WeightedBackward
+
+logger = logging.getLogger("irw_optim")
 
 Listener = Callable[[PerSampleLosses], Tensor]
 
 
-def check_unattached(criterion: nn.Module) -> None:
-    """Refuse a criterion that is attached to an optimizer that lives."""
-    earlier = criterion.__dict__.get("forward")
-    if isinstance(earlier, AttachedForward) and earlier.listener() is not None:
+def check_unattached(criterion: nn.Module, model: nn.Module | None = None) -> None:
+    """Refuse a criterion that is attached to an optimizer that lives.
+
+    Args:
+        criterion: to be attached.
+        model: what it is to be attached for; an older optimizer of the same yields.
+    """
+    known = isinstance(criterion, nn.Module)  # what else there is is refused elsewhere
+    earlier = AttachedCriterion.found_on(criterion) if known else None
+    if earlier is None or earlier.listener() is None:
+        return
+    if model is None or not earlier.yields or earlier.model() is not model:
         raise ValueError(
             f"criterion={type(criterion).__name__}() is attached to another IRWOptimizer "
             "already: call detach() on that one first, or give each its own criterion"
         )
 
 
-class AttachedForward:
-    """Stands in for ``criterion.forward``.
-
-    Copies and pickles of the criterion get its own ``forward`` back: they belong to nobody.
+class AttachedCriterion(Attachment):
+    """Lets a criterion tell its per-sample losses, for as long as somebody holds this.
 
     Args:
         criterion: attached in place.
         model: asked whether it trains; in eval mode and under no_grad the criterion is untouched.
         listener: method that turns per-sample losses into the scalar to return; held weakly.
+        yields: whether a newer one for the same model gets the criterion, as where a notebook's
+            cell runs twice.
     """
 
-    def __init__(self, criterion: nn.Module, model: nn.Module, listener: Listener) -> None:
+    def __init__(
+        self, criterion: nn.Module, model: nn.Module, listener: Listener, *, yields: bool = False
+    ) -> None:
         validate_criterion(criterion)
-        check_unattached(criterion)
-        earlier = criterion.__dict__.get("forward")
-        if isinstance(earlier, AttachedForward):
-            earlier.detach()
+        check_unattached(criterion, model if yields else None)
+        self.yields = yields
+        self.criterion = criterion
+        self.model = ref(model)
+        self.listener: WeakMethod[Listener] = WeakMethod(listener)
+        earlier = AttachedCriterion.found_on(criterion)
+        if earlier is not None:
+            if earlier.listener() is not None:
+                logger.info(
+                    "%s() goes over to the newer of two optimizers on this model",
+                    type(criterion).__name__,
+                )
+            earlier.remove()
+        super().__init__(criterion)
+
+    def put_on(self, module: nn.Module) -> Iterable[Removable]:
+        """Attach, and yield what removes it."""
+        yield replace_on(module, "forward", _Forward(module, self.model, self.listener))
+
+
+class _Forward(Replacement):
+    """Stands in for ``criterion.forward``."""
+
+    def __init__(
+        self,
+        criterion: nn.Module,
+        model: ref[nn.Module],
+        listener: WeakMethod[Listener],
+    ) -> None:
         self.criterion = criterion
         self.model = model
-        self.listener: WeakMethod[Listener] = WeakMethod(listener)
-        self.previous = criterion.__dict__.get("forward")
-        criterion.forward = self
+        self.listener = listener
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The listener's scalar while the model trains, else what the criterion returns."""
-        listener = self.listener()
-        training = torch.is_grad_enabled() and self.model.training
+        listener, model = self.listener(), self.model()
+        training = torch.is_grad_enabled() and model is not None and model.training
         # per_sample_losses switches the reduction off and comes by here again.
         unreduced = getattr(self.criterion, "reduction", None) == "none"
         if listener is None or not training or unreduced:
@@ -67,20 +108,51 @@ class AttachedForward:
         """The forward that the criterion had before."""
         return self.previous or MethodType(type(self.criterion).forward, self.criterion)
 
-    def detach(self) -> None:
-        """Leave the criterion as it was."""
-        if self.criterion.__dict__.get("forward") is self:
-            del self.criterion.__dict__["forward"]
-            if self.previous is not None:
-                self.criterion.__dict__["forward"] = self.previous
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copy = memo.get(id(self.criterion), self.criterion)
-        return MethodType(type(copy).forward, copy)
+class Hold(Renewed):
+    """What an optimizer has on its model and criterion: all of it goes when this does.
 
-    def __reduce__(self) -> Any:
-        return _own_forward, (self.criterion,)
+    Losses may live longer than the optimizer, and their graphs know its engine.
+
+    Args:
+        weighted: takes the criterion's losses.
+        criterion: to attach to the engine's model; None for none.
+    """
+
+    PASSING = ("attached",)
+
+    def __init__(self, weighted: WeightedBackward, criterion: nn.Module | None) -> None:
+        self.weighted = weighted
+        self.given = criterion
+        self.begin()
+
+    def begin(self) -> None:
+        """Attach the criterion."""
+        model = self.weighted.engine.model
+        self.attached: AttachedCriterion | None = None
+        if self.given is not None and model is not None:
+            self.attached = AttachedCriterion(self.given, model, self.weighted.loss, yields=True)
+        finalize(self, _release, ref(self.weighted)).atexit = False
+
+    @property
+    def criterion(self) -> nn.Module | None:
+        """The criterion, while it is attached."""
+        attached = self.attached
+        return attached.criterion if attached is not None and attached.remove.alive else None
+
+    def let_go(self) -> None:
+        """Leave model and criterion as they were."""
+        self.weighted.release()
+        if self.attached is not None:
+            self.attached.remove()
+        self.attached = self.given = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The criterion may have gone over to a newer optimizer."""
+        return {**super().__getstate__(), "given": self.criterion}
 
 
-def _own_forward(criterion: nn.Module) -> Any:
-    return MethodType(type(criterion).forward, criterion)
+def _release(weighted: ref[WeightedBackward]) -> None:
+    alive = weighted()
+    if alive is not None:
+        alive.release()

@@ -2,59 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irw_optim.arguments import as_flag, as_whole
 from irw_optim.criterion import validate_criterion
 from irw_optim.distributed.replicas import check_replicas_in
 from irw_optim.distributed.shard_checks import check_sharding
 from irw_optim.distributed.sharding import groups_of
-from irw_optim.gradients.engine import ENGINES
+from irw_optim.gradients.engine import ENGINES, Engine
 from irw_optim.optimizer.attach import check_unattached
+from irw_optim.optimizer.options import Options
 from irw_optim.privacy.errors import DPGuaranteeError
-from irw_optim.weighting.ranges import check_alpha, check_options
-
-WEIGHTINGS = ("irw", "cvar", "uniform")
-WORST_OFF = ("global", "local")
 
 
 def check_arguments(
-    optimizer: Any,
-    *,
-    alpha: object,
-    model: Any,
-    criterion: Any,
-    outliers: Any,
-    center: object,
-    class_balance: object,
-    mix: object,
-    warmup_steps: object,
-    engine: object,
-    weighting: Any,
-    score_parameters: object,
-    accumulation_steps: object,
-    worst_off: object,
+    optimizer: Any, *, model: Any, criterion: Any, engine: object, options: Options
 ) -> None:
-    """Check the arguments of `IRWOptimizer`, each by itself and with the others.
+    """Check the arguments of `IRWOptimizer` with each other; `Options` has checked its own.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
-        DPGuaranteeError: a differentially private optimizer inside.
+        NotImplementedError: a model spread over devices.
+        DPGuaranteeError: a differentially private optimizer.
     """
     check_inner(optimizer)
-    check_alpha(alpha)
-    check_options(center=center, mix=mix, warmup_steps=warmup_steps)
-    if as_flag(class_balance) is None:
-        raise TypeError(f"class_balance={class_balance!r}: expected True or False")
-    if outliers is not None and not callable(outliers):
-        raise TypeError(
-            f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter(), a callable "
-            "from the (B, B) Gram matrix to a bool mask (B,)"
-        )
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}")
     if engine == "grad_sample" and model is not None:
@@ -63,32 +37,9 @@ def check_arguments(
             "optimizer.step(losses=losses): expected neither model nor criterion with it, or "
             "engine='auto'"
         )
-    if isinstance(weighting, str) and weighting not in WEIGHTINGS:
+    if options.score_parameters is not None and model is None:
         raise ValueError(
-            f"weighting={weighting!r}: expected one of {', '.join(map(repr, WEIGHTINGS))}, or a "
-            "callable (losses, gradients, worst_off) -> scores"
-        )
-    if not isinstance(weighting, str) and not callable(weighting):
-        raise TypeError(f"weighting={weighting!r}: expected a name or a callable")
-    if center and weighting != "irw":
-        raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
-    if (passes := as_whole(accumulation_steps)) is None:
-        raise TypeError(
-            f"accumulation_steps={accumulation_steps!r}: expected a whole number of backward passes"
-        )
-    if passes < 1:
-        raise ValueError(
-            f"accumulation_steps={accumulation_steps!r}: expected 1 (weights inside each backward "
-            "pass) or the number of passes whose samples are weighed together"
-        )
-    if worst_off not in WORST_OFF:
-        raise ValueError(
-            f"worst_off={worst_off!r}: expected 'global' (of the batch of all processes) or "
-            "'local' (each process weighs its own batch)"
-        )
-    if score_parameters is not None and model is None:
-        raise ValueError(
-            f"score_parameters={score_parameters!r} is given without model: expected "
+            f"score_parameters={options.score_parameters!r} is given without model: expected "
             "IRWOptimizer(..., model=model), whose parameters these are"
         )
     if criterion is not None:
@@ -98,7 +49,7 @@ def check_arguments(
                 "IRWOptimizer(..., model=model, criterion=criterion)"
             )
         validate_criterion(criterion)
-        check_unattached(criterion)
+        check_unattached(criterion, model)
     check_model(model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     check_sharding(
@@ -106,8 +57,8 @@ def check_arguments(
         criterion,
         parameters,
         engine=engine,
-        weighting=weighting,
-        accumulation_steps=accumulation_steps,
+        weighting=options.weighting,
+        accumulation_steps=options.accumulation_steps,
     )
     check_parameters(parameters, model, criterion)
 
@@ -119,7 +70,7 @@ def check_inner(optimizer: Any) -> None:
             f"optimizer={optimizer!r}: expected a torch optimizer such as "
             "torch.optim.SGD(model.parameters(), lr=0.1)"
         )
-    for inner in _optimizers_inside(optimizer):
+    for inner in optimizers_inside(optimizer):
         kinds = {kind.__name__ for kind in type(inner).__mro__}
         if "DPOptimizer" in kinds:
             raise DPGuaranteeError(
@@ -149,7 +100,7 @@ _OPTIMIZER = ("param_groups", "state", "step", "zero_grad", "add_param_group", "
 _PREPARED = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}
 
 
-def _optimizers_inside(optimizer: Any) -> list[Any]:
+def optimizers_inside(optimizer: Any) -> list[Any]:
     """The optimizer, and those it wraps under whatever attribute names."""
     found = [optimizer]
     for outer in found:
@@ -185,9 +136,11 @@ _SHARDED = {"FullyShardedDataParallel", "DeepSpeedEngine", "PipelineModule"}
 
 
 def check_parameters(
-    parameters: Iterable[Tensor], model: nn.Module | None, criterion: nn.Module | None
+    parameters: Sequence[Tensor], model: nn.Module | None, criterion: nn.Module | None
 ) -> None:
     """Refuse parameters that are neither the model's nor the criterion's."""
+    trained = [] if model is None else [p for p in model.parameters() if p.requires_grad]
+    check_devices([*parameters, *trained])
     if model is None:
         return
     shards = [shard for group in groups_of(model) for shard in group]  # a forward hides some
@@ -203,14 +156,29 @@ def check_parameters(
         )
 
 
+def check_devices(parameters: Iterable[Tensor]) -> None:
+    """Refuse parameters on several devices."""
+    devices = sorted({str(p.device) for p in parameters})
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"the parameters are on several devices ({', '.join(devices)}): the score of a sample "
+            "is a product with all of them; put the model on one, model.to(device), before the "
+            "optimizer is made, or freeze what stays elsewhere and leave it out of the optimizer"
+        )
+
+
 def check_group(
-    param_group: dict[str, Any], model: nn.Module | None, criterion: nn.Module | None
+    param_group: dict[str, Any],
+    others: list[Tensor],
+    model: nn.Module | None,
+    criterion: nn.Module | None,
 ) -> dict[str, Any]:
-    """Refuse a group with foreign parameters; the group, with its parameters in a list."""
+    """Refuse a group that does not belong to the others; it, with its parameters in a list."""
     given = param_group["params"]
     parameters = [given] if isinstance(given, Tensor) else list(given)
     tensors = [p[1] if isinstance(p, tuple) else p for p in parameters]
     check_parameters(tensors, model, criterion)
+    check_devices([*others, *tensors])
     return {**param_group, "params": parameters}
 
 
@@ -221,6 +189,26 @@ def check_not_private(parameters: Iterable[Tensor]) -> None:
             "the parameters carry Opacus' summed_grad: an IRWOptimizer inside make_private "
             "would step on gradients without noise; use irw_optim.privacy.IRWPrivacyEngine()"
             ".make_private(..., irw=IRWDPConfig()) with the plain optimizer"
+        )
+
+
+def check_backward(engine: Engine) -> None:
+    """Refuse ways 1 and 2 to an optimizer that was made for way 3."""
+    if engine.kind == "grad_sample":
+        raise ValueError(
+            "engine='grad_sample' reads what Opacus left in p.grad_sample: expected "
+            "losses.mean().backward() and optimizer.step(losses=losses); or leave engine out for "
+            "optimizer.backward(losses)"
+        )
+
+
+def check_reads_rows(engine: Engine) -> None:
+    """Refuse way 3 to an optimizer that was told to make the rows itself."""
+    if engine.kind in ("ghost", "autodiff"):
+        raise ValueError(
+            f"engine={engine.kind!r} is for gradients made here, and step(losses=losses) reads "
+            "those that Opacus left in p.grad_sample: expected optimizer.backward(losses) and "
+            "step(), or engine='grad_sample'"
         )
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable
 
+import torch
 from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.distributed.replicas import several_processes
 from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.weighting.ranges import check_losses
 from irw_optim.weighting.record import StepRecord
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
+_TOLERANCE_OF_HALF = 5e-2
+"""Of the root mean square of the rows' norms; above what products in TF32 and in half lose."""
 
 
 def weigh_grad_samples(
@@ -30,7 +37,8 @@ def weigh_grad_samples(
         decide: the weights, from the losses and the rows.
 
     Raises:
-        RuntimeError: a parameter without a ``grad_sample``, or with those of several passes.
+        RuntimeError: a parameter without a ``grad_sample``, or with those of several passes, or
+            rows of which ``p.grad`` is neither the mean nor the sum.
         TypeError, ValueError: losses that are no vector, or not of this batch.
     """
     check_losses(losses)
@@ -40,9 +48,60 @@ def weigh_grad_samples(
             f"losses has {len(losses)} samples but p.grad_sample has {rows.batch_size}: "
             "expected the losses of the batch that was backpropagated last"
         )
+    if not several_processes():  # whose gradients are averaged, and the rows not
+        check_rows(rows.rows)
     batch = PerSampleLosses(losses.detach(), losses.detach().mean(), 1.0, labels)
     record = decide(
         batch, MaterializedGradients({p: g for p, g in rows.rows.items() if p in scored})
     )
     for parameter, gradient in rows.combine(record.weights).items():
         parameter.grad = gradient.to(parameter.dtype)
+
+
+def check_rows(rows: dict[Tensor, Tensor]) -> None:
+    """Refuse rows that are not those of the gradient at hand, which knows more than they do.
+
+    Args:
+        rows: (B, *p.shape) by parameter; a gradient that was cleared says nothing about them.
+
+    Raises:
+        RuntimeError: ``p.grad`` was scaled or clipped since backward, or has parts of which the
+            layers' hooks did not hear.
+    """
+    size = len(next(iter(rows.values()))) if rows else 0
+    if not size:
+        return
+    product = grads = means = squares = 0.0
+    for parameter, row in rows.items():
+        mean = row.float().mean(0) if row.element_size() < 4 else row.mean(0)
+        squares += float(row.flatten(1).norm(dim=1).double().square().mean())
+        means += float(mean.norm()) ** 2
+        if parameter.grad is not None:
+            gradient = parameter.grad.to_dense().to(mean)
+            grads += float(gradient.norm()) ** 2
+            product += float((gradient * mean).sum())
+    if not (grads and means and math.isfinite(grads + means + squares)):
+        return
+    factor = product / means
+    tolerance = max(_TOLERANCE.get(row.dtype, _TOLERANCE_OF_HALF) for row in rows.values())
+    unit = tolerance * (squares / means) ** 0.5 * abs(factor)
+    off = max(0.0, grads / means - factor**2) ** 0.5
+    if off > unit:
+        raise RuntimeError(
+            f"p.grad is not the mean of p.grad_sample: it differs by {off / abs(factor):.2g} of "
+            "it. Opacus' rows have no part of other terms of the loss, nor of parameters that are "
+            f"used outside their layers: {_INSTEAD}"
+        )
+    if min(abs(factor - 1), abs(factor - size)) > unit:
+        raise RuntimeError(
+            f"p.grad is {factor:.3g} times the mean of p.grad_sample: a gradient scaler, or "
+            "clipping, has changed the one and not the other, of which the step is made: "
+            f"{_INSTEAD}, for which scaler.scale(losses) and clipping are what they always are"
+        )
+
+
+_INSTEAD = (
+    "expected losses.mean().backward(), and step(losses=losses) at once; or let IRWOptimizer make "
+    "the gradients, IRWOptimizer(..., model=model) with the plain model and "
+    "optimizer.backward(losses)"
+)

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irw_optim.arguments import plain
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.shards import processes_of
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
-from irw_optim.optimizer.attach import AttachedForward
-from irw_optim.optimizer.checks import check_arguments, check_group, check_not_private, check_trains
+from irw_optim.optimizer.attach import Hold
+from irw_optim.optimizer.attributes import Attributes
+from irw_optim.optimizer.checks import (
+    check_arguments,
+    check_backward,
+    check_group,
+    check_not_private,
+    check_reads_rows,
+    check_trains,
+)
 from irw_optim.optimizer.grad_sample_way import weigh_grad_samples
-from irw_optim.optimizer.options import described, report_differences
+from irw_optim.optimizer.options import Options, described, report_differences
+from irw_optim.optimizer.own_steps import closure_step, own_step
 from irw_optim.optimizer.weighted_backward import WeightedBackward
-from irw_optim.optimizer.wrapping import OptimizerWrapper, fires_own_hooks, one_of
+from irw_optim.optimizer.wrapping import OptimizerWrapper, fires_own_hooks
 from irw_optim.weighting import ScoreRule
-from irw_optim.weighting.local_scheme import LocalScheme, rule_named
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_losses
-from irw_optim.weighting.record import StepRecord
 
 logger = logging.getLogger("irw_optim")
 
 
-class IRWOptimizer(OptimizerWrapper):
+class IRWOptimizer(Attributes, OptimizerWrapper):
     """Wraps a torch optimizer so that it steps on sum_i w_i g_i instead of the average gradient.
 
     The weights favour the samples on which a step lowers the loss of the worst-off
@@ -118,58 +125,31 @@ class IRWOptimizer(OptimizerWrapper):
         accumulation_steps: int = 1,
         worst_off: str = "global",
     ) -> None:
-        options: dict[str, Any] = {
-            "alpha": alpha,
-            "outliers": outliers,
-            "center": center,
-            "class_balance": class_balance,
-            "mix": mix,
-            "warmup_steps": warmup_steps,
-            "score_parameters": score_parameters,
-            "weighting": weighting,
-            "accumulation_steps": accumulation_steps,
-            "worst_off": worst_off,
-        }
-        options = {name: plain(value) for name, value in options.items()}
-        check_arguments(optimizer, model=model, criterion=criterion, engine=engine, **options)
+        options = Options(
+            alpha,
+            outliers,
+            center,
+            class_balance,
+            mix,
+            warmup_steps,
+            described(score_parameters),
+            weighting,
+            accumulation_steps,
+            worst_off,
+        )
+        check_arguments(optimizer, model=model, criterion=criterion, engine=engine, options=options)
         chosen = None
         if model is not None and score_parameters is not None:
             chosen = select_parameters(model, score_parameters)
-        super().__init__(optimizer)
-        self._options = {name: described(value) for name, value in options.items()}
-        rule = rule_named(weighting, options["center"])
-        self._weighted = WeightedBackward(
-            optimizer,
-            Engine(model, engine),
-            LocalScheme(options["alpha"], rule, outliers, options["class_balance"], options["mix"]),
-            chosen,
-            options["warmup_steps"],
-            options["accumulation_steps"],
-            processes_of(model, worst_off, self._options),
-        )
-        self._attached: AttachedForward | None = None
-        self._attach(model, criterion)
-
-    scheme = one_of("_weighted", "scheme")
-    engine = one_of("_weighted", "engine")
-    replicas = one_of("_weighted", "replicas")
-    warmup_steps = one_of("_weighted", "warmup_steps")
-    accumulation_steps = one_of("_weighted", "accumulation_steps")
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps on a weighted gradient; those that a scaler skipped do not count."""
-        return self._weighted.progress.steps
-
-    @property
-    def last_step(self) -> StepRecord | None:
-        """What the newest backward pass decided; None before the first."""
-        return self._weighted.progress.last
-
-    @property
-    def criterion(self) -> nn.Module | None:
-        """The criterion that is attached, if one is."""
-        return None if self._attached is None else self._attached.criterion
+        with ExitStack() as undo:
+            hooked = Engine(model, engine)
+            undo.callback(hooked.remove_hooks)
+            replicas = processes_of(model, worst_off, options)
+            undo.callback(replicas.release)
+            self._weighted = WeightedBackward(optimizer, hooked, options, chosen, replicas)
+            super().__init__(optimizer)
+            self._hold = Hold(self._weighted, criterion)
+            undo.pop_all()
 
     # What a torch optimizer does, and we do more -----------------------------------------------
 
@@ -179,7 +159,9 @@ class IRWOptimizer(OptimizerWrapper):
         Raises:
             ValueError: parameters that are not the model's; nothing has changed then.
         """
-        group = check_group(param_group, self.engine.model, self.criterion)
+        group = check_group(
+            param_group, self._weighted.parameters, self.engine.model, self.criterion
+        )
         super().add_param_group(group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -192,7 +174,7 @@ class IRWOptimizer(OptimizerWrapper):
 
     def own_state(self) -> dict[str, Any]:
         """Under ``"irw"`` in the state dict: the steps taken, and the options for comparison."""
-        return {"steps": self.steps, **self._options}
+        return {"steps": self.steps, **self._options.described()}
 
     def load_own_state(self, own: dict[str, Any] | None) -> None:
         """Go on from the steps of a checkpoint; options that differ are logged, and stay as now."""
@@ -204,7 +186,7 @@ class IRWOptimizer(OptimizerWrapper):
             )
             return
         self._weighted.progress.steps = own["steps"]
-        report_differences(own, self._options)
+        report_differences(own, self._options.described())
 
     # The three ways in -----------------------------------------------------------------------
 
@@ -224,6 +206,7 @@ class IRWOptimizer(OptimizerWrapper):
         """
         check_losses(losses)
         check_trains(losses)
+        check_backward(self.engine)
         value = losses.detach().mean()
         self._weighted.loss(PerSampleLosses(losses, value, 1.0, labels)).backward()
         return value
@@ -251,16 +234,24 @@ class IRWOptimizer(OptimizerWrapper):
             FloatingPointError: a loss or a score is not finite; parameters are as they were.
             DPGuaranteeError: the parameters belong to a differentially private optimizer.
         """
-        check_not_private(self._weighted.parameters)
+        weighted = self._weighted
+        check_not_private(weighted.parameters)
         if losses is not None:
-            every, scored = self._weighted.parameters, self.scored_parameters()
-            weigh_grad_samples(every, scored, losses, labels, self._weighted.decide)
+            check_reads_rows(self.engine)
+            if self.last_step is None:
+                logger.info(
+                    "step(losses=losses) takes Opacus' rows as they are: only a forward that does "
+                    "not mix the samples of a batch has exact ones, and the losses do not show it; "
+                    "irw_optim.verify(model, ...) on the plain model does"
+                )
+            every, scored = weighted.parameters, self.scored_parameters()
+            weigh_grad_samples(every, scored, losses, labels, weighted.decide)
         if closure is None:
-            self._weighted.make_ready()
+            weighted.make_ready()
             result = self.inner.step()
         else:
-            result = self.inner.step(lambda: self._weighted.evaluated(closure))
-        self._weighted.step_taken()
+            result = closure_step(weighted, closure)
+        weighted.step_taken()
         return result
 
     def finish(self) -> None:
@@ -272,28 +263,12 @@ class IRWOptimizer(OptimizerWrapper):
 
     def detach(self) -> None:
         """Remove every hook: model and criterion are as they were before."""
-        self._weighted.release()
-        if self._attached is not None:
-            self._attached.detach()
-            self._attached = None
-
-    # How they meet ---------------------------------------------------------------------------
+        self._hold.let_go()
 
     def scored_parameters(self) -> set[Tensor]:
         """The parameters whose gradients make the scores."""
         return set(self._weighted.scored)
 
-    def _attach(self, model: nn.Module | None, criterion: nn.Module | None) -> None:
-        if model is not None and criterion is not None:
-            self._attached = AttachedForward(criterion, model, self._weighted.loss)
-
-    # (model, criterion, optimizer) copied together stay attached to each other: the hooks on the
-    # model come along with it, the criterion's forward does not.
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_attached": self.criterion}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        criterion = state["_attached"]
-        super().__setstate__({**state, "_attached": None})
-        self._attach(self.engine.model, criterion)
+    def around(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Steps under other names, as SAM's, are checked and counted as `step` is."""
+        return own_step(self, self._weighted, name, method)

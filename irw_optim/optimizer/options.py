@@ -1,12 +1,122 @@
-"""The options of an optimizer as a checkpoint holds them, so that two runs can be compared."""
+"""The options of an optimizer: kept here alone, for who acts on them and who writes them down."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from irw_optim.arguments import as_flag, as_whole, plain
+from irw_optim.weighting.local_scheme import LocalScheme, rule_named
+from irw_optim.weighting.outliers import OutlierFilter
+from irw_optim.weighting.ranges import check_alpha, check_options
+from irw_optim.weighting.weights import Alignment, Equality, Membership, ScoreRule
+
 logger = logging.getLogger("irw_optim")
+
+WEIGHTINGS = ("irw", "cvar", "uniform")
+WORST_OFF = ("global", "local")
+
+
+@dataclass
+class Options:
+    """What an `IRWOptimizer` was asked for; its arguments of the same names say more.
+
+    `score_parameters` is kept as a checkpoint describes it: what it chose is chosen.
+    """
+
+    alpha: float
+    outliers: OutlierFilter | None = None
+    center: float = 0.0
+    class_balance: bool = False
+    mix: float = 0.0
+    warmup_steps: int = 0
+    score_parameters: Any = None
+    weighting: str | ScoreRule = "irw"
+    accumulation_steps: int = 1
+    worst_off: str = "global"
+
+    def __post_init__(self) -> None:
+        check_each(self)
+        for field in fields(self):  # NumPy's numbers become Python's
+            setattr(self, field.name, plain(getattr(self, field.name)))
+        self.local = LocalScheme(
+            float(self.alpha),
+            rule_named(self.weighting, self.center),
+            self.outliers,
+            self.class_balance,
+            self.mix,
+        )
+
+    def change(self, **options: Any) -> None:
+        """Take new values, from the next backward pass on.
+
+        Raises:
+            TypeError, ValueError: impossible ones; nothing has changed then.
+        """
+        vars(self).update(vars(replace(self, **options)))
+
+    def take(self, scheme: LocalScheme) -> None:
+        """Take what a local scheme says."""
+        rule = scheme.rule
+        center = rule.center if isinstance(rule, Alignment) else 0.0
+        self.change(
+            alpha=scheme.alpha,
+            outliers=scheme.outliers,
+            center=center,
+            class_balance=scheme.class_balance,
+            mix=scheme.mix,
+            weighting=_NAMES.get(type(rule), rule),
+        )
+        self.local = scheme
+
+    def described(self) -> dict[str, Any]:
+        """As plain data, for checkpoints and for comparison between processes."""
+        return {field.name: described(getattr(self, field.name)) for field in fields(self)}
+
+
+_NAMES: dict[type, str] = {Alignment: "irw", Membership: "cvar", Equality: "uniform"}
+
+
+def check_each(options: Options) -> None:
+    """Check the options, each by itself and with the others.
+
+    Raises:
+        TypeError, ValueError: naming the option, its value and what is allowed.
+    """
+    outliers, weighting, center = options.outliers, options.weighting, options.center
+    check_alpha(options.alpha)
+    check_options(center=center, mix=options.mix, warmup_steps=options.warmup_steps)
+    if as_flag(options.class_balance) is None:
+        raise TypeError(f"class_balance={options.class_balance!r}: expected True or False")
+    if outliers is not None and not callable(outliers):
+        raise TypeError(
+            f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter(), a callable "
+            "from the (B, B) Gram matrix to a bool mask (B,)"
+        )
+    if isinstance(weighting, str) and weighting not in WEIGHTINGS:
+        raise ValueError(
+            f"weighting={weighting!r}: expected one of {', '.join(map(repr, WEIGHTINGS))}, or a "
+            "callable (losses, gradients, worst_off) -> scores"
+        )
+    if not isinstance(weighting, str) and not callable(weighting):
+        raise TypeError(f"weighting={weighting!r}: expected a name or a callable")
+    if center and weighting != "irw":
+        raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
+    steps, worst_off = options.accumulation_steps, options.worst_off
+    if (passes := as_whole(steps)) is None:
+        raise TypeError(f"accumulation_steps={steps!r}: expected a whole number of backward passes")
+    if passes < 1:
+        raise ValueError(
+            f"accumulation_steps={steps!r}: expected 1 (weights inside each backward "
+            "pass) or the number of passes whose samples are weighed together"
+        )
+    if worst_off not in WORST_OFF:
+        raise ValueError(
+            f"worst_off={worst_off!r}: expected 'global' (of the batch of all processes) or "
+            "'local' (each process weighs its own batch)"
+        )
 
 
 def described(value: Any) -> Any:

@@ -37,6 +37,17 @@ def as_one(passes: Sequence[Pass]) -> PerSampleLosses:
     )
 
 
+def some_of(batch: PerSampleLosses, rows: slice | Tensor) -> PerSampleLosses:
+    """Some samples of a batch, or all in another order; ``value`` and ``scale`` stay."""
+    counts = counts_of(batch)[rows]
+    return batch._replace(
+        losses=batch.losses[rows],
+        labels=None if batch.labels is None else batch.labels[rows],
+        counts=None if batch.counts is None else counts,
+        elements=float(counts.sum()),
+    )
+
+
 def elements_of(batch: PerSampleLosses) -> float:
     """How many elements the samples of a batch have together."""
     return float(len(batch.losses) if batch.elements is None else batch.elements)

@@ -6,22 +6,35 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from irw_optim.copies import Renewed
 from irw_optim.weighting.record import StepRecord
 
 
-class Progress:
+class Progress(Renewed):
     """Steps taken, and the records of the backward passes since the last one.
+
+    Gradients may be taken aside, cleared and written back changed, as gradient surgery does: after
+    a weighted backward pass, whatever is in ``p.grad`` counts as made of it.
 
     Attributes:
         steps: optimizer steps that were taken on a weighted gradient.
         last: the newest record.
-        pending: the records of what is in ``p.grad`` now.
+        pending: the records of what is in ``p.grad`` now; copies of parameters have no gradient.
+        passed: whether a weighted backward pass ran since the last step.
     """
+
+    PASSING = ("pending", "passed", "ready")
 
     def __init__(self) -> None:
         self.steps = 0
         self.last: StepRecord | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is in ``p.grad``."""
         self.pending: list[StepRecord] = []
+        self.passed = False
+        self.ready = False
 
     def note(self, record: StepRecord, parameters: Iterable[Tensor]) -> None:
         """Take the record of a backward pass, just before it adds to ``p.grad``."""
@@ -29,6 +42,7 @@ class Progress:
             self.pending.clear()  # zeroed by model.zero_grad(), and perhaps never stepped on
         self.pending.append(record)
         self.last = record
+        self.passed = True
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Raise unless ``p.grad`` is weighted and finite.
@@ -41,18 +55,7 @@ class Progress:
             FloatingPointError: a loss or a score is not finite.
         """
         if not self.pending:
-            expected = (
-                "expected criterion(model(x), y).backward() on the attached criterion with the "
-                "model in train mode, optimizer.backward(losses), or step(losses=losses) after "
-                "Opacus"
-            )
-            if all(p.grad is None for p in parameters):
-                raise RuntimeError(f"step() found no gradient: {expected}")
-            if any(map(_has_gradient, parameters)):
-                raise RuntimeError(
-                    f"step() found a gradient without weights: {expected}. For a plain step on "
-                    "purpose call optimizer.inner.step()"
-                )
+            self._check_unrecorded(parameters)
         for record in self.pending:
             if broken := record.broken_samples:
                 shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
@@ -61,14 +64,38 @@ class Progress:
                     f"indices {shown}): nothing was updated; look at optimizer.last_step.losses"
                 )
 
-    def __getstate__(self) -> dict[str, object]:
-        """Copies of parameters have no gradient, so there is no record of one."""
-        return {**vars(self), "pending": []}
+    def _check_unrecorded(self, parameters: Sequence[Tensor]) -> None:
+        """`check` for gradients that no backward pass has left here."""
+        expected = (
+            "expected criterion(model(x), y).backward() on the attached criterion with the model "
+            "in train mode, optimizer.backward(losses), or step(losses=losses) after Opacus"
+        )
+        if all(p.grad is None for p in parameters):
+            raise RuntimeError(f"step() found no gradient: {expected}")
+        self.ready = any(map(_has_gradient, parameters))
+        if not self.ready:
+            return
+        if not self.passed:
+            raise RuntimeError(
+                f"step() found a gradient without weights: {expected}. For a plain step on "
+                "purpose call optimizer.inner.step()"
+            )
+        broken = [p for p in parameters if p.grad is not None and not _is_finite(p.grad)]
+        if broken:
+            raise FloatingPointError(
+                f"the gradients written back to {len(broken)} parameters are not finite (the first "
+                f"has shape {tuple(broken[0].shape)}): nothing was updated"
+            )
+
+    def used(self) -> None:
+        """The gradient at hand has done its work: the next step needs a new one."""
+        self.pending.clear()
+        self.passed = self.ready = False
 
     def step_taken(self, skipped: bool = False) -> None:
         """Count the step, unless it was no step on a weighted gradient."""
-        self.steps += bool(self.pending) and not skipped
-        self.pending.clear()
+        self.steps += (bool(self.pending) or self.ready) and not skipped
+        self.used()
 
 
 def _has_gradient(parameter: Tensor) -> bool:
@@ -76,3 +103,8 @@ def _has_gradient(parameter: Tensor) -> bool:
     if gradient is None:
         return False
     return bool((gradient._values() if gradient.is_sparse else gradient).any())
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    values = gradient._values() if gradient.is_sparse else gradient
+    return bool(values.isfinite().all())

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.replicas import Replicas, several_processes
 from irw_optim.distributed.shards import Shards
@@ -15,49 +16,67 @@ from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.optimizer.accumulation import LogicalBatch
 from irw_optim.optimizer.carried_loss import OneProcess, Weigher, carried_loss
+from irw_optim.optimizer.options import Options
 from irw_optim.optimizer.other_terms import OtherTerms
 from irw_optim.optimizer.progress import Progress
 from irw_optim.weighting.local_scheme import Averaging, Scheme
 from irw_optim.weighting.record import StepRecord
 
 
-class WeightedBackward:
+class WeightedBackward(Renewed):
     """Takes the losses of every backward pass, and knows what was decided for them.
 
     Args:
         inner: whose parameters are updated.
         engine: gives the per-sample gradients.
-        scheme: decides the weights.
+        options: how.
         chosen: the parameters whose gradients make the scores; None for all.
-        warmup_steps: this many steps with plain averaging first.
-        accumulation_steps: backward passes that are weighed together.
         replicas: the processes that the model trains in.
 
     Attributes:
+        held: stands in for the options' scheme, where weights are held over many steps.
         progress: the steps taken, and the records since the last one.
     """
+
+    PASSING = ("logical", "other_terms", "_own")
 
     def __init__(
         self,
         inner: Optimizer,
         engine: Engine,
-        scheme: Scheme,
+        options: Options,
         chosen: set[Tensor] | None,
-        warmup_steps: int,
-        accumulation_steps: int,
         replicas: Replicas | Shards,
     ) -> None:
         self.inner = inner
         self.engine = engine
-        self.scheme = scheme
+        self.options = options
         self.chosen = chosen
-        self.warmup_steps = warmup_steps
-        self.accumulation_steps = accumulation_steps
         self.replicas = replicas
+        self.held: Scheme | None = None
         self.progress = Progress()
-        self.logical = LogicalBatch(accumulation_steps)
+        self.begin()
+
+    def begin(self) -> None:
+        """No pass waits for others."""
+        self.logical = LogicalBatch(self.accumulation_steps)
         self.other_terms = OtherTerms()
         self._own: set[Tensor] = set()
+
+    @property
+    def scheme(self) -> Scheme:
+        """Decides the weights."""
+        return self.options.local if self.held is None else self.held
+
+    @property
+    def warmup_steps(self) -> int:
+        """This many steps with plain averaging first."""
+        return self.options.warmup_steps
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Backward passes that are weighed together."""
+        return self.options.accumulation_steps
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -107,6 +126,10 @@ class WeightedBackward:
             self.replicas.check_reduced()
             self.logical.finish()
 
+    def has_gradient(self) -> bool:
+        """Whether there is a gradient at hand, or one to be decided."""
+        return bool(self.logical.members) or any(p.grad is not None for p in self.parameters)
+
     def make_ready(self) -> None:
         """Raise unless the gradient is one that the inner optimizer may use."""
         self.finish()
@@ -135,14 +158,6 @@ class WeightedBackward:
         self.engine = Engine(None)
         self.replicas.release()
         self.logical.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "logical": LogicalBatch(self.accumulation_steps),
-            "_own": set(),
-            "other_terms": OtherTerms(),
-        }
 
     def _owns(self, leaf: Tensor) -> bool:
         """Whether a leaf is a parameter of the model, or one that is updated."""

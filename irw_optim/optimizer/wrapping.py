@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import signature
+from inspect import ismethod, signature
 from typing import Any, TypeVar
 
 from torch.optim import Optimizer
+
+from irw_optim.copies import Renewed
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
@@ -50,7 +52,13 @@ def one_of(part: str, name: str) -> Any:
     )
 
 
-class OptimizerWrapper(Optimizer):
+_HOOKS = (
+    *("step_pre_hooks", "step_post_hooks", "state_dict_pre_hooks", "state_dict_post_hooks"),
+    *("load_state_dict_pre_hooks", "load_state_dict_post_hooks"),
+)
+
+
+class OptimizerWrapper(Renewed, Optimizer):
     """Behaves as the optimizer inside; a base class for one that adds something.
 
     What the inner optimizer has beyond torch's `Optimizer`, such as the ``train()`` and ``eval()``
@@ -74,7 +82,7 @@ class OptimizerWrapper(Optimizer):
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
-        super().__setstate__({})  # torch's hook tables, and nothing else of its constructor
+        self.begin()
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -94,7 +102,12 @@ class OptimizerWrapper(Optimizer):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "inner":  # the latter while a copy is being made
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.inner, name)
+        found = getattr(self.inner, name)
+        return self.around(name, found) if ismethod(found) else found
+
+    def around(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands for a method that only the inner optimizer has."""
+        return method
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self.inner!r}"
@@ -138,9 +151,10 @@ class OptimizerWrapper(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    # Copies ----------------------------------------------------------------------------------
+    # Copies are without hooks and without a scheduler's patch of ``step``, as torch's optimizers.
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without hooks and without a scheduler's patch of ``step``, as torch's optimizers."""
-        own = vars(self).items()
-        return {k: v for k, v in own if k != "step" and not k.startswith("_optimizer_")}
+    PASSING = ("step", *(f"_optimizer_{hooks}" for hooks in _HOOKS))
+
+    def begin(self) -> None:
+        """Take torch's hook tables, and nothing else of its constructor."""
+        Optimizer.__setstate__(self, {})

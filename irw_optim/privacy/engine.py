@@ -19,6 +19,7 @@ from .distributed import DistributedIRWDPOptimizer, every_draw
 from .ghost import GhostBatch
 from .optimizer import IRWDPOptimizer
 from .pending import check_criterion
+from .undo import undone_on_error
 
 __all__ = ["IRWPrivacyEngine"]
 
@@ -120,21 +121,42 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             data_loader, poisson_sampling=poisson_sampling, rand_on_empty=rand_on_empty
         )
         refusals.check_module(module, criterion)
+        refusals.check_parameters(optimizer, module)
+        refusals.check_loss_reduction(loss_reduction)
+        refusals.check_noise_generator(noise_generator, secure_mode=self.secure_mode)
         if criterion is not None:
             check_criterion(criterion, loss_reduction)
-        ghost = grad_sample_mode == "ghost"
+        touched = [self, *module.modules(), *module.parameters(), optimizer, data_loader]
+        with undone_on_error([*touched, criterion]):
+            return self._made_private(
+                module,
+                criterion,
+                loss_reduction=loss_reduction,
+                ghost=grad_sample_mode == "ghost",
+                optimizer=optimizer,
+                data_loader=data_loader,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=max_grad_norm,
+                batch_first=batch_first,
+                noise_generator=noise_generator,
+                grad_sample_mode=grad_sample_mode,
+                wrap_model=wrap_model,
+                irw=irw,
+            )
+
+    def _made_private(
+        self,
+        module: nn.Module,
+        criterion: nn.Module | None,
+        *,
+        loss_reduction: str,
+        ghost: bool,
+        **options: Any,
+    ) -> tuple[Any, IRWDPOptimizer, DataLoader[Any]]:
+        if ghost:
+            options |= {"grad_sample_mode": "no_op", "wrap_model": False}
         private_module, private_optimizer, private_loader = super().make_private(
-            module=module,
-            optimizer=optimizer,
-            data_loader=data_loader,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            batch_first=batch_first,
-            loss_reduction=loss_reduction,
-            noise_generator=noise_generator,
-            grad_sample_mode="no_op" if ghost else grad_sample_mode,
-            wrap_model=wrap_model and not ghost,
-            irw=irw,
+            module=module, loss_reduction=loss_reduction, **options
         )
         if ghost:
             private_optimizer.pending = GhostBatch(loss_reduction, module)

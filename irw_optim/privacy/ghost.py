@@ -40,8 +40,6 @@ class GhostBatch(PendingBatch):
     def __init__(self, loss_reduction: str, model: nn.Module) -> None:
         super().__init__(loss_reduction)
         self._engine = Engine(model, "auto")
-        # A model whose private optimizer is gone is a plain model again.
-        weakref.finalize(self, self._engine.remove_hooks).atexit = False
         self._rows: list[ClippableGradients | None] = []
 
     def unfollow(self) -> None:
@@ -117,7 +115,7 @@ class _Arrival:
     """What happens when the backward pass arrives at the losses: the plan of `deferred_loss`."""
 
     def __init__(self, pending: GhostBatch, losses: Tensor, captured: LossGradients | None) -> None:
-        self.pending = pending
+        self.pending = weakref.ref(pending)  # the loss may outlive the training
         self.losses = losses
         self.captured = captured
         self.done = False
@@ -127,14 +125,17 @@ class _Arrival:
         if self.done:
             raise DPGuaranteeError("this loss went backward already: one backward pass, one step")
         self.done = True
-        rows = None
-        if self.captured is not None:
+        pending, captured, rows = self.pending(), self.captured, None
+        self.captured = None
+        if pending is None:  # with its optimizer
+            return [None]
+        if captured is not None:
             try:
                 with without_autocast(upstream.device.type):
-                    rows = self.pending.rows_of(self.captured, upstream)
+                    rows = pending.rows_of(captured, upstream)
             finally:
-                self.captured.close()
-        self.pending.note(self.losses, rows)
+                captured.close()
+        pending.note(self.losses, rows)
         return [None]
 
 

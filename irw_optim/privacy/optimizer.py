@@ -103,6 +103,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         refusals.check_optimizer(optimizer)
         sigma, bound = refusals.check_noise_and_clipping(noise_multiplier, max_grad_norm)
         size = refusals.check_expected_batch_size(expected_batch_size)
+        refusals.check_loss_reduction(loss_reduction)
         super().__init__(
             optimizer,
             noise_multiplier=sigma,
@@ -133,10 +134,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """The noise of the single releases at the present `noise_multiplier`."""
         return noise_scales(self.noise_multiplier, self.irw)
 
-    @property
-    def accumulated_iterations(self) -> int:
-        """One Poisson batch a step, whatever its physical batches; read by accountants."""
-        return 1
+    accumulated_iterations = 1
+    """One Poisson batch a step, whatever its physical batches; read by accountants."""
 
     def step(self, closure: Any = None, *, losses: Tensor | None = None) -> float | None:
         """Clip, weigh, sum, and at the end of a logical batch add noise, account and step.

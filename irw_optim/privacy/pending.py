@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from irw_optim.criterion import PerSampleLosses, validate_criterion
-from irw_optim.optimizer.attach import AttachedForward
+from irw_optim.optimizer.attach import AttachedCriterion
 
 from .errors import DPGuaranteeError
 from .rows import ClippableGradients, GradSampleRows
@@ -62,7 +62,7 @@ class PendingBatch:
     def __init__(self, loss_reduction: str = "mean") -> None:
         self._backwarded: list[Tensor] = []
         self._reduction = loss_reduction
-        self._attached: AttachedForward | None = None
+        self._attached: AttachedCriterion | None = None
         self._spot_check: SpotCheck | None = None
 
     def follow(self, criterion: nn.Module, model: nn.Module, hooks: Any = None) -> None:
@@ -79,13 +79,13 @@ class PendingBatch:
         """
         if isinstance(earlier := follower_of(criterion), PendingBatch):
             earlier.unfollow()  # a new training with the same criterion
-        self._attached = AttachedForward(criterion, model, self._hand_out)
+        self._attached = AttachedCriterion(criterion, model, self._hand_out)
         self._spot_check = None if hooks is None else SpotCheck(hooks)
 
     def unfollow(self) -> None:
         """Leave the criterion as it was."""
         if self._attached is not None:
-            self._attached.detach()
+            self._attached.remove()
             self._attached = None
 
     def _hand_out(self, batch: PerSampleLosses) -> Tensor:
@@ -151,8 +151,8 @@ class PendingBatch:
 
 def follower_of(criterion: nn.Module) -> object | None:
     """Whoever is handed the losses of this criterion, if anybody still is."""
-    attached = criterion.__dict__.get("forward")
-    listener = attached.listener() if isinstance(attached, AttachedForward) else None
+    attached = AttachedCriterion.found_on(criterion)
+    listener = None if attached is None else attached.listener()
     return getattr(listener, "__self__", None)
 
 

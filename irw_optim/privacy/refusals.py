@@ -35,9 +35,12 @@ __all__ = [
     "check_expected_batch_size",
     "check_grad_sample_mode",
     "check_loader",
+    "check_loss_reduction",
     "check_module",
     "check_noise_and_clipping",
+    "check_noise_generator",
     "check_optimizer",
+    "check_parameters",
     "refuse_options",
     "refuse_spent_budget",
 ]
@@ -127,6 +130,36 @@ def check_expected_batch_size(expected_batch_size: object) -> float:
     return size
 
 
+def check_loss_reduction(loss_reduction: object) -> None:
+    """Raise unless the losses are averaged or summed."""
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"loss_reduction={loss_reduction!r}: expected 'mean' or 'sum', as of the criterion"
+        )
+
+
+def check_noise_generator(generator: object, *, secure_mode: bool) -> None:
+    """Raise for what gives no noise, or noise that secure mode would not take."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"noise_generator={generator!r}: expected a torch.Generator or None")
+    if generator is not None and secure_mode:
+        raise ValueError(
+            "noise_generator is given in secure mode, which draws from a generator of its own: "
+            "leave noise_generator out"
+        )
+
+
+def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
+    """Raise for parameters outside the module: nothing makes their gradients private."""
+    own = set(module.parameters())
+    foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in own]
+    if foreign:
+        raise ValueError(
+            f"optimizer holds {len(foreign)} parameters that are not the module's (the first has "
+            f"shape {tuple(foreign[0].shape)}): expected an optimizer over parameters of module="
+        )
+
+
 def check_clipping_mode(clipping: str) -> None:
     """Raise for ways of clipping that are not built."""
     if clipping != "flat":
@@ -176,6 +209,10 @@ def check_loader(loader: DataLoader[Any], *, poisson_sampling: bool, rand_on_emp
             "person can change; leave rand_on_empty=False (empty batches are stepped on as they "
             "are)"
         )
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"data_loader={loader!r}: expected a torch.utils.data.DataLoader")
+    if hasattr(loader.dataset, "__len__") and not len(loader.dataset):
+        raise ValueError("data_loader.dataset is empty: expected at least one sample")
     if isinstance(loader, DPDataLoader) or isinstance(
         loader.batch_sampler, UniformWithReplacementSampler
     ):
@@ -197,6 +234,8 @@ def check_loader(loader: DataLoader[Any], *, poisson_sampling: bool, rand_on_emp
 
 def check_module(module: nn.Module, criterion: nn.Module | None = None) -> None:
     """Raise for models in which one sample's gradient depends on the others by construction."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module={module!r}: expected the torch.nn.Module that is trained")
     for name, child in module.named_modules():
         where = f"{name or 'the model'} is a {type(child).__name__}"
         if isinstance(child, _BatchNorm):

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
+from irw_optim.optimizer.passes import Pass, as_one, elements_of, some_of
+from irw_optim.schemes.company import Company
 from irw_optim.schemes.forward_mode import (
     Extent,
     along,
@@ -36,6 +39,12 @@ from irw_optim.schemes.forward_mode import (
     suits,
 )
 from irw_optim.schemes.reading import DatasetReader
+
+DIFFERENTIATES = "the losses are derivatives themselves"
+"""What an `Engine` remembers of a model whose losses need a graph, as a physics-informed one's."""
+
+APART = 8
+"""Batches that neighbours in the data set are dealt out to, for the losses: reading stays local."""
 
 
 class DatasetGradients:
@@ -68,6 +77,7 @@ class DatasetGradients:
         self.batch_size = len(samples)
         self._combined: tuple[Tensor, Direction] | None = None  # w and G^T w, for `check_sum`
         self._extent = Extent()  # known once the engine has seen a batch
+        self.company = Company(reader.size)
 
     def of(self, rows: Tensor) -> DatasetGradients:
         """These rows alone: ``rows`` is a bool mask (n,)."""
@@ -78,20 +88,15 @@ class DatasetGradients:
         return some
 
     def losses(self) -> PerSampleLosses:
-        """The losses of all rows, (n,), and their labels where every batch shows some."""
-        batches = []
-        # Two batches at once: no graph holds anything.
-        sizes = list(map(len, self.samples.split(2 * self.reader.batch_size)))
-        for indices, batch in self.reader.batches(self.samples, sizes):
-            with torch.no_grad():
-                part = self._losses_of(indices, batch)
-            batches.append(part)
-            self.advance(len(indices))
+        """The losses of all rows, (n,), with labels and counts, as one batch has them."""
+        batches, order = [], []
+        for some, indices, batch in self._read(*self.dealt_out()):
+            batches.append(self._losses_alone(indices, batch))
+            order.append(some)
         torch.clear_autocast_cache()  # casts of parameters that no graph leads to
-        losses = torch.cat([widened(part.losses) for part in batches])
-        labels = [part.labels for part in batches if part.labels is not None]
-        shown = torch.cat(labels) if len(labels) == len(batches) else None
-        return PerSampleLosses(losses, losses.mean(), 1.0, shown)
+        batch = as_one([Pass(part._replace(losses=widened(part.losses)), 1.0) for part in batches])
+        batch = batch._replace(elements=sum(elements_of(part) for part in batches))
+        return some_of(batch, _inverse(order).to(batch.losses.device))
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w, over the samples that have a weight."""
@@ -128,22 +133,28 @@ class DatasetGradients:
                 return self._dot_in_forward_mode(direction)
             except RuntimeError as error:
                 give_up(self.engine, error)
-        everybody = torch.arange(self.batch_size)
-        return torch.cat([rows.dot(direction) for _, rows in self.blocks(everybody)])
+        parts, order = list[Tensor](), []
+        for places, rows in self.blocks(torch.arange(self.batch_size)):
+            parts.append(rows.dot(direction))
+            order.append(places)
+        return _joined(parts, order)
 
     def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
-        model, size, parts = self.engine.model, self.reader.batch_size, list[Tensor]()
+        model, size = self.engine.model, self.reader.batch_size
+        parts, order = list[Tensor](), list[Tensor]()
         assert model is not None
         # One batch, which the engine takes as well, and then two at once: no graph holds anything.
         first, rest = self.samples[:size], self.samples[size:]
         sizes = [len(first), *map(len, rest.split(2 * size) if len(rest) else ())]
-        for indices, batch in self.reader.batches(self.samples, sizes):
-            parts.append(along(model, self.losses_of, batch, direction))
+        for places, batch in self.reader.batches(self.samples, sizes):
+            indices = self.samples[places]
+            parts.append(along(model, partial(self._losses_of, indices), batch, direction))
+            order.append(places)
             if len(parts) == 1:
                 with self._gradients(indices, batch) as rows:
                     check_equal(parts[0], rows.dot(direction))
             self.advance(len(indices))
-        scores = torch.cat(parts)
+        scores = _joined(parts, order)
         if self._combined is not None:
             check_sum(scores, direction, *self._combined)
         return scores
@@ -167,11 +178,10 @@ class DatasetGradients:
         self, positions: Tensor, sizes: list[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor, Any]]:
         """Yield pieces of ``positions`` with the dataset indices and the batch of each."""
-        start = 0
-        for indices, batch in self.reader.batches(self.samples[positions], sizes):
-            yield positions[start : start + len(indices)], indices, batch
-            start += len(indices)
-            self.advance(len(indices))
+        for places, batch in self.reader.batches(self.samples[positions], sizes):
+            some = positions[places]
+            yield some, self.samples[some], batch
+            self.advance(len(some))
 
     @contextmanager
     def _gradients(self, indices: Tensor, batch: Any) -> Iterator[PerSampleGradients]:
@@ -200,7 +210,58 @@ class DatasetGradients:
                 f"{len(indices)} samples of the data set gave {len(part.losses)} losses: expected "
                 "a collate_fn that keeps every sample, and a criterion with one loss for each"
             )
+        self.company.note(indices, part.losses)
         return part
+
+    def probe(self, indices: Tensor, batch: Any, direction: Direction | None) -> Tensor:
+        """What tells samples apart: the losses, and G v where a direction is given, (b, 1 or 2)."""
+        columns = [widened(self._losses_alone(indices, batch).losses)]
+        if direction is not None:
+            with self._gradients(indices, batch) as rows:
+                columns.append(rows.dot(direction).to(columns[0].dtype))
+        return torch.stack(columns, 1)
+
+    def dealt_out(self) -> tuple[Tensor, list[int]]:
+        """All rows in batches for `losses`, and their sizes: two at once, as no graph is held.
+
+        Neighbours in the data set, which meet in every other pass, are dealt out to several.
+        """
+        size = 2 * self.reader.batch_size
+        batches = []
+        for piece in torch.arange(self.batch_size).split(APART * size):
+            number = -(-len(piece) // size)
+            batches += [piece[first::number] for first in range(number)]
+        return torch.cat([torch.arange(0), *batches]), [len(batch) for batch in batches]
+
+    def meet_others(self) -> None:
+        """Look at the samples in other company than `losses` has seen them in."""
+        in_one_batch = self.batch_size <= 2 * self.reader.batch_size
+        some = self.samples[1::2] if in_one_batch else self.samples
+        for places, batch in self.reader.batches(some):
+            self._losses_alone(some[places], batch)
+
+    def _losses_alone(self, indices: Tensor, batch: Any) -> PerSampleLosses:
+        """Without their graph, and without making one, unless the losses are derivatives."""
+        if not self.engine.known.get(DIFFERENTIATES):
+            try:
+                with torch.no_grad():
+                    return self._losses_of(indices, batch)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                self.engine.known[DIFFERENTIATES] = True
+        with torch.enable_grad():
+            part = self._losses_of(indices, batch)
+        return part._replace(losses=part.losses.detach())
+
+
+def _joined(parts: list[Tensor], places: list[Tensor]) -> Tensor:
+    """The values of batches whose samples have these places, in order."""
+    return torch.cat(parts)[_inverse(places).to(parts[0].device)]
+
+
+def _inverse(places: list[Tensor]) -> Tensor:
+    return torch.cat(places).argsort()
 
 
 def check_finite(values: Tensor, what: str, samples: Tensor) -> None:

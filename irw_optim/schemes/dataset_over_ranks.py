@@ -17,7 +17,7 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.joining import join
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import Direction
-from irw_optim.optimizer.passes import Pass
+from irw_optim.optimizer.passes import Pass, some_of
 from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.schemes.reading import DatasetReader
 
@@ -47,10 +47,7 @@ class DatasetOverRanks:
         positions = self._own_positions()
         # With fewer samples than processes, some read one that is not theirs, and drop its loss.
         read = positions if len(positions) else torch.zeros(1, dtype=torch.int64)
-        batch = self._at(read).losses()
-        number = len(positions)
-        labels = None if batch.labels is None else batch.labels[:number]
-        own = batch._replace(losses=batch.losses[:number], labels=labels)
+        own = some_of(self._at(read).losses(), slice(len(positions)))
         return join([Pass(own, 1.0)], self.ranks).batch
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:

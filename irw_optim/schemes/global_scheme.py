@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from irw_optim.distributed.ranks import place
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.dataset_over_ranks import ranks_of
-from irw_optim.schemes.global_weights import Forward, batch_losses, check_block, weigh_dataset
+from irw_optim.schemes.global_weights import BatchLosses, Forward, check_block, weigh_dataset
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
 from irw_optim.schemes.indexed import indexed_loader
 from irw_optim.schemes.reading import DatasetReader
@@ -25,6 +26,7 @@ from irw_optim.schemes.requirements import (
 )
 from irw_optim.schemes.resampling import ResamplingSampler
 from irw_optim.schemes.resuming import ResumableLoader
+from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.record import StepRecord
 
 
@@ -101,7 +103,7 @@ class GlobalScheme:
         progress: bool = False,
         seed: int = 0,
     ) -> None:
-        self._local = local_scheme_of(optimizer)
+        local_scheme_of(optimizer)
         refresh = check_choices(refresh, unit, use)
         outlier_block = check_block(outlier_block)
         self._model, criterion = model_and_criterion_of(optimizer, criterion)
@@ -111,7 +113,7 @@ class GlobalScheme:
         self.outlier_block = outlier_block
         self.progress = progress
         self._reader = DatasetReader(loader, batch_size)
-        self._losses_of = batch_losses(self._model, criterion, forward)
+        self._losses_of = BatchLosses(self._model, criterion, forward)
         self._sampler: ResamplingSampler | None = None
         share = _share(loader)
         if use == "resampling":
@@ -126,6 +128,11 @@ class GlobalScheme:
         self._batches = 0
         self._renewed_at = 0
         optimizer.scheme = self._held
+        finalize(self, _give_back, ref(optimizer), self._held).atexit = False
+
+    @property
+    def _local(self) -> LocalScheme:
+        return self.optimizer.local_scheme
 
     @property
     def record(self) -> StepRecord | None:
@@ -145,6 +152,7 @@ class GlobalScheme:
         for indices, batch in self.loader:
             self._take(indices)
             yield batch
+        self._held.indices = None  # a batch of the same size from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
         """Say which samples the next batch holds, for loops with a loader of their own.
@@ -197,8 +205,7 @@ class GlobalScheme:
 
     def detach(self) -> None:
         """Give the optimizer its local scheme back."""
-        if self.optimizer.scheme is self._held:
-            self.optimizer.scheme = self._local
+        _give_back(ref(self.optimizer), self._held)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to resume with, exactly, also in the middle of an epoch.
@@ -262,6 +269,12 @@ class GlobalScheme:
         held_for = self.refresh if self.unit == "steps" else self.refresh * len(self.loader)
         if self.record is None or self._now() - self._renewed_at >= held_for:
             self.renew()
+
+
+def _give_back(of: ref[IRWOptimizer], held: HeldWeights) -> None:
+    optimizer = of()
+    if optimizer is not None and optimizer.scheme is held:
+        optimizer.scheme = optimizer.local_scheme
 
 
 def _share(loader: DataLoader[Any]) -> tuple[int, int]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,20 +30,24 @@ from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_cri
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import replica_in
 from irw_optim.distributed.shard_checks import check_whole
-from irw_optim.gradients.engine import ENGINES, Engine
+from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.rescaling import gram_in_range, unscaled
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.options import described
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
 from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks, ranks_of
+from irw_optim.schemes.forward_mode import in_full_precision
+from irw_optim.schemes.order import batches_to_ask, check_order
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader, to_device
+from irw_optim.schemes.requirements import check_engine
 from irw_optim.schemes.undisturbed import undisturbed
 from irw_optim.weighting import Alignment, worst_off_count
-from irw_optim.weighting.local_scheme import LocalScheme
+from irw_optim.weighting.local_scheme import LocalScheme, present_in
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_options
 from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting.weights import outliers_in
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 """``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""
@@ -70,9 +73,10 @@ def global_weights(
     """IRW weights of all N samples of a data set (arXiv 2411.03068, the global scheme).
 
     S is the worst-off alpha-fraction of the data set, and w_i is proportional to
-    max(0, <g_i, g_S>). The samples are read in the order of the data set, three times (those
-    outside of S twice), with the model in eval mode: the weights depend, to rounding, neither on
-    the loader's shuffling and sampler nor on the batch size. Mode, BatchNorm statistics, random
+    max(0, <g_i, g_S>). The samples are read three times (those outside of S twice), nearly in the
+    order of the data set, with the model in eval mode: the weights depend, to rounding, neither on
+    the loader's shuffling and sampler nor on the batch size, unless a sample's loss depends on who
+    else is in its batch; that is logged as a warning. Mode, BatchNorm statistics, random
     states and ``p.grad`` are as before afterwards.
 
     Given a DistributedDataParallel, its processes share the reading out between them, and each
@@ -122,8 +126,7 @@ def global_weights(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected a torch.nn.Module")
     validate_criterion(criterion)
-    if engine not in ENGINES:
-        raise ValueError(f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}")
+    check_engine(engine)
     reader = DatasetReader(loader, batch_size)
     scored = select_parameters(model, score_parameters)
     options: dict[str, Any] = {"alpha": alpha, "center": center, "mix": mix}
@@ -133,7 +136,7 @@ def global_weights(
     try:
         return weigh_dataset(
             reader,
-            batch_losses(model, criterion, forward),
+            BatchLosses(model, criterion, forward),
             model,
             hooked,
             scored.__contains__,
@@ -148,7 +151,7 @@ def global_weights(
 
 def weigh_dataset(
     reader: DatasetReader,
-    losses_of: Callable[[Any], PerSampleLosses],
+    losses_of: BatchLosses,
     model: nn.Module,
     engine: Engine,
     scored: Callable[[Tensor], bool],
@@ -186,57 +189,94 @@ def weigh_dataset(
                 "class_balance=True needs one class label a sample, and the criterion's target "
                 "shows none: use a criterion whose target is a class, or set class_balance=False"
             )
-        if scheme.outliers is None:
-            return _decide(scheme, everybody, rows)
-        kept = ~outliers_in_blocks(alone, scheme.outliers, outlier_block, ranks)
-        record = _decide(scheme, _some(everybody, kept), rows.of(kept))
-        return _spread_over(everybody, kept, record)
+        compared = layout if scheme.needs_gradients else None
+        arranged = reader.collates or losses_of.forward is not None
+        due = reader.check_is_due()
+        if arranged and due:
+            for asked in batches_to_ask(alone, everybody.losses, reader.uses):
+                check_order(alone, asked, compared)
+        removed = None
+        if scheme.outliers is not None:
+            present = present_in(everybody)
+            removed = outliers_in_blocks(alone, scheme.outliers, outlier_block, present, ranks)
+            removed = removed.to(everybody.losses.device)
+        record = scheme.decide(everybody, rows, removed)
+        check_finite(record.scores, "scores", rows.samples)
+        if due and (not scheme.needs_gradients or size <= reader.batch_size):
+            alone.meet_others()
+        differing = alone.company.differing(in_full_precision(engine))
+        if ranks is not None:  # what one raises, all have to
+            differing = [batch for some in ranks.objects(differing) for batch in some]
+        if differing:
+            for batch in differing if arranged else []:
+                check_order(alone, torch.tensor(batch), compared)
+            alone.company.warn(model)
+        return record
 
 
 def outliers_in_blocks(
-    rows: DatasetGradients, outliers: OutlierFilter, block: int, ranks: Ranks | None = None
+    rows: DatasetGradients,
+    outliers: OutlierFilter,
+    block: int,
+    present: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Ask the filter about blocks of samples, each compared with its block alone.
 
     The blocks are drawn at random (a data set sorted by class would otherwise give blocks of one
     class), once and for all, and of equal size up to one sample. Processes share the blocks out.
 
+    Args:
+        rows: of all N samples.
+        outliers: the filter.
+        block: samples in a block, at most.
+        present: (N,) bool, those that are not ignored altogether; None for all.
+        ranks: the processes.
+
     Returns:
-        (N,) bool, True for the samples to remove.
+        (N,) bool, True for the samples to remove; nobody of a block of which all would be.
     """
-    size = rows.batch_size
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-    pieces = order.tensor_split(math.ceil(size / block))
+    order = torch.randperm(rows.batch_size, generator=torch.Generator().manual_seed(0))
+    if present is not None:
+        order = order[present.cpu()[order]]
+    pieces = order.tensor_split(math.ceil(len(order) / block))
     if ranks is not None:
         pieces = pieces[ranks.rank :: ranks.number]
-    removed = torch.zeros(size, dtype=torch.bool)
+    removed = torch.zeros(rows.batch_size, dtype=torch.bool)
     own, sizes = torch.cat([order[:0], *pieces]), [len(piece) for piece in pieces]
     for positions, gradients in rows.blocks(own, sizes):
-        removed[positions] = outliers(unscaled(*gram_in_range(gradients))).cpu()
+        gram = unscaled(*gram_in_range(gradients))
+        removed[positions] = outliers_in(gram, outliers).cpu()
     if ranks is not None:
         removed = torch.stack(ranks.objects(removed)).any(0)
-    if removed.all():
-        raise ValueError(
-            f"outliers={outliers!r} removed all {size} samples: expected a filter that keeps some"
-        )
     return removed
 
 
-def batch_losses(
-    model: nn.Module, criterion: nn.Module, forward: Forward | None
-) -> Callable[[Any], PerSampleLosses]:
-    """The per-sample losses of a batch as the loader yields it."""
-    check_whole(model, "a weight for every sample of a data set")
-    if isinstance(model, DistributedDataParallel):
-        model = model.module  # its own forward would wait for a backward pass of every process
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    arguments = _inputs_and_target if forward is None else forward
+class BatchLosses:
+    """The per-sample losses of a batch as the loader yields it.
 
-    def losses_of(batch: Any) -> PerSampleLosses:
-        return per_sample_losses(criterion, *arguments(model, to_device(batch, device)))
+    An object and no closure: its copy is about the copy of the model.
 
-    return losses_of
+    Args:
+        model: run on the batch; its parameters decide the device.
+        criterion: makes the losses.
+        forward: of a batch that is no pair of inputs and target.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
+        check_whole(model, "a weight for every sample of a data set")
+        self.model = model
+        self.criterion = criterion
+        self.forward = forward
+
+    def __call__(self, batch: Any) -> PerSampleLosses:
+        """The losses, with their graph where gradients are enabled."""
+        model, arguments = self.model, self.forward or _inputs_and_target
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # its own forward would wait for a backward pass of every process
+        parameter = next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        return per_sample_losses(self.criterion, *arguments(model, to_device(batch, device)))
 
 
 def check_block(outlier_block: object) -> int:
@@ -248,38 +288,6 @@ def check_block(outlier_block: object) -> int:
             "compares with each other, for example outlier_block=256"
         )
     return block
-
-
-def _decide(
-    scheme: LocalScheme, batch: PerSampleLosses, rows: DatasetGradients | DatasetOverRanks
-) -> StepRecord:
-    record = replace(scheme, outliers=None).decide(batch, rows)
-    check_finite(record.scores, "scores", rows.samples)
-    return record
-
-
-def _some(batch: PerSampleLosses, kept: Tensor) -> PerSampleLosses:
-    kept = kept.to(batch.losses.device)
-    labels = None if batch.labels is None else batch.labels[kept]
-    return batch._replace(losses=batch.losses[kept], labels=labels)
-
-
-def _spread_over(batch: PerSampleLosses, kept: Tensor, record: StepRecord) -> StepRecord:
-    """What was decided for the kept samples as a record of all; zero for those removed."""
-    kept = kept.to(batch.losses.device)
-
-    def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(kept.shape).masked_scatter(kept, values)
-
-    return StepRecord(
-        worst_off=spread(record.worst_off),
-        outliers=~kept,
-        scores=spread(record.scores),
-        weights=spread(record.weights),
-        fallback=record.fallback,
-        losses=batch.losses,
-        labels=batch.labels,
-    )
 
 
 def _inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:

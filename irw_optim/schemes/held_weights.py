@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.weighting import normalise
-from irw_optim.weighting.local_scheme import averaged_record
+from irw_optim.weighting.local_scheme import averaged_record, present_in
 from irw_optim.weighting.record import StepRecord
 
 
@@ -40,7 +41,10 @@ class HeldWeights:
         losses = batch.losses.detach()
         indices, record = self._selected(len(losses)), self.record
         assert record is not None  # or it would have been said
-        weights, fallback = normalise(record.weights[indices].to(losses.device))
+        held, present = record.weights[indices].to(losses.device), present_in(batch)
+        if present is not None:  # as in every batch, those whose target is ignored are not there
+            held = held * present
+        weights, fallback = normalise(held, present)
         return StepRecord(
             worst_off=record.worst_off[indices],
             outliers=record.outliers[indices],
@@ -81,6 +85,16 @@ class HeldWeights:
         whole = copy(self)
         whole.indices = everybody
         return whole
+
+    def __copy__(self) -> HeldWeights:
+        """The same weights for the same batch, whatever batch comes next."""
+        same = HeldWeights(self.resampled)
+        vars(same).update(vars(self))
+        return same
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds the weights, and is told of its own batches."""
+        return {**vars(self), "indices": None}
 
     def _selected(self, size: int) -> Tensor:
         """The indices of a batch of so many samples, where the weights are: (B,)."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from irw_optim.schemes.reading import check_loader
+from irw_optim.schemes.order import refuse_sorting
+from irw_optim.schemes.requirements import check_loader
 
 
 class IndexedDataset(Dataset[tuple[int, Any]]):
@@ -31,11 +32,21 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     >>> next(iter(DataLoader(data, batch_size=2)))
     [tensor([0, 1]), [tensor([5., 6.])]]
 
-    A ``collate_fn`` of your own goes on working on samples without an index:
+    A ``collate_fn`` of your own that keeps the samples in their order goes on working on samples
+    without an index:
 
     >>> loader = DataLoader(data, batch_size=2, collate_fn=data.collate(lambda samples: samples))
     >>> next(iter(loader))
     (tensor([0, 1]), [(tensor(5.),), (tensor(6.),)])
+
+    One that sorts, leaves out or repeats samples takes the pairs, and says what it did. A loader
+    like this one may be given to `GlobalScheme` and `irw_optim.schemes.global_weights` as well:
+
+    >>> def longest_first(pairs):
+    ...     indices, samples = zip(*sorted(pairs, key=lambda pair: -pair[1][0]))
+    ...     return torch.tensor(indices), torch.stack([x for x, in samples])
+    >>> next(iter(DataLoader(data, batch_size=3, collate_fn=longest_first)))
+    (tensor([2, 1, 0]), tensor([7., 6., 5.]))
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -68,16 +79,58 @@ class IndexedCollate:
     """Collates ``(index, sample)`` pairs into ``(indices, batch)``; a class, so that it pickles.
 
     Args:
-        collate_fn: collates the samples.
+        collate_fn: collates the samples, in their order.
+    """
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
+        self.uses = 0
+
+    def __call__(self, pairs: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
+        """Collate the samples; ``indices`` is int64, (B,).
+
+        Raises:
+            ValueError: a ``collate_fn`` that makes the same batch of the samples in another order;
+                looked at in uses 1, 2, 4, ...
+        """
+        indices, samples = zip(*pairs, strict=True)
+        self.uses += 1
+        if self.uses & (self.uses - 1) == 0 and self.collate_fn is not default_collate:
+            refuse_sorting(self.collate_fn, samples)
+        return torch.tensor(indices), self.collate_fn(list(samples))
+
+
+class ToldCollate:
+    """A ``collate_fn`` of ``(index, sample)`` pairs that says itself which samples it took.
+
+    Args:
+        collate_fn: returns ``(indices, batch)``.
     """
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
         self.collate_fn = collate_fn
 
-    def __call__(self, pairs: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
-        """Collate the samples; ``indices`` is int64, (B,)."""
-        indices, samples = zip(*pairs, strict=True)
-        return torch.tensor(indices), self.collate_fn(list(samples))
+    def __call__(self, pairs: list[Any]) -> tuple[Tensor, Any]:
+        """The indices as a tensor, (B,) int64, and the batch."""
+        return told_by(self.collate_fn(pairs))
+
+
+def told_by(batch: Any) -> tuple[Tensor, Any]:
+    """A batch of an `IndexedDataset` as indices, (B,) int64 on the CPU, and the rest.
+
+    Raises:
+        TypeError: it does not begin with indices.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        indices, rest = batch
+        told = torch.as_tensor(indices) if isinstance(indices, Tensor | list | tuple) else None
+        if told is not None and told.ndim == 1 and not told.is_floating_point():
+            return told.to("cpu", torch.int64), rest
+    raise TypeError(
+        f"collate_fn made a {type(batch).__name__} of the (index, sample) pairs of an "
+        "IndexedDataset: expected (indices, batch), with the dataset index of every sample of the "
+        "batch, in its order"
+    )
 
 
 def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None) -> DataLoader[Any]:
@@ -97,7 +150,10 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
             "DataLoader it was made from, or iterate over your own loader of an "
             "IndexedDataset(dataset) and call scheme.select(indices) before each batch"
         )
-    data = IndexedDataset(loader.dataset)
+    data = loader.dataset
+    collate: Callable[[Any], Any] = ToldCollate(loader.collate_fn)
+    if not isinstance(data, IndexedDataset):
+        data, collate = IndexedDataset(data), IndexedCollate(loader.collate_fn)
     shape: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
     if sampler is not None:
         size = getattr(loader.batch_sampler, "batch_size", None)
@@ -112,7 +168,7 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
         data,
         **shape,
         num_workers=loader.num_workers,
-        collate_fn=data.collate(loader.collate_fn),
+        collate_fn=collate,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
+from torch.utils.data import DataLoader, default_collate
 
 from irw_optim.arguments import as_whole
+from irw_optim.schemes.indexed import IndexedDataset, told_by
+from irw_optim.schemes.order import Rearranged, RefusedError
+from irw_optim.schemes.requirements import check_loader
 
 
 class DatasetReader:
@@ -28,70 +32,112 @@ class DatasetReader:
         check_loader(loader)
         self.loader = loader
         self.batch_size = _batch_size(loader, batch_size)
+        self.uses = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "loader": without_workers(self.loader)}
 
     @property
     def size(self) -> int:
         """N, as of now: a data set may grow."""
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
+    def check_is_due(self) -> bool:
+        """At uses 1, 2, 4, 8, ...: what keeps an order today may not for ever."""
+        self.uses += 1
+        return self.uses & (self.uses - 1) == 0
+
+    @property
+    def collates(self) -> bool:
+        """Whether the user makes the batches, and not torch."""
+        return self.loader.collate_fn is not default_collate
+
     def batches(
         self, samples: Tensor, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Any]]:
-        """Yield pieces of ``samples`` (dataset indices) with the collated batch of each.
+        """Yield the collated batches of ``samples`` (dataset indices), piece by piece.
+
+        Each with the places in ``samples`` of those that it holds, in its own order: that of the
+        data set, unless the ``collate_fn`` of an `IndexedDataset` says otherwise.
 
         Args:
-            samples: (n,) int64, on the CPU.
+            samples: (n,) int64, on the CPU, each once.
             sizes: lengths of the pieces, which sum to n; None for ``batch_size`` each.
+
+        Raises:
+            ValueError: a batch that does not hold each of its samples once.
         """
-        pieces = samples.split(self.batch_size if sizes is None else list(sizes))
         if not len(samples):
             return
+        pieces = samples.split(self.batch_size if sizes is None else list(sizes))
+        loader = self._loader([piece.tolist() for piece in pieces], self.loader.collate_fn)
+        start = 0
+        for piece, batch in zip(pieces, loader, strict=True):
+            places, batch = self._places(piece, batch)
+            yield start + places, batch
+            start += len(piece)
+
+    def rearranged(
+        self, samples: Tensor, arrangements: Sequence[tuple[Sequence[int], int]]
+    ) -> Iterator[tuple[Tensor, Any]]:
+        """Yield batches of the same samples, read once, put together in several orders.
+
+        Args:
+            samples: (n,) int64, on the CPU, each once.
+            arrangements: for each batch, an order of the samples, and the seed of what
+                ``collate_fn`` draws.
+
+        Yields:
+            As `batches`: the places in ``samples``, and the batch.
+
+        Raises:
+            RefusedError: in place of a batch that ``collate_fn`` would not make.
+        """
+        collate = Rearranged(self.loader.collate_fn, arrangements)
+        (batches,) = self._loader([samples.tolist()], collate)
+        for (order, _), batch in zip(arrangements, batches, strict=True):
+            if isinstance(batch, RefusedError):
+                raise batch
+            taken = torch.tensor(order)
+            places, batch = self._places(samples[taken], batch)
+            yield taken[places], batch
+
+    def _loader(self, batches: Sequence[list[int]], collate: Callable[[Any], Any]) -> Any:
         given = self.loader
-        loader = DataLoader(
+        return DataLoader(
             given.dataset,
-            batch_sampler=[piece.tolist() for piece in pieces],
-            num_workers=given.num_workers,
-            collate_fn=given.collate_fn,
+            batch_sampler=batches,
+            num_workers=min(given.num_workers, len(batches)),
+            collate_fn=collate,
             pin_memory=given.pin_memory,
             timeout=given.timeout,
             worker_init_fn=given.worker_init_fn,
             multiprocessing_context=given.multiprocessing_context,
             prefetch_factor=given.prefetch_factor,
         )
-        yield from zip(pieces, loader, strict=True)
+
+    def _places(self, piece: Tensor, batch: Any) -> tuple[Tensor, Any]:
+        """Where in the piece the samples of its batch are, and the batch as the model sees it."""
+        if not isinstance(self.loader.dataset, IndexedDataset):
+            return torch.arange(len(piece)), batch
+        told, batch = told_by(batch)
+        wanted, places = piece.sort()
+        found, order = told.sort()
+        if not torch.equal(wanted, found):
+            missing = sorted(set(wanted.tolist()) - set(found.tolist()))
+            raise ValueError(
+                f"collate_fn made a batch of the samples {told.tolist()[:10]} out of "
+                f"{piece.tolist()[:10]} (without {missing[:10]}): for the weights of a data set, "
+                "expected each sample once, in any order"
+            )
+        return torch.empty_like(order).index_copy(0, order, places), batch
 
 
-def check_loader(loader: object) -> None:
-    """Refuse what has no samples that can be read by index, or draws from only some of them.
-
-    Raises:
-        TypeError: no DataLoader, or one over an iterable data set or one without a length.
-        ValueError: one without automatic batching, or with a SubsetRandomSampler.
-    """
-    if not isinstance(loader, DataLoader):
-        raise TypeError(
-            f"loader={loader!r}: expected a torch.utils.data.DataLoader over a map-style data set"
-        )
-    name = type(loader.dataset).__name__
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        kind = "iterable" if isinstance(loader.dataset, IterableDataset) else "without a length"
-        raise TypeError(
-            f"loader.dataset is {kind} ({name}): the global scheme holds one weight for each "
-            "index of a map-style data set, with __getitem__ and __len__; the local scheme, "
-            "IRWOptimizer by itself, works with any stream of batches"
-        )
-    if loader.batch_sampler is None:
-        raise ValueError(
-            "loader has batch_size=None, so that an index of its data set is no sample: expected "
-            "a loader that collates samples into batches, DataLoader(dataset, batch_size=64)"
-        )
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    if isinstance(sampler, SubsetRandomSampler):
-        raise ValueError(
-            f"loader has a SubsetRandomSampler: it draws {len(sampler)} of the "
-            f"{len(loader.dataset)} samples, but the weights would be those of all of them; use "
-            "DataLoader(torch.utils.data.Subset(dataset, indices), shuffle=True, ...)"
-        )
+def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The loader as a copy can have it: persistent workers are this process's own."""
+    idle = copy(loader)
+    idle._iterator = None
+    return idle
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

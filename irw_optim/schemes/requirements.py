@@ -1,10 +1,12 @@
-"""What a GlobalScheme needs of an optimizer, and what it does not take."""
+"""What the global scheme needs of an optimizer and a loader, and what it does not take."""
 
 from __future__ import annotations
 
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from irw_optim.arguments import as_whole
+from irw_optim.gradients.engine import ENGINES
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.privacy.errors import DPGuaranteeError
 from irw_optim.weighting.local_scheme import LocalScheme
@@ -75,3 +77,50 @@ def check_choices(refresh: object, unit: object, use: object) -> int:
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
     return number
+
+
+def check_engine(engine: object) -> None:
+    """Refuse what is no engine, and the one that reads gradients of a loop, of which there is none.
+
+    Raises:
+        ValueError: that.
+    """
+    allowed = [kind for kind in ENGINES if kind != "grad_sample"]
+    if engine not in allowed:
+        why = ""
+        if engine == "grad_sample":
+            why = ", which reads what a backward pass of the training loop left in p.grad_sample"
+        raise ValueError(f"engine={engine!r}{why}: expected one of {', '.join(map(repr, allowed))}")
+
+
+def check_loader(loader: object) -> None:
+    """Refuse what has no samples that can be read by index, or draws from only some of them.
+
+    Raises:
+        TypeError: no DataLoader, or one over an iterable data set or one without a length.
+        ValueError: one without automatic batching, or with a SubsetRandomSampler.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"loader={loader!r}: expected a torch.utils.data.DataLoader over a map-style data set"
+        )
+    name = type(loader.dataset).__name__
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        kind = "iterable" if isinstance(loader.dataset, IterableDataset) else "without a length"
+        raise TypeError(
+            f"loader.dataset is {kind} ({name}): the global scheme holds one weight for each "
+            "index of a map-style data set, with __getitem__ and __len__; the local scheme, "
+            "IRWOptimizer by itself, works with any stream of batches"
+        )
+    if loader.batch_sampler is None:
+        raise ValueError(
+            "loader has batch_size=None, so that an index of its data set is no sample: expected "
+            "a loader that collates samples into batches, DataLoader(dataset, batch_size=64)"
+        )
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if isinstance(sampler, SubsetRandomSampler):
+        raise ValueError(
+            f"loader has a SubsetRandomSampler: it draws {len(sampler)} of the "
+            f"{len(loader.dataset)} samples, but the weights would be those of all of them; use "
+            "DataLoader(torch.utils.data.Subset(dataset, indices), shuffle=True, ...)"
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from irw_optim.schemes.reading import without_workers
 from irw_optim.schemes.resampling import ResamplingSampler
 
 
@@ -91,6 +92,9 @@ class ResumableLoader:
             f"this is process {own[0]} of {own[1]}: expected a state saved between epochs, or by "
             "each process for itself"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "loader": without_workers(self.loader)}
 
     @property
     def _sampler(self) -> Any:

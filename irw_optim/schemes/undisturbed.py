@@ -56,13 +56,20 @@ def _recurrent_backward_in_eval_mode(model: nn.Module) -> Any:
     return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
 
 
+def warn_once(model: nn.Module, message: str, *arguments: object) -> None:
+    """Say why the weights of this model's data set are not what they should be, if nobody has."""
+    if model not in _warned:
+        _warned.add(model)
+        logger.warning(message, *arguments)
+
+
 def _warn_of_batch_statistics(model: nn.Module) -> None:
     if model in _warned:
         return
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            _warned.add(model)
-            logger.warning(
+            warn_once(
+                model,
                 "%s (%s) has no running statistics and normalises by the batch even in eval mode: "
                 "the weights depend on the batch size and on the order of the data set; use "
                 "track_running_stats=True",

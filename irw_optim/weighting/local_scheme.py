@@ -61,8 +61,16 @@ class LocalScheme:
         """Whether the weights depend on more than the losses."""
         return self.outliers is not None or getattr(self.rule, "needs_gradients", True)
 
-    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
-        """The weights of one batch, and all that led to them."""
+    def decide(
+        self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
+    ) -> StepRecord:
+        """The weights of one batch, and all that led to them.
+
+        Args:
+            batch: the losses of the B samples.
+            rows: their gradients.
+            removed: (B,) bool, the outliers, where the filter was asked already.
+        """
         losses = batch.losses.detach()
         labels = batch.labels if self.class_balance else None
         if self.class_balance and labels is None:
@@ -79,7 +87,8 @@ class LocalScheme:
             outliers=self.outliers,
             labels=labels,
             mix=self.mix,
-            present=_present(batch),
+            present=present_in(batch),
+            removed=removed,
         )
         return StepRecord(**vars(decided), losses=losses, labels=batch.labels)
 
@@ -114,7 +123,7 @@ def averaged_record(batch: PerSampleLosses) -> StepRecord:
     )
 
 
-def _present(batch: PerSampleLosses) -> Tensor | None:
+def present_in(batch: PerSampleLosses) -> Tensor | None:
     """The samples that are not ignored altogether; None for all, and where that is nobody."""
     if batch.counts is None:
         return None

@@ -190,18 +190,22 @@ def weigh(
     labels: Tensor | None = None,
     mix: float = 0.0,
     present: Tensor | None = None,
+    removed: Tensor | None = None,
 ) -> Weights:
     """Outliers out, S, scores, weights: the whole of one mini-batch (the local scheme).
 
     Inputs are taken as checked; `irw_weights` is the checked front. ``present`` (B,) bool leaves
     out samples whose target is ignored: they have no loss, no class and no share of a mean, and
-    are no part of the batch that ``alpha`` is a share of.
+    are no part of the batch that ``alpha`` is a share of. ``removed`` (B,) bool names the outliers
+    where somebody has asked the filter already.
     """
-    removed = torch.zeros_like(losses, dtype=torch.bool)
     kept, gram, factor = present, None, 1.0  # scores are those of `factor` times the gradients
-    if outliers is not None and len(losses):
+    if removed is None and outliers is not None and len(losses):
         gram, factor = gram_in_range(gradients)
-        removed = _outliers_in(unscaled(gram, factor), outliers, present)
+        removed = outliers_in(unscaled(gram, factor), outliers, present)
+    if removed is None:
+        removed = torch.zeros_like(losses, dtype=torch.bool)
+    else:
         kept = ~removed if present is None else present & ~removed
     worst = _worst_off(losses, alpha, kept)
     if not isinstance(rule, Alignment):
@@ -268,14 +272,14 @@ def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tens
     return mask.index_fill_(0, worst_first[:count], True)
 
 
-def _outliers_in(gram: Tensor, outliers: OutlierFilter, present: Tensor | None = None) -> Tensor:
+def outliers_in(gram: Tensor, outliers: OutlierFilter, present: Tensor | None = None) -> Tensor:
     """What the filter removes; nobody where it removed everybody or where G is not finite.
 
     Scores of what is not finite are not finite either, and whoever steps on them decides.
     """
     if present is not None:  # the others have no gradient, and would look like a dense crowd
         removed = torch.zeros_like(present)
-        removed[present] = _outliers_in(gram[present][:, present], outliers)
+        removed[present] = outliers_in(gram[present][:, present], outliers)
         return removed
     nobody = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     if not gram.sum().isfinite() and not gram.isfinite().all():  # the first is cheaper

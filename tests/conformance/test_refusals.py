@@ -212,15 +212,52 @@ def test_the_names_are_those_of_the_libraries() -> None:
     assert FullyShardedDataParallel.__name__ == "FullyShardedDataParallel"
 
 
-def test_a_criterion_attached_twice() -> None:
-    net, criterion = model(), nn.CrossEntropyLoss()
+def test_parameters_on_several_devices() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2, device="meta"))
+    refused(NotImplementedError, r"several devices \(cpu, meta\).*model\.to\(device\)", model=net)
+    with pytest.raises(NotImplementedError, match="several devices"):
+        IRWOptimizer(SGD(net.parameters()), alpha=0.3)
+    refused(NotImplementedError, "several devices", SGD(net[0].parameters()), model=net)
+    net[1].requires_grad_(False)
+    optimizer = IRWOptimizer(SGD(net[0].parameters()), alpha=0.3, model=net)
+    net[1].requires_grad_()
+    with pytest.raises(NotImplementedError, match="several devices"):
+        optimizer.add_param_group({"params": net[1].parameters()})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_backward_without_the_model_whose_rows_opacus_makes() -> None:
+    net = model()
+    optimizer = IRWOptimizer(SGD(net.parameters()), alpha=0.3, engine="grad_sample")
+    losses = net(torch.randn(8, 4)).square().sum(1)
+    with pytest.raises(ValueError, match=r"engine='grad_sample' .*step\(losses=losses\); or leave"):
+        optimizer.backward(losses)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("engine", ["ghost", "autodiff"])
+def test_a_step_with_losses_by_an_engine_that_makes_the_rows(engine: str) -> None:
+    net = model()
+    optimizer = IRWOptimizer(SGD(net.parameters()), alpha=0.3, engine=engine)
+    losses = net(torch.randn(8, 4)).square().sum(1)
+    losses.mean().backward()
+    before = [p.grad.clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=rf"engine='{engine}' .*engine='grad_sample'"):
+        optimizer.step(losses=losses)
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), before, strict=True))
+
+
+def test_a_criterion_attached_to_an_optimizer_of_another_model() -> None:
+    net, other, criterion = model(), model(), nn.CrossEntropyLoss()
     first = IRWOptimizer(SGD(net.parameters(), lr=0.1), alpha=0.3, model=net, criterion=criterion)
-    hooks = {m: dict(m._forward_hooks) for m in net.modules()}
+    hooks = {m: dict(m._forward_hooks) for m in other.modules()}
+    sgd = SGD(other.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"attached to another IRWOptimizer already.*detach\(\)"):
-        IRWOptimizer(SGD(net.parameters(), lr=0.1), alpha=0.3, model=net, criterion=criterion)
-    assert hooks == {m: dict(m._forward_hooks) for m in net.modules()}
+        IRWOptimizer(sgd, alpha=0.3, model=other, criterion=criterion)
+    assert hooks == {m: dict(m._forward_hooks) for m in other.modules()}
+    assert first.criterion is criterion
     first.detach()
-    IRWOptimizer(SGD(net.parameters(), lr=0.1), alpha=0.3, model=net, criterion=criterion)
+    IRWOptimizer(sgd, alpha=0.3, model=other, criterion=criterion)
 
 
 def test_a_forgotten_optimizer_lets_go_of_the_criterion() -> None:

@@ -75,6 +75,89 @@ def test_a_criterion_called_in_eval_mode_is_not_weighted() -> None:
         run.optimizer.step()
 
 
+def written_back(run: Run, change: Any, clear: Any) -> list[torch.Tensor]:
+    """Two weighted gradients are taken aside, and something made of them is put in their place."""
+    taken = []
+    for x, y in SGD.batches(2):
+        run.criterion(run.model(x), y).backward()
+        taken.append([p.grad.clone() for p in run.parameters])
+        clear()
+    made = [change(first, second) for first, second in zip(*taken, strict=True)]
+    for p, gradient in zip(run.parameters, made, strict=True):
+        p.grad = gradient
+    return made
+
+
+def away_from_conflict(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return first - min(0.0, float((first * second).sum())) / second.square().sum() * second
+
+
+@pytest.mark.parametrize("by", ["optimizer", "model", "inner", "hand"])
+def test_gradients_written_back_are_stepped_on(by: str) -> None:
+    """Gradient surgery, adversarial debiasing: the step is that of the gradient at hand."""
+    run = Run(SGD)
+    clear = {
+        "optimizer": run.optimizer.zero_grad,
+        "model": run.model.zero_grad,
+        "inner": run.optimizer.inner.zero_grad,
+        "hand": lambda: [setattr(p, "grad", None) for p in run.parameters],
+    }[by]
+    plain = Run(SGD)
+    for number in range(2):
+        for p, g in zip(
+            plain.parameters, written_back(run, away_from_conflict, clear), strict=True
+        ):
+            p.grad = g.clone()
+        run.optimizer.step()
+        plain.optimizer.inner.step()
+        assert all(map(torch.equal, run.parameters, plain.parameters))
+        assert run.optimizer.steps == number + 1
+
+
+def test_only_a_weighted_pass_since_the_last_step_allows_it() -> None:
+    run = Run(SGD).train(SGD.batches(2))
+    x, y = SGD.batches(1)[0]
+    before = [p.detach().clone() for p in run.parameters]
+    run.optimizer.zero_grad()
+    cross_entropy(run.model(x), y).backward()
+    with pytest.raises(RuntimeError, match="a gradient without weights"):
+        run.optimizer.step()
+    assert all(map(torch.equal, run.parameters, before))
+    assert run.optimizer.steps == 2
+
+
+def test_a_batch_that_was_cleared_is_no_step() -> None:
+    run = Run(SGD)
+    x, y = SGD.batches(1)[0]
+    run.criterion(run.model(x), y).backward()
+    run.optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        run.optimizer.step()
+    run.criterion(run.model(x), y).backward()
+    run.optimizer.zero_grad(set_to_none=False)
+    run.optimizer.step()
+    assert run.optimizer.steps == 0
+
+
+def test_what_is_written_back_has_to_be_finite() -> None:
+    run = Run(SGD)
+    before = [p.detach().clone() for p in run.parameters]
+    written_back(run, lambda first, second: first / 0, run.optimizer.zero_grad)
+    with pytest.raises(FloatingPointError, match=r"written back to 4 parameters.*\(6, 5\)"):
+        run.optimizer.step()
+    assert all(map(torch.equal, run.parameters, before))
+
+
+def test_a_batch_thrown_away_does_not_taint_what_is_written_back() -> None:
+    run = Run(SGD)
+    x, y = SGD.batches(1)[0]
+    run.criterion(run.model(x.index_fill(0, torch.tensor(0), float("nan"))), y).backward()
+    run.optimizer.zero_grad()
+    written_back(run, torch.add, run.optimizer.zero_grad)
+    run.optimizer.step()
+    assert run.optimizer.steps == 1
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("closure", [False, True])
 def test_a_loss_that_is_not_finite_raises_before_anything_changes(

@@ -11,7 +11,7 @@ import torch
 from global_trainings import Chosen, Drawn, data_set
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from trainings import mlp
 
 from irw_optim import DBSCANFilter, PerSampleLoss
@@ -35,6 +35,8 @@ class Weights:
     """Whether some samples are there twice: whichever of two is in S, the weights are the same."""
     tied: bool = False
     """Whether all losses are exactly 0, so that S is chosen by the indices alone."""
+    ignored: slice | None = None
+    """Samples whose target is ignored."""
     wrapped: bool = False
     """Whether it is given a module with the DDP inside."""
 
@@ -45,6 +47,8 @@ class Weights:
             for parameter in model[-1].parameters():
                 nn.init.zeros_(parameter)
         data = data_set(self.size, self.duplicates)
+        if self.ignored is not None:
+            data.tensors[1][self.ignored] = -100
         if not self.double:
             data.tensors = data.tensors[0].float(), data.tensors[1]
         if self.inside and rank != world_size - 1:
@@ -76,6 +80,11 @@ WEIGHTS = {
     "all worst off": Weights({"alpha": 1.0}),
     "last layer": Weights({"score_parameters": "last"}),
     "autodiff": Weights({"engine": "autodiff"}),
+    "ignored targets": Weights({"mix": 0.2}, ignored=slice(0, None, 3)),
+    "ignored by one process": Weights({"class_balance": True, "center": 1.0}, ignored=slice(20)),
+    "ignored, IRWO": Weights(
+        {"outliers": REMOVES_SOME, "outlier_block": 9}, ignored=slice(0, None, 3)
+    ),
     "IRWO": Weights({"outliers": REMOVES_SOME, "outlier_block": 9}),
     "IRWO, one block": Weights({"outliers": REMOVES_SOME}),
     "three samples": Weights({}, size=3),
@@ -125,6 +134,21 @@ def not_finite(rank: int, world_size: int) -> None:
     global_weights(model, nn.CrossEntropyLoss(), DataLoader(data), alpha=0.2, progress=False)
 
 
+def disordered(rank: int, world_size: int) -> None:
+    """One sample is put last in its batch: few batches, all of them of one rank."""
+
+    def collate(samples: list[Any]) -> Any:
+        marked = [sample for sample in samples if sample[0][0] > 50]
+        rest = [sample for sample in samples if sample[0][0] <= 50]
+        return default_collate(rest + marked)
+
+    data = data_set()
+    data.tensors[0][30, 0] = 100
+    model = DistributedDataParallel(mlp().double())
+    loader = DataLoader(data, batch_size=4, collate_fn=collate)
+    global_weights(model, nn.CrossEntropyLoss(), loader, alpha=0.2, progress=False)
+
+
 def other_data(rank: int, world_size: int) -> None:
     model = DistributedDataParallel(mlp().double())
     loader = DataLoader(data_set(30 + rank))
@@ -157,6 +181,7 @@ CASES: dict[str, ranked.Case] = {
     "local": local,
     "draws": draws,
     "not finite": not_finite,
+    "disordered": disordered,
     "other data": other_data,
     "other seed": other_seed,
     "unknown samples": unknown_samples,
@@ -228,6 +253,7 @@ def test_the_draws_of_all_ranks_are_those_of_one_process(ranks, request):
     ("case", "texts"),
     [
         ("not finite", ["the losses of 1 samples are not finite (dataset indices 30)"] * 2),
+        ("disordered", ["in an order of its own, or others: the losses of the same samples"] * 2),
         ("other data", ["samples in the data set differs between the processes: [30, 31]"] * 2),
         ("other seed", ["ValueError: seed differs between the processes: [0, 1]"] * 2),
         ("unknown samples", ["another process does not know", "indices 36 to 39, but the weights"]),

@@ -64,7 +64,7 @@ def test_a_sample_without_gradient_in_a_model_that_mixes_samples(caplog):
     optimizer = wrapped(model, criterion)
     criterion(model(torch.randn(6, 4)), IGNORED).backward()
     assert optimizer.last_step is not None
-    assert "mixes samples" in caplog.text
+    assert "samples meet in the forward" in caplog.text
 
 
 @pytest.mark.parametrize("engine", ["auto", "autodiff"])
@@ -158,3 +158,60 @@ def test_ignored_samples_of_one_pass_and_none_of_another(options, whole_first):
     torch.testing.assert_close(weights[valid], true_weights)
     assert torch.equal(worst_off[valid], true_worst_off)
     torch.testing.assert_close(gradient, true_gradient)
+
+
+class Sub(torch.autograd.Function):
+    """A user's function by the name of one of torch's, which mixes the samples."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h - 0.5 * h.mean(0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient - 0.5 * gradient.mean(0)
+
+
+def centred(h: Tensor) -> Tensor:
+    """Samples meet in the backward pass alone."""
+    h = h * 1.0
+    h.register_hook(lambda gradient: gradient - 0.5 * gradient.mean(0))
+    return h
+
+
+def reversed_(h: Tensor) -> Tensor:
+    """As domain adaptation does, once it begins."""
+    h = h * 1.0
+    h.register_hook(lambda gradient: -0.5 * gradient)
+    return h
+
+
+@pytest.mark.parametrize("engine", ["auto", "autodiff"])
+@pytest.mark.parametrize("change", [Sub.apply, centred, reversed_], ids=lambda f: f.__qualname__)
+def test_what_begins_later_and_is_not_in_the_graph(change, engine):
+    """A function's name is its author's, and a hook has no node at all."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    optimizer = wrapped(model, alpha=0.4, engine=engine)
+    for step in range(5):
+        x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+
+        def losses(step=step, x=x, y=y):
+            h = model[0](x)
+            return F.cross_entropy(model[1](change(h) if step > 1 else h - 0), y, reduction="none")
+
+        truth = reference.step(losses(), model.parameters(), 0.4)
+        optimizer.zero_grad()
+        optimizer.backward(losses())
+        agree(optimizer, model, truth)
+
+
+def test_a_layer_that_is_parametrized_after_the_optimizer_was_made():
+    """Its class is another one then, of which the hook knew no rule."""
+    model, criterion = nn.Sequential(nn.Linear(4, 3)).double(), nn.CrossEntropyLoss()
+    optimizer = wrapped(model, criterion)
+    nn.utils.parametrizations.weight_norm(model[0])
+    optimizer.add_param_group({"params": list(model[0].parametrizations.parameters())})
+    x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    truth = reference.step(F.cross_entropy(model(x), y, reduction="none"), model.parameters(), 0.5)
+    criterion(model(x), y).backward()
+    agree(optimizer, model, truth)

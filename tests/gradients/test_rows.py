@@ -59,9 +59,10 @@ def made(case: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def captured(model: nn.Module, x: Tensor, y: Tensor):
-    hook_layers(model)
+    hooks = hook_layers(model)
     losses = F.cross_entropy(model(x), y, reduction="none")
     graph = walk(losses)
+    assert len(hooks) == len(graph.sites)
     for call, _, shape in graph.sites:
         assert call.find_batch(B, shape)
     return losses, graph

@@ -297,6 +297,16 @@ def test_a_batch_nobody_told_of_is_refused():
         training.criterion(training.model(x), y)
 
 
+def test_a_batch_after_the_epoch_is_not_the_last_one_of_it():
+    training = Training()
+    training.epochs(1)
+    x, y = training.data.tensors
+    last = N % BATCH or BATCH
+    with pytest.raises(RuntimeError, match=r"for batch in scheme, or call scheme\.select"):
+        training.criterion(training.model(x[:last]), y[:last])
+    training.epochs(1)
+
+
 def test_a_batch_of_another_size_is_refused():
     training = Training()
     x, y = next(iter(training.scheme))

@@ -1,0 +1,177 @@
+"""What is put on modules that belong to somebody else, and how it comes off again.
+
+An attachment is on a module once, whoever needs it, and for as long as somebody holds it: the
+owners are counted by Python itself. Copies and pickles of the module are without it, and load where
+this package is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary, finalize, ref
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+_Attached = TypeVar("_Attached", bound="Attachment")
+
+
+class Change(Protocol):
+    """What was done to a module; it holds nothing strongly."""
+
+    def remove(self) -> None:
+        """Undo it."""
+
+    def clean(self, state: dict[str, Any]) -> None:
+        """Undo it in a copy of the module's ``__dict__``."""
+
+
+Removable = RemovableHandle | Change
+
+
+class Attachment:
+    """Something on a module, until nobody holds this object any longer.
+
+    Args:
+        module: attached in place.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.handles: list[Removable] = []
+        self.remove = finalize(self, remove_all, self.handles)
+        self.remove.atexit = False
+        try:
+            self.plain_copies = None if isinstance(self, PlainCopies) else PlainCopies.on(module)
+            for handle in self.put_on(module):
+                self.handles.append(handle)
+            _there(module)[type(self)] = self
+        except BaseException:
+            self.remove()
+            self.plain_copies = None  # the traceback holds this object
+            raise
+
+    @classmethod
+    def on(cls: type[_Attached], module: nn.Module) -> _Attached:
+        """The one that is there already, or a new one."""
+        return cls.found_on(module) or cls(module)
+
+    @classmethod
+    def found_on(cls: type[_Attached], module: nn.Module) -> _Attached | None:
+        """The one that is there, if one is."""
+        there = _THERE.get(module)
+        found: Any = None if there is None else there.get(cls)
+        return found if found is not None and found.remove.alive else None
+
+    def put_on(self, module: nn.Module) -> Iterable[Removable]:
+        """Attach, and yield what removes it."""
+        raise NotImplementedError
+
+
+_THERE: WeakKeyDictionary[nn.Module, WeakValueDictionary[type, Attachment]] = WeakKeyDictionary()
+"""What is on which module, by kind."""
+
+
+def _there(module: nn.Module) -> WeakValueDictionary[type, Attachment]:
+    return _THERE.setdefault(module, WeakValueDictionary())
+
+
+def remove_all(handles: list[Removable]) -> None:
+    """Take back what is in the list, and empty it."""
+    while handles:
+        handles.pop().remove()
+
+
+class Replacement:
+    """Stands in a module's ``__dict__`` under a name, and knows what was there before."""
+
+    previous: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self  # on its way into a copy that is cleaned at once
+
+
+def replace_on(module: nn.Module, name: str, replacement: Replacement) -> Change:
+    """Let it stand in the module's ``__dict__`` under this name."""
+    replacement.previous = vars(module).get(name)
+    vars(module)[name] = replacement
+    return _Replaced(module, name, replacement)
+
+
+class _Replaced:
+    def __init__(self, module: nn.Module, name: str, replacement: Replacement) -> None:
+        self.module = ref(module)
+        self.name = name
+        self.replacement = ref(replacement)
+
+    def remove(self) -> None:
+        module = self.module()
+        if module is not None and vars(module).get(self.name) is self.replacement():
+            self.clean(vars(module))
+
+    def clean(self, state: dict[str, Any]) -> None:
+        """Put back what was there before."""
+        ours = state.pop(self.name, None)
+        if isinstance(ours, Replacement) and ours.previous is not None:
+            state[self.name] = ours.previous
+
+
+class PlainCopies(Attachment):
+    """Lets a module be copied and pickled as what it is without attachments.
+
+    Pickle and `copy` look up ``__reduce_ex__`` on the object itself, not on its class.
+    """
+
+    def put_on(self, module: nn.Module) -> Iterable[Removable]:
+        """Attach, and yield what removes it."""
+        yield replace_on(module, "__reduce_ex__", _Reduce(module))
+        if hasattr(type(module), "__deepcopy__"):
+            yield replace_on(module, "__deepcopy__", _Deepcopy(module))
+
+
+class _Reduce(Replacement):
+    def __init__(self, module: nn.Module) -> None:
+        self.module = ref(module)
+
+    def __call__(self, protocol: Any) -> Any:
+        module = self.module()
+        assert module is not None, "called by nobody else"
+        return _cleaned(type(module).__reduce_ex__(module, protocol), module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Where the class was changed since, and copies the ``__dict__`` as it is."""
+        twin = memo.get(id(self.module()))
+        return self if twin is None else _Reduce(twin)
+
+
+class _Deepcopy(Replacement):
+    def __init__(self, module: nn.Module) -> None:
+        self.module = ref(module)
+
+    def __call__(self, memo: dict[int, Any]) -> Any:
+        module = self.module()
+        assert module is not None, "called by nobody else"
+        twin = type(module).__deepcopy__(module, memo)  # type: ignore[attr-defined]
+        if twin is not module:
+            twin.__dict__ = _cleaned(vars(twin), module)
+        return twin
+
+
+def _cleaned(reduced: Any, module: nn.Module) -> Any:
+    """What pickle is told of a module, without what is attached to it."""
+    if type(reduced) is tuple:
+        return tuple(_cleaned(part, module) for part in reduced)
+    if type(reduced) is not dict or "_forward_hooks" not in reduced:
+        return reduced
+    handles = [handle for attached in _there(module).values() for handle in attached.handles]
+    hooks: set[int] = set()
+    state = dict(reduced)
+    for handle in handles:
+        if isinstance(handle, RemovableHandle):
+            hooks.add(handle.id)
+        else:
+            handle.clean(state)
+    for name, table in state.items():
+        if "hooks" in name and isinstance(table, dict) and not hooks.isdisjoint(table):
+            state[name] = type(table)((k, v) for k, v in table.items() if k not in hooks)
+    return state
