@@ -19,8 +19,9 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
 from irw_optim.attachments import Attachment, Removable
+from irw_optim.gradients.function_rules import CALLS, rule_of_function
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.rules import CALLS, call_of, rule_of, rule_of_function
+from irw_optim.gradients.rules import call_of, rule_of
 
 
 class CallSite(NamedTuple):

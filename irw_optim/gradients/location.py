@@ -2,13 +2,12 @@
 
 A sequence can be as long as the batch, a table can have as many rows, and T * B rows can be
 sorted by sample or by time. No size tells these apart, but the graph does, which was followed from
-the losses. Where it could not be followed to its end, the likeliest reading is taken, and compared
-with autograd as everything there.
+the losses. Beyond the operation at which it could be followed no further, the likeliest reading is
+taken, and compared with autograd as everything there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -31,29 +30,34 @@ def arranged(graph: Graph, batch: Batch, batch_size: int) -> Graph:
     """
     sites: list[CallSite] = []
     for site in graph.sites:
-        layouts: Sequence[Layout] = site.call.layouts(batch_size, site.shape)
-        if batch.followed:
-            layouts = _right(layouts, graph, batch, site, batch_size)
-        if site.call.may_lack_batch and not (batch.followed and layouts):
+        layouts = site.call.layouts(batch_size, site.shape)
+        known = _is_known(graph, batch, site)
+        right = [n for n in layouts if _may_be(n, graph, batch, site, batch_size)]
+        if site.call.may_lack_batch and not (known and right):
             sums = sites_of_sums(site, graph, batch_size)
             if sums is not None:
                 dim, at_sums = sums
-                if not batch.followed or all(
-                    _right([Layout(dim)], graph, batch, other, batch_size) for other in at_sums
-                ):
+                if all(_may_be(Layout(dim), graph, batch, s, batch_size) for s in at_sums):
                     sites += at_sums
                     continue
-        site.call.settle(layouts[0] if layouts else None, batch_size)
+        site.call.settle(right[0] if right else None, batch_size)
         sites.append(site)
     return graph._replace(sites=sites)
 
 
-def _right(
-    layouts: Sequence[Layout], graph: Graph, batch: Batch, site: CallSite, batch_size: int
-) -> list[Layout]:
-    """Those under which the output holds the batch where the graph says."""
-    stride = batch.places.get((graph.nodes[site.edge.node], site.edge.output_nr))
-    return [layout for layout in layouts if stride_in(layout, site.shape, batch_size) == stride]
+def _is_known(graph: Graph, batch: Batch, site: CallSite) -> bool:
+    return batch.followed or _place(graph, site) in batch.places
+
+
+def _may_be(layout: Layout, graph: Graph, batch: Batch, site: CallSite, batch_size: int) -> bool:
+    """Whether the output may hold the batch so, for all that the graph says."""
+    stride = batch.places.get(_place(graph, site))
+    right = stride_in(layout, site.shape, batch_size) == stride
+    return right or not _is_known(graph, batch, site)
+
+
+def _place(graph: Graph, site: CallSite) -> tuple[int, int]:
+    return graph.nodes[site.edge.node], site.edge.output_nr
 
 
 def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:

@@ -30,7 +30,8 @@ class Batch(NamedTuple):
     Attributes:
         mixed_by: the first operation that may mix the samples; None where none can.
         places: the stride of the batch in each output, by the place of its node in the graph's
-            order; `SHARED` where the output is one for all samples. Known where nothing mixes.
+            order; `SHARED` where the output is one for all samples. Where something mixes, of the
+            outputs met before it.
         reads: for each leaf, how many operations on samples read it, or what is computed of it.
         computes_shared: whether anything that is one for all samples is computed, beyond views.
     """
@@ -68,7 +69,7 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
                 found = _inputs_of(Output(node, number, stride, len(losses)))
                 weight = 1
                 if found is MIXES:
-                    return Batch(node.name())
+                    return Batch(node.name(), _by_number(places, graph))
             for (parent, output), place in zip(node.next_functions, found, strict=False):
                 if parent is None:
                     continue
@@ -81,10 +82,13 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
                     known.append(output)
                     places[parent, output] = place
                 elif places[parent, output] != place:
-                    return Batch(parent.name())
-    by_number = {(graph.nodes[node], output): place for (node, output), place in places.items()}
+                    return Batch(parent.name(), _by_number(places, graph))
     counted = tuple(reads.get(node, 0) for node in graph.leaf_nodes)
-    return Batch(None, by_number, counted, computes_shared)
+    return Batch(None, _by_number(places, graph), counted, computes_shared)
+
+
+def _by_number(places: Mapping[tuple[Node, int], int], graph: Graph) -> dict[tuple[int, int], int]:
+    return {(graph.nodes[node], output): place for (node, output), place in places.items()}
 
 
 def _inputs_of(output: Output) -> Sequence[int]:
