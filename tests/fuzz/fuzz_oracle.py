@@ -219,7 +219,8 @@ class Loop(User):
         unit = float(lengths.max() * lengths[decision.worst_off].sum()) * centre
         mass = float(decision.scores.clamp(min=0).sum())
         blown_up = len(losses) * unit / mass if mass else (float("inf") if unit else 1.0)
-        tied = tied or 0 < float(lengths.max()) < self.least
+        longest, of_S = float(lengths.max()), float(lengths[decision.worst_off].sum())
+        tied = tied or 0 < longest < self.least or 0 < of_S < 1e-12 * longest
         if self.given is not None and len(self.given) == len(losses):
             decision, blown_up = decision._replace(weights=self.given), 0.0
         return Decided(decision, unit, blown_up, tied)
