@@ -68,6 +68,9 @@ class Loop(User):
         alpha, center, mix: of the rule.
         accumulation_steps: backward passes that are weighed together.
         options: of the library, with no meaning here.
+
+    Attributes:
+        least: a gradient that is shorter is what rounding left, and so are its scores.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Loop(User):
         self.owned, self.lr = list(owned), lr
         self.rule = {"alpha": alpha, "center": center, "mix": mix}
         self.passes = accumulation_steps
+        self.least = 1e-12
         self.clear()
 
     def follow(self, record: Any, by_link: bool) -> None:
@@ -215,6 +219,8 @@ class Loop(User):
         unit = float(lengths.max() * lengths[decision.worst_off].sum()) * centre
         mass = float(decision.scores.clamp(min=0).sum())
         blown_up = len(losses) * unit / mass if mass else (float("inf") if unit else 1.0)
+        longest, of_S = float(lengths.max()), float(lengths[decision.worst_off].sum())
+        tied = tied or 0 < longest < self.least or 0 < of_S < 1e-12 * longest
         if self.given is not None and len(self.given) == len(losses):
             decision, blown_up = decision._replace(weights=self.given), 0.0
         return Decided(decision, unit, blown_up, tied)

@@ -159,6 +159,7 @@ class Trial:
         def both(criterion: nn.Module, pick: Any, options: dict[str, Any]) -> tuple[Ours, Loop]:
             pick = pick or (lambda net: list(net.parameters()))
             loop = Loop(twin, losses, its_criterion, pick(twin.model), self.lr, **options)
+            loop.least = 0.0 if self.exact else loop.least  # small on purpose
             return Ours(world, criterion, pick(world.model), self.lr, **options), loop
 
         ours, loop = both(criterion, self.owned, self.options)
