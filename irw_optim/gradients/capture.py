@@ -167,8 +167,8 @@ def _notes(node: Node) -> dict[Any, Any]:
 def _record_layer(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
     if output.grad_fn is not None:
         rule = rule_of(module)
-        assert rule is not None
-        record(call_of(rule, module, args, kwargs), output)
+        if rule is not None:  # it had one, but may have been parametrized since
+            record(call_of(rule, module, args, kwargs), output)
 
 
 class _FunctionRecorder(TorchFunctionMode):

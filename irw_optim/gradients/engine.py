@@ -47,7 +47,17 @@ class Engine(Renewed):
         kind: ``"auto"``, ``"ghost"`` (raises where it does not cover) or ``"autodiff"``.
     """
 
-    PASSING = ("hooks", "known", "batches", "coverings", "trust", "told", "uses", "random")
+    PASSING = (
+        "hooks",
+        "known",
+        "batches",
+        "coverings",
+        "trust",
+        "told",
+        "uses",
+        "listened_to",
+        "random",
+    )
 
     def __init__(self, model: nn.Module | None, kind: str = "auto") -> None:
         self.model = model
@@ -63,6 +73,7 @@ class Engine(Renewed):
         self.trust: dict[Hashable, Trust] = {}
         self.told: set[str] = set()
         self.uses = 0
+        self.listened_to: dict[Hashable, bool] = {}
         self.random = torch.Generator().manual_seed(0)
 
     def capture(
@@ -122,9 +133,13 @@ class Engine(Renewed):
                 self._report_parts(graph, size)
         return graph, covering
 
-    def looks_for_hooks(self) -> bool:
-        """Whether to look, at uses 1, 2, 4, 8, ..., for hooks that change gradients."""
+    def looks_for_hooks(self, graph: Graph) -> bool:
+        """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
         self.uses += 1
+        kind = tuple(graph.wiring), tuple(map(type, graph.order))
+        if kind not in self.listened_to:
+            _remember(self.listened_to, kind, True)
+            return True
         return self.uses & (self.uses - 1) == 0
 
     def _follow(self, losses: Tensor, graph: Graph) -> Batch:

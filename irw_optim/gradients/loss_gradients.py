@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.autodiff import AutodiffGradients
-from irw_optim.gradients.backward_passes import BackwardPasses
+from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses
 from irw_optim.gradients.capture import CallSite, Graph
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
@@ -68,13 +68,13 @@ class LossGradients:
         graph, covering = self.engine.covering(self.graph, self.leaves, self.losses)
         self.graph = graph
         factors = seed.to(self.losses.dtype).expand_as(self.losses)
-        listens = bool(len(self.losses)) and self.engine.looks_for_hooks()
+        listens = bool(len(self.losses)) and self.engine.looks_for_hooks(graph)
         if not covering.covered:
             if listens:
                 passes.listen([], factors, self.leaves)
             return
         check = bool(len(self.losses)) and covering.check_is_due()
-        if covering.whole and not check and not listens:
+        if covering.whole and not (check or listens or self.engine.known.get(HOOKS_CHANGE)):
             passes.heard = True
             self.rest = self.finished_by_autograd = []
             retain = keep_graph or bool(self.sharing or self.others)
@@ -92,7 +92,7 @@ class LossGradients:
         ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True, backward=by)
         if len(sites) == len(graph.sites):
             covering.reached = ghost.reached
-        if check:
+        if check or self.engine.known.get(HOOKS_CHANGE):  # a hook may mix the samples, too
             self._check(covering, sites, ghost)
         sparse = {
             p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from irw_optim.gradients.capture import Graph
-from irw_optim.gradients.mixing_rules import MIXES, SHARED, Output
 from irw_optim.gradients.operations import is_view, rule_for, settings_of
+from irw_optim.gradients.place import MIXES, SHARED, UNREAD, Output
 
 
 class Batch(NamedTuple):
@@ -71,7 +71,7 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
                 if found is MIXES:
                     return Batch(node.name(), _by_number(places, graph))
             for (parent, output), place in zip(node.next_functions, found, strict=False):
-                if parent is None:
+                if parent is None or place == UNREAD:
                     continue
                 if place == SHARED:
                     reads[parent] = reads.get(parent, 0) + weight

@@ -7,80 +7,11 @@ where the operation works along the batch, or may.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-SHARED = 0
-"""The place of what has no batch."""
-
-MIXES: tuple[int, ...] = (-1,)
-"""The samples may meet here."""
-
-Rule = Callable[["Output"], Sequence[int]]
-
-
-class Output:
-    """What a node computed, and where the batch is in it.
-
-    Args:
-        node: of the graph.
-        number: which of its outputs.
-        stride: of the batch, in numbers.
-        batch_size: B.
-    """
-
-    def __init__(self, node: Any, number: int, stride: int, batch_size: int) -> None:
-        self.node = node
-        self.number = number
-        self.stride = stride
-        self.batch_size = batch_size
-        self.shape: Sequence[int] = node._input_metadata[number].shape
-
-    @cached_property
-    def inputs(self) -> list[Sequence[int]]:
-        """The shapes of what the node read; () for what needs no gradient."""
-        return [
-            () if parent is None else parent._input_metadata[number].shape
-            for parent, number in self.node.next_functions
-        ]
-
-    @cached_property
-    def located(self) -> tuple[int, int] | None:
-        """The dimension that holds the batch, and the stride inside it; None for several."""
-        right = 1
-        for dim in reversed(range(len(self.shape))):
-            wider = right * self.shape[dim]
-            if right <= self.stride and self.stride * self.batch_size <= wider:
-                return None if self.stride % right else (dim, self.stride // right)
-            right = wider
-        return None
-
-    def saved_dims(self, name: str = "_saved_dim", ndim: int | None = None) -> list[int]:
-        """Dimensions that the node remembers, counted from the front; none means all."""
-        value = getattr(self.node, name, None)
-        values = value if isinstance(value, tuple | list) else [value]
-        size = len(self.shape) if ndim is None else ndim
-        # Negative ones are remembered as unsigned numbers.
-        signed = [d - 2**64 if d >= 2**63 else d for d in values if d is not None]
-        return [d % size if size else 0 for d in signed]
-
-    def at(self, shape: Sequence[int], dim: int) -> int | None:
-        """The stride of the batch in a tensor that holds it in ``dim`` as the output does."""
-        located = self.located
-        if located is None or not 0 <= dim < len(shape) or shape[dim] != self.shape[located[0]]:
-            return None
-        right = 1
-        for size in shape[dim + 1 :]:
-            right *= size
-        return located[1] * right
-
-    def all_at(self, dim: int) -> Sequence[int]:
-        """The answer where every input holds the batch in ``dim``."""
-        found = [self.at(shape, dim) if shape else SHARED for shape in self.inputs]
-        return MIXES if None in found else found  # type: ignore[return-value]
+from irw_optim.gradients.place import MIXES, SHARED, UNREAD, Output, Rule
 
 
 def elementwise(output: Output) -> Sequence[int]:
@@ -306,6 +237,12 @@ def recurrent(output: Output) -> Sequence[int]:
     found = [output.at(read, 1) if read else SHARED, *[SHARED] * len(weights)]
     found += [output.at(shape, len(shape) - 2) if shape else SHARED for shape in states]
     return MIXES if None in found else found  # type: ignore[return-value]
+
+
+def handed_on(output: Output) -> Sequence[int]:
+    """Each output is one of the inputs."""
+    numbers = range(len(output.inputs))
+    return [output.stride if number == output.number else UNREAD for number in numbers]
 
 
 def mixing(output: Output) -> Sequence[int]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.nn.modules._functions import BackwardHookFunction
 
 from irw_optim.gradients.mixing_rules import (
-    Rule,
     along,
     along_last,
     batch_norm,
     elementwise,
+    handed_on,
     inserting,
     layer_norm,
     linear,
@@ -36,6 +38,7 @@ from irw_optim.gradients.mixing_rules import (
     unreduced,
     with_weights,
 )
+from irw_optim.gradients.place import Rule
 
 
 class _Named(NamedTuple):
@@ -165,8 +168,12 @@ def _kind_of(node: Node) -> _Kind:
     kind = _OF_TYPE.get(type(node))
     if kind is None:
         name, _, _ = node.name().partition("Backward")
+        rule = RULES.get(name, mixing)
+        if isinstance(node, BackwardCFunction):  # a function in Python may have any name
+            of_hooks = getattr(node, "_forward_cls", None) is BackwardHookFunction
+            rule = handed_on if of_hooks else mixing
         settings = tuple(name for name in _SETTINGS if hasattr(node, name))
-        kind = _OF_TYPE[type(node)] = _Kind(RULES.get(name, mixing), settings)
+        kind = _OF_TYPE[type(node)] = _Kind(rule, settings)
     return kind
 
 
