@@ -27,12 +27,14 @@ def names_in(file: str) -> set[str]:
         if isinstance(node, ast.FunctionDef):
             found.add(f"::{node.name}")
         elif isinstance(node, ast.ClassDef):
+            if node.name.startswith("Test"):
+                found.add(f"::{node.name}")
             found |= {
                 f"::{node.name}::{inner.name}"
                 for inner in node.body
                 if isinstance(inner, ast.FunctionDef)
             }
-    return {name for name in found if name.rpartition("::")[2].startswith("test_")}
+    return {name for name in found if name.rpartition("::")[2].lower().startswith("test")}
 
 
 @pytest.mark.parametrize(("file", "test"), sorted(set(NAMED)))

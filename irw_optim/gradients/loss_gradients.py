@@ -22,6 +22,11 @@ from irw_optim.gradients.verification import compare, in_half_precision, probe_o
 if TYPE_CHECKING:
     from irw_optim.gradients.engine import Engine
 
+NOTHING_TO_SCORE = (
+    "the losses do not depend on any parameter that makes the scores: expected losses computed "
+    "from the model under torch.enable_grad(), and score_parameters among the trainable parameters"
+)
+
 
 class LossGradients:
     """G, and the sums that a step needs of it.
@@ -115,11 +120,7 @@ class LossGradients:
         if rest:
             parts.append(AutodiffGradients(self.losses, rest, self.engine.known, self._quiet))
         if not parts:
-            raise RuntimeError(
-                "the losses do not depend on any parameter that makes the scores: expected losses "
-                "computed from the model under torch.enable_grad(), and score_parameters among "
-                "the trainable parameters"
-            )
+            raise RuntimeError(NOTHING_TO_SCORE)
         return parts[0] if len(parts) == 1 else StackedGradients(parts)
 
     def weighted_sum(self, weights: Tensor, keep_graph: bool) -> dict[Tensor, Tensor]:

@@ -208,7 +208,8 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         check_trains(losses)
         check_backward(self.engine)
         value = losses.detach().mean()
-        self._weighted.loss(PerSampleLosses(losses, value, 1.0, labels)).backward()
+        batch = PerSampleLosses(losses, value, 1.0, labels)
+        self._weighted.loss(batch, of_the_model=True).backward()
         return value
 
     @fires_own_hooks

@@ -13,6 +13,7 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.replicas import Replicas, several_processes
 from irw_optim.distributed.shards import Shards
 from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.optimizer.accumulation import LogicalBatch
 from irw_optim.optimizer.carried_loss import OneProcess, Weigher, carried_loss
@@ -89,18 +90,27 @@ class WeightedBackward(Renewed):
         chosen = self.chosen
         return [p for p in self.parameters if chosen is None or p in chosen]
 
-    def loss(self, batch: PerSampleLosses) -> Tensor:
-        """The criterion's value, carrying the weighted gradient."""
+    def loss(self, batch: PerSampleLosses, *, of_the_model: bool = False) -> Tensor:
+        """The criterion's value, carrying the weighted gradient.
+
+        Args:
+            batch: per-sample losses with their graph.
+            of_the_model: whether losses of something else are a mistake; else they are left alone.
+        """
         if not batch.losses.requires_grad:
             return batch.value
         warming_up = self.progress.steps < self.warmup_steps
         scheme = Averaging() if warming_up else self.scheme
         logical = None if warming_up or self.accumulation_steps == 1 else self.logical
         scored = self.scored
+        captured = self.engine.capture(batch.losses, self._owns)
+        if of_the_model and not captured.leaves:
+            captured.close()
+            raise RuntimeError(NOTHING_TO_SCORE)
         loss = carried_loss(
             batch,
             self._weigher(scheme, scored),
-            self.engine.capture(batch.losses, self._owns),
+            captured,
             self.replicas.leaves_of(scored).__contains__,
             logical,
             self.replicas.finish,

@@ -148,6 +148,8 @@ def frozen(draw):
 def hooked(draw):
     where = draw.pick("parameter", "after accumulation", "module", "activation", "forward")
     factor, begins = draw.pick(1.0, 0.5), draw.pick(0, 0, 2)
+    if where == "activation":
+        begins = 0  # one that begins later is looked for at some steps only
     steps: dict[int, int] = {}
 
     def run(user, batch):

@@ -79,21 +79,6 @@ class Alone(torch.autograd.Function):
         return 2.0 * gradient
 
 
-def heard(h: Tensor, few: Few) -> Tensor:
-    """The gradient changes places, which the graph does not show."""
-    h = h * 1.0
-    if h.requires_grad:
-        h.register_hook(lambda gradient: gradient[few.index])
-    return h
-
-
-def centred_gradient(h: Tensor, few: Few) -> Tensor:
-    h = h * 1.0
-    if h.requires_grad:
-        h.register_hook(lambda gradient: gradient - 0.5 * gradient.mean(0))
-    return h
-
-
 def subtracted(h: Tensor, few: Few) -> Tensor:
     h = h * 1
     return h.sub_(h.detach().mean(0)).add_(0.2 * h.sum(0))
@@ -168,8 +153,6 @@ HIDDEN: dict[str, Mixing] = {
     "a user's gradient": lambda h, few: Shared.apply(h),
     "a user's gather": lambda h, few: Borrowed.apply(h, few.index),
     "a user's function by a common name": lambda h, few: Sub.apply(h, few.index),
-    "a hook": heard,
-    "a hook of all": centred_gradient,
     "vmap over features": by_columns,
     "in place": subtracted,
     "neighbours, in place": neighbours,

@@ -133,7 +133,7 @@ def copied(draw):
 
 @loop("attacked inputs", NETWORKS)
 def attacked(draw):
-    how = draw.pick("grad", "backward", "twice", "grad of both", "saliency", "embedded", "in eval")
+    how = draw.pick("grad", "backward", "twice", "grad of both", "saliency", "in eval")
 
     def run(user, batch):
         net = user.net
@@ -146,12 +146,6 @@ def attacked(draw):
         loss = user.criterion(net(x), batch.y)
         if how == "in eval":
             net.train()
-        if how == "embedded":
-            h = user.net.trunk(x.detach())
-            loss = user.criterion(user.net.a(h), batch.y)
-            (slope,) = torch.autograd.grad(loss, h)
-            user.note("d h", slope)
-            return user.backward(user.criterion(user.net.a(h.detach() + slope), batch.y))
         if how == "grad of both":
             weight = net.a.weight
             slope, d_weight = torch.autograd.grad(loss, [x, weight])

@@ -66,7 +66,7 @@ class Loop(User):
         owned: the parameters whose gradients make the scores.
         lr: of the plain step.
         alpha, center, mix: of the rule.
-        accumulation_steps: backward passes that are weighed together.
+        accumulation_steps: losses that are weighed together, once they went backward.
         options: of the library, with no meaning here.
 
     Attributes:
@@ -107,10 +107,10 @@ class Loop(User):
     def clear(self) -> None:
         self.preferred: Tensor | None = None
         self.given: Tensor | None = None
-        self.arrived: list[tuple[Call, float]] = []
+        self.waiting: list[tuple[Call, float]] = []
+        self.arrived = 0
         self.decided: list[Decided] = []
         self.length = 0.0
-        self.count = 0
 
     @property
     def all_decided(self) -> list[Decided]:
@@ -161,35 +161,40 @@ class Loop(User):
 
     def arrives(self, call: Call, factor: float) -> None:
         """A backward pass has come to a loss."""
-        self.arrived.append((call, factor))
+        self.waiting.append((call, factor))
+        self.arrived += 1
         worst = self.decided[-1].blown_up if self.decided else 1.0
         lengths = call.G.norm(dim=1).sum()
         self.length += abs(factor * call.scale) * float(lengths) * (1 + worst)
 
     def backward(self, loss: Tensor, **how: Any) -> None:
         loss.backward(**how)
-        self.count += 1
-        if self.passes > 1 and self.count == self.passes:
-            self.finish()
+        while self.passes > 1 and len(self.waiting) >= self.passes:
+            self.weigh(self.waiting[: self.passes])
+            self.waiting = self.waiting[self.passes :]
 
     def finish(self) -> None:
+        """Weigh what is left of a logical batch."""
+        if self.passes > 1 and self.waiting:
+            self.weigh(self.waiting)
+            self.waiting = []
+
+    def weigh(self, arrived: list[tuple[Call, float]]) -> None:
         """The gradient of a logical batch."""
-        calls = [call for call, _ in self.arrived]
+        calls = [call for call, _ in arrived]
         decided = self.decide(calls)
         self.decided.append(decided)
         self.length *= 1 + decided.blown_up
-        length = sum(factor * call.scale for call, factor in self.arrived)
+        length = sum(factor * call.scale for call, factor in arrived)
         total = length * (decided.decision.weights @ torch.cat([call.G for call in calls]))
         inner_product(self.parameters, total).backward()
-        self.count = 0
 
     def zero_grad(self, **how: Any) -> None:
         for p in self.owned:
             p.grad = None
 
     def step(self) -> None:
-        if self.passes > 1 and self.count:
-            self.finish()
+        self.finish()
         with torch.no_grad():
             for p in self.owned:
                 if p.grad is not None:

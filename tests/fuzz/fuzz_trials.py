@@ -212,7 +212,7 @@ def agree(ours: Ours, loop: Loop, tolerance: float, compared: Sequence[str]) -> 
 def check_record(ours: Ours, loop: Loop, tolerance: float, compared: Sequence[str]) -> None:
     """The record is of the one batch that a backward pass came to."""
     accumulated = loop.passes > 1
-    if (len(loop.decided) != 1) or (len(loop.arrived) != 1 and not accumulated):
+    if (len(loop.decided) != 1) or (loop.arrived != 1 and not accumulated):
         return
     record, (decision, unit, blown_up, _) = ours.optimizer.last_step, loop.decided[0]
     assert record is not None, "no record"

@@ -112,7 +112,7 @@ def test_hooks_on_a_model_that_was_compiled_and_run_before_are_not_called(
     _, call = run_before_the_hooks_came(model, criterion, backend="aot_eager")
     x, y = next(iter(make_loader()))
     criterion(call(x.double()), y).backward()
-    assert "ghost products for 0 parameters" in caplog.text
+    assert "quick products for 0 parameters" in caplog.text
     assert "does not currently support double backward" in caplog.text
 
 
