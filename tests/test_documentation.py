@@ -96,5 +96,7 @@ def test_no_module_is_forgotten() -> None:
 
 def test_the_changelog_names_the_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    newest = next(line for line in changelog.splitlines() if line.startswith("## "))
-    assert irw_optim.__version__ in newest
+    headings = [line for line in changelog.splitlines() if line.startswith("## ")]
+    released = [line for line in headings if line != "## [Unreleased]"]
+    assert irw_optim.__version__ in released[0]
+    assert headings.index(released[0]) <= 1
