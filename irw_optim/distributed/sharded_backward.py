@@ -18,6 +18,7 @@ from torch import Tensor
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.capture import CallSite
+from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.verification import Difference, difference, probe_of, wrong_among
@@ -117,7 +118,7 @@ class _ShardedPass:
                 "the losses do not depend on any parameter that makes the scores: expected losses "
                 "computed from the model, and score_parameters among its trainable parameters"
             )
-        check = self._agree(columns)
+        covering, check = self._agree(columns)
         sites = [s for s in batch.graph.sites if columns.intersection(s.call.parameters.values())]
         for site in sites:
             site.call.forget_values()
@@ -128,17 +129,21 @@ class _ShardedPass:
             rows = rows.restricted_to(columns)
         if check:
             self._check(rows, columns)
+            if covering is not None:
+                covering.agree()
         return rows
 
-    def _agree(self, columns: set[Tensor]) -> bool:
-        """Whether any rank has to check its products in this pass: an all-gather of 2 numbers.
+    def _agree(self, columns: set[Tensor]) -> tuple[Covering | None, bool]:
+        """What is known of the products of this rank's batch, if it has one, and whether to check.
+
+        They are checked where any rank has to: an all-gather of 2 numbers.
 
         Raises:
             NotImplementedError: parameters that the ghost products do not cover, on any rank.
         """
         batch = self.captured
         missing: set[Tensor] = set()
-        due = False
+        covering, due = None, False
         if len(batch.losses):
             batch.graph, covering = batch.engine.covering(
                 batch.graph, batch.leaves, batch.losses, report=False
@@ -151,7 +156,7 @@ class _ShardedPass:
                 "under fully_shard the scores need parameters that the ghost products cover, and "
                 f"they do not cover {self._of_all_ranks(missing)}: {WAY_OUT}"
             )
-        return bool(check)
+        return covering, bool(check)
 
     def _check(self, rows: GhostGradients, columns: set[Tensor]) -> None:
         """Compare the products with autograd's own gradients, each layer's as it arrives.

@@ -49,11 +49,11 @@ class Graph(NamedTuple):
     leaf_nodes: list[Node]
     order: list[Node]
     nodes: dict[Node, int]
-    wiring: list[int]
+    wiring: tuple[int | tuple[int, int], ...]
 
     @classmethod
     def empty(cls) -> Graph:
-        return cls([], [], [], [], {}, [])
+        return cls([], [], [], [], {}, ())
 
     def forget_calls(self) -> None:
         """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
@@ -104,7 +104,7 @@ def walk(losses: Tensor) -> Graph:
     leaves: list[Tensor] = []
     leaf_nodes: list[Node] = []
     order: list[Node] = []
-    wiring: list[int] = []
+    wiring: list[int | tuple[int, int]] = []
     root = losses.grad_fn
     seen: dict[Node, int] = {} if root is None else {root: 0}
     # Depth first; a node is written down when all that it reads from is: the order, from its end.
@@ -117,10 +117,10 @@ def walk(losses: Tensor) -> Graph:
                 continue
             number = seen.get(parent)
             if number is not None:
-                wiring += (number, output)
+                wiring.append((number, output) if output else number)
                 continue
-            number = seen[parent] = len(seen)
-            wiring += (number, output)
+            seen[parent] = number = len(seen)
+            wiring.append((number, output) if output else number)
             following = parent.next_functions
             if not following and (leaf := getattr(parent, "variable", None)) is not None:
                 leaves.append(leaf)
@@ -136,7 +136,7 @@ def walk(losses: Tensor) -> Graph:
         for number, (call, shape) in _notes(node).get(CALLS, {}).items():
             sites.append(CallSite(call, GradientEdge(node, number), shape))
     nodes = {node: place for place, node in enumerate(order)}
-    return Graph(sites, leaves, leaf_nodes, order, nodes, wiring)
+    return Graph(sites, leaves, leaf_nodes, order, nodes, tuple(wiring))
 
 
 def output_shape(node: Node) -> torch.Size | None:

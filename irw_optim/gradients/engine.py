@@ -55,6 +55,7 @@ class Engine(Renewed):
         "trust",
         "told",
         "uses",
+        "unfamiliar",
         "listened_to",
         "random",
     )
@@ -73,6 +74,7 @@ class Engine(Renewed):
         self.trust: dict[Hashable, Trust] = {}
         self.told: set[str] = set()
         self.uses = 0
+        self.unfamiliar = True
         self.listened_to: dict[Hashable, bool] = {}
         self.random = torch.Generator().manual_seed(0)
 
@@ -120,7 +122,10 @@ class Engine(Renewed):
             report: whether to say what is left to autodiff, or to refuse it.
         """
         size = len(losses)
-        batch = self._follow(losses, graph) if graph.sites and size > 1 else Batch(None)
+        batch = Batch(None)
+        self.unfamiliar = True
+        if graph.sites and size > 1:
+            batch = self._follow(losses, graph)
         graph = arranged(graph, batch, size)
         kind = kind_of(graph, own, size, batch)
         covering = self.coverings.get(kind)
@@ -136,15 +141,19 @@ class Engine(Renewed):
     def looks_for_hooks(self, graph: Graph) -> bool:
         """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
         self.uses += 1
-        kind = tuple(graph.wiring), tuple(map(type, graph.order))
-        if kind not in self.listened_to:
-            _remember(self.listened_to, kind, True)
+        if self.uses & (self.uses - 1) == 0:
             return True
-        return self.uses & (self.uses - 1) == 0
+        if not self.unfamiliar:
+            return False
+        kind = graph.wiring, tuple(map(type, graph.order))
+        new = kind not in self.listened_to
+        _remember(self.listened_to, kind, True)
+        return new
 
     def _follow(self, losses: Tensor, graph: Graph) -> Batch:
         known = fingerprint(losses, graph)
         batch = None if known is None else self.batches.get(known)
+        self.unfamiliar = batch is None
         if batch is None:
             batch = follow_batch(losses, graph)
             if known is not None:

@@ -148,7 +148,7 @@ class LossGradients:
                 aside = self._edges_aside(rest)
                 gradients = passes.loud([*ends, *aside], weights, retain_graph=not last)
             total.update((p, g) for p, g in zip(rest, gradients, strict=False) if g is not None)
-        return {p: g.to(p.dtype) for p, g in total.items()}
+        return {p: g if g.dtype == p.dtype else g.to(p.dtype) for p, g in total.items()}
 
     def plain_sum(
         self, leaves: Sequence[Tensor], factors: Tensor, *, heard: bool

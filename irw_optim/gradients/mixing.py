@@ -109,4 +109,4 @@ def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...] | None:
         if of_node is None:
             return None
         settings.append(of_node)
-    return len(losses), losses.output_nr, tuple(graph.wiring), tuple(settings)
+    return losses.shape, losses.output_nr, graph.wiring, tuple(settings)

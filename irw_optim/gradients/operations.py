@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
-from torch.nn.modules._functions import BackwardHookFunction
 
 from irw_optim.gradients.mixing_rules import (
     along,
@@ -154,14 +153,14 @@ def settings_of(node: Node) -> object:
     """What the rule of a node looks at, to compare; None where that is more than settings."""
     kind = _OF_TYPE.get(type(node)) or _kind_of(node)
     if kind.rule is elementwise:
-        return kind
+        return type(node)
     if kind.rule is picking:
         return None
     metadata: Any = node._input_metadata
     shapes = tuple(map(_shape, metadata)) if len(metadata) > 1 else tuple(metadata[0].shape)
     if not kind.settings:
-        return kind, shapes
-    return kind, shapes, *[_hashable(getattr(node, name)) for name in kind.settings]
+        return type(node), shapes
+    return type(node), shapes, *[_hashable(getattr(node, name)) for name in kind.settings]
 
 
 def _kind_of(node: Node) -> _Kind:
@@ -170,11 +169,17 @@ def _kind_of(node: Node) -> _Kind:
         name, _, _ = node.name().partition("Backward")
         rule = RULES.get(name, mixing)
         if isinstance(node, BackwardCFunction):  # a function in Python may have any name
-            of_hooks = getattr(node, "_forward_cls", None) is BackwardHookFunction
-            rule = handed_on if of_hooks else mixing
+            rule = handed_on if _is_torchs_identity(node) else mixing
         settings = tuple(name for name in _SETTINGS if hasattr(node, name))
         kind = _OF_TYPE[type(node)] = _Kind(rule, settings)
     return kind
+
+
+def _is_torchs_identity(node: BackwardCFunction) -> bool:
+    """Functions by which torch hears a pass: module hooks, FSDP, DistributedDataParallel."""
+    function = getattr(node, "_forward_cls", type(node))
+    names = ("BackwardHookFunction", "RegisterPostBackwardFunction", "_DDPSink")
+    return function.__module__.startswith("torch.") and function.__name__ in names
 
 
 def _shape(metadata: Any) -> tuple[int, ...]:

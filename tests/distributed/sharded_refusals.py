@@ -55,7 +55,8 @@ def mixing(rank: int, world_size: int) -> None:
 
 
 def backward_twice(rank: int, world_size: int) -> None:
-    loss = Setting(rank, world_size).loss()
+    setting = Setting(rank, world_size)
+    loss = setting.loss()
     loss.backward()
     loss.backward()
 

@@ -90,7 +90,7 @@ def fuzz(family: str, cases: int) -> None:
                     f"    {type(error).__name__}: {text}"
                 )
         usual = "refused" if kind in REFUSED else "exact"
-        if cases > 4 and 2 * outcomes[usual] < outcomes.total() - 2 * outcomes["wrong"]:
+        if cases > 4 and 4 * outcomes[usual] < outcomes.total() - 4 * outcomes["wrong"]:
             wrong.append(f"{family}: {kind}: hardly any case was {usual}: {dict(outcomes)}")
     if wrong:
         more = f"\n... and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""

@@ -111,11 +111,12 @@ def scaled_before_clipping(gradients, losses):
 
 
 def irw_inside_opacus(gradients, losses):
-    """IRWOptimizer in a DPOptimizer, its guard taken away: it steps on gradients without noise."""
+    """IRWOptimizer in a DPOptimizer, its guards taken away: it steps on gradients without noise."""
     p = parameter(gradients)
     inner = IRWOptimizer(torch.optim.SGD([p], lr=1.0), alpha=ALPHA)
     assert DPOptimizer(inner, **DP).pre_step()
     del p.summed_grad
+    p.grad = p.grad_sample.mean(0)
     inner.step(losses=losses)
     return p.item()
 
