@@ -78,9 +78,10 @@ class Covering:
 
     def lose(self, parameters: Iterable[Tensor]) -> None:
         """Leave these parameters to autograd from now on."""
-        self.trust.lost.update(parameters)
-        self.covered.difference_update(parameters)
-        self.whole = False
+        lost = set(parameters)
+        self.trust.lost.update(lost)
+        self.whole = self.whole and self.covered.isdisjoint(lost)
+        self.covered.difference_update(lost)
 
 
 def kind_of(

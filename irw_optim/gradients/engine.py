@@ -162,8 +162,9 @@ class Engine(Renewed):
 
     def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:
         """Stop using the ghost products for parameters on which autograd disagrees."""
-        covering.lose(wrong)
-        self.coverings = {k: c for k, c in self.coverings.items() if c.trust is not covering.trust}
+        for known in (covering, *self.coverings.values()):
+            if known.trust is covering.trust:
+                known.lose(wrong)
         by = covering.mixed_by
         reason = (
             f"their samples meet in the forward (at {by.rpartition('::')[2]})"
