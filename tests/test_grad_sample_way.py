@@ -269,16 +269,39 @@ class TestTheGradientBesideTheRows:
         assert reference.error(next(model.parameters()).grad, weighted) < 1e-6
 
 
-def test_what_cannot_be_seen_is_said_once(caplog):
-    model = wrap_model(mlp(), grad_sample_mode="hooks")
+class Centred(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h - h.mean(0)
+
+
+class InBatchNegatives(nn.Module):
+    """Every sample's loss reads what was computed of all of them."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h @ h.detach().mean(0, keepdim=True).T + h @ torch.tanh(h).sum(0, keepdim=True).T
+
+
+@pytest.mark.parametrize(
+    ("layer", "graph", "said"),
+    [
+        (nn.Tanh, True, []),
+        (nn.Tanh, False, ["INFO"]),
+        (Centred, True, ["WARNING"]),
+        (InBatchNegatives, True, ["WARNING"]),
+    ],
+    ids=["apart", "apart, unseen", "mixed", "shared"],
+)
+def test_whether_samples_meet_is_said_once(layer, graph, said, caplog):
+    model = nn.Sequential(nn.Linear(4, 3), layer()).double()
+    model = wrap_model(model, grad_sample_mode="hooks")
     optimizer = optimizer_over(model)
     with caplog.at_level(logging.INFO, "irw_optim"):
         for _ in range(3):
             optimizer.zero_grad()
-            losses = losses_of(model, *batch())
+            losses = model(batch()[0]).square().sum(1)
             losses.mean().backward()
-            optimizer.step(losses=losses)
-    assert len([m for m in caplog.messages if "does not mix the samples" in m]) == 1
+            optimizer.step(losses=losses if graph else losses.detach())
+    assert [record.levelname for record in caplog.records] == said
 
 
 class TestBadInput:

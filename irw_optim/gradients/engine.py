@@ -138,6 +138,32 @@ class Engine(Renewed):
                 self._report_parts(graph, size)
         return graph, covering
 
+    def warn_of_mixing(self, losses: Tensor) -> None:
+        """Say where samples may meet, for rows that somebody else made: nothing else shows it.
+
+        Args:
+            losses: (B,); with their graph, which a backward pass may have freed.
+        """
+        if losses.grad_fn is None or len(losses) < 2:
+            self._tell(
+                logging.INFO,
+                "rows",
+                "Opacus' rows are taken as they are: only a forward that does not mix the samples "
+                "of a batch has exact ones, and losses without their graph do not show it; "
+                "irw_optim.verify(model, ...) on the plain model does",
+            )
+            return
+        batch = self._follow(losses, walk(losses))
+        if batch.mixed_by is not None or batch.computes_shared:
+            where = batch.mixed_by or "what is computed for all samples together"
+            self._tell(
+                logging.WARNING,
+                "rows",
+                f"samples may meet in the forward (at {where}), and then Opacus' rows are not the "
+                "gradients of single losses: irw_optim.verify(model, ...) on the plain model "
+                "tells; IRWOptimizer(..., model=model, criterion=criterion) is exact there, too",
+            )
+
     def looks_for_hooks(self, graph: Graph) -> bool:
         """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
         self.uses += 1

@@ -94,7 +94,7 @@ def _by_number(places: Mapping[tuple[Node, int], int], graph: Graph) -> dict[tup
 def _inputs_of(output: Output) -> Sequence[int]:
     try:
         return rule_for(output.node)(output)
-    except AttributeError:  # a version of torch that remembers less
+    except (AttributeError, RuntimeError):  # another version of torch; a graph that is freed
         return MIXES
 
 

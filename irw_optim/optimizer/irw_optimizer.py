@@ -239,14 +239,9 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         check_not_private(weighted.parameters)
         if losses is not None:
             check_reads_rows(self.engine)
-            if self.last_step is None:
-                logger.info(
-                    "step(losses=losses) takes Opacus' rows as they are: only a forward that does "
-                    "not mix the samples of a batch has exact ones, and the losses do not show it; "
-                    "irw_optim.verify(model, ...) on the plain model does"
-                )
             every, scored = weighted.parameters, self.scored_parameters()
             weigh_grad_samples(every, scored, losses, labels, weighted.decide)
+            self.engine.warn_of_mixing(losses)
         if closure is None:
             weighted.make_ready()
             result = self.inner.step()
