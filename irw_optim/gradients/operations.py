@@ -101,6 +101,7 @@ _NAMED = (
         "ReflectionPad2D ReplicationPad2D ScaledDotProductAttentionMath "
         "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention "
         "ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu "
+        "ScaledDotProductFusedAttentionOverrideable "
         "Tril Triu UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest2D",
     ),
     _Named(

@@ -14,7 +14,7 @@ Nothing is freed on the way: the graph is as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -72,9 +72,16 @@ def pull_back(
     root = GradientEdge(losses.grad_fn, losses.output_nr)
     with torch.enable_grad():
         above: Tensor = _Above.apply(losses, partial(pass_.run, root, cotangent, create_graph))  # type: ignore[no-untyped-call]
-        with suppress(_FinishedError):
+        with suppress(_FinishedError), _without_anomaly_detection():
             torch.autograd.grad(above, edges, losses, retain_graph=True, allow_unused=True)
     return pass_.found
+
+
+def _without_anomaly_detection() -> AbstractContextManager[object]:
+    """It would report how such a pass ends."""
+    if torch.is_anomaly_enabled():
+        return torch.autograd.set_detect_anomaly(False)
+    return nullcontext()
 
 
 class _FinishedError(Exception):

@@ -138,3 +138,16 @@ def test_a_logical_batch_lets_each_pass_be_heard_once():
             heard = heard_in(model, lambda out, y=y: criterion(out, y) / 2, x)
             assert len(heard) == 3
         optimizer.step()
+
+
+@every_model
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+def test_anomaly_detection_has_nothing_to_report(name):
+    model = MODELS[name]()
+    optimizer, criterion = attached(model)
+    for _ in range(3):
+        x, y = data()
+        optimizer.zero_grad()
+        with torch.autograd.detect_anomaly():
+            criterion(model(x), y).backward()
+        optimizer.step()
