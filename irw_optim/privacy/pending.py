@@ -50,8 +50,8 @@ class PendingBatch:
 
     Example:
         >>> import torch
-        >>> pending, criterion = PendingBatch(), nn.MSELoss()
-        >>> pending.follow(criterion, nn.Linear(1, 1))
+        >>> model, pending, criterion = nn.Linear(1, 1), PendingBatch(), nn.MSELoss()
+        >>> pending.follow(criterion, model)
         >>> output = torch.tensor([1.0, 3.0], requires_grad=True)
         >>> criterion(output, torch.zeros(2)).backward()
         >>> pending.losses()
