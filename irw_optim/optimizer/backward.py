@@ -138,7 +138,8 @@ def seed_of(upstream: Tensor, batch: PerSampleLosses) -> Tensor:
     """
     seed = upstream * (batch.scale / max(1, len(batch.losses)))
     if seed.device.type == "cpu":  # looking at it waits for nothing there
-        return seed if seed.item() and isfinite(seed.item()) else torch.ones_like(seed)
+        value = seed.item()
+        return seed if value and isfinite(value) else torch.ones_like(seed)
     return torch.where((seed != 0) & seed.isfinite(), seed, torch.ones_like(seed))
 
 
