@@ -89,7 +89,7 @@ class BackwardPasses:
         ends = self.edges_of(leaves)
         found = self.loud([*edges, *ends], weights)
         known = self.known.get(HOOKS_CHANGE)
-        if not known and not equal(found[len(edges) :], self.quiet(ends, weights)):
+        if not known and not equal(leaves, found[len(edges) :], self.quiet(ends, weights)):
             self.known[HOOKS_CHANGE] = True
             logger.info(
                 "a hook on an activation changes the gradient: it is called in every backward pass "

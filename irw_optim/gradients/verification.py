@@ -96,15 +96,20 @@ def wrong_among(differences: Sequence[Difference]) -> dict[Tensor, float]:
     return wrong
 
 
-def equal(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+def equal(
+    parameters: Sequence[Tensor], some: Sequence[Tensor | None], others: Sequence[Tensor | None]
+) -> bool:
     """Whether two passes gave the same gradients, to rounding."""
-    for a, b in zip(some, others, strict=True):
+    differences = []
+    for parameter, a, b in zip(parameters, some, others, strict=True):
         if a is None or b is None:
             if a is not b:
                 return False
-        elif _norm(a.to_dense() - b.to_dense()) > _tolerance(a.dtype) * _norm(a.to_dense()):
-            return False
-    return True
+            continue
+        a, b = a.to_dense(), b.to_dense()
+        tolerance = _tolerance(a.dtype)
+        differences.append(Difference(parameter, _norm(a - b), _norm(a), tolerance))
+    return not wrong_among(differences)
 
 
 def _norm(tensor: Tensor) -> float:

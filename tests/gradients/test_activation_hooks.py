@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from irw_optim import IRWOptimizer
+from irw_optim.gradients.verification import equal
 
 B, ALPHA, STEPS = 8, 0.3, 5
 
@@ -151,3 +152,12 @@ def test_anomaly_detection_has_nothing_to_report(name):
         with torch.autograd.detect_anomaly():
             criterion(model(x), y).backward()
         optimizer.step()
+
+
+def test_gradients_that_are_only_rounding_are_no_sign_of_a_hook():
+    """A bias in front of a normalisation has none but what rounding leaves, in any order."""
+    weight, bias = torch.randn(4, 4), torch.randn(4)
+    noise, other = 1e-9 * torch.randn(4), 1e-9 * torch.randn(4)
+    assert equal([weight, bias], [weight, noise], [weight, other])
+    assert not equal([weight, bias], [weight, bias], [weight, -bias])
+    assert not equal([weight, bias], [weight, bias], [weight, None])
