@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader
 from irw_optim.distributed.ranks import place
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.dataset_over_ranks import ranks_of
-from irw_optim.schemes.global_weights import BatchLosses, Forward, check_block, weigh_dataset
+from irw_optim.schemes.global_weights import BatchLosses, Forward, weigh_dataset
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
 from irw_optim.schemes.indexed import indexed_loader
 from irw_optim.schemes.reading import DatasetReader
 from irw_optim.schemes.requirements import (
     USES,
+    check_block,
     check_choices,
     local_scheme_of,
     model_and_criterion_of,

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from irw_optim.arguments import as_whole
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import replica_in
@@ -40,7 +39,7 @@ from irw_optim.schemes.forward_mode import in_full_precision
 from irw_optim.schemes.order import batches_to_ask, check_order
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader, to_device
-from irw_optim.schemes.requirements import check_engine
+from irw_optim.schemes.requirements import check_block, check_engine
 from irw_optim.schemes.undisturbed import undisturbed
 from irw_optim.weighting import Alignment, worst_off_count
 from irw_optim.weighting.local_scheme import LocalScheme, present_in
@@ -277,17 +276,6 @@ class BatchLosses:
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         return per_sample_losses(self.criterion, *arguments(model, to_device(batch, device)))
-
-
-def check_block(outlier_block: object) -> int:
-    """The whole number of samples that ``outlier_block`` is, or an error."""
-    block = as_whole(outlier_block)
-    if block is None or block < 1:
-        raise ValueError(
-            f"outlier_block={outlier_block!r}: expected the number of samples that the filter "
-            "compares with each other, for example outlier_block=256"
-        )
-    return block
 
 
 def _inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:

@@ -124,3 +124,14 @@ def check_loader(loader: object) -> None:
             f"{len(loader.dataset)} samples, but the weights would be those of all of them; use "
             "DataLoader(torch.utils.data.Subset(dataset, indices), shuffle=True, ...)"
         )
+
+
+def check_block(outlier_block: object) -> int:
+    """The whole number of samples that ``outlier_block`` is, or an error."""
+    block = as_whole(outlier_block)
+    if block is None or block < 1:
+        raise ValueError(
+            f"outlier_block={outlier_block!r}: expected the number of samples that the filter "
+            "compares with each other, for example outlier_block=256"
+        )
+    return block

@@ -38,7 +38,7 @@ def layouts_of(
 ) -> tuple[Layout, ...]:
     """Every place where the batch may be in tensors with these leading dimensions.
 
-    More than one where sizes coincide: then only the gradients show which is right.
+    More than one where sizes coincide: then only the graph shows which is right.
 
     Args:
         shape: the leading dimensions, without features.
