@@ -241,7 +241,7 @@ def test_the_warm_up_averages_as_the_criterion_does(kind):
         )
         plain(setting.model(x), y).backward()
         for gradient, p in zip(actual, setting.model.parameters(), strict=True):
-            assert reference.error(gradient, p.grad) < 1e-6
+            assert reference.error(gradient, p.grad) < 1e-12
 
 
 def test_where_everything_is_ignored_both_schemes_do_the_same():
