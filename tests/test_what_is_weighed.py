@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import reference
@@ -26,6 +27,11 @@ def network(width_in: int, width_out: int, norm: bool = False) -> nn.Module:
 def attached(model: nn.Module, criterion: nn.Module, **options) -> IRWOptimizer:
     sgd = torch.optim.SGD(model.parameters(), 0.1)
     return IRWOptimizer(sgd, alpha=ALPHA, model=model, criterion=criterion, **options)
+
+
+def gradients_are(model: nn.Module, expected: Sequence[Tensor]) -> None:
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -70,8 +76,7 @@ def test_inputs_and_parameters_in_one_pass():
     torch.testing.assert_close(x.grad, expected)
     record = optimizer.last_step
     weighted = torch.autograd.grad(losses @ record.weights, list(twin.parameters()))
-    for p, gradient in zip(model.parameters(), weighted, strict=True):
-        torch.testing.assert_close(p.grad, gradient)
+    gradients_are(model, weighted)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -85,8 +90,7 @@ def test_another_network_in_front_gets_the_ordinary_gradient(options):
     for _ in range(optimizer.accumulation_steps):
         generator.zero_grad()
         criterion(model(generator(z)), one).backward()
-    for p, gradient in zip(generator.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, gradient)
+    gradients_are(generator, expected)
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -114,8 +118,7 @@ def test_with_the_model_frozen_the_loss_is_an_ordinary_one(options):
     loss = criterion(model(generator(z)), one)
     torch.testing.assert_close(loss.detach(), own.detach())
     loss.backward()
-    for p, gradient in zip(generator.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, gradient)
+    gradients_are(generator, expected)
     assert optimizer.last_step is None
 
 
@@ -125,8 +128,7 @@ def test_the_criterion_on_another_network_altogether():
     criterion = nn.CrossEntropyLoss()
     optimizer = attached(model, criterion)
     criterion(other(x), y).backward()
-    for p, gradient in zip(other.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, gradient)
+    gradients_are(other, expected)
     assert optimizer.last_step is None
     with pytest.raises(RuntimeError, match="found no gradient"):
         optimizer.step()
@@ -158,5 +160,4 @@ def test_two_losses_of_a_logical_batch(shared):
     torch.testing.assert_close(record.weights, truth.weights.to(record.weights.dtype))
     total = 2 * (1 + 0.4)  # the factors of the four passes
     gradients = torch.autograd.grad(total * (losses @ truth.weights), list(twin.parameters()))
-    for p, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient)
+    gradients_are(model, gradients)

@@ -72,11 +72,10 @@ class LossGradients:
         passes = self._passes
         graph, covering = self.engine.covering(self.graph, self.leaves, self.losses)
         self.graph = graph
-        factors = seed.to(self.losses.dtype).expand_as(self.losses)
         listens = bool(len(self.losses)) and self.engine.looks_for_hooks(graph)
         if not covering.covered:
             if listens:
-                passes.listen([], factors, self.leaves)
+                passes.listen([], seed.expand_as(self.losses), self.leaves)
             return
         check = bool(len(self.losses)) and covering.check_is_due()
         if covering.whole and not (check or listens or self.engine.known.get(HOOKS_CHANGE)):
@@ -91,6 +90,7 @@ class LossGradients:
         covered = covering.covered
         sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
         check_inputs(site.call for site in sites)
+        factors = seed.expand_as(self.losses)
         by = partial(passes.loud if covering.whole else passes.quiet, weights=factors)
         if listens:
             by = partial(passes.listen, weights=factors, leaves=self.leaves)

@@ -58,6 +58,12 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.randn(B, 4).double(), torch.randint(3, (B,))
 
 
+def truth_of(model: nn.Module, x: Tensor, y: Tensor) -> reference.Step:
+    twin = copy.deepcopy(model)
+    losses = F.cross_entropy(twin(x), y, reduction="none")
+    return reference.step(losses, twin.parameters(), ALPHA)
+
+
 def attached(model: nn.Module, **options) -> tuple[IRWOptimizer, nn.Module]:
     criterion = nn.CrossEntropyLoss()
     sgd = torch.optim.SGD(model.parameters(), 0.1)
@@ -103,9 +109,7 @@ def test_the_step_is_exact_whether_anybody_listens_or_not(name):
     optimizer, criterion = attached(model)
     for _ in range(STEPS):
         x, y = data()
-        twin = copy.deepcopy(model)
-        losses = F.cross_entropy(twin(x), y, reduction="none")
-        truth = reference.step(losses, twin.parameters(), ALPHA)
+        truth = truth_of(model, x, y)
         optimizer.zero_grad()
         heard_in(model, lambda out, y=y: criterion(out, y), x)
         agree(optimizer, model, truth)
@@ -119,9 +123,7 @@ def test_a_hook_that_changes_the_gradient_changes_every_sample(norm, caplog):
     optimizer, criterion = attached(model)
     for _ in range(STEPS):
         x, y = data()
-        twin = copy.deepcopy(model)
-        losses = F.cross_entropy(twin(x), y, reduction="none")
-        truth = reference.step(losses, twin.parameters(), ALPHA)
+        truth = truth_of(model, x, y)
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         agree(optimizer, model, truth)
