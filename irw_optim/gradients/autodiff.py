@@ -1,9 +1,9 @@
 """The autodiff engine: G's products for any model, from the graph of the losses alone.
 
-``u -> G^T u`` is what a backward pass with ``grad_outputs=u`` computes. It is linear in u, so its
-own derivative along a direction v is G v: double backward gives all B scores at once, through
+``u -> G^T u`` is what a backward pass with ``grad_outputs=u`` computes, and ``v -> G v`` what a
+direction v of the parameters, pushed forwards through the same graph, does to the losses: through
 BatchNorm's batch statistics, recurrent cells, tied or functionally used weights alike. Where an
-operation has no double backward, one backward pass a sample is exact too, only slower.
+operation can only be pulled back, one backward pass a sample is exact too, only slower.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from irw_optim.gradients.capture import walk
 from irw_optim.gradients.materialized import (
     MaterializedGradients,
     as_vector,
@@ -24,11 +25,16 @@ from irw_optim.gradients.materialized import (
     widened,
 )
 from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.pushforward import NoPushForwardError
+from irw_optim.gradients.unheard import push_forward
 
 logger = logging.getLogger("irw_optim")
 
-PullBack: TypeAlias = Callable[[Sequence[Tensor], Tensor, bool], Sequence[Tensor | None]]
-"""``pull_back(leaves, weights, create_graph)``: the gradient of <weights, losses> for each leaf."""
+PullBack: TypeAlias = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor | None]]
+"""``pull_back(leaves, weights)``: the gradient of <weights, losses> for each leaf."""
+
+PushForward: TypeAlias = Callable[[Direction], Tensor]
+"""``push(direction)``: the change of every loss along a direction, (B,)."""
 
 
 class AutodiffGradients:
@@ -38,9 +44,10 @@ class AutodiffGradients:
         losses: (B,), attached to their graph.
         parameters: leaves of that graph.
         known: what is remembered from step to step; ``known["row_by_row"]`` is set once an
-            operation without double backward was met.
-        pull_back: ``pull_back(parameters, weights, create_graph)``, the backward pass to take;
-            None for autograd's own, which hooks on activations hear.
+            operation was met that can only be pulled back.
+        pull_back: ``pull_back(parameters, weights)``, the backward pass to take; None for
+            autograd's own, which hooks on activations hear.
+        push: ``push(direction)``; None for that through the whole graph.
     """
 
     def __init__(
@@ -49,37 +56,35 @@ class AutodiffGradients:
         parameters: Sequence[Tensor],
         known: dict[str, bool] | None = None,
         pull_back: PullBack | None = None,
+        push: PushForward | None = None,
     ) -> None:
         self.losses = losses
         self.parameters = list(parameters)
         self.batch_size = len(losses)
         self.known = {} if known is None else known
         self.pull_back = partial(_by_autograd, losses) if pull_back is None else pull_back
-        self._linear_map: tuple[Tensor, dict[Tensor, Tensor]] | None = None
+        self.push = partial(_forwards, losses) if push is None else push
+        self._newest: tuple[Tensor, dict[Tensor, Tensor]] | None = None
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         # Copies: recorded graphs (CUDA) write into the same memory at every pass.
-        if self.known.get("row_by_row") or self._linear_map is not None:
-            return {p: g.clone() for p, g in self._backward(weights).items()}
-        u = weights.detach().to(self.losses.dtype).clone().requires_grad_()
-        combined = self._backward(u, create_graph=True)
-        self._linear_map = u, combined
-        return {p: g.detach().clone() for p, g in combined.items()}
+        combined = {p: g.clone() for p, g in self._backward(weights).items()}
+        self._newest = weights, combined
+        return combined
 
     def dot(self, direction: Direction) -> Tensor:
-        if not self.batch_size:  # not every operation has a double backward of nothing
+        if not self.batch_size:
             return widened(self.losses.detach())
         if not self.known.get("row_by_row"):
+            mine = {p: direction[p] for p in self.parameters if p in direction}
             try:
-                scores = self._dot_by_double_backward(direction)
-            except RuntimeError as error:
-                if not _lacks_double_backward(error):
-                    raise
-                self._go_row_by_row(str(error).splitlines()[0])
+                scores = widened(self.push(mine))
+            except NoPushForwardError as error:
+                self._go_row_by_row(str(error))
             else:
-                if self._adds_up(scores, direction):
+                if self._adds_up(scores, mine):
                     return scores
-                self._go_row_by_row("its derivative misses terms, without an error")
+                self._go_row_by_row("a change goes forwards otherwise than its gradient goes back")
         rows = (self._row(i) for i in range(self.batch_size))
         return torch.stack([_inner(row, direction) for row in rows])
 
@@ -87,30 +92,17 @@ class AutodiffGradients:
         numbers = sum(p.numel() for p in self.parameters)
         return blocked_gram(self.batch_size, numbers, self.rows)
 
-    def _dot_by_double_backward(self, direction: Direction) -> Tensor:
-        u, combined = self._linear()
-        pairs = [(combined[p], v) for p, v in direction.items() if p in combined]
-        outputs = [(g, v) for g, v in pairs if g.requires_grad]
-        if not outputs:
-            return widened(torch.zeros_like(u))
-        (scores,) = torch.autograd.grad(
-            [g for g, _ in outputs],
-            u,
-            [v.to(g.dtype) for g, v in outputs],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        return widened(torch.zeros_like(u) if scores is None else scores)
-
     def _adds_up(self, scores: Tensor, direction: Direction) -> bool:
         """Whether u^T (G v) = (G^T u)^T v.
 
-        Some operations hide that they have no double backward: the graph just ends there, or is
-        wrong, and nothing raises. Both sides are at hand, so every step can afford to look.
+        Some operations hide that they cannot be pushed through, and nothing raises. Both sides are
+        at hand for the u of the newest combination, so every step can afford to look.
         """
-        u, combined = self._linear()
-        terms = u.detach() * scores
-        expected = _inner({p: g.detach() for p, g in combined.items()}, direction)
+        if self._newest is None:
+            return True
+        weights, combined = self._newest
+        terms = weights.to(scores.dtype) * scores
+        expected = _inner(combined, direction)
         if not bool(expected.isfinite()):
             return True  # not finite either way, which is for the step to say
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(self.losses.dtype, 1e-1)
@@ -119,23 +111,15 @@ class AutodiffGradients:
 
     def _go_row_by_row(self, reason: str) -> None:
         self.known["row_by_row"] = True
-        self._linear_map = None
         logger.warning(
-            "an operation of this model has no double backward (%s): scores are taken one "
+            "an operation of this model can only be pulled back (%s): scores are taken one "
             "backward pass a sample from now on, exact but slow. score_parameters= (the last "
-            "layer, say), or attention under sdpa_kernel(SDPBackend.MATH), avoids this",
+            "layer, say) avoids this, and so does a backward of its own that is differentiable",
             reason,
         )
 
-    def _linear(self) -> tuple[Tensor, dict[Tensor, Tensor]]:
-        """The vector u and G^T u with its graph; any u does, since the map is linear."""
-        if self._linear_map is None:
-            self.combine(torch.ones_like(self.losses))
-        assert self._linear_map is not None
-        return self._linear_map
-
-    def _backward(self, weights: Tensor, create_graph: bool = False) -> dict[Tensor, Tensor]:
-        gradients = self.pull_back(self.parameters, weights, create_graph)
+    def _backward(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        gradients = self.pull_back(self.parameters, weights)
         return {
             p: torch.zeros_like(p) if g is None else g.to_dense()
             for p, g in zip(self.parameters, gradients, strict=True)
@@ -157,9 +141,16 @@ class AutodiffGradients:
 
 
 def _by_autograd(
-    losses: Tensor, leaves: Sequence[Tensor], weights: Tensor, create_graph: bool
+    losses: Tensor, leaves: Sequence[Tensor], weights: Tensor
 ) -> Sequence[Tensor | None]:
-    return backward_to(leaves, losses, weights, retain_graph=True, create_graph=create_graph)
+    return backward_to(leaves, losses, weights, retain_graph=True)
+
+
+def _forwards(losses: Tensor, direction: Direction) -> Tensor:
+    graph = walk(losses)
+    nodes = dict(zip(graph.leaves, graph.leaf_nodes, strict=True))
+    changes = {nodes[p]: v.to(p.dtype) for p, v in direction.items() if p in nodes}
+    return push_forward(losses, changes, graph.order)
 
 
 def backward_to(
@@ -168,7 +159,6 @@ def backward_to(
     weights: Tensor,
     *,
     retain_graph: bool,
-    create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """A backward pass of autograd's: the gradient of <weights, losses>, unheard by the leaves.
 
@@ -181,7 +171,6 @@ def backward_to(
             leaves,
             weights.to(losses.dtype),
             retain_graph=retain_graph,
-            create_graph=create_graph,
             allow_unused=True,
         )
 
@@ -217,8 +206,3 @@ def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:
     pairs = [(g, direction[p]) for p, g in row.items() if p in direction]
     products = [(as_vector(widened(g)) * as_vector(widened(v))).sum() for g, v in pairs]
     return sum(products, start=as_vector(widened(next(iter(row.values())))).new_zeros(()))
-
-
-def _lacks_double_backward(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return "derivative for" in text or "double backward" in text or "differentiated twice" in text

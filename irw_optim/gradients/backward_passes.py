@@ -17,7 +17,9 @@ from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.autodiff import silent
 from irw_optim.gradients.capture import Graph
-from irw_optim.gradients.unheard import pull_back
+from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.pushforward import NoPushForwardError
+from irw_optim.gradients.unheard import pull_back, push_forward
 from irw_optim.gradients.verification import equal
 
 logger = logging.getLogger("irw_optim")
@@ -52,15 +54,27 @@ class BackwardPasses:
         """Where the gradients of leaves arrive."""
         return [self._edges[leaf] for leaf in leaves]
 
-    def quiet(
-        self, edges: Sequence[GradientEdge], weights: Tensor, create_graph: bool = False
-    ) -> Sequence[Tensor | None]:
+    def quiet(self, edges: Sequence[GradientEdge], weights: Tensor) -> Sequence[Tensor | None]:
         """The gradient of <weights, losses> at some edges, unheard, unless hooks change it."""
         if self.known.get(HOOKS_CHANGE):
-            return self.loud(edges, weights, create_graph=create_graph)
-        weights = weights.to(self.losses.dtype)
-        order = self.graph.order
-        return pull_back(self.losses, weights, edges, order, create_graph=create_graph)
+            return self.loud(edges, weights)
+        return pull_back(self.losses, weights.to(self.losses.dtype), edges, self.graph.order)
+
+    def push(self, direction: Direction) -> Tensor:
+        """How much every loss changes along a direction of the leaves: (B,).
+
+        Raises:
+            NoPushForwardError: an operation on the way can only be pulled back; or hooks change
+                gradients, of which the graph itself does not know.
+        """
+        if self.known.get(HOOKS_CHANGE):
+            raise NoPushForwardError("a hook changes the gradient on its way")
+        changes = {
+            self._edges[leaf].node: change.to(leaf.dtype)
+            for leaf, change in direction.items()
+            if leaf in self._edges
+        }
+        return push_forward(self.losses, changes, self.graph.order)
 
     def loud(
         self,
@@ -68,7 +82,6 @@ class BackwardPasses:
         weights: Tensor,
         *,
         retain_graph: bool = True,
-        create_graph: bool = False,
     ) -> Sequence[Tensor | None]:
         """The same by autograd's own engine; hooks of leaves wait for the gradient that counts."""
         self.heard = True
@@ -78,7 +91,6 @@ class BackwardPasses:
                 edges,
                 weights.to(self.losses.dtype),
                 retain_graph=retain_graph,
-                create_graph=create_graph,
                 allow_unused=True,
             )
 

@@ -24,6 +24,7 @@ from irw_optim.gradients.hooks import hooks_of
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch
+from irw_optim.gradients.node_calls import sites_of
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
 
 logger = logging.getLogger("irw_optim")
@@ -124,8 +125,13 @@ class Engine(Renewed):
         size = len(losses)
         batch = Batch(None)
         self.unfamiliar = True
-        if graph.sites and size > 1:
+        if self.kind != "autodiff" and size > 1:
             batch = self._follow(losses, graph)
+        walked = graph
+        if batch.followed:
+            graph = graph._replace(sites=sites_of(graph, batch, own) or [])
+        elif batch.surely_mixes:
+            graph = graph._replace(sites=[])
         graph = arranged(graph, batch, size)
         kind = kind_of(graph, own, size, batch)
         covering = self.coverings.get(kind)
@@ -135,7 +141,7 @@ class Engine(Renewed):
             _remember(self.coverings, kind, covering)
             if report:
                 self._report(covering, own)
-                self._report_parts(graph, size)
+                self._report_parts(walked, size)
         return graph, covering
 
     def warn_of_mixing(self, losses: Tensor) -> None:

@@ -118,7 +118,7 @@ class LossGradients:
             if part.calls:
                 parts.append(part)
         if rest:
-            parts.append(AutodiffGradients(self.losses, rest, self.engine.known, self._quiet))
+            parts.append(self._by_autodiff(rest))
         if not parts:
             raise RuntimeError(NOTHING_TO_SCORE)
         return parts[0] if len(parts) == 1 else StackedGradients(parts)
@@ -185,11 +185,13 @@ class LossGradients:
         assert self.passes is not None, "the backward pass is over"
         return self.passes
 
-    def _quiet(
-        self, leaves: Sequence[Tensor], weights: Tensor, create_graph: bool = False
-    ) -> Sequence[Tensor | None]:
+    def _by_autodiff(self, leaves: Sequence[Tensor]) -> AutodiffGradients:
+        known, push = self.engine.known, self._passes.push
+        return AutodiffGradients(self.losses, leaves, known, self._quiet, push)
+
+    def _quiet(self, leaves: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor | None]:
         passes = self._passes
-        return passes.quiet(passes.edges_of(leaves), weights, create_graph)
+        return passes.quiet(passes.edges_of(leaves), weights)
 
     def _edges_aside(self, rest: Sequence[Tensor]) -> list[GradientEdge]:
         """Layers that a pass to the rest would not come by, and whose hooks it should meet."""

@@ -20,8 +20,22 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from irw_optim.gradients.capture import Graph
-from irw_optim.gradients.operations import is_view, rule_for, settings_of
+from irw_optim.gradients.operations import is_known, is_view, rule_for, settings_of
 from irw_optim.gradients.place import MIXES, SHARED, UNREAD, Output
+
+
+class Crossing(NamedTuple):
+    """An operation on samples that reads tensors which they share: weights, or made of weights.
+
+    Attributes:
+        place: of its node in the graph's order.
+        output: number of the output that holds the batch.
+        inputs: numbers of the shared inputs.
+    """
+
+    place: int
+    output: int
+    inputs: tuple[int, ...]
 
 
 class Batch(NamedTuple):
@@ -34,12 +48,16 @@ class Batch(NamedTuple):
             outputs met before it.
         reads: for each leaf, how many operations on samples read it, or what is computed of it.
         computes_shared: whether anything that is one for all samples is computed, beyond views.
+        crossings: where an operation on samples reads what they share.
+        surely_mixes: whether `mixed_by` is known to mix the samples, or just not known not to.
     """
 
     mixed_by: str | None
     places: Mapping[tuple[int, int], int] = MappingProxyType({})
     reads: tuple[int, ...] = ()
     computes_shared: bool = False
+    crossings: tuple[Crossing, ...] = ()
+    surely_mixes: bool = False
 
     @property
     def followed(self) -> bool:
@@ -57,6 +75,7 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
     places: dict[tuple[Node, int], int] = {(losses.grad_fn, losses.output_nr): 1}  # type: ignore[dict-item]
     outputs: dict[Node, list[int]] = {losses.grad_fn: [losses.output_nr]}  # type: ignore[dict-item]
     reads: dict[Node, int] = {}
+    crossings: list[Crossing] = []
     computes_shared = False
     for node in graph.order:
         for number in outputs.get(node, ()):
@@ -69,7 +88,18 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
                 found = _inputs_of(Output(node, number, stride, len(losses)))
                 weight = 1
                 if found is MIXES:
-                    return Batch(node.name(), _by_number(places, graph))
+                    return Batch(
+                        node.name(), _by_number(places, graph), surely_mixes=is_known(node)
+                    )
+                shared = [
+                    n
+                    for n, ((parent, _), place) in enumerate(
+                        zip(node.next_functions, found, strict=False)
+                    )
+                    if place == SHARED and parent is not None
+                ]
+                if shared:
+                    crossings.append(Crossing(graph.nodes[node], number, tuple(shared)))
             for (parent, output), place in zip(node.next_functions, found, strict=False):
                 if parent is None or place == UNREAD:
                     continue
@@ -84,7 +114,8 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
                 elif places[parent, output] != place:
                     return Batch(parent.name(), _by_number(places, graph))
     counted = tuple(reads.get(node, 0) for node in graph.leaf_nodes)
-    return Batch(None, _by_number(places, graph), counted, computes_shared)
+    places_by_number = _by_number(places, graph)
+    return Batch(None, places_by_number, counted, computes_shared, tuple(crossings))
 
 
 def _by_number(places: Mapping[tuple[Node, int], int], graph: Graph) -> dict[tuple[int, int], int]:

@@ -145,6 +145,11 @@ def rule_for(node: Node) -> Rule:
     return _kind_of(node).rule
 
 
+def is_known(node: Node) -> bool:
+    """Whether a node has a rule."""
+    return _kind_of(node).rule is not mixing
+
+
 def is_view(node: Node) -> bool:
     """Whether a node hands on numbers as they are."""
     return _kind_of(node).rule in (permuting, removing, reshaped, swapping)

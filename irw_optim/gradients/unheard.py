@@ -13,46 +13,20 @@ Nothing is freed on the way: the graph is as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-LINEAR_IN_EACH_ELEMENT = frozenset(
-    f"{name}Backward0"
-    for name in (
-        "BinaryCrossEntropy",
-        "Elu",
-        "Gelu",
-        "Hardshrink",
-        "Hardsigmoid",
-        "Hardswish",
-        "Hardtanh",
-        "LeakyRelu",
-        "LogSigmoid",
-        "Mish",
-        "Relu6",
-        "Silu",
-        "Softplus",
-        "Softshrink",
-    )
-)
-"""Nodes that multiply every element of the gradient with a number of its own. Some have no
-derivative of their own, or one that rounds differently; the product always has one."""
-
+from irw_optim.gradients.nodes import pull
+from irw_optim.gradients.pushforward import push_through
 
 def pull_back(
-    losses: Tensor,
-    cotangent: Tensor,
-    edges: Sequence[GradientEdge],
-    order: Sequence[Node],
-    *,
-    create_graph: bool = False,
+    losses: Tensor, cotangent: Tensor, edges: Sequence[GradientEdge], order: Sequence[Node]
 ) -> list[Tensor | None]:
     """The gradient of ``<cotangent, losses>`` at some edges of the graph.
 
@@ -61,7 +35,6 @@ def pull_back(
         cotangent: (B,).
         edges: where gradients are wanted: outputs of nodes, or leaves by their accumulating nodes.
         order: the nodes that lead to the losses, each before those it reads from.
-        create_graph: whether the result can be differentiated by ``cotangent``.
 
     Returns:
         One tensor for each edge; None where no gradient arrives.
@@ -70,11 +43,55 @@ def pull_back(
         return [None] * len(edges)
     pass_ = _Pass(edges, order)
     root = GradientEdge(losses.grad_fn, losses.output_nr)
+    in_a_pass(losses, edges, partial(pass_.run, root, cotangent))
+    return pass_.found
+
+
+def push_forward(
+    losses: Tensor, direction: Mapping[Node, Tensor], order: Sequence[Node]
+) -> Tensor:
+    """How much every loss changes along a direction, (B,).
+
+    Args:
+        losses: (B,), with their graph.
+        direction: the change of each leaf, by the node that accumulates its gradient.
+        order: the nodes that lead to the losses, each before those it reads from.
+
+    Raises:
+        NoPushForwardError: an operation on the way can only be pulled back.
+    """
+    if not direction or losses.grad_fn is None:
+        return torch.zeros_like(losses)
+    end = (losses.grad_fn, losses.output_nr)
+    found: list[Tensor | None] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            found.append(push_through(order, direction, end))
+
+    in_a_pass(losses, [GradientEdge(leaf, 0) for leaf in direction], run)
+    return torch.zeros_like(losses) if found[0] is None else found[0]
+
+
+def pull_through(
+    order: Sequence[Node], end: tuple[Node, int], gradient: Tensor, leaves: Sequence[Node]
+) -> list[Tensor | None]:
+    """The same for a part of a graph: from what it computed to the leaves that it was made of."""
+    pass_ = _Pass([GradientEdge(leaf, 0) for leaf in leaves], order)
+    pass_.run(GradientEdge(*end), gradient)
+    return pass_.found
+
+
+def in_a_pass(losses: Tensor, edges: Sequence[GradientEdge], run: Callable[[], None]) -> None:
+    """Run something as if in a backward pass of autograd's engine from the losses to some edges.
+
+    So nodes know which of their inputs are needed, and what is recomputed (checkpointing) belongs
+    to one pass.
+    """
     with torch.enable_grad():
-        above: Tensor = _Above.apply(losses, partial(pass_.run, root, cotangent, create_graph))  # type: ignore[no-untyped-call]
+        above: Tensor = _Above.apply(losses, run)  # type: ignore[no-untyped-call]
         with suppress(_FinishedError), _without_anomaly_detection():
             torch.autograd.grad(above, edges, losses, retain_graph=True, allow_unused=True)
-    return pass_.found
 
 
 def _without_anomaly_detection() -> AbstractContextManager[object]:
@@ -89,11 +106,7 @@ class _FinishedError(Exception):
 
 
 class _Above(torch.autograd.Function):
-    """A node above the losses, in whose place a pass of ours runs.
-
-    So the engine has set up a pass: nodes ask it which of their inputs are needed, and what is
-    recomputed (checkpointing) belongs to it.
-    """
+    """A node above the losses, in whose place a pass of ours runs."""
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, run: Callable[[], None]) -> Tensor:
@@ -122,8 +135,8 @@ class _Pass:
             if any(p in self.wanted or p in self.leading for p, _ in node.next_functions):
                 self.leading.add(node)
 
-    def run(self, root: GradientEdge, cotangent: Tensor, create_graph: bool) -> None:
-        with torch.set_grad_enabled(create_graph):
+    def run(self, root: GradientEdge, cotangent: Tensor) -> None:
+        with torch.no_grad():
             self._arrive(root.node, root.output_nr, cotangent)
             for node in self.order:
                 gradients = self.arrived.pop(node, None)
@@ -131,7 +144,7 @@ class _Pass:
                     continue
                 self._take(node, gradients)
                 if node in self.leading:
-                    results = _call(node, gradients, create_graph)
+                    results = pull(node, gradients)
                     for (parent, output), gradient in zip(
                         node.next_functions, results, strict=True
                     ):
@@ -157,38 +170,3 @@ class _Pass:
     def _take(self, node: Node, gradients: list[Tensor | None]) -> None:
         for output, number in self.wanted.get(node, ()):
             self.found[number] = gradients[output]
-
-
-def _call(node: Any, gradients: Sequence[Any], create_graph: bool) -> Sequence[Tensor | None]:
-    """What a node makes of the gradients of its outputs, one for each of its inputs."""
-    if isinstance(node, BackwardCFunction):
-        results = node.apply(*_materialized(node, gradients))
-        results = results if isinstance(results, tuple) else (results,)
-        return _of_tensors(node, results)
-    if create_graph and node.name() in LINEAR_IN_EACH_ELEMENT:
-        (gradient,) = gradients
-        with torch.no_grad():
-            factors = node(torch.ones_like(gradient))
-        if isinstance(factors, Tensor):
-            factors = (factors,)
-        if all(f is None or f.shape == gradient.shape for f in factors):
-            return [None if f is None else gradient * f for f in factors]
-    results = node(*gradients)
-    return results if isinstance(results, tuple) else (results,)
-
-
-def _materialized(node: Any, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """Functions written in Python expect zeros where nothing arrived."""
-    return [
-        torch.zeros(m.shape, dtype=m.dtype, device=m.device) if g is None else g
-        for g, m in zip(gradients, node._input_metadata, strict=True)
-    ]
-
-
-def _of_tensors(node: Any, results: Sequence[Any]) -> Sequence[Tensor | None]:
-    """A function in Python answers for every argument, its node knows of the tensors alone."""
-    edges = node.next_functions
-    if len(results) == len(edges):
-        return results
-    needed = iter([r for r, need in zip(results, node.needs_input_grad, strict=False) if need])
-    return [None if parent is None else next(needed) for parent, _ in edges]

@@ -44,8 +44,11 @@ class NormCall(LayerCall):
         others = [d for d in range(1, b.ndim) if d not in spanned]
         blocks = {}
         if "weight" in self.parameters:
-            normalised = self.normalise(widened(self.input[samples]))
-            blocks[self.parameters["weight"]] = normalised.mul_(b)
+            blocks[self.parameters["weight"]] = self.normalised(samples).mul_(b)
         if "bias" in self.parameters:
             blocks[self.parameters["bias"]] = b
         return {p: t.sum(others) if others else t for p, t in blocks.items()}
+
+    def normalised(self, samples: slice) -> Tensor:
+        """The input after normalisation, as a tensor of its own."""
+        return self.normalise(widened(self.input[samples]))

@@ -1,0 +1,154 @@
+"""Layers whose weight is computed from parameters: a view, a cast, g v / |v|, W + B A, a table.
+
+All samples share that computation q = f(p). So the products with q are those of any layer, and f
+is passed once for all samples: a direction goes forwards through it, the combined gradient back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from irw_optim.gradients.layers import LayerCall, Layout, RowWeights
+from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.pushforward import push_through
+from irw_optim.gradients.unheard import pull_through
+
+
+class Chain(NamedTuple):
+    """How a tensor was computed from leaves.
+
+    Attributes:
+        end: the node that computed it, and the number of its output.
+        order: the nodes in between, each before those it reads from.
+        leaves: what it was computed from, by the nodes that accumulate their gradients.
+    """
+
+    end: tuple[Node, int]
+    order: Sequence[Node]
+    leaves: Mapping[Node, Tensor]
+
+
+class ChainedCall(LayerCall):
+    """A call whose parameters stand for tensors that were computed from the model's.
+
+    Args:
+        call: with placeholders of the right shape as parameters, or leaves.
+        chains: for each placeholder how it was computed.
+    """
+
+    def __init__(self, call: LayerCall, chains: Mapping[Tensor, Chain]) -> None:
+        self.call = call
+        self.chains = dict(chains)
+        direct = [p for p in call.parameters.values() if p not in self.chains]
+        leaves = [leaf for chain in chains.values() for leaf in chain.leaves.values()]
+        self.parameters = {str(n): p for n, p in enumerate(dict.fromkeys([*direct, *leaves]))}
+        self.roles = self.parameters
+        self.passes_on = call.passes_on
+
+    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
+        return self.call.layouts(batch_size, output_shape)
+
+    def settle(self, layout: Layout | None, batch_size: int) -> None:
+        self.call.settle(layout, batch_size)
+
+    def set_output_gradient(self, gradient: Tensor) -> None:
+        self.call.set_output_gradient(gradient)
+
+    def arrangement(self) -> tuple[object, ...]:
+        return type(self.call), *self.call.arrangement()
+
+    def let_go(self) -> None:
+        self.call.let_go()
+
+    def without(self, dropped: Tensor) -> LayerCall:
+        part = copy(self)
+        part.call = self.call.without(dropped)
+        return part
+
+    def forget_values(self) -> None:
+        self.call.forget_values()
+
+    def copy(self) -> LayerCall:
+        part = copy(self)
+        part.call = self.call.copy()
+        return part
+
+    def dot(self, direction: Direction) -> Tensor:
+        """<g_i, v>: the direction goes forwards to what the layer read."""
+        mine = set(self.parameters.values())
+        reached = {p: v for p, v in direction.items() if p in mine}
+        values = dict(reached)
+        for placeholder, chain in self.chains.items():
+            changes = {n: reached[p] for n, p in chain.leaves.items() if p in reached}
+            with torch.no_grad():
+                change = push_through(chain.order, changes, chain.end) if changes else None
+            if change is not None:
+                values[placeholder] = change
+        return self.call.dot(values)
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        """Sum of w_i g_i: the combined gradient goes back to the parameters."""
+        return self._pulled(self.call.combine(weights))
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        blocks = self.call.rows(samples)
+        count = len(next(iter(blocks.values())))
+        each = [self._pulled({p: rows[i] for p, rows in blocks.items()}) for i in range(count)]
+        return {p: torch.stack([row[p] for row in each]) for p in self.parameters.values()}
+
+    def _pulled(self, parts: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        mine = set(self.parameters.values())
+        total: dict[Tensor, Tensor] = {}
+        for parameter, part in parts.items():
+            chain = self.chains.get(parameter)
+            found = {parameter: part} if chain is None else _pulled_through(chain, part)
+            for leaf, gradient in found.items():
+                if leaf in mine:
+                    total[leaf] = total[leaf] + gradient if leaf in total else gradient
+        for leaf in mine.difference(total):
+            total[leaf] = torch.zeros_like(leaf)
+        return total
+
+    @property
+    def recorded(self) -> Tensor:  # type: ignore[override]
+        return self.call.recorded
+
+    @property
+    def input(self) -> Tensor:  # type: ignore[override]
+        return self.call.input
+
+    @property
+    def version(self) -> int:  # type: ignore[override]
+        return self.call.version
+
+    @property
+    def layout(self) -> Layout | None:  # type: ignore[override]
+        return self.call.layout
+
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        return self.call.batch_size
+
+    @property
+    def output_gradient(self) -> Tensor:  # type: ignore[override]
+        return self.call.output_gradient
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self.call.precision
+
+    @property
+    def needs_autograd_combine(self) -> bool:  # type: ignore[override]
+        return self.call.needs_autograd_combine
+
+
+def _pulled_through(chain: Chain, gradient: Tensor) -> dict[Tensor, Tensor]:
+    wanted = list(chain.leaves)
+    found = pull_through(chain.order, chain.end, gradient, wanted)
+    return {chain.leaves[n]: g for n, g in zip(wanted, found, strict=True) if g is not None}

@@ -1,0 +1,344 @@
+"""Layers, seen in the graph: operations on samples that read what all samples share.
+
+A layer's input is what its operation saved for autograd, whichever module or function it came
+from. What it shares among the samples is a weight, or was computed from weights alone; `ChainedCall`
+passes that computation. So a class token, a table of biases, a normalisation of one's own, LoRA or
+weight standardisation cost what a layer costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from irw_optim.gradients.capture import CallSite, Graph
+from irw_optim.gradients.chained import Chain, ChainedCall
+from irw_optim.gradients.layers import (
+    ConvolutionCall,
+    ElementwiseCall,
+    EmbeddingBagCall,
+    EmbeddingCall,
+    LayerCall,
+    Layout,
+    LinearCall,
+    NormCall,
+)
+from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.mixing import Batch
+from irw_optim.gradients.mixing_rules import elementwise
+from irw_optim.gradients.nodes import base_name, pull, shape_of, signed
+from irw_optim.gradients.operations import rule_for
+
+
+
+class Weight(NamedTuple):
+    """A tensor that all samples share.
+
+    Attributes:
+        tensor: a leaf, or a stand-in for what was computed, of its shape and without its numbers.
+        chain: how it was computed; None for a leaf.
+        turned: whether the operation read its transpose.
+    """
+
+    tensor: Tensor
+    chain: Chain | None
+    turned: bool = False
+
+
+Weights = Mapping[int, Weight]
+"""What an operation shares among the samples, by the number of the input."""
+
+NodeRule = Callable[[Any, Weights], "Iterable[LayerCall] | None"]
+
+_RULES: dict[str, NodeRule] = {}
+
+_MATRIX_PRODUCTS = ("Addmm", "Mm")
+"""They take a weight or its transpose alike."""
+
+def sites_of(
+    graph: Graph, batch: Batch, own: Iterable[Tensor]
+) -> list[CallSite] | None:
+    """The layer calls of a graph in which the batch is known everywhere.
+
+    Args:
+        graph: of one vector of losses.
+        batch: where the batch is in it.
+        own: the leaves of which gradients are wanted.
+
+    Returns:
+        None where some operation has no quick products.
+    """
+    mine = set(own)
+    leaves = dict(zip(graph.leaf_nodes, graph.leaves, strict=True))
+    sites: list[CallSite] = []
+    for place, output, inputs in batch.crossings:
+        node: Any = graph.order[place]
+        turns = base_name(node) in _MATRIX_PRODUCTS
+        edges = {n: node.next_functions[n] for n in inputs}
+        shared = {n: _weight_at(e, graph, leaves, mine, turns) for n, e in edges.items()}
+        weights = {n: weight for n, weight in shared.items() if weight is not None}
+        if not weights:
+            continue
+        rule = _rule_of(node) if output == 0 else None
+        calls = None if rule is None else rule(node, weights)
+        if calls is None:
+            return None
+        chains = {w.tensor: w.chain for w in weights.values() if w.chain is not None}
+        shape = shape_of(node)
+        for call in calls:
+            if any(p in chains for p in call.parameters.values()):
+                call = ChainedCall(
+                    call, {p: chains[p] for p in call.parameters.values() if p in chains}
+                )
+            sites.append(CallSite(call, GradientEdge(node, output), shape))
+    return sites
+
+
+def _weight_at(
+    edge: tuple[Any, int],
+    graph: Graph,
+    leaves: Mapping[Node, Tensor],
+    mine: set[Tensor],
+    turns: bool,
+) -> Weight | None:
+    """What a node reads at an edge; None where nothing that is wanted made it."""
+    node, number = edge
+    turned = turns and base_name(node) == "T"
+    leaf = _leaf_behind(node.next_functions[0][0] if turned else node, leaves)
+    if leaf is not None:
+        return Weight(leaf, None, turned) if leaf in mine else None
+    order, made_of = _part_above(node, graph, leaves, mine)
+    if not made_of:
+        return None
+    metadata = node._input_metadata[number]
+    stand_in = torch.empty(tuple(metadata.shape), dtype=metadata.dtype, device="meta")
+    return Weight(stand_in.requires_grad_(), Chain((node, number), order, made_of))
+
+
+def _leaf_behind(node: Any, leaves: Mapping[Node, Tensor]) -> Tensor | None:
+    """The leaf that a node stands for: its own, or one that autocast converts."""
+    while node is not None and node not in leaves and base_name(node) == "ToCopy":
+        node = node.next_functions[0][0]
+    return leaves.get(node)
+
+
+def _part_above(
+    node: Node, graph: Graph, leaves: Mapping[Node, Tensor], mine: set[Tensor]
+) -> tuple[list[Node], dict[Node, Tensor]]:
+    """The nodes from which one was computed, each before those it reads from, and their leaves."""
+    made_of: dict[Node, Tensor] = {}
+    seen = {node}
+    waiting = [node]
+    while waiting:
+        for parent, _ in waiting.pop().next_functions:
+            if parent is None or parent in seen:
+                continue
+            seen.add(parent)
+            if parent in leaves:
+                if leaves[parent] in mine:
+                    made_of[parent] = leaves[parent]
+            else:
+                waiting.append(parent)
+    order = sorted((n for n in seen if n in graph.nodes), key=graph.nodes.__getitem__)
+    return order, made_of
+
+
+def _rule_of(node: Node) -> NodeRule | None:
+    rule = _RULES.get(base_name(node))
+    return _each_number if rule is None and rule_for(node) is elementwise else rule
+
+
+def node_rule(*names: str) -> Callable[[NodeRule], NodeRule]:
+    """Register ``rule(node, weights) -> calls | None`` for operations, by their nodes' names."""
+
+    def register(rule: NodeRule) -> NodeRule:
+        _RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+@node_rule("Addmm")
+def _affine(node: Any, weights: Weights) -> list[LayerCall] | None:
+    if 1 in weights or node._saved_alpha != 1:
+        return None
+    bias, weight, beta = weights.get(0), weights.get(2), node._saved_beta
+    calls: list[LayerCall] = []
+    if bias is not None and bias.turned:
+        return None
+    if bias is not None and (weight is None or beta != 1 or bias.tensor.ndim != 1):
+        calls.append(ElementwiseCall(bias.tensor, None, _like_output(node), beta))
+        bias = None
+    if weight is not None:
+        own = None if bias is None else bias.tensor
+        turned = not weight.turned
+        calls.append(LinearCall(node._saved_mat1, weight.tensor, own, transposed=turned))
+    return calls
+
+
+@node_rule("Mm")
+def _linear(node: Any, weights: Weights) -> list[LayerCall] | None:
+    if 0 in weights:
+        return None
+    weight = weights[1]
+    return [LinearCall(node._saved_self, weight.tensor, transposed=not weight.turned)]
+
+
+@node_rule("Convolution", "ConvolutionOverrideable")
+def _convolution(node: Any, weights: Weights) -> list[LayerCall] | None:
+    if 0 in weights or 1 not in weights:
+        return None
+    weight, bias = weights[1].tensor, weights.get(2)
+    call = ConvolutionCall(
+        node._saved_input,
+        weight,
+        None if bias is None else bias.tensor,
+        stride=[signed(n) for n in node._saved_stride],
+        padding=[signed(n) for n in node._saved_padding],
+        dilation=[signed(n) for n in node._saved_dilation],
+        transposed=node._saved_transposed,
+        output_padding=[signed(n) for n in node._saved_output_padding],
+        groups=node._saved_groups,
+    )
+    if weight.is_meta:
+        call.weight = call.input.new_empty(()).expand(weight.shape)
+    return [call]
+
+
+@node_rule("Embedding")
+def _embedding(node: Any, weights: Weights) -> list[LayerCall] | None:
+    if node._saved_scale_grad_by_freq:
+        return None  # the gradient of one sample depends on the indices of the others
+    padding = signed(node._saved_padding_idx)
+    return [
+        EmbeddingCall(
+            node._saved_indices, weights[0].tensor, None if padding < 0 else padding, node._saved_sparse
+        )
+    ]
+
+
+@node_rule("EmbeddingBag")
+def _embedding_bag(node: Any, weights: Weights) -> list[LayerCall] | None:
+    mode = ("sum", "mean", "max")[node._saved_mode]
+    if mode == "max" or node._saved_scale_grad_by_freq or 1 in weights:
+        return None
+    offsets, padding = node._saved_offsets, signed(node._saved_padding_idx)
+    factors = node._saved_per_sample_weights
+    return [
+        EmbeddingBagCall(
+            node._saved_indices,
+            weights[0].tensor,
+            node._saved_sparse,
+            offsets=offsets,
+            mode=mode,
+            per_sample_weights=factors,
+            include_last_offset=len(offsets) > shape_of(node)[0],
+            padding_idx=None if padding < 0 else padding,
+        )
+    ]
+
+
+@node_rule("NativeLayerNorm")
+def _layer_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
+    if 0 in weights:
+        return None
+    dims = tuple(range(-len(node._saved_normalized_shape), 0))
+    mean, scale = node._saved_result1, node._saved_result2
+    return [_NormCall(node._saved_input, mean, scale, dims, *_gain_and_bias(weights))]
+
+
+@node_rule("NativeGroupNorm")
+def _group_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
+    if 0 in weights:
+        return None
+    normalise = partial(F.group_norm, num_groups=node._saved_group, eps=node._saved_eps)
+    return [NormCall(node._saved_input, normalise, (1,), *_gain_and_bias(weights))]
+
+
+@node_rule("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+def _batch_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
+    if 0 in weights or node._saved_training:
+        return None
+    mean, variance = node._saved_running_mean, node._saved_running_var
+    eps = getattr(node, "_saved_eps", None) or node._saved_epsilon
+    normalise = partial(F.batch_norm, running_mean=mean, running_var=variance, eps=eps)
+    return [NormCall(node._saved_input, normalise, (1,), *_gain_and_bias(weights))]
+
+
+@node_rule("Add", "Sub")
+def _sum(node: Any, weights: Weights) -> list[LayerCall] | None:
+    sign = -1 if base_name(node) == "Sub" else 1
+    scales = {0: 1, 1: sign * node._saved_alpha}
+    output = _like_output(node)
+    return [ElementwiseCall(w.tensor, None, output, scales[n]) for n, w in weights.items()]
+
+
+@node_rule("Expand", "Repeat")
+def _expansion(node: Any, weights: Weights) -> list[LayerCall] | None:
+    shape, weight = shape_of(node), weights[0].tensor
+    repeated = zip(reversed(weight.shape), reversed(shape), strict=False)
+    if any(n not in (1, size) for n, size in repeated):
+        return None
+    return [ElementwiseCall(weight, None, _like_output(node))]
+
+
+@node_rule("Mul")
+def _product(node: Any, weights: Weights) -> list[LayerCall] | None:
+    factors = {0: node._saved_other if 0 in weights else None}
+    factors[1] = node._saved_self if 1 in weights else None
+    output = _like_output(node)
+    return [ElementwiseCall(w.tensor, factors[n], output) for n, w in weights.items()]
+
+
+def _gain_and_bias(weights: Weights) -> list[Tensor | None]:
+    return [weights[n].tensor if n in weights else None for n in (1, 2)]
+
+
+def _each_number(node: Any, weights: Weights) -> list[LayerCall] | None:
+    """Each number of the output depends on one of each input: on this much."""
+    output = _like_output(node)
+    others = [None] * (len(node._input_metadata) - 1)
+    slopes = pull(node, [torch.ones_like(output), *others])
+    calls: list[LayerCall] = []
+    for number, weight in weights.items():
+        slope = slopes[number]
+        if slope is None or slope.shape != output.shape or slope.is_complex():
+            return None
+        calls.append(ElementwiseCall(weight.tensor, slope, output))
+    return calls
+
+
+def _like_output(node: Any) -> Tensor:
+    """Of the output's shape; without its numbers, which nobody may have saved."""
+    metadata = node._input_metadata[0]
+    return torch.zeros((), dtype=metadata.dtype, device=metadata.device).expand(shape_of(node))
+
+
+class _NormCall(NormCall):
+    """A layer norm, with the statistics that it took."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        dims: tuple[int, ...],
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        super().__init__(input, torch.clone, dims, weight, bias)
+        self.taken = self.mean, self.scale = mean, scale
+
+    def normalised(self, samples: slice) -> Tensor:
+        return (widened(self.input[samples]) - self.mean[samples]).mul_(self.scale[samples])
+
+    def settle(self, layout: Layout | None, batch_size: int) -> None:
+        super().settle(layout, batch_size)
+        if layout is not None:
+            self.mean, self.scale = (layout.bring(t, batch_size) for t in self.taken)

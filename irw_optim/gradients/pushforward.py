@@ -1,0 +1,140 @@
+"""Directions go forwards through the graph that a forward pass has left.
+
+A node of autograd's graph pulls gradients back: from its outputs to its inputs. With what it saved
+for that, a change of its inputs can be pushed forward as well, to the change of its outputs:
+
+    pull back       u    ->  J^T u       what the node does when it is called
+    push forward    t    ->  J t         this module
+
+So the derivative of all losses along one direction costs about a forward pass, through BatchNorm's
+batch statistics, dropout masks and random choices as they were: nothing of the model is run again.
+
+Most operations need no formula. Where J is symmetric (elementwise functions, softmax, the
+statistics of a normalisation), the node itself is its own push. Where nothing is known, J is the
+transpose of what the node does, which is linear: the derivative of a pull by u, along t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from irw_optim.gradients.forward_rules import (
+    FORWARD,
+    ForwardRule,
+    Tangents,
+    diagonal,
+    of_single_losses,
+)
+from irw_optim.gradients.mixing_rules import elementwise, unreduced
+from irw_optim.gradients.nodes import base_name, pull
+from irw_optim.gradients.operations import RULES
+
+
+class NoPushForwardError(RuntimeError):
+    """An operation whose derivative can only be pulled back."""
+
+
+def push(node: Node, tangents: Tangents) -> Tangents:
+    """The changes of a node's outputs for changes of its inputs.
+
+    Args:
+        node: of a graph that is still held.
+        tangents: for each of ``node.next_functions``; not None for all.
+
+    Raises:
+        NoPushForwardError: the operation has no rule, and no double backward.
+    """
+    rule = None if _is_complex(node, tangents) else _rule_of(node)
+    changes = None if rule is None else rule(node, tangents)
+    if changes is None:
+        return _transposed(node, tangents)
+    return changes if isinstance(changes, list) else [changes]
+
+
+def _rule_of(node: Node) -> ForwardRule | None:
+    name = base_name(node)
+    rule = FORWARD.get(name)
+    if rule is None and name:
+        works = RULES.get(name)
+        rule = diagonal if works is elementwise else of_single_losses if works is unreduced else None
+    return rule
+
+
+def push_through(
+    order: Sequence[Node],
+    leaves: Mapping[Node, Tensor],
+    wanted: tuple[Node, int],
+) -> Tensor | None:
+    """The change of one output for changes of leaves.
+
+    Args:
+        order: the nodes that lead to it, each before those it reads from.
+        leaves: the change of each leaf, by the node that accumulates its gradient.
+        wanted: a node and the number of its output.
+
+    Returns:
+        None where no change arrives.
+    """
+    readers: dict[tuple[Node, int], int] = {wanted: 1}
+    for node in order:
+        for edge in node.next_functions:
+            if edge[0] is not None:
+                readers[edge] = readers.get(edge, 0) + 1
+    changed: dict[tuple[Node, int], Tensor] = {(node, 0): t for node, t in leaves.items()}
+    for node in reversed(order):
+        tangents: list[Tensor | None] = []
+        for edge in node.next_functions:
+            tangents.append(changed.get(edge))
+            if edge[0] is not None:
+                readers[edge] -= 1
+                if not readers[edge]:
+                    changed.pop(edge, None)
+        if all(t is None for t in tangents):
+            continue
+        for number, change in enumerate(push(node, tangents)):
+            if change is not None and readers.get((node, number)):
+                changed[node, number] = change
+    return changed.get(wanted)
+
+
+def _transposed(node: Any, tangents: Tangents) -> Tangents:
+    """J t as the derivative of u -> J^T u, which is linear: any u does."""
+    with torch.enable_grad():
+        seeds = [
+            torch.zeros(m.shape, dtype=m.dtype, device=m.device, requires_grad=True)
+            for m in node._input_metadata
+        ]
+        try:
+            pulled = pull(node, seeds)
+            pairs = [
+                (g, t.to(g.dtype).expand(g.shape))
+                for g, t in zip(pulled, tangents, strict=True)
+                if g is not None and t is not None and g.requires_grad
+            ]
+            expected = [t for t in tangents if t is not None]
+            if len(pairs) < len(expected):
+                raise NoPushForwardError(
+                    f"{node.name()} does not say how its gradient depends on what it is given"
+                )
+            return torch.autograd.grad(
+                [g for g, _ in pairs], seeds, [t for _, t in pairs], allow_unused=True
+            )
+        except RuntimeError as error:
+            if isinstance(error, NoPushForwardError) or not _lacks_double_backward(error):
+                raise
+            raise NoPushForwardError(str(error).splitlines()[0]) from error
+
+
+def _lacks_double_backward(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return "derivative for" in text or "double backward" in text or "differentiated twice" in text
+
+
+def _is_complex(node: Any, tangents: Tangents) -> bool:
+    changes = any(t is not None and t.is_complex() for t in tangents)
+    return changes or any(m.dtype.is_complex for m in node._input_metadata)
