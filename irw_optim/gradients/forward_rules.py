@@ -106,7 +106,9 @@ def _where(node: Any, tangents: Tangents) -> Tensor:
     condition = node._saved_condition
     like = left if left is not None else right
     zero = like.new_zeros(())
-    chosen = torch.where(condition, zero if left is None else left, zero if right is None else right)
+    chosen = torch.where(
+        condition, zero if left is None else left, zero if right is None else right
+    )
     return chosen.expand(shape_of(node))
 
 

@@ -20,6 +20,8 @@ from torch.autograd.graph import GradientEdge, Node
 from irw_optim.gradients.capture import CallSite, Graph
 from irw_optim.gradients.chained import Chain, ChainedCall
 from irw_optim.gradients.layers import (
+    LSTM,
+    RECURRENT,
     ConvolutionCall,
     ElementwiseCall,
     EmbeddingBagCall,
@@ -27,6 +29,7 @@ from irw_optim.gradients.layers import (
     LayerCall,
     Layout,
     LinearCall,
+    LSTMCall,
     NormCall,
 )
 from irw_optim.gradients.materialized import widened
@@ -34,7 +37,6 @@ from irw_optim.gradients.mixing import Batch
 from irw_optim.gradients.mixing_rules import elementwise
 from irw_optim.gradients.nodes import base_name, pull, shape_of, signed
 from irw_optim.gradients.operations import rule_for
-
 
 
 class Weight(NamedTuple):
@@ -61,9 +63,8 @@ _RULES: dict[str, NodeRule] = {}
 _MATRIX_PRODUCTS = ("Addmm", "Mm")
 """They take a weight or its transpose alike."""
 
-def sites_of(
-    graph: Graph, batch: Batch, own: Iterable[Tensor]
-) -> list[CallSite] | None:
+
+def sites_of(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> list[CallSite] | None:
     """The layer calls of a graph in which the batch is known everywhere.
 
     Args:
@@ -85,12 +86,12 @@ def sites_of(
         weights = {n: weight for n, weight in shared.items() if weight is not None}
         if not weights:
             continue
-        rule = _rule_of(node) if output == 0 else None
+        rule = _rule_of(node, output)
         calls = None if rule is None else rule(node, weights)
         if calls is None:
             return None
         chains = {w.tensor: w.chain for w in weights.values() if w.chain is not None}
-        shape = shape_of(node)
+        shape = shape_of(node, output)
         for call in calls:
             if any(p in chains for p in call.parameters.values()):
                 call = ChainedCall(
@@ -149,8 +150,11 @@ def _part_above(
     return order, made_of
 
 
-def _rule_of(node: Node) -> NodeRule | None:
-    rule = _RULES.get(base_name(node))
+def _rule_of(node: Node, output: int) -> NodeRule | None:
+    name = base_name(node)
+    if name == "MkldnnRnnLayer":
+        return partial(_recurrent, output)
+    rule = _RULES.get(name) if output == 0 else None
     return _each_number if rule is None and rule_for(node) is elementwise else rule
 
 
@@ -218,7 +222,10 @@ def _embedding(node: Any, weights: Weights) -> list[LayerCall] | None:
     padding = signed(node._saved_padding_idx)
     return [
         EmbeddingCall(
-            node._saved_indices, weights[0].tensor, None if padding < 0 else padding, node._saved_sparse
+            node._saved_indices,
+            weights[0].tensor,
+            None if padding < 0 else padding,
+            node._saved_sparse,
         )
     ]
 
@@ -269,6 +276,26 @@ def _batch_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
     eps = getattr(node, "_saved_eps", None) or node._saved_epsilon
     normalise = partial(F.batch_norm, running_mean=mean, running_var=variance, eps=eps)
     return [NormCall(node._saved_input, normalise, (1,), *_gain_and_bias(weights))]
+
+
+def _recurrent(output: int, node: Any, weights: Weights) -> list[LayerCall] | None:
+    names = RECURRENT if node._saved_has_biases else RECURRENT[:2]
+    if node._saved_mode != LSTM or not weights.keys() <= set(range(1, len(names) + 1)):
+        return None
+    if any(weight.chain is not None for weight in weights.values()):
+        return None
+    return [
+        LSTMCall(
+            node._saved_input,
+            node._saved_result0,
+            node._saved_hx_,
+            node._saved_cx_,
+            {name: getattr(node, f"_saved_weight{n}") for n, name in enumerate(names)},
+            {names[n - 1]: weight.tensor for n, weight in weights.items()},
+            output=output,
+            reverse=node._saved_reverse,
+        )
+    ]
 
 
 @node_rule("Add", "Sub")

@@ -61,7 +61,9 @@ def _rule_of(node: Node) -> ForwardRule | None:
     rule = FORWARD.get(name)
     if rule is None and name:
         works = RULES.get(name)
-        rule = diagonal if works is elementwise else of_single_losses if works is unreduced else None
+        rule = (
+            diagonal if works is elementwise else of_single_losses if works is unreduced else None
+        )
     return rule
 
 

@@ -25,6 +25,7 @@ from torch.autograd.graph import GradientEdge, Node
 from irw_optim.gradients.nodes import pull
 from irw_optim.gradients.pushforward import push_through
 
+
 def pull_back(
     losses: Tensor, cotangent: Tensor, edges: Sequence[GradientEdge], order: Sequence[Node]
 ) -> list[Tensor | None]:
@@ -47,9 +48,7 @@ def pull_back(
     return pass_.found
 
 
-def push_forward(
-    losses: Tensor, direction: Mapping[Node, Tensor], order: Sequence[Node]
-) -> Tensor:
+def push_forward(losses: Tensor, direction: Mapping[Node, Tensor], order: Sequence[Node]) -> Tensor:
     """How much every loss changes along a direction, (B,).
 
     Args:

@@ -7,14 +7,18 @@ from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCal
 from irw_optim.gradients.layers._layout import FIRST, Layout
 from irw_optim.gradients.layers._linear import LinearCall, LinearRowsCall
 from irw_optim.gradients.layers._norm import NormCall
+from irw_optim.gradients.layers._recurrent import LSTM, RECURRENT, LSTMCall, gates_of
 from irw_optim.gradients.layers._rows import RowsCall
 
 __all__ = [
     "FIRST",
+    "LSTM",
+    "RECURRENT",
     "ConvolutionCall",
     "ElementwiseCall",
     "EmbeddingBagCall",
     "EmbeddingCall",
+    "LSTMCall",
     "LayerCall",
     "Layout",
     "LinearCall",
@@ -22,4 +26,5 @@ __all__ = [
     "NormCall",
     "RowWeights",
     "RowsCall",
+    "gates_of",
 ]

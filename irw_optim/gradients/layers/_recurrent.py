@@ -1,0 +1,197 @@
+"""Recurrent layers whose steps autograd keeps to itself: two linear maps, once their steps are undone.
+
+A fused LSTM shows one output gradient, that of its states. From it the gradient of the gates follows
+by one pass backwards through time. With that, the layer is a linear map of its inputs, and another
+of its states, with the same output gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from irw_optim.gradients.layers._call import LayerCall, RowWeights
+from irw_optim.gradients.layers._layout import FIRST, Layout
+from irw_optim.gradients.layers._linear import LinearCall
+from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.protocol import Direction
+
+LSTM = 2
+"""Among torch's numbers of recurrent cells."""
+
+RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+"""The weights of a layer, in the order in which torch hands them on."""
+
+
+class Gates(NamedTuple):
+    """An LSTM's inner values, time first.
+
+    Attributes:
+        of_states: (T, B, 3, H), what the gradient of a cell gives the gates i, f and g.
+        of_output: (T, B, H), what the gradient of a state gives the gate o.
+        to_cell: (T, B, H), what it gives the cell.
+        forget: (T, B, H), what the cell before gets.
+    """
+
+    of_states: Tensor
+    of_output: Tensor
+    to_cell: Tensor
+    forget: Tensor
+
+
+def gates_of(
+    inputs: Tensor, before: Tensor, first_cell: Tensor, values: Mapping[str, Tensor]
+) -> Gates:
+    """The inner values of an LSTM that has run.
+
+    Args:
+        inputs: (T, B, d).
+        before: (T, B, H), the state that each step found.
+        first_cell: (B, H).
+        values: of its weights.
+    """
+    wide = {name: widened(value) for name, value in values.items()}
+    total = inputs @ wide["weight_ih"].t() + before @ wide["weight_hh"].t()
+    for name in ("bias_ih", "bias_hh"):
+        if name in wide:
+            total += wide[name]
+    i, f, g, o = total.unflatten(2, (4, -1)).unbind(2)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    cells = [first_cell.to(i.dtype)]
+    for new, kept in zip(i * g, f, strict=True):
+        cells.append(torch.addcmul(new, kept, cells[-1]))
+    cells_before, squashed = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh_()
+    of_states = torch.stack([g * i * (1 - i), cells_before * f * (1 - f), i * (1 - g * g)], dim=2)
+    return Gates(of_states, squashed * o * (1 - o), o * (1 - squashed * squashed), f)
+
+
+class LSTMCall(LayerCall):
+    """One direction of one layer, over time.
+
+    Args:
+        input: (T, B, d).
+        states: (T, B, H), those that it computed.
+        first_state: (B, H), the state and the cell it began with.
+        first_cell: (B, H).
+        values: the four weights, of which biases may be missing.
+        output: 0 where the gradient is that of all states, 1 of the last state, 2 of the last cell.
+        reverse: whether it runs from the end of the sequence.
+        parameters: the trainable ones, under the names of `values`.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        states: Tensor,
+        first_state: Tensor,
+        first_cell: Tensor,
+        values: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        *,
+        output: int,
+        reverse: bool,
+    ) -> None:
+        super().__init__(input, **parameters)
+        self.states, self.first_state, self.first_cell = states, first_state, first_cell
+        self.values = {name: value.detach() for name, value in values.items()}
+        self.output, self.reverse = output, reverse
+        self.parts: list[LinearCall] = []
+
+    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
+        """Behind the time in what it computed for all steps, first in the last ones."""
+        if self.recorded.shape[1] != batch_size:
+            return ()
+        return (Layout(1),) if self.output == 0 else (FIRST,)
+
+    def settle(self, layout: Layout | None, batch_size: int) -> None:
+        self.layout, self.batch_size = layout, batch_size
+
+    def set_output_gradient(self, gradient: Tensor) -> None:
+        super().set_output_gradient(gradient)
+        inputs, states = self._in_order(widened(self.recorded)), self._in_order(self.states)
+        before = torch.cat([self.first_state.unsqueeze(0), states[:-1]]).to(inputs.dtype)
+        gates = gates_of(inputs, before, self.first_cell, self.values)
+        b = self._back_through_time(gates, self.b)
+        self.parts = [
+            _linear(read, b, *(self.parameters.get(f"{name}_{side}") for name in _NAMES))
+            for side, read in (("ih", inputs), ("hh", before))
+        ]
+        self.parts = [part for part in self.parts if part.parameters]
+
+    def _in_order(self, sequence: Tensor) -> Tensor:
+        return sequence.flip(0) if self.reverse else sequence
+
+    def _back_through_time(self, gates: Gates, gradient: Tensor) -> Tensor:
+        """The gradient of the gates, (T, B, 4 H)."""
+        weight = widened(self.values["weight_hh"])
+        state = torch.zeros_like(gates.forget[0])
+        cell = torch.zeros_like(state)
+        arriving: Tensor | None = None
+        if self.output == 0:
+            arriving = self._in_order(gradient.transpose(0, 1))
+        elif self.output == 1:
+            state = gradient.to(state.dtype)
+        else:
+            cell = gradient.to(state.dtype)
+        length, batch, size = gates.forget.shape
+        b = gates.forget.new_empty(length, batch, 4, size)
+        for t in reversed(range(length)):
+            if arriving is not None:
+                state = state + arriving[t]
+            cell = torch.addcmul(cell, state, gates.to_cell[t])
+            torch.mul(gates.of_states[t], cell.unsqueeze(1), out=b[t, :, :3])
+            torch.mul(gates.of_output[t], state, out=b[t, :, 3])
+            state = b[t].view(batch, 4 * size) @ weight
+            cell = cell * gates.forget[t]
+        return b.view(length, batch, 4 * size)
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.states = self.first_state = self.first_cell = self.recorded
+        self.parts = []
+
+    def forget_values(self) -> None:
+        """Its gates are made anew from them."""
+
+    def arrangement(self) -> tuple[object, ...]:
+        return *super().arrangement(), self.output
+
+    def without(self, dropped: Tensor) -> LayerCall:
+        part = self.copy()
+        assert isinstance(part, LSTMCall)
+        part.parts = [p.without(dropped) for p in self.parts]  # type: ignore[misc]
+        return part
+
+    def dot(self, direction: Direction) -> Tensor:
+        products = [part.dot(direction) for part in self._of_chosen()]
+        return sum(products[1:], start=products[0])
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        return {p: t for part in self._of_chosen() for p, t in part.combine(weights).items()}
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        return {p: t for part in self._of_chosen() for p, t in part.rows(samples).items()}
+
+    def _of_chosen(self) -> list[LinearCall]:
+        """The two maps with the parameters that this call still has."""
+        mine = set(self.parameters.values())
+        chosen = []
+        for part in self.parts:
+            some = part.copy()
+            some.parameters = {r: p for r, p in part.parameters.items() if p in mine}
+            if some.parameters:
+                chosen.append(some)
+        return chosen  # type: ignore[return-value]
+
+
+_NAMES = ("weight", "bias")
+
+
+def _linear(read: Tensor, b: Tensor, weight: Tensor | None, bias: Tensor | None) -> LinearCall:
+    call = LinearCall(read, weight, bias)  # type: ignore[arg-type]
+    call.settle(Layout(1), read.shape[1])
+    call.set_output_gradient(b)
+    return call
