@@ -112,9 +112,9 @@ class AutodiffGradients:
     def _go_row_by_row(self, reason: str) -> None:
         self.known["row_by_row"] = True
         logger.warning(
-            "an operation of this model can only be pulled back (%s): scores are taken one "
+            "an operation of this model has no double backward (%s): scores are taken one "
             "backward pass a sample from now on, exact but slow. score_parameters= (the last "
-            "layer, say) avoids this, and so does a backward of its own that is differentiable",
+            "layer, say) or a backward of its own that can be differentiated avoids this",
             reason,
         )
 

@@ -68,7 +68,7 @@ class BackwardPasses:
                 gradients, of which the graph itself does not know.
         """
         if self.known.get(HOOKS_CHANGE):
-            raise NoPushForwardError("a hook changes the gradient on its way")
+            raise NoPushForwardError("hooks on activations have a say in it")
         changes = {
             self._edges[leaf].node: change.to(leaf.dtype)
             for leaf, change in direction.items()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from irw_optim.gradients.layers import LayerCall, Layout, RowWeights
+from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import push_through
 from irw_optim.gradients.unheard import pull_through
@@ -50,6 +51,7 @@ class ChainedCall(LayerCall):
         self.parameters = {str(n): p for n, p in enumerate(dict.fromkeys([*direct, *leaves]))}
         self.roles = self.parameters
         self.passes_on = call.passes_on
+        self.output_shape = call.output_shape
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
         return self.call.layouts(batch_size, output_shape)
@@ -89,7 +91,7 @@ class ChainedCall(LayerCall):
             with torch.no_grad():
                 change = push_through(chain.order, changes, chain.end) if changes else None
             if change is not None:
-                values[placeholder] = change
+                values[placeholder] = widened(change)
         return self.call.dot(values)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:

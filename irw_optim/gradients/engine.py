@@ -184,12 +184,11 @@ class Engine(Renewed):
 
     def _follow(self, losses: Tensor, graph: Graph) -> Batch:
         known = fingerprint(losses, graph)
-        batch = None if known is None else self.batches.get(known)
+        batch = self.batches.get(known)
         self.unfamiliar = batch is None
         if batch is None:
             batch = follow_batch(losses, graph)
-            if known is not None:
-                _remember(self.batches, known, batch)
+            _remember(self.batches, known, batch)
         return batch
 
     def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:
@@ -242,8 +241,8 @@ class Engine(Renewed):
         self._tell(
             logging.INFO,
             "uncovered",
-            f"quick products for {len(covering.covered)} parameters, autodiff (exact, slower) for "
-            f"{self.names_of(rest)}, which no layer with a rule reads alone",
+            f"quick products for {len(covering.covered)} parameters, autodiff (exact, two to three "
+            f"plain steps) for {self.names_of(rest)}: {covering.reason}",
         )
 
     def _report_parts(self, graph: Graph, losses: int) -> None:

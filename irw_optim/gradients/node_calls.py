@@ -52,6 +52,12 @@ class Weight(NamedTuple):
     chain: Chain | None
     turned: bool = False
 
+    @property
+    def is_complex_inside(self) -> bool:
+        """Whether it was computed from complex leaves, however real it is."""
+        leaves = () if self.chain is None else self.chain.leaves.values()
+        return any(leaf.is_complex() for leaf in leaves)
+
 
 Weights = Mapping[int, Weight]
 """What an operation shares among the samples, by the number of the input."""
@@ -86,7 +92,7 @@ def sites_of(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> list[CallSite
         weights = {n: weight for n, weight in shared.items() if weight is not None}
         if not weights:
             continue
-        rule = _rule_of(node, output)
+        rule = None if _is_complex(node, weights) else _rule_of(node, output)
         calls = None if rule is None else rule(node, weights)
         if calls is None:
             return None
@@ -97,7 +103,8 @@ def sites_of(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> list[CallSite
                 call = ChainedCall(
                     call, {p: chains[p] for p in call.parameters.values() if p in chains}
                 )
-            sites.append(CallSite(call, GradientEdge(node, output), shape))
+            edge = GradientEdge(node, output)
+            sites.append(CallSite(call, edge, call.output_shape or shape))
     return sites
 
 
@@ -158,6 +165,12 @@ def _rule_of(node: Node, output: int) -> NodeRule | None:
     return _each_number if rule is None and rule_for(node) is elementwise else rule
 
 
+def _is_complex(node: Any, weights: Weights) -> bool:
+    """The products are of real numbers."""
+    computed = any(m.dtype.is_complex for m in node._input_metadata)
+    return computed or any(w.tensor.is_complex() or w.is_complex_inside for w in weights.values())
+
+
 def node_rule(*names: str) -> Callable[[NodeRule], NodeRule]:
     """Register ``rule(node, weights) -> calls | None`` for operations, by their nodes' names."""
 
@@ -196,13 +209,18 @@ def _linear(node: Any, weights: Weights) -> list[LayerCall] | None:
 
 @node_rule("Convolution", "ConvolutionOverrideable")
 def _convolution(node: Any, weights: Weights) -> list[LayerCall] | None:
-    if 0 in weights or 1 not in weights:
+    if 0 in weights:
         return None
-    weight, bias = weights[1].tensor, weights.get(2)
+    bias = weights[2].tensor if 2 in weights else None
+    if 1 in weights:
+        input, weight = node._saved_input, weights[1].tensor
+    else:  # of a frozen weight and what it reads nothing may be left
+        assert bias is not None
+        input, weight = _like_output(node), bias.detach()
     call = ConvolutionCall(
-        node._saved_input,
+        input,
         weight,
-        None if bias is None else bias.tensor,
+        bias,
         stride=[signed(n) for n in node._saved_stride],
         padding=[signed(n) for n in node._saved_padding],
         dilation=[signed(n) for n in node._saved_dilation],
@@ -306,13 +324,24 @@ def _sum(node: Any, weights: Weights) -> list[LayerCall] | None:
     return [ElementwiseCall(w.tensor, None, output, scales[n]) for n, w in weights.items()]
 
 
-@node_rule("Expand", "Repeat")
+@node_rule("Expand")
 def _expansion(node: Any, weights: Weights) -> list[LayerCall] | None:
-    shape, weight = shape_of(node), weights[0].tensor
-    repeated = zip(reversed(weight.shape), reversed(shape), strict=False)
-    if any(n not in (1, size) for n, size in repeated):
-        return None
-    return [ElementwiseCall(weight, None, _like_output(node))]
+    return [ElementwiseCall(weights[0].tensor, None, _like_output(node))]
+
+
+@node_rule("Repeat")
+def _repetition(node: Any, weights: Weights) -> list[LayerCall] | None:
+    """Seen with a dimension for the copies in front of each that is repeated."""
+    weight, repeats = weights[0].tensor, list(node._saved_repeats)
+    sizes = [*[1] * (len(repeats) - weight.ndim), *weight.shape]
+    shape = torch.Size([n for pair in zip(repeats, sizes, strict=True) for n in pair])
+    with torch.enable_grad():  # a view tells what it is a view of
+        lone = weight.view(weight.shape)[(*[None] * (len(repeats) - weight.ndim), ...)]
+        for dim in range(len(repeats)):
+            lone = lone.unsqueeze(2 * dim)
+    call = ElementwiseCall(lone, None, _like_output(node).new_zeros(()).expand(shape))
+    call.output_shape = shape
+    return [call]
 
 
 @node_rule("Mul")

@@ -100,7 +100,7 @@ def push_through(
             continue
         for number, change in enumerate(push(node, tangents)):
             if change is not None and readers.get((node, number)):
-                changed[node, number] = change
+                changed[node, number] = change.to(node._input_metadata[number].dtype)
     return changed.get(wanted)
 
 

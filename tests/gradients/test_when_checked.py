@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
@@ -102,13 +103,31 @@ def test_a_kind_of_graph_is_checked_at_powers_of_two(kind, checks):
     assert AT_POWERS_OF_TWO <= len(checks) <= most
 
 
-def test_where_samples_may_meet_every_step_is_checked(checks):
-    class LastToken(nn.Module):
-        def forward(self, h: Tensor) -> Tensor:
-            return h.gather(0, torch.arange(B)[:, None].expand(B, 8))
+class Opaque(torch.autograd.Function):
+    """Nothing is known of what is written in Python."""
 
-    train(mlp(LastToken()), steps=9)
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
+class Doubled(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return Opaque.apply(h)
+
+
+def test_where_nothing_is_known_every_step_is_checked(checks):
+    train(mlp(Doubled()), steps=9)
     assert len(checks) == 9
+
+
+def test_where_samples_surely_meet_nothing_relies_on_a_check(checks):
+    train(mlp(nn.BatchNorm1d(8)), steps=9)
+    assert not checks
 
 
 class Experts(nn.Module):

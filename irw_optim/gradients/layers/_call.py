@@ -78,6 +78,9 @@ class LayerCall:
     may_lack_batch = False
     """Whether the input may be one for all samples, as the indices of positions are."""
 
+    output_shape: torch.Size | None = None
+    """As which shape the output is seen; None for its own."""
+
     layout: Layout | None = None
     """Where the batch was found."""
 
