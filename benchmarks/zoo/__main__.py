@@ -153,8 +153,19 @@ def _grow(seconds: float, out: Path, store: bool) -> None:
 
 def _store(path: Path, text: str, result: dict[str, Any]) -> None:
     path.with_suffix(".md").write_text(text + "\n")
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".json").write_text(_as_json(result) + "\n")
     print(f"written to {path}.md and .json")
+
+
+def _as_json(result: dict[str, Any]) -> str:
+    """One line an entry, which shows in a diff what has changed."""
+    parts = []
+    for key, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def _line(found: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ class Heard(logging.Handler):
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()[:300]
+        text = record.getMessage()[:200]
         if text not in self.texts:
             self.texts.append(text)
 
@@ -48,7 +48,8 @@ def main() -> None:
     found: dict[str, Any] = {"name": entry.name, "family": entry.family}
     try:
         found |= cost(entry, size, options.seconds)
-        found["said"] = list(heard.texts)
+        if heard.texts:
+            found["said"] = list(heard.texts)
         if not options.no_exact:
             found |= errors(entry, size)
     except Exception as error:
