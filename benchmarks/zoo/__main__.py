@@ -28,7 +28,7 @@ from benchmarks.zoo.registry import ENTRIES, GROWING, named
 from benchmarks.zoo.report import as_markdown, growth_as_markdown, summary
 
 SIZES = (16, 64, 256)
-SECONDS, QUICK_SECONDS = 3.0, 0.5
+SECONDS, QUICK_SECONDS = 3.0, 0.6
 LONGEST = 600
 """Seconds after which a model counts as failed."""
 
@@ -85,7 +85,7 @@ def measure(work: Sequence[tuple[Entry, int]], seconds: float, exact: bool) -> l
         for entry, size in work:
             progress.update(task, now=entry.name)
             found.append(alone(entry, size, seconds, exact))
-            progress.console.print(_line(found[-1]), highlight=False, markup=False)
+            progress.console.print(_line(found[-1]), highlight=False, markup=False, soft_wrap=True)
             progress.advance(task)
     return found
 

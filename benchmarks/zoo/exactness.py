@@ -17,7 +17,7 @@ from benchmarks.step_cost.methods import ALPHA
 from benchmarks.zoo.entry import Batch, Entry
 from benchmarks.zoo.measuring import Loop
 
-LARGEST = 16
+LARGEST = 10
 """The loop takes no more samples than this."""
 
 USES = 3

@@ -4,8 +4,8 @@ Time: both steps in turns, pair by pair, the ratio of their medians. Nine steps 
 the checks of the library at uses 1, 2, 4 and 8 are past; those at 16, 32, ... fall into the pairs,
 and what is checked at every step does, too.
 
-Memory: the most bytes of tensors alive at once during a step, one without a check. Both numbers include parameters,
-buffers, the batch, the gradients and all activations; the weights of SGD have no state.
+Memory: the most bytes of tensors alive at once during a step, one without a check. Both numbers
+include parameters, buffers, the batch, the gradients and all activations; SGD has no state.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def path_of(optimizer: IRWOptimizer) -> str:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     covered = {p for covering in engine.coverings.values() for p in covering.covered}
     rest = "row by row" if engine.known.get("row_by_row") else "double backward"
-    if all(covering.whole for covering in engine.coverings.values()):
+    if engine.coverings and all(covering.whole for covering in engine.coverings.values()):
         return "quick"
     share = sum(p.numel() for p in trained if p in covered) / sum(p.numel() for p in trained)
     return f"quick for {_percent(share)}, {rest}" if covered else rest

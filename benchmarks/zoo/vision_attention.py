@@ -274,7 +274,7 @@ ENTRIES = [
     Entry("BEiT, bias tables", "vision", 16, beit, images(32)),
     Entry("EVA, rotary, SwiGLU", "vision", 16, eva, images(32)),
     Entry("Swin, bias tables", "vision", 16, Swin, images(32)),
-    Entry("ConvNeXt", "vision", 32, convnext, images(32)),
+    Entry("ConvNeXt", "vision", 16, convnext, images(32)),
     Entry("MLP-Mixer", "vision", 16, mixer, images(32)),
-    Entry("PoolFormer", "vision", 32, poolformer, images(32)),
+    Entry("PoolFormer", "vision", 16, poolformer, images(32)),
 ]

@@ -163,10 +163,10 @@ def squeezenet() -> nn.Sequential:
 
 
 ENTRIES = [
-    Entry("MobileNetV2", "vision", 32, mobilenet_v2, images(24)),
-    Entry("MobileNetV3, hard-swish", "vision", 32, mobilenet_v3, images(24)),
-    Entry("EfficientNet, squeeze-excite", "vision", 32, efficientnet, images(24)),
-    Entry("GhostNet", "vision", 32, ghostnet, images(32)),
-    Entry("ShuffleNetV2", "vision", 32, shufflenet, images(32)),
-    Entry("SqueezeNet", "vision", 32, squeezenet, images(32)),
+    Entry("MobileNetV2", "vision", 16, mobilenet_v2, images(24)),
+    Entry("MobileNetV3, hard-swish", "vision", 16, mobilenet_v3, images(24)),
+    Entry("EfficientNet, squeeze-excite", "vision", 16, efficientnet, images(24)),
+    Entry("GhostNet", "vision", 16, ghostnet, images(32)),
+    Entry("ShuffleNetV2", "vision", 16, shufflenet, images(32)),
+    Entry("SqueezeNet", "vision", 16, squeezenet, images(32)),
 ]

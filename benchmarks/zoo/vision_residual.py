@@ -264,14 +264,14 @@ def vgg() -> nn.Sequential:
 
 
 ENTRIES = [
-    Entry("ResNet-18", "vision", 32, resnet18, images(32)),
+    Entry("ResNet-18", "vision", 16, resnet18, images(32)),
     Entry("ResNet-50", "vision", 16, resnet50, images(24)),
     Entry("WideResNet", "vision", 16, wide_resnet, images(32)),
-    Entry("ResNet, GroupNorm", "vision", 32, group_norm_resnet, images(32)),
-    Entry("ResNetV2, standardised weights", "vision", 32, resnet_v2, images(32)),
-    Entry("NFNet", "vision", 32, nfnet, images(32)),
+    Entry("ResNet, GroupNorm", "vision", 16, group_norm_resnet, images(32)),
+    Entry("ResNetV2, standardised weights", "vision", 16, resnet_v2, images(32)),
+    Entry("NFNet", "vision", 16, nfnet, images(32)),
     Entry("RegNet, squeeze-excite", "vision", 16, regnet, images(32)),
     Entry("DenseNet", "vision", 16, densenet, images(24)),
     Entry("U-Net", "vision", 16, UNet, pixels, per_picture),
-    Entry("VGG, BatchNorm", "vision", 32, vgg, images(32)),
+    Entry("VGG, BatchNorm", "vision", 16, vgg, images(32)),
 ]
