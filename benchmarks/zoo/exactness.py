@@ -7,6 +7,7 @@ one graph, so that it holds where samples mix, as under BatchNorm.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,17 +38,28 @@ class Float64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class InFloat64(nn.Module):
+    """A model that computes in float64 throughout."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        with Float64():
+            return self.model(*inputs)
+
+
 def errors(entry: Entry, size: int) -> dict[str, float | int]:
     """Largest differences of weights and gradients, relative to the largest number expected."""
     size = min(size, LARGEST)
     batch = _double(entry.draw(size))
-    model = entry.make().double()
-    expected_weights, expected = reference(entry, entry.make().double(), batch)
+    expected_weights, expected = reference(entry, InFloat64(entry.make()), batch)
+    model = InFloat64(entry.make())
     ours = Loop.of(entry, model, batch, ALPHA)
-    with Float64():
-        for _ in range(USES):
-            torch.manual_seed(2)
-            ours.backward()
+    for _ in range(USES):
+        torch.manual_seed(2)
+        ours.backward()
     parameters = [p for p in model.parameters() if p.requires_grad]
     largest = max(float(g.abs().max()) for g in expected)
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -64,14 +76,10 @@ def errors(entry: Entry, size: int) -> dict[str, float | int]:
 def reference(entry: Entry, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     """Weights (B,) and the weighted gradient, by one backward pass for each loss."""
     inputs, target = batch
-    with Float64():
-        torch.manual_seed(2)
-        output = model(*inputs)
-        losses = (
-            nn.functional.cross_entropy(output, target, reduction="none")
-            if entry.losses is None
-            else entry.losses(output, target)
-        )
+    torch.manual_seed(2)
+    output = model(*inputs)
+    per_sample = entry.losses or partial(nn.functional.cross_entropy, reduction="none")
+    losses = per_sample(output, target)
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = []
     for loss in losses:

@@ -38,15 +38,20 @@ def as_markdown(found: list[Found]) -> str:
 
 
 def growth_as_markdown(growth: dict[str, list[Found]]) -> str:
-    """Time and memory at several batch sizes, one row a model."""
-    sizes = sorted({f["size"] for found in growth.values() for f in found if "time" in f})
+    """Time / memory at several batch sizes, one row a model, and how far the times are apart."""
+    sizes = sorted({f["size"] for found in growth.values() for f in found})
     lines = [
-        "| growth with B | " + " | ".join(f"B = {size}" for size in sizes) + " |",
-        "|---|" + "---:|" * len(sizes),
+        "| growth with B | "
+        + " | ".join(f"B = {size}" for size in sizes)
+        + " | dearest / cheapest |",
+        "|---|" + "---:|" * (len(sizes) + 1),
     ]
     for name, found in growth.items():
         cells = {f["size"]: f"{f['time']:.2f} / {f['memory']:.2f}" for f in found if "time" in f}
-        lines.append(f"| {name} | " + " | ".join(cells.get(s, "fails") for s in sizes) + " |")
+        times = [f["time"] for f in found if "time" in f]
+        ratio = f"{max(times) / min(times):.2f}" if times else ""
+        row = [*(cells.get(size, "fails") for size in sizes), ratio]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
