@@ -30,6 +30,11 @@ def version(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in __import__(package).__version__.split(".")[:2])
 
 
+def built(entry: Entry):
+    """A case of a test; the imports of other packages take seconds."""
+    return pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] * (entry.family in OTHERS))
+
+
 def test_names_are_unique_and_many():
     assert max(Counter(entry.name for entry in ENTRIES).values()) == 1
     assert len(ENTRIES) >= 60
@@ -40,7 +45,7 @@ def test_names_are_unique_and_many():
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries whose models these are
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", map(built, ENTRIES))
 def test_every_entry_gives_a_loss_for_each_sample(entry):
     package = OTHERS.get(entry.family)
     newest = {"transformers": (5, 0), "peft": (0, 19)}
@@ -63,8 +68,8 @@ def test_a_step_is_the_loop_of_autograd(name):
 
 
 def test_a_wrong_gradient_shows(monkeypatch):
-    doubled = exactness.irw
-    monkeypatch.setattr(exactness, "irw", lambda losses, G: doubled(losses, G).flip(0))
+    right = exactness.irw
+    monkeypatch.setattr(exactness, "irw", lambda losses, G: right(losses, G).flip(0))
     assert exactness.errors(named(TINY[0]), 16)["gradient_error"] > 1e-3
 
 
@@ -97,9 +102,9 @@ def test_the_table_is_sorted_and_names_what_failed():
     ]  # fmt: skip
     found.append({"name": "broken", "fails": "ValueError: a | b"})
     lines = report.as_markdown(found).splitlines()
-    rows_ = [line for line in lines if line.startswith(("| cheap", "| dear", "| broken"))]
-    assert [row.split()[1] for row in rows_] == ["dear", "cheap", "broken"]
-    assert "fails: ValueError: a / b" in rows_[-1]
+    shown = [line for line in lines if line.startswith(("| cheap", "| dear", "| broken"))]
+    assert [row.split()[1] for row in shown] == ["dear", "cheap", "broken"]
+    assert "fails: ValueError: a / b" in shown[-1]
     assert "Exact to 1e-10 in float64: 1 of 2." in lines
     assert report.summary(found[:2])["5 ms and more"]["time"] == [2.25, 2.85, 3.0]
 
