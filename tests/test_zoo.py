@@ -45,7 +45,7 @@ def test_names_are_unique_and_many():
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries whose models these are
-@pytest.mark.parametrize("entry", map(built, ENTRIES))
+@pytest.mark.parametrize("entry", list(map(built, ENTRIES)))
 def test_every_entry_gives_a_loss_for_each_sample(entry):
     package = OTHERS.get(entry.family)
     newest = {"transformers": (5, 0), "peft": (0, 19)}
