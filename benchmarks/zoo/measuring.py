@@ -1,8 +1,9 @@
 """Time and peak memory of an IRW step over those of a plain step, in one process.
 
-Time: both steps in turns, pair by pair, the ratio of their medians. Nine steps come first, so that
-the checks of the library at uses 1, 2, 4 and 8 are past; those at 16, 32, ... fall into the pairs,
-and what is checked at every step does, too.
+Time: that of the processor in this process, so that others on the machine do not count; both steps
+in turns, pair by pair, the ratio of their medians. Nine steps come first, so that the checks of the
+library at uses 1, 2, 4 and 8 are past; those at 16, 32, ... fall into the pairs, and what is
+checked at every step does, too.
 
 Memory: the most bytes of tensors alive at once during a step, one without a check. Both numbers
 include parameters, buffers, the batch, the gradients and all activations; SGD has no state.
@@ -11,7 +12,8 @@ include parameters, buffers, the batch, the gradients and all activations; SGD h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import perf_counter
+from statistics import median
+from time import process_time
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,10 @@ from torch import Tensor, nn
 from benchmarks.step_cost.methods import ALPHA
 from benchmarks.zoo.entry import Batch, Entry
 from irw_optim import IRWOptimizer
-from irw_optim.measure import Step, median_seconds, peak_bytes
+from irw_optim.measure import Step, peak_bytes
 
 WARM_UP = 9
-FEWEST, MOST = 7, 400
+FEWEST, MOST = 7, 1000
 
 
 @dataclass(frozen=True)
@@ -78,22 +80,29 @@ def cost(entry: Entry, size: int, seconds: float) -> dict[str, float | str | boo
         ours.step()
     held = _held(plain.model, batch)
     memory = [held + peak_bytes(loop.step, "cpu") for loop in (plain, ours)]
-    once = _seconds(plain.step) + _seconds(ours.step)
-    inner = max(1, min(20, int(4e-3 / once)))
-    repeats = max(FEWEST, min(MOST, int(seconds / (once * inner))))
-    times = median_seconds([plain.step, ours.step], repeats, inner, "cpu")
+    pairs = in_turns(plain.step, ours.step, seconds)
+    times = [median(taken) for taken in zip(*pairs, strict=True)]
     return {
         "size": size,
         "milliseconds": times[0] * 1e3,
         "time": times[1] / times[0],
         "megabytes": memory[0] / 1e6,
         "memory": memory[1] / memory[0],
-        "pairs": repeats * inner,
+        "pairs": len(pairs),
         "path": path_of(ours.optimizer),
         "batch_norm": any(
             isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.model.modules()
         ),
     }
+
+
+def in_turns(one: Step, other: Step, seconds: float) -> list[tuple[float, float]]:
+    """What each of two steps takes, in turns until the time is up."""
+    pairs: list[tuple[float, float]] = []
+    end = process_time() + seconds
+    while len(pairs) <= FEWEST or (len(pairs) < MOST and process_time() < end):
+        pairs.append((_seconds(one), _seconds(other)))
+    return pairs[1:]
 
 
 def path_of(optimizer: IRWOptimizer) -> str:
@@ -114,9 +123,9 @@ def _percent(share: float) -> str:
 
 
 def _seconds(step: Step) -> float:
-    start = perf_counter()
+    start = process_time()
     step()
-    return perf_counter() - start
+    return process_time() - start
 
 
 def _held(model: nn.Module, batch: Batch) -> int:

@@ -11,9 +11,10 @@ EXACT = 1e-10
 """The error in float64 that a row may have."""
 
 EXPLANATION = (
-    "Time and memory: multiples of a plain step in the same run, one thread. Error: the larger one "
-    "of weights and gradient against a loop of plain autograd in float64. Path: the share of the "
-    "numbers in parameters that have quick products, and what the rest goes by."
+    "Time (of the processor) and peak memory: multiples of a plain step in the same run, one "
+    "thread. Error: the larger one of weights and gradient against a loop of plain autograd in "
+    "float64. Path: the share of the numbers in parameters that have quick products, and what the "
+    "rest goes by."
 )
 
 
