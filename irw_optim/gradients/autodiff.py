@@ -9,8 +9,7 @@ operation can only be pulled back, one backward pass a sample is exact too, only
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -26,6 +25,7 @@ from irw_optim.gradients.materialized import (
 )
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError
+from irw_optim.gradients.silence import silent
 from irw_optim.gradients.unheard import push_forward
 
 logger = logging.getLogger("irw_optim")
@@ -173,20 +173,6 @@ def backward_to(
             retain_graph=retain_graph,
             allow_unused=True,
         )
-
-
-@contextmanager
-def silent(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """The leaves' hooks are not called."""
-    hooks = [p._backward_hooks for p in leaves if p._backward_hooks]
-    saved = [(table, dict(table)) for table in hooks]
-    for table in hooks:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table, entries in saved:
-            table.update(entries)
 
 
 def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> MaterializedGradients:

@@ -86,9 +86,9 @@ class Engine(Renewed):
         being_copied = self.model is not None and "_modules" not in vars(self.model)
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
         self.listens = False
-        if self.model is not None and not being_copied:
-            if self.kind == "ghost" or needs_hooks(self.model):
-                self.listen()
+        whole = self.model is not None and not being_copied
+        if whole and (self.kind == "ghost" or needs_hooks(self.model)):  # type: ignore[arg-type]
+            self.listen()
         self.known: dict[str, bool] = {}
         self.coverings: dict[Hashable, Covering] = {}
         self.plans: dict[Hashable, Plan] = {}
@@ -106,19 +106,20 @@ class Engine(Renewed):
             self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
 
     def capture(
-        self, losses: Tensor, owns: Callable[[Tensor], bool] | None = None
+        self, losses: Tensor, owns: Callable[[Sequence[Tensor]], set[Tensor]] | None = None
     ) -> LossGradients:
         """Take note of a batch of losses: what leads to them, and who else shares it.
 
         Args:
             losses: (B,), with their graph.
-            owns: which leaves are the model's; None for all. The others' gradient is the plain one.
+            owns: tells, of the leaves, the model's (and more, perhaps); None for all. The others'
+                gradient is the plain one.
         """
         if self.hooks is None:
             self.begin()
-        graph = walk(losses)
-        refuse_reentrant_checkpoints(graph.order)
-        batch = LossGradients(self, losses, graph, owns)
+        graph = walk(losses, hooked=self.listens)
+        own = None if owns is None else owns(graph.leaves)
+        batch = LossGradients(self, losses, graph, own)
         _WAITING.join(batch)
         if len(batch.sharing) == MANY_LOSSES:
             self._tell(
@@ -154,6 +155,7 @@ class Engine(Renewed):
         self.unfamiliar = plan is None
         if plan is not None:
             return graph._replace(sites=sites_of(plan.readings, graph, size)), plan.covering
+        refuse_reentrant_checkpoints(graph.order)
         batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
         found = read(graph, batch, own) if batch.followed else None
         if found is not None:

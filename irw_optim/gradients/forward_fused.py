@@ -1,7 +1,7 @@
 """Changes through operations that torch fuses, by the formulas of what they fuse.
 
-Some of them have no derivative of their derivative: attention in one kernel, an LSTM over time. What
-they compute is made of products, a softmax and a few functions, which are written out here.
+Some of them have no derivative of their derivative: attention in one kernel, an LSTM over time.
+What they compute is made of products, a softmax and a few functions, which are written out here.
 """
 
 from __future__ import annotations

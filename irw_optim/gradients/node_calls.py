@@ -1,8 +1,8 @@
 """Layers, seen in the graph: operations on samples that read what all samples share.
 
 A layer's input is what its operation saved for autograd, whichever module or function it came
-from. What it shares among the samples is a weight, or was computed from weights alone; `ChainedCall`
-passes that computation. So a class token, a table of biases, a normalisation of one's own, LoRA or
+from. What it shares among the samples is a weight, or was computed from weights alone, which
+`ChainedCall` passes. So a class token, a table of biases, a normalisation of one's own, LoRA or
 weight standardisation cost what a layer costs.
 """
 
