@@ -16,14 +16,15 @@ transpose of what the node does, which is linear: the derivative of a pull by u,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from irw_optim.gradients.forward_rules import (
+from irw_optim.gradients.forward import (
     FORWARD,
     ForwardRule,
     Tangents,
@@ -33,6 +34,13 @@ from irw_optim.gradients.forward_rules import (
 from irw_optim.gradients.mixing_rules import elementwise, unreduced
 from irw_optim.gradients.nodes import base_name, pull
 from irw_optim.gradients.operations import RULES
+from irw_optim.gradients.place import Rule
+
+Place: TypeAlias = tuple[Node, int]
+"""A node, and the number of one of its outputs."""
+
+
+_OF_KIND: dict[Rule | None, ForwardRule] = {elementwise: diagonal, unreduced: of_single_losses}
 
 
 class NoPushForwardError(RuntimeError):
@@ -50,58 +58,64 @@ def push(node: Node, tangents: Tangents) -> Tangents:
         NoPushForwardError: the operation has no rule, and no double backward.
     """
     rule = None if _is_complex(node, tangents) else _rule_of(node)
-    changes = None if rule is None else rule(node, tangents)
+    try:
+        changes = None if rule is None else rule(node, tangents)
+    except AttributeError:  # another version of torch saves it under another name
+        changes = None
     if changes is None:
-        return _transposed(node, tangents)
-    return changes if isinstance(changes, list) else [changes]
+        changes = _transposed(node, tangents)
+    elif isinstance(changes, Tensor):
+        changes = [changes]
+    outputs: Any = node._input_metadata
+    return [
+        None if change is None else change.to(output.dtype).expand(output.shape)
+        for change, output in zip(changes, outputs, strict=True)
+    ]
 
 
 def _rule_of(node: Node) -> ForwardRule | None:
     name = base_name(node)
-    rule = FORWARD.get(name)
-    if rule is None and name:
-        works = RULES.get(name)
-        rule = (
-            diagonal if works is elementwise else of_single_losses if works is unreduced else None
-        )
-    return rule
+    if name in FORWARD:
+        return FORWARD[name]
+    return _OF_KIND.get(RULES.get(name))
 
 
 def push_through(
-    order: Sequence[Node],
-    leaves: Mapping[Node, Tensor],
-    wanted: tuple[Node, int],
+    order: Sequence[Node], leaves: Mapping[Node, Tensor], wanted: Place
 ) -> Tensor | None:
     """The change of one output for changes of leaves.
 
     Args:
         order: the nodes that lead to it, each before those it reads from.
         leaves: the change of each leaf, by the node that accumulates its gradient.
-        wanted: a node and the number of its output.
+        wanted: where the change is asked for.
 
     Returns:
         None where no change arrives.
+
+    Raises:
+        NoPushForwardError: a change arrives at an operation that cannot push it.
     """
-    readers: dict[tuple[Node, int], int] = {wanted: 1}
-    for node in order:
-        for edge in node.next_functions:
-            if edge[0] is not None:
-                readers[edge] = readers.get(edge, 0) + 1
-    changed: dict[tuple[Node, int], Tensor] = {(node, 0): t for node, t in leaves.items()}
+    read = {node: [_place(*edge) for edge in node.next_functions] for node in order}
+    readers = Counter(place for places in read.values() for place in places)
+    readers[wanted] += 1
+    changed: dict[Place | None, Tensor] = {(node, 0): t for node, t in leaves.items()}
     for node in reversed(order):
-        tangents: list[Tensor | None] = []
-        for edge in node.next_functions:
-            tangents.append(changed.get(edge))
-            if edge[0] is not None:
-                readers[edge] -= 1
-                if not readers[edge]:
-                    changed.pop(edge, None)
+        tangents = [changed.get(place) for place in read[node]]
+        readers.subtract(read[node])
+        for place in read[node]:
+            if not readers[place]:
+                changed.pop(place, None)
         if all(t is None for t in tangents):
             continue
         for number, change in enumerate(push(node, tangents)):
-            if change is not None and readers.get((node, number)):
+            if change is not None and readers[node, number]:
                 changed[node, number] = change
     return changed.get(wanted)
+
+
+def _place(node: Node | None, output: int) -> Place | None:
+    return None if node is None else (node, output)
 
 
 def _transposed(node: Any, tangents: Tangents) -> Tangents:

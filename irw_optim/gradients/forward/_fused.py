@@ -1,7 +1,7 @@
 """Changes through operations that torch fuses, by the formulas of what they fuse.
 
-Some of them have no derivative of their derivative: attention in one kernel, an LSTM over time. What
-they compute is made of products, a softmax and a few functions, which are written out here.
+Some of them have no derivative of their derivative: attention in one kernel, an LSTM over time.
+What they compute is made of products, a softmax and a few functions, which are written out here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.forward_rules import Tangents, added, forward_rule
+from irw_optim.gradients.forward._registry import Tangents, added, forward_rule
 from irw_optim.gradients.layers import LSTM, RECURRENT, gates_of
 
 
