@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -64,12 +65,11 @@ def push(node: Node, tangents: Tangents) -> Tangents:
         changes = None
     if changes is None:
         changes = _transposed(node, tangents)
-    elif isinstance(changes, Tensor):
-        changes = [changes]
     outputs: Any = node._input_metadata
+    found = [changes] if isinstance(changes, Tensor) else changes
     return [
         None if change is None else change.to(output.dtype).expand(output.shape)
-        for change, output in zip(changes, outputs, strict=True)
+        for change, output in zip_longest(found, outputs)
     ]
 
 
@@ -120,35 +120,48 @@ def _place(node: Node | None, output: int) -> Place | None:
 
 def _transposed(node: Any, tangents: Tangents) -> Tangents:
     """J t as the derivative of u -> J^T u, which is linear: any u does."""
+    changing = [(number, t) for number, t in enumerate(tangents) if t is not None]
     with torch.enable_grad():
         seeds = [
-            torch.zeros(m.shape, dtype=m.dtype, device=m.device, requires_grad=True)
+            torch.full(m.shape, _seed(node), dtype=m.dtype, device=m.device, requires_grad=True)
             for m in node._input_metadata
         ]
         try:
             pulled = pull(node, seeds)
-            pairs = [
-                (g, t.to(g.dtype).expand(g.shape))
-                for g, t in zip(pulled, tangents, strict=True)
-                if g is not None and t is not None and g.requires_grad
-            ]
-            expected = [t for t in tangents if t is not None]
-            if len(pairs) < len(expected):
-                raise NoPushForwardError(
-                    f"{node.name()} does not say how its gradient depends on what it is given"
-                )
-            return torch.autograd.grad(
-                [g for g, _ in pairs], seeds, [t for _, t in pairs], allow_unused=True
-            )
+            answers, directions = [], []
+            for number, tangent in changing:
+                gradient = _of_seeds(pulled[number], node)
+                if gradient is not None:
+                    answers.append(gradient)
+                    directions.append(tangent.to(gradient.dtype).expand(gradient.shape))
+            if not answers:
+                return [torch.zeros_like(seed) for seed in seeds]
+            found = torch.autograd.grad(answers, seeds, directions, allow_unused=True)
+            return [None if change is None else change.detach() for change in found]
         except RuntimeError as error:
             if isinstance(error, NoPushForwardError) or not _lacks_double_backward(error):
                 raise
             raise NoPushForwardError(str(error).splitlines()[0]) from error
 
 
+def _seed(node: Node) -> float:
+    return 1.0 if base_name(node) == "Logcumsumexp" else 0.0  # whose backward takes a logarithm
+
+
+def _of_seeds(gradient: Tensor | None, node: Node) -> Tensor | None:
+    """A gradient, if it was made of what the node was given; if not, it had better be zero."""
+    if gradient is not None and gradient.requires_grad:
+        return gradient
+    if base_name(node) in ("", "CopySlices") or (gradient is not None and gradient.any()):
+        raise NoPushForwardError(
+            f"{node.name()} does not say how its gradient depends on what it is given"
+        )
+    return None
+
+
 def _lacks_double_backward(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return "derivative for" in text or "double backward" in text or "differentiated twice" in text
+    return "derivative for" in text or "double backward" in text or "differentiate" in text
 
 
 def _is_complex(node: Any, tangents: Tangents) -> bool:

@@ -8,19 +8,16 @@ import torch
 from torch import Tensor
 
 from irw_optim.gradients.forward._registry import Tangents, forward_rule, of_one_input
-from irw_optim.gradients.nodes import pull, shape_of, signed
+from irw_optim.gradients.nodes import pull, read_by, signed
 
 
 def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
     """Every number of the output depends on one of each input: the node's pull is its push."""
     changing = [(number, t) for number, t in enumerate(tangents) if t is not None]
-    if len(changing) > 1:  # it would take a pull each, and what is recomputed is handed out once
-        return None
-    ((number, tangent),) = changing
-    output, *others = node._input_metadata
-    gradient = tangent.to(output.dtype).expand(shape_of(node))
-    change = pull(node, [gradient, *[None] * len(others)])[number]
-    return change if change is not None and change.shape == gradient.shape else None
+    ((number, tangent), *more), (output, *others) = changing, node._input_metadata
+    if more or read_by(node, number).shape != output.shape:
+        return None  # it would take a pull each; a broadcast input may get a sum
+    return pull(node, [tangent.to(output.dtype), *[None] * len(others)])[number]
 
 
 def of_single_losses(node: Any, tangents: Tangents) -> Tensor | None:
@@ -64,10 +61,13 @@ def _product(node: Any, tangents: Tangents) -> Tensor:
 
 @forward_rule("Div")
 def _quotient(node: Any, tangents: Tangents) -> Tensor | None:
+    if getattr(node, "_saved_rounding_mode", None) is not None:
+        return None
     left, right = tangents if len(tangents) == 2 else (tangents[0], None)
-    if right is None or getattr(node, "_saved_rounding_mode", None) is not None:
-        return diagonal(node, tangents)
     bottom: Tensor = node._saved_other
+    if left is not None and right is None:
+        return left / bottom
+    assert right is not None
     quotient: Tensor = node._saved_self / bottom
     return (-right * quotient if left is None else left - right * quotient) / bottom
 
@@ -76,6 +76,19 @@ def _quotient(node: Any, tangents: Tangents) -> Tensor | None:
 def _where(node: Any, tangents: Tangents) -> Tensor:
     left, right = (0.0 if t is None else t for t in tangents)
     return torch.where(node._saved_condition, left, right)
+
+
+@forward_rule("MaskedFill")
+def _masked(node: Any, tangents: Tangents) -> Tensor:
+    elsewhere, value = (0.0 if t is None else t for t in (*tangents, None)[:2])
+    return torch.where(node._saved_mask, value, elsewhere)
+
+
+@forward_rule("Fill")
+def _filled(node: Any, tangents: Tangents) -> Tensor:
+    value = tangents[1] if len(tangents) > 1 else None
+    output = node._input_metadata[0]
+    return torch.zeros((), dtype=output.dtype, device=output.device) if value is None else value
 
 
 @of_one_input("NllLoss", "NllLoss2D")
@@ -90,11 +103,12 @@ def _negative_likelihood(node: Any, change: Tensor) -> Tensor | None:
     return picked.masked_fill(ignored, 0.0)
 
 
-@of_one_input("CtcLoss")
-def _alignment_loss(node: Any, change: Tensor) -> list[Tensor | None]:
-    """Each loss depends on its own sequence: (T, B, classes), or (T, classes)."""
+@of_one_input("CtcLoss", "MultiMarginLoss", "MultilabelMarginLoss")
+def _of_separate_samples(node: Any, change: Tensor) -> Tensor:
+    """Each loss depends on its own sample alone: one pull has the gradients of all."""
     output, *others = node._input_metadata
     ones = torch.ones(output.shape, dtype=output.dtype, device=output.device)
-    gradient = pull(node, [ones, *[None] * len(others)])[0]
+    (gradient, *_) = pull(node, [ones, *[None] * len(others)])
     assert gradient is not None
-    return [(gradient * change).sum((0, -1)), *[None] * len(others)]
+    batch_dim = 1 if node.name().startswith("Ctc") else 0
+    return (gradient * change).movedim(batch_dim, 0).reshape(*output.shape, -1).sum(-1)

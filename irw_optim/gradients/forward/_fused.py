@@ -22,7 +22,7 @@ from irw_optim.gradients.layers import LSTM, RECURRENT, gates_of
     "ScaledDotProductCudnnAttention",
     "ScaledDotProductFusedAttentionOverrideable",
 )
-def _attention(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
+def _attention(node: Any, tangents: Tangents) -> Tensor | None:
     """Of softmax(scale q k^T + mask) v, with the weights made anew."""
     if node._saved_dropout_p or any(t is not None for t in tangents[3:]):
         return None  # the mask of a fused dropout is nowhere
@@ -54,7 +54,7 @@ def _attention(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
         product = weights * change_of_scores * scale
         product = product - weights * product.sum(-1, keepdim=True)
         change = added(change, product @ value)
-    return [change, *[None] * (len(node._input_metadata) - 1)]
+    return change
 
 
 @forward_rule("MkldnnRnnLayer")

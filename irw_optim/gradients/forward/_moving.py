@@ -135,7 +135,6 @@ def _dims(node: Any) -> list[int] | None:
 
 
 @of_one_input("MaxPool2DWithIndices")
-def _largest_in_windows(node: Any, change: Tensor) -> list[Tensor | None]:
+def _largest_in_windows(node: Any, change: Tensor) -> Tensor:
     where = node._saved_result1
-    found = change.flatten(-2).gather(-1, where.flatten(-2)).view(where.shape)
-    return [found, *[None] * (len(node._input_metadata) - 1)]
+    return change.flatten(-2).gather(-1, where.flatten(-2)).view(where.shape)

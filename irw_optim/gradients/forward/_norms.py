@@ -18,7 +18,7 @@ _ONLY_INPUT = [True, False, False]
 
 
 @forward_rule("NativeLayerNorm")
-def _layer_norm(node: Any, tangents: Tangents) -> list[Tensor | None]:
+def _layer_norm(node: Any, tangents: Tangents) -> Tensor | None:
     d_input, d_gain, d_bias = tangents
     x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
     shape = [signed(n) for n in node._saved_normalized_shape]
@@ -31,11 +31,11 @@ def _layer_norm(node: Any, tangents: Tangents) -> list[Tensor | None]:
         change = change if weight is None else change * weight
     if d_gain is not None:
         change = added(change, ((x - mean) * rstd).to(d_gain.dtype) * d_gain)
-    return [added(change, d_bias), None, None]
+    return added(change, d_bias)
 
 
 @forward_rule("NativeGroupNorm")
-def _group_norm(node: Any, tangents: Tangents) -> list[Tensor | None]:
+def _group_norm(node: Any, tangents: Tangents) -> Tensor | None:
     d_input, d_gain, d_bias = tangents
     x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
     count, groups = int(node._saved_N), int(node._saved_group)
@@ -51,11 +51,11 @@ def _group_norm(node: Any, tangents: Tangents) -> list[Tensor | None]:
         grouped = x.reshape(count, groups, -1)
         normal = ((grouped - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).view(x.shape)
         change = added(change, normal.to(d_gain.dtype) * d_gain.view(across))
-    return [added(change, None if d_bias is None else d_bias.view(across)), None, None]
+    return added(change, None if d_bias is None else d_bias.view(across))
 
 
 @forward_rule("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
-def _batch_norm(node: Any, tangents: Tangents) -> list[Tensor | None]:
+def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
     d_input, d_gain, d_bias = tangents
     training = node._saved_training
     eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
@@ -76,5 +76,4 @@ def _batch_norm(node: Any, tangents: Tangents) -> list[Tensor | None]:
         shift = -mean * scale if shift is None else shift - mean * scale
         moved = torch.addcmul(shift.view(across), x, scale.view(across))
         change, shift = added(change, moved), None
-    change = added(change, None if shift is None else shift.view(across))
-    return [change, *[None] * (len(node._input_metadata) - 1)]
+    return added(change, None if shift is None else shift.view(across))

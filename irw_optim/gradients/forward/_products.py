@@ -15,6 +15,7 @@ from irw_optim.gradients.forward._registry import (
     Tangents,
     added,
     forward_rule,
+    of_one_input,
 )
 from irw_optim.gradients.nodes import shape_of, signed
 
@@ -83,15 +84,14 @@ def _embedding(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 @forward_rule("EmbeddingBag")
-def _bags(node: Any, tangents: Tangents) -> list[Tensor | None]:
+def _bags(node: Any, tangents: Tangents) -> Tensor | None:
     d_table, d_weights = tangents if len(tangents) == 2 else (tangents[0], None)
-    others: list[Tensor | None] = [None] * (len(node._input_metadata) - 1)
     mode = int(node._saved_mode)
     if mode == 2:  # the largest
         assert d_table is not None
         where, sizes = node._saved_result3, node._saved_result2
         found = d_table.gather(0, where.clamp(min=0))
-        return [found.masked_fill((sizes == 0).unsqueeze(-1), 0.0), *others]
+        return found.masked_fill((sizes == 0).unsqueeze(-1), 0.0)
     indices, offsets = node._saved_indices, node._saved_offsets
     settings = (signed(node._saved_padding_idx), len(offsets) > shape_of(node)[0])
     total = None
@@ -103,7 +103,7 @@ def _bags(node: Any, tangents: Tangents) -> list[Tensor | None]:
     if d_weights is not None:
         table = node._saved_weight
         total = added(total, _bagged(table, indices, offsets, mode, d_weights, *settings))
-    return [total, *others]
+    return total
 
 
 def _bagged(
@@ -156,3 +156,44 @@ def _grid_sample(node: Any, tangents: Tangents) -> Tensor | None:
     )[1]
     moved = (gradient.unflatten(0, (count, channels)) * d_grid.unsqueeze(1)).sum(-1)
     return added(total, moved)
+
+
+@forward_rule("Cdist", "CdistForward")
+def _distances(node: Any, tangents: Tangents) -> Tensor:
+    """Of all pairs (..., P, R), a block of rows at a time: each pair has as many differences."""
+    d_left, d_right = tangents
+    left, right, distances = node._saved_x1, node._saved_x2, node._saved_result
+    rows = max(1, _DIFFERENCES // max(1, distances[..., 0, :].numel() * left.shape[-1]))
+    change = torch.zeros_like(distances)
+    for start in range(0, distances.shape[-2], rows):
+        here = (..., slice(start, start + rows), slice(None))
+        moved = added(
+            None if d_left is None else d_left[here].unsqueeze(-2),
+            None if d_right is None else -d_right.unsqueeze(-3),
+        )
+        assert moved is not None
+        apart = left[here].unsqueeze(-2) - right.unsqueeze(-3)
+        change[here] = _lengthened(distances[here], apart, moved, node._saved_p)
+    return change
+
+
+@of_one_input("Pdist", "PdistForward")
+def _distances_among(node: Any, change: Tensor) -> Tensor:
+    points = node._saved_self
+    first, second = torch.triu_indices(len(points), len(points), 1, device=points.device)
+    apart, moved = points[first] - points[second], change[first] - change[second]
+    return _lengthened(node._saved_result, apart, moved, node._saved_p)
+
+
+_DIFFERENCES = 2**24
+
+
+def _lengthened(distance: Tensor, apart: Tensor, moved: Tensor, p: float) -> Tensor:
+    """The change of ``norm(apart, p)`` over the last dimension; 0 where that is 0."""
+    distance = distance.unsqueeze(-1)
+    if p == torch.inf:
+        slope = apart.sign() * (apart.abs() == distance)
+    else:
+        slope = apart.sign() * (apart.abs() / distance) ** (p - 1)
+        slope = slope.masked_fill((distance == 0) | (apart == 0), 0.0)
+    return (slope * moved).sum(-1)

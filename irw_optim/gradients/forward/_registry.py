@@ -11,7 +11,7 @@ Tangents: TypeAlias = Sequence[Tensor | None]
 """A change for each input of a node, in the order of ``node.next_functions``; None for none."""
 
 Changes: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
-"""The change of the output, or of each output; None for "not by this rule"."""
+"""The change of the first output, or of each; None for "not by this rule"."""
 
 ForwardRule: TypeAlias = Callable[[Any, Tangents], Changes]
 
