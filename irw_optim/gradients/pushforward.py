@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -32,9 +33,9 @@ from irw_optim.gradients.forward import (
     diagonal,
     of_single_losses,
 )
-from irw_optim.gradients.mixing_rules import elementwise, unreduced
+from irw_optim.gradients.mixing_rules import elementwise, handed_on, unreduced
 from irw_optim.gradients.nodes import base_name, pull
-from irw_optim.gradients.operations import RULES
+from irw_optim.gradients.operations import RULES, rule_for
 from irw_optim.gradients.place import Rule
 
 Place: TypeAlias = tuple[Node, int]
@@ -58,6 +59,8 @@ def push(node: Node, tangents: Tangents) -> Tangents:
     Raises:
         NoPushForwardError: the operation has no rule, and no double backward.
     """
+    if rule_for(node) is handed_on:
+        return tangents
     rule = None if _is_complex(node, tangents) else _rule_of(node)
     try:
         changes = None if rule is None else rule(node, tangents)
@@ -122,41 +125,63 @@ def _transposed(node: Any, tangents: Tangents) -> Tangents:
     """J t as the derivative of u -> J^T u, which is linear: any u does."""
     changing = [(number, t) for number, t in enumerate(tangents) if t is not None]
     with torch.enable_grad():
-        seeds = [
-            torch.full(m.shape, _seed(node), dtype=m.dtype, device=m.device, requires_grad=True)
-            for m in node._input_metadata
-        ]
+        seeds = [_seed(node, metadata).requires_grad_() for metadata in node._input_metadata]
         try:
             pulled = pull(node, seeds)
-            answers, directions = [], []
+            gradients, directions = [], []
             for number, tangent in changing:
-                gradient = _of_seeds(pulled[number], node)
-                if gradient is not None:
-                    answers.append(gradient)
+                gradient = pulled[number]
+                if gradient is not None and gradient.requires_grad:
+                    gradients.append(gradient)
                     directions.append(tangent.to(gradient.dtype).expand(gradient.shape))
-            if not answers:
-                return [torch.zeros_like(seed) for seed in seeds]
-            found = torch.autograd.grad(answers, seeds, directions, allow_unused=True)
-            return [None if change is None else change.detach() for change in found]
+                elif gradient is not None and gradient.any():
+                    raise NoPushForwardError(_SAYS_NOT.format(node.name()))
+            if not gradients:
+                return [None for _ in seeds]
+            found = torch.autograd.grad(gradients, seeds, directions, allow_unused=True)
         except RuntimeError as error:
             if isinstance(error, NoPushForwardError) or not _lacks_double_backward(error):
                 raise
             raise NoPushForwardError(str(error).splitlines()[0]) from error
+    pushed = [(c, u) for c, u in zip(found, seeds, strict=True) if c is not None]
+    if _may_hide(node) and not _add_up(pushed, list(zip(directions, gradients, strict=True))):
+        raise NoPushForwardError(_SAYS_NOT.format(node.name()))
+    return [None if change is None else change.detach() for change in found]
 
 
-def _seed(node: Node) -> float:
-    return 1.0 if base_name(node) == "Logcumsumexp" else 0.0  # whose backward takes a logarithm
+_SAYS_NOT = "{} does not say how its gradient depends on what it is given"
 
 
-def _of_seeds(gradient: Tensor | None, node: Node) -> Tensor | None:
-    """A gradient, if it was made of what the node was given; if not, it had better be zero."""
-    if gradient is not None and gradient.requires_grad:
-        return gradient
-    if base_name(node) in ("", "CopySlices") or (gradient is not None and gradient.any()):
-        raise NoPushForwardError(
-            f"{node.name()} does not say how its gradient depends on what it is given"
-        )
-    return None
+def _may_hide(node: Node) -> bool:
+    """Functions in Python may detach what they are given; copies into views may call such."""
+    return base_name(node) in ("", "torch::autograd::CopySlices")
+
+
+def _seed(node: Node, metadata: Any) -> Tensor:
+    shape: Sequence[int] = metadata.shape
+    options: Any = {"dtype": metadata.dtype, "device": metadata.device}
+    if _may_hide(node):  # no two alike: what is linear is seen to be
+        numbers = torch.linspace(0.5, 1.5, prod(shape), dtype=torch.float32)
+        return numbers.to(**options).view(shape)
+    if base_name(node) == "Logcumsumexp":  # its backward takes a logarithm
+        return torch.ones(shape, **options)
+    return torch.zeros(shape, **options)
+
+
+_Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+
+
+def _add_up(pushed: _Pairs, pulled: _Pairs) -> bool:
+    """Whether <J t, u> = <t, J^T u>."""
+    (left, _), (right, size) = _inner(pushed), _inner(pulled)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(pulled[0][0].dtype, 1e-1)
+    return bool(torch.as_tensor(left - right).abs() <= tolerance * size)
+
+
+def _inner(pairs: _Pairs) -> tuple[Tensor | float, Tensor | float]:
+    """A sum of products, and that of their sizes."""
+    terms = [(a.detach().conj() * b.detach()).real for a, b in pairs]
+    return sum(t.sum() for t in terms), sum(t.abs().sum() for t in terms)
 
 
 def _lacks_double_backward(error: RuntimeError) -> bool:

@@ -184,6 +184,7 @@ MOVES = [
         (2,),
         (3,),
     ),
+    case("alias", lambda x: torch.ops.aten.alias(x.exp()), M),
     case("empty", lambda x: (x[:0].sum(0), x[:0] @ x.mT, torch.cat([x, x[:0]])), M),
     case("empty batch", lambda x, w: torch.addmm(w[0, :2], x, w[:, :2]).relu(), (0, 4), (4, 3)),
 ]
@@ -283,6 +284,7 @@ LINALG = [
 ]
 
 COMPLEX = [
+    case("conj_physical", torch.conj_physical, M, dtype=torch.complex128),
     case("fft", lambda x: (torch.fft.fft(x), torch.fft.rfft(x), torch.fft.fft2(x)), M),
     case("ifft", lambda x: torch.fft.irfft(torch.fft.rfft(x) * 2j, n=4), M),
     case(

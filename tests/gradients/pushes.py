@@ -100,9 +100,7 @@ def assert_pushed(output: Tensor, leaves: Sequence[Tensor], tolerance: float) ->
     """The change along a direction of all leaves, and along one of each."""
     rows = rows_of(output, leaves)
     direction = [torch.randn_like(leaf) for leaf in leaves]
-    choices = [range(len(leaves))]
-    choices += [range(n, n + 1) for n in range(len(leaves))] if len(leaves) > 1 else []
-    for chosen in choices:
+    for chosen in _choices(len(leaves)):
         terms = [[(row[n].conj() * direction[n]).real.sum() for n in chosen] for row in rows]
         expected = torch.tensor([sum(t) for t in terms], dtype=output.dtype)
         pushed = _forwards(output, {leaves[n]: direction[n] for n in chosen})
@@ -112,14 +110,22 @@ def assert_pushed(output: Tensor, leaves: Sequence[Tensor], tolerance: float) ->
         torch.testing.assert_close(pushed, expected, rtol=0.0, atol=tolerance * float(scale))
 
 
+def _choices(count: int) -> list[list[int]]:
+    """All; each alone, or the first and the others where there are many."""
+    every = list(range(count))
+    if count < 2:
+        return [every]
+    return [every, *([[n] for n in every] if count < 6 else [every[:1], every[1:]])]
+
+
 def assert_case(case: Case, *, checkpointed: bool = False) -> None:
     """With a gradient of all that is read, and of one tensor alone."""
     arguments = case.arguments()
     leaves = leaves_of(arguments)
-    choices = [leaves] if len(leaves) < 2 else [leaves, *[[leaf] for leaf in leaves]]
-    for chosen in choices:
-        for leaf in leaves:
-            leaf.requires_grad_(any(leaf is c for c in chosen))
+    for places in _choices(len(leaves)):
+        for place, leaf in enumerate(leaves):
+            leaf.requires_grad_(place in places)
+        chosen = [leaves[place] for place in places]
         torch.manual_seed(21)
         if checkpointed:
             result = checkpoint(case.function, *arguments, use_reentrant=False)
