@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 from push_functions import FUNCTIONS
 from push_layers import LAYERS
+from push_linalg import COMPLEX, LINALG
 from push_losses import LOSSES
 from push_sequences import SEQUENCES
 from pushes import Case, assert_case, names_in, numbers
 
 from irw_optim.gradients.operations import RULES
 
-CASES = [*FUNCTIONS, *LAYERS, *LOSSES, *SEQUENCES]
+CASES = [*FUNCTIONS, *LINALG, *COMPLEX, *LAYERS, *LOSSES, *SEQUENCES]
 
 _ELSEWHERE = """
 AdaptiveMaxPool1D AvgPool1D ConvolutionOverrideable CudnnBatchNorm Detach FusedRmsNorm Heaviside
 Imag LiftFresh Linear MaxPool1D MiopenBatchNorm MkldnnLinear Real Relu6
-ScaledDotProductAttentionMath ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
-ScaledDotProductFusedAttentionOverrideable Xlog1Py
+ScaledDotProductAttentionMath ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention
+ScaledDotProductFlashAttention ScaledDotProductFusedAttentionOverrideable Xlog1Py
 """
 """On other devices, in other versions, or under the names of what they are made of."""
 
