@@ -68,12 +68,19 @@ def push(node: Node, tangents: Tangents) -> Tangents:
         changes = None
     if changes is None:
         changes = _transposed(node, tangents)
-    outputs: Any = node._input_metadata
     found = [changes] if isinstance(changes, Tensor) else changes
+    outputs: Any = node._input_metadata
     return [
-        None if change is None else change.to(output.dtype).expand(output.shape)
+        None if change is None else _fitted(change, output)
         for change, output in zip_longest(found, outputs)
     ]
+
+
+def _fitted(change: Tensor, output: Any) -> Tensor:
+    if change.dtype != output.dtype:
+        change = change.to(output.dtype)
+    shape = output.shape
+    return change if change.shape == shape else change.expand(shape)
 
 
 def _rule_of(node: Node) -> ForwardRule | None:
@@ -105,8 +112,8 @@ def push_through(
     changed: dict[Place | None, Tensor] = {(node, 0): t for node, t in leaves.items()}
     for node in reversed(order):
         tangents = [changed.get(place) for place in read[node]]
-        readers.subtract(read[node])
         for place in read[node]:
+            readers[place] -= 1
             if not readers[place]:
                 changed.pop(place, None)
         if all(t is None for t in tangents):
@@ -190,5 +197,7 @@ def _lacks_double_backward(error: RuntimeError) -> bool:
 
 
 def _is_complex(node: Any, tangents: Tangents) -> bool:
-    changes = any(t is not None and t.is_complex() for t in tangents)
-    return changes or any(m.dtype.is_complex for m in node._input_metadata)
+    for tangent in tangents:
+        if tangent is not None and tangent.is_complex():
+            return True
+    return any(m.dtype.is_complex for m in node._input_metadata)

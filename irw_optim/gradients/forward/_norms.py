@@ -63,17 +63,17 @@ def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
     mean, rstd = node._saved_result1, node._saved_result2
     x = node._saved_input
     across = (1, -1, *[1] * (x.ndim - 2))
-    change, shift = None, d_bias
+    change = None
     if d_input is not None:  # the gain is the same for all that a statistic is taken of
         backward: Any = torch.ops.aten.native_batch_norm_backward.default
         weight = node._saved_weight
         settings = (running_mean, running_variance, mean, rstd, training, eps, _ONLY_INPUT)
         change = backward(d_input, x, weight, *settings)[0]
-    if d_gain is not None:
-        if not training:
-            mean, rstd = running_mean, (running_variance + eps).rsqrt()
-        scale = d_gain * rstd
-        shift = -mean * scale if shift is None else shift - mean * scale
-        moved = torch.addcmul(shift.view(across), x, scale.view(across))
-        change, shift = added(change, moved), None
-    return added(change, None if shift is None else shift.view(across))
+    if d_gain is None:
+        return added(change, None if d_bias is None else d_bias.view(across))
+    if not training:
+        mean, rstd = running_mean, (running_variance + eps).rsqrt()
+    scale = d_gain * rstd
+    shift = -mean * scale if d_bias is None else d_bias - mean * scale
+    moved = shift.view(across) if change is None else change.add_(shift.view(across))
+    return torch.addcmul(moved, x, scale.view(across))
