@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -32,15 +31,15 @@ from irw_optim.gradients.forward import (
     Tangents,
     diagonal,
     of_single_losses,
+    transposed,
 )
 from irw_optim.gradients.mixing_rules import elementwise, handed_on, unreduced
-from irw_optim.gradients.nodes import base_name, pull
+from irw_optim.gradients.nodes import base_name
 from irw_optim.gradients.operations import RULES, rule_for
 from irw_optim.gradients.place import Rule
 
 Place: TypeAlias = tuple[Node, int]
 """A node, and the number of one of its outputs."""
-
 
 _OF_KIND: dict[Rule | None, ForwardRule] = {elementwise: diagonal, unreduced: of_single_losses}
 
@@ -59,6 +58,16 @@ def push(node: Node, tangents: Tangents) -> Tangents:
     Raises:
         NoPushForwardError: the operation has no rule, and no double backward.
     """
+    try:
+        return _pushed(node, tangents)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # no double backward; sparse or nested numbers
+        reason = str(error).partition("\n")[0]
+        raise NoPushForwardError(f"{node.name()}: {reason}") from error
+
+
+def _pushed(node: Any, tangents: Tangents) -> Tangents:
     if rule_for(node) is handed_on:
         return tangents
     rule = None if _is_complex(node, tangents) else _rule_of(node)
@@ -67,12 +76,11 @@ def push(node: Node, tangents: Tangents) -> Tangents:
     except AttributeError:  # another version of torch saves it under another name
         changes = None
     if changes is None:
-        changes = _transposed(node, tangents)
+        changes = transposed(node, tangents)
     found = [changes] if isinstance(changes, Tensor) else changes
-    outputs: Any = node._input_metadata
     return [
         None if change is None else _fitted(change, output)
-        for change, output in zip_longest(found, outputs)
+        for change, output in zip_longest(found, node._input_metadata)
     ]
 
 
@@ -110,90 +118,23 @@ def push_through(
     readers = Counter(place for places in read.values() for place in places)
     readers[wanted] += 1
     changed: dict[Place | None, Tensor] = {(node, 0): t for node, t in leaves.items()}
-    for node in reversed(order):
-        tangents = [changed.get(place) for place in read[node]]
-        for place in read[node]:
-            readers[place] -= 1
-            if not readers[place]:
-                changed.pop(place, None)
-        if all(t is None for t in tangents):
-            continue
-        for number, change in enumerate(push(node, tangents)):
-            if change is not None and readers[node, number]:
-                changed[node, number] = change
+    with torch.no_grad():
+        for node in reversed(order):
+            tangents = [changed.get(place) for place in read[node]]
+            for place in read[node]:
+                readers[place] -= 1
+                if not readers[place]:
+                    changed.pop(place, None)
+            if all(t is None for t in tangents):
+                continue
+            for number, change in enumerate(push(node, tangents)):
+                if change is not None and readers[node, number]:
+                    changed[node, number] = change
     return changed.get(wanted)
 
 
 def _place(node: Node | None, output: int) -> Place | None:
     return None if node is None else (node, output)
-
-
-def _transposed(node: Any, tangents: Tangents) -> Tangents:
-    """J t as the derivative of u -> J^T u, which is linear: any u does."""
-    changing = [(number, t) for number, t in enumerate(tangents) if t is not None]
-    with torch.enable_grad():
-        seeds = [_seed(node, metadata).requires_grad_() for metadata in node._input_metadata]
-        try:
-            pulled = pull(node, seeds)
-            gradients, directions = [], []
-            for number, tangent in changing:
-                gradient = pulled[number]
-                if gradient is not None and gradient.requires_grad:
-                    gradients.append(gradient)
-                    directions.append(tangent.to(gradient.dtype).expand(gradient.shape))
-                elif gradient is not None and gradient.any():
-                    raise NoPushForwardError(_SAYS_NOT.format(node.name()))
-            if not gradients:
-                return [None for _ in seeds]
-            found = torch.autograd.grad(gradients, seeds, directions, allow_unused=True)
-        except RuntimeError as error:
-            if isinstance(error, NoPushForwardError) or not _lacks_double_backward(error):
-                raise
-            raise NoPushForwardError(str(error).splitlines()[0]) from error
-    pushed = [(c, u) for c, u in zip(found, seeds, strict=True) if c is not None]
-    if _may_hide(node) and not _add_up(pushed, list(zip(directions, gradients, strict=True))):
-        raise NoPushForwardError(_SAYS_NOT.format(node.name()))
-    return [None if change is None else change.detach() for change in found]
-
-
-_SAYS_NOT = "{} does not say how its gradient depends on what it is given"
-
-
-def _may_hide(node: Node) -> bool:
-    """Functions in Python may detach what they are given; copies into views may call such."""
-    return base_name(node) in ("", "torch::autograd::CopySlices")
-
-
-def _seed(node: Node, metadata: Any) -> Tensor:
-    shape: Sequence[int] = metadata.shape
-    options: Any = {"dtype": metadata.dtype, "device": metadata.device}
-    if _may_hide(node):  # no two alike: what is linear is seen to be
-        numbers = torch.linspace(0.5, 1.5, prod(shape), dtype=torch.float32)
-        return numbers.to(**options).view(shape)
-    if base_name(node) == "Logcumsumexp":  # its backward takes a logarithm
-        return torch.ones(shape, **options)
-    return torch.zeros(shape, **options)
-
-
-_Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
-
-
-def _add_up(pushed: _Pairs, pulled: _Pairs) -> bool:
-    """Whether <J t, u> = <t, J^T u>."""
-    (left, _), (right, size) = _inner(pushed), _inner(pulled)
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(pulled[0][0].dtype, 1e-1)
-    return bool(torch.as_tensor(left - right).abs() <= tolerance * size)
-
-
-def _inner(pairs: _Pairs) -> tuple[Tensor | float, Tensor | float]:
-    """A sum of products, and that of their sizes."""
-    terms = [(a.detach().conj() * b.detach()).real for a, b in pairs]
-    return sum(t.sum() for t in terms), sum(t.abs().sum() for t in terms)
-
-
-def _lacks_double_backward(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return "derivative for" in text or "double backward" in text or "differentiate" in text
 
 
 def _is_complex(node: Any, tangents: Tangents) -> bool:

@@ -139,7 +139,34 @@ def _in_place(x: Tensor, y: Tensor) -> Tensor:
     return torch.addmm(z[0], z, y.mT[:, :1].expand(4, 4), beta=2)
 
 
+class Hooked(nn.Module):
+    """A backward hook puts a function of torch's own around the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.linear.register_full_backward_hook(lambda *_: None)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
+
+
+def _autocast(x: Tensor, w: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nn.functional.linear(x, w)
+        return nn.functional.layer_norm(y, (3,)).float() + y
+
+
+_SPARSE = torch.eye(3, dtype=torch.float64).to_sparse()
+
+
 GRAPHS = [
+    case("module with a backward hook", lambda layer, x: layer(x), Hooked, (5, 4)),
+    case("autocast", _autocast, (2, 4), (3, 4), dtype=torch.float32, tolerance=5e-2),
+    case("sparse products", lambda x: torch.sparse.mm(_SPARSE, x) + torch.mm(_SPARSE, x), (3, 4)),
+    case("samples", lambda m, s: torch.distributions.Normal(m, s.exp()).rsample(), (3,), (3,)),
+    case("samples of gamma", lambda a: torch.distributions.Gamma(a.exp(), 2.0).rsample(), (3,)),
     case("function", Cube.apply, (3, 4)),
     case("function of parts", lambda x, y: Parts.apply(x, 2.5, y), (4,), (4,)),
     case("one of the parts", lambda x, y: Parts.apply(x, 2.5, y)[2], (4,), (4,)),
@@ -176,6 +203,13 @@ def test_what_can_only_be_pulled_back_says_so(
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(NoPushForwardError):
         assert_pushed(numbers(within(x, function)), [x], 1e-10)
+
+
+def test_operations_without_double_backward_say_so() -> None:
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    output = torch.segment_reduce(x, "sum", lengths=torch.tensor([2, 3]))
+    with pytest.raises(NoPushForwardError, match="SegmentReduce.*not implemented"):
+        assert_pushed(numbers(output), [x], 1e-10)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -11,6 +11,20 @@ applies, and then reads every ``_saved_`` tensor once.
 
 from irw_optim.gradients.forward import _fused, _moving, _norms, _products  # noqa: F401
 from irw_optim.gradients.forward._arithmetic import diagonal, of_single_losses
-from irw_optim.gradients.forward._registry import FORWARD, Changes, ForwardRule, Tangents
+from irw_optim.gradients.forward._registry import (
+    FORWARD,
+    Changes,
+    ForwardRule,
+    Tangents,
+)
+from irw_optim.gradients.forward._transposed import transposed
 
-__all__ = ["FORWARD", "Changes", "ForwardRule", "Tangents", "diagonal", "of_single_losses"]
+__all__ = [
+    "FORWARD",
+    "Changes",
+    "ForwardRule",
+    "Tangents",
+    "diagonal",
+    "of_single_losses",
+    "transposed",
+]
