@@ -208,7 +208,7 @@ def test_what_can_only_be_pulled_back_says_so(
 def test_operations_without_double_backward_say_so() -> None:
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     output = torch.segment_reduce(x, "sum", lengths=torch.tensor([2, 3]))
-    with pytest.raises(NoPushForwardError, match="SegmentReduce.*not implemented"):
+    with pytest.raises(NoPushForwardError, match="SegmentReduce"):
         assert_pushed(numbers(output), [x], 1e-10)
 
 

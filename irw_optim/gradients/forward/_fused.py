@@ -44,7 +44,8 @@ def _attention(node: Any, tangents: Tangents) -> Tensor | None:
     if node._saved_is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.where(allowed, -torch.inf)
-    weights = scores.softmax(-1).nan_to_num(0.0)  # of rows that see nothing, too
+    sees_nothing = scores.amax(-1, keepdim=True) == -torch.inf
+    weights = scores.softmax(-1).masked_fill(sees_nothing, 0.0)
     change = None if d_value is None else weights @ d_value
     change_of_scores = added(
         None if d_query is None else d_query @ key.mT,
