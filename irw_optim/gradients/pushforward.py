@@ -16,23 +16,32 @@ transpose of what the node does, which is linear: the derivative of a pull by u,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from irw_optim.gradients.forward_rules import (
+from irw_optim.gradients.forward import (
     FORWARD,
     ForwardRule,
     Tangents,
     diagonal,
     of_single_losses,
+    transposed,
 )
-from irw_optim.gradients.mixing_rules import elementwise, unreduced
-from irw_optim.gradients.nodes import base_name, pull
-from irw_optim.gradients.operations import RULES
+from irw_optim.gradients.mixing_rules import elementwise, handed_on, unreduced
+from irw_optim.gradients.nodes import base_name
+from irw_optim.gradients.operations import RULES, rule_for
+from irw_optim.gradients.place import Rule
+
+Place: TypeAlias = tuple[Node, int]
+"""A node, and the number of one of its outputs."""
+
+_OF_KIND: dict[Rule | None, ForwardRule] = {elementwise: diagonal, unreduced: of_single_losses}
 
 
 class NoPushForwardError(RuntimeError):
@@ -49,94 +58,87 @@ def push(node: Node, tangents: Tangents) -> Tangents:
     Raises:
         NoPushForwardError: the operation has no rule, and no double backward.
     """
+    try:
+        return _pushed(node, tangents)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # no double backward; sparse or nested numbers
+        reason = str(error).partition("\n")[0]
+        raise NoPushForwardError(f"{node.name()}: {reason}") from error
+
+
+def _pushed(node: Any, tangents: Tangents) -> Tangents:
+    if rule_for(node) is handed_on:
+        return tangents
     rule = None if _is_complex(node, tangents) else _rule_of(node)
-    changes = None if rule is None else rule(node, tangents)
+    try:
+        changes = None if rule is None else rule(node, tangents)
+    except AttributeError:  # another version of torch saves it under another name
+        changes = None
     if changes is None:
-        return _transposed(node, tangents)
-    return changes if isinstance(changes, list) else [changes]
+        changes = transposed(node, tangents)
+    found = [changes] if isinstance(changes, Tensor) else changes
+    return [
+        None if change is None else _fitted(change, output)
+        for change, output in zip_longest(found, node._input_metadata)
+    ]
+
+
+def _fitted(change: Tensor, output: Any) -> Tensor:
+    if change.dtype != output.dtype:
+        change = change.to(output.dtype)
+    shape = output.shape
+    return change if change.shape == shape else change.expand(shape)
 
 
 def _rule_of(node: Node) -> ForwardRule | None:
     name = base_name(node)
-    rule = FORWARD.get(name)
-    if rule is None and name:
-        works = RULES.get(name)
-        rule = (
-            diagonal if works is elementwise else of_single_losses if works is unreduced else None
-        )
-    return rule
+    if name in FORWARD:
+        return FORWARD[name]
+    return _OF_KIND.get(RULES.get(name))
 
 
 def push_through(
-    order: Sequence[Node],
-    leaves: Mapping[Node, Tensor],
-    wanted: tuple[Node, int],
+    order: Sequence[Node], leaves: Mapping[Node, Tensor], wanted: Place
 ) -> Tensor | None:
     """The change of one output for changes of leaves.
 
     Args:
         order: the nodes that lead to it, each before those it reads from.
         leaves: the change of each leaf, by the node that accumulates its gradient.
-        wanted: a node and the number of its output.
+        wanted: where the change is asked for.
 
     Returns:
         None where no change arrives.
+
+    Raises:
+        NoPushForwardError: a change arrives at an operation that cannot push it.
     """
-    readers: dict[tuple[Node, int], int] = {wanted: 1}
-    for node in order:
-        for edge in node.next_functions:
-            if edge[0] is not None:
-                readers[edge] = readers.get(edge, 0) + 1
-    changed: dict[tuple[Node, int], Tensor] = {(node, 0): t for node, t in leaves.items()}
-    for node in reversed(order):
-        tangents: list[Tensor | None] = []
-        for edge in node.next_functions:
-            tangents.append(changed.get(edge))
-            if edge[0] is not None:
-                readers[edge] -= 1
-                if not readers[edge]:
-                    changed.pop(edge, None)
-        if all(t is None for t in tangents):
-            continue
-        for number, change in enumerate(push(node, tangents)):
-            if change is not None and readers.get((node, number)):
-                changed[node, number] = change.to(node._input_metadata[number].dtype)
+    read = {node: [_place(*edge) for edge in node.next_functions] for node in order}
+    readers = Counter(place for places in read.values() for place in places)
+    readers[wanted] += 1
+    changed: dict[Place | None, Tensor] = {(node, 0): t for node, t in leaves.items()}
+    with torch.no_grad():
+        for node in reversed(order):
+            tangents = [changed.get(place) for place in read[node]]
+            for place in read[node]:
+                readers[place] -= 1
+                if not readers[place]:
+                    changed.pop(place, None)
+            if all(t is None for t in tangents):
+                continue
+            for number, change in enumerate(push(node, tangents)):
+                if change is not None and readers[node, number]:
+                    changed[node, number] = change
     return changed.get(wanted)
 
 
-def _transposed(node: Any, tangents: Tangents) -> Tangents:
-    """J t as the derivative of u -> J^T u, which is linear: any u does."""
-    with torch.enable_grad():
-        seeds = [
-            torch.zeros(m.shape, dtype=m.dtype, device=m.device, requires_grad=True)
-            for m in node._input_metadata
-        ]
-        try:
-            pulled = pull(node, seeds)
-            pairs = [
-                (g, t.to(g.dtype).expand(g.shape))
-                for g, t in zip(pulled, tangents, strict=True)
-                if g is not None and t is not None and g.requires_grad
-            ]
-            expected = [t for t in tangents if t is not None]
-            if len(pairs) < len(expected):
-                raise NoPushForwardError(
-                    f"{node.name()} does not say how its gradient depends on what it is given"
-                )
-            return torch.autograd.grad(
-                [g for g, _ in pairs], seeds, [t for _, t in pairs], allow_unused=True
-            )
-        except RuntimeError as error:
-            if isinstance(error, NoPushForwardError) or not _lacks_double_backward(error):
-                raise
-            raise NoPushForwardError(str(error).splitlines()[0]) from error
-
-
-def _lacks_double_backward(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return "derivative for" in text or "double backward" in text or "differentiated twice" in text
+def _place(node: Node | None, output: int) -> Place | None:
+    return None if node is None else (node, output)
 
 
 def _is_complex(node: Any, tangents: Tangents) -> bool:
-    changes = any(t is not None and t.is_complex() for t in tangents)
-    return changes or any(m.dtype.is_complex for m in node._input_metadata)
+    for tangent in tangents:
+        if tangent is not None and tangent.is_complex():
+            return True
+    return any(m.dtype.is_complex for m in node._input_metadata)

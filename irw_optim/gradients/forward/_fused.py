@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.forward_rules import Tangents, added, forward_rule
+from irw_optim.gradients.forward._registry import Tangents, added, forward_rule
 from irw_optim.gradients.layers import LSTM, RECURRENT, gates_of
 
 
@@ -22,7 +22,7 @@ from irw_optim.gradients.layers import LSTM, RECURRENT, gates_of
     "ScaledDotProductCudnnAttention",
     "ScaledDotProductFusedAttentionOverrideable",
 )
-def _attention(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
+def _attention(node: Any, tangents: Tangents) -> Tensor | None:
     """Of softmax(scale q k^T + mask) v, with the weights made anew."""
     if node._saved_dropout_p or any(t is not None for t in tangents[3:]):
         return None  # the mask of a fused dropout is nowhere
@@ -44,7 +44,8 @@ def _attention(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
     if node._saved_is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.where(allowed, -torch.inf)
-    weights = scores.softmax(-1).nan_to_num(0.0)  # of rows that see nothing, too
+    sees_nothing = scores.amax(-1, keepdim=True) == -torch.inf
+    weights = scores.softmax(-1).masked_fill(sees_nothing, 0.0)
     change = None if d_value is None else weights @ d_value
     change_of_scores = added(
         None if d_query is None else d_query @ key.mT,
@@ -54,7 +55,7 @@ def _attention(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
         product = weights * change_of_scores * scale
         product = product - weights * product.sum(-1, keepdim=True)
         change = added(change, product @ value)
-    return [change, *[None] * (len(node._input_metadata) - 1)]
+    return change
 
 
 @forward_rule("MkldnnRnnLayer")
@@ -83,15 +84,23 @@ def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
         None if d_weight_hh is None else before @ d_weight_hh.t(),
         added(d_bias_ih, d_bias_hh),
     )
-    change = torch.zeros(()) if change is None else change
-    changes = change.expand(*states.shape[:2], 4 * states.shape[2])
+    shape = (*states.shape[:2], 4 * states.shape[2])
+    of_inputs = states.new_zeros(shape) if change is None else change.expand(shape)
     d_state = torch.zeros_like(state) if d_state is None else d_state
     d_cell = torch.zeros_like(cell) if d_cell is None else d_cell
-    found = []
-    for t, first in enumerate(changes):
-        of_gates = torch.addmm(first, d_state, values["weight_hh"].t()).unflatten(1, (4, -1))
-        d_cell = gates.forget[t] * d_cell + (gates.of_states[t] * of_gates[:, :3]).sum(1)
-        d_state = torch.addcmul(gates.to_cell[t] * d_cell, gates.of_output[t], of_gates[:, 3])
+    of_gates = torch.cat([gates.of_states.flatten(2), gates.of_output], 2)
+    recurrent, cells, found = values["weight_hh"].t(), 3 * states.shape[2], []
+    for first, slope, forget, to_cell in zip(
+        of_inputs.unbind(),
+        of_gates.unbind(),
+        gates.forget.unbind(),
+        gates.to_cell.unbind(),
+        strict=True,
+    ):
+        steps = torch.addmm(first, d_state, recurrent).mul_(slope)
+        into_cell = steps[:, :cells].unflatten(1, (3, -1)).sum(1)
+        d_cell = torch.addcmul(into_cell, forget, d_cell)
+        d_state = torch.addcmul(steps[:, cells:], to_cell, d_cell)
         found.append(d_state)
     over_time = torch.stack(found)
     return [over_time.flip(0) if reverse else over_time, d_state, d_cell]

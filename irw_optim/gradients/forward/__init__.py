@@ -1,0 +1,30 @@
+"""How a change of an operation's inputs changes its outputs, from what it saved for autograd.
+
+A rule for each of the operations that models spend their time in, by the name of its node. It gets
+the node and a change for each input (None for none), and gives that of the output, of whatever
+shape and type broadcast to it. None stands for "not by this rule": then the node's own derivative
+is taken.
+
+What is recomputed (checkpointing) is handed out once in a pass. So a rule decides first whether it
+applies, and then reads every ``_saved_`` tensor once.
+"""
+
+from irw_optim.gradients.forward import _fused, _moving, _norms, _products  # noqa: F401
+from irw_optim.gradients.forward._arithmetic import diagonal, of_single_losses
+from irw_optim.gradients.forward._registry import (
+    FORWARD,
+    Changes,
+    ForwardRule,
+    Tangents,
+)
+from irw_optim.gradients.forward._transposed import transposed
+
+__all__ = [
+    "FORWARD",
+    "Changes",
+    "ForwardRule",
+    "Tangents",
+    "diagonal",
+    "of_single_losses",
+    "transposed",
+]

@@ -1,0 +1,36 @@
+"""Changes that are pushed forwards, operation by operation."""
+
+from __future__ import annotations
+
+import pytest
+from push_functions import FUNCTIONS
+from push_layers import LAYERS
+from push_linalg import COMPLEX, LINALG
+from push_losses import LOSSES
+from push_sequences import SEQUENCES
+from pushes import Case, assert_case, names_in, numbers
+
+from irw_optim.gradients.operations import RULES
+
+CASES = [*FUNCTIONS, *LINALG, *COMPLEX, *LAYERS, *LOSSES, *SEQUENCES]
+
+_ELSEWHERE = """
+AdaptiveMaxPool1D AvgPool1D ConvolutionOverrideable CudnnBatchNorm Detach FusedRmsNorm Heaviside
+Imag LiftFresh Linear MaxPool1D MiopenBatchNorm MkldnnLinear Real Relu6
+ScaledDotProductAttentionMath ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention
+ScaledDotProductFlashAttention ScaledDotProductFusedAttentionOverrideable Xlog1Py
+"""
+"""On other devices, in other versions, or under the names of what they are made of."""
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_rows_of_autograd(case: Case, checkpointed: bool) -> None:
+    assert_case(case, checkpointed=checkpointed)
+
+
+def test_every_operation_of_the_table_is_tested() -> None:
+    tested = set[str]()
+    for case in CASES:
+        tested |= names_in(numbers(case.function(*case.arguments())))
+    assert set(RULES) - tested - set(_ELSEWHERE.split()) == set()
