@@ -15,7 +15,8 @@ from irw_optim.attachments import Attachment, Removable
 
 def silence_of(model: nn.Module | None) -> list[Attachment]:
     """Keeps Opacus' hooks quiet for as long as somebody holds it."""
-    return [OpacusSilenced.on(model)] if hasattr(model, "hooks_enabled") else []
+    silenced = model is not None and hasattr(model, "hooks_enabled")
+    return [OpacusSilenced.on(model)] if silenced else []  # type: ignore[arg-type]
 
 
 def needs_hooks(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -48,7 +48,7 @@ class LossGradients:
         engine: Engine,
         losses: Tensor,
         graph: Graph,
-        own: Set[Tensor] | None = None,
+        own: set[Tensor] | None = None,
     ) -> None:
         self.engine = engine
         self.losses = losses
