@@ -20,11 +20,16 @@ def silence_of(model: nn.Module | None) -> list[Attachment]:
 
 
 def needs_hooks(model: nn.Module) -> bool:
-    """Whether layers have to be seen as they are called: compiled, the graph does not show them."""
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
+    """Whether layers have to be seen as they are called.
+
+    Compiled, the graph does not show them; sharded, a rank without samples goes along by them.
+    """
+    return any(map(_is_compiled_or_sharded, model.modules()))
+
+
+def _is_compiled_or_sharded(module: nn.Module) -> bool:
+    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
+    return bool(compiled) or any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 class OpacusSilenced(Attachment):

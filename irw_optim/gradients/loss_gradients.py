@@ -41,6 +41,7 @@ class LossGradients:
         leaves: those of the model.
         others: inputs, and parameters of other networks: their gradient is the plain one.
         rest: leaves that the ghost products do not cover.
+        apart: whether the graph proves that no sample reads another; known once `start` has run.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class LossGradients:
             self.leaves = [leaf for leaf in graph.leaves if leaf in own]
             self.others = [leaf for leaf in graph.leaves if leaf not in own]
         self.sharing: WeakSet[LossGradients] = WeakSet()
+        self.apart = False
         self.rest = list(self.leaves)
         self.finished_by_autograd = self.rest
         self.ghost: GhostGradients | None = None
@@ -73,6 +75,7 @@ class LossGradients:
         passes = self._passes
         graph, covering = self.engine.covering(self.graph, self.leaves, self.losses)
         self.graph = graph
+        self.apart = covering.mixed_by is None and len(self.losses) > 1
         listens = bool(len(self.losses)) and self.engine.looks_for_hooks(graph)
         if not covering.covered:
             if listens:

@@ -40,6 +40,7 @@ class GhostBatch(PendingBatch):
     def __init__(self, loss_reduction: str, model: nn.Module) -> None:
         super().__init__(loss_reduction)
         self._engine = Engine(model, "auto")
+        self._engine.listen()  # a batch of one sample does not show where the batch is
         self._rows: list[ClippableGradients | None] = []
 
     def unfollow(self) -> None:
@@ -100,7 +101,9 @@ class GhostBatch(PendingBatch):
         for call, _, shape in captured.graph.sites:
             # The engine also finds a batch that is folded or does not stand first; but a Poisson
             # batch has any size, and a wrong guess would mix samples.
-            if shape[:1] != (batch_size,) or call.layout != FIRST:
+            # Unless the graph has proven it.
+            first = shape[:1] == (batch_size,) and call.layout == FIRST
+            if not (captured.apart and call.layout is not None) and not first:
                 uncovered.update(call.parameters.values())
         if uncovered or captured.ghost is None:
             raise NotImplementedError(

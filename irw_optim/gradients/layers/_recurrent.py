@@ -82,6 +82,8 @@ class LSTMCall(LayerCall):
         parameters: the trainable ones, under the names of `values`.
     """
 
+    needs_values = True
+
     def __init__(
         self,
         input: Tensor,
@@ -152,9 +154,6 @@ class LSTMCall(LayerCall):
         super().let_go()
         self.states = self.first_state = self.first_cell = self.recorded
         self.parts = []
-
-    def forget_values(self) -> None:
-        """Its gates are made anew from them."""
 
     def arrangement(self) -> tuple[object, ...]:
         return *super().arrangement(), self.output
