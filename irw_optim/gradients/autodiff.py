@@ -9,8 +9,7 @@ operation can only be pulled back, one backward pass a sample is exact too, only
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -26,6 +25,7 @@ from irw_optim.gradients.materialized import (
 )
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError
+from irw_optim.gradients.silence import silent
 from irw_optim.gradients.unheard import push_forward
 
 logger = logging.getLogger("irw_optim")
@@ -112,9 +112,9 @@ class AutodiffGradients:
     def _go_row_by_row(self, reason: str) -> None:
         self.known["row_by_row"] = True
         logger.warning(
-            "an operation of this model can only be pulled back (%s): scores are taken one "
+            "an operation of this model has no double backward (%s): scores are taken one "
             "backward pass a sample from now on, exact but slow. score_parameters= (the last "
-            "layer, say) avoids this, and so does a backward of its own that is differentiable",
+            "layer, say) or a backward of its own that can be differentiated avoids this",
             reason,
         )
 
@@ -173,20 +173,6 @@ def backward_to(
             retain_graph=retain_graph,
             allow_unused=True,
         )
-
-
-@contextmanager
-def silent(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """The leaves' hooks are not called."""
-    hooks = [p._backward_hooks for p in leaves if p._backward_hooks]
-    saved = [(table, dict(table)) for table in hooks]
-    for table in hooks:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table, entries in saved:
-            table.update(entries)
 
 
 def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> MaterializedGradients:

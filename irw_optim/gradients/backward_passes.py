@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from irw_optim.gradients.autodiff import silent
 from irw_optim.gradients.capture import Graph
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError
+from irw_optim.gradients.silence import silent
 from irw_optim.gradients.unheard import pull_back, push_forward
 from irw_optim.gradients.verification import equal
 
@@ -45,7 +46,11 @@ class BackwardPasses:
         self.graph = graph
         self.known = known
         self.heard = False
-        self._edges = {
+
+    @cached_property
+    def _edges(self) -> dict[Tensor, GradientEdge]:
+        graph = self.graph
+        return {
             leaf: GradientEdge(node, 0)
             for leaf, node in zip(graph.leaves, graph.leaf_nodes, strict=True)
         }
@@ -68,7 +73,7 @@ class BackwardPasses:
                 gradients, of which the graph itself does not know.
         """
         if self.known.get(HOOKS_CHANGE):
-            raise NoPushForwardError("a hook changes the gradient on its way")
+            raise NoPushForwardError("hooks on activations have a say in it")
         changes = {
             self._edges[leaf].node: change.to(leaf.dtype)
             for leaf, change in direction.items()

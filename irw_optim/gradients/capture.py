@@ -51,14 +51,14 @@ class Graph(NamedTuple):
     nodes: dict[Node, int]
     wiring: tuple[int | tuple[int, int], ...]
 
-    @classmethod
-    def empty(cls) -> Graph:
-        return cls([], [], [], [], {}, ())
-
     def forget_calls(self) -> None:
         """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
         for site in self.sites:
             _notes(site.edge.node).pop(CALLS, None)
+
+
+NO_GRAPH = Graph([], [], [], [], {}, ())
+"""In the place of one that is over."""
 
 
 def hook_layers(model: nn.Module) -> list[Attachment]:
@@ -98,8 +98,13 @@ class FunctionHooks(Attachment):
         yield module.register_forward_hook(_leave_functions, always_call=True, prepend=True)
 
 
-def walk(losses: Tensor) -> Graph:
-    """Follow the graph from the losses to its leaves."""
+def walk(losses: Tensor, *, hooked: bool = True) -> Graph:
+    """Follow the graph from the losses to its leaves.
+
+    Args:
+        losses: (B,), with their graph.
+        hooked: whether the hooks of layers may have left notes on it.
+    """
     sites: list[CallSite] = []
     leaves: list[Tensor] = []
     leaf_nodes: list[Node] = []
@@ -132,7 +137,7 @@ def walk(losses: Tensor) -> Graph:
             path.pop()
             order.append(node)
     order.reverse()
-    for node in order:
+    for node in order if hooked else ():
         for number, (call, shape) in _notes(node).get(CALLS, {}).items():
             sites.append(CallSite(call, GradientEdge(node, number), shape))
     nodes = {node: place for place, node in enumerate(order)}

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.layers import LayerCall, Layout, RowWeights
+from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import push_through
-from irw_optim.gradients.unheard import pull_through
+from irw_optim.gradients.silence import silent
 
 
 class Chain(NamedTuple):
@@ -50,6 +51,7 @@ class ChainedCall(LayerCall):
         self.parameters = {str(n): p for n, p in enumerate(dict.fromkeys([*direct, *leaves]))}
         self.roles = self.parameters
         self.passes_on = call.passes_on
+        self.output_shape = call.output_shape
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
         return self.call.layouts(batch_size, output_shape)
@@ -89,7 +91,7 @@ class ChainedCall(LayerCall):
             with torch.no_grad():
                 change = push_through(chain.order, changes, chain.end) if changes else None
             if change is not None:
-                values[placeholder] = change
+                values[placeholder] = widened(change)
         return self.call.dot(values)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
@@ -149,6 +151,12 @@ class ChainedCall(LayerCall):
 
 
 def _pulled_through(chain: Chain, gradient: Tensor) -> dict[Tensor, Tensor]:
-    wanted = list(chain.leaves)
-    found = pull_through(chain.order, chain.end, gradient, wanted)
-    return {chain.leaves[n]: g for n, g in zip(wanted, found, strict=True) if g is not None}
+    """Hooks on the leaves wait for the gradient that counts."""
+    node: Any = chain.end[0]
+    gradient = gradient.to(node._input_metadata[chain.end[1]].dtype)
+    edges = [GradientEdge(leaf, 0) for leaf in chain.leaves]
+    with silent(chain.leaves.values()):
+        found = torch.autograd.grad(
+            GradientEdge(*chain.end), edges, gradient, retain_graph=True, allow_unused=True
+        )
+    return {p: g for p, g in zip(chain.leaves.values(), found, strict=True) if g is not None}

@@ -61,6 +61,13 @@ class Covering:
         self.trust = trust
         self.reached: set[int] = set()
 
+    @property
+    def reason(self) -> str:
+        """Why some parameters are left to autograd."""
+        if self.mixed_by is not None:
+            return f"samples may meet in the forward (at {self.mixed_by})"
+        return "an operation reads them of which no quick products are known"
+
     def check_is_due(self) -> bool:
         """Where samples may mix always; else at what is new, and at uses 1, 2, 4, 8, ...
 

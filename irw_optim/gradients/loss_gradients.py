@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses
-from irw_optim.gradients.capture import CallSite, Graph
+from irw_optim.gradients.capture import NO_GRAPH, CallSite, Graph
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
@@ -35,7 +35,7 @@ class LossGradients:
         engine: what is known from earlier batches.
         losses: (B,), with their graph.
         graph: what leads to them.
-        owns: which leaves are the model's; None for all.
+        own: the leaves that are the model's; None for all.
 
     Attributes:
         leaves: those of the model.
@@ -48,14 +48,15 @@ class LossGradients:
         engine: Engine,
         losses: Tensor,
         graph: Graph,
-        owns: Callable[[Tensor], bool] | None = None,
+        own: Set[Tensor] | None = None,
     ) -> None:
         self.engine = engine
         self.losses = losses
         self.graph = graph
-        own = [owns is None or owns(leaf) for leaf in graph.leaves]
-        self.leaves = [leaf for leaf, mine in zip(graph.leaves, own, strict=True) if mine]
-        self.others = [leaf for leaf, mine in zip(graph.leaves, own, strict=True) if not mine]
+        self.leaves, self.others = graph.leaves, []
+        if own is not None and not own.issuperset(graph.leaves):
+            self.leaves = [leaf for leaf in graph.leaves if leaf in own]
+            self.others = [leaf for leaf in graph.leaves if leaf not in own]
         self.sharing: WeakSet[LossGradients] = WeakSet()
         self.rest = list(self.leaves)
         self.finished_by_autograd = self.rest
@@ -148,7 +149,10 @@ class LossGradients:
                 aside = self._edges_aside(rest)
                 gradients = passes.loud([*ends, *aside], weights, retain_graph=not last)
             total.update((p, g) for p, g in zip(rest, gradients, strict=False) if g is not None)
-        return {p: g if g.dtype == p.dtype else g.to(p.dtype) for p, g in total.items()}
+        for p, g in total.items():
+            if g.dtype != p.dtype:
+                total[p] = g.to(p.dtype)
+        return total
 
     def plain_sum(
         self, leaves: Sequence[Tensor], factors: Tensor, *, heard: bool
@@ -177,7 +181,7 @@ class LossGradients:
             self._let_go()
         self.ghost = None
         self.losses = self.losses.detach()
-        self.graph = Graph.empty()
+        self.graph = NO_GRAPH
         self.passes = None
 
     @property
@@ -221,8 +225,9 @@ class LossGradients:
 
     def _let_go(self) -> None:
         """Hold the layers' inputs and output gradients no longer, here and on the graph."""
-        self.graph.forget_calls()
-        self.graph = Graph.empty()
+        if self.engine.listens:
+            self.graph.forget_calls()
+        self.graph = NO_GRAPH
         self.passes = self.ghost = None
 
 

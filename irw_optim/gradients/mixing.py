@@ -112,7 +112,7 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
                     known.append(output)
                     places[parent, output] = place
                 elif places[parent, output] != place:
-                    return Batch(parent.name(), _by_number(places, graph))
+                    return Batch(parent.name(), _by_number(places, graph), surely_mixes=True)
     counted = tuple(reads.get(node, 0) for node in graph.leaf_nodes)
     places_by_number = _by_number(places, graph)
     return Batch(None, places_by_number, counted, computes_shared, tuple(crossings))
@@ -129,15 +129,16 @@ def _inputs_of(output: Output) -> Sequence[int]:
         return MIXES
 
 
-def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...] | None:
-    """What decides where the batch is: equal for graphs of which `follow_batch` says the same.
+def rows_of_parts(graph: Graph, batch: Batch, batch_size: int) -> set[int]:
+    """The leading sizes of tensors in which the samples lie along several dimensions."""
+    outputs = [
+        Output(graph.order[place], number, stride, batch_size)
+        for (place, number), stride in batch.places.items()
+        if stride != SHARED
+    ]
+    return {output.shape[0] for output in outputs if output.located is None}
 
-    None where that depends on numbers that an operation holds, such as indices.
-    """
-    settings = []
-    for node in graph.order:
-        of_node = settings_of(node)
-        if of_node is None:
-            return None
-        settings.append(of_node)
-    return losses.shape, losses.output_nr, graph.wiring, tuple(settings)
+
+def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
+    """What decides where the batch is: equal for graphs of which `follow_batch` says the same."""
+    return losses.shape, losses.output_nr, graph.wiring, tuple(map(settings_of, graph.order))

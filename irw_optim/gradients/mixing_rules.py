@@ -8,6 +8,7 @@ where the operation works along the batch, or may.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -174,8 +175,10 @@ def batch_norm(output: Output) -> Sequence[int]:
     if output.located is None or (training and output.located[0] != 1):
         return MIXES
     shape, *weights = output.inputs
-    place = output.at(shape, output.located[0]) if shape else SHARED
-    return MIXES if place is None else [place, *[SHARED] * len(weights)]
+    places = [output.at(shape, output.located[0]) if shape else SHARED]
+    in_channels = output.located[0] == 1  # each sample has its own copy of the weights
+    places += [output.at(w, 0) if w and in_channels else SHARED for w in weights]
+    return MIXES if None in places else places  # type: ignore[return-value]
 
 
 def of_shared_tables(output: Output) -> Sequence[int]:
@@ -200,24 +203,39 @@ def repeating(output: Output) -> Sequence[int]:
     """Tiles: a shared tensor for all samples, or a batch along other dimensions."""
     if output.located is None:
         return MIXES
-    dim, shape = output.located[0], output.inputs[0]
+    (dim, step), shape = output.located, output.inputs[0]
     front = dim - len(output.shape) + len(shape)
-    if front < 0 or shape[front] == 1:
+    repeats = output.node._saved_repeats[dim]
+    if front < 0 or shape[front] == 1 or (step == shape[front] and repeats == output.batch_size):
         return [SHARED]
-    return MIXES if output.node._saved_repeats[dim] != 1 else output.all_at(front)
+    return MIXES if repeats != 1 else output.all_at(front)
 
 
 def picking(output: Output) -> Sequence[int]:
     """Advanced indices: behind the batch, or with every sample its own row."""
-    indices = output.node._saved_indices
-    if output.located is None or output.located[0] != 0 or not indices:
+    kinds = picks_of(output.node)
+    if output.located is None or output.located[0] != 0 or not kinds:
         return MIXES
-    first = indices[0]
-    if first is not None and not _is_every_row(first, output.shape[0]):
-        return MIXES
-    if first is None and len([i for i in indices if i is not None]) != 1:
-        return MIXES  # several indices with a gap put their dimension in front
-    return output.all_at(0)
+    if kinds[0] == "whole":  # several indices with a gap put their dimension in front
+        return output.all_at(0) if kinds.count("whole") == len(kinds) - 1 else MIXES
+    own = (output.all_at(dim) for dim, kind in enumerate(kinds) if kind == "every row")
+    return next((found for found in own if found is not MIXES), MIXES)
+
+
+def picks_of(node: Any) -> tuple[str, ...]:
+    """What advanced indices take of each dimension."""
+    rows = node._input_metadata[0].shape[:1]
+    indices = node._saved_indices
+    ndim = max((index.ndim for index in indices if index is not None), default=0)
+    kinds = []
+    for index in indices:
+        if index is None:
+            kinds.append("whole")
+        elif index.ndim == ndim and _is_every_row(index, rows[0] if rows else 0):
+            kinds.append("every row")
+        else:
+            kinds.append("index")
+    return tuple(kinds)
 
 
 def _is_every_row(index: torch.Tensor, rows: int) -> bool:

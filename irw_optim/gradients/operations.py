@@ -28,6 +28,7 @@ from irw_optim.gradients.mixing_rules import (
     padding,
     permuting,
     picking,
+    picks_of,
     recurrent,
     reducing,
     removing,
@@ -37,6 +38,7 @@ from irw_optim.gradients.mixing_rules import (
     unreduced,
     with_weights,
 )
+from irw_optim.gradients.nodes import shape_of
 from irw_optim.gradients.place import Rule
 
 
@@ -129,7 +131,7 @@ _SETTINGS = (
     "_saved_repeats",
     "_saved_training",
 )
-"""All that a rule reads beside the shapes; `picking` reads numbers."""
+"""All that a rule reads beside the shapes and, of indices, what `picks_of` says."""
 
 
 class _Kind(NamedTuple):
@@ -156,12 +158,12 @@ def is_view(node: Node) -> bool:
 
 
 def settings_of(node: Node) -> object:
-    """What the rule of a node looks at, to compare; None where that is more than settings."""
+    """What the rule of a node looks at, to compare."""
     kind = _OF_TYPE.get(type(node)) or _kind_of(node)
     if kind.rule is elementwise:
         return type(node)
     if kind.rule is picking:
-        return None
+        return type(node), shape_of(node), picks_of(node)
     metadata: Any = node._input_metadata
     shapes = tuple(map(_shape, metadata)) if len(metadata) > 1 else tuple(metadata[0].shape)
     if not kind.settings:

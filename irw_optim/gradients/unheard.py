@@ -72,15 +72,6 @@ def push_forward(losses: Tensor, direction: Mapping[Node, Tensor], order: Sequen
     return torch.zeros_like(losses) if found[0] is None else found[0]
 
 
-def pull_through(
-    order: Sequence[Node], end: tuple[Node, int], gradient: Tensor, leaves: Sequence[Node]
-) -> list[Tensor | None]:
-    """The same for a part of a graph: from what it computed to the leaves that it was made of."""
-    pass_ = _Pass([GradientEdge(leaf, 0) for leaf in leaves], order)
-    pass_.run(GradientEdge(*end), gradient)
-    return pass_.found
-
-
 def in_a_pass(losses: Tensor, edges: Sequence[GradientEdge], run: Callable[[], None]) -> None:
     """Run something as if in a backward pass of autograd's engine from the losses to some edges.
 

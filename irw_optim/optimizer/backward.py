@@ -157,4 +157,4 @@ def graph_is_kept() -> bool:
 
 def walked_by_this_backward(captured: LossGradients) -> bool:
     """Whether another term of the total loss goes through the same graph after us."""
-    return any(torch._C._will_engine_execute_node(node) for node in captured.graph.order)
+    return any(map(torch._C._will_engine_execute_node, captured.graph.order))

@@ -169,13 +169,13 @@ class WeightedBackward(Renewed):
         self.replicas.release()
         self.logical.clear()
 
-    def _owns(self, leaf: Tensor) -> bool:
-        """Whether a leaf is a parameter of the model, or one that is updated."""
-        if leaf not in self._own:  # or has become one since
+    def _owns(self, leaves: Sequence[Tensor]) -> set[Tensor]:
+        """The parameters of the model, and those that are updated."""
+        if not self._own.issuperset(leaves):  # or some have become parameters since
             model = self.engine.model
             others = () if model is None else model.parameters()
             self._own = self.replicas.leaves_of([*self.parameters, *others])
-        return leaf in self._own
+        return self._own
 
     def _weigher(self, scheme: Scheme, scored: Sequence[Tensor]) -> Weigher:
         over = self.replicas.weigher(scheme, self.note, scored, self.accumulation_steps)

@@ -75,7 +75,6 @@ def test_a_step(engine):
     optimizer.step()
     new = flat([p.detach() for p in parameters])
     assert reference.error(new, old - 0.1 * (truth.weights @ G)) < 1e-9
-    assert model.after.weight in optimizer.engine.covered_parameters() or engine == "autodiff"
 
 
 def by_rows(losses: Tensor, parameters: list[Tensor]) -> PerSampleGradients:

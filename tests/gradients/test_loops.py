@@ -361,12 +361,11 @@ class TestWhatBeginsLater:
             optimizer.backward(losses[1])
             agree(optimizer, model, truth)
 
-    def test_a_permutation_that_begins_unseen_is_noticed_at_once(self, caplog):
-        """Nothing but its numbers tells one permutation from another: every step looks."""
+    def test_a_permutation_that_begins_unseen(self):
+        """Nothing but its numbers tells one permutation from another: no step relies on it."""
         x = [torch.randn(6, 4).double() for _ in range(12)]
         orders = [torch.arange(6)] * 5 + [torch.tensor([1, 2, 0, 4, 5, 3])] * 7
         self.steps("sorted and back", zip(x, orders, strict=True))
-        assert "samples meet" in caplog.text
 
     def test_a_sequence_as_long_as_the_batch_among_others(self):
         lengths = (4, 3, 5, 4, 6, 2, 6)
@@ -389,8 +388,8 @@ class TestLog:
         [
             ("in-place ReLU", None, ()),
             ("BatchNorm, train", "INFO", ("autodiff", "1.weight", "1.bias")),
-            ("LSTM", "INFO", ("autodiff", "cell.weight_hh_l0")),
-            ("centred by the batch", "WARNING", ("first.weight", "samples meet", "autodiff")),
+            ("LSTM", None, ()),
+            ("centred by the batch", "INFO", ("first.weight", "autodiff")),
             ("no double backward", "WARNING", ("double backward", "score_parameters")),
         ],
     )
@@ -454,5 +453,5 @@ def test_the_input_of_a_layer_changed_in_place_afterwards_is_refused():
     x, y = torch.randn(6, 4).double(), torch.randn(6, 4).double()
     output = model(x, y)
     x.add_(1)
-    with pytest.raises(RuntimeError, match="in place"):
+    with pytest.raises(RuntimeError, match="in-?\\s?place"):
         optimizer.backward(output.square().sum(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
@@ -102,13 +103,31 @@ def test_a_kind_of_graph_is_checked_at_powers_of_two(kind, checks):
     assert AT_POWERS_OF_TWO <= len(checks) <= most
 
 
-def test_where_samples_may_meet_every_step_is_checked(checks):
-    class LastToken(nn.Module):
-        def forward(self, h: Tensor) -> Tensor:
-            return h.gather(0, torch.arange(B)[:, None].expand(B, 8))
+class Opaque(torch.autograd.Function):
+    """Nothing is known of what is written in Python."""
 
-    train(mlp(LastToken()), steps=9)
-    assert len(checks) == 9
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
+class Doubled(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return Opaque.apply(h)
+
+
+def test_where_nothing_is_known_every_step_is_checked(checks):
+    train(mlp(Doubled()), steps=9)  # the first goes through the graph
+    assert len(checks) == 8
+
+
+def test_where_samples_surely_meet_nothing_relies_on_a_check(checks):
+    train(mlp(nn.BatchNorm1d(8)), steps=9)
+    assert not checks
 
 
 class Experts(nn.Module):
@@ -280,7 +299,7 @@ def test_half_precision_is_not_rejected_for_autograds_own_rounding(caplog):
     assert len(optimizer.engine.covered_parameters()) == 6
 
 
-def test_half_precision_that_mixes_is_rejected(caplog):
+def test_half_precision_that_mixes_has_no_quick_products():
     class Centre(nn.Module):
         def forward(self, h: Tensor) -> Tensor:
             return h - h.mean(0)
@@ -289,7 +308,7 @@ def test_half_precision_that_mixes_is_rejected(caplog):
     optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.01), alpha=ALPHA, model=model)
     x, y = torch.randn(B, 8).bfloat16(), torch.randint(2, (B,))
     optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
-    assert "samples meet" in caplog.text
+    assert not optimizer.engine.covered_parameters()
 
 
 def test_saturated_probabilities_behind_a_batch_norm():

@@ -47,6 +47,10 @@ class RowWeights:
         """All weights, in the dtype of what they multiply."""
         return self.values if self.values.dtype == dtype else self.values.to(dtype)
 
+    def column_in(self, dtype: torch.dtype) -> Tensor:
+        """All weights as a column, (B, 1)."""
+        return self.in_dtype(dtype).view(-1, 1)
+
     @cached_property
     def used_values(self) -> Tensor:
         """The weights of the used rows."""
@@ -78,6 +82,9 @@ class LayerCall:
     may_lack_batch = False
     """Whether the input may be one for all samples, as the indices of positions are."""
 
+    output_shape: torch.Size | None = None
+    """As which shape the output is seen; None for its own."""
+
     layout: Layout | None = None
     """Where the batch was found."""
 
@@ -88,8 +95,13 @@ class LayerCall:
         self.recorded = self.input = input.detach()
         self.version = input._version
         self.passes_on = input.requires_grad
-        self.roles = {role: p for role, p in parameters.items() if p is not None}
-        self.parameters = {role: p for role, p in self.roles.items() if p.requires_grad}
+        self.roles: dict[str, Tensor] = {}
+        self.parameters: dict[str, Tensor] = {}
+        for role, parameter in parameters.items():
+            if parameter is not None:
+                self.roles[role] = parameter
+                if parameter.requires_grad:
+                    self.parameters[role] = parameter
         self.output_gradient: Tensor = self.input  # until `set_output_gradient`
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.layers._affine import AffineCall
-from irw_optim.gradients.layers._call import RowWeights, inner
+from irw_optim.gradients.layers._call import GATHER_FROM, RowWeights, inner
 from irw_optim.gradients.layers._gram import gram_of, gram_of_positions
-from irw_optim.gradients.materialized import MEMORY_BOUND, widened
+from irw_optim.gradients.materialized import MEMORY_BOUND, wide, widened
 from irw_optim.gradients.protocol import Direction
 
 FEW_PRODUCTS = 2**19
 """Below this many, the number of operations counts and not their size: the kernel has fewer."""
 
-KERNEL_SELECTS_FROM = 64
+KERNEL_SELECTS_FROM = 128
 """Batch size from which the kernel is computed for the used columns alone: fewer numbers to hold,
 and to compute, where the gather costs little beside them."""
 
@@ -51,6 +51,17 @@ class LinearCall(AffineCall):
         if a.numel() < b.numel():
             return inner(a, b @ weight, in_place=True)
         return inner(b, F.linear(a, weight), in_place=True)
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        """Few numbers: b times the weights once, for weight and bias alike."""
+        a, b, parameters = self.input, self.output_gradient, self.parameters
+        if a.ndim > 2 or a.numel() + b.numel() >= GATHER_FROM or "weight" not in parameters:
+            return super().combine(weights)
+        b = widened(b) * weights.column_in(wide(b.dtype))
+        result = {parameters["weight"]: self.weight_gradient(widened(a), b)}
+        if "bias" in parameters:
+            result[parameters["bias"]] = b.sum(0)
+        return result
 
     def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
         """B^T A over all rows and positions."""

@@ -1,8 +1,8 @@
-"""Recurrent layers whose steps autograd keeps to itself: two linear maps, once their steps are undone.
+"""Recurrent layers whose steps autograd keeps to itself.
 
-A fused LSTM shows one output gradient, that of its states. From it the gradient of the gates follows
-by one pass backwards through time. With that, the layer is a linear map of its inputs, and another
-of its states, with the same output gradient.
+A fused LSTM shows one output gradient, that of its states. From it the gradient of the gates
+follows by one pass backwards through time. With that, the layer is a linear map of its inputs and
+another of its states, both with the gradient of the gates as output gradient.
 """
 
 from __future__ import annotations
