@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -49,7 +48,7 @@ class NoPushForwardError(RuntimeError):
 
 
 def push(node: Node, tangents: Tangents) -> Tangents:
-    """The changes of a node's outputs for changes of its inputs.
+    """The changes of a node's outputs for changes of its inputs; of the first, if no other.
 
     Args:
         node: of a graph that is still held.
@@ -70,24 +69,23 @@ def push(node: Node, tangents: Tangents) -> Tangents:
 def _pushed(node: Any, tangents: Tangents) -> Tangents:
     if rule_for(node) is handed_on:
         return tangents
-    rule = None if _is_complex(node, tangents) else _rule_of(node)
+    outputs = node._input_metadata
+    rule = None if _is_complex(tangents, outputs) else _rule_of(node)
     try:
         changes = None if rule is None else rule(node, tangents)
     except AttributeError:  # another version of torch saves it under another name
         changes = None
     if changes is None:
         changes = transposed(node, tangents)
-    found = [changes] if isinstance(changes, Tensor) else changes
-    return [
-        None if change is None else _fitted(change, output)
-        for change, output in zip_longest(found, node._input_metadata)
-    ]
+    if isinstance(changes, Tensor):
+        return [_fitted(changes, outputs[0])]
+    return [None if c is None else _fitted(c, m) for c, m in zip(changes, outputs, strict=True)]
 
 
 def _fitted(change: Tensor, output: Any) -> Tensor:
-    if change.dtype != output.dtype:
-        change = change.to(output.dtype)
-    shape = output.shape
+    dtype, shape = output.dtype, tuple(output.shape)
+    if change.dtype != dtype:
+        change = change.to(dtype)
     return change if change.shape == shape else change.expand(shape)
 
 
@@ -137,8 +135,11 @@ def _place(node: Node | None, output: int) -> Place | None:
     return None if node is None else (node, output)
 
 
-def _is_complex(node: Any, tangents: Tangents) -> bool:
+def _is_complex(tangents: Tangents, outputs: Sequence[Any]) -> bool:
     for tangent in tangents:
         if tangent is not None and tangent.is_complex():
             return True
-    return any(m.dtype.is_complex for m in node._input_metadata)
+    for output in outputs:  # noqa: SIM110 (a generator takes as long as an operation)
+        if output.dtype.is_complex:
+            return True
+    return False

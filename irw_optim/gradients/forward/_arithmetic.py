@@ -17,7 +17,9 @@ def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
     ((number, tangent), *more), (output, *others) = changing, node._input_metadata
     if more or read_by(node, number).shape != output.shape:
         return None  # it would take a pull each; a broadcast input may get a sum
-    return pull(node, [tangent.to(output.dtype), *[None] * len(others)])[number]
+    if tangent.dtype != output.dtype:
+        tangent = tangent.to(output.dtype)
+    return pull(node, [tangent, *[None] * len(others)])[number]
 
 
 def of_single_losses(node: Any, tangents: Tangents) -> Tensor | None:
