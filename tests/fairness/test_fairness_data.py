@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.fairness import data, files, planted
-from benchmarks.fairness.tasks import TASKS
+from benchmarks.data import files, planted
+from benchmarks.data import sources as data
+from benchmarks.data.tasks import TASKS
 
 PEOPLE = 200
 
