@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from adult_data import CATEGORIES, NUMBERS, load_adult
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.data.files import read
 from benchmarks.data.sources import Samples
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
-
 
 def adult() -> tuple[Samples, Samples]:
     """UCI Adult as the examples read it, official training and test split."""
-    from adult_data import load_adult
-
     return tuple(
         Samples(torch.tensor(p.features), torch.tensor(p.labels), _of_adult(p.groups))
         for p in load_adult()
@@ -31,14 +26,12 @@ def adult() -> tuple[Samples, Samples]:
 
 def adult_tokens() -> tuple[Samples, Samples]:
     """The same people as sequences of ten tokens: one a column, numbers in sixteen quantiles."""
-    import adult_data
-
-    table, first, columns = pd.read_csv(adult_data.DATA), 0, []
+    table, first, columns = read("adult"), 0, []
     training = table["split"] == "train"
-    for name in adult_data.NUMBERS:
+    for name in NUMBERS:
         edges = np.unique(np.quantile(table.loc[training, name], np.linspace(0, 1, 17)[1:-1]))
         columns.append(np.searchsorted(edges, table[name]))
-    columns += [pd.factorize(table[c].fillna("missing"))[0] for c in adult_data.CATEGORIES]
+    columns += [pd.factorize(table[c].fillna("missing"))[0] for c in CATEGORIES]
     for i, codes in enumerate(columns):
         columns[i] = codes + first
         first += codes.max() + 1

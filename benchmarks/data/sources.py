@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from adult_data import CATEGORIES, NUMBERS
 from sklearn.compose import ColumnTransformer
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
@@ -158,10 +159,7 @@ def _people(table: pd.DataFrame, numbers: list[str], texts: list[str], label: pd
 def adult() -> Source:
     """UCI Adult (Becker, Kohavi 1996; CC BY 4.0): an income of more than 50,000 dollars a year."""
     table = read("adult")
-    numbers = ["age", "education_num", "capital_gain", "capital_loss", "hours_per_week"]
-    # `education` says the same as `education_num`; `fnlwgt` is a weight of the census, no feature.
-    texts = ["workclass", "marital_status", "occupation", "relationship", "native_country"]
-    return _people(table, numbers, texts, table["income"].eq(">50K").astype(int))
+    return _people(table, NUMBERS, CATEGORIES, table["income"].eq(">50K").astype(int))
 
 
 def compas() -> Source:

@@ -66,20 +66,14 @@ def estimate(values: pd.Series | np.ndarray) -> Estimate:
 
 
 def linearised(above: pd.Series | np.ndarray, below: pd.Series | np.ndarray) -> np.ndarray:
-    """For each seed its term of the ratio of the means of paired values."""
+    """For each seed its term of the ratio of the means of paired values, linearised.
+
+    >>> linearised(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+    array([0.5, 0.5, 0.5])
+    """
     above, below = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
     found = above.mean() / below.mean()
     return found + (above - found * below) / below.mean()
-
-
-def ratio(above: pd.Series | np.ndarray, below: pd.Series | np.ndarray) -> Estimate:
-    """Ratio of the means of paired values, with the interval of its linearisation.
-
-    >>> found = ratio(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
-    >>> found.mean, found.half
-    (0.5, 0.0)
-    """
-    return estimate(linearised(above, below))
 
 
 def read(folder: Path, task: str) -> pd.DataFrame:

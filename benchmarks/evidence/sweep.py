@@ -72,13 +72,13 @@ def sweep(
     tasks, noises = list(tasks), list(noises)
     folder.mkdir(parents=True, exist_ok=True)
     shared = {"recipe": {"optimizer": "Adam, cosine decay to 0", **asdict(recipe)}}
-    about = json.dumps(report.header(**shared), indent=1)
-    (folder / "how.json").write_text(about + "\n", encoding="utf-8")
+    about = json.dumps(report.header(**shared), indent=1) + "\n"
     for seed, noise, task in ((s, n, t) for s in seeds for n in noises for t in tasks):
         path = folder / f"{task.name}.csv"
         done = finished(path)
         wanted = [s for s in settings(task, noise) if (f"{noise:g}", str(seed), s.name) not in done]
         if wanted:
+            (folder / "how.json").write_text(about, encoding="utf-8")
             print(f"seed {seed}, noise {noise:g}, {task.name}: {len(wanted)}", flush=True)
             for row in rows_of(task, seed, noise, recipe, wanted):
                 append(path, row)
