@@ -172,8 +172,9 @@ def draw(frame: pd.DataFrame) -> None:
     }
     with report.figure("many_groups.png", 1, 3, (11, 3.8), sharey=True) as (axes,):
         for axis, (title, start) in zip(axes, panels.items(), strict=True):
+            places = [start + age for age in ages]
             for method, (colour, marker) in LOOKS.items():
-                own = 100 * frame.loc[frame["method"] == method, [start + age for age in ages]]
+                own = 100 * frame[frame["method"] == method].reindex(columns=places)
                 means = own.mean(skipna=False)  # groups that are there in every seed
                 look = {"color": colour, "marker": marker, "label": method, "lw": 1}
                 axis.errorbar(range(len(ages)), means, own.std(), **look)
