@@ -19,6 +19,8 @@ from benchmarks.cost.neighbours import ALPHA, METHODS, Step
 from benchmarks.models import BATCHES, LENGTHS, TABLE, Work, small_mlp, transformer
 from irw_optim.measure import median_seconds, peak_bytes
 
+COLUMNS = ("work", "method", "milliseconds", "time", "memory", "fails")
+
 
 def measure(
     work: Work, names: Sequence[str], device: torch.device, repeats: int
@@ -114,7 +116,8 @@ def main(given: list[str]) -> None:
     for work in (work for work in TABLE if chosen.only in work.name):
         rows += measure(work, names, device, repeats)
         print(work.name, flush=True)
-    text = as_markdown(pd.DataFrame(rows).reindex(columns=[*rows[0], "fails"]))
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    text = as_markdown(frame)
     print("\n" + text)
     if not chosen.fast and not chosen.only:
         about = report.header()
@@ -122,7 +125,7 @@ def main(given: list[str]) -> None:
         versions = f"torch {about['versions']['torch']}, Python {about['versions']['python']}"
         line = f"{machine}, {chosen.threads} threads, {versions}, alpha {ALPHA}"
         name = f"step_cost_{device.type}"
-        report.store(name, rows, machine=machine)
+        report.store(name, frame, machine=machine)
         report.write(name, f"{line}\n\n{text}")
         curves = pd.DataFrame(growth(device, repeats))
         report.store(f"{name}_growth", curves, machine=machine)
