@@ -140,8 +140,10 @@ def publish(experiment: Any, given: Sequence[str]) -> None:
 # Tables ---------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    r"""A Markdown table; the first column is text, the others are numbers.
+def table(
+    head: Sequence[str], lines: Iterable[Sequence[str]], texts: Sequence[bool] | None = None
+) -> str:
+    r"""A Markdown table; the first column is text and the others numbers, or as ``texts`` says.
 
     >>> print(table(["", "|g|"], [["a", "1"]]), end="")
     |  | \|g\| |
@@ -149,19 +151,19 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     | a | 1 |
     """
     rows = [[cell.replace("|", r"\|") for cell in row] for row in (head, *lines)]
-    rows.insert(1, ["---", *["---:"] * (len(head) - 1)])
+    texts = texts or [True, *[False] * (len(head) - 1)]
+    rows.insert(1, ["---" if text else "---:" for text in texts])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def markdown(frame: pd.DataFrame) -> str:
     """A table with the frame's columns; digits by the column's name."""
     columns = [c for c in frame if not c.startswith("± ")]
-    texts = [not pd.api.types.is_numeric_dtype(frame[c]) for c in columns]
-    lines = [columns, ["---" if text else "---:" for text in texts]]
-    lines += [
+    lines = [
         [_cell(c, row[c], row.get(f"± {c}")) for c in columns] for row in frame.to_dict("records")
     ]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    texts = [not pd.api.types.is_numeric_dtype(frame[c]) for c in columns]
+    return table(columns, lines, texts)
 
 
 def _cell(key: str, value: Any, around: float | None) -> str:

@@ -66,20 +66,15 @@ def transformer() -> nn.Module:
     return nn.Sequential(nn.Embedding(1000, 128), *blocks, Mean(), nn.Linear(128, CLASSES))
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "MLP 100-256-256-10, B 256": (
-        lambda: mlp(100, 256, 256, CLASSES),
-        lambda: torch.randn(256, 100),
-    ),
-    "MLP 100-1024-1024-10, B 64": (
-        lambda: mlp(100, 1024, 1024, CLASSES),
-        lambda: torch.randn(64, 100),
-    ),
-    "CNN with GroupNorm, 32 x 32, B 64": (cnn, lambda: torch.randn(64, 3, 32, 32)),
-    "transformer, 2 blocks of 128, T 64, B 32": (
-        transformer,
-        lambda: torch.randint(1000, (32, 64)),
-    ),
+def dense(width: int) -> Callable[[], nn.Module]:
+    return lambda: mlp(100, width, width, CLASSES)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "MLP 100-256-256-10, B 256": (dense(256), (256, 100)),
+    "MLP 100-1024-1024-10, B 64": (dense(1024), (64, 100)),
+    "CNN with GroupNorm, 32 x 32, B 64": (cnn, (64, 3, 32, 32)),
+    "transformer, 2 blocks of 128, T 64, B 32": (transformer, (32, 64)),
 }
 DEFAULT = {"irw": IRWDPConfig(init_threshold=math.log(CLASSES))}
 THRESHOLD = {"irw": IRWDPConfig(init_threshold=math.log(CLASSES), direction_share=0.0, floor=0.3)}
@@ -125,8 +120,8 @@ def main(given: list[str]) -> None:
     rounds = 2 if chosen.fast else chosen.rounds
     warnings.filterwarnings("ignore", message="Secure RNG turned off")
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    for name, (build, draw) in MODELS.items():
-        x = draw()
+    for name, (build, shape) in MODELS.items():
+        x = torch.randint(1000, shape) if build is transformer else torch.randn(shape)
         y = torch.randint(CLASSES, (len(x),))
         steps = {way: step_of(way, build, x, y) for way in WAYS}
         reference, *ways = steps

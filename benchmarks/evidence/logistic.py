@@ -41,11 +41,6 @@ class Logistic:
         pull = -self.y * torch.sigmoid(-self.y * (self.x @ theta))
         return pull[:, None] * self.x + self.ridge * theta
 
-    @property
-    def smoothness(self) -> float:
-        """L: every l_i has an L-Lipschitz gradient."""
-        return float(self.x.square().sum(1).max()) / 4 + self.ridge
-
 
 @dataclass(frozen=True)
 class Optimum:

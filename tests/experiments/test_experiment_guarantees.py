@@ -251,7 +251,7 @@ def test_the_worst_off_of_batches_are_less_badly_off(alpha):
 def test_with_alpha_one_the_gradient_vanishes_at_a_rate(sizes):
     size, _, parameters, seed = sizes
     problem = problem_of(size, parameters, seed, ridge=0.01)
-    L = problem.smoothness
+    L = float(problem.x.square().sum(1).max()) / 4 + problem.ridge  # of every gradient
     theta = torch.randn(parameters).double()
     first = float(problem.losses(theta).mean())
     progress = squares = 0.0
