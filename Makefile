@@ -90,8 +90,8 @@ demo: $(WITH_REPORT) ## Train on UCI Adult with and without IRW and write a repo
 	$(BIN)/python examples/adult.py
 
 bench: $(WITH_ALL) ## Measure time and memory against plain training (minutes)
-	$(BIN)/python -m benchmarks.step_cost
-	$(BIN)/python benchmarks/private_ghost.py
+	$(BIN)/python -m benchmarks.cost steps
+	$(BIN)/python -m benchmarks.cost private
 
 zoo: $(WITH_ALL) ## Measure time, memory and exactness on many architectures (an hour)
 	$(BIN)/python -m benchmarks.zoo

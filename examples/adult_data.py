@@ -61,6 +61,11 @@ class People:
         return self.part(order[held:]), self.part(order[:held])
 
 
+def read_adult(path: Path | str = DATA) -> pd.DataFrame:
+    """One row a person, with the columns as they are shipped; ``split`` says train or test."""
+    return pd.read_csv(path)
+
+
 def load_adult(path: Path | str = DATA) -> tuple[People, People]:
     """The official training split (32,561 people) and test split (16,281 people).
 
@@ -76,7 +81,7 @@ def load_adult(path: Path | str = DATA) -> tuple[People, People]:
     >>> list(train.groups), train.group_of("income", "sex")[0]
     (['race', 'sex', 'income'], '<=50K, Male')
     """
-    table = pd.read_csv(path)
+    table = read_adult(path)
     table[CATEGORIES] = table[CATEGORIES].fillna("missing")
     encoder = ColumnTransformer(
         [

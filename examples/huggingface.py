@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from adult_data import DATA
+from adult_data import read_adult
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
 
-    table = pd.read_csv(DATA)
+    table = read_adult()
     train = table[table["split"] == "train"].sample(options.people, random_state=0)
     test = table[table["split"] == "test"].sample(4000, random_state=0)
     texts = sentences(train)

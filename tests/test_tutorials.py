@@ -133,6 +133,6 @@ class TestHuggingFace:
     def test_race_and_sex_are_not_in_the_sentences(self):
         pytest.importorskip("transformers")
         example = importlib.import_module("huggingface")
-        table = pd.read_csv(example.DATA, nrows=500)
+        table = example.read_adult().head(500)
         swapped = table.assign(race=table["race"][::-1].values, sex=table["sex"][::-1].values)
         assert example.sentences(table) == example.sentences(swapped)

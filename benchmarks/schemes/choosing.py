@@ -1,39 +1,40 @@
 """What α, the options and the schemes do: the numbers behind the page "Choosing".
 
-    python -m benchmarks.schemes.choosing alpha   [--data adult|law] [--flips 0.2] [--seeds 5] ...
-    python -m benchmarks.schemes.choosing options [--data adult|law] ...
-    python -m benchmarks.schemes.choosing schemes [--data adult|law] ...
-    python -m benchmarks.schemes.choosing held    [--data adult|law] ...
+    python -m benchmarks.schemes choosing alpha   [--data adult|law] [--flips 0.2] [--seeds 5] ...
+    python -m benchmarks.schemes choosing options [--data adult|law] ...
+    python -m benchmarks.schemes choosing schemes [--data adult|law] ...
+    python -m benchmarks.schemes choosing held    [--data adult|law] ...
 
 An MLP 64-32 under Adam (1e-3), 8,000 samples drawn anew for each seed, batches of 128, 8 epochs of
 63 steps, the model of the last one: nothing is selected. Training sees no group. The official test
 split is halved at random for each seed: one half is shown to whoever picks a decision threshold (or
-a model: `benchmarks.schemes.selection`), all numbers are of the other. "worst" is the least
-accuracy of a group with 50 samples or more there, "tail loss" the mean of the largest 30 % of the
-losses; mean and standard deviation over the seeds. Warm-up is plain averaging for a third of the
-steps. Law School needs IRW_OPTIM_DATA, a directory with law_school.csv.gz.
+a model: `selection`), all numbers are of the other. "worst" is the least accuracy of a group with
+50 samples or more there, "tail loss" the mean of the largest 30 % of the losses; mean and standard
+deviation over the seeds. Warm-up is plain averaging for a third of the steps. Law School needs
+IRW_OPTIM_DATA, a directory with law_school.csv.gz.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from benchmarks.schemes.data import DATA, Split, batches, loader
-from benchmarks.schemes.models import evaluate, mlp, outputs_of
-from benchmarks.schemes.results import mean_and_spread, save
+from benchmarks import report
+from benchmarks.data.memory import OFFICIAL, batches, loader
+from benchmarks.data.sources import Samples
+from benchmarks.evidence.evaluation import clusters, evaluate
+from benchmarks.models import mlp, outputs_of
 from irw_optim import DBSCANFilter, IRWOptimizer
 from irw_optim.metrics import worst_cell_accuracy
 from irw_optim.schemes import GlobalScheme
 
-BATCH = 128
+BATCH, IRW = 128, {"alpha": 0.3}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Setting:
 
 
 PLAIN = Setting("plain")
-IRW = {"alpha": 0.3}
 
 
 def alphas(smallest: list[float]) -> list[Setting]:
@@ -71,6 +71,7 @@ def options() -> list[Setting]:
         ", center 1, mix 0.5": {"center": 1.0, "mix": 0.5},
     }
     alone = ("", ", mix 0.5", ", class_balance", ", center 1")
+    warm = [Setting(f"IRW, warm-up{n}", {**IRW, **o}, warm_up=True) for n, o in added.items()]
     return [
         PLAIN,
         Setting("plain, threshold moved", moved_threshold=True),
@@ -79,54 +80,36 @@ def options() -> list[Setting]:
         Setting("CVaR, warm-up, mix 0.5", {**cvar, "mix": 0.5}, warm_up=True),
         *(Setting(f"IRW{name}", {**IRW, **added[name]}) for name in alone),
         Setting("IRWO", {**IRW, "outliers": DBSCANFilter()}),
-        *(
-            Setting(f"IRW, warm-up{name}", {**IRW, **more}, warm_up=True)
-            for name, more in added.items()
-        ),
+        *warm,
     ]
 
 
-def schemes(steps_an_epoch: int) -> list[Setting]:
+def held(use: str, steps: int, **more: Any) -> Setting:
+    """A global scheme that holds its weights for some steps."""
+    said = "".join(f", {k}" if v is True else f", {k} {v}" for k, v in more.items())
+    scheme = {"refresh": steps, "unit": "steps", "use": use, "batch_size": 1024}
+    return Setting(f"global, {use}, every {steps} steps{said}", {**IRW, **more}, scheme)
+
+
+USES = ("reweighting", "resampling")
+
+
+def schemes(epoch: int) -> list[Setting]:
     """The local scheme, and global ones that hold their weights for longer and longer."""
-    held = sorted({10, 30, steps_an_epoch, 3 * steps_an_epoch})
-    return [
-        PLAIN,
-        Setting("local", IRW),
-        *(
-            Setting(
-                f"global, {use}, every {steps} steps",
-                IRW,
-                {"refresh": steps, "unit": "steps", "use": use, "batch_size": 1024},
-            )
-            for use in ("reweighting", "resampling")
-            for steps in held
-        ),
-    ]
+    steps = sorted({10, 30, epoch, 3 * epoch})
+    return [PLAIN, Setting("local", IRW), *itertools.starmap(held, itertools.product(USES, steps))]
 
 
-def held_for_an_epoch(steps: int) -> list[Setting]:
+def held_for_an_epoch(epoch: int) -> list[Setting]:
     """Which options make up for weights that are held for long."""
-    scheme = {"refresh": steps, "unit": "steps", "batch_size": 1024}
-    more: dict[str, dict[str, Any]] = {
-        "class_balance": {"class_balance": True},
-        "mix 0.5": {"mix": 0.5},
-        "class_balance, mix 0.5": {"class_balance": True, "mix": 0.5},
-    }
-    return [
-        Setting(
-            f"global, {use}, every {steps} steps, {name}", {**IRW, **add}, {**scheme, "use": use}
-        )
-        for use in ("reweighting", "resampling")
-        for name, add in more.items()
-    ]
+    balanced, mixed = {"class_balance": True}, {"mix": 0.5}
+    return [held(u, epoch, **more) for u in USES for more in (balanced, mixed, balanced | mixed)]
 
 
-def train(model: nn.Module, data: Split, setting: Setting, epochs: int, seed: int) -> list[float]:
+def train(model: nn.Module, data: Samples, setting: Setting, epochs: int, seed: int) -> list[float]:
     """Train in place; returns the share of class 1 in the weights of each renewal."""
-    weight = None
-    if setting.balanced_loss:
-        counts = data.y.bincount()
-        weight = len(data) / (len(counts) * counts)
+    counts = data.y.bincount()
+    weight = len(data) / (len(counts) * counts) if setting.balanced_loss else None
     criterion = nn.CrossEntropyLoss(weight=weight)
     steps = epochs * -(-len(data) // BATCH)
     optimizer = IRWOptimizer(
@@ -136,18 +119,13 @@ def train(model: nn.Module, data: Split, setting: Setting, epochs: int, seed: in
         warmup_steps=steps // 3 if setting.warm_up else 0,
         **setting.options,
     )
-    shares: list[float] = []
-    source: GlobalScheme | None = None
+    source = None
     if setting.scheme is not None:
-        generator = torch.Generator().manual_seed(seed)
-        given = loader(data, BATCH, generator=generator)
+        given = loader(data, BATCH, generator=torch.Generator().manual_seed(seed))
         source = GlobalScheme(optimizer, given, seed=seed, **setting.scheme)
-    seen = None
+    shares, seen = [], None
     for epoch in range(epochs):
-        epoch_batches: Iterator[Any] = (
-            batches(data, BATCH, seed=1000 * seed + epoch) if source is None else iter(source)
-        )
-        for x, y in epoch_batches:
+        for x, y in source or batches(data, BATCH, seed=1000 * seed + epoch):
             if source is not None and source.record is not seen:
                 seen = source.record
                 shares.append(float(source.weights[data.y == 1].sum()))
@@ -162,112 +140,92 @@ def moved(outputs: Tensor, held_out: Tensor, y: Tensor) -> Tensor:
     """Outputs with the threshold at which the worst class of held-out samples fares best."""
     margins = held_out[:, 1] - held_out[:, 0]
     candidates = margins.quantile(torch.linspace(0.01, 0.99, 99))
-    accuracies = [
-        min(float(((margins > t) == y.bool())[y == c].float().mean()) for c in (0, 1))
-        for t in candidates
-    ]
-    best = candidates[max(range(len(accuracies)), key=accuracies.__getitem__)]
-    return outputs - torch.stack([torch.zeros(()), best])
+    right = (margins > candidates[:, None]) == y.bool()
+    worst = torch.stack([right[:, y == c].float().mean(1) for c in (0, 1)]).amin(0)
+    return outputs - torch.stack([torch.zeros(()), candidates[worst.argmax()]])
 
 
-def with_flips(data: Split, share: float, seed: int) -> Split:
+def with_flips(data: Samples, share: float, seed: int) -> Samples:
     """Training samples of which a share has the other label, at random."""
     turned = torch.rand(len(data), generator=torch.Generator().manual_seed(seed)) < share
-    return Split(data.x, torch.where(turned, 1 - data.y, data.y), data.groups)
+    return replace(data, y=torch.where(turned, 1 - data.y, data.y))
+
+
+def measures(outputs: Tensor, data: Samples) -> dict[str, float]:
+    with_class = replace(data, groups={**data.groups, "class": data.y})
+    found = evaluate(outputs, with_class, None, smallest=50, tail=0.3)
+    return {name: value for name, value in found.items() if name != "VAR"}
 
 
 def run(
-    setting: Setting, splits: tuple[Split, Split], clusters: Tensor, epochs: int, seed: int
+    setting: Setting, data: Samples, test: Samples, cluster: np.ndarray, epochs: int, seed: int
 ) -> dict[str, Any]:
+    """One training; what can be seen without groups is of the half that is not judged."""
     torch.manual_seed(seed)
-    data, test = splits
-    model = mlp(data.x.shape[1], 64, 32)
+    model = mlp(data.x.shape[1], 64, 32, 2)
     shares = train(model, data, setting, epochs, seed)
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
-    held_out, judged = order.tensor_split(2)
+    shown, judged = order.tensor_split(2)
     outputs = outputs_of(model, test.x)
     if setting.moved_threshold:
-        outputs = moved(outputs, outputs[held_out], test.y[held_out])
-    row: dict[str, Any] = {"setting": setting.name, "seed": seed}
-    row |= evaluate(outputs[judged], test[judged])
+        outputs = moved(outputs, outputs[shown], test.y[shown])
+    row = {"setting": setting.name, "seed": seed, **measures(outputs[judged], test[judged])}
     wrong = outputs_of(model, data.x).argmax(1) != data.y
     row["training error"] = float(wrong.double().mean())
-    # What can be seen without groups, on the half that is not judged.
-    visible = evaluate(outputs[held_out], test[held_out])
-    cells = worst_cell_accuracy(test.y[held_out], outputs[held_out].argmax(1), clusters[held_out])
-    row["visible"] = {
-        "label x cluster": cells.score,
-        "worst cell": cells.worst_cell,
-        **{k: visible[k] for k in ("accuracy", "worst class", "mean loss", "tail loss")},
-    }
+    cells = worst_cell_accuracy(test.y[shown], outputs[shown].argmax(1), cluster[shown.numpy()])
+    visible = measures(outputs[shown], test[shown])
+    seen = {"label x cluster": cells.score, "worst cell": cells.worst_cell}
+    seen |= {k: visible[k] for k in ("accuracy", "worst class", "mean loss", "tail loss")}
+    row |= {f"visible {name}": value for name, value in seen.items()}
     if shares:
-        flips = sum((a > 0.5) != (b > 0.5) for a, b in itertools.pairwise(shares))
-        row |= {"renewals": len(shares), "class flips": flips}
+        row["renewals"] = len(shares)
+        row["class flips"] = sum((a > 0.5) != (b > 0.5) for a, b in itertools.pairwise(shares))
         row["heavier class"] = sum(max(s, 1 - s) for s in shares) / len(shares)
     return row
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    settings = list(dict.fromkeys(row["setting"] for row in rows))
-    table = []
-    for setting in settings:
-        own = [row for row in rows if row["setting"] == setting]
-        numbers = [k for k, v in own[0].items() if isinstance(v, float | int) and k != "seed"]
-        table.append(
-            {"setting": setting, **{k: mean_and_spread([row[k] for row in own]) for k in numbers}}
-        )
-    return table
+def table_of(frame: pd.DataFrame, part: str) -> str:
+    hidden = ["mean loss", "training error", "renewals", *(c for c in frame if "visible" in c)]
+    if part == "held":  # balanced classes have no heavier one
+        hidden += ["class flips", "heavier class"]
+    shown = frame.drop(columns=hidden, errors="ignore")
+    return report.markdown(report.summarised(shown, ["setting"]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["alpha", "options", "schemes", "held"])
-    parser.add_argument("--data", choices=list(DATA), default="adult")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--flips", type=float, default=0.0, help="share of training labels turned")
-    parser.add_argument("--fast", action="store_true", help="one seed, 1,000 samples, one epoch")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    train_split, test = DATA[arguments.data]()
-    clusters = torch.from_numpy(
-        KMeans(4, n_init=10, random_state=0).fit(test.x.numpy()).labels_.astype("int64")
+def main(given: list[str]) -> None:
+    chosen = report.options(
+        __doc__,
+        given,
+        part={"choices": ["alpha", "options", "schemes", "held"]},
+        data={"choices": list(OFFICIAL), "default": "adult"},
+        seeds={"type": int, "default": 5},
+        flips={"type": float, "default": 0.0, "help": "share of training labels turned"},
     )
-    samples, epochs, seeds = 8_000, 8, range(arguments.seeds)
-    if arguments.fast:
-        samples, epochs, seeds = 1_000, 1, range(1)
+    people, test = OFFICIAL[chosen.data]()
+    cluster = clusters(test.x, starts=10).astype("int64")
+    samples, epochs, seeds = (1_000, 1, 1) if chosen.fast else (8_000, 8, chosen.seeds)
     smallest = {
         name: round(float(codes.bincount().min()) / len(codes), 3)
-        for name, codes in train_split.groups.items()
+        for name, codes in people.groups.items()
         if name.startswith("label x")
     }
+    epoch = -(-samples // BATCH)
     settings = {
-        "alpha": alphas(list(smallest.values())),
-        "options": options(),
-        "schemes": schemes(-(-samples // BATCH)),
-        "held": held_for_an_epoch(-(-samples // BATCH)),
-    }[arguments.part]
+        "alpha": lambda: alphas(list(smallest.values())),
+        "options": options,
+        "schemes": lambda: schemes(epoch),
+        "held": lambda: held_for_an_epoch(epoch),
+    }[chosen.part]()
     rows = []
-    for seed in seeds:
-        data = with_flips(train_split.shuffled(seed)[:samples], arguments.flips, seed)
+    for seed in range(seeds):
+        data = with_flips(people.shuffled(seed)[:samples], chosen.flips, seed)
         for setting in settings:
-            rows.append(run(setting, (data, test), clusters, epochs, seed))
+            rows.append(run(setting, data, test, cluster, epochs, seed))
             print(seed, setting.name, round(rows[-1]["accuracy"], 3), flush=True)
-    hidden = {"mean loss", "training error", "renewals"}
-    if arguments.part == "held":  # balanced classes have no heavier one
-        hidden |= {"class flips", "heavier class"}
-    flips = f"_flips_{arguments.flips}" if arguments.flips else ""
-    save(
-        f"schemes_choosing_{arguments.part}_{arguments.data}{flips}",
-        summary(rows),
-        arguments.fast,
-        shown=lambda column: column not in hidden,
-        seeds=list(seeds),
-        samples=samples,
-        epochs=epochs,
-        smallest_shares=smallest,
-        rows=rows,
-    )
-
-
-if __name__ == "__main__":
-    main()
+    text = table_of(pd.DataFrame(rows), chosen.part)
+    print("\n" + text)
+    if not chosen.fast:
+        flips = f"_flips_{chosen.flips}" if chosen.flips else ""
+        name = f"schemes_choosing_{chosen.part}_{chosen.data}{flips}"
+        report.store(name, rows, samples=samples, epochs=epochs, smallest_shares=smallest)
+        report.write(name, text)

@@ -102,7 +102,7 @@ def suits(engine: Engine, extent: Extent, batch_size: int) -> bool:
     """Whether to try forward mode for batches of an engine's model.
 
     It is as much arithmetic as the ghost products, without their hooks and their Python for every
-    layer: a gain where batches are small (``benchmarks.schemes.cost``), and where the engine would
+    layer: a gain where batches are small (``benchmarks.cost renewal``), and where the engine would
     differentiate twice. Numbers of low precision do not carry derivatives well.
 
     Args:

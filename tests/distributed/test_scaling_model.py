@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 @pytest.fixture
 def scaling(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.distributed import scaling
+    from benchmarks.cost import scaling
 
     return scaling
 
@@ -62,7 +62,7 @@ def test_a_fast_run_ends_in_a_table_and_stores_nothing(name):
 
     before = stored()
     finished = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.distributed.{name}", "--fast"],
+        [sys.executable, "-m", "benchmarks.cost", name, "--fast"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -77,6 +77,6 @@ def test_a_fast_run_ends_in_a_table_and_stores_nothing(name):
 @pytest.mark.slow
 def test_two_processes_are_two_passes_in_one(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.distributed import local
+    from benchmarks.cost import local
 
     assert local.check(steps=3) < 1e-6

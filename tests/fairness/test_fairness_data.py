@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.fairness import data, files, planted
-from benchmarks.fairness.tasks import TASKS
+from benchmarks.data import files, planted
+from benchmarks.data import sources as data
+from benchmarks.data.tasks import TASKS
 
 PEOPLE = 200
 
@@ -153,43 +154,18 @@ class TestFiles:
         assert TASKS["coloured_digits"].available
 
     @pytest.mark.parametrize("stem", ["adult", "compas", "law_school", "celeba_attributes"])
-    def test_every_table_has_a_way_to_get_it(self, stem, tmp_path, monkeypatch):
-        """From OpenML, or by a message that says which file to put where, and whence it comes."""
+    def test_a_message_says_which_file_to_put_where_and_whence_it_comes(
+        self, stem, tmp_path, monkeypatch
+    ):
         monkeypatch.setenv(files.VARIABLE, str(tmp_path))
         monkeypatch.setattr(files, "SHIPPED", tmp_path)
-        fetched = table_of("adult")
-        bunch = type("Bunch", (), {"frame": fetched})
-        monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda *_, **__: bunch)
-        if stem in files.NOT_ON_OPENML:
-            source = re.escape(files.NOT_ON_OPENML[stem])
-            wanted = rf"{stem}\.csv\.gz: .* OpenML has no such set.* put there {source}"
-            with pytest.raises(FileNotFoundError, match=wanted):
-                files.read(stem)
-        else:
-            assert len(files.read(stem)) == len(fetched)
+        wanted = rf"{stem}\.csv\.gz: .* put there {re.escape(files.WHAT[stem])}"
+        with pytest.raises(FileNotFoundError, match=wanted):
+            files.read(stem)
 
     def test_an_unknown_name(self):
         with pytest.raises(ValueError, match="name='german': expected one of adult, compas"):
             data.load("german")
-
-    def test_adult_comes_from_openml_where_there_is_no_file(self, tmp_path, monkeypatch):
-        frame = table_of("adult").rename(columns={"income": "class"})
-        frame.columns = [column.replace("_", "-") for column in frame]
-        texts = frame.select_dtypes(exclude="number").columns
-        frame[texts] = frame[texts].astype("category")
-        asked = []
-
-        def fetch(name, version, as_frame):
-            asked.append((name, version, as_frame))
-            return type("Bunch", (), {"frame": frame})
-
-        monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
-        monkeypatch.delenv(files.VARIABLE, raising=False)
-        monkeypatch.setattr(files, "SHIPPED", tmp_path)
-        train, _, _ = data.split(data.load("adult"), seed=0)
-        assert asked == [("adult", 2, True)]
-        assert len(train) == PEOPLE // 2
-        assert 0 < train.y.float().mean() < 1
 
 
 class TestPlanted:

@@ -9,9 +9,11 @@ import torch
 from scipy import optimize
 from torch import nn
 
-from benchmarks.fairness.data import Samples
-from benchmarks.fairness.loop import Recipe, drawn, mlp, scores, shuffled, train
-from benchmarks.fairness.methods import held, intrinsic, objectives, stages
+from benchmarks.data.memory import drawn, shuffled
+from benchmarks.data.sources import Samples
+from benchmarks.methods import intrinsic, objectives, stages
+from benchmarks.models import mlp, outputs_of
+from benchmarks.training import Recipe, train
 
 RECIPE = Recipe(steps=6, batch=16, lr=0.01, widths=(4,))
 
@@ -174,10 +176,10 @@ class TestGroupDRO:
 class TestJTT:
     def test_errors_of_the_early_model_are_drawn_more_often(self, data):
         state = torch.get_rng_state()
-        model = mlp(3, RECIPE.widths, 2)
+        model = mlp(3, *RECIPE.widths, 2)
         trainer = stages.JTT(early=0.5, times=7).prepare(model, data, RECIPE, seed=1)
         early = train(data, objectives.plain(), Recipe(3, 16, 0.01, (4,)), seed=1)
-        wrong = scores(early, data.x).argmax(1) != data.y
+        wrong = outputs_of(early, data.x).argmax(1) != data.y
         assert wrong.any()
         assert not wrong.all()
         expected = drawn(torch.where(wrong, 7.0, 1.0), 16, seed=1)
@@ -224,7 +226,7 @@ def worst_of_each_class(losses, y, alpha):
 class TestInClasses:
     @pytest.mark.parametrize("early", [0.0, 0.5])
     def test_gradient_of_a_step_by_hand(self, data, early):
-        model = mlp(3, RECIPE.widths, 2)
+        model = mlp(3, *RECIPE.widths, 2)
         method = stages.InClasses(0.25, early=early, center=0.5, floor=0.7)
         trainer = method.prepare(model, data, RECIPE, seed=2)
         index = torch.arange(10, 26)
@@ -232,7 +234,9 @@ class TestInClasses:
         losses = nn.functional.cross_entropy(model(x), y, reduction="none")
         if early:
             pointer = train(data, objectives.class_balanced(), Recipe(3, 16, 0.01, (4,)), seed=2)
-            before = nn.functional.cross_entropy(scores(pointer, data.x), data.y, reduction="none")
+            before = nn.functional.cross_entropy(
+                outputs_of(pointer, data.x), data.y, reduction="none"
+            )
             inside = worst_of_each_class(before, data.y, 0.25)[index]
         else:
             inside = worst_of_each_class(losses.detach(), y, 0.25)
@@ -250,7 +254,7 @@ class TestInClasses:
 
 
 class TestClassByClass:
-    """Two stages: weights of an early class-balanced model, in each class by itself, and held."""
+    """Two stages: weights of an early class-balanced model, in each class by itself, and stages."""
 
     def early(self, data):
         return train(data, objectives.class_balanced(), Recipe(3, 16, 0.01, (4,)), seed=2)
@@ -258,8 +262,8 @@ class TestClassByClass:
     @pytest.mark.parametrize("mix", [0.0, 2 / 3])
     def test_weights_by_hand(self, data, mix):
         model = self.early(data)
-        found = held.class_by_class(held.intrinsic(0.25, mix), model, data)
-        losses = nn.functional.cross_entropy(scores(model, data.x), data.y, reduction="none")
+        found = stages.class_by_class(stages.intrinsic(0.25, mix), model, data)
+        losses = nn.functional.cross_entropy(outputs_of(model, data.x), data.y, reduction="none")
         S = worst_of_each_class(losses, data.y, 0.25)
         G = row_gradients(model, data.x, data.y)
         for label in (0, 1):
@@ -271,8 +275,8 @@ class TestClassByClass:
 
     def test_the_control_weighs_by_the_loss(self, data):
         model = self.early(data)
-        found = held.class_by_class(held.by_loss(0.5), model, data)
-        losses = nn.functional.cross_entropy(scores(model, data.x), data.y, reduction="none")
+        found = stages.class_by_class(stages.by_loss(0.5), model, data)
+        losses = nn.functional.cross_entropy(outputs_of(model, data.x), data.y, reduction="none")
         for label in (0, 1):
             own = data.y == label
             expected = losses[own] / losses[own].sum() / 2 + 0.5 / own.sum()
@@ -280,16 +284,16 @@ class TestClassByClass:
 
     def test_a_class_of_one_sample_has_the_weight_of_any_other(self, data):
         alone = data[torch.cat([(data.y == 0).nonzero()[:, 0], (data.y == 1).nonzero()[:1, 0]])]
-        found = held.class_by_class(held.intrinsic(0.25, 0.5), mlp(3, (4,), 2), alone)
+        found = stages.class_by_class(stages.intrinsic(0.25, 0.5), mlp(3, 4, 2), alone)
         assert float(found[alone.y == 1]) == pytest.approx(1)
 
     def test_draws_by_them_and_trains_plainly(self, data):
-        model = mlp(3, RECIPE.widths, 2)
+        model = mlp(3, *RECIPE.widths, 2)
         state = torch.get_rng_state()
-        method = held.ClassByClass(held.intrinsic(0.25, 0.5), early=0.5)
+        method = stages.ClassByClass(stages.intrinsic(0.25, 0.5), early=0.5)
         trainer = method.prepare(model, data, RECIPE, seed=2)
         assert torch.equal(torch.get_rng_state(), state)
-        weights = held.class_by_class(held.intrinsic(0.25, 0.5), self.early(data), data)
+        weights = stages.class_by_class(stages.intrinsic(0.25, 0.5), self.early(data), data)
         index, again = next(trainer.batches), next(drawn(weights, 16, seed=2))
         assert torch.equal(index, again)
         losses = nn.functional.cross_entropy(model(data.x[index]), data.y[index], reduction="none")
@@ -303,7 +307,7 @@ class TestGlobal:
     @pytest.mark.parametrize("use", ["reweighting", "resampling"])
     def test_weights_are_renewed_and_used(self, data, use):
         method = intrinsic.Global(intrinsic.Intrinsic(0.3), use)
-        model = mlp(3, RECIPE.widths, 2)
+        model = mlp(3, *RECIPE.widths, 2)
         trainer = method.prepare(model, data, RECIPE, seed=0)
         index = next(trainer.batches)
         G, y = row_gradients(model, data.x, data.y), data.y

@@ -3,22 +3,25 @@
 import numpy as np
 import pytest
 
-from benchmarks.fairness import single
-from benchmarks.fairness.analysis import (
+from benchmarks.data.tasks import TASKS
+from benchmarks.evidence import single
+from benchmarks.evidence.analysis import (
     WITH,
     WITHOUT,
     estimate,
+    first_five,
+    mean_recovered,
+    noisy_targets,
     protected,
     recovered_by_seed,
     target,
     targets,
     with_setting,
 )
-from benchmarks.fairness.claims import mean_change_between
-from benchmarks.fairness.grid import CLASS_BY_CLASS, EARLY_LOSSES, FIXED, ON_CLEAN, searched
-from benchmarks.fairness.sweep import RESULTS, RESULTS_SEARCH, RESULTS_SLOW
-from benchmarks.fairness.tables import IRW, first_five, mean_recovered, noisy_targets
-from benchmarks.fairness.tasks import TASKS
+from benchmarks.evidence.claims import mean_change_between
+from benchmarks.evidence.grid import CLASS_BY_CLASS, EARLY_LOSSES, FIXED, ON_CLEAN, searched
+from benchmarks.evidence.sweep import RESULTS, RESULTS_SEARCH, RESULTS_SLOW
+from benchmarks.evidence.tables import IRW
 
 FLIPPED = 0.2
 

@@ -1,24 +1,38 @@
 """What the pages on the schemes say in figures is what the stored results say."""
 
-import json
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+pytest.importorskip("pandas", reason='needs the extra "report"')
+
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(ROOT))
+
+report = import_module("benchmarks.report")
+choosing = import_module("benchmarks.schemes.choosing")
+
 CELL = "worst label x sex"
 
 
 def stored(name):
-    return json.loads((RESULTS / f"schemes_{name}.json").read_text(encoding="utf-8"))
+    return report.stored(f"schemes_{name}")
+
+
+def rows_of(frame):
+    """Rows as dictionaries; a number with a spread is a pair."""
+    rows = frame.to_dict("records")
+    return [{k: (v, r[f"± {k}"]) if f"± {k}" in r else v for k, v in r.items()} for r in rows]
 
 
 class Table:
     """Settings by columns, as they are printed: percentages of accuracies, else two digits."""
 
     def __init__(self, name):
-        self.rows = {row["setting"]: row for row in stored(f"choosing_{name}")["table"]}
+        frame = report.summarised(stored(f"choosing_{name}"), ["setting"])
+        self.rows = {row["setting"]: row for row in rows_of(frame)}
 
     def __call__(self, setting, column=CELL):
         mean, _ = self.rows[setting][column]
@@ -89,7 +103,7 @@ def options():
 
 def renewals():
     """The cost of a renewal, by model: at the loader's batch size and at larger ones."""
-    rows = {row["model"]: row for row in stored("cost")["table"] if row["reading"] == "in memory"}
+    rows = {row["model"]: row for row in rows_of(stored("cost")) if row["reading"] == "in memory"}
     cnn = [row for name, row in rows.items() if name.startswith("CNN")]
     others = [row for row in rows.values() if row not in cnn]
     own = [row["renewal, 1 x batch"] for row in others]
@@ -97,7 +111,7 @@ def renewals():
     yield f"five of the six models take {min(own):.2f} to {max(own):.2f} epochs"
     yield f"down to {min(row['renewal, 4 x batch'] for row in others):.2f}"
     yield f"The CNN takes {cnn[0]['renewal, 1 x batch']:.2f}"
-    memory = stored("cost")["memory"]
+    memory = rows_of(stored("cost_memory"))
     assert [row["N"] for row in memory] == [8_000, 32_000, 128_000]
     assert max(row["growth of the peak, MiB"] for row in memory) < 5
     gib = [round(row["N x P numbers, MiB"] / 1024) for row in memory]
@@ -124,7 +138,7 @@ def distances(table, optimizers):
 
 def variances():
     result = stored("variance")
-    table, exact = result["table"], result["closed_form_sgd"]
+    table, exact = rows_of(result), result.attrs["closed_form_sgd"]
     linear, adaptive = ("SGD", "momentum"), ("Adam", "Adagrad")
     first = factors(table, linear)
     yield f"lower by a factor of {min(first):.0f} to {max(first):.0f}"
@@ -163,7 +177,7 @@ def alphas():
         assert nothing_helps(table, "worst race x sex")
     assert all(45 <= float(law(of(x))) <= 48 for x in (0.02, 0.028, 0.05, 0.09, 0.1, 0.15, 0.2))
     shares = [
-        stored(f"choosing_alpha_{data}")["smallest_shares"]["label x sex"]
+        stored(f"choosing_alpha_{data}").attrs["smallest_shares"]["label x sex"]
         for data in ("adult", "law")
     ]
     yield f"smallest label x sex group's share**, {shares[0]} and {shares[1]}"
@@ -177,7 +191,7 @@ def alphas():
 
 
 def selections():
-    table, picked = stored("selection")["table"], stored("selection_picked")["table"]
+    table, picked = rows_of(stored("selection")), rows_of(stored("selection_picked"))
     labelled = [row for row in table if row["true"].startswith("label")]
     score, blind = "by label x cluster", ("by accuracy", "by mean loss", "by tail loss")
 
@@ -199,10 +213,10 @@ def selections():
 
 
 def scores():
-    rows = {(row["model"], row["scores from"]): row for row in stored("score_parameters")["table"]}
+    rows = {(row["model"], row["scores from"]): row for row in rows_of(stored("score_parameters"))}
     times = {
         (row["model"], row["scores from"]): row["step / full-score step"]
-        for row in stored("score_time")["table"]
+        for row in rows_of(stored("score_time"))
     }
     models = ("MLP", "transformer", "CNN")
 
@@ -273,6 +287,15 @@ def held_for_an_epoch():
 def held_in_short():
     a = Table("schemes_adult")
     yield f"({a('global, reweighting, every 10 steps')} against {a('local')} %"
+
+
+CHOICES = sorted(path.stem for path in report.RESULTS.glob("schemes_choosing_*.csv"))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_tables_are_those_of_the_stored_runs(name):
+    text = choosing.table_of(report.stored(name), name.split("_")[2])
+    assert (report.RESULTS / f"{name}.md").read_text(encoding="utf-8") == text
 
 
 CLAIMS = {

@@ -1,0 +1,58 @@
+"""The tasks by name: which data, and which groupings of it have headroom.
+
+Headroom is what training with group labels gains for the worst-off group over plain training. The
+groupings by people alone (race x sex, male x young) have none; those with the label in them have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.data import planted
+from benchmarks.data.files import find
+from benchmarks.data.sources import Samples, load, split
+
+Parts = tuple[Samples, Samples, Samples]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set and what is asked of it.
+
+    Attributes:
+        protected: the grouping by people, or by what was planted.
+        targets: the groupings with headroom.
+        table: the file it needs; None for data that scikit-learn brings along.
+        title: its name in tables.
+    """
+
+    name: str
+    protected: str
+    targets: tuple[str, ...]
+    table: str | None
+    title: str
+    classes: int = 2
+
+    def parts(self, seed: int, noise: float = 0.0) -> Parts:
+        """Training, validation and test part; ``noise`` as of `split`."""
+        if self.name == "coloured_digits":
+            return planted.coloured_digits(seed, noise=noise)
+        source = planted.marked_adult() if self.name == "marked_adult" else load(self.name)
+        return split(source, seed, noise=noise)
+
+    @property
+    def available(self) -> bool:
+        """Whether its data is on this machine."""
+        return self.table is None or find(self.table) is not None
+
+
+_TASKS = (
+    Task("coloured_digits", "label x colour", ("label x colour",), None, "digits"),
+    Task("adult", "race x sex", ("label x sex",), "adult", "Adult"),
+    Task("law_school", "race x sex", ("label x sex", "label x race"), "law_school", "Law"),
+    Task("celeba_blond", "male x young", ("label x male",), "celeba_attributes", "CelebA blond"),
+    Task("marked_adult", "mark", ("label x mark",), "adult", "Adult"),
+    Task("compas", "race x sex", ("label x race",), "compas", "COMPAS"),
+    Task("celeba_hair", "male x young", ("label x male",), "celeba_attributes", "CelebA hair", 4),
+)
+TASKS = {task.name: task for task in _TASKS}

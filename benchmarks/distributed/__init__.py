@@ -1,1 +1,0 @@
-"""Several processes: what a step sends, what that costs, and what sending nothing changes."""

@@ -1,0 +1,231 @@
+"""From the runs to what may be said: choice of settings, paired differences, headroom recovered.
+
+    headroom recovered = (method - plain) / (oracle - plain)
+
+of the worst-off group's test accuracy, where the oracle is the better of group balancing and
+GroupDRO by validation. Every seed has a split of its own, and all methods of a seed share it: what
+is compared are paired differences, with t intervals over the seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.data.tasks import TASKS
+from benchmarks.evidence.grid import ORACLES, PLAIN, PLANTED
+from benchmarks.report import interval
+
+WITH, WITHOUT = "with groups", "without groups"
+ACCURACY = "test accuracy"
+FIRST_FIVE = [
+    ("coloured_digits", "label x colour"),
+    ("adult", "label x sex"),
+    ("law_school", "label x sex"),
+    ("law_school", "label x race"),
+    ("celeba_blond", "label x male"),
+]
+"""The targets of the headline mean: fixed before the runs."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over the seeds, and half the width of its 95 % t interval; NaN for a single seed."""
+
+    mean: float
+    half: float
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+    @property
+    def verdict(self) -> str:
+        """``"higher"``, ``"lower"`` or ``"no clear difference"`` from 0."""
+        if not self.low * self.high > 0:  # NaN included
+            return "no clear difference"
+        return "higher" if self.mean > 0 else "lower"
+
+
+def estimate(values: pd.Series | np.ndarray) -> Estimate:
+    """Mean and t interval of independent values.
+
+    >>> found = estimate(np.array([1.0, 2.0, 3.0]))
+    >>> round(found.mean, 2), round(found.half, 2), found.verdict
+    (2.0, 2.48, 'no clear difference')
+    """
+    return Estimate(*interval(values))
+
+
+def linearised(above: pd.Series | np.ndarray, below: pd.Series | np.ndarray) -> np.ndarray:
+    """For each seed its term of the ratio of the means of paired values, linearised.
+
+    >>> linearised(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+    array([0.5, 0.5, 0.5])
+    """
+    above, below = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+    found = above.mean() / below.mean()
+    return found + (above - found * below) / below.mean()
+
+
+def read(folder: Path, task: str) -> pd.DataFrame:
+    """The runs of a task, in the order in which they ran."""
+    table = pd.read_csv(folder / f"{task}.csv", keep_default_na=False)
+    return table.drop_duplicates(["noise", "seed", "setting"])
+
+
+@dataclass(frozen=True)
+class Target:
+    """A grouping of a task's people whose worst-off group is looked at.
+
+    Attributes:
+        runs: of the task, at one share of noise, with the seeds that are complete.
+    """
+
+    task: str
+    grouping: str
+    runs: pd.DataFrame
+
+    @property
+    def worst(self) -> str:
+        return f"test worst {self.grouping}"
+
+    @property
+    def title(self) -> str:
+        return f"{TASKS[self.task].title} {self.grouping.replace(' x ', ' × ')}"
+
+    def chosen(self, methods: str | tuple[str, ...], by: str) -> pd.DataFrame:
+        """For each seed the run of the methods' best setting by validation; indexed by seed.
+
+        `WITH` takes the worst group's validation accuracy, `WITHOUT` the worst accuracies over
+        label x cluster and over the classes (`irw_optim.metrics`).
+        """
+        methods = (methods,) if isinstance(methods, str) else methods
+        rows = self.runs[self.runs["method"].isin(methods)]
+        rows = rows[rows["told"].isin(["", self.grouping])]
+        seen = f"validation worst {self.grouping}" if by == WITH else "score without groups"
+        best = rows.groupby("seed")[seen].idxmax()
+        return rows.loc[best].set_index("seed").sort_index()
+
+    def plain(self) -> pd.DataFrame:
+        return self.chosen(PLAIN, WITH)
+
+    def oracle(self) -> pd.DataFrame:
+        return self.chosen(ORACLES, WITH)
+
+    def terms(self, rows: pd.DataFrame) -> np.ndarray:
+        """For each seed its term of the share of the headroom that the runs recover."""
+        plain = self.plain()[self.worst]
+        return linearised(rows[self.worst] - plain, self.oracle()[self.worst] - plain)
+
+    def recovered(self, rows: pd.DataFrame) -> Estimate:
+        """The share of the headroom that the runs, one a seed, recover."""
+        return estimate(self.terms(rows))
+
+    def headroom(self) -> Estimate:
+        """What the oracle gains over plain training."""
+        return self.difference(self.oracle(), self.plain(), self.worst)
+
+    def difference(self, one: pd.DataFrame, other: pd.DataFrame, metric: str) -> Estimate:
+        """Paired by seed."""
+        return estimate(one[metric] - other[metric])
+
+
+def target(folder: Path, task: str, grouping: str, noise: float = 0.0) -> Target:
+    """One grouping of one task, with the seeds for which every setting has run."""
+    runs = read(folder, task)
+    runs = runs[runs["noise"] == noise]
+    by_seed = runs.groupby("seed")["setting"].nunique()
+    complete = by_seed[by_seed == by_seed.max()].index
+    return Target(task, grouping, runs[runs["seed"].isin(complete)])
+
+
+def targets(folder: Path, noise: float = 0.0) -> list[Target]:
+    """The groupings with headroom, of all tasks that have run."""
+    pairs = [(task.name, grouping) for task in TASKS.values() for grouping in task.targets]
+    return _of_all(folder, pairs, noise)
+
+
+def protected(folder: Path) -> list[Target]:
+    """The groupings by people (race x sex, male x young), of all tasks that have run."""
+    pairs = [(task.name, task.protected) for task in TASKS.values() if task.name not in PLANTED]
+    return _of_all(folder, pairs, 0.0)
+
+
+def _of_all(folder: Path, pairs: Iterable[tuple[str, str]], noise: float) -> list[Target]:
+    """Those that have runs, with the seeds that all of them have."""
+    there = [pair for pair in pairs if (folder / f"{pair[0]}.csv").exists()]
+    found = [one for pair in there if len((one := target(folder, *pair, noise)).runs)]
+    common = set.intersection(*(set(one.runs["seed"]) for one in found)) if found else set()
+    return [replace(one, runs=one.runs[one.runs["seed"].isin(common)]) for one in found]
+
+
+def first_five(found: Iterable[Target]) -> list[Target]:
+    return [t for t in found if (t.task, t.grouping) in FIRST_FIVE]
+
+
+def noisy_targets(folder: Path, noise: float) -> list[Target]:
+    """Those of the first five that have runs with so many flipped labels."""
+    return first_five(targets(folder, noise))
+
+
+# Over several targets: the runs of each one in ``rows``, one a seed ------------------------------
+
+
+def chosen(found: Sequence[Target], methods: str | tuple[str, ...], by: str) -> list[pd.DataFrame]:
+    return [t.chosen(methods, by) for t in found]
+
+
+def with_setting(found: Target, setting: str) -> pd.DataFrame:
+    """The runs of one setting, indexed by seed."""
+    return found.runs[found.runs["setting"] == setting].set_index("seed").sort_index()
+
+
+def of_setting(found: Sequence[Target], setting: str) -> list[pd.DataFrame]:
+    return [with_setting(t, setting) for t in found]
+
+
+def recovered_by_seed(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> np.ndarray:
+    """For each seed its term of the mean recovered: two methods' terms are paired."""
+    return np.mean([t.terms(runs) for t, runs in zip(found, rows, strict=True)], axis=0)
+
+
+def mean_recovered(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> Estimate:
+    """The mean over targets of the headroom recovered."""
+    return estimate(recovered_by_seed(found, rows))
+
+
+def mean_difference(
+    found: Sequence[Target],
+    rows: Sequence[pd.DataFrame],
+    others: Sequence[pd.DataFrame],
+    metric: str = "",
+) -> Estimate:
+    """In the worst group's accuracy, or in a metric: mean over the targets, paired by seed."""
+    changes = [
+        np.asarray(one[metric or t.worst]) - np.asarray(other[metric or t.worst])
+        for t, one, other in zip(found, rows, others, strict=True)
+    ]
+    return estimate(np.mean(changes, axis=0))
+
+
+def mean_change(
+    found: Sequence[Target], rows: Sequence[pd.DataFrame], metric: str = ""
+) -> Estimate:
+    """`mean_difference` from plain training."""
+    return mean_difference(found, rows, [t.plain() for t in found], metric)
+
+
+def one_setting(found: Sequence[Target], methods: tuple[str, ...]) -> str:
+    """The setting with the best mean score without groups over all tasks and seeds."""
+    runs = pd.concat({t.task: t.runs for t in found})
+    runs = runs[runs["method"].isin(methods)]
+    return str(runs.groupby("setting")["score without groups"].mean().idxmax())

@@ -1,0 +1,187 @@
+"""The tables of the documentation, as Markdown, from the runs that are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.evidence.analysis import (
+    ACCURACY,
+    WITH,
+    WITHOUT,
+    Estimate,
+    Target,
+    chosen,
+    first_five,
+    mean_change,
+    mean_recovered,
+    noisy_targets,
+    of_setting,
+    protected,
+    targets,
+    with_setting,
+)
+from benchmarks.evidence.grid import PLAIN, PLANTED, varied, without_groups
+from benchmarks.report import table
+
+METHODS = tuple(dict.fromkeys(setting.method for setting in without_groups()))
+IRW = tuple(method for method in METHODS if method.startswith("IRW"))
+OTHERS = tuple(method for method in METHODS if method not in (*IRW, PLAIN))
+METRICS = ("accuracy", "worst", "MAD", "TAD", "mean loss", "VAR", "tail loss")
+
+# Cells ----------------------------------------------------------------------------------------
+
+
+def share(value: float) -> str:
+    """A share of 1 with two digits.
+
+    >>> share(0.734), share(-0.049), share(1.2), share(-1.0), share(10.5)
+    ('.73', '−.05', '1.20', '−1.00', '10.50')
+    """
+    text = f"{abs(value):.2f}"
+    return ("−" if round(value, 2) < 0 else "") + text.removeprefix("0")
+
+
+def spread(found: Estimate) -> str:
+    return f"{share(found.mean)} ± {share(found.half)}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def marked(found: Estimate) -> str:
+    """Points with half the interval; bold where the interval excludes 0."""
+    text = f"{points(found.mean)} ± {percent(found.half)}"
+    return text if found.verdict == "no clear difference" else f"**{text}**"
+
+
+def cost(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> str:
+    """In accuracy, against plain training, mean over the targets."""
+    return points(mean_change(found, rows, ACCURACY).mean)
+
+
+def titles(found: Sequence[Target]) -> list[str]:
+    return [t.title for t in found]
+
+
+# Tables ---------------------------------------------------------------------------------------
+
+
+def headroom_table(folder: Path) -> str:
+    """Headroom recovered, by settings chosen with / without groups on validation."""
+    found = targets(folder)
+    five = first_five(found)
+    run = set.intersection(*(set(t.runs["method"]) for t in found)) - {PLAIN}
+    each: dict[str, tuple[str, ...]] = {m: (m,) for m in METHODS if m in run}
+    lines = []
+    for name, methods in {**each, "*any of IRW*": IRW, "*any of the others*": OTHERS}.items():
+        cells = [
+            " / ".join(share(t.recovered(t.chosen(methods, by)).mean) for by in (WITH, WITHOUT))
+            for t in found
+        ]
+        rows = [chosen(five, methods, by) for by in (WITH, WITHOUT)]
+        means = " / ".join(spread(mean_recovered(five, own)) for own in rows)
+        lines.append([name, *cells, means, " / ".join(cost(five, own) for own in rows)])
+    room = [[percent(run[t.worst].mean()) for run in (t.plain(), t.oracle())] for t in found]
+    lines.append(["*plain → oracle, %*", *map(" → ".join, room), ""])
+    lines[-1].append(cost(five, [t.oracle() for t in five]))
+    head = ["method", *titles(found), "mean of the first five", "accuracy, points"]
+    return table(head, lines)
+
+
+def protected_table(folder: Path) -> str:
+    """Worst group by people, chosen with / without groups: points from plain training."""
+    found = protected(folder)
+
+    def changes(t: Target, method: str) -> str:
+        rows = (t.chosen(method, by) for by in (WITH, WITHOUT))
+        return " / ".join(marked(t.difference(own, t.plain(), t.worst)) for own in rows)
+
+    lines = [[m, *(changes(t, m) for t in found)] for m in METHODS if m != PLAIN]
+    lines.append(["*oracle*", *(marked(t.headroom()) for t in found)])
+    plain = [t.plain()[t.worst] for t in found]
+    lines.append(["*plain, %*", *(f"{percent(p.mean())} ± {percent(p.std())}" for p in plain)])
+    return table(["method", *titles(found)], lines)
+
+
+def metrics_table(found: Target) -> str:
+    """All metrics of one task, chosen without groups: mean ± standard deviation over the seeds."""
+    runs = {method: found.chosen(method, WITHOUT) for method in METHODS}
+    lines = []
+    for method, rows in {**runs, "*oracle*": found.oracle()}.items():
+        cells = []
+        for metric in METRICS:
+            column = found.worst if metric == "worst" else f"test {metric}"
+            scale, digits = (1, 3) if "loss" in metric or metric == "VAR" else (100, 1)
+            verdict = found.difference(rows, found.plain(), column).verdict
+            arrow = {"higher": " ▲", "lower": " ▼"}.get(verdict, "")
+            mean, sd = scale * rows[column].mean(), scale * rows[column].std()
+            cells.append(f"{mean:.{digits}f} ± {sd:.{digits}f}{arrow}")
+        lines.append([method, *cells])
+    head = ["method", *(m if m != "worst" else f"worst {found.grouping}" for m in METRICS)]
+    return table(head, lines)
+
+
+def noise_table(folder: Path, noises: Sequence[float]) -> str:
+    """Worst-off group, chosen without groups: points from plain training with the same flips."""
+    found = with_most_flips(folder, noises)
+    present = [m for m in METHODS if (found[-1][0].runs["method"] == m).any() and m != PLAIN]
+    lines = [
+        [m, *(marked(mean_change(some, chosen(some, m, WITHOUT))) for some in found)]
+        for m in present
+    ]
+    oracle = [marked(mean_change(some, [t.oracle() for t in some])) for some in found]
+    plain = [percent(np.mean([t.plain()[t.worst].mean() for t in some])) for some in found]
+    lines += [["*oracle, told the recorded groups*", *oracle], ["*plain, %*", *plain]]
+    return table(["method", *flips(noises)], lines)
+
+
+def with_most_flips(folder: Path, noises: Sequence[float]) -> list[list[Target]]:
+    """For each share of flips the targets that have runs at the last and largest one."""
+    last = [(t.task, t.grouping) for t in noisy_targets(folder, noises[-1])]
+    every = (noisy_targets(folder, noise) for noise in noises)
+    return [[t for t in found if (t.task, t.grouping) in last] for found in every]
+
+
+def flips(noises: Sequence[float]) -> list[str]:
+    return [f"{noise:.0%} flipped" for noise in noises]
+
+
+def settings_table(found: Sequence[Target], settings: Sequence[str]) -> str:
+    """Headroom recovered by a setting that is the same for all targets."""
+    lines = []
+    for setting in settings:
+        rows = of_setting(found, setting)
+        each = [share(t.recovered(r).mean) for t, r in zip(found, rows, strict=True)]
+        score = np.mean([r["score without groups"].mean() for r in rows])
+        mean = spread(mean_recovered(found, rows))
+        lines.append([setting, *each, mean, cost(found, rows), f"{score:.3f}"])
+    columns = ["mean", "accuracy, points", "score without groups"]
+    return table(["setting", *titles(found), *columns], lines)
+
+
+def best_settings(five: Sequence[Target]) -> list[str]:
+    """The dozen best by the score without groups, of IRW and of the others."""
+    runs = pd.concat([t.runs for t in five])
+    runs = runs[runs["method"].isin((*IRW, *OTHERS))]
+    score = runs.groupby("setting")["score without groups"].mean().sort_values(ascending=False)
+    return list(score.index[:12])
+
+
+def varied_table(folder: Path) -> str:
+    """Headroom recovered where the structure is planted, by α, warm-up and mix."""
+    planted = [t for t in targets(folder) if t.task in PLANTED]
+    names = [s.name for s in varied() if (planted[0].runs["setting"] == s.name).any()]
+    lines = [
+        [name.partition(": ")[2], *(spread(t.recovered(with_setting(t, name))) for t in planted)]
+        for name in names
+    ]
+    return table(["α, warm-up, mix", *titles(planted)], lines)

@@ -1,1 +1,0 @@
-"""Every method of the comparison, against one training loop (`benchmarks.fairness.loop`)."""

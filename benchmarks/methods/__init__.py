@@ -1,0 +1,1 @@
+"""Every method of the comparison, against one training loop (`benchmarks.training`)."""

@@ -1,0 +1,190 @@
+"""Methods that look at the classes one by one, or that have an early model point out samples.
+
+JTT                 draws what the early model gets wrong ``times`` as often
+IRW in classes      S is the worst-off share of each class, by the loss now or by an early model's
+IRW class by class  weights by an early class-balanced model, in each class by itself, of sum 1, and
+                    held; the second model is trained plainly on batches drawn by them
+
+In a class by itself, since between classes the sign of <g_i, g_S> is little but the label. Held,
+since weights that follow the model chase it: who was worst off is over-served, then forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.data.memory import drawn
+from benchmarks.data.sources import Samples
+from benchmarks.methods import objectives
+from benchmarks.methods.intrinsic import Intrinsic
+from benchmarks.models import outputs_of
+from benchmarks.training import Method, Recipe, Trainer, train
+from irw_optim import worst_off
+from irw_optim.gradients.protocol import PerSampleGradients, align
+from irw_optim.schemes import global_weights
+
+Weighing = Callable[[nn.Module, Samples], Tensor]
+"""From a model and n samples to weights, (n,), of sum 1."""
+
+
+def early_model(
+    data: Samples, method: Method, recipe: Recipe, seed: int, share: float
+) -> nn.Module:
+    """A model after a share of the steps."""
+    state = torch.get_rng_state()  # the second model's initialisation is drawn already
+    early = replace(recipe, steps=max(1, round(share * recipe.steps)))
+    model = train(data, method, early, seed)
+    torch.set_rng_state(state)
+    return model
+
+
+def on_draws(model: nn.Module, weights: Tensor, recipe: Recipe, seed: int) -> Trainer:
+    """Plain training on batches drawn in proportion to the weights."""
+    batches = drawn(weights, recipe.batch, seed)
+    return objectives.by_loss(objectives.mean, model, recipe, batches)
+
+
+@dataclass(frozen=True)
+class JTT:
+    """Just train twice (Liu et al. 2021).
+
+    Attributes:
+        early: the first training's share of the steps.
+        times: how often its errors are drawn.
+        class_balance: draw every class equally often; the paper does not.
+    """
+
+    early: float
+    times: float
+    class_balance: bool = False
+
+    def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
+        first = early_model(data, objectives.plain(), recipe, seed, self.early)
+        weights = torch.where(outputs_of(first, data.x).argmax(1) != data.y, self.times, 1.0)
+        if self.class_balance:
+            weights = weights / of_class(weights, data.y).clamp(min=1e-30)
+        return on_draws(model, weights, recipe, seed)
+
+
+@dataclass(frozen=True)
+class ClassByClass:
+    """Draws by weights that an early model gives each class by itself.
+
+    Attributes:
+        weighing: makes the weights of one class.
+        early: the first training's share of the steps.
+    """
+
+    weighing: Weighing
+    early: float
+
+    def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
+        first = early_model(data, objectives.class_balanced(), recipe, seed, self.early)
+        return on_draws(model, class_by_class(self.weighing, first, data), recipe, seed)
+
+
+def class_by_class(weighing: Weighing, model: nn.Module, data: Samples) -> Tensor:
+    """Weights of all samples, (N,): those of each class by itself, of sum 1 each."""
+    weights = torch.zeros(len(data))
+    for label in data.y.unique():
+        own = (data.y == label).nonzero().squeeze(1)
+        weights[own] = weighing(model, data[own])
+    return weights
+
+
+def intrinsic(alpha: float, mix: float) -> Weighing:
+    """The library's global scheme: the worst-off alpha-fraction, and who helps them."""
+
+    def weights(model: nn.Module, data: Samples) -> Tensor:
+        loader = DataLoader(TensorDataset(data.x, data.y), batch_size=4096)
+        criterion = nn.CrossEntropyLoss()
+        return global_weights(model, criterion, loader, alpha, mix=mix, progress=False)
+
+    return weights
+
+
+def by_loss(mix: float) -> Weighing:
+    """The control: in proportion to the loss, for which no gradient is needed."""
+
+    def weights(model: nn.Module, data: Samples) -> Tensor:
+        losses = F.cross_entropy(outputs_of(model, data.x), data.y, reduction="none")
+        return (1 - mix) * losses / losses.sum() + mix / len(losses)
+
+    return weights
+
+
+@dataclass(frozen=True)
+class InClasses:
+    """IRW with S in each class, class_balance, and a floor under the weights.
+
+    Attributes:
+        alpha: share of each class that makes S.
+        early: S is what a class-balanced model was worst at after that share of the steps, and is
+            held; 0 for the worst of each batch as it comes.
+        center: as of `IRWOptimizer`.
+        floor: what a sample without a positive score weighs, in mean weights of its class.
+    """
+
+    alpha: float
+    early: float = 0.0
+    center: float = 0.0
+    floor: float = 1.0
+
+    def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
+        members = None
+        if self.early:
+            first = early_model(data, objectives.class_balanced(), recipe, seed, self.early)
+            losses = F.cross_entropy(outputs_of(first, data.x), data.y, reduction="none")
+            members = worst_in_each_class(losses, data.y, self.alpha)
+        batch = torch.arange(0)  # who the losses of the next pass are of
+
+        def rule(losses: Tensor, gradients: PerSampleGradients, worst: Tensor) -> Tensor:
+            """floor + max(0, s_i) / mean of it in the class, s = G G^T (1_S - center |S| / B)."""
+            labels = data.y[batch]
+            if members is None:
+                inside = worst_in_each_class(losses, labels, self.alpha).to(losses.dtype)
+            else:
+                inside = members[batch].to(losses.dtype)
+            aligned = align(gradients, inside - self.center * inside.mean()).clamp(min=0)
+            average = of_class(aligned, labels) / of_class(torch.ones_like(aligned), labels)
+            return aligned / average.clamp(min=1e-30) + self.floor
+
+        options = {"weighting": rule, "class_balance": True}
+        trainer = Intrinsic(self.alpha, 0.0, options).prepare(model, data, recipe, seed)
+
+        def backward(losses: Tensor, index: Tensor) -> None:
+            nonlocal batch
+            batch = index
+            trainer.backward(losses, index)
+
+        return trainer._replace(backward=backward)
+
+
+def of_class(values: Tensor, labels: Tensor) -> Tensor:
+    """For each sample the sum of the values over its class, (N,)."""
+    return values.new_zeros(int(labels.max()) + 1).index_add(0, labels, values)[labels]
+
+
+def worst_in_each_class(losses: Tensor, labels: Tensor, alpha: float) -> Tensor:
+    """The worst alpha-fraction of each class, (N,) bool."""
+    worst = torch.zeros_like(labels, dtype=torch.bool)
+    for label in labels.unique():
+        own = labels == label
+        worst[own] = worst_off(losses[own], alpha)
+    return worst
+
+
+def moved(logits: Tensor, labels: Tensor, strength: float) -> Tensor:
+    """Logits minus ``strength`` times the log shares of the classes (Menon et al. 2021).
+
+    At 1 it decides as if the classes were equally frequent: with two of them the threshold moves
+    from 1/2 to the share of the second.
+    """
+    frequency = labels.bincount() / len(labels)
+    return logits - strength * frequency.log()

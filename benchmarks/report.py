@@ -1,0 +1,281 @@
+"""Where all results go: a CSV file with a row a run, and the tables and figures made of it.
+
+    results/<name>.csv     first line: the command, versions and settings, as JSON behind a "#"
+    results/<table>.md     what the documentation includes
+    docs/figures/          drawn from the same rows
+
+A column "± x" is the spread of the column "x": standard deviation over seeds, or what the
+benchmark says. No number on a page is typed by hand, and tests compare pages with stored rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "figures"
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "irw-optim")
+PERCENT = ("accuracy", "worst", "heavier", "picked")
+PRECISE = ("variance", "distance")
+
+# The command line -----------------------------------------------------------------------------
+
+
+def command(package: str, names: Sequence[str], doc: str | None) -> None:
+    """``python -m <package> <name> ...`` runs ``<package>.<name>.main(the rest)``."""
+    parser = argparse.ArgumentParser(description=str(doc).strip().split("\n")[0])
+    parser.add_argument("what", choices=names)
+    chosen = parser.parse_args(sys.argv[1:2]).what
+    torch.set_num_threads(1)
+    import_module(f"{package}.{chosen}").main(sys.argv[2:])
+
+
+def options(doc: str | None, given: Sequence[str], **more: dict[str, Any]) -> argparse.Namespace:
+    """``--fast``, and an argument for each keyword, as `add_argument` takes it."""
+    parser = argparse.ArgumentParser(description=str(doc).split("\n")[0])
+    parser.add_argument("--fast", action="store_true", help="a look in seconds; nothing is stored")
+    for name, keywords in more.items():
+        parser.add_argument(name if name == "part" else f"--{name.replace('_', '-')}", **keywords)
+    return parser.parse_args(given)
+
+
+# Storing --------------------------------------------------------------------------------------
+
+
+def header(**settings: Any) -> dict[str, Any]:
+    """What a reader must know to repeat it."""
+    module = Path(sys.argv[0]).resolve().with_suffix("")
+    parts = module.relative_to(ROOT).parts if module.is_relative_to(ROOT) else (module.name,)
+    name = ".".join(parts).removesuffix(".__main__")
+    cpu = [line for line in _cpu_info() if line.startswith("model name")]
+    return {
+        "command": shlex.join(["python", "-m", name, *sys.argv[1:]]),
+        "machine": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        **settings,
+    }
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def store(name: str, rows: Iterable[dict[str, Any]] | pd.DataFrame, **settings: Any) -> None:
+    """Write the rows, to six digits, under their header."""
+    frame = pd.DataFrame(rows)
+    about = json.dumps(header(**settings), ensure_ascii=False)
+    text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    (RESULTS / f"{name}.csv").write_text(f"# {about}\n{text}", encoding="utf-8")
+
+
+def stored(name: str) -> pd.DataFrame:
+    """The rows of the last full run; the header is in ``attrs``."""
+    path = RESULTS / f"{name}.csv"
+    with path.open(encoding="utf-8") as file:
+        about = json.loads(file.readline().removeprefix("#"))
+        frame = pd.read_csv(file)
+    frame.attrs = about
+    return frame
+
+
+def save(name: str, rows: Any, fast: bool, shown: Sequence[str] | None = None, **more: Any) -> None:
+    """Print one table; unless ``fast``, write it, and its rows."""
+    frame = pd.DataFrame(rows)
+    text = markdown(frame if shown is None else frame[list(shown)])
+    print("\n" + text)
+    if not fast:
+        store(name, frame, **more)
+        write(name, text)
+
+
+def write(name: str, text: str) -> None:
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def publish(experiment: Any, given: Sequence[str]) -> None:
+    """The command line of a module with ``run(fast)``, ``texts(rows)`` and ``draw(rows)``.
+
+    ``run`` returns rows and settings; ``--again`` makes texts and figures of what is stored.
+    """
+    more = {"again": {"action": "store_true", "help": "texts and figures of stored results"}}
+    chosen = options(experiment.__doc__, given, **more)
+    name = experiment.__name__.rpartition(".")[2]
+    if chosen.again:
+        frame = stored(name)
+    else:
+        start = time.perf_counter()
+        rows, settings = experiment.run(chosen.fast)
+        frame = pd.DataFrame(rows)
+        if not chosen.fast:
+            store(name, frame, seconds=round(time.perf_counter() - start), **settings)
+            frame = stored(name)
+    for stem, text in experiment.texts(frame).items():
+        print(f"\n{stem}\n{text}")
+        if not chosen.fast:
+            write(stem, text)
+    if not chosen.fast and hasattr(experiment, "draw"):
+        experiment.draw(frame)
+
+
+# Tables ---------------------------------------------------------------------------------------
+
+
+def table(
+    head: Sequence[str], lines: Iterable[Sequence[str]], texts: Sequence[bool] | None = None
+) -> str:
+    r"""A Markdown table; the first column is text and the others numbers, or as ``texts`` says.
+
+    >>> print(table(["", "|g|"], [["a", "1"]]), end="")
+    |  | \|g\| |
+    | --- | ---: |
+    | a | 1 |
+    """
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in (head, *lines)]
+    texts = texts or [True, *[False] * (len(head) - 1)]
+    rows.insert(1, ["---" if text else "---:" for text in texts])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table with the frame's columns; digits by the column's name."""
+    columns = [c for c in frame if not c.startswith("± ")]
+    lines = [
+        [_cell(c, row[c], row.get(f"± {c}")) for c in columns] for row in frame.to_dict("records")
+    ]
+    texts = [not pd.api.types.is_numeric_dtype(frame[c]) for c in columns]
+    return table(columns, lines, texts)
+
+
+def _cell(key: str, value: Any, around: float | None) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str | int):
+        return str(value)
+    scale = 100 if key.startswith(PERCENT) else 1
+    digits = 1 if scale == 100 else 4 if any(word in key for word in PRECISE) else 2
+    text = f"{scale * value:.{digits}f}"
+    return text if around is None else f"{text} ± {scale * around:.{digits}f}"
+
+
+def spread(measured: Iterable[float | None], digits: int = 2, scale: float = 1) -> str:
+    """Mean and standard deviation over seeds, as text; a dash where there is nothing to average."""
+    values = [value for value in measured if value is not None and not math.isnan(value)]
+    if not values:
+        return "–"
+    mean = f"{scale * statistics.mean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+
+
+def cells(frame: pd.DataFrame, formats: dict[str, tuple[int, float]]) -> list[str]:
+    """`spread` of some columns, each with its digits and scale."""
+    return [spread(frame[column], *how) for column, how in formats.items()]
+
+
+def summarised(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Mean and standard deviation over seeds of every number, a row for each of ``by``."""
+    groups = frame.drop(columns="seed").groupby(by, sort=False)
+    means, spreads = groups.mean(), groups.std().fillna(0.0).add_prefix("± ")
+    return means.join(spreads).reset_index()
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Mean of the differences over seeds, and half the width of its 95 % t-interval."""
+    return interval(np.asarray(values, float) - np.asarray(others, float))
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean of independent values, and half the width of its 95 % t-interval; NaN for one value."""
+    from scipy import stats
+
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def paired_text(
+    values: Sequence[float], others: Sequence[float], digits: int = 1, scale: float = 100
+) -> str:
+    """The paired difference with its sign and interval; in points by default."""
+    mean, half = paired(values, others)
+    text = f"{scale * mean:+.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {scale * half:.{digits}f}"
+
+
+# Figures --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def figure(name: str, rows: int, columns: int, size: tuple[float, float], **more: Any) -> Iterator:
+    """Axes, (rows, columns), of a figure that is written at the end."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context({"svg.hashsalt": "irw-optim", **look}):
+        drawn = Figure(figsize=size, layout="constrained")
+        axes = drawn.subplots(rows, columns, squeeze=False, **more)
+        yield axes
+        handles, labels = axes[0, -1].get_legend_handles_labels()
+        if handles:
+            drawn.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        dated = {"metadata": {"Date": None}} if name.endswith(".svg") else {}
+        drawn.savefig(FIGURES / name, dpi=110, **dated)
+
+
+def ticks(axis: Any, places: Sequence[float], labels: Sequence[Any] | None = None) -> None:
+    """These ticks, and none of the small ones of a logarithmic axis."""
+    axis.set_xticks(places, [str(label) for label in labels or places])
+    axis.minorticks_off()
+
+
+# Timing ---------------------------------------------------------------------------------------
+
+
+def time_ratios(
+    base: Callable[[], object], *actions: Callable[[], object], rounds: int, clock: Any = None
+) -> tuple[float, list[list[float]]]:
+    """What actions take in units of ``base``, round by round: neighbours in time are compared.
+
+    Returns:
+        Median seconds (of CPU, unless another clock is given) of ``base``, and for each action its
+        ratio in every round.
+    """
+    clock = clock or time.process_time
+
+    def taken(action: Callable[[], object]) -> float:
+        start = clock()
+        action()
+        return clock() - start
+
+    for action in (base, *actions):  # past what the first call does once
+        action()
+    seconds, ratios = [], [[] for _ in actions]
+    for _ in range(rounds):
+        seconds.append(taken(base))
+        for action, own in zip(actions, ratios, strict=True):
+            own.append(taken(action) / seconds[-1])
+    return statistics.median(seconds), ratios

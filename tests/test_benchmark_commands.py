@@ -1,0 +1,54 @@
+"""The commands that the pages name are there, and take what they are given."""
+
+import re
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pandas", reason='needs the extra "report"')
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+PAGES = [ROOT / "README.md", ROOT / "Makefile", ROOT / "benchmarks" / "README.md"]
+COMMAND = re.compile(r"python -m (benchmarks\.\w+ \w+[^`#\n]*)")
+COMMANDS = sorted(
+    {
+        found.strip()
+        for page in [*PAGES, *(ROOT / "docs").glob("*.md")]
+        for found in COMMAND.findall(page.read_text(encoding="utf-8"))
+    }
+)
+
+
+class ReadError(Exception):
+    """The arguments were read, and no work is to be done."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_named_command_understands_its_arguments(command, monkeypatch):
+    package, name, *given = shlex.split(command)
+    report = import_module("benchmarks.report")
+    read, entry = report.options, import_module(f"{package}.{name}").main
+
+    def options(*arguments, **more):
+        read(*arguments, **more)
+        raise ReadError
+
+    monkeypatch.setattr(report, "options", options)
+    for other in ("evidence.report", "schemes.figures", "evidence.recheck"):  # take no arguments
+        if f"benchmarks.{other}" == f"{package}.{name}":
+            assert not given
+            return
+    with pytest.raises(ReadError):
+        entry(given)
+
+
+def test_the_pages_name_every_package():
+    assert {command.split()[0] for command in COMMANDS} >= {
+        "benchmarks.cost",
+        "benchmarks.evidence",
+        "benchmarks.schemes",
+    }
