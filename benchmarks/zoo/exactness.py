@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.step_cost.methods import ALPHA
+from benchmarks.cost.neighbours import ALPHA
 from benchmarks.zoo.entry import Batch, Entry
 from benchmarks.zoo.measuring import Loop
 

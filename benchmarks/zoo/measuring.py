@@ -18,7 +18,7 @@ from time import process_time
 import torch
 from torch import Tensor, nn
 
-from benchmarks.step_cost.methods import ALPHA
+from benchmarks.cost.neighbours import ALPHA
 from benchmarks.zoo.entry import Batch, Entry
 from irw_optim import IRWOptimizer
 from irw_optim.measure import Step, peak_bytes

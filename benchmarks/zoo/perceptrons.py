@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from benchmarks.step_cost.models import TABLE, Work, mlp
+from benchmarks.models import TABLE, Work, mlp
 from benchmarks.zoo.entry import Batch, Entry, rows
 
 FEATURES = 24

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.step_cost.models import mlp
+from benchmarks.models import mlp
 from benchmarks.zoo.entry import Batch, Entry, rows
 
 FEATURES = 24
