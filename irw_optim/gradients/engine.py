@@ -118,6 +118,7 @@ class Engine(Renewed):
         if self.hooks is None:
             self.begin()
         graph = walk(losses, hooked=self.listens)
+        refuse_reentrant_checkpoints(graph.order)
         own = None if owns is None else owns(graph.leaves)
         batch = LossGradients(self, losses, graph, own)
         _WAITING.join(batch)
@@ -155,7 +156,6 @@ class Engine(Renewed):
         self.unfamiliar = plan is None
         if plan is not None:
             return graph._replace(sites=sites_of(plan.readings, graph, size)), plan.covering
-        refuse_reentrant_checkpoints(graph.order)
         batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
         found = read(graph, batch, own) if batch.followed else None
         if found is not None:

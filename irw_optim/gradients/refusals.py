@@ -15,7 +15,7 @@ def refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:
     Raises:
         RuntimeError: activation checkpointing with ``use_reentrant=True``.
     """
-    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
+    if "CheckpointFunctionBackward" in {kind.__name__ for kind in set(map(type, nodes))}:
         raise RuntimeError(
             "torch.utils.checkpoint with use_reentrant=True: it adds to p.grad from inside the "
             "backward pass, so that no gradient of single samples can be had. Call "
