@@ -26,6 +26,7 @@ from irw_optim.gradients.layers import (
     ElementwiseCall,
     EmbeddingBagCall,
     EmbeddingCall,
+    HeadsCall,
     LayerCall,
     Layout,
     LinearCall,
@@ -258,6 +259,15 @@ def _linear(node: Any, weights: Weights) -> list[LayerCall] | None:
         return None
     weight = weights[1]
     return [LinearCall(node._saved_self, weight.tensor, transposed=not weight.turned)]
+
+
+@node_rule("Bmm", "Baddbmm")
+def _linear_by_heads(node: Any, weights: Weights) -> list[LayerCall] | None:
+    *summand, _, right = range(len(node.next_functions))
+    if weights.keys() != {right} or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    read = node._saved_batch1 if summand else node._saved_self
+    return [HeadsCall(read, weights[right].tensor)]
 
 
 @node_rule("Convolution", "ConvolutionOverrideable")

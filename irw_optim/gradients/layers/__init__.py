@@ -4,6 +4,7 @@ from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.layers._convolution import ConvolutionCall
 from irw_optim.gradients.layers._elementwise import ElementwiseCall
 from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCall
+from irw_optim.gradients.layers._heads import HeadsCall
 from irw_optim.gradients.layers._layout import FIRST, Layout
 from irw_optim.gradients.layers._linear import LinearCall, LinearRowsCall
 from irw_optim.gradients.layers._norm import NormCall
@@ -18,6 +19,7 @@ __all__ = [
     "ElementwiseCall",
     "EmbeddingBagCall",
     "EmbeddingCall",
+    "HeadsCall",
     "LSTMCall",
     "LayerCall",
     "Layout",

@@ -1,0 +1,53 @@
+"""Linear maps side by side, one for each head or expert: a batched product with weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from irw_optim.gradients.layers._call import LayerCall, RowWeights, inner
+from irw_optim.gradients.layers._layout import Layout
+from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.protocol import Direction
+
+
+class HeadsCall(LayerCall):
+    """y_h = a_h W_h for a of shape (heads, rows, in) and W of shape (heads, in, out).
+
+    The batch is among the rows, alone or folded with positions.
+    """
+
+    def __init__(self, input: Tensor, weight: Tensor) -> None:
+        super().__init__(input, weight=weight)
+
+    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
+        """All rows are treated alike."""
+        rows = output_shape[1]
+        if rows == batch_size:
+            return (Layout(1),)
+        if batch_size and rows > batch_size and rows % batch_size == 0:
+            return Layout(1, "batch major"), Layout(1, "batch minor")
+        return ()
+
+    def dot(self, direction: Direction) -> Tensor:
+        (parameter,) = self.parameters.values()
+        if parameter not in direction:
+            return self.b.new_zeros(len(self.b))
+        a, b = self._sides()
+        return inner(b, a @ direction[parameter].to(a.dtype), in_place=True)
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        (parameter,) = self.parameters.values()
+        a, b = self._sides()
+        b = b * weights.in_dtype(b.dtype).view(-1, 1, 1, 1)
+        return {parameter: torch.einsum("bhni,bhno->hio", a, b)}
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        (parameter,) = self.parameters.values()
+        a, b = self._sides()
+        return {parameter: a[samples].mT @ b[samples]}
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """Input and output gradient as (B, heads, positions, width)."""
+        a, b = widened(self.input), self.b
+        return (a.unsqueeze(2), b.unsqueeze(2)) if a.ndim == 3 else (a, b)

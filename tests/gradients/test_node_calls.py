@@ -1,0 +1,218 @@
+"""Layers that the graph shows: whatever a forward is written with, its step is the loop's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from agreement import agree
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from irw_optim import IRWOptimizer
+
+B, T, D, ALPHA = 6, 5, 4, 0.3
+
+
+class Net(nn.Module):
+    """A forward as a function of the module, which has parameters of every use."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.written = forward
+        self.p, self.q = nn.Parameter(torch.randn(D)), nn.Parameter(torch.rand(D) + 0.5)
+        self.square, self.wide = nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.randn(D, 3))
+        self.token, self.table = nn.Parameter(torch.randn(1, 1, D)), nn.Parameter(torch.randn(9, 1))
+        self.scalar = nn.Parameter(torch.tensor(0.7))
+        self.kernel = nn.Parameter(torch.randn(3, D, 2))
+        self.linear, self.norm = nn.Linear(D, D), nn.LayerNorm(D)
+        self.down, self.up = nn.Linear(D, 2, bias=False), nn.Linear(2, D, bias=False)
+        self.weighted = parametrizations.weight_norm(nn.Linear(D, D))
+        self.slopes = nn.PReLU(T)
+        self.last = nn.Linear(D, 2)
+        self.register_buffer("offsets", (torch.arange(T)[:, None] - torch.arange(T)) + T - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.written(self, x)
+
+
+def standardised(m: Net, x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(m.kernel, (1, 2), keepdim=True)
+    h = F.conv1d(x.mT, (m.kernel - mean) * (variance + 1e-5).rsqrt())
+    return h.flatten(1)
+
+
+def with_a_table_of_biases(m: Net, x: Tensor) -> Tensor:
+    bias = m.table[m.offsets.flatten()].view(T, T)
+    return m.last((x @ x.mT + bias).softmax(-1) @ x)
+
+
+def class_token(m: Net, x: Tensor) -> Tensor:
+    return m.last(m.norm(torch.cat([m.token.expand(len(x), -1, -1), x], 1))[:, 0])
+
+
+def adapted(m: Net, x: Tensor) -> Tensor:
+    return F.linear(x, m.linear.weight + m.up.weight @ m.down.weight, m.linear.bias)
+
+
+def decomposed(m: Net, x: Tensor) -> Tensor:  # a magnitude and a direction
+    weight = m.square + m.up.weight @ m.down.weight
+    return F.linear(x, m.q[:, None] * weight / weight.norm(dim=1, keepdim=True))
+
+
+def by_hand(m: Net, x: Tensor) -> Tensor:  # an RMS norm
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * m.p
+
+
+def tied(m: Net, x: Tensor) -> Tensor:
+    return F.linear(torch.tanh(F.linear(x, m.square)), m.square.t(), m.p)
+
+
+FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a product": lambda m, x: x @ m.wide,
+    "a product with the transpose": lambda m, x: x @ m.square.t(),
+    "a linear map": lambda m, x: F.linear(x, m.square, m.p),
+    "a linear map of some columns": lambda m, x: F.linear(x[..., :3], m.square[:, :3]),
+    "einsum over heads": lambda m, x: torch.einsum("btd,odh->btoh", x, m.kernel),
+    "heads": lambda m, x: torch.einsum("bto,odh->btoh", x[..., :3], m.kernel),
+    "einsum": lambda m, x: torch.einsum("bti,io->bto", x, m.wide),
+    "a sum, a product, a quotient": lambda m, x: (x + m.p) * m.q / (1 + m.scalar.exp()),
+    "a quotient by parameters": lambda m, x: x / m.q,
+    "a power": lambda m, x: (x.abs() + 1) ** m.q,
+    "a maximum": lambda m, x: torch.maximum(x, m.p),
+    "an interpolation": lambda m, x: torch.lerp(x, m.p, 0.3),
+    "a choice": lambda m, x: torch.where(x > 0, x, m.p),
+    "slopes": lambda m, x: m.slopes(x),
+    "a gain by hand": by_hand,
+    "a norm of one's own": lambda m, x: F.layer_norm(x, (D,), m.p, m.q),
+    "a norm behind the time": lambda m, x: m.norm(x.transpose(0, 1)).transpose(0, 1),
+    "a group norm": lambda m, x: F.group_norm(x.mT, 2, m.p, m.q),
+    "an instance norm": lambda m, x: F.instance_norm(x.mT, weight=m.p, bias=m.q),
+    "a convolution": lambda m, x: F.conv1d(x.mT, m.kernel, m.p[:3]),
+    "a transposed convolution": lambda m, x: F.conv_transpose1d(x.mT, m.kernel.transpose(0, 1)),
+    "standardised weights": standardised,
+    "weight norm": lambda m, x: m.weighted(x),
+    "a low rank beside the weight": adapted,
+    "magnitude and direction": decomposed,
+    "a class token": class_token,
+    "tiles": lambda m, x: torch.cat([m.token.repeat(len(x), 2, 1), x], 1) ** 2,
+    "a table of biases": with_a_table_of_biases,
+    "a layer of parameters": lambda m, x: x * m.linear(m.token).sigmoid(),
+    "tied": tied,
+    "folded": lambda m, x: m.norm(m.linear(x.flatten(0, 1))).unflatten(0, x.shape[:2]),
+}
+
+
+def losses_of(model: Net, x: Tensor) -> Tensor:
+    output = model(x)
+    pattern = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output).cos()
+    return ((output + pattern) * pattern).square().flatten(1).mean(1)
+
+
+def check(model: Net, x: Tensor, tolerance: float = 1e-10) -> IRWOptimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    truth = reference.step(losses_of(model, x), trainable, ALPHA)
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.05), alpha=ALPHA, model=model)
+    for _ in range(3):  # the first finds the plan, the others follow it
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(model, x))
+        agree(optimizer, model, truth, tolerance)
+    return optimizer
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_every_way_of_reading_parameters_has_quick_products(name):
+    torch.manual_seed(0)
+    model = Net(FORWARDS[name]).double()
+    optimizer = check(model, torch.randn(B, T, D).double())
+    used = {p for p in model.parameters() if p.grad is not None}
+    assert used
+    assert used <= optimizer.engine.covered_parameters()
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_with_every_other_parameter_frozen(name):
+    torch.manual_seed(0)
+    for first in (0, 1):
+        model = Net(FORWARDS[name]).double()
+        for parameter in list(model.parameters())[first::2]:
+            parameter.requires_grad_(False)
+        x = torch.randn(B, T, D).double()
+        if losses_of(model, x).requires_grad:
+            check(model, x)
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_the_gram_matrix(name):
+    torch.manual_seed(0)
+    model, x = Net(FORWARDS[name]).double(), torch.randn(B, T, D).double()
+    captured = IRWOptimizer(
+        torch.optim.SGD(model.parameters(), 0.05), alpha=ALPHA, model=model
+    ).engine.capture(losses_of(model, x))
+    captured.start(torch.ones((), dtype=torch.double), keep_graph=True)
+    gram = captured.rows(lambda p: True).gram()
+    captured.close()
+    losses, leaves = losses_of(model, x), list(model.parameters())
+    rows = [
+        torch.cat([g.flatten() for g in gradients if g is not None])
+        for gradients in (
+            torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+            for loss in losses
+        )
+    ]
+    G = torch.stack(rows)
+    assert reference.error(gram, G @ G.T) < 1e-10
+
+
+class Recurrent(nn.Module):
+    def __init__(self, read: str, **options: Any) -> None:
+        super().__init__()
+        self.cell, self.read = nn.LSTM(D, 3, **options), read
+        self.last = nn.LazyLinear(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, (state, cell) = self.cell(x if self.cell.batch_first else x.transpose(0, 1))
+        if not self.cell.batch_first:
+            output = output.transpose(0, 1)
+        if self.read == "states":
+            return self.last(output.mean(1))
+        if self.read == "last state":
+            return self.last(state[-1])
+        return self.last(torch.cat([output[:, 0], cell[-1], state[0]], 1))
+
+
+LSTMS: dict[str, dict[str, Any]] = {
+    "batch first": {"batch_first": True},
+    "time first": {},
+    "two layers": {"num_layers": 2},
+    "both directions": {"bidirectional": True, "batch_first": True},
+    "without biases": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("read", ["states", "last state", "states, state and cell"])
+@pytest.mark.parametrize("kind", LSTMS)
+def test_a_fused_lstm(kind, read):
+    torch.manual_seed(0)
+    model = Recurrent(read, **LSTMS[kind])
+    x = torch.randn(B, T, D)
+    model(x)
+    optimizer = check(model, x, 1e-4)
+    assert set(model.parameters()) <= optimizer.engine.covered_parameters()
+
+
+def test_a_fused_lstm_behind_batch_statistics():
+    torch.manual_seed(0)
+    model = Recurrent("states", batch_first=True)
+    model.last = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    check(model, torch.randn(B, T, D), 1e-3)
+
+
+def test_a_plan_is_not_followed_where_the_sizes_are_others():
+    model = Net(FORWARDS["a table of biases"]).double()
+    for batch in (6, 3, 6, 5, 2):
+        check(model, torch.randn(batch, T, D).double())
