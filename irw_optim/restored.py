@@ -79,7 +79,7 @@ def randomness_restored(
 def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]:
     """What puts back the buffers and attributes of a module and of the modules in it.
 
-    Goes into the lists, dicts, sets, tensors, generators and plain objects that the attributes name.
+    Goes into the lists, dicts, sets, tensors, generators and plain objects that attributes name.
 
     Args:
         module: nothing of it is changed now.

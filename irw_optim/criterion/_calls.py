@@ -84,4 +84,3 @@ def rehearsal(
 def _same(state: Any, other: Any) -> bool:
     """Of two states of NumPy's global generator."""
     return state[2:] == other[2:] and np.array_equal(state[1], other[1])
-

@@ -12,7 +12,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from irw_optim.schemes.undisturbed import warn_once
+from irw_optim.schemes.eval_mode import warn_once
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Of the mean loss: far above what another kernel for another batch size rounds differently."""

@@ -16,8 +16,7 @@ from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.dataset_over_ranks import ranks_of
 from irw_optim.schemes.global_weights import BatchLosses, Forward, weigh_dataset
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
-from irw_optim.schemes.indexed import indexed_loader
-from irw_optim.schemes.reading import DatasetReader
+from irw_optim.schemes.reading import DatasetReader, indexed_loader
 from irw_optim.schemes.requirements import (
     USES,
     check_block,

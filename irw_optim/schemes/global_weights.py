@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
@@ -35,12 +36,12 @@ from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.options import described
 from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
 from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks, ranks_of
+from irw_optim.schemes.eval_mode import eval_mode
 from irw_optim.schemes.forward_mode import in_full_precision
 from irw_optim.schemes.order import batches_to_ask, check_order
 from irw_optim.schemes.progress import progress_bar
-from irw_optim.schemes.reading import DatasetReader, to_device
+from irw_optim.schemes.reading import DatasetReader
 from irw_optim.schemes.requirements import check_block, check_engine
-from irw_optim.schemes.undisturbed import undisturbed
 from irw_optim.weighting import Alignment, worst_off_count
 from irw_optim.weighting.local_scheme import LocalScheme, present_in
 from irw_optim.weighting.outliers import OutlierFilter
@@ -175,7 +176,7 @@ def weigh_dataset(
     if ranks is not None:
         to_read, progress = to_read // ranks.number, progress and ranks.rank == 0
     with (
-        undisturbed(model),
+        eval_mode(model),
         progress_bar("global weights", to_read, progress) as bar,
     ):
         alone = DatasetGradients(reader, torch.arange(size), losses_of, engine, scored, bar)
@@ -275,7 +276,16 @@ class BatchLosses:
             model = model.module  # its own forward would wait for a backward pass of every process
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        return per_sample_losses(self.criterion, *arguments(model, to_device(batch, device)))
+        return per_sample_losses(self.criterion, *arguments(model, _on(device, batch)))
+
+
+def _on(device: torch.device, batch: Any) -> Any:
+    """The batch with all that has a ``to``, in tuples, lists and mappings too, on the device."""
+    return tree_map(
+        lambda value: value.to(device) if hasattr(value, "to") else value,
+        batch,
+        is_leaf=lambda value: hasattr(value, "to"),
+    )
 
 
 def _inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from irw_optim.schemes.reading import without_workers
+from irw_optim.schemes.loaders import idle_copy
 from irw_optim.schemes.resampling import ResamplingSampler
 
 
@@ -94,7 +94,7 @@ class ResumableLoader:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "loader": without_workers(self.loader)}
+        return {**vars(self), "loader": idle_copy(self.loader)}
 
     @property
     def _sampler(self) -> Any:

@@ -129,6 +129,12 @@ def test_agreement_is_not_known_without_two_sides(inside: bool) -> None:
     assert math.isnan(agreement(np.arange(3.0), np.full(3, inside)))
 
 
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_agreement_takes_a_broken_loss_for_the_largest(broken: float) -> None:
+    losses, inside = np.array([1.0, broken, 0.0], np.float32), np.array([True, False, False])
+    assert agreement(losses, inside) == pytest.approx(0.5)
+
+
 def a_row(step: int) -> Row:
     return Row(step, {}, {})
 
