@@ -38,7 +38,7 @@ from irw_optim.schemes.dataset_gradients import DatasetGradients, check_finite
 from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks, ranks_of
 from irw_optim.schemes.eval_mode import eval_mode
 from irw_optim.schemes.forward_mode import in_full_precision
-from irw_optim.schemes.order import batches_to_ask, check_order
+from irw_optim.schemes.order import batches_to_check, check_order
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader
 from irw_optim.schemes.requirements import check_block, check_engine
@@ -193,7 +193,7 @@ def weigh_dataset(
         arranged = reader.collates or losses_of.forward is not None
         due = reader.check_is_due()
         if arranged and due:
-            for asked in batches_to_ask(alone, everybody.losses, reader.uses):
+            for asked in batches_to_check(alone, everybody.losses, reader.uses):
                 check_order(alone, asked, compared)
         removed = None
         if scheme.outliers is not None:
@@ -203,14 +203,14 @@ def weigh_dataset(
         record = scheme.decide(everybody, rows, removed)
         check_finite(record.scores, "scores", rows.samples)
         if due and (not scheme.needs_gradients or size <= reader.batch_size):
-            alone.meet_others()
-        differing = alone.company.differing(in_full_precision(engine))
+            alone.read_in_other_batches()
+        differing = alone.consistency.differing_batches(in_full_precision(engine))
         if ranks is not None:  # what one raises, all have to
             differing = [batch for some in ranks.objects(differing) for batch in some]
         if differing:
             for batch in differing if arranged else []:
                 check_order(alone, torch.tensor(batch), compared)
-            alone.company.warn(model)
+            alone.consistency.warn(model)
         return record
 
 

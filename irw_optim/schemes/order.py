@@ -8,7 +8,7 @@ samples must have the same of both::
     losses(collate([a, b, c])) == losses(collate([c, b, a])).flip(0)
 
 A batch of samples is asked, drawn at random from the whole data set, and every batch in which a
-sample's loss was another one than elsewhere (`irw_optim.schemes.company`).
+sample's loss was another one than elsewhere (`irw_optim.schemes.consistency`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _REMEDY = (
 )
 
 
-def batches_to_ask(rows: DatasetGradients, losses: Tensor, seed: int) -> list[Tensor]:
+def batches_to_check(rows: DatasetGradients, losses: Tensor, seed: int) -> list[Tensor]:
     """Samples whose order is to be looked at, as dataset indices: one batch, as a rule.
 
     Args:
@@ -50,7 +50,7 @@ def batches_to_ask(rows: DatasetGradients, losses: Tensor, seed: int) -> list[Te
         seed: of the draw.
     """
     if losses.max() - losses.min() <= 1e-3 * losses.mean().abs():
-        positions, sizes = rows.dealt_out()
+        positions, sizes = rows.interleaved()
         return [rows.samples[some] for some in positions.split(sizes)]
     number = max(rows.reader.batch_size, rows.reader.loader.batch_size or 1)
     drawn = torch.randperm(rows.batch_size, generator=torch.Generator().manual_seed(seed))
