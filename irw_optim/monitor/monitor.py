@@ -16,7 +16,7 @@ from irw_optim.metrics._inputs import GroupsLike
 from irw_optim.monitor.course import Course
 from irw_optim.monitor.export import Logger, as_frame, check_logger, send, write_csv
 from irw_optim.monitor.findings import Finding
-from irw_optim.monitor.held import HeldSince
+from irw_optim.monitor.staleness import WeightAge
 from irw_optim.monitor.history import History
 from irw_optim.monitor.recording import row_of
 from irw_optim.monitor.rows import Row
@@ -89,7 +89,7 @@ class IRWMonitor:
             "capacity", capacity, 10, "a whole number >= 10, the rows that are kept"
         )
         self._history = History(every, capacity)
-        self._held = HeldSince()
+        self._held = WeightAge()
         self._loggers: list[Logger] = []
         self._passes: deque[GroupsLike] = deque(maxlen=self.optimizer.accumulation_steps)
         self._steps_before = self.optimizer.steps

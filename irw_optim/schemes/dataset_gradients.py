@@ -12,7 +12,7 @@ The third product, N x N, is not on offer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -89,7 +89,7 @@ class DatasetGradients:
         torch.clear_autocast_cache()  # casts of parameters that no graph leads to
         batch = as_one([Pass(part._replace(losses=widened(part.losses)), 1.0) for part in batches])
         batch = batch._replace(elements=sum(elements_of(part) for part in batches))
-        return some_of(batch, _inverse(order).to(batch.losses.device))
+        return some_of(batch, torch.cat(order).argsort().to(batch.losses.device))
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w, over the samples that have a weight."""
@@ -126,31 +126,31 @@ class DatasetGradients:
                 return self._dot_in_forward_mode(direction)
             except RuntimeError as error:
                 forward_mode.give_up(self.engine, error)
-        parts, order = list[Tensor](), []
-        for places, rows in self.blocks(torch.arange(self.batch_size)):
-            parts.append(rows.dot(direction))
-            order.append(places)
-        return _joined(parts, order)
+        everybody = torch.arange(self.batch_size)
+        return _in_order((some, rows.dot(direction)) for some, rows in self.blocks(everybody))
 
     def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
-        model, size = self.engine.model, self.reader.batch_size
-        parts, order = list[Tensor](), list[Tensor]()
-        assert model is not None
+        size = self.reader.batch_size
         # One batch, which the engine takes as well, and then two at once: no graph holds anything.
-        first, rest = self.samples[:size], self.samples[size:]
-        sizes = [len(first), *map(len, rest.split(2 * size) if len(rest) else ())]
-        for places, batch in self.reader.batches(self.samples, sizes):
-            indices = self.samples[places]
-            parts.append(jvp(model, partial(self._losses_of, indices), batch, direction))
-            order.append(places)
-            if len(parts) == 1:
-                with self._gradients(indices, batch) as rows:
-                    forward_mode.check_equal(parts[0], rows.dot(direction))
-            self.advance(len(indices))
-        scores = _joined(parts, order)
+        first, others = self.samples[:size], self.samples[size:]
+        sizes = [len(first), *map(len, others.split(2 * size) if len(others) else ())]
+        scores = _in_order(self._parts_in_forward_mode(direction, sizes))
         if self._combined is not None:
             forward_mode.check_sum(scores, direction, *self._combined)
         return scores
+
+    def _parts_in_forward_mode(
+        self, direction: Direction, sizes: list[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        model, first = self.engine.model, True
+        assert model is not None
+        for some, indices, batch in self._read(torch.arange(self.batch_size), sizes):
+            scores = jvp(model, partial(self._losses_of, indices), batch, direction)
+            if first:
+                with self._gradients(indices, batch) as rows:
+                    forward_mode.check_equal(scores, rows.dot(direction))
+            first = False
+            yield some, scores
 
     def gram(self) -> Tensor:
         """Not on offer: N x N numbers."""
@@ -248,13 +248,11 @@ class DatasetGradients:
         return part._replace(losses=part.losses.detach())
 
 
-def _joined(parts: list[Tensor], places: list[Tensor]) -> Tensor:
-    """The values of batches whose samples have these places, in order."""
-    return torch.cat(parts)[_inverse(places).to(parts[0].device)]
-
-
-def _inverse(places: list[Tensor]) -> Tensor:
-    return torch.cat(places).argsort()
+def _in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The values of batches, each with the places of its samples, by place."""
+    places, values = zip(*parts, strict=True)
+    joined = torch.cat(values)
+    return joined[torch.cat(places).argsort().to(joined.device)]
 
 
 def check_finite(values: Tensor, what: str, samples: Tensor) -> None:

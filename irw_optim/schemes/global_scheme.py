@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from irw_optim.distributed.ranks import place
 from irw_optim.optimizer import IRWOptimizer
+from irw_optim.schemes.batch_losses import BatchLosses, Forward
 from irw_optim.schemes.dataset_over_ranks import ranks_of
-from irw_optim.schemes.global_weights import BatchLosses, Forward, weigh_dataset
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
 from irw_optim.schemes.reading import DatasetReader, indexed_loader
 from irw_optim.schemes.requirements import (
@@ -26,6 +26,7 @@ from irw_optim.schemes.requirements import (
 )
 from irw_optim.schemes.resampling import ResamplingSampler
 from irw_optim.schemes.resuming import ResumableLoader
+from irw_optim.schemes.weighing import weigh_dataset
 from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.record import StepRecord
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from irw_optim.schemes.collating import Rearranged, RefusedError, refuse_sorting
 from irw_optim.schemes.loaders import batch_size_of, check_loader, idle_copy, loader_like
-from irw_optim.schemes.order import Rearranged, RefusedError, refuse_sorting
 
 
 class IndexedDataset(Dataset[tuple[int, Any]]):

@@ -12,7 +12,7 @@ from irw_optim.schemes.held_weights import HeldWeights
 from irw_optim.weighting.record import StepRecord
 
 
-class HeldSince:
+class WeightAge:
     """Watches the weights that an optimizer's scheme holds, by identity: it waits for nothing."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class HeldSince:
         self.step, self._known, self._resumed = state["step"], None, state["weights"]
 
 
-def held_members(scheme: object) -> Array | None:
+def worst_off_when_made(scheme: object) -> Array | None:
     """Who of the newest batch was among the worst off when the weights were made, (B,)."""
     if not isinstance(scheme, HeldWeights) or scheme.record is None or scheme.indices is None:
         return None
