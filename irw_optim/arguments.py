@@ -91,3 +91,16 @@ def as_flag(value: object) -> bool | None:
     """
     flag = plain(value)
     return flag if isinstance(flag, bool) else None
+
+
+def true_or_false(name: str, value: object) -> bool:
+    """The truth value that an argument is, or a TypeError that names it.
+
+    >>> true_or_false("class_balance", 1)
+    Traceback (most recent call last):
+    ...
+    TypeError: class_balance=1: expected True or False
+    """
+    if (flag := as_flag(value)) is None:
+        raise TypeError(f"{name}={value!r}: expected True or False")
+    return flag

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from irw_optim.arguments import true_or_false
 from irw_optim.criterion import validate_criterion
 from irw_optim.distributed.replicas import replica_in
 from irw_optim.gradients.engine import Engine
@@ -108,6 +109,8 @@ def global_weights(
     """
     alpha = check_alpha(alpha)
     check_options(center=center, mix=mix)
+    center, mix = float(center), float(mix)
+    class_balance = true_or_false("class_balance", class_balance)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected a torch.nn.Module")
     validate_criterion(criterion)

@@ -15,8 +15,8 @@ from irw_optim import IRWOptimizer
 from irw_optim.criterion import per_sample_losses
 from irw_optim.gradients.engine import Engine
 from irw_optim.schemes import GlobalScheme, global_weights
-from irw_optim.schemes.forward_mode import jvp
 from irw_optim.schemes.batch_losses import BatchLosses
+from irw_optim.schemes.forward_mode import jvp
 from irw_optim.schemes.reading import DatasetReader
 
 N, CLASSES = 53, 3
