@@ -16,11 +16,11 @@ from irw_optim.metrics._inputs import GroupsLike
 from irw_optim.monitor.course import Course
 from irw_optim.monitor.export import Logger, as_frame, check_logger, send, write_csv
 from irw_optim.monitor.findings import Finding
-from irw_optim.monitor.staleness import WeightAge
 from irw_optim.monitor.history import History
 from irw_optim.monitor.recording import row_of
 from irw_optim.monitor.rows import Row
 from irw_optim.monitor.signatures import diagnose
+from irw_optim.monitor.staleness import WeightAge
 from irw_optim.optimizer import IRWOptimizer
 
 if TYPE_CHECKING:

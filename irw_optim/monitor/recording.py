@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from irw_optim.metrics._inputs import GroupsLike, as_columns
-from irw_optim.monitor.staleness import agreement, worst_off_when_made
 from irw_optim.monitor.rows import Array, Batch, Row, by_class, by_group, read, summarise
+from irw_optim.monitor.staleness import agreement, worst_off_when_made
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.weighting.record import StepRecord
 
