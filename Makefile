@@ -41,7 +41,7 @@ WITH_ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-fast test-lowest test-newest test-versions test-machines $(MACHINES) lint format types docs demo bench build clean
+.PHONY: help setup test test-fast test-lowest test-newest test-versions test-machines $(MACHINES) lint format types docs demo bench zoo build clean
 
 help: ## Show this text
 	@echo "irw-optim: the targets of this Makefile (each installs into $(VENV) what it needs, once)"
@@ -92,6 +92,9 @@ demo: $(WITH_REPORT) ## Train on UCI Adult with and without IRW and write a repo
 bench: $(WITH_ALL) ## Measure time and memory against plain training (minutes)
 	$(BIN)/python -m benchmarks.step_cost
 	$(BIN)/python benchmarks/private_ghost.py
+
+zoo: $(WITH_ALL) ## Measure time, memory and exactness on many architectures (an hour)
+	$(BIN)/python -m benchmarks.zoo
 
 build: $(WITH_ALL) ## Build the source and binary distributions in dist/
 	rm -rf dist

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from threading import Lock
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -18,18 +18,32 @@ from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
-from irw_optim.gradients.capture import Graph, walk
+from irw_optim.gradients.capture import Graph, hook_layers, walk
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
-from irw_optim.gradients.hooks import hooks_of
+from irw_optim.gradients.hooks import is_compiled, needs_hooks, silence_of
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch
-from irw_optim.gradients.node_calls import sites_of
+from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_of_parts
+from irw_optim.gradients.node_calls import Reading, read, sites_of, with_layouts
+from irw_optim.gradients.nodes import shape_of
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
 
 logger = logging.getLogger("irw_optim")
 
 _Value = TypeVar("_Value")
+
+
+class Plan(NamedTuple):
+    """What a kind of graph needs, once it is known.
+
+    Attributes:
+        readings: the operations that read what the samples share.
+        covering: what is known of their products.
+    """
+
+    readings: list[Reading]
+    covering: Covering
+
 
 KNOWN_GRAPHS = 256
 """Kinds of graphs remembered at once: a forward that changes for ever must not fill the memory."""
@@ -51,8 +65,9 @@ class Engine(Renewed):
     PASSING = (
         "hooks",
         "known",
-        "batches",
         "coverings",
+        "plans",
+        "listens",
         "trust",
         "told",
         "uses",
@@ -67,17 +82,28 @@ class Engine(Renewed):
         self.begin()
 
     def begin(self) -> None:
-        """Hook the model, and know nothing of it yet."""
-        self.hooks: list[Attachment] | None = hooks_of(self.model, self.kind)
+        """Know nothing of the model yet."""
+        being_copied = self.model is not None and "_modules" not in vars(self.model)
+        self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
+        self.listens = False
+        if self.model is not None and not being_copied:
+            if self.kind == "ghost" or needs_hooks(self.model):
+                self.listen()
         self.known: dict[str, bool] = {}
-        self.batches: dict[Hashable, Batch] = {}
         self.coverings: dict[Hashable, Covering] = {}
+        self.plans: dict[Hashable, Plan] = {}
         self.trust: dict[Hashable, Trust] = {}
         self.told: set[str] = set()
         self.uses = 0
         self.unfamiliar = True
         self.listened_to: dict[Hashable, bool] = {}
         self.random = torch.Generator().manual_seed(0)
+
+    def listen(self) -> None:
+        """See layers as they are called, too: where the graph does not show what they do."""
+        if self.hooks is not None and self.model is not None and not self.listens:
+            self.listens = True
+            self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
 
     def capture(
         self, losses: Tensor, owns: Callable[[Tensor], bool] | None = None
@@ -123,26 +149,41 @@ class Engine(Renewed):
             report: whether to say what is left to autodiff, or to refuse it.
         """
         size = len(losses)
-        batch = Batch(None)
-        self.unfamiliar = True
-        if self.kind != "autodiff" and size > 1:
-            batch = self._follow(losses, graph)
-        walked = graph
-        if batch.followed:
-            graph = graph._replace(sites=sites_of(graph, batch, own) or [])
-        elif batch.surely_mixes:
+        known = (fingerprint(losses, graph), *map(id, own))
+        plan = self.plans.get(known)
+        self.unfamiliar = plan is None
+        if plan is not None:
+            return graph._replace(sites=sites_of(plan.readings, graph, size)), plan.covering
+        batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
+        found = read(graph, batch, own) if batch.followed else None
+        if found is not None:
+            graph = graph._replace(sites=found[1])
+        elif batch.followed or batch.surely_mixes:
             graph = graph._replace(sites=[])
+        elif size > 1:
+            self._look_closer(graph)
         graph = arranged(graph, batch, size)
         kind = kind_of(graph, own, size, batch)
         covering = self.coverings.get(kind)
         if covering is None:
             trust = self.trust.setdefault((size > 1, batch.mixed_by), Trust())
             covering = covering_of(graph, own, size, batch, trust)
-            _remember(self.coverings, kind, covering)
-            if report:
-                self._report(covering, own)
-                self._report_parts(walked, size)
+            if size > 1:
+                _remember(self.coverings, kind, covering)
+                if report:
+                    self._report(covering, own)
+                    self._report_parts(graph, batch, size)
+        if found is not None:
+            _remember(self.plans, known, Plan(with_layouts(found[0], graph.sites), covering))
         return graph, covering
+
+    def _look_closer(self, graph: Graph) -> None:
+        """From now on see layers as they are called, where the graph does not show them."""
+        if self.listens:
+            return
+        self.listen()
+        if any(map(is_compiled, graph.order)):
+            torch.compiler.reset()  # what was compiled does not call the hooks
 
     def warn_of_mixing(self, losses: Tensor) -> None:
         """Say where samples may meet, for rows that somebody else made: nothing else shows it.
@@ -159,7 +200,7 @@ class Engine(Renewed):
                 "irw_optim.verify(model, ...) on the plain model does",
             )
             return
-        batch = self._follow(losses, walk(losses))
+        batch = follow_batch(losses, walk(losses))
         if batch.mixed_by is not None or batch.computes_shared:
             where = batch.mixed_by or "what is computed for all samples together"
             self._tell(
@@ -181,15 +222,6 @@ class Engine(Renewed):
         new = kind not in self.listened_to
         _remember(self.listened_to, kind, True)
         return new
-
-    def _follow(self, losses: Tensor, graph: Graph) -> Batch:
-        known = fingerprint(losses, graph)
-        batch = self.batches.get(known)
-        self.unfamiliar = batch is None
-        if batch is None:
-            batch = follow_batch(losses, graph)
-            _remember(self.batches, known, batch)
-        return batch
 
     def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:
         """Stop using the ghost products for parameters on which autograd disagrees."""
@@ -245,11 +277,15 @@ class Engine(Renewed):
             f"plain steps) for {self.names_of(rest)}: {covering.reason}",
         )
 
-    def _report_parts(self, graph: Graph, losses: int) -> None:
+    def _report_parts(self, graph: Graph, batch: Batch, losses: int) -> None:
         """Say where the samples are parts of what entered the model, such as tokens."""
-        calls = [site.call for site in graph.sites]
-        entered = {call.recorded.shape[0] for call in calls if call.recorded.ndim}
-        if len(entered) != 1 or any(call.layout is not None for call in calls):
+        if batch.followed:
+            entered = rows_of_parts(graph, batch, losses)
+        elif any(site.call.layout is not None for site in graph.sites):
+            return
+        else:
+            entered = {shape[0] for node in graph.order if len(shape := shape_of(node)) > 2}
+        if len(entered) != 1:
             return
         (rows,) = entered
         if 1 < rows < losses and losses % rows == 0:

@@ -7,19 +7,23 @@ from typing import Any
 from weakref import ref
 
 from torch import nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 
 from irw_optim.attachments import Attachment, Removable
-from irw_optim.gradients.capture import hook_layers
 
 
-def hooks_of(model: nn.Module | None, kind: str) -> list[Attachment] | None:
-    """Attached for as long as somebody holds them; None while the model is still being copied."""
-    if model is None:
-        return []
-    if "_modules" not in vars(model):
-        return None
-    hooks = [] if kind == "autodiff" else hook_layers(model)
-    return [*hooks, OpacusSilenced.on(model)] if hasattr(model, "hooks_enabled") else hooks
+def silence_of(model: nn.Module | None) -> list[Attachment]:
+    """Keeps Opacus' hooks quiet for as long as somebody holds it."""
+    return [OpacusSilenced.on(model)] if hasattr(model, "hooks_enabled") else []
+
+
+def needs_hooks(model: nn.Module) -> bool:
+    """Whether layers have to be seen as they are called: compiled, the graph does not show them."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
 
 
 class OpacusSilenced(Attachment):
@@ -43,3 +47,8 @@ class _Silence:
 
     def clean(self, state: dict[str, Any]) -> None:
         state["hooks_enabled"] = True
+
+
+def is_compiled(node: Node) -> bool:
+    """Whether a node is the backward pass of a region that torch.compile made."""
+    return isinstance(node, BackwardCFunction) and node.name().startswith("CompiledFunction")

@@ -129,6 +129,16 @@ def _inputs_of(output: Output) -> Sequence[int]:
         return MIXES
 
 
+def rows_of_parts(graph: Graph, batch: Batch, batch_size: int) -> set[int]:
+    """The leading sizes of tensors in which the samples lie along several dimensions."""
+    outputs = [
+        Output(graph.order[place], number, stride, batch_size)
+        for (place, number), stride in batch.places.items()
+        if stride != SHARED
+    ]
+    return {output.shape[0] for output in outputs if output.located is None}
+
+
 def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
     """What decides where the batch is: equal for graphs of which `follow_batch` says the same."""
     return losses.shape, losses.output_nr, graph.wiring, tuple(map(settings_of, graph.order))

@@ -8,7 +8,7 @@ weight standardisation cost what a layer costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,20 +49,28 @@ class Weight(NamedTuple):
     """
 
     tensor: Tensor
-    chain: Chain | None
+    chain: ChainPlaces | None
     turned: bool = False
 
-    @property
-    def is_complex_inside(self) -> bool:
-        """Whether it was computed from complex leaves, however real it is."""
-        leaves = () if self.chain is None else self.chain.leaves.values()
-        return any(leaf.is_complex() for leaf in leaves)
+
+class ChainPlaces(NamedTuple):
+    """A `Chain`, by the places of its nodes in the order of every graph of one kind."""
+
+    end: tuple[int, int]
+    order: tuple[int, ...]
+    leaves: tuple[int, ...]
+
+    def among(self, graph: Graph) -> Chain:
+        """The chain of one graph."""
+        end, number = self.end
+        leaves = {graph.leaf_nodes[n]: graph.leaves[n] for n in self.leaves}
+        return Chain((graph.order[end], number), [graph.order[n] for n in self.order], leaves)
 
 
 Weights = Mapping[int, Weight]
 """What an operation shares among the samples, by the number of the input."""
 
-NodeRule = Callable[[Any, Weights], "Iterable[LayerCall] | None"]
+NodeRule = Callable[[Any, Weights], "Sequence[LayerCall] | None"]
 
 _RULES: dict[str, NodeRule] = {}
 
@@ -70,8 +78,28 @@ _MATRIX_PRODUCTS = ("Addmm", "Mm")
 """They take a weight or its transpose alike."""
 
 
-def sites_of(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> list[CallSite] | None:
-    """The layer calls of a graph in which the batch is known everywhere.
+class Reading(NamedTuple):
+    """An operation that reads what the samples share, in every graph of one kind.
+
+    Attributes:
+        place: of its node in the graph's order.
+        output: number of the output that holds the batch.
+        rule: makes the layer calls of it.
+        weights: what it shares.
+        layouts: where the batch is, for each call; None as long as nobody has looked.
+    """
+
+    place: int
+    output: int
+    rule: NodeRule
+    weights: Weights
+    layouts: tuple[Layout | None, ...] | None = None
+
+
+def read(
+    graph: Graph, batch: Batch, own: Iterable[Tensor]
+) -> tuple[list[Reading], list[CallSite]] | None:
+    """What a graph reads in which the batch is known everywhere, and the layer calls of it.
 
     Args:
         graph: of one vector of losses.
@@ -82,79 +110,102 @@ def sites_of(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> list[CallSite
         None where some operation has no quick products.
     """
     mine = set(own)
-    leaves = dict(zip(graph.leaf_nodes, graph.leaves, strict=True))
+    leaves = {node: n for n, node in enumerate(graph.leaf_nodes) if graph.leaves[n] in mine}
+    readings: list[Reading] = []
     sites: list[CallSite] = []
     for place, output, inputs in batch.crossings:
         node: Any = graph.order[place]
         turns = base_name(node) in _MATRIX_PRODUCTS
-        edges = {n: node.next_functions[n] for n in inputs}
-        shared = {n: _weight_at(e, graph, leaves, mine, turns) for n, e in edges.items()}
+        shared = {n: _weight_at(node.next_functions[n], graph, leaves, turns) for n in inputs}
         weights = {n: weight for n, weight in shared.items() if weight is not None}
         if not weights:
             continue
-        rule = None if _is_complex(node, weights) else _rule_of(node, output)
-        calls = None if rule is None else rule(node, weights)
-        if calls is None:
+        rule = None if _is_complex(node, weights, graph) else _rule_of(node, output)
+        reading = None if rule is None else Reading(place, output, rule, weights)
+        found = None if reading is None else _sites_at(reading, graph)
+        if reading is None or found is None:
             return None
-        chains = {w.tensor: w.chain for w in weights.values() if w.chain is not None}
-        shape = shape_of(node, output)
-        for call in calls:
-            if any(p in chains for p in call.parameters.values()):
-                call = ChainedCall(
-                    call, {p: chains[p] for p in call.parameters.values() if p in chains}
-                )
-            edge = GradientEdge(node, output)
-            sites.append(CallSite(call, edge, call.output_shape or shape))
+        readings.append(reading)
+        sites += found
+    return readings, sites
+
+
+def sites_of(readings: Iterable[Reading], graph: Graph, batch_size: int) -> list[CallSite]:
+    """The layer calls of another graph of the kind, with the batch in front."""
+    sites: list[CallSite] = []
+    for reading in readings:
+        found = _sites_at(reading, graph)
+        assert found is not None, "another graph of this kind had them"
+        assert reading.layouts is not None
+        for site, layout in zip(found, reading.layouts, strict=True):
+            site.call.settle(layout, batch_size)
+        sites += found
     return sites
 
 
+def _sites_at(reading: Reading, graph: Graph) -> list[CallSite] | None:
+    node: Any = graph.order[reading.place]
+    calls = reading.rule(node, reading.weights)
+    if calls is None:
+        return None
+    edge, shape = GradientEdge(node, reading.output), shape_of(node, reading.output)
+    computed = [w for w in reading.weights.values() if w.chain is not None]
+    sites: list[CallSite] = []
+    for call in calls:
+        if computed:
+            mine = set(call.parameters.values())
+            chains = {w.tensor: w.chain.among(graph) for w in computed if w.tensor in mine}  # type: ignore[union-attr]
+            call = ChainedCall(call, chains) if chains else call
+        sites.append(CallSite(call, edge, call.output_shape or shape))
+    return sites
+
+
+def with_layouts(readings: Sequence[Reading], sites: Sequence[CallSite]) -> list[Reading]:
+    """The readings with the layouts that their sites have."""
+    found: dict[tuple[Node, int], list[Layout | None]] = {}
+    for call, edge, _ in sites:
+        found.setdefault((edge.node, edge.output_nr), []).append(call.layout)
+    layouts = list(found.values())
+    return [r._replace(layouts=tuple(own)) for r, own in zip(readings, layouts, strict=True)]
+
+
 def _weight_at(
-    edge: tuple[Any, int],
-    graph: Graph,
-    leaves: Mapping[Node, Tensor],
-    mine: set[Tensor],
-    turns: bool,
+    edge: tuple[Any, int], graph: Graph, leaves: Mapping[Node, int], turns: bool
 ) -> Weight | None:
     """What a node reads at an edge; None where nothing that is wanted made it."""
     node, number = edge
     turned = turns and base_name(node) == "T"
-    leaf = _leaf_behind(node.next_functions[0][0] if turned else node, leaves)
-    if leaf is not None:
-        return Weight(leaf, None, turned) if leaf in mine else None
-    order, made_of = _part_above(node, graph, leaves, mine)
+    behind = _unconverted(node.next_functions[0][0] if turned else node)
+    if behind in leaves:
+        return Weight(graph.leaves[leaves[behind]], None, turned)
+    order, made_of = _part_above(node, graph, leaves)
     if not made_of:
         return None
     metadata = node._input_metadata[number]
     stand_in = torch.empty(tuple(metadata.shape), dtype=metadata.dtype, device="meta")
-    return Weight(stand_in.requires_grad_(), Chain((node, number), order, made_of))
+    chain = ChainPlaces((graph.nodes[node], number), order, made_of)
+    return Weight(stand_in.requires_grad_(), chain)
 
 
-def _leaf_behind(node: Any, leaves: Mapping[Node, Tensor]) -> Tensor | None:
-    """The leaf that a node stands for: its own, or one that autocast converts."""
-    while node is not None and node not in leaves and base_name(node) == "ToCopy":
+def _unconverted(node: Any) -> Any:
+    """What autocast converted, or the node itself."""
+    while base_name(node) == "ToCopy":
         node = node.next_functions[0][0]
-    return leaves.get(node)
+    return node
 
 
 def _part_above(
-    node: Node, graph: Graph, leaves: Mapping[Node, Tensor], mine: set[Tensor]
-) -> tuple[list[Node], dict[Node, Tensor]]:
-    """The nodes from which one was computed, each before those it reads from, and their leaves."""
-    made_of: dict[Node, Tensor] = {}
-    seen = {node}
-    waiting = [node]
+    node: Node, graph: Graph, leaves: Mapping[Node, int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The nodes from which one was computed, each before those it reads from, and the leaves."""
+    seen, waiting = {node}, [node]
     while waiting:
         for parent, _ in waiting.pop().next_functions:
-            if parent is None or parent in seen:
-                continue
-            seen.add(parent)
-            if parent in leaves:
-                if leaves[parent] in mine:
-                    made_of[parent] = leaves[parent]
-            else:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
                 waiting.append(parent)
-    order = sorted((n for n in seen if n in graph.nodes), key=graph.nodes.__getitem__)
-    return order, made_of
+    order = sorted(graph.nodes[n] for n in seen if n in graph.nodes)
+    return tuple(order), tuple(leaves[n] for n in seen if n in leaves)
 
 
 def _rule_of(node: Node, output: int) -> NodeRule | None:
@@ -165,10 +216,12 @@ def _rule_of(node: Node, output: int) -> NodeRule | None:
     return _each_number if rule is None and rule_for(node) is elementwise else rule
 
 
-def _is_complex(node: Any, weights: Weights) -> bool:
-    """The products are of real numbers."""
-    computed = any(m.dtype.is_complex for m in node._input_metadata)
-    return computed or any(w.tensor.is_complex() or w.is_complex_inside for w in weights.values())
+def _is_complex(node: Any, weights: Weights, graph: Graph) -> bool:
+    """Whether anything complex is involved: the products are of real numbers."""
+    made_of = [n for w in weights.values() if w.chain is not None for n in w.chain.leaves]
+    tensors = [*(w.tensor for w in weights.values()), *(graph.leaves[n] for n in made_of)]
+    dtypes = [*(m.dtype for m in node._input_metadata), *(t.dtype for t in tensors)]
+    return any(dtype.is_complex for dtype in dtypes)
 
 
 def node_rule(*names: str) -> Callable[[NodeRule], NodeRule]:

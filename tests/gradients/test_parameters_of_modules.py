@@ -200,6 +200,7 @@ def test_a_parameter_that_only_one_call_of_two_accounts_for():
     """The expanded view is noted where it is expanded, and not again where it is added."""
     model = made("expanded over tokens", (5, 3, 4))
     optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.1), alpha=0.3, model=model)
-    graph = optimizer.engine.capture(losses_of(model)).graph
+    captured = optimizer.engine.capture(losses_of(model))
+    graph, _ = optimizer.engine.covering(captured.graph, captured.leaves, captured.losses)
     parameters = [p for site in graph.sites for p in site.call.parameters.values()]
     assert sum(p is model.p for p in parameters) == 1

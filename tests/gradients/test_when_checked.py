@@ -121,8 +121,8 @@ class Doubled(nn.Module):
 
 
 def test_where_nothing_is_known_every_step_is_checked(checks):
-    train(mlp(Doubled()), steps=9)
-    assert len(checks) == 9
+    train(mlp(Doubled()), steps=9)  # the first goes through the graph
+    assert len(checks) == 8
 
 
 def test_where_samples_surely_meet_nothing_relies_on_a_check(checks):
@@ -299,7 +299,7 @@ def test_half_precision_is_not_rejected_for_autograds_own_rounding(caplog):
     assert len(optimizer.engine.covered_parameters()) == 6
 
 
-def test_half_precision_that_mixes_is_rejected(caplog):
+def test_half_precision_that_mixes_has_no_quick_products():
     class Centre(nn.Module):
         def forward(self, h: Tensor) -> Tensor:
             return h - h.mean(0)
@@ -308,7 +308,7 @@ def test_half_precision_that_mixes_is_rejected(caplog):
     optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.01), alpha=ALPHA, model=model)
     x, y = torch.randn(B, 8).bfloat16(), torch.randint(2, (B,))
     optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
-    assert "samples meet" in caplog.text
+    assert not optimizer.engine.covered_parameters()
 
 
 def test_saturated_probabilities_behind_a_batch_norm():

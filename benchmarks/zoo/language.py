@@ -1,0 +1,263 @@
+"""Texts: GPTs with layers of their own, recurrent networks, bags of words."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from benchmarks.zoo.entry import Batch, Entry, per_sequence, sentences, texts
+
+
+class LayerNorm(nn.Module):
+    """A normalisation of its own, with an optional bias, as nanoGPT has it."""
+
+    def __init__(self, width: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
+
+
+class CausalAttention(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, length, width = x.shape
+        q, k, v = (
+            part.view(size, length, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(x).split(width, 2)
+        )
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
+        mixed = self.out(mixed.transpose(1, 2).reshape(size, length, width))
+        return F.dropout(mixed, self.dropout, self.training)
+
+
+class GPTBlock(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.attention = LayerNorm(width), CausalAttention(width, heads, dropout)
+        self.norm2 = LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """Tokens and places, causal blocks, a head that is the table of the tokens."""
+
+    def __init__(
+        self, dropout: float, width: int = 96, depth: int = 3, length: int = 48, words: int = 500
+    ) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(GPTBlock(width, 4, dropout) for _ in range(depth)))
+        self.norm, self.head = LayerNorm(width), nn.Linear(width, words, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = self.places(torch.arange(tokens.shape[1], device=tokens.device))
+        return self.head(self.norm(self.blocks(self.drop(self.tokens(tokens) + places))))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+
+class RelativeAttention(nn.Module):
+    """T5's: no scale, and a bias by the distance, learned in buckets."""
+
+    def __init__(self, width: int, heads: int, length: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.distances = nn.Embedding(16, heads)
+        line = torch.arange(length)
+        self.register_buffer("buckets", (line[None] - line[:, None]).clamp(-8, 7) + 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, length, width = x.shape
+        q, k, v = (
+            layer(x).view(size, length, self.heads, -1).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        affinity = q @ k.transpose(2, 3) + self.distances(self.buckets).permute(2, 0, 1)
+        return self.out((affinity.softmax(-1) @ v).transpose(1, 2).reshape(size, length, width))
+
+
+class RelativeBlock(nn.Module):
+    def __init__(self, width: int, length: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = RMSNorm(width), RelativeAttention(width, 4, length)
+        self.norm2, self.widen = RMSNorm(width), nn.Linear(width, 4 * width, bias=False)
+        self.narrow = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.narrow(F.relu(self.widen(self.norm2(x))))
+
+
+def relative(width: int = 96, length: int = 32) -> nn.Sequential:
+    blocks = [RelativeBlock(width, length) for _ in range(3)]
+    return nn.Sequential(
+        nn.Embedding(500, width), *blocks, RMSNorm(width), Mean(), nn.Linear(width, 2)
+    )
+
+
+class Mean(nn.Module):
+    """Over the second dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+class Recurrent(nn.Module):
+    """Embeds tokens, runs a recurrent layer, classifies its last state."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: object) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(500, 64)
+        self.layer = kind(64, 64, batch_first=True, **options)
+        self.head = nn.Linear(64 * (1 + self.layer.bidirectional), 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layer(self.tokens(tokens))[0][:, -1])
+
+
+class Packed(Recurrent):
+    """The same for sequences of unequal lengths, packed; a mean over each one's own steps."""
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(
+            self.tokens(tokens), lengths, batch_first=True, enforce_sorted=False
+        )
+        output, _ = pad_packed_sequence(self.layer(packed)[0], batch_first=True)
+        return self.head(output.sum(1) / lengths[:, None])
+
+
+def uneven(length: int) -> object:
+    def draw(size: int) -> Batch:
+        (tokens,), classes = sentences(length)(size)
+        return (tokens, torch.randint(length // 4, length + 1, (size,))), classes
+
+    return draw
+
+
+class TiedLSTM(nn.Module):
+    """A language model whose head is the table of the tokens."""
+
+    def __init__(self, words: int = 500, width: int = 96) -> None:
+        super().__init__()
+        self.tokens, self.drop = nn.Embedding(words, width), nn.Dropout(0.2)
+        self.layer = nn.LSTM(width, width, 2, batch_first=True, dropout=0.2)
+        self.head = nn.Linear(width, words)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.drop(self.layer(self.drop(self.tokens(tokens)))[0]))
+
+
+class AttentiveLSTM(nn.Module):
+    """A learned query looks at all states of a bidirectional layer."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(500, width)
+        self.layer = nn.LSTM(width, width, bidirectional=True, batch_first=True)
+        self.query = nn.Parameter(torch.randn(2 * width) * 0.1)
+        self.head = nn.Linear(2 * width, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, _ = self.layer(self.tokens(tokens))
+        attention = (states.tanh() @ self.query).softmax(1)
+        return self.head((attention[:, None] @ states).squeeze(1))
+
+
+class TextCNN(nn.Module):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(500, width)
+        self.convs = nn.ModuleList([nn.Conv1d(width, 64, kernel) for kernel in (3, 4, 5)])
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(3 * 64, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedded = self.tokens(tokens).transpose(1, 2)
+        found = [F.relu(layer(embedded)).amax(2) for layer in self.convs]
+        return self.head(self.drop(torch.cat(found, 1)))
+
+
+class Translator(nn.Module):
+    """Encoder and decoder of torch, with causal and cross-attention."""
+
+    def __init__(self, width: int = 64, length: int = 20) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(500, width), nn.Embedding(length, width)
+        self.body = nn.Transformer(width, 4, 1, 1, 4 * width, batch_first=True)
+        self.head = nn.Linear(width, 500)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        places = self.places.weight
+        source, target = self.tokens(source) + places, self.tokens(target) + places
+        return self.head(self.body(source, target, tgt_mask=self.mask, tgt_is_causal=True))
+
+
+def translations(size: int) -> Batch:
+    (source,), _ = texts(20)(size)
+    (target,), following = texts(20)(size)
+    return (source, target), following
+
+
+def bag_of_words() -> nn.Sequential:
+    return nn.Sequential(nn.EmbeddingBag(500, 32), nn.Linear(32, 2))
+
+
+ENTRIES = [
+    Entry("nanoGPT", "language", 16, lambda: GPT(0.0), texts(48), per_sequence),
+    Entry("nanoGPT, dropout", "language", 16, lambda: GPT(0.1), texts(48), per_sequence),
+    Entry("Relative positions, own RMSNorm", "language", 16, relative, sentences(32)),
+    Entry("Encoder-decoder of torch", "language", 16, Translator, translations, per_sequence),
+    Entry("RNN", "language", 32, lambda: Recurrent(nn.RNN), sentences(32)),
+    Entry("LSTM", "language", 32, lambda: Recurrent(nn.LSTM), sentences(32)),
+    Entry("GRU", "language", 32, lambda: Recurrent(nn.GRU), sentences(32)),
+    Entry(
+        "LSTM, two layers, both ways",
+        "language",
+        16,
+        lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True),
+        sentences(24),
+    ),
+    Entry("LSTM, packed", "language", 16, lambda: Packed(nn.LSTM), uneven(32)),
+    Entry(
+        "GRU, packed, both ways",
+        "language",
+        16,
+        lambda: Packed(nn.GRU, bidirectional=True),
+        uneven(32),
+    ),
+    Entry("LSTM language model, tied", "language", 16, TiedLSTM, texts(24), per_sequence),
+    Entry("LSTM, attention", "language", 32, AttentiveLSTM, sentences(24)),
+    Entry("TextCNN", "language", 32, TextCNN, sentences(48)),
+    Entry("Bag of words", "language", 32, bag_of_words, sentences(32)),
+]

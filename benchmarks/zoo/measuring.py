@@ -1,0 +1,134 @@
+"""Time and peak memory of an IRW step over those of a plain step, in one process.
+
+Time: that of the processor in this process, so that others on the machine do not count; both steps
+in turns, pair by pair, the ratio of their medians. Nine steps come first, so that the checks of the
+library at uses 1, 2, 4 and 8 are past; those at 16, 32, ... fall into the pairs, and what is
+checked at every step does, too.
+
+Memory: the most bytes of tensors alive at once during a step, one without a check. Both numbers
+include parameters, buffers, the batch, the gradients and all activations; SGD has no state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from time import process_time
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.step_cost.methods import ALPHA
+from benchmarks.zoo.entry import Batch, Entry
+from irw_optim import IRWOptimizer
+from irw_optim.measure import Step, peak_bytes
+
+WARM_UP = 9
+FEWEST, MOST = 7, 1000
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A model with its optimizer, and a training step of it; plain without alpha."""
+
+    entry: Entry
+    model: nn.Module
+    batch: Batch
+    optimizer: torch.optim.Optimizer
+    criterion: nn.Module
+
+    @classmethod
+    def of(cls, entry: Entry, model: nn.Module, batch: Batch, alpha: float | None) -> Loop:
+        inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        criterion = nn.CrossEntropyLoss()
+        if alpha is None:
+            return cls(entry, model, batch, inner, criterion)
+        attached = criterion if entry.losses is None else None
+        optimizer = IRWOptimizer(inner, alpha=alpha, model=model, criterion=attached)
+        return cls(entry, model, batch, optimizer, criterion)
+
+    def backward(self) -> None:
+        """The gradient of one batch, plain or weighted."""
+        inputs, target = self.batch
+        self.optimizer.zero_grad()
+        output = self.model(*inputs)
+        if self.entry.losses is None:
+            self.criterion(output, target).backward()
+            return
+        losses = self.entry.losses(output, target)
+        if isinstance(self.optimizer, IRWOptimizer):
+            self.optimizer.backward(losses)
+        else:
+            losses.mean().backward()
+
+    def step(self) -> None:
+        self.backward()
+        self.optimizer.step()
+
+
+def cost(entry: Entry, size: int, seconds: float) -> dict[str, float | str | bool]:
+    """What one entry costs at one batch size.
+
+    Args:
+        entry: the model.
+        size: B.
+        seconds: to spend on the pairs of steps.
+    """
+    batch = entry.draw(size)
+    plain, ours = (Loop.of(entry, entry.make(), batch, alpha) for alpha in (None, ALPHA))
+    for _ in range(WARM_UP):
+        ours.step()
+    held = _held(plain.model, batch)
+    memory = [held + peak_bytes(loop.step, "cpu") for loop in (plain, ours)]
+    pairs = in_turns(plain.step, ours.step, seconds)
+    times = [median(taken) for taken in zip(*pairs, strict=True)]
+    return {
+        "size": size,
+        "milliseconds": times[0] * 1e3,
+        "time": times[1] / times[0],
+        "megabytes": memory[0] / 1e6,
+        "memory": memory[1] / memory[0],
+        "pairs": len(pairs),
+        "path": path_of(ours.optimizer),
+        "batch_norm": any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.model.modules()
+        ),
+    }
+
+
+def in_turns(one: Step, other: Step, seconds: float) -> list[tuple[float, float]]:
+    """What each of two steps takes, in turns until the time is up."""
+    pairs: list[tuple[float, float]] = []
+    end = process_time() + seconds
+    while len(pairs) <= FEWEST or (len(pairs) < MOST and process_time() < end):
+        pairs.append((_seconds(one), _seconds(other)))
+    return pairs[1:]
+
+
+def path_of(optimizer: IRWOptimizer) -> str:
+    """The way that the engine took, in words for the table."""
+    engine = optimizer.engine
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    covered = {p for covering in engine.coverings.values() for p in covering.covered}
+    rest = "row by row" if engine.known.get("row_by_row") else "double backward"
+    if engine.coverings and all(covering.whole for covering in engine.coverings.values()):
+        return "quick"
+    share = sum(p.numel() for p in trained if p in covered) / sum(p.numel() for p in trained)
+    return f"quick for {_percent(share)}, {rest}" if covered else rest
+
+
+def _percent(share: float) -> str:
+    """Rounded down, since what is not covered decides the cost."""
+    return f"{int(share * 1000) / 10:g} %"
+
+
+def _seconds(step: Step) -> float:
+    start = process_time()
+    step()
+    return process_time() - start
+
+
+def _held(model: nn.Module, batch: Batch) -> int:
+    """Bytes that stay from step to step."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers(), *batch[0], batch[1]]
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,45 @@
+"""All entries. A new file of models is added here; a new model to the file of its family."""
+
+from __future__ import annotations
+
+from benchmarks.zoo import (
+    adapters,
+    graphs,
+    hugging_face,
+    language,
+    perceptrons,
+    series,
+    tabular,
+    vision_attention,
+    vision_mobile,
+    vision_residual,
+)
+from benchmarks.zoo.entry import Entry
+
+ENTRIES: list[Entry] = [
+    *vision_residual.ENTRIES,
+    *vision_mobile.ENTRIES,
+    *vision_attention.ENTRIES,
+    *language.ENTRIES,
+    *series.ENTRIES,
+    *graphs.ENTRIES,
+    *tabular.ENTRIES,
+    *perceptrons.ENTRIES,
+    *hugging_face.ENTRIES,
+    *adapters.ENTRIES,
+]
+
+GROWING = ("ViT, class token", "BEiT, bias tables", "LSTM", "MobileNetV3, hard-swish")
+"""Entries whose ratio is taken at several batch sizes."""
+
+
+def named(name: str) -> Entry:
+    """The entry of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for entry in ENTRIES:
+        if entry.name == name:
+            return entry
+    raise KeyError(f"no entry {name!r}: `python -m benchmarks.zoo --list` shows the names")

@@ -1,0 +1,118 @@
+"""The zoo of benchmarks: its models are built, its numbers are exact, its table says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.zoo import exactness, measuring, report  # noqa: E402
+from benchmarks.zoo.entry import Entry, rows, texts  # noqa: E402
+from benchmarks.zoo.registry import ENTRIES, GROWING, named  # noqa: E402
+
+OTHERS = {"PEFT": "peft"} | dict.fromkeys(
+    {e.family for e in ENTRIES if e.family.startswith("transformers")}, "transformers"
+)
+TINY = ("MLP, one hidden layer", "MLP, BatchNorm, dropout", "Bag of words")
+
+
+def version(package: str) -> tuple[int, ...]:
+    if importlib.util.find_spec(package) is None:
+        return ()
+    return tuple(int(part) for part in __import__(package).__version__.split(".")[:2])
+
+
+def built(entry: Entry):
+    """A case of a test; the imports of other packages take seconds."""
+    return pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] * (entry.family in OTHERS))
+
+
+def test_names_are_unique_and_many():
+    assert max(Counter(entry.name for entry in ENTRIES).values()) == 1
+    assert len(ENTRIES) >= 60
+    assert len([e for e in ENTRIES if e.family.startswith("transformers")]) >= 25
+    assert set(GROWING) <= {entry.name for entry in ENTRIES}
+    with pytest.raises(KeyError, match="--list"):
+        named("no such model")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries whose models these are
+@pytest.mark.parametrize("entry", list(map(built, ENTRIES)))
+def test_every_entry_gives_a_loss_for_each_sample(entry):
+    package = OTHERS.get(entry.family)
+    newest = {"transformers": (5, 0), "peft": (0, 19)}
+    if package and version(package) < newest[package]:
+        pytest.skip(f"the zoo takes families of {package} that this version lacks")
+    model, (inputs, target) = entry.make(), entry.draw(2)
+    assert model.training
+    with torch.no_grad():
+        output = model(*inputs)
+    assert len(output) == len(target) == 2
+    if entry.losses is not None:
+        assert entry.losses(output, target).shape == (2,)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_step_is_the_loop_of_autograd(name):
+    found = exactness.errors(named(name), 16)
+    assert found["weights_error"] < report.EXACT
+    assert found["gradient_error"] < report.EXACT
+
+
+def test_a_wrong_gradient_shows(monkeypatch):
+    right = exactness.irw
+    monkeypatch.setattr(exactness, "irw", lambda losses, G: right(losses, G).flip(0))
+    assert exactness.errors(named(TINY[0]), 16)["gradient_error"] > 1e-3
+
+
+def test_what_a_model_computes_in_float32_is_followed_in_float64():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(24, 2)
+
+        def forward(self, x):
+            x = x.to(torch.float32).float() * torch.ones(24, dtype=torch.float32)
+            return self.linear(x.to(self.linear.weight.dtype)).softmax(1, dtype=torch.float32)
+
+    found = exactness.errors(Entry("narrow", "here", 8, Narrow, rows(24)), 8)
+    assert max(found["weights_error"], found["gradient_error"]) < report.EXACT
+
+
+def test_cost_says_how_it_was_measured():
+    found = measuring.cost(named("MLP, BatchNorm, dropout"), 8, seconds=0.01)
+    assert found["batch_norm"]
+    assert found["pairs"] >= measuring.FEWEST
+    assert min(found[what] for what in ("time", "memory", "milliseconds", "megabytes")) > 0
+
+
+def test_the_table_is_sorted_and_names_what_failed():
+    found = [
+        {"name": n, "size": 8, "milliseconds": 6.0, "time": t, "memory": 1.5, "path": "quick",
+         "batch_norm": False, "weights_error": e, "gradient_error": 0.0}
+        for n, t, e in [("cheap", 1.5, 1e-15), ("dear", 3.0, 1e-3)]
+    ]  # fmt: skip
+    found.append({"name": "broken", "fails": "ValueError: a | b"})
+    lines = report.as_markdown(found).splitlines()
+    shown = [line for line in lines if line.startswith(("| cheap", "| dear", "| broken"))]
+    assert [row.split()[1] for row in shown] == ["dear", "cheap", "broken"]
+    assert "fails: ValueError: a / b" in shown[-1]
+    assert "Exact to 1e-10 in float64: 1 of 2." in lines
+    assert report.summary(found[:2])["5 ms and more"]["time"] == [2.25, 2.85, 3.0]
+
+
+def test_batches_and_models_are_the_same_for_the_same_seed():
+    entry = Entry("here", "here", 4, lambda: nn.Linear(3, 2), texts(5))
+    assert torch.equal(entry.make().weight, entry.make().weight)
+    (one,), following = entry.draw()
+    (other,), _ = entry.draw()
+    assert torch.equal(one, other)
+    assert torch.equal(one[:, 1:], following[:, :-1])
