@@ -38,6 +38,9 @@ ATTENTION_AT_MOST = 1 / 4
 """As a share of the outputs of layers: numbers in matrices of attention that a fused kernel spares.
 Beyond it time and memory would soon be theirs, which grow with the square of the length."""
 
+LAYERS = ("Addmm", "Mm", "Convolution", "Embedding", "Native", "Cudnn", "Mkldnn")
+"""How the names of the operations begin that layers take: products, norms, tables, recurrence."""
+
 FAILS = "forward mode fails"
 """What an `Engine` remembers of its model, beside what the engines know."""
 
@@ -80,14 +83,18 @@ def sizes_of(graph: Graph, samples: int) -> tuple[float, float]:
     """How many numbers a model makes for one sample, by the graph of the losses of ``samples``.
 
     Returns:
-        Those that the engine's layers put out, and those in matrices of attention that a fused
-        kernel never makes, and `jvp` does.
+        Those that layers put out, and those in matrices of attention that a fused kernel never
+        makes, and `jvp` does.
     """
-    outputs = sum(site.shape.numel() for site in graph.sites)
-    fused = [node for node in graph.nodes if node.name().startswith("ScaledDotProduct")]
-    shapes = [shape for node in fused if (shape := output_shape(node)) is not None]
-    attention = sum(shape[:-1].numel() * shape[-2] for shape in shapes)
+    outputs = sum(shape.numel() for shape in _output_shapes(graph, *LAYERS))
+    fused = _output_shapes(graph, "ScaledDotProduct")
+    attention = sum(shape[:-1].numel() * shape[-2] for shape in fused)
     return outputs / samples, attention / samples
+
+
+def _output_shapes(graph: Graph, *operations: str) -> list[torch.Size]:
+    shapes = (output_shape(node) for node in graph.order if node.name().startswith(operations))
+    return [shape for shape in shapes if shape is not None]
 
 
 def pays_off(engine: Engine, sizes: tuple[float, float], batch_size: int) -> bool:
