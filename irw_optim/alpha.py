@@ -24,7 +24,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from irw_optim.arguments import as_real, as_whole
+from irw_optim.arguments import as_real, whole_number
 
 Groups: TypeAlias = Tensor | npt.ArrayLike
 """Group numbers 0 ... m - 1, one a person: a tensor, an array or a list."""
@@ -84,7 +84,7 @@ def randomized_response(
     >>> round((answers != groups).double().mean().item(), 2)  # half of them toss, half of those lie
     0.25
     """
-    num_groups = _check_num_groups(num_groups)
+    num_groups = whole_number("num_groups", num_groups, 2)
     p = _check_probability("truth_probability", truth_probability, "[0, 1]")
     truth = _as_groups("groups", groups, num_groups)
     # float64: at 24 bits, p would be rounded to multiples of 6e-8.
@@ -115,7 +115,7 @@ def privacy_of(truth_probability: float, num_groups: int) -> float:
     >>> round(privacy_of(0.5, num_groups=2), 6), round(math.log(3), 6)
     (1.098612, 1.098612)
     """
-    num_groups = _check_num_groups(num_groups)
+    num_groups = whole_number("num_groups", num_groups, 2)
     p = _check_probability("truth_probability", truth_probability, "[0, 1]")
     return math.inf if p == 1 else math.log1p(p * num_groups / (1 - p))
 
@@ -165,7 +165,7 @@ def estimate_alpha(
     >>> [round(end, 3) for end in survey.intervals[1]]
     [0.141, 0.261]
     """
-    num_groups = _check_num_groups(num_groups)
+    num_groups = whole_number("num_groups", num_groups, 2)
     p = _check_probability("truth_probability", truth_probability, "(0, 1]")
     confidence = _check_probability("confidence", confidence, "(0, 1)")
     answers = _as_groups("responses", responses, num_groups)
@@ -244,15 +244,6 @@ def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:
             f"{name}[{first}]={int(numbers[first])} is none of num_groups={num_groups}: {expected}"
         )
     return numbers
-
-
-def _check_num_groups(num_groups: object) -> int:
-    message = f"num_groups={num_groups!r}: expected a whole number >= 2"
-    if (number := as_whole(num_groups)) is None:
-        raise TypeError(message)
-    if number < 2:
-        raise ValueError(message)
-    return number
 
 
 def _check_probability(name: str, value: object, allowed: str) -> float:

@@ -56,6 +56,32 @@ def as_whole(value: object) -> int | None:
     return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
+def whole_number(name: str, value: object, least: int, expected: str = "") -> int:
+    """The whole number >= ``least`` that an argument is, or an error that names it.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        least: the smallest that is allowed.
+        expected: what was, in words; "" for the bare bound.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: a smaller one.
+
+    >>> whole_number("every", 0, least=1)
+    Traceback (most recent call last):
+    ...
+    ValueError: every=0: expected a whole number >= 1
+    """
+    message = f"{name}={value!r}: expected {expected or f'a whole number >= {least}'}"
+    if (number := as_whole(value)) is None:
+        raise TypeError(message)
+    if number < least:
+        raise ValueError(message)
+    return number
+
+
 def as_flag(value: object) -> bool | None:
     """True or False; None for all else, 0 and 1 included.
 
@@ -65,3 +91,16 @@ def as_flag(value: object) -> bool | None:
     """
     flag = plain(value)
     return flag if isinstance(flag, bool) else None
+
+
+def true_or_false(name: str, value: object) -> bool:
+    """The truth value that an argument is, or a TypeError that names it.
+
+    >>> true_or_false("class_balance", 1)
+    Traceback (most recent call last):
+    ...
+    TypeError: class_balance=1: expected True or False
+    """
+    if (flag := as_flag(value)) is None:
+        raise TypeError(f"{name}={value!r}: expected True or False")
+    return flag

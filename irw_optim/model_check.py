@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from irw_optim.criterion import per_sample_losses
+from irw_optim.criterion import PerSampleLosses, per_sample_losses
 from irw_optim.distributed.shard_checks import check_whole
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.capture import walk
@@ -26,6 +26,8 @@ from irw_optim.optimizer.attach import check_unattached
 from irw_optim.restored import restored
 from irw_optim.weighting import Alignment, weigh
 from irw_optim.weighting.outliers import OutlierFilter
+from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting.weights import Weights
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _TOLERANCE_OF_HALF = 5e-2
@@ -117,67 +119,102 @@ def verify(
     """
     check_whole(model, "verify")
     check_unattached(criterion)  # or the optimizer that has it would lose it
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device if parameters else torch.device("cpu")
-
-    def forward() -> Any:
-        fresh = tree_map(_copy, dict(inputs) if isinstance(inputs, Mapping) else inputs)
-        if isinstance(fresh, dict):
-            return model(**fresh)
-        return model(*fresh) if isinstance(fresh, tuple) else model(fresh)
-
-    def plain_step() -> None:
-        model.zero_grad()
-        criterion(forward(), targets).backward()
-
+    batch = _Batch(model, inputs, targets, criterion)
     with restored(model, criterion):
-        inner = torch.optim.SGD(parameters, lr=0.0)
         optimizer = IRWOptimizer(
-            inner, alpha=alpha, model=model, criterion=criterion, outliers=outliers, engine=engine
+            torch.optim.SGD(batch.parameters, lr=0.0),
+            alpha=alpha,
+            model=model,
+            criterion=criterion,
+            outliers=outliers,
+            engine=engine,
         )
         try:
-            with restored(model, criterion):
-                plain_step()
-                record = optimizer.last_step
-                gradients = {p: p.grad for p in parameters}
+            record, gradients = _weighted_step(optimizer, batch)
             covered = optimizer.engine.covered_parameters()
-            times = median_seconds([plain_step], repeats, device=device)
-            memory = peak_bytes(plain_step, device)
+            time, memory = batch.cost(repeats)
         finally:
             optimizer.detach()
-        if record is None:
-            raise RuntimeError(
-                "the criterion made no weighted gradient: expected the model in train mode and "
-                "a loss that depends on its parameters"
-            )
-        plain_time = median_seconds([plain_step], repeats, device=device)[0]
-        plain_memory = peak_bytes(plain_step, device)
+        plain_time, plain_memory = batch.cost(repeats)
+    truth, expected, losses = _by_loop(batch, alpha, outliers)
     with restored(model, criterion):
-        again = per_sample_losses(criterion, forward(), targets).losses.detach()
-    with restored(model, criterion):
-        batch = per_sample_losses(criterion, forward(), targets)
-        reached = set(walk(batch.losses).leaves)
-        scored = [p for p in parameters if p in reached]
-        rows = AutodiffGradients(batch.losses, scored, {"row_by_row": True})
-        truth = weigh(batch.losses.detach(), rows, alpha, Alignment(), outliers=outliers)
-        expected = rows.combine(truth.weights * batch.scale)
-    found = [torch.zeros_like(p) if (g := gradients[p]) is None else g.to_dense() for p in scored]
+        again = batch.losses().losses.detach()
+    pairs = [(gradients[p], g) for p, g in expected.items()]
+    found = [torch.zeros_like(g) if f is None else f.to_dense() for f, g in pairs]
     errors = {
         "scores": _relative(record.scores, truth.scores),
         "weights": _relative(record.weights, truth.weights),
-        "gradient": _relative(_flat(found), _flat([expected[p] for p in scored])),
+        "gradient": _relative(_flat(found), _flat(list(expected.values()))),
     }
-    lowest = {t.dtype.to_real() for t in (batch.losses, *parameters)}
+    lowest = {t.dtype.to_real() for t in (losses, *batch.parameters)}
     tolerance = max(_TOLERANCE.get(d, _TOLERANCE_OF_HALF) for d in lowest)
-    passes = (again, record.losses)
     return Verification(
         _engines_by_module(model, covered),
         errors,
         tolerance,
-        _ratio(times[0], plain_time),
+        _ratio(time, plain_time),
         _ratio(memory, plain_memory),
-        all(_relative(other, batch.losses.detach()) <= tolerance for other in passes),
+        all(_relative(other, losses) <= tolerance for other in (again, record.losses)),
     )
+
+
+class _Batch:
+    """One batch, and what is done with it: every pass starts from the same inputs."""
+
+    def __init__(self, model: nn.Module, inputs: Any, targets: Any, criterion: nn.Module) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.targets = targets
+        self.criterion = criterion
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    def output(self) -> Any:
+        given = dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs
+        fresh = tree_map(_copy, given)
+        if isinstance(fresh, dict):
+            return self.model(**fresh)
+        return self.model(*fresh) if isinstance(fresh, tuple) else self.model(fresh)
+
+    def losses(self) -> PerSampleLosses:
+        return per_sample_losses(self.criterion, self.output(), self.targets)
+
+    def step(self) -> None:
+        self.model.zero_grad()
+        self.criterion(self.output(), self.targets).backward()
+
+    def cost(self, repeats: int) -> tuple[float, int]:
+        """The seconds of a step, and the most bytes that it makes."""
+        (seconds,) = median_seconds([self.step], repeats, device=self.device)
+        return seconds, peak_bytes(self.step, self.device)
+
+
+def _weighted_step(
+    optimizer: IRWOptimizer, batch: _Batch
+) -> tuple[StepRecord, dict[Tensor, Tensor | None]]:
+    with restored(batch.model, batch.criterion):
+        batch.step()
+        gradients: dict[Tensor, Tensor | None] = {p: p.grad for p in batch.parameters}
+    if optimizer.last_step is None:
+        raise RuntimeError(
+            "the criterion made no weighted gradient: expected the model in train mode and "
+            "a loss that depends on its parameters"
+        )
+    return optimizer.last_step, gradients
+
+
+def _by_loop(
+    batch: _Batch, alpha: float, outliers: OutlierFilter | None
+) -> tuple[Weights, dict[Tensor, Tensor], Tensor]:
+    """The weights, the weighted gradient and the losses by plain autograd, sample by sample."""
+    with restored(batch.model, batch.criterion):
+        samples = batch.losses()
+        reached = set(walk(samples.losses).leaves)
+        scored = [p for p in batch.parameters if p in reached]
+        rows = AutodiffGradients(samples.losses, scored, {"row_by_row": True})
+        losses = samples.losses.detach()
+        truth = weigh(losses, rows, alpha, Alignment(), outliers=outliers)
+        return truth, rows.combine(truth.weights * samples.scale), losses
 
 
 def _copy(value: Any) -> Any:

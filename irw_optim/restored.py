@@ -8,9 +8,11 @@ keep in attributes of their own (a counter, a running mean), and every source of
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,56 +32,74 @@ def restored(*modules: nn.Module) -> Iterator[None]:
     Args:
         *modules: the model, and the criterion.
     """
-    devices = {p.device for module in modules for p in module.parameters()}
-    undo = [*_chance(devices)]
-    for module in (m for top in modules for m in top.modules()):
-        undo += _state_of(module)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
+    parameters = [p for module in modules for p in module.parameters()]
+    gradients = [(p, p.grad) for p in parameters]
+    undo = [action for module in modules for action in undo_state(module)]
+    with randomness_restored(p.device for p in parameters):
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
             for action in undo:
                 action()
 
 
-def _chance(devices: set[torch.device]) -> Iterator[Undo]:
-    of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    yield lambda: random.setstate(of_python)
-    yield lambda: np.random.set_state(of_numpy)
-    yield lambda: torch.set_rng_state(of_torch)
-    for device in devices:
+@contextmanager
+def randomness_restored(
+    devices: Iterable[torch.device] = (), *, numpy: bool = True
+) -> Iterator[Any]:
+    """Put back, after the block, the global generators of Python, NumPy and torch.
+
+    Args:
+        devices: those whose generators are put back besides the CPU's.
+        numpy: whether NumPy's is among them; its state takes long to save.
+
+    Yields:
+        NumPy's state, or None.
+    """
+    of_python, of_torch = random.getstate(), torch.get_rng_state()
+    of_numpy = np.random.get_state() if numpy else None
+    of_devices: list[tuple[Any, Tensor, torch.device]] = []
+    for device in set(devices):
         if device.type not in ("cpu", "meta"):
-            yield _of_device(device)
+            module: Any = torch.get_device_module(device)
+            of_devices.append((module, module.get_rng_state(device), device))
+    try:
+        yield of_numpy
+    finally:
+        random.setstate(of_python)
+        torch.set_rng_state(of_torch)
+        if of_numpy is not None:
+            np.random.set_state(of_numpy)
+        for module, state, device in of_devices:
+            module.set_rng_state(state, device)
 
 
-def _of_device(device: torch.device) -> Undo:
-    module: Any = torch.get_device_module(device)
-    state = module.get_rng_state(device)
-    return lambda: module.set_rng_state(state, device)
+def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]:
+    """What puts back the buffers and attributes of a module and of the modules in it.
+
+    Goes into the lists, dicts, sets, tensors, generators and plain objects that attributes name.
+
+    Args:
+        module: nothing of it is changed now.
+        by_version: write to a tensor only if autograd counted a change of it: an earlier graph may
+            need it as it is. Changes by ``running_mean`` and ``.data`` are not counted.
+    """
+    for part in module.modules():
+        attributes = vars(part)
+        yield _undo_dict(attributes)
+        yield _undo_dict(part._buffers)
+        own = [value for name, value in attributes.items() if name not in _OF_MODULES]
+        for value in (*own, *part._buffers.values()):
+            if isinstance(value, Tensor):
+                if not (value.requires_grad or value.is_inference()):
+                    yield _undo_tensor(value, by_version)
+            elif (undo := _undo_inside(value)) is not None:
+                yield undo
 
 
-def _state_of(module: nn.Module) -> Iterator[Undo]:
-    for parameter in module.parameters(recurse=False):
-        yield _gradient_of(parameter)
-    buffers = dict(module._buffers)
-    for buffer in buffers.values():
-        if buffer is not None:
-            yield _values_of(buffer)
-    yield lambda: module._buffers.update(buffers)
-    own = {k: v for k, v in vars(module).items() if k not in _OF_MODULES}
-    for value in own.values():
-        if (undo := _inside(value)) is not None:
-            yield undo
-    yield lambda: _reset_attributes(module, own)
-
-
-def _reset_attributes(module: nn.Module, own: dict[str, Any]) -> None:
-    for name in vars(module).keys() - own.keys() - _OF_MODULES:
-        del vars(module)[name]
-    vars(module).update(own)
-
-
-def _inside(value: Any) -> Undo | None:
+def _undo_inside(value: Any) -> Undo | None:
     """How to restore what can change inside an attribute; None where nothing is known to."""
     if isinstance(value, torch.Generator):
         state = value.get_state()
@@ -94,27 +114,37 @@ def _inside(value: Any) -> Undo | None:
     if isinstance(value, random.Random):
         before = value.getstate()
         return lambda: value.setstate(before)
-    if isinstance(value, Tensor):
-        return None if value.requires_grad else _values_of(value)
-    if isinstance(value, (list, dict, set)):
+    if isinstance(value, dict):
+        return _undo_dict(value)
+    if isinstance(value, list | deque | set):
         content = copy(value)
         return lambda: _refill(value, content)
+    if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType):
+        return _undo_dict(vars(value))
     return None
 
 
+def _undo_dict(value: dict[Any, Any]) -> Undo:
+    content = dict(value)
+
+    def undo() -> None:
+        if value.keys() != content.keys() or any(value[k] is not v for k, v in content.items()):
+            _refill(value, content)
+
+    return undo
+
+
 def _refill(value: Any, content: Any) -> None:
-    if isinstance(value, list):
-        value[:] = content
-    else:
-        value.clear()
-        value.update(content)
+    value.clear()
+    (value.extend if isinstance(value, list | deque) else value.update)(content)
 
 
-def _gradient_of(parameter: Tensor) -> Undo:
-    gradient = parameter.grad
-    return lambda: setattr(parameter, "grad", gradient)
+def _undo_tensor(tensor: Tensor, by_version: bool) -> Undo:
+    values, version = tensor.detach().clone(), tensor._version
 
+    def undo() -> None:
+        if not by_version or tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(values)
 
-def _values_of(tensor: Tensor) -> Undo:
-    values = tensor.detach().clone()
-    return lambda: tensor.copy_(values)
+    return undo

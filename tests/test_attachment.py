@@ -76,7 +76,7 @@ class TrainsItself(nn.Module):
         super().__init__()
         self.body = make()
         self.criterion = nn.CrossEntropyLoss()
-        self.optimizer = over(self, self.criterion)
+        self.optimizer = over(self, self.criterion, engine="ghost")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -456,7 +456,7 @@ class TestCopiesOfAnOptimizer:
 
     def test_its_parts(self, how):
         model = make()
-        optimizer = over(model, None)
+        optimizer = over(model, None, engine="ghost")
         for part, remove in (("engine", "remove_hooks"), ("replicas", "release")):
             twin = how(getattr(optimizer, part))
             its_model = twin.model
@@ -506,8 +506,9 @@ class TestAConstructorThatFails:
             monkeypatch.setattr(attach, "replace_on", fail)
         else:
             monkeypatch.setattr(irw_optimizer.OptimizerWrapper, "begin", fail)
+        options = {"model": model, "criterion": criterion, "engine": "ghost"}
         with pytest.raises(ZeroDivisionError) as caught:
-            IRWOptimizer(sgd, alpha=ALPHA, model=model, criterion=criterion)
+            IRWOptimizer(sgd, alpha=ALPHA, **options)
         assert caught.value.__traceback__ is not None
         assert traces(model, criterion) == before
         assert vars(sgd) == inner

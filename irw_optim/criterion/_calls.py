@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import random
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from irw_optim.restored import randomness_restored, undo_state
 
 
 def unreduced(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -69,23 +69,14 @@ def rehearsal(
         arguments: What it is called with.
         numpy: Whether the state of NumPy's global generator is among them; it is what is yielded.
     """
-    undo = [restore for module in criterion.modules() for restore in _restores(module)]
-    python, saved = random.getstate(), np.random.get_state() if numpy else None
+    undo = list(undo_state(criterion, by_version=True))
     devices = {a.device for a in arguments if isinstance(a, Tensor)}
     if torch.cuda.is_initialized():  # where the tensors may be that a dict holds
         devices.add(torch.device("cuda", torch.cuda.current_device()))
-    with ExitStack() as forks:
-        forks.enter_context(torch.random.fork_rng(()))
-        for device in devices:
-            if device.type not in ("cpu", "meta"):
-                fork = torch.random.fork_rng([device], device_type=device.type)
-                forks.enter_context(fork)
+    with randomness_restored(devices, numpy=numpy) as saved:
         try:
             yield saved
         finally:
-            random.setstate(python)
-            if saved is not None:
-                np.random.set_state(saved)
             for restore in undo:
                 restore()
 
@@ -93,68 +84,3 @@ def rehearsal(
 def _same(state: Any, other: Any) -> bool:
     """Of two states of NumPy's global generator."""
     return state[2:] == other[2:] and np.array_equal(state[1], other[1])
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-"""Tables of hooks and the like, which no forward changes; they take as long as a small loss."""
-
-
-def _restores(module: nn.Module) -> Iterator[Callable[[], None]]:
-    attributes = vars(module)
-    yield _restore_dict(attributes)
-    yield _restore_dict(module._buffers)
-    own = [value for name, value in attributes.items() if name not in _OF_EVERY_MODULE]
-    for value in (*own, *module._buffers.values()):
-        if isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value.is_inference()):
-            continue  # the one is the optimizer's to change, the other nobody's
-        if isinstance(value, Tensor):
-            yield _restore_tensor(value)
-        elif isinstance(value, dict):
-            yield _restore_dict(value)
-        elif isinstance(value, list | deque):
-            yield _restore_list(value)
-        elif isinstance(value, torch.Generator):
-            yield _restore_generator(value)
-        elif isinstance(getattr(value, "__dict__", None), dict):
-            yield _restore_dict(vars(value))
-
-
-def _restore_dict(value: dict[Any, Any]) -> Callable[[], None]:
-    saved = dict(value)
-
-    def restore() -> None:
-        if value.keys() != saved.keys() or any(value[name] is not v for name, v in saved.items()):
-            value.clear()
-            value.update(saved)
-
-    return restore
-
-
-def _restore_list(value: list[Any] | deque[Any]) -> Callable[[], None]:
-    saved = list(value)
-
-    def restore() -> None:
-        value.clear()
-        value.extend(saved)
-
-    return restore
-
-
-def _restore_tensor(value: Tensor) -> Callable[[], None]:
-    saved, version = value.detach().clone(), value._version
-
-    def restore() -> None:
-        if value._version != version:  # else an earlier graph may need it as it is
-            with torch.no_grad():
-                value.copy_(saved)
-
-    return restore
-
-
-def _restore_generator(value: torch.Generator) -> Callable[[], None]:
-    saved = value.get_state()
-
-    def restore() -> None:
-        value.set_state(saved)
-
-    return restore

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from irw_optim.arguments import as_whole
+from irw_optim.arguments import whole_number
 from irw_optim.metrics._groups import Group, intersect, share_in
 from irw_optim.metrics._inputs import (
     Array,
@@ -99,8 +99,8 @@ def worst_cluster_accuracy(
     true, predicted = as_predictions(y_true, y_pred)
     rows = as_rows(inputs)
     check_lengths(y_true=true, inputs=rows)
-    n_clusters = check_count("n_clusters", n_clusters)
-    min_cell = check_count("min_cell", min_cell)
+    n_clusters = whole_number("n_clusters", n_clusters, 1)
+    min_cell = whole_number("min_cell", min_cell, 1)
     if n_clusters > len(rows):
         raise ValueError(f"n_clusters={n_clusters}: expected at most the {len(rows)} samples given")
     return worst_cell_accuracy(true, predicted, kmeans(rows, n_clusters, seed), min_cell=min_cell)
@@ -133,7 +133,7 @@ def worst_cell_accuracy(
     if cluster.dtype.kind not in "iu":
         raise TypeError(f"clusters has dtype {cluster.dtype}: expected whole numbers")
     check_lengths(y_true=true, clusters=cluster)
-    min_cell = check_count("min_cell", min_cell)
+    min_cell = whole_number("min_cell", min_cell, 1)
     right = true == predicted
     labels, member = intersect({"label": true})
     cells = tuple(
@@ -192,13 +192,3 @@ def as_rows(inputs: ArrayLike) -> Array:
         first = int((~np.isfinite(array.reshape(len(array), -1))).any(axis=1).argmax())
         raise ValueError(f"inputs[{first}] is not finite: expected no NaN or infinity")
     return array.reshape(len(array), -1)
-
-
-def check_count(name: str, value: object) -> int:
-    """The whole number >= 1 that ``value`` is, or an error that says what was expected."""
-    message = f"{name}={value!r}: expected a whole number >= 1"
-    if (number := as_whole(value)) is None:
-        raise TypeError(message)
-    if number < 1:
-        raise ValueError(message)
-    return number

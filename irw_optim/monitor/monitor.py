@@ -10,17 +10,17 @@ from weakref import WeakMethod, finalize
 
 from torch.optim import Optimizer
 
-from irw_optim.arguments import as_whole
+from irw_optim.arguments import whole_number
 from irw_optim.attachments import Removable, remove_all
 from irw_optim.metrics._inputs import GroupsLike
 from irw_optim.monitor.course import Course
 from irw_optim.monitor.export import Logger, as_frame, check_logger, send, write_csv
 from irw_optim.monitor.findings import Finding
-from irw_optim.monitor.held import HeldSince
 from irw_optim.monitor.history import History
 from irw_optim.monitor.recording import row_of
 from irw_optim.monitor.rows import Row
 from irw_optim.monitor.signatures import diagnose
+from irw_optim.monitor.staleness import WeightAge
 from irw_optim.optimizer import IRWOptimizer
 
 if TYPE_CHECKING:
@@ -84,10 +84,12 @@ class IRWMonitor:
 
     def __init__(self, optimizer: Optimizer, *, every: int = 1, capacity: int = 1000) -> None:
         self.optimizer = _irw_optimizer(optimizer)
-        every = _check_count("every", every, 1, "steps between rows")
-        capacity = _check_count("capacity", capacity, 10, "rows that are kept")
+        every = whole_number("every", every, 1, "a whole number >= 1, the steps between rows")
+        capacity = whole_number(
+            "capacity", capacity, 10, "a whole number >= 10, the rows that are kept"
+        )
         self._history = History(every, capacity)
-        self._held = HeldSince()
+        self._held = WeightAge()
         self._loggers: list[Logger] = []
         self._passes: deque[GroupsLike] = deque(maxlen=self.optimizer.accumulation_steps)
         self._steps_before = self.optimizer.steps
@@ -275,12 +277,3 @@ def _irw_optimizer(optimizer: Any) -> IRWOptimizer:
         f"optimizer={optimizer!r}: expected the IRWOptimizer that trains. A private optimizer "
         "cannot be listened to: what its samples' weights say is not covered by the guarantee"
     )
-
-
-def _check_count(name: str, value: object, least: int, meaning: str) -> int:
-    allowed = f"expected a whole number >= {least}, the {meaning}"
-    if (number := as_whole(value)) is None:
-        raise TypeError(f"{name}={value!r}: {allowed}")
-    if number < least:
-        raise ValueError(f"{name}={value!r}: {allowed}")
-    return number

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from irw_optim.metrics._inputs import GroupsLike, as_columns
-from irw_optim.monitor.held import agreement, held_members
 from irw_optim.monitor.rows import Array, Batch, Row, by_class, by_group, read, summarise
+from irw_optim.monitor.staleness import agreement, worst_off_when_made
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.weighting.record import StepRecord
 
@@ -38,7 +38,7 @@ def row_of(
     own = getattr(record, "own", None)  # of several processes, whose samples the record holds
     mine = batch if own is None else batch.part(own.cpu().numpy())
     groups = groups_of(passes, len(mine.losses)) if passes else None
-    held = held_members(optimizer.scheme)
+    held = worst_off_when_made(optimizer.scheme)
     ignored = getattr(optimizer.criterion, "ignore_index", None)
     batch = batch.part(with_a_target(batch, ignored))
     counted = with_a_target(mine, ignored)

@@ -8,7 +8,7 @@ from (resampling). Source: arXiv 2411.03068; what is measured about it is in ``d
 
 from irw_optim.schemes.global_scheme import GlobalScheme
 from irw_optim.schemes.global_weights import global_weights
-from irw_optim.schemes.indexed import IndexedDataset
+from irw_optim.schemes.reading import IndexedDataset
 from irw_optim.schemes.resampling import ResamplingSampler
 
 __all__ = ["GlobalScheme", "IndexedDataset", "ResamplingSampler", "global_weights"]

@@ -12,7 +12,7 @@ The third product, N x N, is not on offer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -28,22 +28,15 @@ from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
 from irw_optim.optimizer.passes import Pass, as_one, elements_of, some_of
-from irw_optim.schemes.company import Company
-from irw_optim.schemes.forward_mode import (
-    Extent,
-    along,
-    check_equal,
-    check_sum,
-    give_up,
-    in_full_precision,
-    suits,
-)
+from irw_optim.schemes import forward_mode
+from irw_optim.schemes.consistency import LossConsistency
+from irw_optim.schemes.forward_mode import in_full_precision, jvp
 from irw_optim.schemes.reading import DatasetReader
 
 DIFFERENTIATES = "the losses are derivatives themselves"
 """What an `Engine` remembers of a model whose losses need a graph, as a physics-informed one's."""
 
-APART = 8
+INTERLEAVED = 8
 """Batches that neighbours in the data set are dealt out to, for the losses: reading stays local."""
 
 
@@ -75,9 +68,9 @@ class DatasetGradients:
         self.scored = scored
         self.advance = advance
         self.batch_size = len(samples)
-        self._combined: tuple[Tensor, Direction] | None = None  # w and G^T w, for `check_sum`
-        self._extent = Extent()  # known once the engine has seen a batch
-        self.company = Company(reader.size)
+        self._combined: tuple[Tensor, Direction] | None = None  # w and G^T w, for `dot` to check
+        self._sizes = 0.0, 0.0  # known once the engine has seen a batch
+        self.consistency = LossConsistency(reader.size)
 
     def of(self, rows: Tensor) -> DatasetGradients:
         """These rows alone: ``rows`` is a bool mask (n,)."""
@@ -90,13 +83,13 @@ class DatasetGradients:
     def losses(self) -> PerSampleLosses:
         """The losses of all rows, (n,), with labels and counts, as one batch has them."""
         batches, order = [], []
-        for some, indices, batch in self._read(*self.dealt_out()):
+        for some, indices, batch in self._read(*self.interleaved()):
             batches.append(self._losses_alone(indices, batch))
             order.append(some)
         torch.clear_autocast_cache()  # casts of parameters that no graph leads to
         batch = as_one([Pass(part._replace(losses=widened(part.losses)), 1.0) for part in batches])
         batch = batch._replace(elements=sum(elements_of(part) for part in batches))
-        return some_of(batch, _inverse(order).to(batch.losses.device))
+        return some_of(batch, torch.cat(order).argsort().to(batch.losses.device))
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w, over the samples that have a weight."""
@@ -128,36 +121,36 @@ class DatasetGradients:
 
     def dot(self, direction: Direction) -> Tensor:
         """G v, (n,): in forward mode where that is quicker and right, else by the engine."""
-        if suits(self.engine, self._extent, self.reader.batch_size):
+        if forward_mode.pays_off(self.engine, self._sizes, self.reader.batch_size):
             try:
                 return self._dot_in_forward_mode(direction)
             except RuntimeError as error:
-                give_up(self.engine, error)
-        parts, order = list[Tensor](), []
-        for places, rows in self.blocks(torch.arange(self.batch_size)):
-            parts.append(rows.dot(direction))
-            order.append(places)
-        return _joined(parts, order)
+                forward_mode.give_up(self.engine, error)
+        everybody = torch.arange(self.batch_size)
+        return _in_order((some, rows.dot(direction)) for some, rows in self.blocks(everybody))
 
     def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
-        model, size = self.engine.model, self.reader.batch_size
-        parts, order = list[Tensor](), list[Tensor]()
-        assert model is not None
+        size = self.reader.batch_size
         # One batch, which the engine takes as well, and then two at once: no graph holds anything.
-        first, rest = self.samples[:size], self.samples[size:]
-        sizes = [len(first), *map(len, rest.split(2 * size) if len(rest) else ())]
-        for places, batch in self.reader.batches(self.samples, sizes):
-            indices = self.samples[places]
-            parts.append(along(model, partial(self._losses_of, indices), batch, direction))
-            order.append(places)
-            if len(parts) == 1:
-                with self._gradients(indices, batch) as rows:
-                    check_equal(parts[0], rows.dot(direction))
-            self.advance(len(indices))
-        scores = _joined(parts, order)
+        first, others = self.samples[:size], self.samples[size:]
+        sizes = [len(first), *map(len, others.split(2 * size) if len(others) else ())]
+        scores = _in_order(self._parts_in_forward_mode(direction, sizes))
         if self._combined is not None:
-            check_sum(scores, direction, *self._combined)
+            forward_mode.check_sum(scores, direction, *self._combined)
         return scores
+
+    def _parts_in_forward_mode(
+        self, direction: Direction, sizes: list[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        model, first = self.engine.model, True
+        assert model is not None
+        for some, indices, batch in self._read(torch.arange(self.batch_size), sizes):
+            scores = jvp(model, partial(self._losses_of, indices), batch, direction)
+            if first:
+                with self._gradients(indices, batch) as rows:
+                    forward_mode.check_equal(scores, rows.dot(direction))
+            first = False
+            yield some, scores
 
     def gram(self) -> Tensor:
         """Not on offer: N x N numbers."""
@@ -197,7 +190,7 @@ class DatasetGradients:
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
         captured = self.engine.capture(losses)
-        self._extent = Extent.of(captured.graph, max(1, len(indices)))
+        self._sizes = forward_mode.sizes_of(captured.graph, max(1, len(indices)))
         try:
             yield captured
         finally:
@@ -210,7 +203,7 @@ class DatasetGradients:
                 f"{len(indices)} samples of the data set gave {len(part.losses)} losses: expected "
                 "a collate_fn that keeps every sample, and a criterion with one loss for each"
             )
-        self.company.note(indices, part.losses)
+        self.consistency.note(indices, part.losses)
         return part
 
     def probe(self, indices: Tensor, batch: Any, direction: Direction | None) -> Tensor:
@@ -221,20 +214,20 @@ class DatasetGradients:
                 columns.append(rows.dot(direction).to(columns[0].dtype))
         return torch.stack(columns, 1)
 
-    def dealt_out(self) -> tuple[Tensor, list[int]]:
+    def interleaved(self) -> tuple[Tensor, list[int]]:
         """All rows in batches for `losses`, and their sizes: two at once, as no graph is held.
 
         Neighbours in the data set, which meet in every other pass, are dealt out to several.
         """
         size = 2 * self.reader.batch_size
         batches = []
-        for piece in torch.arange(self.batch_size).split(APART * size):
+        for piece in torch.arange(self.batch_size).split(INTERLEAVED * size):
             number = -(-len(piece) // size)
             batches += [piece[first::number] for first in range(number)]
         return torch.cat([torch.arange(0), *batches]), [len(batch) for batch in batches]
 
-    def meet_others(self) -> None:
-        """Look at the samples in other company than `losses` has seen them in."""
+    def read_in_other_batches(self) -> None:
+        """Look at the samples in other batches than `losses` has seen them in."""
         in_one_batch = self.batch_size <= 2 * self.reader.batch_size
         some = self.samples[1::2] if in_one_batch else self.samples
         for places, batch in self.reader.batches(some):
@@ -255,13 +248,11 @@ class DatasetGradients:
         return part._replace(losses=part.losses.detach())
 
 
-def _joined(parts: list[Tensor], places: list[Tensor]) -> Tensor:
-    """The values of batches whose samples have these places, in order."""
-    return torch.cat(parts)[_inverse(places).to(parts[0].device)]
-
-
-def _inverse(places: list[Tensor]) -> Tensor:
-    return torch.cat(places).argsort()
+def _in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The values of batches, each with the places of its samples, by place."""
+    places, values = zip(*parts, strict=True)
+    joined = torch.cat(values)
+    return joined[torch.cat(places).argsort().to(joined.device)]
 
 
 def check_finite(values: Tensor, what: str, samples: Tensor) -> None:

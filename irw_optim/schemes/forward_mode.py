@@ -1,15 +1,13 @@
-"""G v by one forward pass: how the losses change as the parameters move along v.
+"""G v by forward-mode differentiation: the JVP of the losses, without a graph.
 
-The scores of a data set ask for a single product with G, and nothing else of it. For that a
-forward pass that carries derivatives along is enough::
+The scores of a data set ask for a single product with G, and nothing else of it::
 
     G v = d/dt losses(parameters + t v)   at t = 0
 
-No graph is kept and no gradient of an output is formed. It is exact wherever backward is the
-derivative, which some samples may stop on purpose, by ``torch.no_grad()``. So the weighted sum of
-the scores is compared with <G^T w, v> where G^T w is known, for S as a rule, and the scores of the
-first batch with the engine's. Where they differ, or an operation has no derivative in forward mode,
-the engine does it.
+It is exact wherever backward is the derivative, which some samples may stop on purpose, by
+``torch.no_grad()``. So the weighted sum of the scores is compared with <G^T w, v> where G^T w is
+known, for S as a rule, and the scores of the first batch with the engine's. Where they differ, or
+an operation has no derivative in forward mode, the engine does it.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -40,11 +38,14 @@ ATTENTION_AT_MOST = 1 / 4
 """As a share of the outputs of layers: numbers in matrices of attention that a fused kernel spares.
 Beyond it time and memory would soon be theirs, which grow with the square of the length."""
 
+LAYERS = ("Addmm", "Mm", "Convolution", "Embedding", "Native", "Cudnn", "Mkldnn")
+"""How the names of the operations begin that layers take: products, norms, tables, recurrence."""
+
 FAILS = "forward mode fails"
 """What an `Engine` remembers of its model, beside what the engines know."""
 
 
-def along(
+def jvp(
     model: nn.Module,
     losses_of: Callable[[Any], PerSampleLosses],
     batch: Any,
@@ -66,57 +67,57 @@ def along(
     >>> losses_of = lambda x: per_sample_losses(nn.MSELoss(), model(x), torch.zeros(len(x), 1))
     >>> _ = nn.init.ones_(model.weight)  # losses (x1 + x2)^2, whose gradient is 2 (x1 + x2) x
     >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
-    >>> along(model, losses_of, x, {model.weight: torch.tensor([[0.0, 1.0]])})
+    >>> jvp(model, losses_of, x, {model.weight: torch.tensor([[0.0, 1.0]])})
     tensor([ 0., 12.])
     """
-    with _unwarned(), torch.no_grad(), forward_ad.dual_level():
-        moving = {p: forward_ad.make_dual(p.detach(), v) for p, v in direction.items()}
-        with _in_place_of(moving, model), _differentiable_attention():
+    with warnings.catch_warnings(), torch.no_grad(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", "`torch.jit.script`")  # torch's, of its own derivatives
+        dual = {p: forward_ad.make_dual(p.detach(), v) for p, v in direction.items()}
+        with _in_place_of(dual, model), _differentiable_attention():
             losses = losses_of(batch).losses
         value, tangent = forward_ad.unpack_dual(losses)
     return widened(torch.zeros_like(value) if tangent is None else tangent)
 
 
-class Extent(NamedTuple):
-    """How many numbers a model makes for one sample, as the graph of its losses shows it.
+def sizes_of(graph: Graph, samples: int) -> tuple[float, float]:
+    """How many numbers a model makes for one sample, by the graph of the losses of ``samples``.
 
-    Attributes:
-        outputs: of the layers that the engine covers.
-        attention: in matrices of attention that a fused kernel never makes, and `along` does.
+    Returns:
+        Those that layers put out, and those in matrices of attention that a fused kernel never
+        makes, and `jvp` does.
     """
-
-    outputs: float = 0.0
-    attention: float = 0.0
-
-    @classmethod
-    def of(cls, graph: Graph, samples: int) -> Extent:
-        """A sample's share of the batch that made the graph."""
-        outputs = sum(site.shape.numel() for site in graph.sites)
-        fused = [node for node in graph.nodes if node.name().startswith("ScaledDotProduct")]
-        shapes = [shape for node in fused if (shape := output_shape(node)) is not None]
-        attention = sum(shape[:-1].numel() * shape[-2] for shape in shapes)
-        return cls(outputs / samples, attention / samples)
+    outputs = sum(shape.numel() for shape in _output_shapes(graph, *LAYERS))
+    fused = _output_shapes(graph, "ScaledDotProduct")
+    attention = sum(shape[:-1].numel() * shape[-2] for shape in fused)
+    return outputs / samples, attention / samples
 
 
-def suits(engine: Engine, extent: Extent, batch_size: int) -> bool:
+def _output_shapes(graph: Graph, *operations: str) -> list[torch.Size]:
+    shapes = (output_shape(node) for node in graph.order if node.name().startswith(operations))
+    return [shape for shape in shapes if shape is not None]
+
+
+def pays_off(engine: Engine, sizes: tuple[float, float], batch_size: int) -> bool:
     """Whether to try forward mode for batches of an engine's model.
 
     It is as much arithmetic as the ghost products, without their hooks and their Python for every
-    layer: a gain where batches are small (``benchmarks.cost renewal``), and where the engine would
-    differentiate twice. Numbers of low precision do not carry derivatives well.
+    layer: a gain where batches are small (``benchmarks.cost renewal``). Numbers of low precision do
+    not carry derivatives well.
 
     Args:
         engine: remembers whether it failed.
-        extent: of the model.
+        sizes: of the model, by `sizes_of`.
         batch_size: samples at once.
     """
-    if engine.known.get(FAILS) or engine.kind != "auto" or engine.model is None:
-        return False
-    if batch_size * extent.outputs > SMALL:
-        return False
-    if extent.attention > ATTENTION_AT_MOST * extent.outputs:
-        return False
-    return in_full_precision(engine)
+    outputs, attention = sizes
+    return (
+        not engine.known.get(FAILS)
+        and engine.kind == "auto"
+        and engine.model is not None
+        and batch_size * outputs <= SMALL
+        and attention <= ATTENTION_AT_MOST * outputs
+        and in_full_precision(engine)
+    )
 
 
 def in_full_precision(engine: Engine) -> bool:
@@ -138,39 +139,24 @@ def give_up(engine: Engine, reason: RuntimeError) -> None:
 
 def check_equal(scores: Tensor, expected: Tensor) -> None:
     """Raise a RuntimeError unless both are the scores of the same samples, (B,), to rounding."""
-    _agree((scores - expected).abs().max(), expected.abs().max(), scores.dtype)
+    _check_difference((scores - expected).abs().max(), expected.abs().max())
 
 
 def check_sum(scores: Tensor, direction: Direction, weights: Tensor, combined: Direction) -> None:
-    """Raise a RuntimeError unless w^T (G v) = (G^T w)^T v.
-
-    Args:
-        scores: G v, (n,).
-        direction: v.
-        weights: w, (n,).
-        combined: G^T w.
-    """
+    """Raise a RuntimeError unless w^T (G v) = (G^T w)^T v, for G v, v, w and G^T w."""
     terms = weights * scores
     expected = sum((combined[p] * v).sum() for p, v in direction.items() if p in combined)
-    _agree((terms.sum() - expected).abs(), terms.abs().sum(), scores.dtype)
+    _check_difference((terms.sum() - expected).abs(), terms.abs().sum())
 
 
-def _agree(difference: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+def _check_difference(difference: Tensor, scale: Tensor) -> None:
     if not bool(scale.isfinite()):
         return  # which is for the scheme to say
-    tolerance = 1e-8 if dtype == torch.float64 else 1e-3
-    if not bool(difference <= tolerance * scale + torch.finfo(dtype).tiny):
+    tolerance = 1e-8 if scale.dtype == torch.float64 else 1e-3
+    if not bool(difference <= tolerance * scale + torch.finfo(scale.dtype).tiny):
         raise RuntimeError(
             f"it differs from backward by {float(difference):.2g} in {float(scale):.2g}"
         )
-
-
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """Torch compiles some forward derivatives in a way that it warns of itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script`")
-        yield
 
 
 @contextmanager
@@ -180,24 +166,24 @@ def _in_place_of(values: Direction, model: nn.Module) -> Iterator[None]:
     ``torch.func.functional_call`` would, but where a module has two names it puts the value back
     instead of the parameter.
     """
+    modules = list(model.modules())
     saved = [
         (module._parameters, name, parameter)
-        for module in model.modules()
+        for module in modules
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter in values
     ]
-    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-    flat = [module._flat_weights for module in recurrent]
+    flat = [(m, m._flat_weights) for m in modules if isinstance(m, nn.RNNBase)]
     try:
         for table, name, parameter in saved:
             table[name] = values[parameter]  # type: ignore[assignment]
-        for module, weights in zip(recurrent, flat, strict=True):
+        for module, weights in flat:
             module._flat_weights = [w if w is None else values.get(w, w) for w in weights]
         yield
     finally:
         for table, name, parameter in saved:
             table[name] = parameter
-        for module, weights in zip(recurrent, flat, strict=True):
+        for module, weights in flat:
             module._flat_weights = weights
 
 

@@ -13,11 +13,10 @@ from torch.utils.data import DataLoader
 
 from irw_optim.distributed.ranks import place
 from irw_optim.optimizer import IRWOptimizer
+from irw_optim.schemes.batch_losses import BatchLosses, Forward
 from irw_optim.schemes.dataset_over_ranks import ranks_of
-from irw_optim.schemes.global_weights import BatchLosses, Forward, weigh_dataset
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
-from irw_optim.schemes.indexed import indexed_loader
-from irw_optim.schemes.reading import DatasetReader
+from irw_optim.schemes.reading import DatasetReader, indexed_loader
 from irw_optim.schemes.requirements import (
     USES,
     check_block,
@@ -27,6 +26,7 @@ from irw_optim.schemes.requirements import (
 )
 from irw_optim.schemes.resampling import ResamplingSampler
 from irw_optim.schemes.resuming import ResumableLoader
+from irw_optim.schemes.weighing import weigh_dataset
 from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.record import StepRecord
 
@@ -116,11 +116,11 @@ class GlobalScheme:
         self._reader = DatasetReader(loader, batch_size)
         self._losses_of = BatchLosses(self._model, criterion, forward)
         self._sampler: ResamplingSampler | None = None
-        share = _share(loader)
+        share = _rank_and_world_size(loader)
         if use == "resampling":
             self._sampler = _uniform_sampler(self._reader.size, seed, share)
-        self._alike = {"refresh": refresh, "unit": unit, "use": use, "seed": seed}
-        self._alike["outlier_block"] = outlier_block
+        self._equal_on_ranks = {"refresh": refresh, "unit": unit, "use": use, "seed": seed}
+        self._equal_on_ranks["outlier_block"] = outlier_block
         # Renewed before a batch is drawn: resampling draws it by the weights.
         self.loader = ResumableLoader(
             indexed_loader(loader, self._sampler), self._renew_if_due, share
@@ -129,7 +129,7 @@ class GlobalScheme:
         self._batches = 0
         self._renewed_at = 0
         optimizer.scheme = self._held
-        finalize(self, _give_back, ref(optimizer), self._held).atexit = False
+        finalize(self, _restore_local_scheme, ref(optimizer), self._held).atexit = False
 
     @property
     def _local(self) -> LocalScheme:
@@ -197,7 +197,7 @@ class GlobalScheme:
             self._local,
             outlier_block=self.outlier_block,
             progress=self.progress,
-            ranks=ranks_of(replica, self._model, self._reader, self._alike),
+            ranks=ranks_of(replica, self._model, self._reader, self._equal_on_ranks),
         )
         self._renewed_at = self._now()
         if self._sampler is not None:
@@ -206,7 +206,7 @@ class GlobalScheme:
 
     def detach(self) -> None:
         """Give the optimizer its local scheme back."""
-        _give_back(ref(self.optimizer), self._held)
+        _restore_local_scheme(ref(self.optimizer), self._held)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to resume with, exactly, also in the middle of an epoch.
@@ -272,13 +272,13 @@ class GlobalScheme:
             self.renew()
 
 
-def _give_back(of: ref[IRWOptimizer], held: HeldWeights) -> None:
+def _restore_local_scheme(of: ref[IRWOptimizer], held: HeldWeights) -> None:
     optimizer = of()
     if optimizer is not None and optimizer.scheme is held:
         optimizer.scheme = optimizer.local_scheme
 
 
-def _share(loader: DataLoader[Any]) -> tuple[int, int]:
+def _rank_and_world_size(loader: DataLoader[Any]) -> tuple[int, int]:
     """This process's rank, and how many there are: the loader's sampler says so, or the group."""
     sampler, (rank, number) = loader.sampler, place()
     return getattr(sampler, "rank", rank), getattr(sampler, "num_replicas", number)

@@ -1,19 +1,167 @@
-"""Reads any samples of a loader's data set, in a given order, as the loader would collate them."""
+"""Any samples of a loader's data set by their index, in batches that know which they hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from irw_optim.arguments import as_whole
-from irw_optim.schemes.indexed import IndexedDataset, told_by
-from irw_optim.schemes.order import Rearranged, RefusedError
-from irw_optim.schemes.requirements import check_loader
+from irw_optim.schemes.collating import Rearranged, RefusedError, refuse_sorting
+from irw_optim.schemes.loaders import batch_size_of, check_loader, idle_copy, loader_like
+
+
+class IndexedDataset(Dataset[tuple[int, Any]]):
+    """A map-style data set whose samples come with their index: ``data[i] == (i, dataset[i])``.
+
+    A loader over it yields ``(indices, batch)``. `GlobalScheme` makes such a loader itself; this
+    is for loops with a loader of their own, which call `GlobalScheme.select`.
+
+    Args:
+        dataset: map-style, with a length.
+
+    Raises:
+        TypeError: an iterable data set, or one without a length.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> data = IndexedDataset(TensorDataset(torch.tensor([5.0, 6.0, 7.0])))
+    >>> data[1]
+    (1, (tensor(6.),))
+    >>> next(iter(DataLoader(data, batch_size=2)))
+    [tensor([0, 1]), [tensor([5., 6.])]]
+
+    A ``collate_fn`` of your own that keeps the samples in their order goes on working on samples
+    without an index:
+
+    >>> loader = DataLoader(data, batch_size=2, collate_fn=data.collate(lambda samples: samples))
+    >>> next(iter(loader))
+    (tensor([0, 1]), [(tensor(5.),), (tensor(6.),)])
+
+    One that sorts, leaves out or repeats samples takes the pairs, and says what it did. A loader
+    like this one may be given to `GlobalScheme` and `irw_optim.schemes.global_weights` as well:
+
+    >>> def longest_first(pairs):
+    ...     indices, samples = zip(*sorted(pairs, key=lambda pair: -pair[1][0]))
+    ...     return torch.tensor(indices), torch.stack([x for x, in samples])
+    >>> next(iter(DataLoader(data, batch_size=3, collate_fn=longest_first)))
+    (tensor([2, 1, 0]), tensor([7., 6., 5.]))
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        check_loader(DataLoader(dataset))
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
+        """A batch of samples at once, as data sets offer it that are quicker that way."""
+        fetch = getattr(self.dataset, "__getitems__", None)
+        samples = [self.dataset[i] for i in indices] if fetch is None else fetch(indices)
+        if len(samples) != len(indices):
+            raise ValueError(
+                f"__getitems__ of {type(self.dataset).__name__} returned {len(samples)} samples "
+                f"for {len(indices)} indices: expected a list with one sample for each"
+            )
+        return list(zip(indices, samples, strict=True))
+
+    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> IndexedCollate:
+        """A ``collate_fn`` for the samples as they are, made one for ``(index, sample)`` pairs."""
+        return IndexedCollate(collate_fn)
+
+
+class IndexedCollate:
+    """Collates ``(index, sample)`` pairs into ``(indices, batch)``; a class, so that it pickles.
+
+    Args:
+        collate_fn: collates the samples, in their order.
+    """
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
+        self.uses = 0
+
+    def __call__(self, pairs: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
+        """Collate the samples; ``indices`` is int64, (B,).
+
+        Raises:
+            ValueError: a ``collate_fn`` that makes the same batch of the samples in another order;
+                looked at in uses 1, 2, 4, ...
+        """
+        indices, samples = zip(*pairs, strict=True)
+        self.uses += 1
+        if self.uses & (self.uses - 1) == 0 and self.collate_fn is not default_collate:
+            refuse_sorting(self.collate_fn, samples)
+        return torch.tensor(indices), self.collate_fn(list(samples))
+
+
+class _IndicesFirst:
+    """A ``collate_fn`` of ``(index, sample)`` pairs whose batches are looked at; it pickles."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, pairs: list[Any]) -> tuple[Tensor, Any]:
+        return indices_and_batch(self.collate_fn(pairs))
+
+
+def indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
+    """A batch of an `IndexedDataset` as indices, (B,) int64 on the CPU, and the rest.
+
+    Raises:
+        TypeError: it does not begin with indices.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        indices, rest = batch
+        told = torch.as_tensor(indices) if isinstance(indices, Tensor | list | tuple) else None
+        if told is not None and told.ndim == 1 and not told.is_floating_point():
+            return told.to("cpu", torch.int64), rest
+    raise TypeError(
+        f"collate_fn made a {type(batch).__name__} of the (index, sample) pairs of an "
+        "IndexedDataset: expected (indices, batch), with the dataset index of every sample of the "
+        "batch, in its order"
+    )
+
+
+def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None) -> DataLoader[Any]:
+    """A loader of the same batches, in the same order, each with its indices in front.
+
+    Args:
+        loader: a plain DataLoader; its sampler and generator are shared, not copied.
+        sampler: takes the place of the loader's own.
+
+    Raises:
+        TypeError, ValueError: `check_loader`'s; a loader that does more than DataLoader does.
+    """
+    check_loader(loader)
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise TypeError(
+            f"loader is a {type(loader).__name__}, which has an iteration of its own: give the "
+            "DataLoader it was made from, or iterate over your own loader of an "
+            "IndexedDataset(dataset) and call scheme.select(indices) before each batch"
+        )
+    data, collate = loader.dataset, loader.collate_fn
+    if isinstance(data, IndexedDataset):
+        collate = _IndicesFirst(collate)
+    else:
+        data, collate = IndexedDataset(data), IndexedCollate(collate)
+    shape: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
+    if sampler is not None:
+        size = getattr(loader.batch_sampler, "batch_size", None)
+        if size is None:
+            raise ValueError(
+                f"loader has a {type(loader.batch_sampler).__name__} without a batch_size: "
+                "resampling draws the batches itself and needs DataLoader(dataset, batch_size=64)"
+            )
+        drop_last = getattr(loader.batch_sampler, "drop_last", False)
+        shape = {"batch_size": size, "drop_last": drop_last, "sampler": sampler}
+    own = {"generator": loader.generator, "persistent_workers": loader.persistent_workers}
+    return loader_like(loader, data, collate, **shape, **own)
 
 
 class DatasetReader:
@@ -31,11 +179,11 @@ class DatasetReader:
     def __init__(self, loader: DataLoader[Any], batch_size: int | None = None) -> None:
         check_loader(loader)
         self.loader = loader
-        self.batch_size = _batch_size(loader, batch_size)
+        self.batch_size = batch_size_of(loader, batch_size)
         self.uses = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "loader": without_workers(self.loader)}
+        return {**vars(self), "loader": idle_copy(self.loader)}
 
     @property
     def size(self) -> int:
@@ -103,24 +251,15 @@ class DatasetReader:
             yield taken[places], batch
 
     def _loader(self, batches: Sequence[list[int]], collate: Callable[[Any], Any]) -> Any:
-        given = self.loader
-        return DataLoader(
-            given.dataset,
-            batch_sampler=batches,
-            num_workers=min(given.num_workers, len(batches)),
-            collate_fn=collate,
-            pin_memory=given.pin_memory,
-            timeout=given.timeout,
-            worker_init_fn=given.worker_init_fn,
-            multiprocessing_context=given.multiprocessing_context,
-            prefetch_factor=given.prefetch_factor,
-        )
+        workers = min(self.loader.num_workers, len(batches))
+        shape = {"batch_sampler": batches, "num_workers": workers}
+        return loader_like(self.loader, self.loader.dataset, collate, **shape)
 
     def _places(self, piece: Tensor, batch: Any) -> tuple[Tensor, Any]:
         """Where in the piece the samples of its batch are, and the batch as the model sees it."""
         if not isinstance(self.loader.dataset, IndexedDataset):
             return torch.arange(len(piece)), batch
-        told, batch = told_by(batch)
+        told, batch = indices_and_batch(batch)
         wanted, places = piece.sort()
         found, order = told.sort()
         if not torch.equal(wanted, found):
@@ -131,40 +270,3 @@ class DatasetReader:
                 "expected each sample once, in any order"
             )
         return torch.empty_like(order).index_copy(0, order, places), batch
-
-
-def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The loader as a copy can have it: persistent workers are this process's own."""
-    idle = copy(loader)
-    idle._iterator = None
-    return idle
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on the device.
-
-    Goes into tuples, lists and mappings, and calls ``to`` on what has it.
-
-    >>> to_device({"x": [torch.ones(1)], "name": "a"}, torch.device("cpu"))
-    {'x': [tensor([1.])], 'name': 'a'}
-    """
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
-def _batch_size(loader: DataLoader[Any], given: int | None) -> int:
-    own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    size = as_whole(own if given is None else given)
-    if size is None or size < 1:
-        raise ValueError(
-            f"batch_size={given!r} with a loader of batch size {own!r}: expected the number of "
-            "samples to read at once, for example batch_size=256"
-        )
-    return size

@@ -1,11 +1,10 @@
-"""What the global scheme needs of an optimizer and a loader, and what it does not take."""
+"""What the global scheme needs of an optimizer and its options, and what it does not take."""
 
 from __future__ import annotations
 
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
-from irw_optim.arguments import as_whole
+from irw_optim.arguments import whole_number
 from irw_optim.gradients.engine import ENGINES
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.privacy.errors import DPGuaranteeError
@@ -69,14 +68,11 @@ def model_and_criterion_of(
 
 
 def check_choices(refresh: object, unit: object, use: object) -> int:
-    """The number ``refresh``; a ValueError unless these are arguments of GlobalScheme."""
-    number = as_whole(refresh)
-    if number is None or number < 1:
-        raise ValueError(f"refresh={refresh!r}: expected a whole number >= 1 of epochs or steps")
+    """The number ``refresh``, or an error unless these are arguments of GlobalScheme."""
     for name, value, allowed in (("unit", unit, UNITS), ("use", use, USES)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
-    return number
+    return whole_number("refresh", refresh, 1, "a whole number >= 1 of epochs or steps")
 
 
 def check_engine(engine: object) -> None:
@@ -93,45 +89,10 @@ def check_engine(engine: object) -> None:
         raise ValueError(f"engine={engine!r}{why}: expected one of {', '.join(map(repr, allowed))}")
 
 
-def check_loader(loader: object) -> None:
-    """Refuse what has no samples that can be read by index, or draws from only some of them.
-
-    Raises:
-        TypeError: no DataLoader, or one over an iterable data set or one without a length.
-        ValueError: one without automatic batching, or with a SubsetRandomSampler.
-    """
-    if not isinstance(loader, DataLoader):
-        raise TypeError(
-            f"loader={loader!r}: expected a torch.utils.data.DataLoader over a map-style data set"
-        )
-    name = type(loader.dataset).__name__
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        kind = "iterable" if isinstance(loader.dataset, IterableDataset) else "without a length"
-        raise TypeError(
-            f"loader.dataset is {kind} ({name}): the global scheme holds one weight for each "
-            "index of a map-style data set, with __getitem__ and __len__; the local scheme, "
-            "IRWOptimizer by itself, works with any stream of batches"
-        )
-    if loader.batch_sampler is None:
-        raise ValueError(
-            "loader has batch_size=None, so that an index of its data set is no sample: expected "
-            "a loader that collates samples into batches, DataLoader(dataset, batch_size=64)"
-        )
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    if isinstance(sampler, SubsetRandomSampler):
-        raise ValueError(
-            f"loader has a SubsetRandomSampler: it draws {len(sampler)} of the "
-            f"{len(loader.dataset)} samples, but the weights would be those of all of them; use "
-            "DataLoader(torch.utils.data.Subset(dataset, indices), shuffle=True, ...)"
-        )
-
-
 def check_block(outlier_block: object) -> int:
     """The whole number of samples that ``outlier_block`` is, or an error."""
-    block = as_whole(outlier_block)
-    if block is None or block < 1:
-        raise ValueError(
-            f"outlier_block={outlier_block!r}: expected the number of samples that the filter "
-            "compares with each other, for example outlier_block=256"
-        )
-    return block
+    expected = (
+        "the number of samples that the filter compares with each other, for example "
+        "outlier_block=256"
+    )
+    return whole_number("outlier_block", outlier_block, 1, expected)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from irw_optim.arguments import as_whole
+from irw_optim.arguments import whole_number
 from irw_optim.distributed.ranks import place
 from irw_optim.schemes.held_weights import check_sample_weights
 
@@ -68,9 +68,9 @@ class ResamplingSampler(Sampler[int]):
             raise ValueError(f"rank={rank!r}, world_size={world_size!r}: expected both or neither")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank!r}: expected 0 <= rank < world_size={world_size!r}")
-        asked = as_whole(len(weights) if num_samples is None else num_samples)
-        if asked is None or (asked < 1 and num_samples is not None):
-            raise ValueError(f"num_samples={num_samples!r}: expected the draws of an epoch, >= 1")
+        asked = len(weights)
+        if num_samples is not None:
+            asked = whole_number("num_samples", num_samples, 1, "the draws of an epoch, >= 1")
         self.num_samples = -(-asked // world_size)
         self.replacement = replacement
         self.rank = rank

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from irw_optim.schemes.reading import without_workers
+from irw_optim.schemes.loaders import idle_copy
 from irw_optim.schemes.resampling import ResamplingSampler
 
 
@@ -36,14 +36,14 @@ class ResumableLoader:
         self.share = share
         self.before_batch = before_batch
         self.position = 0
-        self._broken = False
-        self._began_with: list[Tensor] = []
+        self._resumes = False
+        self._start_states: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = self._continued() if self._broken else self._begun()
+        batches = self._resume() if self._resumes else self._start()
         while self.position < len(self.loader):
             self.before_batch()
             batch = next(batches, None)
@@ -57,7 +57,7 @@ class ResumableLoader:
         """Batches given so far, and the random states at the epoch's beginning."""
         return {
             "position": self.position,
-            "began_with": list(self._began_with),
+            "began_with": list(self._start_states),
             "share": self.share,
             "length": len(self),
         }
@@ -70,8 +70,8 @@ class ResumableLoader:
         """
         self.check(state_dict)
         self.position = state_dict["position"]
-        self._began_with = [state.cpu() for state in state_dict["began_with"]]
-        self._broken = self.position > 0
+        self._start_states = [state.cpu() for state in state_dict["began_with"]]
+        self._resumes = self.position > 0
 
     def check(self, state_dict: dict[str, Any]) -> None:
         """Refuse the middle of an epoch that was another process's.
@@ -94,22 +94,22 @@ class ResumableLoader:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "loader": without_workers(self.loader)}
+        return {**vars(self), "loader": idle_copy(self.loader)}
 
     @property
     def _sampler(self) -> Any:
         return getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
 
-    def _begun(self) -> Iterator[Any]:
+    def _start(self) -> Iterator[Any]:
         self.position = 0
-        self._began_with = [torch.get_rng_state()]
-        self._began_with += [generator.get_state() for generator in self._generators()]
+        self._start_states = [torch.get_rng_state()]
+        self._start_states += [generator.get_state() for generator in self._generators()]
         return iter(self.loader)
 
-    def _continued(self) -> Iterator[Any]:
-        self._broken = False
+    def _resume(self) -> Iterator[Any]:
+        self._resumes = False
         now = torch.get_rng_state()
-        shared, *own = self._began_with
+        shared, *own = self._start_states
         torch.set_rng_state(shared)
         for generator, state in zip(self._generators(), own, strict=True):
             generator.set_state(state)

@@ -14,10 +14,10 @@ from sklearn.metrics import roc_auc_score
 from irw_optim import IRWOptimizer, StepRecord, worst_off
 from irw_optim.metrics import worst_alpha_loss
 from irw_optim.monitor.course import Course, parts_of
-from irw_optim.monitor.held import agreement
 from irw_optim.monitor.history import History
 from irw_optim.monitor.recording import gradient_norm, groups_of
 from irw_optim.monitor.rows import OF_A_PART, Row, by_class, by_group, read, summarise
+from irw_optim.monitor.staleness import agreement
 
 ALPHA = 0.3
 
@@ -127,6 +127,12 @@ def test_agreement_is_the_area_under_the_curve(pairs: list[tuple[int, bool]]) ->
 @pytest.mark.parametrize("inside", [True, False])
 def test_agreement_is_not_known_without_two_sides(inside: bool) -> None:
     assert math.isnan(agreement(np.arange(3.0), np.full(3, inside)))
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_agreement_takes_a_broken_loss_for_the_largest(broken: float) -> None:
+    losses, inside = np.array([1.0, broken, 0.0], np.float32), np.array([True, False, False])
+    assert agreement(losses, inside) == pytest.approx(0.5)
 
 
 def a_row(step: int) -> Row:

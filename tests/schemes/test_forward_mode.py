@@ -15,8 +15,8 @@ from irw_optim import IRWOptimizer
 from irw_optim.criterion import per_sample_losses
 from irw_optim.gradients.engine import Engine
 from irw_optim.schemes import GlobalScheme, global_weights
-from irw_optim.schemes.forward_mode import along
-from irw_optim.schemes.global_weights import BatchLosses
+from irw_optim.schemes.batch_losses import BatchLosses
+from irw_optim.schemes.forward_mode import jvp
 from irw_optim.schemes.reading import DatasetReader
 
 N, CLASSES = 53, 3
@@ -143,7 +143,7 @@ def test_is_the_product_with_the_rows_of_a_loop(kind):
     def losses_of(batch):
         return per_sample_losses(nn.CrossEntropyLoss(), model(batch[0]), batch[1])
 
-    actual = along(model, losses_of, (x, y), along_them)
+    actual = jvp(model, losses_of, (x, y), along_them)
     assert reference.error(actual, expected) < 1e-10
     assert all(p is before[name] for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
@@ -154,7 +154,7 @@ def test_is_the_product_with_the_rows_of_a_loop(kind):
 def test_makes_the_scores_where_it_can(kind, caplog, monkeypatch):
     used = []
     monkeypatch.setattr(
-        dataset_gradients, "along", lambda *args: used.append(1) or along(*args), raising=True
+        dataset_gradients, "jvp", lambda *args: used.append(1) or jvp(*args), raising=True
     )
     caplog.set_level(logging.INFO, "irw_optim")
     model, (x, y) = kind().double(), batch()
@@ -207,7 +207,7 @@ def test_what_differs_outside_of_s_shows_in_the_first_batch(caplog):
 def test_what_failed_once_is_not_tried_again(monkeypatch):
     tried = []
     monkeypatch.setattr(
-        dataset_gradients, "along", lambda *args: tried.append(1) or along(*args), raising=True
+        dataset_gradients, "jvp", lambda *args: tried.append(1) or jvp(*args), raising=True
     )
     model, criterion = Sined(), nn.CrossEntropyLoss()
     inner = torch.optim.SGD(model.parameters(), 0.1)
@@ -236,7 +236,7 @@ def test_numbers_of_low_precision_are_left_to_the_engine(monkeypatch):
     def asked(*args, **options):
         pytest.fail("was asked")
 
-    monkeypatch.setattr(dataset_gradients, "along", asked)
+    monkeypatch.setattr(dataset_gradients, "jvp", asked)
     monkeypatch.setattr(dataset_gradients, "backward_to", asked)
     model, (x, y) = Tied(), batch(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -246,7 +246,7 @@ def test_numbers_of_low_precision_are_left_to_the_engine(monkeypatch):
 
 @pytest.mark.parametrize("engine", ["ghost", "autodiff"])
 def test_an_engine_that_is_asked_for_makes_them_itself(engine, monkeypatch):
-    monkeypatch.setattr(dataset_gradients, "along", lambda *args: pytest.fail("was asked"))
+    monkeypatch.setattr(dataset_gradients, "jvp", lambda *args: pytest.fail("was asked"))
     model, (x, y) = Pictures().double(), batch()
     actual = weights_of(model, x, y, engine=engine)
     assert reference.error(actual, by_hand(model, x, y)) < 1e-10
@@ -281,13 +281,13 @@ class Attention(nn.Module):
 
 def batches_along(monkeypatch, model, x, y):
     """The sizes of the batches that went through forward mode; the weights are right."""
-    sizes, real = [], forward_mode.along
+    sizes, real = [], forward_mode.jvp
 
     def noting(model, losses_of, batch, direction):
         sizes.append(len(batch[1]))
         return real(model, losses_of, batch, direction)
 
-    monkeypatch.setattr(dataset_gradients, "along", noting)
+    monkeypatch.setattr(dataset_gradients, "jvp", noting)
     assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
     return sizes
 
@@ -326,9 +326,9 @@ def test_attention_that_makes_its_matrix_anyway_does_not_count(monkeypatch):
 
 
 def test_memory_runs_out_of_forward_mode_and_the_engine_goes_on(monkeypatch):
-    def along(*args):
+    def jvp(*args):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(dataset_gradients, "along", along)
+    monkeypatch.setattr(dataset_gradients, "jvp", jvp)
     model, (x, y) = Pictures().double(), batch()
     assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10

@@ -443,3 +443,14 @@ def test_progress_is_complete_at_the_end(model, data, monkeypatch):
     for center in (0.0, 1.0):
         global_weights(model, nn.CrossEntropyLoss(), loader, 0.2, center=center)
         assert seen[-1].total == seen[-1].completed
+
+
+def test_a_flag_is_true_or_false(model, data):
+    with pytest.raises(TypeError, match="class_balance='no': expected True or False"):
+        weights_of(model, data, class_balance="no")
+
+
+def test_numbers_may_be_numpys(model, data):
+    same = {"center": 1.0, "mix": 0.5, "class_balance": True}
+    as_numpy = {name: np.asarray(value)[()] for name, value in same.items()}
+    assert torch.equal(weights_of(model, data, **as_numpy), weights_of(model, data, **same))

@@ -1,17 +1,17 @@
-"""A look at a model in training that leaves no trace on it."""
+"""A look at a model in training, in eval mode, that leaves no trace on it."""
 
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
-import numpy as np
 import torch
 from torch import nn
+
+from irw_optim.restored import randomness_restored
 
 logger = logging.getLogger("irw_optim")
 
@@ -19,7 +19,7 @@ _warned: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module's mode and every random state are as before.
 
     Eval mode is what makes a sample's gradient its own: with BatchNorm in train mode it would
@@ -29,7 +29,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model: every submodule gets its own mode back, not the model's.
 
     >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-    >>> with undisturbed(model):
+    >>> with eval_mode(model):
     ...     model[0].training
     False
     >>> model.training, model[0].training, model[1].training
@@ -37,17 +37,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     _warn_of_batch_statistics(model)
     modes = [(module, module.training) for module in model.modules()]
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    number = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    devices = [torch.device("cuda", i) for i in range(number)]
     try:
-        with torch.random.fork_rng(devices), _recurrent_backward_in_eval_mode(model):
+        with randomness_restored(devices), _recurrent_backward_in_eval_mode(model):
             model.eval()
             yield
     finally:
         for module, training in modes:
             module.training = training
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _recurrent_backward_in_eval_mode(model: nn.Module) -> Any:
@@ -64,8 +62,6 @@ def warn_once(model: nn.Module, message: str, *arguments: object) -> None:
 
 
 def _warn_of_batch_statistics(model: nn.Module) -> None:
-    if model in _warned:
-        return
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             warn_once(

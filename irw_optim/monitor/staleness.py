@@ -12,7 +12,7 @@ from irw_optim.schemes.held_weights import HeldWeights
 from irw_optim.weighting.record import StepRecord
 
 
-class HeldSince:
+class WeightAge:
     """Watches the weights that an optimizer's scheme holds, by identity: it waits for nothing."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class HeldSince:
         self.step, self._known, self._resumed = state["step"], None, state["weights"]
 
 
-def held_members(scheme: object) -> Array | None:
+def worst_off_when_made(scheme: object) -> Array | None:
     """Who of the newest batch was among the worst off when the weights were made, (B,)."""
     if not isinstance(scheme, HeldWeights) or scheme.record is None or scheme.indices is None:
         return None
@@ -70,11 +70,11 @@ def agreement(losses: Array, worst_off: Array) -> float:
     >>> agreement(np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, False, True, False]))
     0.75
     """
+    from sklearn.metrics import roc_auc_score  # takes longer to import than this package
+
     inside = worst_off.astype(bool)
-    members, others = int(inside.sum()), int((~inside).sum())
-    if not members or not others:
+    if inside.all() or not inside.any():
         return float("nan")
-    _, place, count = np.unique(losses, return_inverse=True, return_counts=True)
-    ranks = (count.cumsum() - (count - 1) / 2)[place]
-    above = ranks[inside].sum() - members * (members + 1) / 2
-    return float(above / (members * others))
+    values = losses.astype(np.float64)
+    values[~np.isfinite(values)] = np.finfo(np.float64).max  # the largest of all
+    return float(roc_auc_score(inside, values))

@@ -1,0 +1,65 @@
+"""The losses of a batch as a loader yields it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from irw_optim.criterion import PerSampleLosses, per_sample_losses
+from irw_optim.distributed.shard_checks import check_whole
+
+Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
+"""``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""
+
+
+class BatchLosses:
+    """The per-sample losses of a batch as the loader yields it.
+
+    An object and no closure: its copy is about the copy of the model.
+
+    Args:
+        model: run on the batch; its parameters decide the device.
+        criterion: makes the losses.
+        forward: of a batch that is no pair of inputs and target.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
+        check_whole(model, "a weight for every sample of a data set")
+        self.model = model
+        self.criterion = criterion
+        self.forward = forward
+
+    def __call__(self, batch: Any) -> PerSampleLosses:
+        """The losses, with their graph where gradients are enabled."""
+        model, arguments = self.model, self.forward or _inputs_and_target
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # its own forward would wait for a backward pass of every process
+        parameter = next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        return per_sample_losses(self.criterion, *arguments(model, _on(device, batch)))
+
+
+def _on(device: torch.device, batch: Any) -> Any:
+    """The batch with all that has a ``to``, in tuples, lists and mappings too, on the device."""
+    return tree_map(
+        lambda value: value.to(device) if hasattr(value, "to") else value,
+        batch,
+        is_leaf=lambda value: hasattr(value, "to"),
+    )
+
+
+def _inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        shape = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
+        raise TypeError(
+            f"the loader's batches are no pairs (inputs, target) but a {shape}: give "
+            'forward=lambda model, batch: (model(batch["x"]), batch["y"]), which returns the '
+            "criterion's arguments"
+        )
+    inputs, target = batch
+    return model(inputs), target
