@@ -109,6 +109,12 @@ def test_the_table_is_sorted_and_names_what_failed():
     assert report.summary(found[:2])["5 ms and more"]["time"] == [2.25, 2.85, 3.0]
 
 
+def test_growth_says_how_far_the_ratios_are_apart():
+    points = [{"size": 16, "time": 2.0, "memory": 1.5}, {"size": 64, "time": 3.0, "memory": 1.6}]
+    text = report.growth_as_markdown({"model": [*points, {"size": 256, "fails": "too long"}]})
+    assert text.endswith("| model | 2.00 / 1.50 | 3.00 / 1.60 | fails | 1.50 |")
+
+
 def test_batches_and_models_are_the_same_for_the_same_seed():
     entry = Entry("here", "here", 4, lambda: nn.Linear(3, 2), texts(5))
     assert torch.equal(entry.make().weight, entry.make().weight)

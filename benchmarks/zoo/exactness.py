@@ -46,8 +46,13 @@ class InFloat64(nn.Module):
         self.model = model.double()
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        with Float64():
-            return self.model(*inputs)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with Float64():
+                return self.model(*inputs)
+        finally:
+            torch.set_default_dtype(default)
 
 
 def errors(entry: Entry, size: int) -> dict[str, float | int]:
