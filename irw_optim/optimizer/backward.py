@@ -88,7 +88,7 @@ class _Pass:
         try:
             with without_autocast(upstream.device.type):
                 total: dict[Tensor, Tensor] = {}
-                others = [leaf for leaf in captured.others if captured.is_wanted(leaf)]
+                others = captured.others and list(filter(captured.is_wanted, captured.others))
                 weighted = not others or any(map(captured.is_wanted, captured.leaves))
                 shared = keep_graph or walked_by_this_backward(captured)
                 if weighted:
@@ -99,7 +99,7 @@ class _Pass:
                 if weighted:
                     weights = self.weigh(upstream, captured.rows(self.scored))
                     total |= captured.weighted_sum(weights, shared)
-                return [total.get(leaf) for leaf in self.leaves]
+                return list(map(total.get, self.leaves))
         finally:
             if not keep_graph:
                 self.done = True

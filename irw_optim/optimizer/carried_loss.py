@@ -63,6 +63,9 @@ class OneProcess:
         """Weights times length: the ordinary gradient is sum_j factor_j mean_j."""
         record = self.scheme.decide(as_one(passes), rows)
         self.note(record)
+        if len(passes) == 1:
+            ((batch, factor),) = passes
+            return record.weights * (factor * batch.scale)
         return record.weights * sum(factor * batch.scale for batch, factor in passes)
 
     def loss(self, batch: PerSampleLosses) -> Tensor:

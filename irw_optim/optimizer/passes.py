@@ -23,9 +23,9 @@ class Pass(NamedTuple):
 
 def as_one(passes: Sequence[Pass]) -> PerSampleLosses:
     """The samples of all passes; ``value`` and ``scale`` have no meaning for several."""
+    if len(passes) == 1:
+        return passes[0].batch
     batches = [batch for batch, _ in passes]
-    if len(batches) == 1:
-        return batches[0]
     labels = [batch.labels for batch in batches if batch.labels is not None]
     counted = any(batch.counts is not None for batch in batches)
     return PerSampleLosses(
