@@ -146,11 +146,9 @@ class _ShardedPass:
         covering, due = None, False
         if len(batch.losses):
             batch.graph, covering = batch.engine.covering(
-                batch.graph, batch.leaves, batch.losses, report=False
+                batch.graph, batch.leaves, batch.losses, sharded=True
             )
             missing, due = columns - covering.covered, covering.check_is_due()
-            calls = [site.call for site in batch.graph.sites if site.call.needs_values]
-            missing |= columns.intersection(p for c in calls for p in c.parameters.values())
         told = self.model.ranks.each(batch.losses.new_tensor([bool(missing), due]))
         anything_missing, check = told.amax(0).tolist()
         if anything_missing:

@@ -43,8 +43,6 @@ class ChainedCall(LayerCall):
         chains: for each placeholder how it was computed.
     """
 
-    needs_values = True
-
     def __init__(self, call: LayerCall, chains: Mapping[Tensor, Chain]) -> None:
         self.call = call
         self.chains = dict(chains)

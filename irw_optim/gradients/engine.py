@@ -140,7 +140,7 @@ class Engine(Renewed):
         _WAITING.leave(batch)
 
     def covering(
-        self, graph: Graph, own: Sequence[Tensor], losses: Tensor, *, report: bool = True
+        self, graph: Graph, own: Sequence[Tensor], losses: Tensor, *, sharded: bool = False
     ) -> tuple[Graph, Covering]:
         """The graph with the batch of each layer in front, and what is known of its kind.
 
@@ -148,19 +148,20 @@ class Engine(Renewed):
             graph: of one vector of losses.
             own: the leaves that are the model's.
             losses: (B,).
-            report: whether to say what is left to autodiff, or to refuse it.
+            sharded: whether values are freed after use: layers are then those that hooks have seen,
+                and what they do not cover is for the caller to say.
         """
-        size = len(losses)
+        size = losses.shape[0]
         known = (fingerprint(losses, graph), *map(id, own))
         plan = self.plans.get(known)
         self.unfamiliar = plan is None
         if plan is not None:
             return graph._replace(sites=sites_of(plan.readings, graph, size)), plan.covering
         batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
-        found = read(graph, batch, own) if batch.followed else None
+        found = read(graph, batch, own) if batch.followed and not sharded else None
         if found is not None:
             graph = graph._replace(sites=found[1])
-        elif batch.followed or batch.surely_mixes:
+        elif (batch.followed or batch.surely_mixes) and not sharded:
             graph = graph._replace(sites=[])
         elif size > 1:
             self._look_closer(graph)
@@ -172,7 +173,7 @@ class Engine(Renewed):
             covering = covering_of(graph, own, size, batch, trust)
             if size > 1:
                 _remember(self.coverings, kind, covering)
-                if report:
+                if not sharded:
                     self._report(covering, own)
                     self._report_parts(graph, batch, size)
         if found is not None:

@@ -19,6 +19,7 @@ from irw_optim.gradients.capture import CallSite
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.layers._call import _summed_rows, gram_of_rows
 from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.torch_internals import gradients_at
 
 
 class GhostGradients:
@@ -134,9 +135,7 @@ def ghost_gradients(
             gradients = backward(edges)
         else:
             cotangent = seed.to(losses.dtype).expand_as(losses)
-            gradients = torch.autograd.grad(
-                losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True
-            )
+            gradients = gradients_at(losses, edges, cotangent, retain_graph=retain_graph)
     finally:
         for handle in handles:
             handle.remove()
@@ -148,7 +147,7 @@ def ghost_gradients(
             "no gradient arrived at a layer that one arrived at before: expected a forward that "
             'uses its layers alike in every step; set engine="autodiff" for one that does not'
         )
-    return GhostGradients(calls, len(losses), seed)
+    return GhostGradients(calls, losses.shape[0], seed)
 
 
 def _arrive(

@@ -72,16 +72,16 @@ class LossGradients:
             seed: 0-dim, not zero; what the losses carry through it.
             keep_graph: whether somebody else will still walk the graph.
         """
-        passes = self._passes
+        passes, size = self._passes, self.losses.shape[0]
         graph, covering = self.engine.covering(self.graph, self.leaves, self.losses)
         self.graph = graph
-        self.apart = covering.mixed_by is None and len(self.losses) > 1
-        listens = bool(len(self.losses)) and self.engine.looks_for_hooks(graph)
+        self.apart = covering.mixed_by is None and size > 1
+        listens = bool(size) and self.engine.looks_for_hooks(graph)
         if not covering.covered:
             if listens:
                 passes.listen([], seed.expand_as(self.losses), self.leaves)
             return
-        check = bool(len(self.losses)) and covering.check_is_due()
+        check = bool(size) and covering.check_is_due()
         if covering.whole and not (check or listens or self.engine.known.get(HOOKS_CHANGE)):
             passes.heard = True
             self.rest = self.finished_by_autograd = []

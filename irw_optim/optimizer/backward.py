@@ -136,7 +136,7 @@ def seed_of(upstream: Tensor, batch: PerSampleLosses) -> Tensor:
     scale that was chosen for it (a gradient scaler's, 1/accumulation steps), which leaves the
     weights alone; 0 would take the weights with it.
     """
-    seed = upstream * (batch.scale / max(1, len(batch.losses)))
+    seed = upstream * (batch.scale / max(1, batch.losses.shape[0]))
     if seed.device.type == "cpu":  # looking at it waits for nothing there
         value = seed.item()
         return seed if value and isfinite(value) else torch.ones_like(seed)

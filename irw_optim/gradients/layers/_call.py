@@ -79,9 +79,6 @@ class LayerCall:
     time_major = False
     """Whether the batch is known not to stand first."""
 
-    needs_values = False
-    """Whether the products read the parameters' values, which who shards them has freed."""
-
     may_lack_batch = False
     """Whether the input may be one for all samples, as the indices of positions are."""
 

@@ -82,8 +82,6 @@ class LSTMCall(LayerCall):
         parameters: the trainable ones, under the names of `values`.
     """
 
-    needs_values = True
-
     def __init__(
         self,
         input: Tensor,
