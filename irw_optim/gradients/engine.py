@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from threading import Lock
 from typing import NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
-from irw_optim.gradients.capture import Graph, hook_layers, walk
+from irw_optim.gradients.capture import CallSite, Graph, hook_layers, walk
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
 from irw_optim.gradients.hooks import is_compiled, needs_hooks, silence_of
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_of_parts
-from irw_optim.gradients.node_calls import Reading, read, sites_of, with_layouts
+from irw_optim.gradients.node_calls import Reading, calls_nodes, read, sites_of, with_layouts
 from irw_optim.gradients.nodes import shape_of
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
+from irw_optim.gradients.unheard import in_a_pass
 
 logger = logging.getLogger("irw_optim")
 
@@ -156,9 +159,13 @@ class Engine(Renewed):
         plan = self.plans.get(known)
         self.unfamiliar = plan is None
         if plan is not None:
-            return graph._replace(sites=sites_of(plan.readings, graph, size)), plan.covering
+            sites = self._sites(plan.readings, graph, losses)
+            if sites is not None:
+                return graph._replace(sites=sites), plan.covering
         batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
-        found = read(graph, batch, own) if batch.followed and not sharded else None
+        found = None
+        if batch.followed and not sharded:
+            found = _in_a_pass(losses, graph, partial(read, graph, batch, own))
         if found is not None:
             graph = graph._replace(sites=found[1])
         elif (batch.followed or batch.surely_mixes) and not sharded:
@@ -179,6 +186,12 @@ class Engine(Renewed):
         if found is not None:
             _remember(self.plans, known, Plan(with_layouts(found[0], graph.sites), covering))
         return graph, covering
+
+    def _sites(
+        self, readings: list[Reading], graph: Graph, losses: Tensor
+    ) -> list[CallSite] | None:
+        follow = partial(sites_of, readings, graph, losses.shape[0])
+        return _in_a_pass(losses, graph, follow) if calls_nodes(readings) else follow()
 
     def _look_closer(self, graph: Graph) -> None:
         """From now on see layers as they are called, where the graph does not show them."""
@@ -307,6 +320,16 @@ class Engine(Renewed):
         """Say it once for a model; a forward that varies would say it at every turn."""
         logger.log(logging.DEBUG if about in self.told else level, text)
         self.told.add(about)
+
+
+def _in_a_pass(losses: Tensor, graph: Graph, look: Callable[[], _Value]) -> _Value:
+    """What a look at nodes gives where they know which of their inputs are wanted."""
+    found: list[_Value] = []
+    with torch.no_grad():
+        in_a_pass(
+            losses, [GradientEdge(n, 0) for n in graph.leaf_nodes], lambda: found.append(look())
+        )
+    return found[0]
 
 
 def _remember(known: dict[Hashable, _Value], key: Hashable, value: _Value) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from copy import copy
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle

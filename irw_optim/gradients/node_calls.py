@@ -131,17 +131,26 @@ def read(
     return readings, sites
 
 
-def sites_of(readings: Iterable[Reading], graph: Graph, batch_size: int) -> list[CallSite]:
-    """The layer calls of another graph of the kind, with the batch in front."""
+def sites_of(readings: Iterable[Reading], graph: Graph, batch_size: int) -> list[CallSite] | None:
+    """The layer calls of another graph of the kind, with the batch in front.
+
+    Returns:
+        None where an operation has other settings than it had.
+    """
     sites: list[CallSite] = []
     for reading in readings:
-        found = _sites_at(reading, graph)
-        assert found is not None, "another graph of this kind had them"
-        assert reading.layouts is not None
-        for site, layout in zip(found, reading.layouts, strict=True):
+        found, layouts = _sites_at(reading, graph), reading.layouts
+        if found is None or layouts is None or len(found) != len(layouts):
+            return None
+        for site, layout in zip(found, layouts, strict=True):
             site.call.settle(layout, batch_size)
         sites += found
     return sites
+
+
+def calls_nodes(readings: Iterable[Reading]) -> bool:
+    """Whether operations are asked for their slopes, which they tell in a backward pass alone."""
+    return any(reading.rule is _each_number for reading in readings)
 
 
 def _sites_at(reading: Reading, graph: Graph) -> list[CallSite] | None:

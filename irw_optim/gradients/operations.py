@@ -160,8 +160,6 @@ def is_view(node: Node) -> bool:
 def settings_of(node: Node) -> object:
     """What the rule of a node looks at, to compare."""
     kind = _OF_TYPE.get(type(node)) or _kind_of(node)
-    if kind.rule is elementwise:
-        return type(node)
     if kind.rule is picking:
         return type(node), shape_of(node), picks_of(node)
     metadata: Any = node._input_metadata

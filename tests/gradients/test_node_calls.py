@@ -13,7 +13,7 @@ from agreement import agree
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from irw_optim import IRWOptimizer
+from irw_optim import IRWOptimizer, PerSampleLoss
 
 B, T, D, ALPHA = 6, 5, 4, 0.3
 
@@ -216,3 +216,46 @@ def test_a_plan_is_not_followed_where_the_sizes_are_others():
     model = Net(FORWARDS["a table of biases"]).double()
     for batch in (6, 3, 6, 5, 2):
         check(model, torch.randn(batch, T, D).double())
+
+
+@pytest.mark.parametrize("name", ["a quotient by parameters", "slopes", "a product"])
+def test_a_backward_pass_to_chosen_leaves(name):
+    """It asks nodes for other gradients than one to all leaves does."""
+    torch.manual_seed(0)
+    model, x = Net(FORWARDS[name]).double(), torch.randn(B, T, D).double()
+    criterion = PerSampleLoss(lambda output: output.square().flatten(1).mean(1))
+    sgd = torch.optim.SGD(model.parameters(), 0.05)
+    optimizer = IRWOptimizer(sgd, alpha=ALPHA, model=model, criterion=criterion)
+    trainable = list(model.parameters())
+    truth = reference.step(model(x).square().flatten(1).mean(1), trainable, ALPHA)
+    used = [p for p, g in zip(trainable, truth.gradients, strict=True) if bool(g.any())]
+    for inputs in (None, used, None, used):
+        optimizer.zero_grad()
+        criterion(model(x)).backward(inputs=inputs)
+        agree(optimizer, model, truth, 1e-10)
+
+
+def test_what_was_shared_may_come_to_differ_from_sample_to_sample():
+    """The graph is wired alike; only the shape of an elementwise operation tells."""
+    torch.manual_seed(0)
+    model = Net(lambda m, x: x[:, 0] * (m.p * m.mask).tanh()).double()
+    x = torch.randn(B, T, D).double()
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.05), alpha=ALPHA, model=model)
+    for rows in (1, B, 1, B):
+        model.mask = torch.randn(rows, 1).double()
+        truth = reference.step(losses_of(model, x), model.parameters(), ALPHA)
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(model, x))
+        agree(optimizer, model, truth, 1e-10)
+
+
+def test_an_operation_with_other_settings_than_before():
+    torch.manual_seed(0)
+    model = Net(lambda m, x: torch.addmm(m.p, x[:, 0], m.square, alpha=m.alpha)).double()
+    x = torch.randn(B, T, D).double()
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.05), alpha=ALPHA, model=model)
+    for model.alpha in (1, 2, 1, 3):
+        truth = reference.step(losses_of(model, x), model.parameters(), ALPHA)
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(model, x))
+        agree(optimizer, model, truth, 1e-10)
