@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from irw_optim.gradients.capture import Graph
 from irw_optim.gradients.layers import LayerCall, Layout, RowWeights
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
@@ -33,6 +34,20 @@ class Chain(NamedTuple):
     end: tuple[Node, int]
     order: Sequence[Node]
     leaves: Mapping[Node, Tensor]
+
+
+class ChainPlaces(NamedTuple):
+    """A `Chain`, by the places of its nodes in the order of every graph of one kind."""
+
+    end: tuple[int, int]
+    order: tuple[int, ...]
+    leaves: tuple[int, ...]
+
+    def among(self, graph: Graph) -> Chain:
+        """The chain of one graph."""
+        end, number = self.end
+        leaves = {graph.leaf_nodes[n]: graph.leaves[n] for n in self.leaves}
+        return Chain((graph.order[end], number), [graph.order[n] for n in self.order], leaves)
 
 
 class ChainedCall(LayerCall):

@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from threading import Lock
 from typing import NamedTuple, TypeVar
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +18,18 @@ from torch.autograd.graph import GradientEdge
 
 from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
+from irw_optim.gradients import texts
 from irw_optim.gradients.capture import CallSite, Graph, hook_layers, walk
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
 from irw_optim.gradients.hooks import is_compiled, needs_hooks, silence_of
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_of_parts
-from irw_optim.gradients.node_calls import Reading, calls_nodes, read, sites_of, with_layouts
 from irw_optim.gradients.nodes import shape_of
+from irw_optim.gradients.readings import Reading, calls_nodes, read, sites_of, with_layouts
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
 from irw_optim.gradients.unheard import in_a_pass
+from irw_optim.gradients.waiting import WAITING
 
 logger = logging.getLogger("irw_optim")
 
@@ -124,23 +124,18 @@ class Engine(Renewed):
         refuse_reentrant_checkpoints(graph.order)
         own = None if owns is None else owns(graph.leaves)
         batch = LossGradients(self, losses, graph, own)
-        _WAITING.join(batch)
+        WAITING.join(batch)
         if len(batch.sharing) == MANY_LOSSES:
             self._tell(
                 logging.WARNING,
                 "many losses",
-                f"{MANY_LOSSES + 1} losses lead through one graph, such as those of time steps: "
-                "each is a batch of its own, with its own worst-off samples and weights, and goes "
-                "back through all of the graph, so that the cost is quadratic in their number. For "
-                "one batch of sequences, in one backward pass, add up the losses of each sample: "
-                "optimizer.backward(torch.stack(losses).mean(0)) with losses of shape (B,) from "
-                'reduction="none"',
+                texts.many_losses(MANY_LOSSES + 1),
             )
         return batch
 
     def left(self, batch: LossGradients) -> None:
         """The backward pass of a batch is over."""
-        _WAITING.leave(batch)
+        WAITING.leave(batch)
 
     def covering(
         self, graph: Graph, own: Sequence[Tensor], losses: Tensor, *, sharded: bool = False
@@ -211,9 +206,7 @@ class Engine(Renewed):
             self._tell(
                 logging.INFO,
                 "rows",
-                "Opacus' rows are taken as they are: only a forward that does not mix the samples "
-                "of a batch has exact ones, and losses without their graph do not show it; "
-                "irw_optim.verify(model, ...) on the plain model does",
+                texts.ROWS_AS_THEY_ARE,
             )
             return
         batch = follow_batch(losses, walk(losses))
@@ -222,9 +215,7 @@ class Engine(Renewed):
             self._tell(
                 logging.WARNING,
                 "rows",
-                f"samples may meet in the forward (at {where}), and then Opacus' rows are not the "
-                "gradients of single losses: irw_optim.verify(model, ...) on the plain model "
-                "tells; IRWOptimizer(..., model=model, criterion=criterion) is exact there, too",
+                texts.rows_may_meet(where),
             )
 
     def looks_for_hooks(self, graph: Graph) -> bool:
@@ -308,12 +299,7 @@ class Engine(Renewed):
             self._tell(
                 logging.WARNING,
                 "parts",
-                f"{losses} losses come from {rows} rows that entered the model: each loss counts "
-                "as a sample of its own, as a token does where a language model's loss is "
-                "flattened. "
-                f"For {rows} sequences, call optimizer.backward(losses) with losses of shape "
-                f'({rows},): criterion(logits, targets) with reduction="none", then '
-                f".view({rows}, -1).mean(1)",
+                texts.parts(losses, rows),
             )
 
     def _tell(self, level: int, about: str, text: str) -> None:
@@ -336,30 +322,3 @@ def _remember(known: dict[Hashable, _Value], key: Hashable, value: _Value) -> No
     if len(known) >= KNOWN_GRAPHS:
         known.clear()
     known[key] = value
-
-
-class _Waiting:
-    """Losses whose backward pass is still to come, whichever engine's: they may share a graph.
-
-    Trainings may run in several threads, and a backward pass in one of autograd's.
-    """
-
-    def __init__(self) -> None:
-        self.batches: WeakSet[LossGradients] = WeakSet()
-        self.lock = Lock()
-
-    def join(self, batch: LossGradients) -> None:
-        nodes = batch.graph.nodes.keys()
-        with self.lock:
-            for other in self.batches:
-                if not nodes.isdisjoint(other.graph.nodes.keys()):
-                    other.sharing.add(batch)
-                    batch.sharing.add(other)
-            self.batches.add(batch)
-
-    def leave(self, batch: LossGradients) -> None:
-        with self.lock:
-            self.batches.discard(batch)
-
-
-_WAITING = _Waiting()

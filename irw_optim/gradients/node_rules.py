@@ -1,24 +1,17 @@
-"""Layers, seen in the graph: operations on samples that read what all samples share.
-
-A layer's input is what its operation saved for autograd, whichever module or function it came
-from. What it shares among the samples is a weight, or was computed from weights alone, which
-`ChainedCall` passes. So a class token, a table of biases, a normalisation of one's own, LoRA or
-weight standardisation cost what a layer costs.
-"""
+"""Which layer calls an operation makes, from what it saved: a rule for each kind of operation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
-from irw_optim.gradients.capture import CallSite, Graph
-from irw_optim.gradients.chained import Chain, ChainedCall
+from irw_optim.gradients.chained import ChainPlaces
 from irw_optim.gradients.layers import (
     LSTM,
     RECURRENT,
@@ -34,7 +27,6 @@ from irw_optim.gradients.layers import (
     NormCall,
 )
 from irw_optim.gradients.materialized import widened
-from irw_optim.gradients.mixing import Batch
 from irw_optim.gradients.mixing_rules import elementwise
 from irw_optim.gradients.nodes import base_name, pull, shape_of, signed
 from irw_optim.gradients.operations import rule_for
@@ -54,20 +46,6 @@ class Weight(NamedTuple):
     turned: bool = False
 
 
-class ChainPlaces(NamedTuple):
-    """A `Chain`, by the places of its nodes in the order of every graph of one kind."""
-
-    end: tuple[int, int]
-    order: tuple[int, ...]
-    leaves: tuple[int, ...]
-
-    def among(self, graph: Graph) -> Chain:
-        """The chain of one graph."""
-        end, number = self.end
-        leaves = {graph.leaf_nodes[n]: graph.leaves[n] for n in self.leaves}
-        return Chain((graph.order[end], number), [graph.order[n] for n in self.order], leaves)
-
-
 Weights = Mapping[int, Weight]
 """What an operation shares among the samples, by the number of the input."""
 
@@ -75,163 +53,14 @@ NodeRule = Callable[[Any, Weights], "Sequence[LayerCall] | None"]
 
 _RULES: dict[str, NodeRule] = {}
 
-_MATRIX_PRODUCTS = ("Addmm", "Mm")
-"""They take a weight or its transpose alike."""
 
-
-class Reading(NamedTuple):
-    """An operation that reads what the samples share, in every graph of one kind.
-
-    Attributes:
-        place: of its node in the graph's order.
-        output: number of the output that holds the batch.
-        rule: makes the layer calls of it.
-        weights: what it shares.
-        layouts: where the batch is, for each call; None as long as nobody has looked.
-    """
-
-    place: int
-    output: int
-    rule: NodeRule
-    weights: Weights
-    layouts: tuple[Layout | None, ...] | None = None
-
-
-def read(
-    graph: Graph, batch: Batch, own: Iterable[Tensor]
-) -> tuple[list[Reading], list[CallSite]] | None:
-    """What a graph reads in which the batch is known everywhere, and the layer calls of it.
-
-    Args:
-        graph: of one vector of losses.
-        batch: where the batch is in it.
-        own: the leaves of which gradients are wanted.
-
-    Returns:
-        None where some operation has no quick products.
-    """
-    mine = set(own)
-    leaves = {node: n for n, node in enumerate(graph.leaf_nodes) if graph.leaves[n] in mine}
-    readings: list[Reading] = []
-    sites: list[CallSite] = []
-    for place, output, inputs in batch.crossings:
-        node: Any = graph.order[place]
-        turns = base_name(node) in _MATRIX_PRODUCTS
-        shared = {n: _weight_at(node.next_functions[n], graph, leaves, turns) for n in inputs}
-        weights = {n: weight for n, weight in shared.items() if weight is not None}
-        if not weights:
-            continue
-        rule = None if _is_complex(node, weights, graph) else _rule_of(node, output)
-        reading = None if rule is None else Reading(place, output, rule, weights)
-        found = None if reading is None else _sites_at(reading, graph)
-        if reading is None or found is None:
-            return None
-        readings.append(reading)
-        sites += found
-    return readings, sites
-
-
-def sites_of(readings: Iterable[Reading], graph: Graph, batch_size: int) -> list[CallSite] | None:
-    """The layer calls of another graph of the kind, with the batch in front.
-
-    Returns:
-        None where an operation has other settings than it had.
-    """
-    sites: list[CallSite] = []
-    for reading in readings:
-        found, layouts = _sites_at(reading, graph), reading.layouts
-        if found is None or layouts is None or len(found) != len(layouts):
-            return None
-        for site, layout in zip(found, layouts, strict=True):
-            site.call.settle(layout, batch_size)
-        sites += found
-    return sites
-
-
-def calls_nodes(readings: Iterable[Reading]) -> bool:
-    """Whether operations are asked for their slopes, which they tell in a backward pass alone."""
-    return any(reading.rule is _each_number for reading in readings)
-
-
-def _sites_at(reading: Reading, graph: Graph) -> list[CallSite] | None:
-    node: Any = graph.order[reading.place]
-    calls = reading.rule(node, reading.weights)
-    if calls is None:
-        return None
-    edge, shape = GradientEdge(node, reading.output), shape_of(node, reading.output)
-    computed = [w for w in reading.weights.values() if w.chain is not None]
-    sites: list[CallSite] = []
-    for call in calls:
-        if computed:
-            mine = set(call.parameters.values())
-            chains = {w.tensor: w.chain.among(graph) for w in computed if w.tensor in mine}  # type: ignore[union-attr]
-            call = ChainedCall(call, chains) if chains else call
-        sites.append(CallSite(call, edge, call.output_shape or shape))
-    return sites
-
-
-def with_layouts(readings: Sequence[Reading], sites: Sequence[CallSite]) -> list[Reading]:
-    """The readings with the layouts that their sites have."""
-    found: dict[tuple[Node, int], list[Layout | None]] = {}
-    for call, edge, _ in sites:
-        found.setdefault((edge.node, edge.output_nr), []).append(call.layout)
-    layouts = list(found.values())
-    return [r._replace(layouts=tuple(own)) for r, own in zip(readings, layouts, strict=True)]
-
-
-def _weight_at(
-    edge: tuple[Any, int], graph: Graph, leaves: Mapping[Node, int], turns: bool
-) -> Weight | None:
-    """What a node reads at an edge; None where nothing that is wanted made it."""
-    node, number = edge
-    turned = turns and base_name(node) == "T"
-    behind = _unconverted(node.next_functions[0][0] if turned else node)
-    if behind in leaves:
-        return Weight(graph.leaves[leaves[behind]], None, turned)
-    order, made_of = _part_above(node, graph, leaves)
-    if not made_of:
-        return None
-    metadata = node._input_metadata[number]
-    stand_in = torch.empty(tuple(metadata.shape), dtype=metadata.dtype, device="meta")
-    chain = ChainPlaces((graph.nodes[node], number), order, made_of)
-    return Weight(stand_in.requires_grad_(), chain)
-
-
-def _unconverted(node: Any) -> Any:
-    """What autocast converted, or the node itself."""
-    while base_name(node) == "ToCopy":
-        node = node.next_functions[0][0]
-    return node
-
-
-def _part_above(
-    node: Node, graph: Graph, leaves: Mapping[Node, int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The nodes from which one was computed, each before those it reads from, and the leaves."""
-    seen, waiting = {node}, [node]
-    while waiting:
-        for parent, _ in waiting.pop().next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                waiting.append(parent)
-    order = sorted(graph.nodes[n] for n in seen if n in graph.nodes)
-    return tuple(order), tuple(leaves[n] for n in seen if n in leaves)
-
-
-def _rule_of(node: Node, output: int) -> NodeRule | None:
+def rule_of(node: Node, output: int) -> NodeRule | None:
+    """The rule of an operation, whose output of this number holds the batch."""
     name = base_name(node)
     if name == "MkldnnRnnLayer":
         return partial(_recurrent, output)
     rule = _RULES.get(name) if output == 0 else None
-    return _each_number if rule is None and rule_for(node) is elementwise else rule
-
-
-def _is_complex(node: Any, weights: Weights, graph: Graph) -> bool:
-    """Whether anything complex is involved: the products are of real numbers."""
-    made_of = [n for w in weights.values() if w.chain is not None for n in w.chain.leaves]
-    tensors = [*(w.tensor for w in weights.values()), *(graph.leaves[n] for n in made_of)]
-    dtypes = [*(m.dtype for m in node._input_metadata), *(t.dtype for t in tensors)]
-    return any(dtype.is_complex for dtype in dtypes)
+    return of_each_number if rule is None and rule_for(node) is elementwise else rule
 
 
 def node_rule(*names: str) -> Callable[[NodeRule], NodeRule]:
@@ -428,7 +257,7 @@ def _gain_and_bias(weights: Weights) -> list[Tensor | None]:
     return [weights[n].tensor if n in weights else None for n in (1, 2)]
 
 
-def _each_number(node: Any, weights: Weights) -> list[LayerCall] | None:
+def of_each_number(node: Any, weights: Weights) -> list[LayerCall] | None:
     """Each number of the output depends on one of each input: on this much."""
     output = _like_output(node)
     others = [None] * (len(node._input_metadata) - 1)

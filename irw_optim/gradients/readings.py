@@ -1,0 +1,173 @@
+"""Layers, seen in the graph: operations on samples that read what all samples share.
+
+A layer's input is what its operation saved for autograd, whichever module or function it came
+from. What it shares among the samples is a weight, or was computed from weights alone, which
+`ChainedCall` passes. So a class token, a table of biases, a normalisation of one's own, LoRA or
+weight standardisation cost what a layer costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from irw_optim.gradients.capture import CallSite, Graph
+from irw_optim.gradients.chained import ChainedCall, ChainPlaces
+from irw_optim.gradients.layers import Layout
+from irw_optim.gradients.mixing import Batch
+from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
+from irw_optim.gradients.nodes import base_name, shape_of
+
+_MATRIX_PRODUCTS = ("Addmm", "Mm")
+"""They take a weight or its transpose alike."""
+
+
+class Reading(NamedTuple):
+    """An operation that reads what the samples share, in every graph of one kind.
+
+    Attributes:
+        place: of its node in the graph's order.
+        output: number of the output that holds the batch.
+        rule: makes the layer calls of it.
+        weights: what it shares.
+        layouts: where the batch is, for each call; None as long as nobody has looked.
+    """
+
+    place: int
+    output: int
+    rule: NodeRule
+    weights: Weights
+    layouts: tuple[Layout | None, ...] | None = None
+
+
+def read(
+    graph: Graph, batch: Batch, own: Iterable[Tensor]
+) -> tuple[list[Reading], list[CallSite]] | None:
+    """What a graph reads in which the batch is known everywhere, and the layer calls of it.
+
+    Args:
+        graph: of one vector of losses.
+        batch: where the batch is in it.
+        own: the leaves of which gradients are wanted.
+
+    Returns:
+        None where some operation has no quick products.
+    """
+    mine = set(own)
+    leaves = {node: n for n, node in enumerate(graph.leaf_nodes) if graph.leaves[n] in mine}
+    readings: list[Reading] = []
+    sites: list[CallSite] = []
+    for place, output, inputs in batch.crossings:
+        node: Any = graph.order[place]
+        turns = base_name(node) in _MATRIX_PRODUCTS
+        shared = {n: _weight_at(node.next_functions[n], graph, leaves, turns) for n in inputs}
+        weights = {n: weight for n, weight in shared.items() if weight is not None}
+        if not weights:
+            continue
+        rule = None if _is_complex(node, weights, graph) else rule_of(node, output)
+        reading = None if rule is None else Reading(place, output, rule, weights)
+        found = None if reading is None else _sites_at(reading, graph)
+        if reading is None or found is None:
+            return None
+        readings.append(reading)
+        sites += found
+    return readings, sites
+
+
+def sites_of(readings: Iterable[Reading], graph: Graph, batch_size: int) -> list[CallSite] | None:
+    """The layer calls of another graph of the kind, with the batch in front.
+
+    Returns:
+        None where an operation has other settings than it had.
+    """
+    sites: list[CallSite] = []
+    for reading in readings:
+        found, layouts = _sites_at(reading, graph), reading.layouts
+        if found is None or layouts is None or len(found) != len(layouts):
+            return None
+        for site, layout in zip(found, layouts, strict=True):
+            site.call.settle(layout, batch_size)
+        sites += found
+    return sites
+
+
+def calls_nodes(readings: Iterable[Reading]) -> bool:
+    """Whether operations are asked for their slopes, which they tell in a backward pass alone."""
+    return any(reading.rule is of_each_number for reading in readings)
+
+
+def _sites_at(reading: Reading, graph: Graph) -> list[CallSite] | None:
+    node: Any = graph.order[reading.place]
+    calls = reading.rule(node, reading.weights)
+    if calls is None:
+        return None
+    edge, shape = GradientEdge(node, reading.output), shape_of(node, reading.output)
+    computed = [w for w in reading.weights.values() if w.chain is not None]
+    sites: list[CallSite] = []
+    for call in calls:
+        if computed:
+            mine = set(call.parameters.values())
+            chains = {w.tensor: w.chain.among(graph) for w in computed if w.tensor in mine}  # type: ignore[union-attr]
+            call = ChainedCall(call, chains) if chains else call
+        sites.append(CallSite(call, edge, call.output_shape or shape))
+    return sites
+
+
+def with_layouts(readings: Sequence[Reading], sites: Sequence[CallSite]) -> list[Reading]:
+    """The readings with the layouts that their sites have."""
+    found: dict[tuple[Node, int], list[Layout | None]] = {}
+    for call, edge, _ in sites:
+        found.setdefault((edge.node, edge.output_nr), []).append(call.layout)
+    layouts = list(found.values())
+    return [r._replace(layouts=tuple(own)) for r, own in zip(readings, layouts, strict=True)]
+
+
+def _weight_at(
+    edge: tuple[Any, int], graph: Graph, leaves: Mapping[Node, int], turns: bool
+) -> Weight | None:
+    """What a node reads at an edge; None where nothing that is wanted made it."""
+    node, number = edge
+    turned = turns and base_name(node) == "T"
+    behind = _unconverted(node.next_functions[0][0] if turned else node)
+    if behind in leaves:
+        return Weight(graph.leaves[leaves[behind]], None, turned)
+    order, made_of = _part_above(node, graph, leaves)
+    if not made_of:
+        return None
+    metadata = node._input_metadata[number]
+    stand_in = torch.empty(tuple(metadata.shape), dtype=metadata.dtype, device="meta")
+    chain = ChainPlaces((graph.nodes[node], number), order, made_of)
+    return Weight(stand_in.requires_grad_(), chain)
+
+
+def _unconverted(node: Any) -> Any:
+    """What autocast converted, or the node itself."""
+    while base_name(node) == "ToCopy":
+        node = node.next_functions[0][0]
+    return node
+
+
+def _part_above(
+    node: Node, graph: Graph, leaves: Mapping[Node, int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The nodes from which one was computed, each before those it reads from, and the leaves."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        for parent, _ in waiting.pop().next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)
+    order = sorted(graph.nodes[n] for n in seen if n in graph.nodes)
+    return tuple(order), tuple(leaves[n] for n in seen if n in leaves)
+
+
+def _is_complex(node: Any, weights: Weights, graph: Graph) -> bool:
+    """Whether anything complex is involved: the products are of real numbers."""
+    made_of = [n for w in weights.values() if w.chain is not None for n in w.chain.leaves]
+    tensors = [*(w.tensor for w in weights.values()), *(graph.leaves[n] for n in made_of)]
+    dtypes = [*(m.dtype for m in node._input_metadata), *(t.dtype for t in tensors)]
+    return any(dtype.is_complex for dtype in dtypes)
