@@ -163,7 +163,7 @@ class Engine(Renewed):
             found = _in_a_pass(losses, graph, partial(read, graph, batch, own))
         if found is not None:
             graph = graph._replace(sites=found[1])
-        elif (batch.followed or batch.surely_mixes) and not sharded:
+        elif not sharded and size > 1 and self._goes_forwards(batch, graph):
             graph = graph._replace(sites=[])
         elif size > 1:
             self._look_closer(graph)
@@ -187,6 +187,12 @@ class Engine(Renewed):
     ) -> list[CallSite] | None:
         follow = partial(sites_of, readings, graph, losses.shape[0])
         return _in_a_pass(losses, graph, follow) if calls_nodes(readings) else follow()
+
+    def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
+        """Whether a change can be pushed through a graph without quick products."""
+        if batch.followed or batch.surely_mixes:
+            return True
+        return not (self.known.get("row_by_row") or any(map(is_compiled, graph.order)))
 
     def _look_closer(self, graph: Graph) -> None:
         """From now on see layers as they are called, where the graph does not show them."""

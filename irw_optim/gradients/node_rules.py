@@ -25,6 +25,7 @@ from irw_optim.gradients.layers import (
     LinearCall,
     LSTMCall,
     NormCall,
+    VectorCall,
 )
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.mixing_rules import elementwise
@@ -97,6 +98,11 @@ def _linear(node: Any, weights: Weights) -> list[LayerCall] | None:
         return None
     weight = weights[1]
     return [LinearCall(node._saved_self, weight.tensor, transposed=not weight.turned)]
+
+
+@node_rule("Mv")
+def _by_vector(node: Any, weights: Weights) -> list[LayerCall] | None:
+    return None if 0 in weights else [VectorCall(node._saved_self, weights[1].tensor)]
 
 
 @node_rule("Bmm", "Baddbmm")

@@ -34,6 +34,7 @@ from irw_optim.gradients.mixing_rules import (
     removing,
     repeating,
     reshaped,
+    strided,
     swapping,
     unreduced,
     with_weights,
@@ -113,6 +114,7 @@ _NAMED = (
     ),
     _Named(padding, "ConstantPadNd"),
     _Named(repeating, "Repeat"),
+    _Named(strided, "AsStrided"),
     _Named(picking, "Index"),
     _Named(recurrent, "MkldnnRnnLayer"),
 )
@@ -129,6 +131,8 @@ _SETTINGS = (
     "_saved_pad",
     "_saved_reduction",
     "_saved_repeats",
+    "_saved_size",
+    "_saved_stride",
     "_saved_training",
 )
 """All that a rule reads beside the shapes and, of indices, what `picks_of` says."""

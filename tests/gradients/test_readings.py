@@ -75,6 +75,10 @@ def tied(m: Net, x: Tensor) -> Tensor:
 FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a product": lambda m, x: x @ m.wide,
     "a product with the transpose": lambda m, x: x @ m.square.t(),
+    "a product with a vector": lambda m, x: x @ m.p,
+    "pooled to one number, channels last": lambda m, x: F.adaptive_avg_pool2d(
+        F.conv1d(x.mT, m.kernel)[..., None].to(memory_format=torch.channels_last), 1
+    ),
     "a linear map": lambda m, x: F.linear(x, m.square, m.p),
     "a linear map of some columns": lambda m, x: F.linear(x[..., :3], m.square[:, :3]),
     "einsum over heads": lambda m, x: torch.einsum("btd,odh->btoh", x, m.kernel),

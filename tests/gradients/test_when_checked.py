@@ -111,6 +111,7 @@ class Opaque(torch.autograd.Function):
         return h * 2
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient * 2
 
@@ -121,8 +122,8 @@ class Doubled(nn.Module):
 
 
 def test_where_nothing_is_known_every_step_is_checked(checks):
-    train(mlp(Doubled()), steps=9)  # the first goes through the graph
-    assert len(checks) == 8
+    train(mlp(Doubled()), steps=9)
+    assert len(checks) == 7  # one goes row by row, and in the next the layers are hooked
 
 
 def test_where_samples_surely_meet_nothing_relies_on_a_check(checks):

@@ -4,7 +4,7 @@ from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.layers._convolution import ConvolutionCall
 from irw_optim.gradients.layers._elementwise import ElementwiseCall
 from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCall
-from irw_optim.gradients.layers._heads import HeadsCall
+from irw_optim.gradients.layers._heads import HeadsCall, VectorCall
 from irw_optim.gradients.layers._layout import FIRST, Layout
 from irw_optim.gradients.layers._linear import LinearCall, LinearRowsCall
 from irw_optim.gradients.layers._norm import NormCall
@@ -28,5 +28,6 @@ __all__ = [
     "NormCall",
     "RowWeights",
     "RowsCall",
+    "VectorCall",
     "gates_of",
 ]

@@ -1,4 +1,4 @@
-"""Linear maps side by side, one for each head or expert: a batched product with weights."""
+"""Products with a vector, and linear maps side by side, one for each head or expert."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ from irw_optim.gradients.layers._call import LayerCall, RowWeights, inner
 from irw_optim.gradients.layers._layout import Layout
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
+
+
+class VectorCall(LayerCall):
+    """y = a w for a of shape (rows, in) and a vector w: one number for each row."""
+
+    is_sequence = True
+    features = 0
+
+    def __init__(self, input: Tensor, weight: Tensor) -> None:
+        super().__init__(input, weight=weight)
+
+    def makes_rows(self, output_shape: torch.Size) -> bool:
+        """They are never more numbers than what was read."""
+        return True
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        (parameter,) = self.parameters.values()
+        a, b = widened(self.input[samples]), self.b[samples]
+        a, b = (a.unsqueeze(1), b.unsqueeze(1)) if b.ndim == 1 else (a, b)
+        return {parameter: (b.unsqueeze(1) @ a).squeeze(1)}
 
 
 class HeadsCall(LayerCall):
