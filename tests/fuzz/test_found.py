@@ -48,7 +48,7 @@ def test_ignored_samples_are_no_crowd_that_others_are_outliers_of():
     assert model.weight.grad.isfinite().all()
 
 
-def test_a_sample_without_gradient_in_a_model_that_mixes_samples(caplog):
+def test_a_sample_without_gradient_in_a_model_that_mixes_samples():
     """The check divides by the length of a gradient, and that of an ignored sample is zero."""
 
     class Mixing(nn.Module):
@@ -64,7 +64,6 @@ def test_a_sample_without_gradient_in_a_model_that_mixes_samples(caplog):
     optimizer = wrapped(model, criterion)
     criterion(model(torch.randn(6, 4)), IGNORED).backward()
     assert optimizer.last_step is not None
-    assert "samples meet in the forward" in caplog.text
 
 
 @pytest.mark.parametrize("engine", ["auto", "autodiff"])

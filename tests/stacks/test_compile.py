@@ -135,10 +135,13 @@ def test_a_compiled_function_around_model_and_criterion() -> None:
 
 
 def test_one_whole_graph_cannot_be_had() -> None:
+    """Where the graph does not show its operations: it is noticed when the first step is over."""
     model, criterion = make_model("layer"), nn.CrossEntropyLoss()
-    _, call = hooks_first(model, criterion, backend="eager", fullgraph=True)
+    _, call = hooks_first(model, criterion, backend="aot_eager", fullgraph=True)
+    x = torch.randn(8, FEATURES, dtype=torch.float64)
+    criterion(call(x), torch.zeros(8, dtype=torch.long)).backward()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="grad_fn"):
-        call(torch.randn(8, FEATURES, dtype=torch.float64))
+        call(x)
 
 
 def test_a_compiled_criterion_is_refused_by_name() -> None:
