@@ -378,4 +378,4 @@ def test_a_step_of_a_small_model_holds_hardly_more_than_a_plain_one():
             step()
         return x.nbytes + sum(p.nbytes for p in model.parameters()) + peak_bytes(step)
 
-    assert held(wrapped=True) <= 1.2 * held(wrapped=False)
+    assert held(wrapped=True) <= 1.25 * held(wrapped=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.capture import Graph
-from irw_optim.gradients.layers import LayerCall, Layout, RowWeights
+from irw_optim.gradients.layers import LayerCall, Layout, RowsCall, RowWeights
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import push_through
@@ -76,6 +76,8 @@ class ChainedCall(LayerCall):
 
     def set_output_gradient(self, gradient: Tensor) -> None:
         self.call.set_output_gradient(gradient)
+        if self.call.makes_rows(gradient.shape):
+            self.call = RowsCall(self.call)
 
     def arrangement(self) -> tuple[object, ...]:
         return type(self.call), *self.call.arrangement()

@@ -194,6 +194,17 @@ def of_classes(output: Output) -> Sequence[int]:
     return output.all_at(dim + (dim >= 1))
 
 
+def of_rows(dim: int) -> Rule:
+    """A loss of every row, which reads the batch in this dimension."""
+
+    def rule(output: Output) -> Sequence[int]:
+        if getattr(output.node, "_saved_reduction", 0) or output.located != (0, 1):
+            return MIXES
+        return output.all_at(dim)
+
+    return rule
+
+
 def padding(output: Output) -> Sequence[int]:
     """Pads the last dimensions."""
     return along_last(len(output.node._saved_pad) // 2)(output)

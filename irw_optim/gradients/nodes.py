@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.autograd.graph import Node
 
 _BASE_NAMES: dict[type[Node], str] = {}
 
+_SUFFIX = re.compile(r"Backward\d*$")
+"""``TanhBackwardBackward0`` is the gradient of a gradient, and no ``Tanh``."""
+
 
 def base_name(node: Node) -> str:
     """The operation, without what numbers its variants: ``Mean`` for ``MeanBackward1``.
@@ -21,7 +25,7 @@ def base_name(node: Node) -> str:
     name = _BASE_NAMES.get(type(node))
     if name is None:
         python = isinstance(node, BackwardCFunction)
-        name = "" if python else node.name().partition("Backward")[0]
+        name = "" if python else _SUFFIX.sub("", node.name())
         _BASE_NAMES[type(node)] = name
     return name
 

@@ -24,6 +24,7 @@ from irw_optim.gradients.mixing_rules import (
     mixing,
     multiplying,
     of_classes,
+    of_rows,
     of_shared_tables,
     padding,
     permuting,
@@ -39,7 +40,7 @@ from irw_optim.gradients.mixing_rules import (
     unreduced,
     with_weights,
 )
-from irw_optim.gradients.nodes import shape_of
+from irw_optim.gradients.nodes import base_name, shape_of
 from irw_optim.gradients.place import Rule
 
 
@@ -66,6 +67,8 @@ _NAMED = (
         "SoftMarginLoss",
     ),
     _Named(of_classes, "NllLoss NllLoss2D"),
+    _Named(of_rows(0), "MultiMarginLoss MultilabelMarginLoss"),
+    _Named(of_rows(1), "CtcLoss"),
     _Named(
         reshaped,
         "Alias LiftFresh ReshapeAlias Squeeze UnsafeView Unsqueeze View Detach",
@@ -176,8 +179,7 @@ def settings_of(node: Node) -> object:
 def _kind_of(node: Node) -> _Kind:
     kind = _OF_TYPE.get(type(node))
     if kind is None:
-        name, _, _ = node.name().partition("Backward")
-        rule = RULES.get(name, mixing)
+        rule = RULES.get(base_name(node), mixing)
         if isinstance(node, BackwardCFunction):  # a function in Python may have any name
             rule = handed_on if _is_torchs_identity(node) else mixing
         settings = tuple(name for name in _SETTINGS if hasattr(node, name))

@@ -93,6 +93,8 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "slopes": lambda m, x: m.slopes(x),
     "a gain by hand": by_hand,
     "a norm of one's own": lambda m, x: F.layer_norm(x, (D,), m.p, m.q),
+    "a norm with computed gains": lambda m, x: F.layer_norm(x, (D,), m.p.exp(), 2 * m.q),
+    "a product with a computed vector": lambda m, x: x @ m.p.exp(),
     "a norm behind the time": lambda m, x: m.norm(x.transpose(0, 1)).transpose(0, 1),
     "a group norm": lambda m, x: F.group_norm(x.mT, 2, m.p, m.q),
     "an instance norm": lambda m, x: F.instance_norm(x.mT, weight=m.p, bias=m.q),
