@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.report import FIGURES
 from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.picture import draw
 from benchmarks.zoo.registry import ENTRIES, GROWING, named
@@ -69,7 +70,7 @@ def main() -> None:
         "models": list(map(rounded, found)),
     }
     _store(options.out / "zoo", text, result)
-    draw(measured, options.out / "zoo.svg")
+    draw(measured, FIGURES / "zoo.png")
 
 
 def measure(work: Sequence[tuple[Entry, int]], seconds: float, exact: bool) -> list[dict[str, Any]]:
