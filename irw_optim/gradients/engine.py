@@ -192,7 +192,8 @@ class Engine(Renewed):
         """Whether a change can be pushed through a graph without quick products."""
         if batch.followed or batch.surely_mixes:
             return True
-        return not (self.known.get("row_by_row") or any(map(is_compiled, graph.order)))
+        hides = self.known.get("row_by_row") or any(map(is_compiled, graph.order))
+        return self.kind != "ghost" and not hides
 
     def _look_closer(self, graph: Graph) -> None:
         """From now on see layers as they are called, where the graph does not show them."""
