@@ -190,10 +190,11 @@ class Engine(Renewed):
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
         """Whether a change can be pushed through a graph without quick products."""
+        if self.kind == "ghost":
+            return False
         if batch.followed or batch.surely_mixes:
             return True
-        hides = self.known.get("row_by_row") or any(map(is_compiled, graph.order))
-        return self.kind != "ghost" and not hides
+        return not (self.known.get("row_by_row") or any(map(is_compiled, graph.order)))
 
     def _look_closer(self, graph: Graph) -> None:
         """From now on see layers as they are called, where the graph does not show them."""
