@@ -10,42 +10,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
 from irw_optim.gradients import texts
-from irw_optim.gradients.capture import CallSite, Graph, hook_layers, walk
+from irw_optim.gradients.capture import Graph, hook_layers, walk
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
 from irw_optim.gradients.hooks import is_compiled, needs_hooks, silence_of
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_of_parts
 from irw_optim.gradients.nodes import shape_of
-from irw_optim.gradients.readings import Reading, calls_nodes, read, sites_of, with_layouts
+from irw_optim.gradients.plan import Plan, in_a_pass_to_all
+from irw_optim.gradients.readings import read, with_layouts
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
-from irw_optim.gradients.unheard import in_a_pass
 from irw_optim.gradients.waiting import WAITING
 
 logger = logging.getLogger("irw_optim")
 
 _Value = TypeVar("_Value")
-
-
-class Plan(NamedTuple):
-    """What a kind of graph needs, once it is known.
-
-    Attributes:
-        readings: the operations that read what the samples share.
-        covering: what is known of their products.
-    """
-
-    readings: list[Reading]
-    covering: Covering
 
 
 KNOWN_GRAPHS = 256
@@ -126,11 +113,7 @@ class Engine(Renewed):
         batch = LossGradients(self, losses, graph, own)
         WAITING.join(batch)
         if len(batch.sharing) == MANY_LOSSES:
-            self._tell(
-                logging.WARNING,
-                "many losses",
-                texts.many_losses(MANY_LOSSES + 1),
-            )
+            self._tell(logging.WARNING, "many losses", texts.many_losses(MANY_LOSSES + 1))
         return batch
 
     def left(self, batch: LossGradients) -> None:
@@ -154,13 +137,13 @@ class Engine(Renewed):
         plan = self.plans.get(known)
         self.unfamiliar = plan is None
         if plan is not None:
-            sites = self._sites(plan.readings, graph, losses)
+            sites = plan.sites(graph, losses)
             if sites is not None:
                 return graph._replace(sites=sites), plan.covering
         batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
         found = None
         if batch.followed and not sharded:
-            found = _in_a_pass(losses, graph, partial(read, graph, batch, own))
+            found = in_a_pass_to_all(losses, graph, partial(read, graph, batch, own))
         if found is not None:
             graph = graph._replace(sites=found[1])
         elif not sharded and size > 1 and self._goes_forwards(batch, graph):
@@ -179,14 +162,8 @@ class Engine(Renewed):
                     self._report(covering, own)
                     self._report_parts(graph, batch, size)
         if found is not None:
-            _remember(self.plans, known, Plan(with_layouts(found[0], graph.sites), covering))
+            _remember(self.plans, known, Plan(with_layouts(found[0], graph), covering))
         return graph, covering
-
-    def _sites(
-        self, readings: list[Reading], graph: Graph, losses: Tensor
-    ) -> list[CallSite] | None:
-        follow = partial(sites_of, readings, graph, losses.shape[0])
-        return _in_a_pass(losses, graph, follow) if calls_nodes(readings) else follow()
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
         """Whether a change can be pushed through a graph without quick products."""
@@ -211,20 +188,12 @@ class Engine(Renewed):
             losses: (B,); with their graph, which a backward pass may have freed.
         """
         if losses.grad_fn is None or len(losses) < 2:
-            self._tell(
-                logging.INFO,
-                "rows",
-                texts.ROWS_AS_THEY_ARE,
-            )
+            self._tell(logging.INFO, "rows", texts.ROWS_AS_THEY_ARE)
             return
         batch = follow_batch(losses, walk(losses))
         if batch.mixed_by is not None or batch.computes_shared:
             where = batch.mixed_by or "what is computed for all samples together"
-            self._tell(
-                logging.WARNING,
-                "rows",
-                texts.rows_may_meet(where),
-            )
+            self._tell(logging.WARNING, "rows", texts.rows_may_meet(where))
 
     def looks_for_hooks(self, graph: Graph) -> bool:
         """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
@@ -270,8 +239,8 @@ class Engine(Renewed):
     def names_of(self, parameters: Iterable[Tensor]) -> str:
         """Names in the model, for messages; shapes for what is not the model's."""
         names = {} if self.model is None else {p: n for n, p in self.model.named_parameters()}
-        texts = sorted(names.get(p, f"a leaf of shape {tuple(p.shape)}") for p in parameters)  # type: ignore[call-overload]
-        return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
+        found = sorted(names.get(p, f"a leaf of shape {tuple(p.shape)}") for p in parameters)  # type: ignore[call-overload]
+        return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
     def remove_hooks(self) -> None:
         self.hooks = []
@@ -304,26 +273,12 @@ class Engine(Renewed):
             return
         (rows,) = entered
         if 1 < rows < losses and losses % rows == 0:
-            self._tell(
-                logging.WARNING,
-                "parts",
-                texts.parts(losses, rows),
-            )
+            self._tell(logging.WARNING, "parts", texts.parts(losses, rows))
 
     def _tell(self, level: int, about: str, text: str) -> None:
         """Say it once for a model; a forward that varies would say it at every turn."""
         logger.log(logging.DEBUG if about in self.told else level, text)
         self.told.add(about)
-
-
-def _in_a_pass(losses: Tensor, graph: Graph, look: Callable[[], _Value]) -> _Value:
-    """What a look at nodes gives where they know which of their inputs are wanted."""
-    found: list[_Value] = []
-    with torch.no_grad():
-        in_a_pass(
-            losses, [GradientEdge(n, 0) for n in graph.leaf_nodes], lambda: found.append(look())
-        )
-    return found[0]
 
 
 def _remember(known: dict[Hashable, _Value], key: Hashable, value: _Value) -> None:

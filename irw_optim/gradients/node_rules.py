@@ -21,13 +21,12 @@ from irw_optim.gradients.layers import (
     EmbeddingCall,
     HeadsCall,
     LayerCall,
-    Layout,
+    LayerNormCall,
     LinearCall,
     LSTMCall,
     NormCall,
     VectorCall,
 )
-from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.mixing_rules import elementwise
 from irw_optim.gradients.nodes import base_name, pull, shape_of, signed
 from irw_optim.gradients.operations import rule_for
@@ -182,7 +181,7 @@ def _layer_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
         return None
     dims = tuple(range(-len(node._saved_normalized_shape), 0))
     mean, scale = node._saved_result1, node._saved_result2
-    return [_NormCall(node._saved_input, mean, scale, dims, *_gain_and_bias(weights))]
+    return [LayerNormCall(node._saved_input, mean, scale, dims, *_gain_and_bias(weights))]
 
 
 @node_rule("NativeGroupNorm")
@@ -281,27 +280,3 @@ def _like_output(node: Any) -> Tensor:
     """Of the output's shape; without its numbers, which nobody may have saved."""
     metadata = node._input_metadata[0]
     return torch.zeros((), dtype=metadata.dtype, device=metadata.device).expand(shape_of(node))
-
-
-class _NormCall(NormCall):
-    """A layer norm, with the statistics that it took."""
-
-    def __init__(
-        self,
-        input: Tensor,
-        mean: Tensor,
-        scale: Tensor,
-        dims: tuple[int, ...],
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> None:
-        super().__init__(input, torch.clone, dims, weight, bias)
-        self.taken = self.mean, self.scale = mean, scale
-
-    def normalised(self, samples: slice) -> Tensor:
-        return (widened(self.input[samples]) - self.mean[samples]).mul_(self.scale[samples])
-
-    def settle(self, layout: Layout | None, batch_size: int) -> None:
-        super().settle(layout, batch_size)
-        if layout is not None:
-            self.mean, self.scale = (layout.bring(t, batch_size) for t in self.taken)

@@ -117,13 +117,16 @@ def _sites_at(reading: Reading, graph: Graph) -> list[CallSite] | None:
     return sites
 
 
-def with_layouts(readings: Sequence[Reading], sites: Sequence[CallSite]) -> list[Reading]:
-    """The readings with the layouts that their sites have."""
+def with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
+    """The readings with the layouts that their calls were found to have in this graph."""
     found: dict[tuple[Node, int], list[Layout | None]] = {}
-    for call, edge, _ in sites:
+    for call, edge, _ in graph.sites:
         found.setdefault((edge.node, edge.output_nr), []).append(call.layout)
-    layouts = list(found.values())
-    return [r._replace(layouts=tuple(own)) for r, own in zip(readings, layouts, strict=True)]
+    layouts = [found.get((graph.order[r.place], r.output)) for r in readings]
+    return [
+        r._replace(layouts=None if own is None else tuple(own))
+        for r, own in zip(readings, layouts, strict=True)
+    ]
 
 
 def _weight_at(

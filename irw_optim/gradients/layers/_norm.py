@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from irw_optim.gradients.layers._call import LayerCall
+from irw_optim.gradients.layers._layout import Layout
 from irw_optim.gradients.materialized import widened
 
 
@@ -52,3 +53,27 @@ class NormCall(LayerCall):
     def normalised(self, samples: slice) -> Tensor:
         """The input after normalisation, as a tensor of its own."""
         return self.normalise(widened(self.input[samples]))
+
+
+class LayerNormCall(NormCall):
+    """A layer norm, with the statistics that it took."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        dims: tuple[int, ...],
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        super().__init__(input, torch.clone, dims, weight, bias)
+        self.taken = self.mean, self.scale = mean, scale
+
+    def normalised(self, samples: slice) -> Tensor:
+        return (widened(self.input[samples]) - self.mean[samples]).mul_(self.scale[samples])
+
+    def settle(self, layout: Layout | None, batch_size: int) -> None:
+        super().settle(layout, batch_size)
+        if layout is not None:
+            self.mean, self.scale = (layout.bring(t, batch_size) for t in self.taken)
