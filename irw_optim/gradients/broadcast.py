@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.capture import CallSite, Graph, output_shape
+from irw_optim.gradients.capture import CallSite, Graph
+from irw_optim.gradients.nodes import shape_of
 
 _HANDS_ON = frozenset({"AddBackward0", "UnsqueezeBackward0", "ExpandBackward0", "AliasBackward0"})
 """Operations whose gradient is that of what they read, summed where it was repeated."""
@@ -40,7 +41,7 @@ def sites_of_sums(
     if call is None:
         return None
     shape = torch.Size([*call.recorded.shape, site.shape[-1]])
-    if any(output_shape(node) != shape for node, _ in met):
+    if any(shape_of(node) != shape for node, _ in met):
         return None
     return dim, [CallSite(call.copy(), GradientEdge(node, 0), shape) for node, _ in met]
 
@@ -58,12 +59,8 @@ def _meets_the_batch(
         if not read_by:
             return []
         for reader in read_by:
-            after = output_shape(reader)
-            if (
-                after is None
-                or reader.name() not in _HANDS_ON
-                or getattr(reader, "_saved_alpha", 1) != 1
-            ):
+            after = shape_of(reader)
+            if reader.name() not in _HANDS_ON or getattr(reader, "_saved_alpha", 1) != 1:
                 return []
             if after.numel() == before.numel() and batch_size > 1:
                 waiting.append((reader, 0, after))

@@ -144,12 +144,6 @@ def walk(losses: Tensor, *, hooked: bool = True) -> Graph:
     return Graph(sites, leaves, leaf_nodes, order, nodes, tuple(wiring))
 
 
-def output_shape(node: Node) -> torch.Size | None:
-    """The shape of what an operation computed first; None where torch does not say."""
-    metadata = getattr(node, "_input_metadata", None)  # of the gradient that the node reads
-    return torch.Size(metadata[0].shape) if metadata else None
-
-
 def record(call: LayerCall | None, output: Tensor) -> None:
     """Note on the graph that ``call`` computed ``output``."""
     if call is None or not call.parameters or output.is_complex():

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+from irw_optim.gradients.nodes import signed
+
 SHARED = 0
 """The place of what has no batch."""
 
@@ -59,9 +61,7 @@ class Output:
         value = getattr(self.node, name, None)
         values = value if isinstance(value, tuple | list) else [value]
         size = len(self.shape) if ndim is None else ndim
-        # Negative ones are remembered as unsigned numbers.
-        signed = [d - 2**64 if d >= 2**63 else d for d in values if d is not None]
-        return [d % size if size else 0 for d in signed]
+        return [signed(d) % size if size else 0 for d in values if d is not None]
 
     def at(self, shape: Sequence[int], dim: int) -> int | None:
         """The stride of the batch in a tensor that holds it in ``dim`` as the output does."""

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.gradients.capture import Graph, output_shape
+from irw_optim.gradients.capture import Graph
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.nodes import shape_of
 from irw_optim.gradients.protocol import Direction
 
 logger = logging.getLogger("irw_optim")
@@ -93,8 +94,7 @@ def sizes_of(graph: Graph, samples: int) -> tuple[float, float]:
 
 
 def _output_shapes(graph: Graph, *operations: str) -> list[torch.Size]:
-    shapes = (output_shape(node) for node in graph.order if node.name().startswith(operations))
-    return [shape for shape in shapes if shape is not None]
+    return [shape_of(node) for node in graph.order if node.name().startswith(operations)]
 
 
 def pays_off(engine: Engine, sizes: tuple[float, float], batch_size: int) -> bool:
