@@ -36,7 +36,7 @@ class BatchLosses:
 
     def __call__(self, batch: Any) -> PerSampleLosses:
         """The losses, with their graph where gradients are enabled."""
-        model, arguments = self.model, self.forward or _inputs_and_target
+        model, arguments = self.model, self.forward or inputs_and_target
         if isinstance(model, DistributedDataParallel):
             model = model.module  # its own forward would wait for a backward pass of every process
         parameter = next(model.parameters(), None)
@@ -90,7 +90,8 @@ def _on(device: torch.device, batch: Any) -> Any:
     )
 
 
-def _inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+    """What the criterion is called with, of a batch that is a pair."""
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         shape = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
         raise TypeError(
