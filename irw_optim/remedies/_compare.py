@@ -22,7 +22,7 @@ from irw_optim.metrics._inputs import ArrayLike, GroupsLike
 from irw_optim.remedies._comparison import ORACLE, Comparison
 from irw_optim.remedies._data import Data, Samples
 from irw_optim.remedies._measuring import Judge, accuracy_of, logits_of
-from irw_optim.remedies._methods import PLAIN, REMEDIES
+from irw_optim.remedies._methods import PLAIN, REMEDIES, plain
 from irw_optim.remedies._people import (
     cluster_numbers,
     group_names,
@@ -162,9 +162,10 @@ def compare_remedies(
                     rows[-1] |= {"rare, train": accuracy_of(rare, by_heart, labels)}
                     rows[-1] |= {"rare, validation": accuracy_of(rare, logits, truth)}
                     rows[-1]["held"] = fitted.held
-                    if name == PLAIN and named is not None:
-                        arguments = (judged, criterion, forward, judge, classes)
-                        note(ORACLE, seed, oracle_logits(fitted.model, *arguments))
+                if named is not None:
+                    fitted = plain(training)
+                    arguments = (judged, criterion, forward, judge, classes)
+                    note(ORACLE, seed, oracle_logits(fitted.model, *arguments))
         right = np.stack(predictions[PLAIN]) == judge.labels
         flat = None if inputs is None else inputs.reshape(len(inputs), -1).numpy()
         blind = None if named is not None else unseen_by_clusters(flat, judge, right)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -179,9 +180,11 @@ class Comparison:
     def __str__(self) -> str:
         from irw_optim.remedies._page import cells
 
-        short = cells(self).drop(columns=["tail loss", "calibration error", "time"])
-        marks = "▲ ▼ clearly better or worse than plain\n"
-        return "\n".join([short.to_string(), marks, *self.sentences])
+        left_out = ["score"] if ORACLE in self.predictions else []  # the groups decide
+        table = cells(self).drop(columns=["tail loss", "calibration error", "time", *left_out])
+        marks = "▲ better, ▼ worse than plain: the 95 % interval over the seeds excludes 0"
+        sentences = "\n".join(fill(sentence, 98) for sentence in self.sentences)
+        return f"{table.to_string()}\n{marks}\n\n{sentences}"
 
 
 def worst_part(judge: Judge, kind: str, predicted: Numbers) -> tuple[Any, int, float]:

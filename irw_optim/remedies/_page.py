@@ -157,7 +157,7 @@ PAGE = """{% if whole %}<!doctype html>
 <h1>Which remedy, if any?</h1>
 <ol>{% for sentence in result.sentences %}<li>{{ sentence }}</li>{% endfor %}</ol>
 <figure>{{ figure | safe }}<figcaption>Differences to plain training, mean and 95 % t interval
-over the seeds, paired. ▲ clearly better, ▼ clearly worse, ● neither.</figcaption></figure>
+over the seeds, paired: ▲ better, ▼ worse, ● neither.</figcaption></figure>
 <div><table><thead><tr><th></th>{% for m in result.metrics %}<th>{{ m.name }}</th>
 {% if m.name == "worst cell" %}<th>people in it</th>{% endif %}{% endfor %}</tr></thead><tbody>
 {% for name, numbers, people in rows %}<tr><th>{{ name }}</th>

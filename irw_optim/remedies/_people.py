@@ -119,6 +119,6 @@ def oracle_logits(
     for one, other in halves.split(x, np.maximum(codes, 0)):
         scaled = weight[one] / weight[one].mean()
         fit = LogisticRegression(max_iter=1000).fit(x[one], y[one], scaled)
-        said = torch.from_numpy(fit.predict_log_proba(x[other])).float()
-        found[np.ix_(other, fit.classes_)] = said
+        said = np.log(fit.predict_proba(x[other]).clip(min=1e-30))
+        found[np.ix_(other, fit.classes_)] = torch.from_numpy(said).float()
     return found
