@@ -100,6 +100,8 @@ def conclude(
         else f"“Clearly” is beyond chance at {CONFIDENCE:.0%}, over {number} seeds and over the "
         f"people of the validation data alike, adjusted for {len(names)} remedies."
     )
+    if take == PLAIN and number < 5:
+        sure += " More seeds would make the intervals narrower."
     last = "Without groups, clusters stand in for them: whom they do not see, this does not know."
     if blind is not None:
         last = f"Without groups, mind: {blind}."

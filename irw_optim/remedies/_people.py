@@ -16,12 +16,15 @@ from irw_optim.schemes.batch_losses import Forward
 
 
 def group_names(groups: Any, size: int) -> Numbers:
-    """The group of each person, (N,) of names: columns are intersected."""
+    """The group of each person, (N,): the values of all columns, a number with its column's name."""
     columns = as_columns(groups)
     for name, column in columns.items():
         _check_length(f"groups[{name!r}]", column, size)
-    names = [", ".join(map(str, values)) for values in zip(*columns.values(), strict=True)]
-    return np.array(names)
+    texts = [
+        [str(v) if column.dtype.kind in "US" else f"{name} {v}" for v in column]
+        for name, column in columns.items()
+    ]
+    return np.array([", ".join(values) for values in zip(*texts, strict=True)])
 
 
 def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, size: int) -> Numbers:
@@ -71,7 +74,7 @@ def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> 
                     f"{share:.0%} right, {least:.0%} in the worst cell: the clusters do not see "
                     "this shortcut, and the score may prefer the models that use it"
                 )
-    if least > float(judge.accuracies("class", right).mean(0).min()) - 0.01:
+    if least > max(0.01, float(judge.accuracies("class", right).mean(0).min()) - 0.01):
         return (
             "no cluster fares worse than its class: the clusters say nothing that the classes do "
             "not, and a group that they do not see (a shortcut, say) would be missed"

@@ -93,7 +93,7 @@ class TestResult:
         assert table["people"].sum() == 200
         predicted = result.predictions["IRW"]
         own = (x[:, 0] > 0) & (y == 1)
-        assert table.loc["True, 1", "IRW"] == pytest.approx((predicted[:, own] == 1).mean())
+        assert table.loc["old True, y 1", "IRW"] == pytest.approx((predicted[:, own] == 1).mean())
 
     def test_the_page_needs_nothing_and_says_the_same(self, result, tmp_path):
         text = result.to_html(tmp_path / "new" / "page.html")
