@@ -164,16 +164,13 @@ class TestDecision:
 
     def test_a_gain_among_few_people_is_none(self):
         """It is the same with every seed, but could be who happens to be in the data."""
-        x, y = people(seed=1)
-        few = np.flatnonzero((y == 1) & (x[:, 1] > 0))
-        right = {"plain": np.ones((3, 200), bool), "other": np.ones((3, 200), bool)}
-        right["plain"][:, few[:3]] = False
-        right["other"][:, few[:2]] = False
-        judge = Judge(torch.from_numpy(y), (x[:, 1] > 0).astype(int), None, 10)
-        (one, moves), (other, others) = (judge.score(r) for r in right.values())
-        assert (other > one).all()
-        error = np.sqrt(((moves - others) ** 2).sum())
-        assert (other - one).mean() < 1.96 * error
+        found = compare(remedies={"plain": knows(0.9), "perfect": knows(1.0)})
+        assert found.difference("perfect", "score").low > 0
+        assert found.take == "plain"
+
+    def test_a_simpler_one_that_is_worse_by_few_people_is_taken(self):
+        mine = {"plain": knows(0.1), "nearly": knows(0.9), "perfect": knows(1.0)}
+        assert compare(remedies=mine).take == "nearly"
 
     def test_signs_that_a_remedy_hurts(self):
         def memory(training):
