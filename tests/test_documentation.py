@@ -15,10 +15,17 @@ import irw_optim.alpha
 import irw_optim.metrics
 import irw_optim.monitor
 import irw_optim.privacy
+import irw_optim.remedies
 import irw_optim.schemes
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = [irw_optim, irw_optim.metrics, irw_optim.privacy, irw_optim.schemes]
+PACKAGES = [
+    irw_optim,
+    irw_optim.metrics,
+    irw_optim.privacy,
+    irw_optim.remedies,
+    irw_optim.schemes,
+]
 # Rooms of the house: what a user needs of them is in `irw_optim`, and what who extends them needs
 # is in CONTRIBUTING.md.
 ROOMS = {

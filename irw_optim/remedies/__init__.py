@@ -5,18 +5,16 @@ how sure that is; "no remedy is clearly better than plain" is an answer. A remed
 `Training` that returns a trained model, so that one's own takes part as well.
 """
 
-from irw_optim.remedies._compare import compare_remedies
+from irw_optim.remedies._compare import compare_remedies as compare_remedies
 from irw_optim.remedies._comparison import Comparison, Difference
-from irw_optim.remedies._methods import REMEDIES
+from irw_optim.remedies._methods import REMEDIES as REMEDIES
 from irw_optim.remedies._training import Fitted, Recipe, Remedy, Training
 
 __all__ = [
-    "REMEDIES",
     "Comparison",
     "Difference",
     "Fitted",
     "Recipe",
     "Remedy",
     "Training",
-    "compare_remedies",
 ]

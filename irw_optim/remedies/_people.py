@@ -16,7 +16,7 @@ from irw_optim.schemes.batch_losses import Forward
 
 
 def group_names(groups: Any, size: int) -> Numbers:
-    """The group of each person, (N,): the values of all columns, a number with its column's name."""
+    """The group of each person, (N,): the values of all columns, numbers with the column's name."""
     columns = as_columns(groups)
     for name, column in columns.items():
         _check_length(f"groups[{name!r}]", column, size)
