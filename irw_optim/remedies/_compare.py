@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
 
-from irw_optim.arguments import whole_number
+from irw_optim.arguments import as_whole, whole_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._inputs import ArrayLike, GroupsLike
 from irw_optim.remedies._comparison import ORACLE, Comparison
@@ -104,8 +104,12 @@ def compare_remedies(
         if find_spec(needed) is None:
             raise ImportError(f'compare_remedies needs {needed}: pip install "irw-optim[report]"')
     chosen = _chosen(remedies)
-    numbers = list(range(seeds) if isinstance(seeds, int) else seeds)
-    if not numbers or not all(isinstance(seed, int) for seed in numbers):
+    count = as_whole(seeds)
+    asked = list(
+        range(count) if count is not None else seeds if isinstance(seeds, Iterable) else []
+    )
+    numbers = [number for number in map(as_whole, asked) if number is not None]
+    if not numbers or len(numbers) != len(asked):
         raise ValueError(f"seeds={seeds!r}: expected how many, >= 1, or a list of whole numbers")
     epochs = whole_number("epochs", epochs, 1)
     batch_size = whole_number("batch_size", batch_size, 1)
@@ -125,7 +129,7 @@ def compare_remedies(
         outputs, labels = people.read(model, criterion, forward)
         classes = logits_of(outputs[:1], criterion).shape[1]
         _, truth = judged.read(model, criterion, forward)
-        _check_optimizer(optimizer, model)
+        _check_optimizer(optimizer, scheduler, model)
         if len(labels.unique()) < 2:
             raise ValueError("train has a single class: expected two or more")
         inputs = judged.dataset.tensors[0] if type(judged.dataset) is TensorDataset else None
@@ -167,7 +171,7 @@ def compare_remedies(
                     arguments = (judged, criterion, forward, judge, classes)
                     note(ORACLE, seed, oracle_logits(fitted.model, *arguments))
         right = np.stack(predictions[PLAIN]) == judge.labels
-        flat = None if inputs is None else inputs.reshape(len(inputs), -1).numpy()
+        flat = None if inputs is None else inputs.reshape(len(inputs), -1).cpu().numpy()
         blind = None if named is not None else unseen_by_clusters(flat, judge, right)
     if blind is not None:
         warnings.warn(f"no groups were given, and {blind}", stacklevel=2)
@@ -200,7 +204,7 @@ def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, 
     return {PLAIN: REMEDIES[PLAIN], **remedies}
 
 
-def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
+def _check_optimizer(optimizer: Any, scheduler: Any, model: nn.Module) -> None:
     try:
         made = optimizer(model.parameters())
     except Exception as error:
@@ -208,6 +212,11 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
             f"optimizer={optimizer!r} cannot be called with the parameters ({error}): expected a "
             "function, for example lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
         ) from error
+    if scheduler is not None and not callable(scheduler):
+        raise TypeError(
+            f"scheduler={scheduler!r}: expected a function of optimizer and number of steps, or "
+            " None for a constant learning rate"
+        )
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optimizer(parameters) gave {made!r}: expected a torch.optim.Optimizer")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,7 +110,7 @@ class Comparison:
         known = GROUP.name in self.runs
         return [METRICS[0], *[GROUP] * known, *METRICS[1:]]
 
-    @property
+    @cached_property
     def table(self) -> pd.DataFrame:
         """A row for each remedy: means over the seeds, and how many people the worst cell has."""
         means = self.runs.groupby(level="remedy", sort=False).mean()[[m.name for m in self.metrics]]

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from irw_optim.criterion import PerSampleLosses
 from irw_optim.metrics._inputs import as_array, as_classes
 from irw_optim.schemes.batch_losses import BatchLosses, Forward, inputs_and_target
+from irw_optim.schemes.eval_mode import eval_mode
 
 Data: TypeAlias = Dataset[Any] | tuple[Any, Any]
 """A map-style data set, or ``(X, y)``: NumPy arrays, tensors, lists or pandas."""
@@ -74,41 +76,59 @@ class Samples:
             TypeError, ValueError: what model or criterion do not take, and targets that are no
                 class a sample.
         """
-        outputs: list[Tensor] = []
-        labels: list[Tensor] = []
-
-        def kept(network: nn.Module, batch: Any) -> tuple[Any, ...]:
-            arguments = (forward or inputs_and_target)(network, batch)
-            outputs.append(arguments[0])
-            return arguments
-
-        losses_of, training = BatchLosses(model, criterion, kept), model.training
-        model.eval()
+        outputs, labels, losses_of = [], [], ClassLosses(model, criterion, forward)
         try:
-            with torch.no_grad():
+            with eval_mode(model), torch.no_grad():
                 for batch in self.batches(torch.arange(len(self)).split(1024)):
                     part = losses_of(batch)
-                    self._check(part.labels, part.counts)
-                    labels.append(part.labels.cpu())  # type: ignore[union-attr]
+                    outputs.append(losses_of.arguments[0].cpu())
+                    labels.append(self._checked(part).cpu())
         except (RuntimeError, IndexError) as error:
             raise ValueError(
                 f"{self.name}: model and criterion do not take a batch of it: {error}"
             ) from error
-        finally:
-            model.train(training)
-        return torch.cat(outputs).cpu(), torch.cat(labels)
+        return torch.cat(outputs), torch.cat(labels)
 
-    def _check(self, labels: Tensor | None, counts: Tensor | None) -> None:
-        if labels is None:
+    def _checked(self, part: PerSampleLosses) -> Tensor:
+        if part.labels is None:
             raise ValueError(
                 f"{self.name}: the criterion's target is no class a sample: remedies are compared "
                 "on classification, with CrossEntropyLoss or BCEWithLogitsLoss, say"
             )
-        if counts is not None and not bool(counts.all()):
+        if part.counts is not None and not bool(part.counts.all()):
             raise ValueError(
-                f"{self.name}: {int((counts == 0).sum())} targets are ignored by the criterion: "
-                "leave these samples out"
+                f"{self.name}: {int((part.counts == 0).sum())} targets are ignored by the "
+                "criterion: leave these samples out"
             )
+        return part.labels
+
+
+class ClassLosses(BatchLosses):
+    """The losses of a batch with a class for each, also of a criterion that is not torch's.
+
+    Attributes:
+        arguments: what the criterion was called with last, the model's output first.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
+        super().__init__(model, criterion, self._kept)
+        self._arguments_of = forward or inputs_and_target
+        self.arguments: tuple[Any, ...] = ()
+
+    def _kept(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
+        self.arguments = self._arguments_of(model, batch)
+        return self.arguments
+
+    def __call__(self, batch: Any) -> PerSampleLosses:
+        """The losses; classes are whole numbers in the target, one a sample."""
+        part = super().__call__(batch)
+        if part.labels is not None or type(self.criterion).__module__.startswith("torch.nn."):
+            return part
+        target = self.arguments[1] if len(self.arguments) > 1 else None
+        if not isinstance(target, Tensor) or target.numel() != len(part.losses):
+            return part
+        classes = target.flatten().long()
+        return part._replace(labels=classes) if torch.equal(classes, target.flatten()) else part
 
 
 def _from_arrays(

@@ -55,6 +55,7 @@ def two_stages(training: Training, by: str = "gradients") -> Fitted:
             training.recipe.criterion,
             training.samples.loader(),
             by=by,
+            labels=training.labels,
             generator=torch.Generator().manual_seed(training.seed),
             forward=training.recipe.forward,
             progress=False,

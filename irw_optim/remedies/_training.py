@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from irw_optim import IRWOptimizer
-from irw_optim.remedies._data import Samples
-from irw_optim.schemes.batch_losses import BatchLosses, Forward
+from irw_optim.remedies._data import ClassLosses, Samples
+from irw_optim.schemes.batch_losses import Forward
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """From the losses of a batch, (B,), and its classes, (B,), to the number that is minimised."""
@@ -116,11 +116,11 @@ class Training:
         """
         recipe, steps = self.recipe, max(1, round(share * self.recipe.steps))
         torch.manual_seed(self.seed)
-        model = recipe.make_model().train()
+        model = recipe.make_model()
         inner = recipe.optimizer(model.parameters())
         wrapped = None if irw is None else IRWOptimizer(inner, model=model, **irw)
         schedule = recipe.scheduler and recipe.scheduler(wrapped or inner, steps)
-        losses_of = BatchLosses(model, recipe.criterion, recipe.forward)
+        losses_of = ClassLosses(model, recipe.criterion, recipe.forward)
         rested: list[float] = []
         for batch in self.samples.batches(islice(self._pieces(sampler), steps)):
             inner.zero_grad()
