@@ -105,9 +105,7 @@ def compare_remedies(
             raise ImportError(f'compare_remedies needs {needed}: pip install "irw-optim[report]"')
     chosen = _chosen(remedies)
     count = as_whole(seeds)
-    asked = list(
-        range(count) if count is not None else seeds if isinstance(seeds, Iterable) else []
-    )
+    asked = list(seeds) if isinstance(seeds, Iterable) else list(range(count or 0))
     numbers = [number for number in map(as_whole, asked) if number is not None]
     if not numbers or len(numbers) != len(asked):
         raise ValueError(f"seeds={seeds!r}: expected how many, >= 1, or a list of whole numbers")

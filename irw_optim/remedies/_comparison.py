@@ -70,8 +70,8 @@ class Comparison:
         runs: a row for each remedy and seed, with every metric.
         predictions: {remedy: (seeds, N)} classes on the validation data.
         take: the remedy to take, ``"plain"`` where none is clearly better.
-        sentences: the decision, its price, who is worst off, how sure it is, and what there is to
-            gain or not to be seen.
+        sentences: five: the decision, its price, who is worst off, how sure it is, and what there
+            is to gain, or not to be seen.
         signs: {remedy: how it is seen to hurt}.
         settings: how it was made.
     """
@@ -100,8 +100,8 @@ class Comparison:
         from irw_optim.remedies._findings import conclude, signs_of_hurt
 
         runs = pd.DataFrame(rows).set_index(["remedy", "seed"])
+        take, sentences = conclude(runs, predictions, judge, blind)
         signs = signs_of_hurt(runs, rare)
-        take, sentences = conclude(runs, predictions, judge, signs, blind)
         return cls(runs, predictions, take, sentences, signs, settings, judge)
 
     @property
@@ -184,7 +184,8 @@ class Comparison:
         left_out = ["score"] if ORACLE in self.predictions else []  # the groups decide
         table = cells(self).drop(columns=["tail loss", "calibration error", "time", *left_out])
         marks = "▲ better, ▼ worse than plain: the 95 % interval over the seeds excludes 0"
-        sentences = "\n".join(fill(sentence, 98) for sentence in self.sentences)
+        hurt = [f"{name} hurts: {'; '.join(said)}." for name, said in self.signs.items()]
+        sentences = "\n".join(fill(sentence, 98) for sentence in (*self.sentences, *hurt))
         return f"{table.to_string()}\n{marks}\n\n{sentences}"
 
 

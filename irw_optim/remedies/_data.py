@@ -63,7 +63,7 @@ class Samples:
             for piece in pieces:
                 yield [tensor[piece] for tensor in self.dataset.tensors]
         else:
-            drawn = [piece.tolist() for piece in pieces]
+            drawn = (piece.tolist() for piece in pieces)
             options = {k: v for k, v in self.options.items() if k != "batch_size"}
             yield from DataLoader(self.dataset, batch_sampler=drawn, **options)
 

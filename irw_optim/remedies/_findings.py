@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -55,7 +55,6 @@ def conclude(
     runs: pd.DataFrame,
     predictions: Mapping[str, Numbers],
     judge: Judge,
-    signs: Mapping[str, Any],
     blind: str | None,
 ) -> tuple[str, list[str]]:
     """The remedy to take, and five sentences."""
@@ -65,12 +64,22 @@ def conclude(
     grouped = "group" in judge.parts
 
     def better(one: str, other: str, confidence: float) -> bool:
-        """Whether both spreads say so: that over the seeds, and that over the people."""
+        """Whether the difference is beyond chance, that of the seeds and that of the people.
+
+        The variances add up; the degrees of freedom are Satterthwaite's.
+        """
         from scipy import stats
 
-        found = paired(scores[one][0], scores[other][0], confidence)
-        error = float(np.sqrt(((scores[one][1] - scores[other][1]) ** 2).sum()))
-        return found.low > 0 and found.mean > stats.norm.ppf((1 + confidence) / 2) * error
+        differences = scores[one][0] - scores[other][0]
+        number = len(differences)
+        if number < 2:
+            return False
+        of_seeds = differences.var(ddof=1) / number
+        of_people = ((scores[one][1] - scores[other][1]) ** 2).sum()
+        total = of_seeds + of_people
+        freedom = (number - 1) * total**2 / max(of_seeds**2, 1e-300)
+        limit = stats.t.ppf((1 + confidence) / 2, freedom)
+        return bool(differences.mean() > limit * total**0.5)
 
     def mean(name: str) -> float:
         return float(scores[name][0].mean())
@@ -119,8 +128,6 @@ def conclude(
         sure,
         last,
     ]
-    if shown in signs:
-        sentences.append(f"Signs that {shown} hurts: {'; '.join(signs[shown])}.")
     return take, sentences
 
 
