@@ -73,6 +73,10 @@ WEIGHTS = {
     "float32": Weights({}, double=False),
     "centre": Weights({"center": 1.0}),
     "class balance": Weights({"class_balance": True}),
+    "within classes": Weights({"within_classes": True, "mix": 0.2}),
+    "within classes, ignored": Weights(
+        {"within_classes": True, "outliers": REMOVES_SOME}, ignored=slice(0, None, 3)
+    ),
     "mix": Weights({"mix": 0.2}),
     "ties": Weights({}, tied=True),
     "duplicates": Weights({}, duplicates=True),
