@@ -21,8 +21,8 @@ from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._inputs import ArrayLike, GroupsLike
 from irw_optim.remedies._comparison import ORACLE, Comparison
 from irw_optim.remedies._data import Data, Samples
-from irw_optim.remedies._measuring import Judge, accuracy_of, logits_of
-from irw_optim.remedies._methods import PLAIN, REMEDIES, plain
+from irw_optim.remedies._measuring import Judge, accuracy_of, logits_of, rarest
+from irw_optim.remedies._methods import PLAIN, REMEDIES
 from irw_optim.remedies._people import (
     cluster_numbers,
     group_names,
@@ -136,38 +136,10 @@ def compare_remedies(
         cluster = cluster_numbers(inputs, clusters, n_clusters, len(judged))
         named = None if groups is None else group_names(groups, len(judged))
         judge = Judge(truth, cluster, named, min_cell)
-        rare = min(truth.unique().tolist(), key=lambda label: int((labels == label).sum()))
         steps = epochs * max(1, len(people) // batch_size)
         recipe = Recipe(make_model, criterion, optimizer, scheduler, steps, batch_size, forward)
-
-        rows: list[dict[str, Any]] = []
-        predictions: dict[str, list[Any]] = {}
-
-        def note(name: str, seed: int, logits: Tensor) -> None:
-            rows.append({"remedy": name, "seed": seed, **judge.measure(logits)})
-            predictions.setdefault(name, []).append(logits.argmax(1).numpy())
-
-        with _bar(len(chosen) * len(numbers) * steps, progress) as (say, advance):
-            for i, seed in enumerate(numbers):
-                training = Training(recipe, people, labels, classes, seed, alpha, advance)
-                for name, remedy in chosen.items():
-                    say(f"seed {i + 1} of {len(numbers)}, {name}")
-                    training.spared, started = 0.0, time.perf_counter()
-                    fitted = remedy(training)
-                    seconds = time.perf_counter() - started + training.spared
-                    fitted = fitted if isinstance(fitted, Fitted) else Fitted(fitted)
-                    logits, by_heart = (
-                        _decided(some, fitted, criterion, forward) for some in (judged, people)
-                    )
-                    note(name, seed, logits)
-                    rows[-1] |= {"effective share": fitted.effective_share, "time": seconds}
-                    rows[-1] |= {"rare, train": accuracy_of(rare, by_heart, labels)}
-                    rows[-1] |= {"rare, validation": accuracy_of(rare, logits, truth)}
-                    rows[-1]["held"] = fitted.held
-                if named is not None:
-                    fitted = plain(training)
-                    arguments = (judged, criterion, forward, judge, classes)
-                    note(ORACLE, seed, oracle_logits(fitted.model, *arguments))
+        trainings = [Training(recipe, people, labels, classes, seed, alpha) for seed in numbers]
+        rows, predictions = _train_all(trainings, chosen, judged, judge, progress)
         right = np.stack(predictions[PLAIN]) == judge.labels
         flat = None if inputs is None else inputs.reshape(len(inputs), -1).cpu().numpy()
         blind = None if named is not None else unseen_by_clusters(flat, judge, right)
@@ -180,7 +152,50 @@ def compare_remedies(
         "seeds": ", ".join(map(str, numbers)),
     }
     stacked = {name: np.stack(found) for name, found in predictions.items()}
-    return Comparison.of(rows, stacked, judge, rare, blind, settings)
+    return Comparison.of(rows, stacked, judge, rarest(labels, truth), blind, settings)
+
+
+def _train_all(
+    trainings: list[Training],
+    remedies: dict[str, Remedy],
+    judged: Samples,
+    judge: Judge,
+    progress: bool,
+) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    """Every remedy with every seed: a row of numbers for each, and what it predicts."""
+    recipe, labels = trainings[0].recipe, trainings[0].labels
+    rows: list[dict[str, Any]] = []
+    predictions: dict[str, list[Any]] = {}
+
+    def note(name: str, seed: int, logits: Tensor, **more: Any) -> None:
+        rows.append({"remedy": name, "seed": seed, **judge.measure(logits), **more})
+        predictions.setdefault(name, []).append(logits.argmax(1).numpy())
+
+    truth = torch.from_numpy(judge.labels)
+    rare = rarest(labels, truth)
+    with _bar(len(remedies) * len(trainings) * recipe.steps, progress) as (say, advance):
+        for i, training in enumerate(trainings):
+            training.advance = advance
+            for name, remedy in remedies.items():
+                say(f"seed {i + 1} of {len(trainings)}, {name}")
+                training.spared, started = 0.0, time.perf_counter()
+                fitted = remedy(training)
+                seconds = time.perf_counter() - started + training.spared
+                fitted = fitted if isinstance(fitted, Fitted) else Fitted(fitted)
+                logits, of_train = (
+                    _decided(some, fitted, recipe) for some in (judged, training.samples)
+                )
+                measured = {
+                    "effective share": fitted.effective_share,
+                    "time": seconds,
+                    "rare, train": accuracy_of(rare, of_train, labels),
+                    "rare, validation": accuracy_of(rare, logits, truth),
+                    "held": fitted.held,
+                }
+                note(name, training.seed, logits, **measured)
+            if "group" in judge.parts:
+                note(ORACLE, training.seed, oracle_logits(training, judged, judge))
+    return rows, predictions
 
 
 def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, Remedy]:
@@ -232,12 +247,10 @@ def _inputs_of(samples: Samples) -> Tensor:
     return torch.cat(found)
 
 
-def _decided(
-    samples: Samples, fitted: Fitted, criterion: nn.Module, forward: Forward | None
-) -> Tensor:
+def _decided(samples: Samples, fitted: Fitted, recipe: Recipe) -> Tensor:
     """The logits by which a remedy decides, (N, classes)."""
-    outputs, _ = samples.read(fitted.model, criterion, forward)
-    logits = logits_of(outputs, criterion)
+    outputs, _ = samples.read(fitted.model, recipe.criterion, recipe.forward)
+    logits = logits_of(outputs, recipe.criterion)
     return logits if fitted.shift is None else logits + fitted.shift
 
 

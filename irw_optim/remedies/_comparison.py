@@ -184,9 +184,9 @@ class Comparison:
         left_out = ["score"] if ORACLE in self.predictions else []  # the groups decide
         table = cells(self).drop(columns=["tail loss", "calibration error", "time", *left_out])
         marks = "▲ better, ▼ worse than plain: the 95 % interval over the seeds excludes 0"
-        hurt = [f"{name} hurts: {'; '.join(said)}." for name, said in self.signs.items()]
-        sentences = "\n".join(fill(sentence, 98) for sentence in (*self.sentences, *hurt))
-        return f"{table.to_string()}\n{marks}\n\n{sentences}"
+        said = [f"A sign against {name}: {'; '.join(of)}." for name, of in self.signs.items()]
+        lines = [fill(one, 98, break_on_hyphens=False) for one in (*self.sentences, *said)]
+        return f"{table.to_string()}\n{marks}\n\n" + "\n".join(lines)
 
 
 def worst_part(judge: Judge, kind: str, predicted: Numbers) -> tuple[Any, int, float]:

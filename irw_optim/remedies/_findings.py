@@ -64,22 +64,8 @@ def conclude(
     grouped = "group" in judge.parts
 
     def better(one: str, other: str, confidence: float) -> bool:
-        """Whether the difference is beyond chance, that of the seeds and that of the people.
-
-        The variances add up; the degrees of freedom are Satterthwaite's.
-        """
-        from scipy import stats
-
-        differences = scores[one][0] - scores[other][0]
-        number = len(differences)
-        if number < 2:
-            return False
-        of_seeds = differences.var(ddof=1) / number
-        of_people = ((scores[one][1] - scores[other][1]) ** 2).sum()
-        total = of_seeds + of_people
-        freedom = (number - 1) * total**2 / max(of_seeds**2, 1e-300)
-        limit = stats.t.ppf((1 + confidence) / 2, freedom)
-        return bool(differences.mean() > limit * total**0.5)
+        (values, moves), (others, moves_of_other) = scores[one], scores[other]
+        return beyond_chance(values - others, moves - moves_of_other, confidence)
 
     def mean(name: str) -> float:
         return float(scores[name][0].mean())
@@ -129,6 +115,25 @@ def conclude(
         last,
     ]
     return take, sentences
+
+
+def beyond_chance(differences: Numbers, moves: Numbers, confidence: float) -> bool:
+    """Whether a mean difference is above what the seeds and the people make by chance.
+
+    Args:
+        differences: (seeds,) paired.
+        moves: (N,) how each person moves their mean.
+        confidence: of the t interval; the variances add up, by Satterthwaite's degrees of freedom.
+    """
+    from scipy import stats
+
+    number = len(differences)
+    if number < 2:
+        return False
+    of_seeds, of_people = differences.var(ddof=1) / number, (moves**2).sum()
+    freedom = (number - 1) * (of_seeds + of_people) ** 2 / max(of_seeds**2, 1e-300)
+    limit = stats.t.ppf((1 + confidence) / 2, freedom) * (of_seeds + of_people) ** 0.5
+    return bool(differences.mean() > limit)
 
 
 def points(found: Difference) -> str:

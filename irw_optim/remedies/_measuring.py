@@ -157,3 +157,9 @@ def accuracy_of(label: int, logits: Tensor, labels: Tensor) -> float:
     """Share of right predictions among the people of a class; NaN where there are none."""
     own = labels == label
     return float((logits[own].argmax(1) == label).double().mean())
+
+
+def rarest(labels: Tensor, judged: Tensor) -> int:
+    """Of the classes that are judged, the one that fewest of ``labels`` are of."""
+    found: list[int] = judged.unique().tolist()
+    return min(found, key=lambda label: int((labels == label).sum()))

@@ -12,7 +12,8 @@ from irw_optim.metrics._clusters import as_rows, kmeans
 from irw_optim.metrics._inputs import as_array, as_columns, as_vector
 from irw_optim.remedies._data import Samples
 from irw_optim.remedies._measuring import Judge, Numbers
-from irw_optim.schemes.batch_losses import Forward
+from irw_optim.remedies._methods import plain
+from irw_optim.remedies._training import Training
 
 
 def group_names(groups: Any, size: int) -> Numbers:
@@ -86,14 +87,7 @@ TOLD, MISLED, NEAR = 0.9, 20, 0.1
 """A shortcut tells that share of the classes, misleads as many, who fare so much worse."""
 
 
-def oracle_logits(
-    model: nn.Module,
-    samples: Samples,
-    criterion: nn.Module,
-    forward: Forward | None,
-    judge: Judge,
-    classes: int,
-) -> Tensor:
+def oracle_logits(training: Training, samples: Samples, judge: Judge) -> Tensor:
     """Logits (N, C) of plain training's model, its last layer fitted again with groups balanced.
 
     Each half of the people is decided by a layer fitted to the other half, whose groups it is told
@@ -103,13 +97,14 @@ def oracle_logits(
     from sklearn.model_selection import StratifiedKFold
     from sklearn.preprocessing import StandardScaler
 
+    model, recipe = plain(training).model, training.recipe
     seen: list[Tensor] = []
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     hooks = [
         module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
         for module in linear[-1:]
     ]
-    outputs, labels = samples.read(model, criterion, forward)
+    outputs, labels = samples.read(model, recipe.criterion, recipe.forward)
     for hook in hooks:
         hook.remove()
     features = torch.cat(seen).cpu() if seen else outputs
@@ -117,7 +112,7 @@ def oracle_logits(
         features = outputs.reshape(len(labels), -1)
     x, y, codes = StandardScaler().fit_transform(features), labels.numpy(), judge.parts["group"]
     weight = (codes >= 0) / np.bincount(codes + 1, minlength=2)[codes + 1].clip(min=1)
-    found = torch.full((len(y), classes), -100.0)
+    found = torch.full((len(y), training.classes), -100.0)
     halves = StratifiedKFold(2, shuffle=True, random_state=0)
     for one, other in halves.split(x, np.maximum(codes, 0)):
         scaled = weight[one] / weight[one].mean()

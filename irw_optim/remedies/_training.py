@@ -80,6 +80,7 @@ class Training:
         seed: of the initialisation and the batches, which all remedies share.
         alpha: the share of the samples that IRW takes for the worst-off.
         spared: seconds of work that a remedy found done already.
+        advance: is told of every step, for a progress bar.
     """
 
     def __init__(
@@ -90,12 +91,11 @@ class Training:
         classes: int,
         seed: int,
         alpha: float,
-        advance: Callable[[int], None],
     ) -> None:
         self.recipe, self.samples, self.labels = recipe, samples, labels
         self.classes, self.seed, self.alpha = classes, seed, alpha
         self.spared = 0.0
-        self._advance = advance
+        self.advance: Callable[[int], object] = lambda steps: None
         self._made: dict[str, tuple[Any, float]] = {}
 
     def fit(
@@ -138,7 +138,7 @@ class Training:
                 inner.step()
             if schedule is not None:
                 schedule.step()
-            self._advance(1)
+            self.advance(1)
         if wrapped is not None:
             wrapped.detach()
         return Fitted(model, sum(rested) / len(rested) if rested else 1.0)

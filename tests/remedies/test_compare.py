@@ -15,7 +15,7 @@ from torch import nn
 from irw_optim import compare_remedies
 from irw_optim.metrics import worst_cell_accuracy, worst_group_accuracy
 from irw_optim.remedies import REMEDIES, Fitted
-from irw_optim.remedies._findings import signs_of_hurt
+from irw_optim.remedies._findings import beyond_chance, signs_of_hurt
 from irw_optim.remedies._measuring import Judge, calibration_error, logits_of
 from irw_optim.remedies._people import unseen_by_clusters
 
@@ -166,6 +166,26 @@ class TestDecision:
         """It is the same with every seed, but could be who happens to be in the data."""
         found = compare(remedies={"plain": knows(0.9), "perfect": knows(1.0)})
         assert found.difference("perfect", "score").low > 0
+        assert found.take == "plain"
+
+    @pytest.mark.parametrize("mean", [0.05, 0.1, 0.12, 0.13, 0.14, 0.2])
+    def test_the_variances_of_seeds_and_people_add_up(self, mean):
+        differences = mean + 0.1 * np.array([-1, -1, 1, 1, 0])
+        moves = np.full(100, np.sqrt(0.002 / 100))
+        of_seeds = stats.ttest_1samp(differences, 0, alternative="greater").pvalue < 0.025
+        assert beyond_chance(differences, 0 * moves, 0.95) == of_seeds
+        # 0.002 each; 4 * 0.004^2 / 0.002^2 = 16 degrees of freedom
+        limit = stats.t.ppf(0.975, 16) * np.sqrt(0.004)
+        assert beyond_chance(differences, moves, 0.95) == (mean > limit)
+        even = np.full(5, mean)
+        assert beyond_chance(even, moves, 0.95) == (mean > 1.96 * np.sqrt(0.002))
+
+    def test_a_gain_with_some_seeds_is_none(self):
+        def lucky(training):
+            return knows(1.0 if training.seed == 0 else 0.1)(training)
+
+        found = compare(remedies={"plain": knows(0.1), "lucky": lucky})
+        assert found.difference("lucky", "score").mean > 0.1
         assert found.take == "plain"
 
     def test_a_simpler_one_that_is_worse_by_few_people_is_taken(self):

@@ -45,7 +45,7 @@ def training(steps=STEPS):
         BATCH,
     )
     samples = Samples("train", (x, y), make_model(), recipe.criterion, {})
-    return Training(recipe, samples, y, 3, 7, 0.3, lambda number: None)
+    return Training(recipe, samples, y, 3, 7, 0.3)
 
 
 def by_hand(gradient_of, steps=STEPS, order=None):
@@ -165,7 +165,7 @@ def test_the_reduction_of_the_criterion_is_kept(kind):
         small, criterion, lambda p: torch.optim.SGD(p, lr=0.01), None, steps=4, batch_size=N
     )
     samples = Samples("train", (x, (y > 0).float()), small(), criterion, {})
-    found = Training(recipe, samples, (y > 0).long(), 2, 3, 0.3, lambda number: None).fit().model
+    found = Training(recipe, samples, (y > 0).long(), 2, 3, 0.3).fit().model
 
     torch.manual_seed(3)
     model = small()
