@@ -19,7 +19,7 @@ from irw_optim.criterion import PerSampleLosses, per_sample_losses
 from irw_optim.criterion.attached import check_unattached
 from irw_optim.distributed.shard_checks import check_whole
 from irw_optim.gradients.autodiff import AutodiffGradients
-from irw_optim.gradients.capture import walk
+from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import as_vector
 from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.optimizer import IRWOptimizer

@@ -67,7 +67,10 @@ def per_sample_losses(
         check_elements(criterion, elements)
         if batch_size is None:
             check_leading_dimension(criterion, elements, (*args, *kwargs.values()))
-    batch = _number_of_samples(criterion, elements, batch_size)
+    if batch_size is None and elements.dim():
+        batch = elements.shape[0]
+    else:
+        batch = _number_of_samples(criterion, elements, batch_size)
     if not rule.trusted:
         check_rows_are_samples(criterion, elements, batch, args, kwargs)
     result = rule.compute(criterion, elements, batch, *args, **kwargs)

@@ -92,13 +92,13 @@ class _Forward(Replacement):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The listener's scalar while the model trains, else what the criterion returns."""
-        listener, model = self.listener(), self.model()
+        listener, model, criterion = self.listener(), self.model(), self.criterion
         training = torch.is_grad_enabled() and model is not None and model.training
-        # per_sample_losses switches the reduction off and comes by here again.
-        unreduced = getattr(self.criterion, "reduction", None) == "none"
+        # A criterion may call itself while its losses are asked for, without a reduction.
+        unreduced = getattr(criterion, "reduction", None) == "none"
         if listener is None or not training or unreduced:
             return self.original(*args, **kwargs)
-        return listener(per_sample_losses(self.criterion, *args, **kwargs))
+        return listener(per_sample_losses(criterion, *args, **kwargs))
 
     @property
     def original(self) -> Callable[..., Any]:

@@ -20,9 +20,9 @@ from irw_optim.backward.passes import Pass
 from irw_optim.backward.weighted_loss import Weigher
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
-from irw_optim.gradients.capture import CallSite
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
+from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.verification import Difference, difference, probe_of, wrong_among
 
@@ -133,9 +133,7 @@ class _ShardedPass(Deferred):
         missing: set[Tensor] = set()
         covering, due = None, False
         if len(batch.losses):
-            batch.graph, covering = batch.engine.covering(
-                batch.graph, batch.leaves, batch.losses, sharded=True
-            )
+            covering = batch.engine.covering(batch, sharded=True)
             missing, due = columns - covering.covered, covering.check_is_due()
         told = self.model.ranks.each(batch.losses.new_tensor([bool(missing), due]))
         anything_missing, check = told.amax(0).tolist()

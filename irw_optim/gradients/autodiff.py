@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.capture import walk
+from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import (
     MaterializedGradients,
     as_vector,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from irw_optim.gradients.capture import Graph
+from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError
 from irw_optim.gradients.silence import silent

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from threading import local
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,45 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from irw_optim.attachments import Attachment, Removable
 from irw_optim.gradients.function_rules import CALLS, rule_of_function
+from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
 from irw_optim.gradients.rules import call_of, rule_of
-
-
-class CallSite(NamedTuple):
-    """A layer's call and the edge of the graph at which its output gradient arrives."""
-
-    call: LayerCall
-    edge: GradientEdge
-    shape: torch.Size
-
-
-class Graph(NamedTuple):
-    """What leads to a vector of losses.
-
-    Attributes:
-        sites: layer calls.
-        leaves: what gradients are accumulated in.
-        leaf_nodes: the nodes that accumulate them.
-        order: the nodes in between, each before those it reads from.
-        nodes: the place of each in this order.
-        wiring: who reads from whom, as numbers: equal for graphs that are wired alike.
-    """
-
-    sites: list[CallSite]
-    leaves: list[Tensor]
-    leaf_nodes: list[Node]
-    order: list[Node]
-    nodes: dict[Node, int]
-    wiring: tuple[int | tuple[int, int], ...]
-
-    def forget_calls(self) -> None:
-        """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
-        for site in self.sites:
-            _notes(site.edge.node).pop(CALLS, None)
-
-
-NO_GRAPH = Graph([], [], [], [], {}, ())
-"""In the place of one that is over."""
 
 
 def hook_layers(model: nn.Module) -> list[Attachment]:
@@ -98,50 +62,19 @@ class FunctionHooks(Attachment):
         yield module.register_forward_hook(_leave_functions, always_call=True, prepend=True)
 
 
-def walk(losses: Tensor, *, hooked: bool = True) -> Graph:
-    """Follow the graph from the losses to its leaves.
+def sites_noted(order: Iterable[Node]) -> list[CallSite]:
+    """The layer calls that hooks have noted on the nodes of a graph."""
+    return [
+        CallSite(call, GradientEdge(node, number), shape)
+        for node in order
+        for number, (call, shape) in _notes(node).get(CALLS, {}).items()
+    ]
 
-    Args:
-        losses: (B,), with their graph.
-        hooked: whether the hooks of layers may have left notes on it.
-    """
-    sites: list[CallSite] = []
-    leaves: list[Tensor] = []
-    leaf_nodes: list[Node] = []
-    order: list[Node] = []
-    wiring: list[int | tuple[int, int]] = []
-    root = losses.grad_fn
-    seen: dict[Node, int] = {} if root is None else {root: 0}
-    # Depth first; a node is written down when all that it reads from is: the order, from its end.
-    path = [] if root is None else [(root, iter(root.next_functions))]
-    while path:
-        node, parents = path[-1]
-        for parent, output in parents:
-            if parent is None:
-                wiring.append(-1)
-                continue
-            number = seen.get(parent)
-            if number is not None:
-                wiring.append((number, output) if output else number)
-                continue
-            seen[parent] = number = len(seen)
-            wiring.append((number, output) if output else number)
-            following = parent.next_functions
-            if not following and (leaf := getattr(parent, "variable", None)) is not None:
-                leaves.append(leaf)
-                leaf_nodes.append(parent)
-                continue
-            path.append((parent, iter(following)))
-            break
-        else:
-            path.pop()
-            order.append(node)
-    order.reverse()
-    for node in order if hooked else ():
-        for number, (call, shape) in _notes(node).get(CALLS, {}).items():
-            sites.append(CallSite(call, GradientEdge(node, number), shape))
-    nodes = {node: place for place, node in enumerate(order)}
-    return Graph(sites, leaves, leaf_nodes, order, nodes, tuple(wiring))
+
+def forget_calls(sites: Iterable[CallSite]) -> None:
+    """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
+    for site in sites:
+        _notes(site.edge.node).pop(CALLS, None)
 
 
 def record(call: LayerCall | None, output: Tensor) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from torch import Tensor
 
-from irw_optim.gradients.capture import Graph
+from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.mixing import Batch
 
 

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
 from irw_optim.gradients import texts
-from irw_optim.gradients.capture import Graph, hook_layers, walk
+from irw_optim.gradients.capture import hook_layers, sites_noted
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
+from irw_optim.gradients.graph import Graph, walk
 from irw_optim.gradients.hooks import is_compiled, needs_hooks, silence_of
 from irw_optim.gradients.location import arranged
-from irw_optim.gradients.loss_gradients import LossGradients
+from irw_optim.gradients.loss_gradients import WAITING, LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_of_parts
 from irw_optim.gradients.nodes import shape_of
-from irw_optim.gradients.plan import Plan, in_a_pass_to_all
-from irw_optim.gradients.readings import read, with_layouts
+from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.readings import Plan, in_a_pass_to_all, read, with_layouts
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
-from irw_optim.gradients.waiting import WAITING
 
 logger = logging.getLogger("irw_optim")
 
@@ -42,6 +42,9 @@ KNOWN_GRAPHS = 256
 MANY_LOSSES = 8
 """So many other losses that wait for their backward pass on one graph are worth a word."""
 
+OwnEngine = Callable[[Tensor, Sequence[Tensor]], PerSampleGradients]
+"""``own(losses, parameters)`` gives the gradients of single losses, which have their graph yet."""
+
 ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
 
 
@@ -50,7 +53,8 @@ class Engine(Renewed):
 
     Args:
         model: hooked in place; None leaves autodiff alone.
-        kind: ``"auto"``, ``"ghost"`` (raises where it does not cover) or ``"autodiff"``.
+        kind: ``"auto"``, ``"ghost"`` (raises where it does not cover) or ``"autodiff"``; or what
+            makes an engine of one's own from the losses and the parameters to score by.
     """
 
     PASSING = (
@@ -67,9 +71,10 @@ class Engine(Renewed):
         "random",
     )
 
-    def __init__(self, model: nn.Module | None, kind: str = "auto") -> None:
+    def __init__(self, model: nn.Module | None, kind: str | OwnEngine = "auto") -> None:
         self.model = model
-        self.kind = kind
+        self.own = None if isinstance(kind, str) else kind
+        self.kind = kind if isinstance(kind, str) else "autodiff"
         self.begin()
 
     def begin(self) -> None:
@@ -110,50 +115,45 @@ class Engine(Renewed):
         """
         if self.hooks is None:
             self.begin()
-        graph = walk(losses, hooked=self.listens)
-        refuse_reentrant_checkpoints(graph.order)
+        graph = walk(losses)
+        if self.listens:
+            graph.sites = sites_noted(graph.order)
         own = None if owns is None else owns(graph.leaves)
         batch = LossGradients(self, losses, graph, own)
+        batch.kind = (*fingerprint(losses, graph), *map(id, batch.leaves))
+        if batch.kind not in self.plans:
+            refuse_reentrant_checkpoints(graph.order)
         WAITING.join(batch)
         if len(batch.sharing) == MANY_LOSSES:
             self._tell(logging.WARNING, "many losses", texts.many_losses(MANY_LOSSES + 1))
         return batch
 
-    def left(self, batch: LossGradients) -> None:
-        """The backward pass of a batch is over."""
-        WAITING.leave(batch)
-
-    def covering(
-        self, graph: Graph, own: Sequence[Tensor], losses: Tensor, *, sharded: bool = False
-    ) -> tuple[Graph, Covering]:
-        """The graph with the batch of each layer in front, and what is known of its kind.
+    def covering(self, captured: LossGradients, *, sharded: bool = False) -> Covering:
+        """Bring the batch of each layer call of a graph in front; what is known of its kind.
 
         Args:
-            graph: of one vector of losses.
-            own: the leaves that are the model's.
-            losses: (B,).
+            captured: of one vector of losses, whose graph gets the layer calls.
             sharded: whether values are freed after use: layers are then those that hooks have seen,
                 and what they do not cover is for the caller to say.
         """
-        size = losses.shape[0]
-        known = (fingerprint(losses, graph), *map(id, own))
-        plan = self.plans.get(known)
+        plan = self.plans.get(captured.kind)
         self.unfamiliar = plan is None
-        if plan is not None:
-            sites = plan.sites(graph, losses)
-            if sites is not None:
-                return graph._replace(sites=sites), plan.covering
+        if plan is not None and (sites := plan.sites(captured.graph, captured.losses)) is not None:
+            captured.graph.sites = sites
+            return plan.covering
+        graph, own, losses = captured.graph, captured.leaves, captured.losses
+        size = losses.shape[0]
         batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
         found = None
         if batch.followed and not sharded:
             found = in_a_pass_to_all(losses, graph, partial(read, graph, batch, own))
         if found is not None:
-            graph = graph._replace(sites=found[1])
+            graph.sites = found[1]
         elif not sharded and size > 1 and self._goes_forwards(batch, graph):
-            graph = graph._replace(sites=[])
+            graph.sites = []
         elif size > 1:
             self._look_closer(graph)
-        graph = arranged(graph, batch, size)
+        graph.sites = arranged(graph, batch, size)
         kind = kind_of(graph, own, size, batch)
         covering = self.coverings.get(kind)
         if covering is None:
@@ -165,8 +165,9 @@ class Engine(Renewed):
                     self._report(covering, own)
                     self._report_parts(graph, batch, size)
         if found is not None:
-            _remember(self.plans, known, Plan(with_layouts(found[0], graph), covering))
-        return graph, covering
+            plan = Plan(with_layouts(found[0], graph), covering)
+            _remember(self.plans, captured.kind, plan)
+        return covering
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
         """Whether a change can be pushed through a graph without quick products."""

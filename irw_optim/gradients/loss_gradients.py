@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -13,9 +14,10 @@ from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses
-from irw_optim.gradients.capture import NO_GRAPH, CallSite, Graph
+from irw_optim.gradients.capture import forget_calls
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
+from irw_optim.gradients.graph import NO_GRAPH, CallSite, Graph
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.verification import compare, in_half_precision, probe_of
 
@@ -58,12 +60,12 @@ class LossGradients:
         if own is not None and not own.issuperset(graph.leaves):
             self.leaves = [leaf for leaf in graph.leaves if leaf in own]
             self.others = [leaf for leaf in graph.leaves if leaf not in own]
-        self.sharing: WeakSet[LossGradients] = WeakSet()
+        self.sharing: WeakSet[LossGradients] | tuple[()] = ()
         self.apart = False
-        self.rest = list(self.leaves)
-        self.finished_by_autograd = self.rest
+        self.rest = self.finished_by_autograd = self.leaves
         self.ghost: GhostGradients | None = None
-        self.passes: BackwardPasses | None = BackwardPasses(losses, graph, engine.known)
+        self.passes: BackwardPasses | None = None
+        self.kind: tuple[object, ...] = ()
 
     def start(self, seed: Tensor, keep_graph: bool) -> None:
         """The backward pass to the layers' outputs, with its check where one is due.
@@ -72,24 +74,26 @@ class LossGradients:
             seed: 0-dim, not zero; what the losses carry through it.
             keep_graph: whether somebody else will still walk the graph.
         """
-        passes, size = self._passes, self.losses.shape[0]
-        graph, covering = self.engine.covering(self.graph, self.leaves, self.losses)
-        self.graph = graph
+        size, engine = self.losses.shape[0], self.engine
+        covering, graph = engine.covering(self), self.graph
         self.apart = covering.mixed_by is None and size > 1
-        listens = bool(size) and self.engine.looks_for_hooks(graph)
+        listens = bool(size) and engine.looks_for_hooks(graph)
+        check = bool(size and covering.covered) and covering.check_is_due()
+        hooks_change = engine.known.get(HOOKS_CHANGE)
+        if covering.whole and covering.covered and not (check or listens or hooks_change):
+            self.rest = self.finished_by_autograd = []
+            retain = keep_graph or bool(self.sharing or self.others)
+            ghost = ghost_gradients(
+                self.losses, graph.sites, seed, retain_graph=retain, reached=covering.reached
+            )
+            if len(ghost.calls) != len(covering.reached):
+                covering.reached = ghost.reached
+            self.ghost = ghost
+            return
+        passes = self._passes
         if not covering.covered:
             if listens:
                 passes.listen([], seed.expand_as(self.losses), self.leaves)
-            return
-        check = bool(size) and covering.check_is_due()
-        if covering.whole and not (check or listens or self.engine.known.get(HOOKS_CHANGE)):
-            passes.heard = True
-            self.rest = self.finished_by_autograd = []
-            retain = keep_graph or bool(self.sharing or self.others)
-            self.ghost = ghost_gradients(
-                self.losses, graph.sites, seed, retain_graph=retain, reached=covering.reached
-            )
-            covering.reached = self.ghost.reached
             return
         covered = covering.covered
         sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
@@ -101,7 +105,7 @@ class LossGradients:
         ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True, backward=by)
         if len(sites) == len(graph.sites):
             covering.reached = ghost.reached
-        if check or self.engine.known.get(HOOKS_CHANGE):  # a hook may mix the samples, too
+        if check or hooks_change:  # a hook may mix the samples, too
             self._check(covering, sites, ghost)
         sparse = {
             p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()
@@ -114,6 +118,8 @@ class LossGradients:
         """G with the columns of the chosen parameters."""
         if self.ghost is not None and not self.rest and all(map(parameters, self.leaves)):
             return self.ghost
+        if self.engine.own is not None:
+            return self._by_own_engine(self.engine.own, [p for p in self.leaves if parameters(p)])
         parts: list[PerSampleGradients] = []
         chosen = {p for p in self.leaves if parameters(p)}
         rest = [p for p in self.rest if p in chosen]
@@ -181,20 +187,40 @@ class LossGradients:
 
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""
-        self.engine.left(self)
-        for other in self.sharing:
-            other.sharing.discard(self)
-        if not self.sharing:
-            self._let_go()
-        self.ghost = None
+        WAITING.leave(self)
+        if not self.sharing and self.engine.listens:
+            forget_calls(self.graph.sites)
+        self.ghost = self.passes = None
         self.losses = self.losses.detach()
         self.graph = NO_GRAPH
-        self.passes = None
 
     @property
     def _passes(self) -> BackwardPasses:
-        assert self.passes is not None, "the backward pass is over"
+        if self.passes is None:
+            assert self.graph is not NO_GRAPH, "the backward pass is over"
+            self.passes = BackwardPasses(self.losses, self.graph, self.engine.known)
         return self.passes
+
+    def _by_own_engine(
+        self,
+        own: Callable[[Tensor, Sequence[Tensor]], PerSampleGradients],
+        parameters: Sequence[Tensor],
+    ) -> PerSampleGradients:
+        """The user's, compared with autograd at uses 1, 2, 4, 8, ..."""
+        if not parameters:
+            raise RuntimeError(NOTHING_TO_SCORE)
+        with torch.enable_grad():
+            rows = own(self.losses, parameters)
+        if self.engine.uses & (self.engine.uses - 1) == 0:
+            probe = probe_of(self.losses, self.engine.random)
+            wrong = compare(parameters, self._quiet(parameters, probe), probe, rows)
+            if wrong:
+                raise RuntimeError(
+                    f"engine={own!r} is not exact for {self.engine.names_of(wrong)}: combine(w) "
+                    f"differs from autograd by {max(wrong.values()):.2g} of the gradient; expected "
+                    'the sum of w_i times the gradient of loss i, or engine="auto"'
+                )
+        return rows
 
     def _by_autodiff(self, leaves: Sequence[Tensor]) -> AutodiffGradients:
         known, push = self.engine.known, self._passes.push
@@ -233,9 +259,39 @@ class LossGradients:
     def _let_go(self) -> None:
         """Hold the layers' inputs and output gradients no longer, here and on the graph."""
         if self.engine.listens:
-            self.graph.forget_calls()
+            forget_calls(self.graph.sites)
         self.graph = NO_GRAPH
         self.passes = self.ghost = None
+
+
+class Waiting:
+    """Losses whose backward pass is still to come, whichever engine's: they may share a graph.
+
+    Trainings may run in several threads, and a backward pass in one of autograd's.
+    """
+
+    def __init__(self) -> None:
+        self.batches: WeakSet[LossGradients] = WeakSet()
+        self.lock = Lock()
+
+    def join(self, batch: LossGradients) -> None:
+        with self.lock:
+            for other in self.batches:
+                if not batch.graph.nodes.keys().isdisjoint(other.graph.nodes.keys()):
+                    other.sharing = other.sharing or WeakSet()
+                    batch.sharing = batch.sharing or WeakSet()
+                    other.sharing.add(batch)
+                    batch.sharing.add(other)
+            self.batches.add(batch)
+
+    def leave(self, batch: LossGradients) -> None:
+        with self.lock:
+            self.batches.discard(batch)
+            for other in batch.sharing:
+                other.sharing.discard(batch)  # type: ignore[union-attr]
+
+
+WAITING = Waiting()
 
 
 def is_wanted(leaf: Node) -> bool:

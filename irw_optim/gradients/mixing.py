@@ -19,8 +19,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from irw_optim.gradients.capture import Graph
-from irw_optim.gradients.operations import is_known, is_view, rule_for, settings_of
+from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.operations import SETTINGS_OF, is_known, is_view, rule_for, settings_of
 from irw_optim.gradients.place import MIXES, SHARED, UNREAD, Output
 
 
@@ -141,4 +141,16 @@ def rows_of_parts(graph: Graph, batch: Batch, batch_size: int) -> set[int]:
 
 def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
     """What decides where the batch is: equal for graphs of which `follow_batch` says the same."""
-    return losses.shape, losses.output_nr, graph.wiring, tuple(map(settings_of, graph.order))
+    found: list[object] = [losses.shape, losses.output_nr, graph.wiring]
+    for node in graph.order:
+        kind = type(node)
+        found.append(kind)
+        outputs = node._input_metadata
+        if len(outputs) == 1:
+            found.append(tuple(outputs[0].shape))
+        else:
+            found.append(tuple([tuple(output.shape) for output in outputs]))
+        settings = SETTINGS_OF.get(kind, settings_of)
+        if settings is not None:
+            found.append(settings(node))
+    return tuple(found)

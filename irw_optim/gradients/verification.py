@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.ghost import GhostGradients
+from irw_optim.gradients.protocol import PerSampleGradients
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
 """Far above rounding, also of sums in which large terms cancel; far below what mixing does."""
@@ -39,7 +39,7 @@ def compare(
     parameters: Sequence[Tensor],
     truth: Sequence[Tensor | None],
     probe: Tensor,
-    gradients: GhostGradients,
+    gradients: PerSampleGradients,
 ) -> dict[Tensor, float]:
     """Compare G^T r with what a backward pass from <r, losses> gave, parameter by parameter.
 
@@ -61,7 +61,7 @@ def compare(
     )
 
 
-def in_half_precision(gradients: GhostGradients) -> bool:
+def in_half_precision(gradients: PerSampleGradients) -> bool:
     """Whether any layer's gradient arrived in half precision."""
     return any(dtype in _HALF for dtype in _dtypes(gradients))
 
@@ -76,7 +76,7 @@ class Difference(NamedTuple):
 
 
 def difference(
-    parameter: Tensor, truth: Tensor, claim: Tensor | None, gradients: GhostGradients
+    parameter: Tensor, truth: Tensor, claim: Tensor | None, gradients: PerSampleGradients
 ) -> Difference:
     """Measure one parameter's gradient against autograd's."""
     truth = truth.to_dense()
@@ -133,5 +133,5 @@ def _precision_of_products() -> str:
     return "high" if precision == "highest" and convolutions else precision
 
 
-def _dtypes(gradients: GhostGradients) -> set[torch.dtype]:
-    return {call.precision for call in gradients.calls}
+def _dtypes(gradients: PerSampleGradients) -> set[torch.dtype]:
+    return {call.precision for call in getattr(gradients, "calls", ())}

@@ -27,8 +27,11 @@ def check_arguments(
         DPGuaranteeError: a differentially private optimizer.
     """
     check_inner(optimizer)
-    if engine not in ENGINES:
-        raise ValueError(f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}")
+    if engine not in ENGINES and not callable(engine):
+        raise ValueError(
+            f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}, or a callable "
+            "(losses, parameters) -> PerSampleGradients"
+        )
     if engine == "grad_sample" and model is not None:
         raise ValueError(
             "engine='grad_sample' reads what Opacus left in p.grad_sample, in "

@@ -9,14 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from irw_optim.arguments import as_flag, as_whole, plain
-from irw_optim.weighting.local_scheme import LocalScheme, rule_named
+from irw_optim.weighting.local_scheme import NAMED, LocalScheme, rule_named
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_options
-from irw_optim.weighting.weights import Alignment, Equality, Membership, ScoreRule
+from irw_optim.weighting.weights import Alignment, ScoreRule
 
 logger = logging.getLogger("irw_optim")
 
-WEIGHTINGS = ("irw", "cvar", "uniform")
 WORST_OFF = ("global", "local")
 
 
@@ -62,7 +61,7 @@ class Options:
             center=rule.center if isinstance(rule, Alignment) else 0.0,
             class_balance=scheme.class_balance,
             mix=scheme.mix,
-            weighting=_NAMES.get(type(rule), rule),
+            weighting=next((n for n, kind in NAMED.items() if type(rule) is kind), rule),
         )
         vars(options)["local"] = scheme
         return options
@@ -70,9 +69,6 @@ class Options:
     def described(self) -> dict[str, Any]:
         """As plain data, for checkpoints and for comparison between processes."""
         return {field.name: described(getattr(self, field.name)) for field in fields(self)}
-
-
-_NAMES: dict[type, str] = {Alignment: "irw", Membership: "cvar", Equality: "uniform"}
 
 
 def check_each(options: Options) -> None:
@@ -91,9 +87,9 @@ def check_each(options: Options) -> None:
             f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter(), a callable "
             "from the (B, B) Gram matrix to a bool mask (B,)"
         )
-    if isinstance(weighting, str) and weighting not in WEIGHTINGS:
+    if isinstance(weighting, str) and weighting not in NAMED:
         raise ValueError(
-            f"weighting={weighting!r}: expected one of {', '.join(map(repr, WEIGHTINGS))}, or a "
+            f"weighting={weighting!r}: expected one of {', '.join(map(repr, NAMED))}, or a "
             "callable (losses, gradients, worst_off) -> scores"
         )
     if not isinstance(weighting, str) and not callable(weighting):

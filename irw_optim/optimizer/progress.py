@@ -36,10 +36,13 @@ class Progress(Renewed):
         self.passed = False
         self.ready = False
 
-    def note(self, record: StepRecord, parameters: Iterable[Tensor]) -> None:
+    def forget_cleared(self, parameters: Iterable[Tensor]) -> None:
+        """Gradients may be zeroed by model.zero_grad(), and perhaps were never stepped on."""
+        if not any(map(_has_gradient, parameters)):
+            self.pending.clear()
+
+    def note(self, record: StepRecord) -> None:
         """Take the record of a backward pass, just before it adds to ``p.grad``."""
-        if self.pending and not any(map(_has_gradient, parameters)):
-            self.pending.clear()  # zeroed by model.zero_grad(), and perhaps never stepped on
         self.pending.append(record)
         self.last = record
         self.passed = True
@@ -57,7 +60,7 @@ class Progress(Renewed):
         if not self.pending:
             self._check_unrecorded(parameters)
         for record in self.pending:
-            if broken := record.broken_samples:
+            if not record.finite and (broken := record.broken_samples):
                 shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
                 raise FloatingPointError(
                     f"the losses or gradients of {len(broken)} samples are not finite (batch "
@@ -87,15 +90,11 @@ class Progress(Renewed):
                 f"has shape {tuple(broken[0].shape)}): nothing was updated"
             )
 
-    def used(self) -> None:
-        """The gradient at hand has done its work: the next step needs a new one."""
-        self.pending.clear()
-        self.passed = self.ready = False
-
     def step_taken(self, skipped: bool = False) -> None:
         """Count the step, unless it was no step on a weighted gradient."""
         self.steps += (bool(self.pending) or self.ready) and not skipped
-        self.used()
+        self.pending.clear()
+        self.passed = self.ready = False
 
 
 def _has_gradient(parameter: Tensor) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -21,6 +23,8 @@ from irw_optim.optimizer.progress import Progress
 from irw_optim.processes import is_sharded, several_processes
 from irw_optim.weighting.local_scheme import Averaging, Scheme
 from irw_optim.weighting.record import StepRecord
+
+_PARAMS = itemgetter("params")
 
 if TYPE_CHECKING:
     from irw_optim.distributed.shards import Processes
@@ -77,13 +81,13 @@ class WeightedBackward(Renewed):
     @property
     def parameters(self) -> list[Tensor]:
         """The parameters that are updated."""
-        return [p for group in self.inner.param_groups for p in group["params"]]
+        return list(chain.from_iterable(map(_PARAMS, self.inner.param_groups)))
 
     @property
     def scored(self) -> list[Tensor]:
         """The parameters whose gradients make the scores."""
-        chosen = self.chosen
-        return [p for p in self.parameters if chosen is None or p in chosen]
+        parameters, chosen = self.parameters, self.chosen
+        return parameters if chosen is None else [p for p in parameters if p in chosen]
 
     def loss(self, batch: PerSampleLosses, *, of_the_model: bool = False) -> Tensor:
         """The criterion's value, carrying the weighted gradient.
@@ -132,7 +136,10 @@ class WeightedBackward(Renewed):
 
     def note(self, record: StepRecord) -> None:
         """Keep what was decided for a backward pass."""
-        self.progress.note(record, self.parameters)
+        progress = self.progress
+        if progress.pending:
+            progress.forget_cleared(self.parameters)
+        progress.note(record)
 
     def finish(self) -> None:
         """Decide the logical batch with the passes that it has had."""
@@ -146,11 +153,12 @@ class WeightedBackward(Renewed):
         waiting = self.logical is not None and bool(self.logical.members)
         return waiting or any(p.grad is not None for p in self.parameters)
 
-    def make_ready(self) -> None:
-        """Raise unless the gradient is one that the inner optimizer may use."""
-        self.finish()
+    def make_ready(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Raise unless the gradient of the parameters is one that the inner optimizer may use."""
+        if self.logical is not None:
+            self.finish()
         if getattr(self.inner, "found_inf", None) is None:  # else its step skips what is not finite
-            self.progress.check(self.parameters)
+            self.progress.check(self.parameters if parameters is None else parameters)
 
     def evaluated(self, closure: Callable[[], Any]) -> Any:
         """What a closure returns, with its gradient made ready."""

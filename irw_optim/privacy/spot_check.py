@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from irw_optim.errors import DPGuaranteeError
-from irw_optim.gradients.capture import walk
+from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import as_matrix
 from irw_optim.gradients.mixing import follow_batch
 from irw_optim.gradients.verification import probe_of

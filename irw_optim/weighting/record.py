@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 
 from torch import Tensor
@@ -22,11 +22,12 @@ class StepRecord(Weights):
         scores: s_i = <g_i, g_S> (or the score of another rule); float64 where the losses' dtype is
             too narrow for them.
         weights: w_i, sums to 1.
+        finite: whether all losses and scores are finite; None where nobody has looked yet.
         own: bool, the samples of this process where B counts those of all processes, in the order
             of their ranks; None where all are.
     """
 
-    losses: Tensor
+    losses: Tensor = field(kw_only=True)
     labels: Tensor | None = None
     own: Tensor | None = None
 
@@ -39,6 +40,8 @@ class StepRecord(Weights):
     @property
     def broken_samples(self) -> list[int]:
         """Samples whose loss is not finite, or failing that, whose score is not."""
+        if self.finite:
+            return []
         # No number that is not finite gives a finite product or sum. One look, as it waits.
         if isfinite(float(self.losses.to(self.scores.dtype).dot(self.scores))):
             return []
