@@ -80,7 +80,8 @@ def main() -> None:
     axes.text(
         -0.2,
         5.6,
-        "An arrow: is built on. Blue: the way of a plain step;\nthe others are loaded when used (dashed).",
+        "An arrow: is built on. Blue: the way of a plain step;\n"
+        "the others are loaded when used (dashed).",
         fontsize=9,
         va="top",
     )

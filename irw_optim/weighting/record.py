@@ -7,6 +7,7 @@ from math import isfinite
 
 from torch import Tensor
 
+from irw_optim.tables import html_table
 from irw_optim.weighting.weights import Weights
 
 
@@ -49,3 +50,25 @@ class StepRecord(Weights):
             if not bool(values.isfinite().all()):
                 return [int(i) for i in (~values.isfinite()).nonzero().flatten()]
         return []
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self._summary())
+
+    def _repr_html_(self) -> str:
+        most = self.weights.argsort(descending=True)[:5].tolist()
+        rows = [
+            (i, *(f"{float(t[i]):.4g}" for t in (self.losses, self.scores, self.weights)))
+            for i in most
+        ]
+        header = ("heaviest samples", "loss", "score", "weight")
+        return html_table(("the step", ""), self._summary()) + html_table(header, rows)
+
+    def _summary(self) -> list[tuple[str, object]]:
+        return [
+            ("samples", len(self.losses)),
+            ("worst off", int(self.worst_off.sum())),
+            ("outliers", int(self.outliers.sum())),
+            ("with a weight", int((self.weights > 0).sum())),
+            ("effective sample size", f"{self.effective_sample_size:.1f}"),
+            ("uniform for want of a score", "yes" if bool(self.fallback) else "no"),
+        ]
