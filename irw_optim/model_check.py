@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses
+from irw_optim.criterion.attached import check_unattached
 from irw_optim.distributed.shard_checks import check_whole
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.capture import walk
 from irw_optim.gradients.materialized import as_vector
 from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.optimizer.attach import check_unattached
 from irw_optim.restored import restored
 from irw_optim.weighting import Alignment, weigh
 from irw_optim.weighting.outliers import OutlierFilter

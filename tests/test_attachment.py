@@ -25,7 +25,10 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from irw_optim import IRWOptimizer, verify
-from irw_optim.optimizer import attach, irw_optimizer
+from irw_optim.criterion import attached
+from irw_optim.distributed.replicas import Replicas
+from irw_optim.gradients.engine import Engine
+from irw_optim.optimizer import irw_optimizer, weighted_backward
 
 ALPHA, B = 0.3, 8
 
@@ -454,16 +457,16 @@ class TestCopiesOfAnOptimizer:
         twin.step()
         assert twin.steps == 1
 
-    def test_its_parts(self, how):
+    @pytest.mark.parametrize("part", ["engine", "replicas"])
+    def test_its_parts(self, how, part):
         model = make()
-        optimizer = over(model, None, engine="ghost")
-        for part, remove in (("engine", "remove_hooks"), ("replicas", "release")):
-            twin = how(getattr(optimizer, part))
-            its_model = twin.model
-            assert its_model is not model
-            assert traces(its_model) != traces(make())
-            getattr(twin, remove)()
-            assert traces(its_model) == traces(make())
+        owner = Engine(model, "ghost") if part == "engine" else Replicas(model)
+        twin = how(owner)
+        its_model = twin.model
+        assert its_model is not model
+        assert traces(its_model) != traces(make())
+        (twin.remove_hooks if part == "engine" else twin.release)()
+        assert traces(its_model) == traces(make())
 
 
 def test_a_shallow_copy_shares_what_is_attached():
@@ -501,9 +504,9 @@ class TestAConstructorThatFails:
         elif where == "a pair":
             monkeypatch.setattr(Scaled, "register_forward_hook", fail)
         elif where == "processes":
-            monkeypatch.setattr(irw_optimizer, "processes_of", fail)
+            monkeypatch.setattr(weighted_backward, "is_sharded", fail)
         elif where == "criterion":
-            monkeypatch.setattr(attach, "replace_on", fail)
+            monkeypatch.setattr(attached, "replace_on", fail)
         else:
             monkeypatch.setattr(irw_optimizer.OptimizerWrapper, "begin", fail)
         options = {"model": model, "criterion": criterion, "engine": "ghost"}

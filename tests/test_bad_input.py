@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from irw_optim import DBSCANFilter, IRWMonitor, IRWOptimizer, alpha, irw_weights, metrics, worst_off
+from irw_optim.errors import DPGuaranteeError
 from irw_optim.privacy import IRWDPConfig, IRWDPOptimizer
-from irw_optim.privacy.errors import DPGuaranteeError
 from irw_optim.schemes import GlobalScheme, ResamplingSampler
 
 

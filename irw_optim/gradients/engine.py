@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,8 @@ class Engine(Renewed):
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
         self.listens = False
         whole = self.model is not None and not being_copied
+        if whole:
+            _ENGINES_OF.setdefault(self.model, WeakSet()).add(self)  # type: ignore[arg-type]
         if whole and (self.kind == "ghost" or needs_hooks(self.model)):  # type: ignore[arg-type]
             self.listen()
         self.known: dict[str, bool] = {}
@@ -244,6 +247,8 @@ class Engine(Renewed):
 
     def remove_hooks(self) -> None:
         self.hooks = []
+        if self.model is not None:
+            _ENGINES_OF.get(self.model, WeakSet()).discard(self)
 
     def _report(self, covering: Covering, own: Sequence[Tensor]) -> None:
         rest = [p for p in own if p not in covering.covered and p not in covering.trust.lost]
@@ -279,6 +284,14 @@ class Engine(Renewed):
         """Say it once for a model; a forward that varies would say it at every turn."""
         logger.log(logging.DEBUG if about in self.told else level, text)
         self.told.add(about)
+
+
+_ENGINES_OF: WeakKeyDictionary[nn.Module, WeakSet[Engine]] = WeakKeyDictionary()
+
+
+def has_engine(model: nn.Module) -> bool:
+    """Whether the gradients of a model are weighed by somebody, hooks or not."""
+    return bool(_ENGINES_OF.get(model))
 
 
 def _remember(known: dict[Hashable, _Value], key: Hashable, value: _Value) -> None:

@@ -175,6 +175,10 @@ class LossGradients:
         """Whether the backward pass that runs now asks for the gradient of a leaf."""
         return is_wanted(self._passes.edges_of([leaf])[0].node)
 
+    def is_walked_on(self) -> bool:
+        """Whether the backward pass that runs now goes through the same graph after us."""
+        return any(map(torch._C._will_engine_execute_node, self.graph.order))
+
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""
         self.engine.left(self)

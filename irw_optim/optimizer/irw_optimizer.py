@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.shards import processes_of
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
-from irw_optim.optimizer.attach import Hold
 from irw_optim.optimizer.attributes import Attributes
 from irw_optim.optimizer.checks import (
     check_arguments,
@@ -25,6 +23,7 @@ from irw_optim.optimizer.checks import (
     check_trains,
 )
 from irw_optim.optimizer.grad_sample_way import weigh_grad_samples
+from irw_optim.optimizer.hold import Hold
 from irw_optim.optimizer.options import Options, described, report_differences
 from irw_optim.optimizer.own_steps import closure_step, own_step
 from irw_optim.optimizer.weighted_backward import WeightedBackward
@@ -84,7 +83,7 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         inner: the optimizer that takes the step.
         scheme: decides the weights.
         engine: gives the per-sample gradients.
-        replicas: the processes that the model trains in.
+        processes: those that the model trains in; None for this one alone.
         last_step: the `StepRecord` of the newest backward pass, or of the newest logical batch.
         steps: optimizer steps taken.
 
@@ -144,9 +143,8 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         with ExitStack() as undo:
             hooked = Engine(model, engine)
             undo.callback(hooked.remove_hooks)
-            replicas = processes_of(model, worst_off, options)
-            undo.callback(replicas.release)
-            self._weighted = WeightedBackward(optimizer, hooked, options, chosen, replicas)
+            self._weighted = WeightedBackward(optimizer, hooked, options, chosen)
+            undo.callback(self._weighted.release)
             super().__init__(optimizer)
             self._hold = Hold(self._weighted, criterion)
             undo.pop_all()

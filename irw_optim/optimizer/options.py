@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from irw_optim.arguments import as_flag, as_whole, plain
@@ -19,11 +20,14 @@ WEIGHTINGS = ("irw", "cvar", "uniform")
 WORST_OFF = ("global", "local")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """What an `IRWOptimizer` was asked for; its arguments of the same names say more.
 
     `score_parameters` is kept as a checkpoint describes it: what it chose is chosen.
+
+    Raises:
+        TypeError, ValueError: impossible ones, alone or with each other.
     """
 
     alpha: float
@@ -40,36 +44,28 @@ class Options:
     def __post_init__(self) -> None:
         check_each(self)
         for field in fields(self):  # NumPy's numbers become Python's
-            setattr(self, field.name, plain(getattr(self, field.name)))
-        self.local = LocalScheme(
-            float(self.alpha),
-            rule_named(self.weighting, self.center),
-            self.outliers,
-            self.class_balance,
-            self.mix,
-        )
+            vars(self)[field.name] = plain(getattr(self, field.name))
 
-    def change(self, **options: Any) -> None:
-        """Take new values, from the next backward pass on.
+    @cached_property
+    def local(self) -> LocalScheme:
+        """Decides the weights inside a batch."""
+        rule = rule_named(self.weighting, self.center)
+        return LocalScheme(float(self.alpha), rule, self.outliers, self.class_balance, self.mix)
 
-        Raises:
-            TypeError, ValueError: impossible ones; nothing has changed then.
-        """
-        vars(self).update(vars(replace(self, **options)))
-
-    def take(self, scheme: LocalScheme) -> None:
-        """Take what a local scheme says."""
+    def of(self, scheme: LocalScheme) -> Options:
+        """The same with what a local scheme says."""
         rule = scheme.rule
-        center = rule.center if isinstance(rule, Alignment) else 0.0
-        self.change(
+        options = replace(
+            self,
             alpha=scheme.alpha,
             outliers=scheme.outliers,
-            center=center,
+            center=rule.center if isinstance(rule, Alignment) else 0.0,
             class_balance=scheme.class_balance,
             mix=scheme.mix,
             weighting=_NAMES.get(type(rule), rule),
         )
-        self.local = scheme
+        vars(options)["local"] = scheme
+        return options
 
     def described(self) -> dict[str, Any]:
         """As plain data, for checkpoints and for comparison between processes."""

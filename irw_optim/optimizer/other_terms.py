@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.optimizer.backward import Plan
+from irw_optim.backward.deferred import Deferred
 
 logger = logging.getLogger("irw_optim")
 
@@ -38,8 +38,8 @@ class OtherTerms:
     def watch(self, loss: Tensor) -> None:
         """Be told what a weighted loss gives its leaves."""
         node: Any = loss.grad_fn
-        if hasattr(node, "plan"):
-            node.plan = _Watched(node.plan, self)
+        if hasattr(node, "deferred"):
+            node.deferred = _Watched(node.deferred, self)
 
     def begin(self) -> None:
         """A weighted loss is reached by a backward pass, at whose end to compare."""
@@ -86,17 +86,17 @@ class OtherTerms:
 
 
 class _Watched:
-    def __init__(self, plan: Plan, terms: OtherTerms) -> None:
-        self.plan = plan
+    def __init__(self, deferred: Deferred, terms: OtherTerms) -> None:
+        self.deferred = deferred
         self.terms = terms
-        self.leaves = getattr(plan, "leaves", ())
+        self.leaves = getattr(deferred, "leaves", ())
 
     def gradients(self, upstream: Tensor) -> list[Tensor | None]:
         if not self.terms.watching or not self.leaves:
-            return self.plan.gradients(upstream)
+            return self.deferred.gradients(upstream)
         leaves = list(self.leaves)
         self.terms.begin()
-        gradients = self.plan.gradients(upstream)
+        gradients = self.deferred.gradients(upstream)
         self.terms.note(leaves, gradients)
         return gradients
 

@@ -11,9 +11,10 @@ from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 from torch import Tensor
 from torch.optim import Optimizer
 
+from irw_optim.errors import DPGuaranteeError
+
 from . import checkpoint, refusals
 from .config import IRWDPConfig
-from .errors import DPGuaranteeError
 from .mechanism import (
     NoiseScales,
     PublicState,

@@ -24,9 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from irw_optim.errors import DPGuaranteeError
+from irw_optim.gradients.engine import has_engine
+
 from ..arguments import as_real
 from .config import IRWDPConfig, refuse_batch_level_options
-from .errors import DPGuaranteeError
 from .pending import PendingBatch, follower_of
 
 __all__ = [
@@ -254,7 +256,7 @@ def check_module(module: nn.Module, criterion: nn.Module | None = None) -> None:
                 f"{where}: it averages or shards gradients before the noise; DP-IRW is built for "
                 "opacus.distributed.DifferentiallyPrivateDistributedDataParallel"
             )
-        if any(_is_irw_hook(hook) for hook in _hooks(child)):
+        if has_engine(child) or any(_is_irw_hook(hook) for hook in _hooks(child)):
             raise DPGuaranteeError(
                 f"an IRWOptimizer (or a private one in ghost mode) is attached to the model: "
                 f"{_REWEIGHTED_EARLIER}"

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irw_optim.backward.passes import Pass, as_one, elements_of, some_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.autodiff import backward_to
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
-from irw_optim.optimizer.passes import Pass, as_one, elements_of, some_of
 from irw_optim.schemes import forward_mode
 from irw_optim.schemes.consistency import LossConsistency
 from irw_optim.schemes.forward_mode import in_full_precision, jvp

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from irw_optim.backward.passes import Pass, some_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.joining import join
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import Direction
-from irw_optim.optimizer.passes import Pass, some_of
 from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.schemes.reading import DatasetReader
 

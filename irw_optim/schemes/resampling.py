@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from irw_optim.arguments import whole_number
-from irw_optim.distributed.ranks import place
+from irw_optim.processes import place
 from irw_optim.schemes.held_weights import check_sample_weights
 
 
