@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from irw_optim.copies import Renewed
 from irw_optim.weighting.record import StepRecord
@@ -44,7 +44,7 @@ class Progress(Renewed):
         self.last = record
         self.passed = True
 
-    def check(self, parameters: Sequence[Tensor]) -> None:
+    def check(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
         """Raise unless ``p.grad`` is weighted and finite.
 
         Gradients of zero pass: there is nothing to weigh, and torch's own functions for distributed
@@ -55,7 +55,7 @@ class Progress(Renewed):
             FloatingPointError: a loss or a score is not finite.
         """
         if not self.pending:
-            self._check_unrecorded(parameters)
+            self._check_unrecorded(parameters, model)
         for record in self.pending:
             if broken := record.broken_samples:
                 shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
@@ -64,21 +64,17 @@ class Progress(Renewed):
                     f"indices {shown}): nothing was updated; look at optimizer.last_step.losses"
                 )
 
-    def _check_unrecorded(self, parameters: Sequence[Tensor]) -> None:
+    def _check_unrecorded(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
         """`check` for gradients that no backward pass has left here."""
-        expected = (
-            "expected criterion(model(x), y).backward() on the attached criterion with the model "
-            "in train mode, optimizer.backward(losses), or step(losses=losses) after Opacus"
-        )
         if all(p.grad is None for p in parameters):
-            raise RuntimeError(f"step() found no gradient: {expected}")
+            raise RuntimeError(f"step() found no gradient: {_expected(model)}")
         self.ready = any(map(_has_gradient, parameters))
         if not self.ready:
             return
         if not self.passed:
             raise RuntimeError(
-                f"step() found a gradient without weights: {expected}. For a plain step on "
-                "purpose call optimizer.inner.step()"
+                f"step() found a gradient without weights: {_expected(model)}. For a plain step "
+                "on purpose call optimizer.inner.step()"
             )
         broken = [p for p in parameters if p.grad is not None and not _is_finite(p.grad)]
         if broken:
@@ -96,6 +92,26 @@ class Progress(Renewed):
         """Count the step, unless it was no step on a weighted gradient."""
         self.steps += (bool(self.pending) or self.ready) and not skipped
         self.used()
+
+
+def _expected(model: nn.Module | None) -> str:
+    """What makes a weighted gradient, as far as can be seen what was left out."""
+    losses = "optimizer.backward(losses), or step(losses=losses) after Opacus"
+    if model is None:
+        return (
+            "no criterion is attached, so expected IRWOptimizer(..., model=model, "
+            f"criterion=criterion) and criterion(model(x), y).backward(); {losses}"
+        )
+    if not model.training:
+        return (
+            "the model is in eval mode, where nothing is weighed, so expected train mode, "
+            f"model.train(), before criterion(model(x), y).backward(); {losses}"
+        )
+    return (
+        "expected criterion(model(x), y).backward() on the very criterion of IRWOptimizer(..., "
+        "model=model, criterion=criterion), called after that line and not given to a newer "
+        f"IRWOptimizer since; {losses}"
+    )
 
 
 def _has_gradient(parameter: Tensor) -> bool:

@@ -150,7 +150,7 @@ class WeightedBackward(Renewed):
         """Raise unless the gradient is one that the inner optimizer may use."""
         self.finish()
         if getattr(self.inner, "found_inf", None) is None:  # else its step skips what is not finite
-            self.progress.check(self.parameters)
+            self.progress.check(self.parameters, self.engine.model)
 
     def evaluated(self, closure: Callable[[], Any]) -> Any:
         """What a closure returns, with its gradient made ready."""
