@@ -245,6 +245,40 @@ def test_the_error_names_the_cause_and_the_line_that_mends_it(mistake, cause, me
     assert mend in message[message.index(cause) + len(cause) :]
 
 
+@pytest.mark.parametrize("zeroing", ["optimizer", "inner", "model"])
+def test_the_inner_optimizer_steps_and_the_warm_up_does_not_end(zeroing, caplog):
+    w = World()
+    optimizer = w.wrap(warmup_steps=2)
+    for _ in range(20):
+        {"optimizer": optimizer, "inner": w.sgd, "model": w.model}[zeroing].zero_grad()
+        w.backward()
+        w.sgd.step()
+    (record,) = caplog.records
+    assert "warmup_steps=2 counts the steps of this IRWOptimizer" in record.getMessage()
+    assert "expected its step(), not that of the optimizer inside it" in record.getMessage()
+
+
+def test_no_such_word_where_its_steps_are_taken(caplog):
+    w = World()
+    optimizer = w.wrap(torch.optim.LBFGS(w.model.parameters(), lr=0.1), warmup_steps=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.criterion(w.model(w.x), w.y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    w = World()
+    optimizer = w.wrap(warmup_steps=30)
+    for _ in range(40):
+        w.backward()
+        optimizer.step()
+        w.model.zero_grad()
+    assert not caplog.records
+
+
 def test_what_the_messages_say_to_write_runs() -> None:
     w = World()
     optimizer = w.wrap(outliers=DBSCANFilter(), warmup_steps=len(w.loader))

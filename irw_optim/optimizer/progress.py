@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
 from irw_optim.copies import Renewed
 from irw_optim.weighting.record import StepRecord
+
+logger = logging.getLogger("irw_optim")
 
 
 class Progress(Renewed):
@@ -19,6 +22,7 @@ class Progress(Renewed):
     Attributes:
         steps: optimizer steps that were taken on a weighted gradient.
         last: the newest record.
+        discarded: gradients that were cleared since one was stepped on here.
         pending: the records of what is in ``p.grad`` now; copies of parameters have no gradient.
         passed: whether a weighted backward pass ran since the last step.
     """
@@ -28,6 +32,7 @@ class Progress(Renewed):
     def __init__(self) -> None:
         self.steps = 0
         self.last: StepRecord | None = None
+        self.discarded = 0
         self.begin()
 
     def begin(self) -> None:
@@ -39,10 +44,25 @@ class Progress(Renewed):
     def note(self, record: StepRecord, parameters: Iterable[Tensor]) -> None:
         """Take the record of a backward pass, just before it adds to ``p.grad``."""
         if self.pending and not any(map(_has_gradient, parameters)):
-            self.pending.clear()  # zeroed by model.zero_grad(), and perhaps never stepped on
+            self.discard()  # zeroed by model.zero_grad(), and perhaps never stepped on
         self.pending.append(record)
         self.last = record
         self.passed = True
+
+    def discard(self) -> None:
+        """Forget the records of a gradient that was cleared."""
+        self.discarded += bool(self.pending)
+        self.pending.clear()
+
+    def report_no_steps(self, warmup_steps: int) -> None:
+        """Say that a warm-up does not end where somebody else takes the steps."""
+        if self.discarded == max(warmup_steps, 10):
+            logger.warning(
+                "warmup_steps=%d counts the steps of this IRWOptimizer, and it has taken none for "
+                "%d gradients: expected its step(), not that of the optimizer inside it",
+                warmup_steps,
+                self.discarded,
+            )
 
     def check(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
         """Raise unless ``p.grad`` is weighted and finite.
@@ -54,6 +74,7 @@ class Progress(Renewed):
             RuntimeError: there is no gradient, or one that no weighted loss made.
             FloatingPointError: a loss or a score is not finite.
         """
+        self.discarded = 0
         if not self.pending:
             self._check_unrecorded(parameters, model)
         for record in self.pending:

@@ -97,6 +97,8 @@ class WeightedBackward(Renewed):
             return batch.value
         processes, options = self.processes, self.options
         warming_up = self.progress.steps < options.warmup_steps
+        if warming_up:
+            self.progress.report_no_steps(options.warmup_steps)
         scheme = Averaging() if warming_up else self.scheme
         scored = self.scored
         weigher: Weigher = OneProcess(scheme, self.note)
@@ -165,7 +167,7 @@ class WeightedBackward(Renewed):
 
     def clear(self) -> None:
         """Forget the backward passes since the last step."""
-        self.progress.pending.clear()
+        self.progress.discard()
         if self.logical is not None:
             self.logical.clear()
 
