@@ -172,7 +172,7 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         self._check_threshold(len(classes))
         options = {}
         if self.class_weight is not None:
-            criterion = self.criterion or self._criterion
+            criterion = self._criterion_given()
             if not takes(criterion, "weight"):
                 raise TypeError(
                     f"class_weight={self.class_weight!r} goes to the criterion as weight=: "

@@ -115,14 +115,14 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
                 "as torch.optim.SGD, of which every fit makes one; its arguments are lr=0.1 and "
                 "optimizer__momentum=0.9"
             )
-        module = self._new("module", mlp)
         sizes = {"n_features": X.shape[1], "n_outputs": n_outputs}
-        told = {f"module__{n}": size for n, size in sizes.items() if takes(module, n)}
+        maker = mlp if self.module is None else self.module
+        told = {f"module__{n}": size for n, size in sizes.items() if takes(maker, n)}
         given = self.get_params(deep=False)
         with self._seeded():
             net = self._net(
-                module,
-                criterion=self._new("criterion", self._criterion),
+                self._new("module", maker, told),
+                criterion=self._new("criterion", self._criterion_given(), options),
                 irw={name: given[name] for name in FOR_THE_OPTIMIZER if name in given},
                 **{name: given[name] for name in FOR_THE_NET},
                 **{**IN_BATCHES, **told, **self._nested()},
@@ -138,12 +138,22 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             )
         self.net_ = net
 
-    def _new(self, name: str, default: Any) -> Any:
+    def _criterion_given(self) -> Any:
+        return self._criterion if self.criterion is None else self.criterion
+
+    def _new(self, name: str, given: Any, told: Mapping[str, Any]) -> Any:
         """What to make module or criterion of; one that was made already is copied, as by clone."""
-        given = getattr(self, name)
-        if given is None:
-            return default
         if not isinstance(given, nn.Module):
+            nested = {k.partition("__")[2]: v for k, v in {**told, **self._nested(name)}.items()}
+            try:
+                inspect.signature(given).bind(**nested)
+            except TypeError as error:
+                raise TypeError(
+                    f"{name}={given!r} cannot make one: {error}; expected the class of a "
+                    f"torch.nn.Module, or a function that makes one, with its arguments as "
+                    f"{name}__...; a function from outputs and targets to losses goes in as "
+                    "criterion=irw_optim.PerSampleLoss(function)"
+                ) from error
             return given
         if too_late := self._nested(name):
             raise TypeError(
@@ -179,7 +189,9 @@ def _has_prefix(name: str) -> bool:
 
 def takes(maker: Any, argument: str) -> bool:
     """Whether a class or function has an argument of this name."""
-    return not isinstance(maker, nn.Module) and argument in inspect.signature(maker).parameters
+    if isinstance(maker, nn.Module) or not callable(maker):
+        return False
+    return argument in inspect.signature(maker).parameters
 
 
 def refuse(keywords: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import nn
 
-from irw_optim import DBSCANFilter, IRWOptimizer
+from irw_optim import DBSCANFilter, IRWOptimizer, PerSampleLoss
 
 skorch = pytest.importorskip("skorch")
 from irw_optim.sklearn import IRWClassifier, IRWRegressor, mlp  # noqa: E402
@@ -244,6 +244,15 @@ class TestPredictions:
         for p, q in zip(parameters(fitted), expected, strict=True):
             torch.testing.assert_close(p.detach(), q, rtol=1e-3, atol=1e-4)
 
+    def test_a_function_as_criterion(self):
+        x, y = data()
+        criterion = PerSampleLoss(_losses)
+        fitted = small(
+            module=network(), criterion=criterion, predict_nonlinearity=_softmax, **IN_ORDER
+        ).fit(x, y)
+        assert same(fitted, loop(network(), PerSampleLoss(_losses), x, y)[0])
+        assert fitted.predict_proba(x).shape == (SIZE, CLASSES)
+
     def test_scores_that_are_no_probabilities(self):
         x, y = data()
         fitted = small(criterion=nn.MultiMarginLoss).fit(x, y)
@@ -263,6 +272,10 @@ class TestPredictions:
 
         fitted = small(module=convolutions).fit(images, data()[1])
         assert fitted.predict_proba(images).shape == (SIZE, CLASSES)
+
+
+def _losses(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(scores, labels, reduction="none")
 
 
 def _softmax(scores: torch.Tensor) -> torch.Tensor:
@@ -394,6 +407,13 @@ class TestRefusals:
                 TypeError,
                 r"class_weight='balanced' goes to the criterion as weight=: expected criterion=",
             ),
+            (
+                {"criterion": nn.functional.cross_entropy},
+                TypeError,
+                r"criterion=.*cross_entropy.*'input'.*criterion=irw_optim\.PerSampleLoss",
+            ),
+            ({"module": nn.Linear}, TypeError, r"module=.*'in_features'.*module__"),
+            ({"module": 3}, TypeError, r"module=3.*class of a torch\.nn\.Module"),
             (
                 {"class_weight": "balanced", "criterion__weight": torch.ones(3)},
                 TypeError,
