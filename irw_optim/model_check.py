@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 
-from irw_optim.criterion import PerSampleLosses, per_sample_losses
+from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
 from irw_optim.criterion.attached import check_unattached
 from irw_optim.distributed.shard_checks import check_whole
 from irw_optim.gradients.autodiff import AutodiffGradients
@@ -24,6 +25,7 @@ from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import as_vector
 from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.optimizer import IRWOptimizer
+from irw_optim.optimizer.checks import check_model
 from irw_optim.restored import restored
 from irw_optim.tables import html_table
 from irw_optim.weighting import Alignment, weigh
@@ -147,7 +149,13 @@ def verify(
     >>> report.exact, report.engines
     (True, {'0': 'ghost', '2': 'ghost'})
     """
+    check_model(model)
     check_whole(model, "verify")
+    validate_criterion(criterion)
+    if isinstance(inputs, DataLoader):
+        raise TypeError(
+            "inputs is a DataLoader: expected one batch, inputs, targets = next(iter(loader))"
+        )
     check_unattached(criterion)  # or the optimizer that has it would lose it
     batch = _Batch(model, inputs, targets, criterion)
     with restored(model, criterion):

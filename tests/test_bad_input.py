@@ -97,7 +97,11 @@ class WithoutReduction(nn.Module):
         ({"model": 3}, TypeError, r"model=3: expected the torch\.nn\.Module"),
         ({"model": None}, ValueError, r"criterion is given without model"),
         ({"criterion": F.cross_entropy}, TypeError, r"criterion=.*PerSampleLoss\(fn\)"),
-        ({"criterion": nn.CrossEntropyLoss}, TypeError, r"criterion=.*an instance, not a class"),
+        (
+            {"criterion": nn.CrossEntropyLoss},
+            TypeError,
+            r"criterion=CrossEntropyLoss is a class: .*criterion=CrossEntropyLoss\(\)",
+        ),
         (
             {"criterion": nn.CrossEntropyLoss(reduction="none")},
             ValueError,

@@ -16,22 +16,27 @@ import irw_optim.metrics
 import irw_optim.monitor
 import irw_optim.privacy
 import irw_optim.schemes
+import irw_optim.sklearn
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = [irw_optim, irw_optim.metrics, irw_optim.privacy, irw_optim.schemes]
+PACKAGES = [irw_optim, irw_optim.metrics, irw_optim.privacy, irw_optim.schemes, irw_optim.sklearn]
 # Rooms of the house: what a user needs of them is in `irw_optim`, and what who extends them needs
 # is in CONTRIBUTING.md.
 ROOMS = {
     "arguments",
     "attachments",
+    "backward",
     "copies",
     "criterion",
     "distributed",
+    "errors",
     "gradients",
     "measure",
     "model_check",
     "optimizer",
+    "processes",
     "restored",
+    "tables",
     "weighting",
 }
 PAGES_WITH_THE_DIFF = ["README.md", "docs/index.md"]

@@ -102,10 +102,15 @@ def validate_criterion(criterion: nn.Module) -> None:
 
 
 def _usable_rule(criterion: nn.Module) -> Rule:
+    if isinstance(criterion, type):
+        name = criterion.__name__
+        raise TypeError(
+            f"criterion={name} is a class: expected an instance, not a class, criterion={name}()"
+        )
     if not isinstance(criterion, nn.Module):
         raise TypeError(
-            f"criterion={criterion!r} is no nn.Module (an instance, not a class), so its call "
-            f"cannot be followed: {_WAYS_OUT}"
+            f"criterion={criterion!r} is no nn.Module, so its call cannot be followed: expected "
+            f"one, such as torch.nn.CrossEntropyLoss(); or {_WAYS_OUT}"
         )
     rule = find_rule(criterion) or _CUSTOM
     if rule is _CUSTOM and _is_compiled(criterion):

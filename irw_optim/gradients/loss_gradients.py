@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 NOTHING_TO_SCORE = (
     "the losses do not depend on any parameter that makes the scores: expected losses computed "
-    "from the model under torch.enable_grad(), and score_parameters among the trainable parameters"
+    "from the model under torch.enable_grad(), and score_parameters among the trainable "
+    "parameters; if the model has got other parameters since, make both optimizers anew"
 )
 
 

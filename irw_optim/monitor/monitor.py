@@ -283,6 +283,7 @@ def _irw_optimizer(optimizer: Any) -> IRWOptimizer:
         if isinstance(candidate, IRWOptimizer):
             return candidate
     raise TypeError(
-        f"optimizer={optimizer!r}: expected the IRWOptimizer that trains. A private optimizer "
+        f"optimizer is a {type(optimizer).__name__}: expected the IRWOptimizer that trains, as in "
+        "IRWMonitor(IRWOptimizer(...)). A private optimizer "
         "cannot be listened to: what its samples' weights say is not covered by the guarantee"
     )

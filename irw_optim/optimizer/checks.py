@@ -83,7 +83,10 @@ def check_inner(optimizer: Any) -> None:
                 ".make_private(..., irw=IRWDPConfig()) instead"
             )
         if "IRWOptimizer" in kinds:
-            raise TypeError("optimizer is an IRWOptimizer already: wrap the optimizer inside it")
+            raise TypeError(
+                "optimizer is an IRWOptimizer already: wrap the optimizer inside it, "
+                "IRWOptimizer(optimizer.inner, ...), after optimizer.detach()"
+            )
         if prepared := kinds & _PREPARED:
             raise TypeError(
                 f"optimizer is an {prepared.pop()}, prepared for its training loop already, which "
@@ -118,7 +121,10 @@ def check_model(model: Any) -> None:
     if model is None:
         return
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected the torch.nn.Module that is trained")
+        raise TypeError(
+            f"model={model!r}: expected the torch.nn.Module that is trained, an instance such as "
+            "torch.nn.Linear(4, 2); several models are one in torch.nn.ModuleList([first, second])"
+        )
     for module in model.modules():
         for kind in type(module).__mro__:
             if kind.__name__ in _SHARDED:

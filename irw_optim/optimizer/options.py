@@ -82,6 +82,9 @@ def check_each(options: Options) -> None:
     check_options(center=center, mix=options.mix, warmup_steps=options.warmup_steps)
     if as_flag(options.class_balance) is None:
         raise TypeError(f"class_balance={options.class_balance!r}: expected True or False")
+    if isinstance(outliers, type):
+        name = outliers.__name__
+        raise TypeError(f"outliers={name} is a class: expected an instance, outliers={name}()")
     if outliers is not None and not callable(outliers):
         raise TypeError(
             f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter(), a callable "
@@ -90,7 +93,8 @@ def check_each(options: Options) -> None:
     if isinstance(weighting, str) and weighting not in NAMED:
         raise ValueError(
             f"weighting={weighting!r}: expected one of {', '.join(map(repr, NAMED))}, or a "
-            "callable (losses, gradients, worst_off) -> scores"
+            "callable (losses, gradients, worst_off) -> scores; IRWO is 'irw' with "
+            "outliers=DBSCANFilter()"
         )
     if not isinstance(weighting, str) and not callable(weighting):
         raise TypeError(f"weighting={weighting!r}: expected a name or a callable")

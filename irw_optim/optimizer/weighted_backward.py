@@ -101,6 +101,8 @@ class WeightedBackward(Renewed):
             return batch.value
         processes, options = self.processes, self.options
         warming_up = self.progress.steps < options.warmup_steps
+        if warming_up:
+            self.progress.report_no_steps(options.warmup_steps)
         scheme = Averaging() if warming_up else self.scheme
         scored = self.scored
         weigher: Weigher = OneProcess(scheme, self.note)
@@ -158,7 +160,8 @@ class WeightedBackward(Renewed):
         if self.logical is not None:
             self.finish()
         if getattr(self.inner, "found_inf", None) is None:  # else its step skips what is not finite
-            self.progress.check(self.parameters if parameters is None else parameters)
+            of = self.parameters if parameters is None else parameters
+            self.progress.check(of, self.engine.model)
 
     def evaluated(self, closure: Callable[[], Any]) -> Any:
         """What a closure returns, with its gradient made ready."""
@@ -173,7 +176,7 @@ class WeightedBackward(Renewed):
 
     def clear(self) -> None:
         """Forget the backward passes since the last step."""
-        self.progress.pending.clear()
+        self.progress.discard()
         if self.logical is not None:
             self.logical.clear()
 
