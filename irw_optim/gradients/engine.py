@@ -35,7 +35,6 @@ logger = logging.getLogger("irw_optim")
 
 _Value = TypeVar("_Value")
 
-
 KNOWN_GRAPHS = 256
 """Kinds of graphs remembered at once: a forward that changes for ever must not fill the memory."""
 

@@ -266,10 +266,7 @@ class LossGradients:
 
 
 class Waiting:
-    """Losses whose backward pass is still to come, whichever engine's: they may share a graph.
-
-    Trainings may run in several threads, and a backward pass in one of autograd's.
-    """
+    """Losses whose backward pass is still to come, in whatever thread: they may share a graph."""
 
     def __init__(self) -> None:
         self.batches: WeakSet[LossGradients] = WeakSet()

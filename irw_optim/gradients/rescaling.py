@@ -39,18 +39,31 @@ def align_in_range(
     """
     scores = align(gradients, coefficients)
     look = _look(scores, gradients, losses)
+    if look.doubted:
+        gradients.settle_doubt()  # type: ignore[attr-defined]
+        scores = align(gradients, coefficients)
+        look = _look(scores, gradients, losses)
     if look.in_range:
         return scores, 1.0, look.finite
     return *_rescaled(scores, look.size, gradients, lambda rows: align(rows, coefficients)), False
 
 
-def gram_in_range(gradients: PerSampleGradients) -> tuple[Tensor, float]:
-    """``(k G)(k G)^T``, shape (B, B), and the power of two k; 1 wherever that will do."""
+def gram_in_range(
+    gradients: PerSampleGradients, losses: Tensor | None = None, present: Tensor | None = None
+) -> tuple[Tensor, float, bool, bool]:
+    """``(k G)(k G)^T``, shape (B, B), the power of two k; and whether all of it is finite.
+
+    Args:
+        gradients: G.
+        losses: (B,), which are to be finite as well.
+        present: (B,) bool; whether that is everybody is the fourth answer.
+    """
     gram = gradients.gram()
-    look = _look(gram.diagonal(), gradients)
+    look = _look(gram.diagonal(), gradients, losses, present)
     if look.in_range:
-        return gram, 1.0
-    return _rescaled(gram, look.size, gradients, lambda rows: rows.gram())
+        return gram, 1.0, look.finite, look.everybody
+    found = _rescaled(gram, look.size, gradients, lambda rows: rows.gram())
+    return *found, False, look.everybody
 
 
 class RescaledGradients:
@@ -118,30 +131,50 @@ class _Look(NamedTuple):
         size: the largest of them.
         in_range: whether it is far from both ends of the range, and what led to it.
         finite: whether all of them are finite, and the losses.
+        doubted: whether the engine has shown that they are wrong.
+        everybody: whether all samples are present.
     """
 
     size: float
     in_range: bool
     finite: bool
+    doubted: bool
+    everybody: bool
 
 
-def _look(squares: Tensor, gradients: PerSampleGradients, losses: Tensor | None = None) -> _Look:
+def _look(
+    squares: Tensor,
+    gradients: PerSampleGradients,
+    losses: Tensor | None = None,
+    present: Tensor | None = None,
+) -> _Look:
     if not gradients.batch_size:
-        return _Look(0.0, True, True)
-    numbers: list[Tensor] = [torch.linalg.vector_norm(squares, math.inf)]  # NaN if one is NaN
-    seed = getattr(gradients, "seed", None)
-    numbers += [] if seed is None else [seed]
-    numbers += [] if losses is None else [losses.sum()]
+        return _Look(0.0, True, True, False, True)
+    largest: Tensor = torch.linalg.vector_norm(squares, math.inf)  # NaN if one is NaN
+    seed, doubt = getattr(gradients, "seed", None), getattr(gradients, "doubt", None)
+    numbers = [
+        largest,
+        largest if seed is None else seed,
+        largest if losses is None else losses.sum(),
+    ]
+    if doubt is not None or present is not None:
+        numbers += [largest * 0 if doubt is None else doubt]
+        numbers += [largest if present is None else present.all()]
     if squares.device.type == "cpu":
         found = list(map(Tensor.item, numbers))
     else:
         found = torch.stack([number.to(squares.dtype) for number in numbers]).tolist()
-    size = found[0]
+    size, factor, of_losses, *others = found
     # The engine's way to a product may be quadratic in what its gradients carry, too.
-    factor = 1.0 if seed is None else found[1]
+    quadratic = size if seed is None else size * factor**2
     low, high = _range_of(squares.dtype)
-    in_range = low <= size <= high and low <= size * factor**2 <= high
-    return _Look(size, in_range, math.isfinite(size) and math.isfinite(found[-1]))
+    return _Look(
+        size,
+        low <= size <= high and low <= quadratic <= high,
+        math.isfinite(size) and math.isfinite(of_losses),
+        doubt is not None and others[0] > 0,
+        present is None or others[1] > 0,
+    )
 
 
 def _rescaled(

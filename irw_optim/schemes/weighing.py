@@ -21,10 +21,10 @@ from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader
 from irw_optim.schemes.requirements import check_block
 from irw_optim.weighting import Alignment, worst_off_count
+from irw_optim.weighting.filtering import outliers_in
 from irw_optim.weighting.local_scheme import LocalScheme, present_in
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.record import StepRecord
-from irw_optim.weighting.weights import outliers_in
 
 
 def weigh_dataset(
@@ -123,7 +123,8 @@ def outliers_in_blocks(
     removed = torch.zeros(rows.batch_size, dtype=torch.bool)
     own, sizes = torch.cat([order[:0], *pieces]), [len(piece) for piece in pieces]
     for positions, gradients in rows.blocks(own, sizes):
-        gram = unscaled(*gram_in_range(gradients))
+        gram, factor, _, _ = gram_in_range(gradients)
+        gram = unscaled(gram, factor)
         removed[positions] = outliers_in(gram, outliers).cpu()
     if ranks is not None:
         removed = torch.stack(ranks.objects(removed)).any(0)

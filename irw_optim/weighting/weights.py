@@ -24,6 +24,7 @@ from torch import Tensor
 from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.rescaling import align_in_range, gram_in_range, unscaled
+from irw_optim.weighting.filtering import outliers_in
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_labels, check_losses, check_options
 
@@ -208,15 +209,16 @@ def weigh(
     kept, gram, finite = present, None, None
     factor = 1.0  # scores are those of `factor` times the gradients
     if removed is None and outliers is not None and len(losses):
-        gram, factor = gram_in_range(gradients)
-        removed = outliers_in(unscaled(gram, factor), outliers, present)
+        gram, factor, finite, everybody = gram_in_range(gradients, losses, present)
+        shown = None if everybody else present
+        removed = outliers_in(unscaled(gram, factor), outliers, shown, finite=finite)
     if removed is None:
         removed = torch.zeros_like(losses, dtype=torch.bool)
     else:
         kept = ~removed if present is None else present & ~removed
     worst = _worst_off(losses, alpha, kept)
     if not isinstance(rule, Alignment):
-        scores, factor = rule(losses, gradients, worst), 1.0
+        scores, factor, finite = rule(losses, gradients, worst), 1.0, None
     elif gram is None:
         coefficients = rule.coefficients(worst, kept, losses.dtype)
         scores, factor, finite = align_in_range(gradients, coefficients, losses)
@@ -292,30 +294,3 @@ def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tens
     count = (alpha * kept.sum().double() * (1 - ROUNDING)).ceil().clamp(min=1)
     ranks = torch.arange(len(losses), device=losses.device)
     return mask.scatter_(0, worst_first, ranks < count) & kept
-
-
-def outliers_in(gram: Tensor, outliers: OutlierFilter, present: Tensor | None = None) -> Tensor:
-    """What the filter removes; nobody where it removed everybody or where G is not finite.
-
-    Scores of what is not finite are not finite either, and whoever steps on them decides.
-    """
-    if present is not None:  # the others have no gradient, and would look like a dense crowd
-        removed = torch.zeros_like(present)
-        removed[present] = outliers_in(gram[present][:, present], outliers)
-        return removed
-    nobody = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
-    if not gram.sum().isfinite() and not gram.isfinite().all():  # the first is cheaper
-        return nobody
-    removed = outliers(gram)
-    if not isinstance(removed, Tensor) or removed.dtype != torch.bool:
-        found = removed.dtype if isinstance(removed, Tensor) else type(removed).__name__
-        raise TypeError(
-            f"the outlier filter returned {found}: expected a bool mask of shape ({len(gram)},), "
-            "True for the samples to remove"
-        )
-    if removed.shape != nobody.shape:
-        raise ValueError(
-            f"the outlier filter returned shape {tuple(removed.shape)}: expected a bool mask of "
-            f"shape ({len(gram)},), True for the samples to remove"
-        )
-    return nobody if removed.all() else removed
