@@ -92,7 +92,8 @@ def seed_of(upstream: Tensor, batch: PerSampleLosses) -> Tensor:
     if seed.device.type == "cpu":  # looking at it waits for nothing there
         value = seed.item()
         return seed if value and isfinite(value) else torch.ones_like(seed)
-    return torch.where((seed != 0) & seed.isfinite(), seed, torch.ones_like(seed))
+    seed = seed.nan_to_num(1.0, posinf=1.0, neginf=1.0)
+    return seed.masked_fill(seed == 0, 1.0)
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:

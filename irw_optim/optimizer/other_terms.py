@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from irw_optim.backward.deferred import Deferred
+from irw_optim.gradients.materialized import widened
 
 logger = logging.getLogger("irw_optim")
 
@@ -65,14 +66,15 @@ class OtherTerms:
         if not weighted:
             return
         self.watching = False
-        total, others = 0.0, 0.0
+        squares: list[Tensor] = []
         for leaf, gradient in weighted.items():
             if leaf.grad is None:  # `autograd.grad`
                 continue
             then = before[leaf]
             grown = leaf.grad if then is None else leaf.grad - then
-            total += _square(grown)
-            others += _square(grown - gradient)
+            squares += [_square(grown), _square(grown - gradient)]
+        found = torch.stack(squares).tolist() if squares else []  # which waits for a device, once
+        total, others = sum(found[::2]), sum(found[1::2])
         if others > NOTED_FROM**2 * total:
             logger.warning(
                 "other terms of the total loss reach the parameters beside the weighted one. Their "
@@ -106,5 +108,5 @@ def _is_changed(leaf: Tensor) -> bool:
     return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)
 
 
-def _square(tensor: Tensor) -> float:
-    return float(tensor.detach().abs().square().sum())
+def _square(tensor: Tensor) -> Tensor:
+    return widened(tensor.detach()).abs().square().sum().float()

@@ -272,12 +272,14 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         for p, total in sums.gradient.items():
             p.grad = self._noisy(total, scales.gradient * C).view_as(p).to(p.dtype)
         self.scale_grad()
-        tail_count = self._noisy(sums.tail_count, scales.count).item()
+        tail_count = self._noisy(sums.tail_count, scales.count)
         if not self.irw.uses_direction:
-            return Released(tail_count)
-        saturated_count = self._noisy(sums.saturated_count, scales.count).item()
+            return Released(tail_count.item())
+        saturated_count = self._noisy(sums.saturated_count, scales.count)
+        # Both at once: it waits for a device.
+        tail, saturated = torch.stack([tail_count, saturated_count]).tolist()
         direction = {p: self._noisy(t, scales.direction * C) for p, t in sums.direction.items()}
-        return Released(tail_count, saturated_count, direction)
+        return Released(tail, saturated, direction)
 
     def _noisy(self, total: Tensor, std: float) -> Tensor:
         return self._over_ranks(total + self._noise(std, total))
