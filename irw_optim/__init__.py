@@ -11,6 +11,7 @@ from irw_optim.weighting.record import StepRecord
 if TYPE_CHECKING:
     from irw_optim.model_check import Verification, verify
     from irw_optim.monitor import IRWMonitor
+    from irw_optim.remedies import compare_remedies
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "PerSampleLoss",
     "StepRecord",
     "Verification",
+    "compare_remedies",
     "irw_weights",
     "per_sample_losses",
     "verify",
@@ -30,6 +32,7 @@ __all__ = [
 _WHEN_USED = {
     "IRWMonitor": "irw_optim.monitor",
     "Verification": "irw_optim.model_check",
+    "compare_remedies": "irw_optim.remedies",
     "verify": "irw_optim.model_check",
 }
 """What a plain training does not need, and where it is."""

@@ -15,11 +15,19 @@ import irw_optim.alpha
 import irw_optim.metrics
 import irw_optim.monitor
 import irw_optim.privacy
+import irw_optim.remedies
 import irw_optim.schemes
 import irw_optim.sklearn
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = [irw_optim, irw_optim.metrics, irw_optim.privacy, irw_optim.schemes, irw_optim.sklearn]
+PACKAGES = [
+    irw_optim,
+    irw_optim.metrics,
+    irw_optim.privacy,
+    irw_optim.remedies,
+    irw_optim.schemes,
+    irw_optim.sklearn,
+]
 # Rooms of the house: what a user needs of them is in `irw_optim`, and what who extends them needs
 # is in CONTRIBUTING.md.
 ROOMS = {

@@ -50,8 +50,8 @@ class TestFindWhoSuffers:
         printed = capsys.readouterr().out
         for number in "1234":
             assert f"{number}. " in printed
-        assert "The score by clusters picks: " in printed
-        assert "nan" not in printed
+        assert re.search(r"^(Take|No remedy is clearly better) ", printed, re.MULTILINE)
+        assert "nan" not in printed.lower()
         assert same_shape(printed, "find_who_suffers")
         assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -65,14 +65,6 @@ class TestFindWhoSuffers:
         assert shares["weight"].sum() == pytest.approx(100, abs=1e-3)
         # each batch counts alike, also the last and shorter one
         assert shares["people"].sum() == pytest.approx(100, abs=1e-3)
-
-    def test_the_threshold_begins_as_the_model_itself_and_ends_moved(self):
-        people = self.example.load_adult()[0].part(range(1000))
-        logits = torch.stack([torch.zeros(1000), torch.linspace(-2.9, 2.9, 1000)], dim=1)
-        curve = self.example.by_threshold(logits, people)
-        assert curve["accuracy"].iloc[0] == pytest.approx(self.example.accuracy(logits, people))
-        rich = (logits[:, 1] + 2 > 0).numpy() == people.labels
-        assert curve["accuracy"].iloc[-1] == pytest.approx(100 * rich.mean())
 
 
 class TestImageBatchNorm:

@@ -6,9 +6,16 @@ the weights can scale the gradients (reweighting) or be the distribution that ba
 from (resampling). Source: arXiv 2411.03068; what is measured about it is in ``docs/schemes.md``.
 """
 
+from irw_optim.schemes.class_by_class import ClassByClassSampler
 from irw_optim.schemes.global_scheme import GlobalScheme
 from irw_optim.schemes.global_weights import global_weights
 from irw_optim.schemes.reading import IndexedDataset
 from irw_optim.schemes.resampling import ResamplingSampler
 
-__all__ = ["GlobalScheme", "IndexedDataset", "ResamplingSampler", "global_weights"]
+__all__ = [
+    "ClassByClassSampler",
+    "GlobalScheme",
+    "IndexedDataset",
+    "ResamplingSampler",
+    "global_weights",
+]

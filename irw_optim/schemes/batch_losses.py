@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
@@ -36,12 +36,49 @@ class BatchLosses:
 
     def __call__(self, batch: Any) -> PerSampleLosses:
         """The losses, with their graph where gradients are enabled."""
-        model, arguments = self.model, self.forward or _inputs_and_target
+        model, arguments = self.model, self.forward or inputs_and_target
         if isinstance(model, DistributedDataParallel):
             model = model.module  # its own forward would wait for a backward pass of every process
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        return per_sample_losses(self.criterion, *arguments(model, _on(device, batch)))
+        output, *others = arguments(model, _on(device, batch))
+        if others and type(self.criterion).__module__.startswith("torch.nn."):  # tensors alone
+            others[0] = as_target(self.criterion, others[0], device)
+        return per_sample_losses(self.criterion, output, *others)
+
+
+def as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
+    """A target as one of torch's criteria takes it: a tensor, of class numbers where they are due.
+
+    Lists and arrays become tensors, and whole numbers in floating point class numbers, for a
+    criterion that takes a vector of them.
+
+    Raises:
+        TypeError: a target of another type.
+        ValueError: class numbers with fractions.
+
+    >>> as_target(nn.CrossEntropyLoss(), [0.0, 2.0], torch.device("cpu"))
+    tensor([0, 2])
+    """
+    name = type(criterion).__name__
+    if not isinstance(target, Tensor):
+        try:
+            target = torch.as_tensor(target, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{name} was given a target of type {type(target).__name__}: expected numbers, one "
+                "class a sample; sklearn.preprocessing.LabelEncoder makes numbers of names, and "
+                "forward=lambda model, batch: (output, target) takes batches apart"
+            ) from error
+    numbers = isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss | nn.MultiMarginLoss)
+    if not numbers or target.ndim != 1 or target.dtype in (torch.int64, torch.uint8):
+        return target
+    if target.is_floating_point() and bool((target != target.round()).any()):
+        raise ValueError(
+            f"{name} was given the target {target[target != target.round()][0]:g}: expected class "
+            "numbers 0, 1, 2, ..., one a sample"
+        )
+    return target.long()
 
 
 def _on(device: torch.device, batch: Any) -> Any:
@@ -53,7 +90,8 @@ def _on(device: torch.device, batch: Any) -> Any:
     )
 
 
-def _inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+    """What the criterion is called with, of a batch that is a pair."""
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         shape = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
         raise TypeError(

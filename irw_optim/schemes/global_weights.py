@@ -26,16 +26,19 @@ from irw_optim.criterion import validate_criterion
 from irw_optim.distributed.replicas import replica_in
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
+from irw_optim.metrics._inputs import ArrayLike
 from irw_optim.optimizer.options import described
 from irw_optim.schemes.batch_losses import BatchLosses, Forward
 from irw_optim.schemes.dataset_over_ranks import ranks_of
 from irw_optim.schemes.reading import DatasetReader
 from irw_optim.schemes.requirements import check_engine
 from irw_optim.schemes.weighing import weigh_dataset
+from irw_optim.schemes.within_classes import WithinClasses, class_codes
 from irw_optim.weighting import Alignment
 from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_options
+from irw_optim.weighting.record import StepRecord
 
 
 def global_weights(
@@ -49,6 +52,8 @@ def global_weights(
     *,
     center: float = 0.0,
     class_balance: bool = False,
+    within_classes: bool = False,
+    labels: ArrayLike | None = None,
     mix: float = 0.0,
     batch_size: int | None = None,
     outlier_block: int = 256,
@@ -80,7 +85,11 @@ def global_weights(
         progress: show a bar on a terminal, if rich is installed.
         center: beta >= 0; above 0, pass 2 covers the whole data set.
         class_balance: give every class of the data set the same total weight.
-        mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / N.
+        within_classes: make S, the scores and the weights in each class by itself, and give every
+            class the same total weight: even weights in a class without a positive score. It
+            costs no more. ``outliers`` still compares the samples of all classes.
+        labels: (N,) classes for ``within_classes``, of any kind; None takes the criterion's target.
+        mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / N, or of each class alike.
         batch_size: samples at once; None takes the loader's. Twice as many where no graph is
             kept: for the losses, and where small batches are scored in forward mode.
         outlier_block: samples that ``outliers`` compares with each other, at most; drawn at random
@@ -107,18 +116,43 @@ def global_weights(
     >>> weights.shape, round(float(weights.sum()), 4)
     (torch.Size([40]), 1.0)
     """
+    within_classes = true_or_false("within_classes", within_classes)
+    if labels is not None and not within_classes:
+        raise ValueError("labels are given and within_classes=False: give within_classes=True")
     alpha = check_alpha(alpha)
     check_options(center=center, mix=mix)
-    center, mix = float(center), float(mix)
     class_balance = true_or_false("class_balance", class_balance)
+    reader = DatasetReader(loader, batch_size)
+    rule, mix = Alignment(float(center)), float(mix)
+    scheme = LocalScheme(alpha, rule, outliers, class_balance, mix)
+    if within_classes:
+        codes = class_codes(labels, reader.size)
+        scheme = WithinClasses(alpha, rule, outliers, mix=mix, given=codes)
+    return weigh_by(
+        scheme, model, criterion, reader, score_parameters, progress, outlier_block, forward, engine
+    ).weights
+
+
+def weigh_by(
+    scheme: LocalScheme,
+    model: nn.Module,
+    criterion: nn.Module,
+    reader: DatasetReader,
+    score_parameters: ScoreParameters = None,
+    progress: bool = True,
+    outlier_block: int = 256,
+    forward: Forward | None = None,
+    engine: str = "auto",
+) -> StepRecord:
+    """What a scheme decides for all samples of a data set; arguments as of `global_weights`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected a torch.nn.Module")
     validate_criterion(criterion)
     check_engine(engine)
-    reader = DatasetReader(loader, batch_size)
     scored = select_parameters(model, score_parameters)
-    options: dict[str, Any] = {"alpha": alpha, "center": center, "mix": mix}
-    options |= {"class_balance": class_balance, "outliers": described(outliers)}
+    options: dict[str, Any] = {"alpha": scheme.alpha, "mix": scheme.mix}
+    options |= {"class_balance": scheme.class_balance, "outliers": described(scheme.outliers)}
+    options |= {"within_classes": isinstance(scheme, WithinClasses), "rule": repr(scheme.rule)}
     options["outlier_block"] = outlier_block
     hooked = Engine(model, engine)
     try:
@@ -128,10 +162,10 @@ def global_weights(
             model,
             hooked,
             scored.__contains__,
-            LocalScheme(alpha, Alignment(center), outliers, class_balance, mix),
+            scheme,
             outlier_block=outlier_block,
             progress=progress,
             ranks=ranks_of(replica_in(model), model, reader, options),
-        ).weights
+        )
     finally:
         hooked.remove_hooks()

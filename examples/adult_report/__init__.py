@@ -1,1 +1,0 @@
-"""What `examples/adult.py` does with its trained models: measure, compare, say, draw, write."""

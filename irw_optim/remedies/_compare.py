@@ -1,0 +1,266 @@
+"""The one public call: check, train every remedy with every seed, measure."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import TensorDataset
+
+from irw_optim.arguments import as_whole, whole_number
+from irw_optim.criterion import validate_criterion
+from irw_optim.metrics._inputs import ArrayLike, GroupsLike
+from irw_optim.remedies._comparison import ORACLE, Comparison
+from irw_optim.remedies._data import Data, Samples
+from irw_optim.remedies._measuring import Judge, accuracy_of, logits_of
+from irw_optim.remedies._methods import PLAIN, REMEDIES, plain
+from irw_optim.remedies._people import (
+    cluster_numbers,
+    group_names,
+    oracle_logits,
+    unseen_by_clusters,
+)
+from irw_optim.remedies._training import Fitted, Recipe, Remedy, Training
+from irw_optim.restored import randomness_restored
+from irw_optim.schemes.batch_losses import Forward
+from irw_optim.weighting.ranges import check_alpha
+
+ADAM = partial(torch.optim.Adam, lr=1e-3)
+
+
+def compare_remedies(
+    make_model: Callable[[], nn.Module],
+    criterion: nn.Module,
+    train: Data,
+    validation: Data,
+    *,
+    groups: GroupsLike | None = None,
+    remedies: Iterable[str] | Mapping[str, Remedy] | None = None,
+    seeds: int | Iterable[int] = 5,
+    epochs: int = 10,
+    batch_size: int = 128,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = ADAM,
+    scheduler: Callable[[torch.optim.Optimizer, int], Any] | None = CosineAnnealingLR,
+    alpha: float = 0.3,
+    clusters: ArrayLike | None = None,
+    n_clusters: int = 4,
+    min_cell: int = 20,
+    forward: Forward | None = None,
+    loader_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Train a model with each remedy, and say which one to take, if any, and how sure that is.
+
+    Every remedy starts from the same initialisation of a seed and takes the same number of steps
+    (balancing with half the steps: half of them; the two stages: a fifth more, for the early
+    model). All is measured on the validation data, after the last step: nothing is selected.
+
+    Needs the extra: ``pip install "irw-optim[report]"``.
+
+    Args:
+        make_model: gives a new, untrained model: (N, classes) logits, or one number a sample.
+        criterion: a classification loss, as of `IRWOptimizer`.
+        train: a map-style data set, or ``(X, y)`` as NumPy arrays, tensors, lists or pandas.
+        validation: the same kind, of people that training does not see.
+        groups: of the people of ``validation``, one column or several, which are intersected. They
+            add worst group and headroom, and decide; no remedy sees them.
+        remedies: names of `REMEDIES`, or ``{name: remedy}``, in the order in which a simpler one is
+            preferred; ``{**REMEDIES, "mine": mine}`` adds one. None takes all; plain is always in.
+        seeds: how many, or which.
+        epochs: of a training, in whole batches.
+        batch_size: of a step.
+        optimizer: makes one of the parameters; Adam with a learning rate of 0.001.
+        scheduler: ``scheduler(optimizer, steps)``, stepped after each step; cosine decay to 0. None
+            leaves the learning rate alone.
+        alpha: of the two single trainings with IRW.
+        clusters: (N,) of the validation data, in place of k-means of its inputs as they are.
+        n_clusters: of k-means.
+        min_cell: people that a cell or a group needs to count.
+        forward: ``forward(model, batch)`` gives the criterion's arguments, the model's output
+            first, for batches that are no pair (inputs, target).
+        loader_options: of the DataLoaders over data sets: ``num_workers``, ``collate_fn``.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The table, the differences to plain, the decision, a figure, a page: `Comparison`.
+
+    Raises:
+        ImportError: the extra ``report`` is not installed.
+        TypeError, ValueError: an argument that does not fit, before anything trains.
+
+    Warns:
+        UserWarning: no groups, and clusters that are seen to miss somebody.
+    """
+    for needed in ("fairlearn", "jinja2", "matplotlib", "pandas", "rich"):
+        if find_spec(needed) is None:
+            raise ImportError(f'compare_remedies needs {needed}: pip install "irw-optim[report]"')
+    chosen = _chosen(remedies)
+    count = as_whole(seeds)
+    asked = list(
+        range(count) if count is not None else seeds if isinstance(seeds, Iterable) else []
+    )
+    numbers = [number for number in map(as_whole, asked) if number is not None]
+    if not numbers or len(numbers) != len(asked):
+        raise ValueError(f"seeds={seeds!r}: expected how many, >= 1, or a list of whole numbers")
+    epochs = whole_number("epochs", epochs, 1)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    n_clusters, min_cell = (
+        whole_number(name, value, 1)
+        for name, value in (("n_clusters", n_clusters), ("min_cell", min_cell))
+    )
+    alpha = check_alpha(alpha)
+    validate_criterion(criterion)
+    with randomness_restored():
+        model = make_model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"make_model() gave {model!r}: expected a torch.nn.Module")
+        options = loader_options or {}
+        people = Samples("train", train, model, criterion, options)
+        judged = Samples("validation", validation, model, criterion, options)
+        outputs, labels = people.read(model, criterion, forward)
+        classes = logits_of(outputs[:1], criterion).shape[1]
+        _, truth = judged.read(model, criterion, forward)
+        _check_optimizer(optimizer, scheduler, model)
+        if len(labels.unique()) < 2:
+            raise ValueError("train has a single class: expected two or more")
+        inputs = judged.dataset.tensors[0] if type(judged.dataset) is TensorDataset else None
+        if inputs is None and clusters is None:
+            inputs = _inputs_of(judged)
+        cluster = cluster_numbers(inputs, clusters, n_clusters, len(judged))
+        named = None if groups is None else group_names(groups, len(judged))
+        judge = Judge(truth, cluster, named, min_cell)
+        rare = min(truth.unique().tolist(), key=lambda label: int((labels == label).sum()))
+        steps = epochs * max(1, len(people) // batch_size)
+        recipe = Recipe(make_model, criterion, optimizer, scheduler, steps, batch_size, forward)
+
+        rows: list[dict[str, Any]] = []
+        predictions: dict[str, list[Any]] = {}
+
+        def note(name: str, seed: int, logits: Tensor) -> None:
+            rows.append({"remedy": name, "seed": seed, **judge.measure(logits)})
+            predictions.setdefault(name, []).append(logits.argmax(1).numpy())
+
+        with _bar(len(chosen) * len(numbers) * steps, progress) as (say, advance):
+            for i, seed in enumerate(numbers):
+                training = Training(recipe, people, labels, classes, seed, alpha, advance)
+                for name, remedy in chosen.items():
+                    say(f"seed {i + 1} of {len(numbers)}, {name}")
+                    training.spared, started = 0.0, time.perf_counter()
+                    fitted = remedy(training)
+                    seconds = time.perf_counter() - started + training.spared
+                    fitted = fitted if isinstance(fitted, Fitted) else Fitted(fitted)
+                    logits, by_heart = (
+                        _decided(some, fitted, criterion, forward) for some in (judged, people)
+                    )
+                    note(name, seed, logits)
+                    rows[-1] |= {"effective share": fitted.effective_share, "time": seconds}
+                    rows[-1] |= {"rare, train": accuracy_of(rare, by_heart, labels)}
+                    rows[-1] |= {"rare, validation": accuracy_of(rare, logits, truth)}
+                    rows[-1]["held"] = fitted.held
+                if named is not None:
+                    fitted = plain(training)
+                    arguments = (judged, criterion, forward, judge, classes)
+                    note(ORACLE, seed, oracle_logits(fitted.model, *arguments))
+        right = np.stack(predictions[PLAIN]) == judge.labels
+        flat = None if inputs is None else inputs.reshape(len(inputs), -1).cpu().numpy()
+        blind = None if named is not None else unseen_by_clusters(flat, judge, right)
+    if blind is not None:
+        warnings.warn(f"no groups were given, and {blind}", stacklevel=2)
+    settings = {
+        "training": f"{steps} steps of {min(batch_size, len(people))} samples ({epochs} epochs of "
+        f"{len(people):,}), {_named(optimizer)}, {_named(scheduler)}; the last step counts",
+        "validation": f"{len(judged):,} people",
+        "seeds": ", ".join(map(str, numbers)),
+    }
+    stacked = {name: np.stack(found) for name, found in predictions.items()}
+    return Comparison.of(rows, stacked, judge, rare, blind, settings)
+
+
+def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, Remedy]:
+    """Plain first, then what was asked for."""
+    if isinstance(remedies, str):
+        remedies = [remedies]
+    if not isinstance(remedies, Mapping):
+        asked = list(REMEDIES if remedies is None else remedies)
+        unknown = [name for name in asked if name not in REMEDIES]
+        if unknown:
+            raise ValueError(
+                f"remedies={asked!r}: {unknown[0]!r} is none; expected names out of "
+                f"{list(REMEDIES)}, or {{name: remedy}} for one of your own"
+            )
+        remedies = {name: REMEDIES[name] for name in asked}
+    for name, remedy in remedies.items():
+        if not callable(remedy):
+            raise TypeError(f"remedies[{name!r}]={remedy!r}: expected a function of a Training")
+    return {PLAIN: REMEDIES[PLAIN], **remedies}
+
+
+def _check_optimizer(optimizer: Any, scheduler: Any, model: nn.Module) -> None:
+    try:
+        made = optimizer(model.parameters())
+    except Exception as error:
+        raise TypeError(
+            f"optimizer={optimizer!r} cannot be called with the parameters ({error}): expected a "
+            "function, for example lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        ) from error
+    if scheduler is not None and not callable(scheduler):
+        raise TypeError(
+            f"scheduler={scheduler!r}: expected a function of optimizer and number of steps, or "
+            " None for a constant learning rate"
+        )
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optimizer(parameters) gave {made!r}: expected a torch.optim.Optimizer")
+
+
+def _inputs_of(samples: Samples) -> Tensor:
+    """The inputs of a data set, for the clusters."""
+    found = []
+    for batch in samples.batches(torch.arange(len(samples)).split(1024)):
+        if not isinstance(batch, list | tuple) or not isinstance(batch[0], Tensor):
+            raise ValueError(
+                "the inputs of validation are no tensors, so they cannot be clustered: give "
+                "clusters=, (N,) numbers from any clustering of the people, or of an embedding"
+            )
+        found.append(batch[0])
+    return torch.cat(found)
+
+
+def _decided(
+    samples: Samples, fitted: Fitted, criterion: nn.Module, forward: Forward | None
+) -> Tensor:
+    """The logits by which a remedy decides, (N, classes)."""
+    outputs, _ = samples.read(fitted.model, criterion, forward)
+    logits = logits_of(outputs, criterion)
+    return logits if fitted.shift is None else logits + fitted.shift
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    """A bar on stderr, if somebody watches: what says what is going on, and what advances it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(
+        console=console, transient=True, disable=not (shown and console.is_terminal)
+    ) as p:
+        task = p.add_task("", total=total)
+        yield lambda text: p.update(task, description=text), lambda n: p.advance(task, n)
+
+
+def _named(made: Any) -> str:
+    """A factory in words."""
+    if made is None:
+        return "constant learning rate"
+    if isinstance(made, partial):
+        return f"{_named(made.func)}({', '.join(f'{k}={v}' for k, v in made.keywords.items())})"
+    return str(getattr(made, "__name__", type(made).__name__))

@@ -1,0 +1,183 @@
+"""Training and validation data: arrays or a map-style data set, checked before anything trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from irw_optim.criterion import PerSampleLosses
+from irw_optim.metrics._inputs import as_array, as_classes
+from irw_optim.schemes.batch_losses import BatchLosses, Forward, inputs_and_target
+from irw_optim.schemes.eval_mode import eval_mode
+
+Data: TypeAlias = Dataset[Any] | tuple[Any, Any]
+"""A map-style data set, or ``(X, y)``: NumPy arrays, tensors, lists or pandas."""
+
+
+class Samples:
+    """A data set whose batches are asked for by index.
+
+    Args:
+        name: of the argument, for messages.
+        data: arrays or a data set.
+        model: decides the dtype of arrays.
+        criterion: decides the dtype of their target.
+        options: of the DataLoader, for a data set.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data: Data,
+        model: nn.Module,
+        criterion: nn.Module,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.name, self.options = name, dict(options)
+        if isinstance(data, tuple):
+            data = _from_arrays(name, data, model, criterion)
+        if isinstance(data, IterableDataset | DataLoader) or not hasattr(data, "__getitem__"):
+            raise TypeError(
+                f"{name} is a {type(data).__name__}: expected a map-style data set, with "
+                "__getitem__ and __len__, or a tuple (X, y) of arrays"
+            )
+        self.dataset: Any = data
+        if not len(self):
+            raise ValueError(f"{name} is empty: expected at least one sample")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def loader(self) -> DataLoader[Any]:
+        """All samples in order."""
+        return DataLoader(self.dataset, **{"batch_size": 1024, **self.options})
+
+    def batches(self, pieces: Iterable[Tensor]) -> Iterator[Any]:
+        """The batch of each piece of indices."""
+        if type(self.dataset) is TensorDataset and "collate_fn" not in self.options:
+            for piece in pieces:
+                yield [tensor[piece] for tensor in self.dataset.tensors]
+        else:
+            drawn = [piece.tolist() for piece in pieces]
+            options = {k: v for k, v in self.options.items() if k != "batch_size"}
+            yield from DataLoader(self.dataset, batch_sampler=drawn, **options)
+
+    def read(
+        self, model: nn.Module, criterion: nn.Module, forward: Forward | None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (N, ...) and classes (N,) of all samples, in evaluation mode, on the CPU.
+
+        Raises:
+            TypeError, ValueError: what model or criterion do not take, and targets that are no
+                class a sample.
+        """
+        outputs, labels, losses_of = [], [], ClassLosses(model, criterion, forward)
+        try:
+            with eval_mode(model), torch.no_grad():
+                for batch in self.batches(torch.arange(len(self)).split(1024)):
+                    part = losses_of(batch)
+                    outputs.append(losses_of.arguments[0].cpu())
+                    labels.append(self._checked(part).cpu())
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"{self.name}: model and criterion do not take a batch of it: {error}"
+            ) from error
+        return torch.cat(outputs), torch.cat(labels)
+
+    def _checked(self, part: PerSampleLosses) -> Tensor:
+        if part.labels is None:
+            raise ValueError(
+                f"{self.name}: the criterion's target is no class a sample: remedies are compared "
+                "on classification, with CrossEntropyLoss or BCEWithLogitsLoss, say"
+            )
+        if part.counts is not None and not bool(part.counts.all()):
+            raise ValueError(
+                f"{self.name}: {int((part.counts == 0).sum())} targets are ignored by the "
+                "criterion: leave these samples out"
+            )
+        return part.labels
+
+
+class ClassLosses(BatchLosses):
+    """The losses of a batch with a class for each, also of a criterion that is not torch's.
+
+    Attributes:
+        arguments: what the criterion was called with last, the model's output first.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
+        super().__init__(model, criterion, self._kept)
+        self._arguments_of = forward or inputs_and_target
+        self.arguments: tuple[Any, ...] = ()
+
+    def _kept(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
+        self.arguments = self._arguments_of(model, batch)
+        return self.arguments
+
+    def __call__(self, batch: Any) -> PerSampleLosses:
+        """The losses; classes are whole numbers in the target, one a sample."""
+        part = super().__call__(batch)
+        if part.labels is not None or type(self.criterion).__module__.startswith("torch.nn."):
+            return part
+        target = self.arguments[1] if len(self.arguments) > 1 else None
+        if not isinstance(target, Tensor) or target.numel() != len(part.losses):
+            return part
+        classes = target.flatten().long()
+        return part._replace(labels=classes) if torch.equal(classes, target.flatten()) else part
+
+
+def _from_arrays(
+    name: str, data: tuple[Any, ...], model: nn.Module, criterion: nn.Module
+) -> TensorDataset:
+    if len(data) != 2:
+        raise ValueError(f"{name} is a tuple of {len(data)}: expected (X, y) or a data set")
+    x = _inputs(name, data[0], model)
+    y = as_array(data[1])
+    y = as_classes(f"{name} y", y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y)
+    if y.dtype.kind in "US":
+        raise ValueError(
+            f"{name} y has names, as {y[0]!r}: expected class numbers; make them with "
+            "sklearn.preprocessing.LabelEncoder"
+        )
+    if len(x) != len(y):
+        raise ValueError(f"{name}: X has {len(x)} samples and y {len(y)}: expected as many")
+    if not len(x):
+        raise ValueError(f"{name} is empty: expected at least one sample")
+    target = torch.from_numpy(y.astype(np.int64))
+    if isinstance(criterion, nn.BCELoss | nn.BCEWithLogitsLoss | nn.SoftMarginLoss):
+        training = model.training
+        with torch.no_grad():
+            output = model.eval()(x[:2].to(next(model.parameters()).device))
+        model.train(training)
+        target = target.to(x.dtype).reshape(-1, *[1] * (output.ndim - 1))
+    return TensorDataset(x, target)
+
+
+def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
+    if hasattr(values, "toarray"):
+        raise TypeError(f"{name} X is sparse: expected a dense array, X.toarray()")
+    array = as_array(values)
+    if array.dtype == object:  # pandas, of columns of several kinds
+        try:
+            array = array.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} X has entries that are no numbers ({error}): encode categories first, "
+                "with sklearn.preprocessing.OneHotEncoder, say"
+            ) from error
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} X has dtype {array.dtype}: expected numbers; encode categories")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        first = int((~np.isfinite(array.reshape(len(array), -1))).any(1).argmax())
+        raise ValueError(f"{name} X[{first}] has NaN or infinity: fill it, or leave it out")
+    x = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    codes = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
+    if codes and not x.is_floating_point():
+        return x.long()
+    parameter = next(model.parameters(), None)
+    return x.to(torch.get_default_dtype() if parameter is None else parameter.dtype)

@@ -1,0 +1,135 @@
+"""The conclusions, in words made from the numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from irw_optim.remedies._comparison import (
+    BY_HEART,
+    CONFIDENCE,
+    ORACLE,
+    Difference,
+    difference,
+    paired,
+    worst_part,
+)
+from irw_optim.remedies._measuring import Judge, Numbers
+from irw_optim.remedies._methods import BALANCED, PLAIN
+from irw_optim.schemes.class_by_class import FEW
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def signs_of_hurt(runs: pd.DataFrame, rare: int) -> dict[str, list[str]]:
+    """How each remedy is seen to hurt, for those that are.
+
+    Args:
+        runs: of all remedies and seeds.
+        rare: the class that is rarest in training.
+    """
+    means = runs.groupby(level="remedy", sort=False).mean()
+    apart = means["rare, train"] - means["rare, validation"]
+    found: dict[str, list[str]] = {}
+    for name in means.index.drop([PLAIN, ORACLE], errors="ignore"):
+        one, said = means.loc[name], found.setdefault(name, [])
+        if apart[name] > max(BY_HEART, apart[PLAIN] + BY_HEART / 2):
+            said.append(
+                f"it learns class {rare} by heart: {one['rare, train']:.0%} right in training, "
+                f"{one['rare, validation']:.0%} in validation"
+            )
+        if one["held"] and one["effective share"] < FEW:
+            said.append(f"its held weights rest on {one['effective share']:.0%} of the samples")
+        if BALANCED in means.index and name != BALANCED:
+            more = difference(runs, name, "accuracy", BALANCED)
+            if more.high < 0 or (np.isnan(more.high) and more.mean < 0):
+                lost = Difference(-more.mean, -more.high, -more.low)
+                said.append(f"it costs accuracy, {points(lost)} more than {BALANCED}")
+    return {name: said for name, said in found.items() if said}
+
+
+def conclude(
+    runs: pd.DataFrame,
+    predictions: Mapping[str, Numbers],
+    judge: Judge,
+    signs: Mapping[str, Any],
+    blind: str | None,
+) -> tuple[str, list[str]]:
+    """The remedy to take, and five sentences."""
+    names = [name for name in predictions if name not in (PLAIN, ORACLE)]
+    right = {name: predicted == judge.labels for name, predicted in predictions.items()}
+    scores = {name: judge.score(right[name]) for name in predictions}
+    grouped = "group" in judge.parts
+
+    def better(one: str, other: str, confidence: float) -> bool:
+        """Whether both spreads say so: that over the seeds, and that over the people."""
+        from scipy import stats
+
+        found = paired(scores[one][0], scores[other][0], confidence)
+        error = float(np.sqrt(((scores[one][1] - scores[other][1]) ** 2).sum()))
+        return found.low > 0 and found.mean > stats.norm.ppf((1 + confidence) / 2) * error
+
+    def mean(name: str) -> float:
+        return float(scores[name][0].mean())
+
+    adjusted = 1 - (1 - CONFIDENCE) / max(1, len(names))
+    clear = [name for name in names if better(name, PLAIN, adjusted)]
+    if clear:
+        best = max(clear, key=mean)
+        shown = take = next(name for name in clear if not better(best, name, CONFIDENCE))
+        first = f"Take {take}, the simplest of those that are not clearly worse than the best"
+    else:
+        take, shown = PLAIN, max(names, key=mean, default=PLAIN)
+        first = f"No remedy is clearly better than plain training; the nearest is {shown}"
+    gain = paired(scores[shown][0], scores[PLAIN][0])
+    price = difference(runs, shown, "accuracy")
+    part, people, share = worst_part(judge, "group" if grouped else "cell", predictions[take])
+    whose = part if grouped else f"class {part[0]} in cluster {', '.join(map(str, part[1]))}"
+    error = np.sqrt(share * (1 - share) / people)
+    worst_off = (
+        f"Worst off under {take}: {whose}, {people:,} people, of whom {share:.0%} are decided "
+        f"rightly (standard error {error:.1%})."
+    )
+    number = len(scores[PLAIN][0])
+    sure = (
+        "One seed has no spread, so nothing here is sure."
+        if number < 2
+        else f"“Clearly” is beyond chance at {CONFIDENCE:.0%}, over {number} seeds and over the "
+        f"people of the validation data alike, adjusted for {len(names)} remedies."
+    )
+    if take == PLAIN and number < 5:
+        sure += " More seeds would make the intervals narrower."
+    last = "Without groups, clusters stand in for them: whom they do not see, this does not know."
+    if blind is not None:
+        last = f"Without groups, mind: {blind}."
+    elif grouped:
+        room = paired(scores[ORACLE][0], scores[PLAIN][0])
+        rest = ": reweighting has little to offer here"
+        if room.low > 0:
+            rest = f", of which {shown} recovers {gain.mean / room.mean:.0%}"
+        last = f"Headroom: a last layer fitted anew, groups known, has {points(room)}{rest}."
+    what = "worst group" if grouped else "mean of worst class and worst label × cluster cell"
+    sentences = [
+        f"{first}: {points(gain)} in the {what}.",
+        f"Its accuracy is {runs.loc[shown, 'accuracy'].mean():.1%}, {points(price)} against plain.",
+        worst_off,
+        sure,
+        last,
+    ]
+    if shown in signs:
+        sentences.append(f"Signs that {shown} hurts: {'; '.join(signs[shown])}.")
+    return take, sentences
+
+
+def points(found: Difference) -> str:
+    """A difference of shares in points, with its interval.
+
+    >>> points(Difference(0.1, 0.05, 0.15))
+    '+10.0 points (+5.0 to +15.0)'
+    """
+    numbers = [f"{100 * value:+.1f}".replace("-", "−") for value in found]
+    interval = "" if np.isnan(found.low) else f" ({numbers[1]} to {numbers[2]})"
+    return f"{numbers[0]} points{interval}"

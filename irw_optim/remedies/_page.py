@@ -1,0 +1,182 @@
+"""The comparison as a figure, and as a page that needs nothing from anywhere else."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from irw_optim.monitor.figures import STYLE
+from irw_optim.remedies._comparison import ORACLE, Comparison, Difference
+from irw_optim.remedies._measuring import Metric
+from irw_optim.remedies._methods import PLAIN
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+# Of Okabe and Ito's colours; the markers say the same.
+LOOKS = {1: ("#0072B2", "^", "▲"), -1: ("#D55E00", "v", "▼"), 0: ("#777777", "o", "")}
+
+
+def verdict(found: Difference, metric: Metric) -> int:
+    """1 for clearly better than plain, -1 for clearly worse, 0 for neither."""
+    return int(found.clear) * metric.sign * (1 if found.mean > 0 else -1)
+
+
+def number(value: float, metric: Metric) -> str:
+    """In % with one digit, else with two; nothing for NaN."""
+    return "" if np.isnan(value) else f"{100 * value:.1f}" if metric.percent else f"{value:.2f}"
+
+
+def cells(result: Comparison) -> pd.DataFrame:
+    """The table as text: ▲ and ▼ stand for clearly better and worse than plain."""
+    table = result.table.astype(object)
+    for metric in result.metrics:
+        for name, value in result.table[metric.name].items():
+            mark = LOOKS[verdict(result.difference(str(name), metric.name), metric)][2] or " "
+            table.loc[name, metric.name] = f"{number(float(value), metric)} {mark}"
+    return table.rename_axis(None)
+
+
+def draw(result: Comparison) -> Figure:
+    """Differences to plain training, in points, with their intervals over the seeds."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    shown = [m for m in result.metrics if m.percent and m.sign > 0]
+    if ORACLE in result.predictions:  # the groups decide
+        shown = [m for m in shown if m.name != "score"]
+    names = [name for name in result.predictions if name != PLAIN]
+    with rc_context(STYLE):  # type: ignore[arg-type]  # it lists every key
+        figure = Figure((2.6 * len(shown) + 1.6, 0.9 + 0.34 * len(names)), layout="constrained")
+        axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axis, metric in zip(axes, shown, strict=True):
+            axis.axvline(0, color="black", linewidth=1)
+            for row, name in enumerate(names):
+                found = result.difference(name, metric.name)
+                colour, marker, _ = LOOKS[verdict(found, metric)]
+                low, high = np.nan_to_num([found.mean - found.low, found.high - found.mean])
+                axis.errorbar(
+                    100 * found.mean,
+                    row,
+                    xerr=[[100 * low], [100 * high]],
+                    fmt=marker,
+                    color=colour,
+                    markerfacecolor="white" if name == ORACLE else colour,
+                )
+            plain = result.table.loc[PLAIN, metric.name]
+            axis.set_title(f"{metric.name} (plain: {plain:.1%})")
+            axis.set_xlabel("points against plain")
+            axis.grid(axis="y", visible=False)
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
+def page(result: Comparison, path: Any = None, *, whole: bool = True) -> str:
+    """The figure and the sentences first; what is long can be opened.
+
+    Args:
+        result: what to show.
+        path: of a file to write; its folder is made if need be.
+        whole: a page of its own, and not a part of a notebook.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    file = io.StringIO()
+    result.figure().savefig(file, format="svg", metadata={"Date": None})
+    rows = [
+        (
+            name,
+            [
+                (number(result.table.loc[name, m.name], m), _interval(result, name, m))
+                for m in result.metrics
+            ],
+            result.table.loc[name, "people in it"],
+        )
+        for name in result.predictions
+    ]
+    parts = []
+    for kind in result.judge.parts:
+        judge = result.judge
+        found = {
+            name: judge.accuracies(kind, predicted == judge.labels).mean(0)
+            for name, predicted in result.predictions.items()
+        }
+        lines = zip(judge.names[kind], judge.sizes(kind), *found.values(), strict=True)
+        parts.append((kind, [(_part(kind, name), n, shares) for name, n, *shares in lines]))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    text = environment.from_string(PAGE).render(
+        result=result,
+        whole=whole,
+        figure=file.getvalue()[file.getvalue().index("<svg") :],
+        rows=rows,
+        parts=parts,
+        runs=result.runs.drop(columns=["held"]).to_html(float_format="{:.3f}".format, na_rep=""),
+    )
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def _interval(result: Comparison, name: str, metric: Metric) -> tuple[str, str]:
+    """The difference to plain and its interval as text, and its mark."""
+    found = result.difference(name, metric.name)
+    if name == PLAIN or not metric.sign or np.isnan(found.mean):
+        return "", ""
+    scale, digits = (100, 1) if metric.percent else (1, 2)
+    shown = [f"{scale * value:+.{digits}f}".replace("-", "−") for value in found]
+    interval = "" if np.isnan(found.low) else f" ({shown[1]} to {shown[2]})"
+    return shown[0] + interval, LOOKS[verdict(found, metric)][2]
+
+
+def _part(kind: str, name: Any) -> str:
+    if kind != "cell":
+        return str(name)
+    return f"class {name[0]}, cluster {', '.join(map(str, name[1]))}"
+
+
+PAGE = """{% if whole %}<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Remedies compared</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"></head><body>{% endif %}
+<div class="irw-remedies">
+<style>
+.irw-remedies { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; }
+.irw-remedies svg { max-width: 100%; height: auto; background: white; }
+.irw-remedies div { overflow-x: auto; }
+.irw-remedies table { border-collapse: collapse; }
+.irw-remedies th, .irw-remedies td { padding: .2em .6em; text-align: right; }
+.irw-remedies th:first-child { text-align: left; }
+.irw-remedies tr { border-bottom: 1px solid #ddd; }
+.irw-remedies small { display: block; white-space: nowrap; }
+</style>
+<h1>Which remedy, if any?</h1>
+<ol>{% for sentence in result.sentences %}<li>{{ sentence }}</li>{% endfor %}</ol>
+<figure>{{ figure | safe }}<figcaption>Differences to plain training, mean and 95 % t interval
+over the seeds, paired: ▲ better, ▼ worse, ● neither.</figcaption></figure>
+<div><table><thead><tr><th></th>{% for m in result.metrics %}<th>{{ m.name }}</th>
+{% if m.name == "worst cell" %}<th>people in it</th>{% endif %}{% endfor %}</tr></thead><tbody>
+{% for name, numbers, people in rows %}<tr><th>{{ name }}</th>
+{% for value, (interval, mark) in numbers %}<td>{{ value }} {{ mark }}
+<small>{{ interval }}</small></td>
+{% if result.metrics[loop.index0].name == "worst cell" %}<td>{{ people }}</td>{% endif %}
+{% endfor %}</tr>{% endfor %}</tbody></table></div>
+{% if result.signs %}<h2>Signs that a remedy hurts</h2><ul>
+{% for name, said in result.signs.items() %}<li>{{ name }}: {{ said | join("; ") }}.</li>
+{% endfor %}</ul>{% endif %}
+<details><summary>What the columns are, and how it was made</summary><dl>
+{% for m in result.metrics %}<dt>{{ m.name }}</dt><dd>{{ m.meaning }}{% if m.percent %}, in %
+{% endif %}</dd>{% endfor %}{% for name, value in result.settings.items() %}<dt>{{ name }}</dt>
+<dd>{{ value }}</dd>{% endfor %}</dl></details>
+{% for kind, lines in parts %}<details><summary>Accuracy of every {{ kind }}</summary><div><table>
+<thead><tr><th>{{ kind }}</th><th>people</th>{% for name in result.predictions %}<th>{{ name }}</th>
+{% endfor %}</tr></thead>{% for name, people, shares in lines %}<tr><th>{{ name }}</th>
+<td>{{ people }}</td>{% for share in shares %}<td>{{ "%.1f" | format(100 * share) }}</td>
+{% endfor %}</tr>{% endfor %}</table></div></details>
+{% endfor %}<details><summary>Every run</summary><div>{{ runs | safe }}</div></details>
+</div>{% if whole %}</body></html>{% endif %}
+"""

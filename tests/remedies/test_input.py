@@ -1,0 +1,156 @@
+"""Data of any form goes in, or is refused by name before anything trains."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from little import compare, linear, people
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from irw_optim import PerSampleLoss
+from irw_optim.remedies import REMEDIES
+
+for library in ("fairlearn", "jinja2", "matplotlib", "rich"):
+    pytest.importorskip(library, reason="remedies need the report extra")
+pd = pytest.importorskip("pandas", reason="remedies need the report extra")
+
+
+class Rows(Dataset):
+    def __init__(self, pairs, kind=tuple):
+        self.pairs, self.kind = list(zip(*pairs, strict=True)), kind
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        x, y = self.pairs[index]
+        return {"x": x, "y": y} if self.kind is dict else (x, int(y))
+
+
+def as_frame(pair):
+    return pd.DataFrame(pair[0].astype(np.float64)), pd.Series(pair[1], index=range(9, 209))
+
+
+FORMS = {
+    "tensors": lambda pair: tuple(torch.from_numpy(part) for part in pair),
+    "lists": lambda pair: (pair[0].tolist(), pair[1].tolist()),
+    "pandas": as_frame,
+    "float labels": lambda pair: (pair[0], pair[1].astype(float)),
+    "a column of labels": lambda pair: (pair[0], pair[1][:, None]),
+    "a data set": Rows,
+    "a TensorDataset": lambda pair: TensorDataset(*map(torch.from_numpy, pair)),
+}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+BAD = {
+    "names as labels": ({"train": (people()[0], ["a", "b"] * 100)}, "LabelEncoder"),
+    "a gap": ({"train": (np.full((200, 4), np.nan), people()[1])}, r"train X\[0\] has NaN"),
+    "lengths": ({"train": (people()[0], people()[1][:9])}, "X has 200 samples and y 9"),
+    "categories": ({"train": (np.full((200, 4), "a"), people()[1])}, "encode categories"),
+    "fractions": ({"train": (people()[0], people()[1] / 2)}, "train y"),
+    "three": ({"validation": (*people(), 1)}, "validation is a tuple of 3"),
+    "empty": ({"validation": (people()[0][:0], people()[1][:0])}, "empty"),
+    "one class": ({"train": (people()[0], people()[1] * 0)}, "single class"),
+    "a class too many": ({"train": (people()[0], people()[1] + 5)}, "do not take a batch"),
+    "width": ({"validation": (people()[0][:, :2], people()[1])}, "validation: model and"),
+    "groups": ({"groups": ["a"]}, "groups.* has 1 entries"),
+    "clusters": ({"clusters": [1]}, "clusters has 1 entries"),
+    "cells": ({"min_cell": 999}, "min_cell=999"),
+    "remedies": ({"remedies": ["plane"]}, "'plane' is none"),
+    "seeds": ({"seeds": 0}, "seeds=0"),
+    "no seeds": ({"seeds": 2.5}, "seeds=2.5"),
+    "schedule": ({"scheduler": "cosine"}, "scheduler='cosine'"),
+    "epochs": ({"epochs": 0}, "epochs=0"),
+    "alpha": ({"alpha": 2}, "alpha=2"),
+    "stream": ({"train": Stream()}, "train is a Stream"),
+    "remedy": ({"remedies": {"mine": 1}}, "remedies\\['mine'\\]=1"),
+    "optimizer": ({"optimizer": "adam"}, "optimizer='adam'"),
+    "model": ({"model": lambda: 3}, "make_model\\(\\) gave 3"),
+    "criterion": ({"criterion": nn.CrossEntropyLoss(reduction="none")}, "reduction"),
+    "regression": (
+        {"train": (people()[0], people()[1]), "criterion": nn.MSELoss(), "model": linear(1)},
+        "no class a sample|do not take",
+    ),
+}
+
+
+NAMES = ("class-balanced", "two stages, by losses", "IRW")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return compare(remedies=NAMES).predictions
+
+
+class TestInput:
+    @pytest.mark.parametrize("form", FORMS)
+    def test_the_same_people_in_other_forms(self, expected, form):
+        change = FORMS[form]
+        found = compare(change(people()), change(people(seed=1)), remedies=NAMES).predictions
+        for name in NAMES:
+            assert (found[name] == expected[name]).mean() > 0.99
+
+    def test_batches_that_are_dicts(self, expected):
+        train, validation = (Rows(people(seed=s), dict) for s in (0, 1))
+        found = compare(
+            *(train, validation),
+            remedies=NAMES,
+            clusters=np.arange(200) % 3,
+            forward=lambda model, batch: (model(batch["x"]), batch["y"]),
+        ).predictions
+        for name in NAMES:
+            assert (found[name] == expected[name]).mean() > 0.99
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_one_output_for_two_classes(self, form):
+        if "set" in form.lower():
+            pytest.skip("a data set's target is as the criterion takes it")
+        change = FORMS[form]
+        found = compare(
+            *(change(people()), change(people(seed=1)), linear(1), nn.BCEWithLogitsLoss()),
+            remedies=["moved threshold"],
+        )
+        assert found.table.loc["plain", "accuracy"] > 0.3
+
+    def test_class_numbers_that_nobody_has(self):
+        (x, y), (xv, yv) = people(), people(seed=1)
+        found = compare((x, 2 * y), (xv, 2 * yv), linear(4))
+        assert set(np.unique(found.predictions["moved threshold"])) <= {0, 2}
+
+    def test_a_criterion_of_ones_own(self, expected):
+        def loss(output, target):
+            return nn.functional.cross_entropy(output, target, reduction="none")
+
+        found = compare(criterion=PerSampleLoss(loss), remedies=NAMES).predictions
+        for name in NAMES:
+            assert (found[name] == expected[name]).mean() > 0.99
+
+    @pytest.mark.parametrize("case", BAD)
+    def test_bad_input_is_named_before_anything_trains(self, case):
+        change, named = BAD[case]
+
+        def untouched(parameters):
+            optimizer = torch.optim.SGD(parameters, lr=0.1)
+            optimizer.step = lambda *_: pytest.fail("it trains")
+            return optimizer
+
+        with pytest.raises((TypeError, ValueError), match=named):
+            compare(**{"optimizer": untouched, **change})
+
+    def test_ones_own_method_beside_the_others(self):
+        def focal(training):
+            assert training.labels.tolist() == people()[1].tolist()
+            return training.fit(objective=lambda losses, labels: (losses**2).mean())
+
+        found = compare(remedies={**REMEDIES, "focal": focal})
+        assert list(found.predictions)[-1] == "focal"
+        assert re.search(r"^focal ", str(found), re.MULTILINE)
