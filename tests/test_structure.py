@@ -16,7 +16,7 @@ import irw_optim
 from irw_optim import IRWOptimizer
 
 HOME = Path(irw_optim.__file__).parent
-RARE = ("distributed", "privacy", "schemes", "monitor")
+RARE = ("distributed", "privacy", "schemes", "monitor", "remedies", "sklearn")
 
 
 def rooms_used_by(room: str) -> set[str]:
