@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from irw_optim import IRWOptimizer, verify
+from irw_optim.gradients import capture
 from irw_optim.optimizer import attach, irw_optimizer
 
 ALPHA, B = 0.3, 8
@@ -492,14 +493,20 @@ class TestAConstructorThatFails:
         def fail(*args: Any, **options: Any) -> None:
             raise ZeroDivisionError
 
+        def fail_on(kind: type[nn.Module]) -> Any:
+            plain = capture.replace_on
+            return lambda module, *rest: (fail if isinstance(module, kind) else plain)(
+                module, *rest
+            )
+
         if where == "hooks":
-            monkeypatch.setattr(nn.LayerNorm, "register_forward_hook", fail)
+            monkeypatch.setattr(capture, "replace_on", fail_on(nn.LayerNorm))
             model.append(nn.LayerNorm(3).double())
             before = traces(model, criterion)
             sgd = torch.optim.SGD(model.parameters(), lr=0.1)
             inner = dict(vars(sgd))
         elif where == "a pair":
-            monkeypatch.setattr(Scaled, "register_forward_hook", fail)
+            monkeypatch.setattr(capture, "replace_on", fail_on(Scaled))
         elif where == "processes":
             monkeypatch.setattr(irw_optimizer, "processes_of", fail)
         elif where == "criterion":

@@ -19,8 +19,9 @@ from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
 from irw_optim.gradients import texts
 from irw_optim.gradients.capture import Graph, hook_layers, walk
+from irw_optim.gradients.compiling import compile_anew, is_compiled, keep_out, prepare
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
-from irw_optim.gradients.hooks import is_compiled, needs_hooks, silence_of
+from irw_optim.gradients.hooks import needs_hooks, silence_of
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_of_parts
@@ -58,6 +59,8 @@ class Engine(Renewed):
         "coverings",
         "plans",
         "listens",
+        "sees_fused",
+        "made_anew",
         "trust",
         "told",
         "uses",
@@ -76,8 +79,10 @@ class Engine(Renewed):
         being_copied = self.model is not None and "_modules" not in vars(self.model)
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
         self.listens = False
-        whole = self.model is not None and not being_copied
-        if whole and (self.kind == "ghost" or needs_hooks(self.model)):  # type: ignore[arg-type]
+        self.sees_fused = self.made_anew = False
+        model = None if being_copied else self.model
+        prepare(model)
+        if model is not None and (self.kind == "ghost" or needs_hooks(model)):
             self.listen()
         self.known: dict[str, bool] = {}
         self.coverings: dict[Hashable, Covering] = {}
@@ -109,6 +114,7 @@ class Engine(Renewed):
             self.begin()
         graph = walk(losses, hooked=self.listens)
         refuse_reentrant_checkpoints(graph.order)
+        self.sees_fused = self.listens and any(map(is_compiled, graph.order))
         own = None if owns is None else owns(graph.leaves)
         batch = LossGradients(self, losses, graph, own)
         WAITING.join(batch)
@@ -119,6 +125,12 @@ class Engine(Renewed):
     def left(self, batch: LossGradients) -> None:
         """The backward pass of a batch is over."""
         WAITING.leave(batch)
+        if self.known.get("row_by_row") and (self.sees_fused or self.made_anew):
+            del self.known["row_by_row"]  # the next forward is another
+            if self.model is not None and not self.made_anew:
+                self.hooks, self.listens = [*silence_of(self.model), *keep_out(self.model)], False
+                self._tell(logging.WARNING, "kept out", texts.KEPT_OUT)
+            self.made_anew = False
 
     def covering(
         self, graph: Graph, own: Sequence[Tensor], losses: Tensor, *, sharded: bool = False
@@ -179,7 +191,8 @@ class Engine(Renewed):
             return
         self.listen()
         if any(map(is_compiled, graph.order)):
-            torch.compiler.reset()  # what was compiled does not call the hooks
+            compile_anew(graph.order)
+            self.made_anew = True
 
     def warn_of_mixing(self, losses: Tensor) -> None:
         """Say where samples may meet, for rows that somebody else made: nothing else shows it.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
 from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
+from irw_optim.gradients.compiling import uncompiled
 
 if TYPE_CHECKING:
     from irw_optim.optimizer.weighted_backward import WeightedBackward
@@ -93,6 +94,7 @@ class _Forward(Replacement):
         self.model = model
         self.listener = listener
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The listener's scalar while the model trains, else what the criterion returns."""
         listener, model = self.listener(), self.model()
