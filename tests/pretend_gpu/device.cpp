@@ -17,10 +17,12 @@
 #include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <ATen/ops/_local_scalar_dense_native.h>
 #include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/alias_native.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_cpu_dispatch.h>
 #include <ATen/ops/set_native.h>
+#include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -186,6 +188,12 @@ Tensor view(const Tensor& t, c10::SymIntArrayRef sizes) {
   return at::native::view(t, C10_AS_INTARRAYREF_SLOW(sizes));
 }
 
+Tensor alias(const Tensor& t) { return at::native::alias(t); }
+
+Tensor unfold(const Tensor& t, int64_t dim, int64_t size, int64_t step) {
+  return at::native::unfold(t, dim, size, step);
+}
+
 Tensor& set_tensor(Tensor& t, const Tensor& source) { return at::native::set_tensor_(t, source); }
 
 Tensor& set_storage(Tensor& t, at::Storage source) { return at::native::set_(t, source); }
@@ -272,6 +280,36 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_backward(const Maybe& of_state, con
   return {back(sums, cell), back(of_next * forget, cell), bias};
 }
 
+std::tuple<Tensor, Tensor> gru_cell(const Tensor& from_input, const Tensor& from_state,
+                                    const Tensor& state, const Maybe& bias,
+                                    const Maybe& state_bias) {
+  auto of_input = host(from_input), of_state = host(from_state);
+  if (auto b = host(bias)) of_input = of_input + *b;
+  if (auto b = host(state_bias)) of_state = of_state + *b;
+  auto a = of_input.chunk(3, 1), b = of_state.chunk(3, 1);
+  auto reset = (a[0] + b[0]).sigmoid(), keep = (a[1] + b[1]).sigmoid();
+  auto update = (a[2] + reset * b[2]).tanh();
+  auto next = update + keep * (host(state) - update);
+  auto kept = at::cat({reset, keep, update, host(state), b[2]}, 1);
+  return {back(next, from_input), back(kept, from_input)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tensor& gradient,
+                                                                     const Tensor& kept,
+                                                                     bool has_bias) {
+  auto saved = host(kept).chunk(5, 1);
+  auto reset = saved[0], keep = saved[1], update = saved[2], state = saved[3], from = saved[4];
+  auto g = host(gradient);
+  auto of_update = g * (1 - keep) * (1 - update * update);
+  auto of_keep = g * (state - update) * keep * (1 - keep);
+  auto of_reset = of_update * from * reset * (1 - reset);
+  auto of_input = at::cat({of_reset, of_keep, of_update}, 1);
+  auto of_state = at::cat({of_reset, of_keep, of_update * reset}, 1);
+  auto sum = [&](const Tensor& t) { return has_bias ? back(t.sum(0), kept) : Tensor(); };
+  return {back(of_input, kept), back(of_state, kept), back(g * keep, kept), sum(of_input),
+          sum(of_state)};
+}
+
 void by_the_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
   at::native::cpu_fallback(operation, stack);
 }
@@ -287,6 +325,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("resize_", resize);
   m.impl("_reshape_alias", reshape_alias);
   m.impl("view", view);
+  m.impl("alias", alias);
+  m.impl("unfold", unfold);
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("set_.source_Storage", set_storage);
   m.impl("set_.source_Storage_storage_offset", set_storage_at);
@@ -300,6 +340,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_scaled_dot_product_fused_attention_overrideable_backward", attention_backward);
   m.impl("_thnn_fused_lstm_cell", lstm_cell);
   m.impl("_thnn_fused_lstm_cell_backward_impl", lstm_cell_backward);
+  m.impl("_thnn_fused_gru_cell", gru_cell);
+  m.impl("_thnn_fused_gru_cell_backward", gru_cell_backward);
 }
 
 // Autocast: products in half precision, normalisations and losses in float32 --------------------
