@@ -15,7 +15,7 @@ from weakref import WeakMethod, ref
 import torch
 from torch import Tensor, nn
 
-from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
+from irw_optim.attachments import Attachment, Removable, Replacement, replace_on, uncompiled
 from irw_optim.criterion._dispatch import per_sample_losses, validate_criterion
 from irw_optim.criterion._folding import PerSampleLosses
 
@@ -90,6 +90,7 @@ class _Forward(Replacement):
         self.model = model
         self.listener = listener
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The listener's scalar while the model trains, else what the criterion returns."""
         listener, model, criterion = self.listener(), self.model(), self.criterion

@@ -1,4 +1,4 @@
-"""Forward hooks that note, on the autograd graph itself, which layer computed what.
+"""Notes, on the autograd graph itself, which layer computed what.
 
 A call is kept in the metadata of the graph's own node. So it lives exactly as long as the graph,
 belongs to the loss that the graph leads to, and survives in-place operations on the output: there
@@ -8,7 +8,6 @@ is no list to reset, and two forwards before one backward, or a forward without 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from threading import local
 from types import FunctionType
 from typing import Any
 
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
-from irw_optim.attachments import Attachment, Removable
+from irw_optim.attachments import Attachment, Removable, replace_on, uncompiled
+from irw_optim.gradients.compiling import KeptOut
 from irw_optim.gradients.function_rules import CALLS, rule_of_function
 from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
@@ -26,9 +26,9 @@ from irw_optim.gradients.rules import call_of, rule_of
 
 
 def hook_layers(model: nn.Module) -> list[Attachment]:
-    """Attach the recording hooks in place, for as long as somebody holds what is returned.
+    """Attach the recorders in place, for as long as somebody holds what is returned.
 
-    Scripted modules take no hooks: their parameters are left to autograd.
+    Scripted modules take none: their parameters are left to autograd.
     """
     attached: list[Attachment] = []
     try:
@@ -36,30 +36,29 @@ def hook_layers(model: nn.Module) -> list[Attachment]:
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             if rule_of(module) is not None:
-                attached.append(LayerHook.on(module))
+                attached.append(RecordedLayer.on(module))
             elif module._parameters:
-                attached.append(FunctionHooks.on(module))
+                attached.append(RecordedFunctions.on(module))
     except BaseException:
         attached.clear()  # the traceback would hold them
         raise
     return attached
 
 
-class LayerHook(Attachment):
+class RecordedLayer(Attachment):
     """Notes the calls of a layer that has a rule."""
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
         """Attach, and yield what removes it."""
-        yield module.register_forward_hook(_record_layer, with_kwargs=True, prepend=True)
+        yield replace_on(module, "forward", _LayerForward(module))
 
 
-class FunctionHooks(Attachment):
+class RecordedFunctions(Attachment):
     """Notes the functions that a module calls with parameters of its own."""
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
         """Attach, and yield what removes it."""
-        yield module.register_forward_pre_hook(_enter_functions)
-        yield module.register_forward_hook(_leave_functions, always_call=True, prepend=True)
+        yield replace_on(module, "forward", _FunctionsForward(module))
 
 
 def sites_noted(order: Iterable[Node]) -> list[CallSite]:
@@ -96,11 +95,31 @@ def _notes(node: Node) -> dict[Any, Any]:
     return node.metadata  # type: ignore[return-value]  # a property, stubbed as a method
 
 
-def _record_layer(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-    if output.grad_fn is not None:
-        rule = rule_of(module)
-        if rule is not None:  # it had one, but may have been parametrized since
-            record(call_of(rule, module, args, kwargs), output)
+class _LayerForward(KeptOut):
+    """Stands in for the ``forward`` of a layer that has a rule."""
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer computes, with a note of it on the graph."""
+        output, module = self.__wrapped__(*args, **kwargs), self.module
+        if getattr(output, "grad_fn", None) is not None and RecordedLayer.found_on(module):
+            rule = rule_of(module)
+            if rule is not None:  # it had one, but may have been parametrized since
+                record(call_of(rule, module, args, kwargs), output)
+        return output
+
+
+class _FunctionsForward(KeptOut):
+    """Stands in for the ``forward`` of a module that has parameters of its own."""
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes, with a note of its functions on the graph."""
+        module = self.module
+        if not torch.is_grad_enabled() or not RecordedFunctions.found_on(module):
+            return self.__wrapped__(*args, **kwargs)
+        with _FunctionRecorder(module):
+            return self.__wrapped__(*args, **kwargs)
 
 
 class _FunctionRecorder(TorchFunctionMode):
@@ -145,26 +164,3 @@ def _attention_with(linear: Any) -> Any:
         copy.__kwdefaults__ = function.__kwdefaults__
         names[name] = copy
     return names["multi_head_attention_forward"]
-
-
-class _Recorders(local):
-    """The recorders of the modules that run right now in this thread, innermost last."""
-
-    def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, _FunctionRecorder, FunctionHooks]] = []
-
-
-_recorders = _Recorders()
-
-
-def _enter_functions(module: nn.Module, args: Any) -> None:
-    hooks = FunctionHooks.found_on(module) if torch.is_grad_enabled() else None
-    if hooks is not None:  # and held until the module is left, so that they come in pairs
-        recorder = _FunctionRecorder(module)
-        recorder.__enter__()  # type: ignore[no-untyped-call]
-        _recorders.stack.append((module, recorder, hooks))
-
-
-def _leave_functions(module: nn.Module, args: Any, output: Any) -> None:
-    if _recorders.stack and _recorders.stack[-1][0] is module:
-        _recorders.stack.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]

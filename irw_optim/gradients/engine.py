@@ -20,9 +20,10 @@ from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
 from irw_optim.gradients import texts
 from irw_optim.gradients.capture import hook_layers, sites_noted
+from irw_optim.gradients.compiling import compile_anew, is_compiled, keep_out, prepare
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
 from irw_optim.gradients.graph import Graph, walk
-from irw_optim.gradients.hooks import is_compiled, needs_hooks, silence_of
+from irw_optim.gradients.hooks import needs_hooks, silence_of
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import WAITING, LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_of_parts
@@ -62,6 +63,8 @@ class Engine(Renewed):
         "coverings",
         "plans",
         "listens",
+        "sees_fused",
+        "made_anew",
         "trust",
         "told",
         "uses",
@@ -81,10 +84,12 @@ class Engine(Renewed):
         being_copied = self.model is not None and "_modules" not in vars(self.model)
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
         self.listens = False
-        whole = self.model is not None and not being_copied
-        if whole:
-            _ENGINES_OF.setdefault(self.model, WeakSet()).add(self)  # type: ignore[arg-type]
-        if whole and (self.kind == "ghost" or needs_hooks(self.model)):  # type: ignore[arg-type]
+        self.sees_fused = self.made_anew = False
+        model = None if being_copied else self.model
+        prepare(model)
+        if model is not None:
+            _ENGINES_OF.setdefault(model, WeakSet()).add(self)
+        if model is not None and (self.kind == "ghost" or needs_hooks(model)):
             self.listen()
         self.known: dict[str, bool] = {}
         self.coverings: dict[Hashable, Covering] = {}
@@ -117,6 +122,7 @@ class Engine(Renewed):
         graph = walk(losses)
         if self.listens:
             graph.sites = sites_noted(graph.order)
+            self.sees_fused = any(map(is_compiled, graph.order))
         own = None if owns is None else owns(graph.leaves)
         batch = LossGradients(self, losses, graph, own)
         batch.kind = (*fingerprint(losses, graph), *map(id, batch.leaves))
@@ -126,6 +132,15 @@ class Engine(Renewed):
         if len(batch.sharing) == MANY_LOSSES:
             self._tell(logging.WARNING, "many losses", texts.many_losses(MANY_LOSSES + 1))
         return batch
+
+    def left(self) -> None:
+        """A backward pass is over: what could not be passed through fused is kept out from now."""
+        if self.known.get("row_by_row") and (self.sees_fused or self.made_anew):
+            del self.known["row_by_row"]  # the next forward is another
+            if self.model is not None and not self.made_anew:
+                self.hooks, self.listens = [*silence_of(self.model), *keep_out(self.model)], False
+                self._tell(logging.WARNING, "kept out", texts.KEPT_OUT)
+            self.made_anew = False
 
     def covering(self, captured: LossGradients, *, sharded: bool = False) -> Covering:
         """Bring the batch of each layer call of a graph in front; what is known of its kind.
@@ -182,7 +197,8 @@ class Engine(Renewed):
             return
         self.listen()
         if any(map(is_compiled, graph.order)):
-            torch.compiler.reset()  # what was compiled does not call the hooks
+            compile_anew(graph.order)
+            self.made_anew = True
 
     def warn_of_mixing(self, losses: Tensor) -> None:
         """Say where samples may meet, for rows that somebody else made: nothing else shows it.

@@ -189,8 +189,10 @@ class LossGradients:
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""
         WAITING.leave(self)
-        if not self.sharing and self.engine.listens:
-            forget_calls(self.graph.sites)
+        if self.engine.listens:
+            if not self.sharing:
+                forget_calls(self.graph.sites)
+            self.engine.left()
         self.ghost = self.passes = None
         self.losses = self.losses.detach()
         self.graph = NO_GRAPH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,3 +27,21 @@ def gradients_at(
     return _run_backward(  # type: ignore[no-any-return]
         (losses,), (cotangent,), retain_graph, False, tuple(edges), True, accumulate_grad=False
     )
+
+
+def keep_for_further_passes() -> None:
+    """Let compiled code keep what its backward pass reads, as autograd does with a retained graph.
+
+    By default torch lets a compiled backward pass write over it. Code that was compiled so is
+    dropped, and not taken from a cache either, whose keys don't tell the two apart.
+    """
+    import torch._functorch.config as config
+
+    if not getattr(config, "donated_buffer", False):
+        return
+    config.donated_buffer = False
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    keys: Any = getattr(torch.compiler, "config", None)
+    if hasattr(keys, "cache_key_tag"):
+        keys.cache_key_tag += "nothing donated"

@@ -31,7 +31,7 @@ a bias in front of a normalisation has no gradient but noise."""
 
 def probe_of(losses: Tensor, random: torch.Generator) -> Tensor:
     """Random weights for the samples, (B,), from a generator of the engine's own."""
-    probe = torch.randn(len(losses), generator=random, dtype=torch.float64)
+    probe = torch.randn(len(losses), generator=random, dtype=torch.float64, device="cpu")
     return probe.to(losses.device, losses.dtype)
 
 

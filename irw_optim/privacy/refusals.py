@@ -288,10 +288,12 @@ def _optimizers_inside(optimizer: Optimizer) -> Iterator[Optimizer]:
 def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
     for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
         yield from table.values()
+    if "forward" in vars(module):
+        yield vars(module)["forward"]
 
 
 def _is_irw_hook(hook: Callable[..., Any]) -> bool:
-    """Whether a module hook belongs to this library's non-private part."""
+    """Whether a hook, or a forward that was replaced, is of this library's non-private part."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     home = getattr(hook, "__module__", None) or type(hook).__module__

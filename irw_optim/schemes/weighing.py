@@ -57,7 +57,9 @@ def weigh_dataset(
         eval_mode(model),
         progress_bar("global weights", to_read, progress) as bar,
     ):
-        alone = DatasetGradients(reader, torch.arange(size), losses_of, engine, scored, bar)
+        alone = DatasetGradients(
+            reader, torch.arange(size, device="cpu"), losses_of, engine, scored, bar
+        )
         layout = [p for p in model.parameters() if p.requires_grad and scored(p)]
         rows = alone if ranks is None else DatasetOverRanks(alone, ranks, layout)
         everybody = rows.losses()
@@ -87,7 +89,7 @@ def weigh_dataset(
             differing = [batch for some in ranks.objects(differing) for batch in some]
         if differing:
             for batch in differing if arranged else []:
-                check_order(alone, torch.tensor(batch), compared)
+                check_order(alone, torch.tensor(batch, device="cpu"), compared)
             alone.consistency.warn(model)
         return record
 
@@ -114,13 +116,15 @@ def outliers_in_blocks(
     Returns:
         (N,) bool, True for the samples to remove; nobody of a block of which all would be.
     """
-    order = torch.randperm(rows.batch_size, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(
+        rows.batch_size, generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    )
     if present is not None:
         order = order[present.cpu()[order]]
     pieces = order.tensor_split(math.ceil(len(order) / block))
     if ranks is not None:
         pieces = pieces[ranks.rank :: ranks.number]
-    removed = torch.zeros(rows.batch_size, dtype=torch.bool)
+    removed = torch.zeros(rows.batch_size, dtype=torch.bool, device="cpu")
     own, sizes = torch.cat([order[:0], *pieces]), [len(piece) for piece in pieces]
     for positions, gradients in rows.blocks(own, sizes):
         gram, factor, _, _ = gram_in_range(gradients)
