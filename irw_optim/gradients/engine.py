@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +22,10 @@ from irw_optim.gradients.capture import hook_layers, sites_noted
 from irw_optim.gradients.compiling import compile_anew, is_compiled, keep_out, prepare
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
 from irw_optim.gradients.graph import Graph, walk
-from irw_optim.gradients.hooks import needs_hooks, silence_of
+from irw_optim.gradients.hooks import needs_hooks, silence_of, weighed_by
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import WAITING, LossGradients
-from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_of_parts
-from irw_optim.gradients.nodes import shape_of
+from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_that_entered
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import Plan, in_a_pass_to_all, read, with_layouts
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
@@ -88,7 +86,7 @@ class Engine(Renewed):
         model = None if being_copied else self.model
         prepare(model)
         if model is not None:
-            _ENGINES_OF.setdefault(model, WeakSet()).add(self)
+            weighed_by(model).add(self)
         if model is not None and (self.kind == "ghost" or needs_hooks(model)):
             self.listen()
         self.known: dict[str, bool] = {}
@@ -177,7 +175,8 @@ class Engine(Renewed):
                 _remember(self.coverings, kind, covering)
                 if not sharded:
                     self._report(covering, own)
-                    self._report_parts(graph, batch, size)
+                    if rows := rows_that_entered(graph, batch, size):
+                        self._tell(logging.WARNING, "parts", texts.parts(size, rows))
         if found is not None:
             plan = Plan(with_layouts(found[0], graph), covering)
             _remember(self.plans, captured.kind, plan)
@@ -264,7 +263,7 @@ class Engine(Renewed):
     def remove_hooks(self) -> None:
         self.hooks = []
         if self.model is not None:
-            _ENGINES_OF.get(self.model, WeakSet()).discard(self)
+            weighed_by(self.model).discard(self)
 
     def _report(self, covering: Covering, own: Sequence[Tensor]) -> None:
         rest = [p for p in own if p not in covering.covered and p not in covering.trust.lost]
@@ -282,32 +281,10 @@ class Engine(Renewed):
             f"plain steps) for {self.names_of(rest)}: {covering.reason}",
         )
 
-    def _report_parts(self, graph: Graph, batch: Batch, losses: int) -> None:
-        """Say where the samples are parts of what entered the model, such as tokens."""
-        if batch.followed:
-            entered = rows_of_parts(graph, batch, losses)
-        elif any(site.call.layout is not None for site in graph.sites):
-            return
-        else:
-            entered = {shape[0] for node in graph.order if len(shape := shape_of(node)) > 2}
-        if len(entered) != 1:
-            return
-        (rows,) = entered
-        if 1 < rows < losses and losses % rows == 0:
-            self._tell(logging.WARNING, "parts", texts.parts(losses, rows))
-
     def _tell(self, level: int, about: str, text: str) -> None:
         """Say it once for a model; a forward that varies would say it at every turn."""
         logger.log(logging.DEBUG if about in self.told else level, text)
         self.told.add(about)
-
-
-_ENGINES_OF: WeakKeyDictionary[nn.Module, WeakSet[Engine]] = WeakKeyDictionary()
-
-
-def has_engine(model: nn.Module) -> bool:
-    """Whether the gradients of a model are weighed by somebody, hooks or not."""
-    return bool(_ENGINES_OF.get(model))
 
 
 def _remember(known: dict[Hashable, _Value], key: Hashable, value: _Value) -> None:

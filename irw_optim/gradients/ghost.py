@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
-from irw_optim.gradients.layers._call import _summed_rows, gram_of_rows
+from irw_optim.gradients.layers._gram import gram_of_rows, summed_rows
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.torch_internals import gradients_at
 
@@ -103,7 +103,7 @@ class GhostGradients:
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         """The per-sample gradients of some samples, (b, *p.shape) by parameter."""
-        rows = _summed_rows(self.calls, samples)
+        rows = summed_rows(self.calls, samples)
         return {p: self._unseeded(block) for p, block in rows.items()}
 
     def _unseeded(self, values: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import nn
 
@@ -53,3 +53,11 @@ class _Silence:
 
     def clean(self, state: dict[str, Any]) -> None:
         state["hooks_enabled"] = True
+
+
+def weighed_by(model: nn.Module) -> WeakSet[Any]:
+    """The engines that live and have a model's gradients to weigh, whether it has hooks or not."""
+    return _WEIGHED_BY.setdefault(model, WeakSet())
+
+
+_WEIGHED_BY: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()

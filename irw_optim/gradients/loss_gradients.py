@@ -190,8 +190,7 @@ class LossGradients:
         """The backward pass is over: nothing of it may be held any longer."""
         WAITING.leave(self)
         if self.engine.listens:
-            if not self.sharing:
-                forget_calls(self.graph.sites)
+            forget_calls(() if self.sharing else self.graph.sites)
             self.engine.left()
         self.ghost = self.passes = None
         self.losses = self.losses.detach()
@@ -271,8 +270,7 @@ class Waiting:
     """Losses whose backward pass is still to come, in whatever thread: they may share a graph."""
 
     def __init__(self) -> None:
-        self.batches: WeakSet[LossGradients] = WeakSet()
-        self.lock = Lock()
+        self.batches, self.lock = WeakSet[LossGradients](), Lock()
 
     def join(self, batch: LossGradients) -> None:
         with self.lock:

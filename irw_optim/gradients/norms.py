@@ -24,7 +24,7 @@ from irw_optim.gradients.layers import (
     LayerCall,
     LinearCall,
 )
-from irw_optim.gradients.layers._call import _summed_rows
+from irw_optim.gradients.layers._gram import summed_rows
 from irw_optim.gradients.materialized import MEMORY_BOUND, as_matrix, widened
 
 __all__ = ["row_norms"]
@@ -133,7 +133,7 @@ def _by_rows(calls: Sequence[LayerCall]) -> Tensor:
     step = max(1, MEMORY_BOUND // numbers)
     blocks = []
     for start in range(0, len(calls[0].b), step):
-        rows = _summed_rows(list(calls), slice(start, start + step))
+        rows = summed_rows(list(calls), slice(start, start + step))
         blocks.append(torch.stack([_square(as_matrix(block)) for block in rows.values()]).sum(0))
     return torch.cat(blocks)
 

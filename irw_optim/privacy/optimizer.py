@@ -276,7 +276,6 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         if not self.irw.uses_direction:
             return Released(tail_count.item())
         saturated_count = self._noisy(sums.saturated_count, scales.count)
-        # Both at once: it waits for a device.
         tail, saturated = torch.stack([tail_count, saturated_count]).tolist()
         direction = {p: self._noisy(t, scales.direction * C) for p, t in sums.direction.items()}
         return Released(tail, saturated, direction)
@@ -291,8 +290,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         return noise
 
     def _over_ranks(self, total: Tensor) -> Tensor:
-        """The sum over all processes; this one is alone."""
-        return total
+        return total  # this one is alone
 
     def _refuse_mid_batch(self, what: str) -> None:
         if self._logical_batch is not None:

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from irw_optim.errors import DPGuaranteeError
-from irw_optim.gradients.engine import has_engine
+from irw_optim.gradients.hooks import weighed_by
 
 from ..arguments import as_real
 from .config import IRWDPConfig, refuse_batch_level_options
@@ -256,7 +256,7 @@ def check_module(module: nn.Module, criterion: nn.Module | None = None) -> None:
                 f"{where}: it averages or shards gradients before the noise; DP-IRW is built for "
                 "opacus.distributed.DifferentiallyPrivateDistributedDataParallel"
             )
-        if has_engine(child) or any(_is_irw_hook(hook) for hook in _hooks(child)):
+        if weighed_by(child) or any(_is_irw_hook(hook) for hook in _hooks(child)):
             raise DPGuaranteeError(
                 f"an IRWOptimizer (or a private one in ghost mode) is attached to the model: "
                 f"{_REWEIGHTED_EARLIER}"

@@ -18,8 +18,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from irw_optim.gradients.layers._gram import gram_of_rows
 from irw_optim.gradients.layers._layout import FIRST, Layout, layouts_of
-from irw_optim.gradients.materialized import blocked_gram, wide, widened
+from irw_optim.gradients.materialized import wide, widened
 from irw_optim.gradients.protocol import Direction
 
 GATHER_FROM = 2**17
@@ -272,24 +273,6 @@ class LayerCall:
         if a.numel() < b.numel():
             return scaled(a, values, in_place=gathered), b
         return a, scaled(b, values, in_place=gathered)
-
-
-def gram_of_rows(calls: list[LayerCall]) -> Tensor:
-    """G G^T of the parameters that these calls share, from rows a block of samples at a time.
-
-    Needed where several calls meet in one parameter: g_i is then a sum over calls.
-    """
-    parameters = {p for call in calls for p in call.parameters.values()}
-    numbers = sum(p.numel() for p in parameters)
-    return blocked_gram(len(calls[0].b), numbers, lambda samples: _summed_rows(calls, samples))
-
-
-def _summed_rows(calls: list[LayerCall], samples: slice) -> dict[Tensor, Tensor]:
-    total: dict[Tensor, Tensor] = {}
-    for call in calls:
-        for p, block in call.rows(samples).items():
-            total[p] = total[p] + block if p in total else block
-    return total
 
 
 def scaled(rows: Tensor, weights: Tensor, in_place: bool = False) -> Tensor:
