@@ -28,7 +28,7 @@ def on_the_device(*command: str, **more: str) -> subprocess.CompletedProcess[str
 
 
 def test_on_the_pretended_device() -> None:
-    finished = on_the_device(*COMMAND, str(TESTS / "device" / "test_on_a_device.py"))
+    finished = on_the_device(*COMMAND, str(TESTS / "device"))
     assert finished.returncode == 0, finished.stdout[-3000:]
 
 
