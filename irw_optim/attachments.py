@@ -7,25 +7,14 @@ this package is not installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary, finalize, ref
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _Attached = TypeVar("_Attached", bound="Attachment")
-
-
-def uncompiled(function: _Function) -> _Function:
-    """The function, outside of what torch.compile traces, with all that it calls.
-
-    Unlike `torch.compiler.disable` it does not load the compiler before it is called.
-    """
-    disable: Any = torch._disable_dynamo  # type: ignore[attr-defined]
-    return cast("_Function", disable(function))
 
 
 class Change(Protocol):

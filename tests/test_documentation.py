@@ -45,6 +45,7 @@ ROOMS = {
     "processes",
     "restored",
     "tables",
+    "torch_internals",
     "weighting",
 }
 PAGES_WITH_THE_DIFF = ["README.md", "docs/index.md"]

@@ -21,8 +21,9 @@ from irw_optim.backward.weighted_loss import Weigher
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.concatenated import ConcatenatedGradients
 from irw_optim.gradients.ghost import check_inputs
-from irw_optim.gradients.loss_gradients import LossGradients, is_wanted
+from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.materialized import widened
+from irw_optim.torch_internals import is_wanted
 
 
 class LogicalBatch:
@@ -126,7 +127,7 @@ class _Member(Deferred):
         plain = {}
         if others:
             factors = upstream * self.batch.ordinary_factors()
-            plain = captured.plain_sum(others, factors, heard=weighted)
+            plain = captured.plain_sum(others, factors, hooks_ran=weighted)
         if weighted and len(self.logical.members) == self.logical.size:
             self.logical.finish()
         return [None, *[plain.get(leaf) for leaf in captured.others]]

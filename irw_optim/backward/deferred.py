@@ -17,6 +17,7 @@ from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.loss_gradients import LossGradients
+from irw_optim.torch_internals import graph_is_kept
 
 
 class Deferred:
@@ -39,7 +40,7 @@ class Deferred:
         """The gradient of every leaf, for the gradient ``upstream`` of the scalar loss."""
         if self.passed:
             raise RuntimeError(self.ALREADY_PASSED)
-        keep_graph: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+        keep_graph = graph_is_kept()
         try:
             with without_autocast(upstream.device.type):
                 return self.arrive(upstream, keep_graph)

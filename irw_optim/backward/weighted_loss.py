@@ -115,7 +115,7 @@ class WeightedPass(Deferred):
             captured.start(seed_of(upstream, batch), keep_graph)
         if others:
             factors = upstream * batch.ordinary_factors()
-            total |= captured.plain_sum(others, factors, heard=weighted)
+            total |= captured.plain_sum(others, factors, hooks_ran=weighted)
         if weighted:
             rows = captured.rows(self.scored)
             weights = self.weigher.coefficients([Pass(batch, upstream)], rows)

@@ -15,9 +15,10 @@ from weakref import WeakMethod, ref
 import torch
 from torch import Tensor, nn
 
-from irw_optim.attachments import Attachment, Removable, Replacement, replace_on, uncompiled
+from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
 from irw_optim.criterion._dispatch import per_sample_losses, validate_criterion
 from irw_optim.criterion._folding import PerSampleLosses
+from irw_optim.torch_internals import uncompiled
 
 logger = logging.getLogger("irw_optim")
 

@@ -23,6 +23,7 @@ from irw_optim.copies import Renewed
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.weigher import OverRanks
 from irw_optim.processes import several_processes
+from irw_optim.torch_internals import at_the_end_of_backward
 
 logger = logging.getLogger("irw_optim")
 
@@ -132,11 +133,11 @@ class Replicas(Renewed):
         """What autograd meets of these parameters."""
         return set(parameters)
 
-    def hear(self, loss: Tensor) -> None:
-        """See `hear_in_time`."""
+    def prepare_reducer(self, loss: Tensor) -> None:
+        """See `prepare_static_graph`."""
         replica = self.find()
         if replica is not None:
-            hear_in_time(loss, replica)
+            prepare_static_graph(loss, replica)
 
     def check_reduced(self) -> None:
         """Raise where DDP would not reduce what is added to ``p.grad`` now."""
@@ -207,7 +208,7 @@ def _say_that_there_is_none(model: nn.Module | None) -> None:
     )
 
 
-def hear_in_time(loss: Tensor, replica: DistributedDataParallel) -> None:
+def prepare_static_graph(loss: Tensor, replica: DistributedDataParallel) -> None:
     """Tell a DDP with ``static_graph=True`` of the backward pass of this loss, when it runs.
 
     In its first iteration it reduces everything at the end of backward. A node behind the model's
@@ -229,9 +230,8 @@ def hear_in_time(loss: Tensor, replica: DistributedDataParallel) -> None:
     def ask(_: Tensor) -> None:
         if not replica._static_graph_delay_allreduce_enqueued:
             replica._static_graph_delay_allreduce_enqueued = True
-            engine: Any = torch.autograd.Variable._execution_engine
             reducer: Any = replica.reducer
-            engine.queue_callback(reducer._delay_all_reduce)
+            at_the_end_of_backward(reducer._delay_all_reduce)
 
     loss.register_hook(ask)
 

@@ -91,7 +91,7 @@ class Shards(Renewed):
         """See `sharded_loss`."""
         return sharded_loss(batch, captured, scored, weigher, self)
 
-    def hear(self, loss: Tensor) -> None:
+    def prepare_reducer(self, loss: Tensor) -> None:
         """FSDP hears of a backward pass by itself."""
 
     def check_reduced(self) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
-from irw_optim.attachments import Attachment, Removable, replace_on, uncompiled
+from irw_optim.attachments import Attachment, Removable, replace_on
 from irw_optim.gradients.compiling import KeptOut
 from irw_optim.gradients.function_rules import CALLS, rule_of_function
 from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
 from irw_optim.gradients.rules import call_of, rule_of
+from irw_optim.torch_internals import uncompiled
 
 
 def hook_layers(model: nn.Module) -> list[Attachment]:

@@ -17,8 +17,8 @@ from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from irw_optim.attachments import Attachment, Removable, Replacement, replace_on, uncompiled
-from irw_optim.gradients.torch_internals import keep_for_further_passes
+from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
+from irw_optim.torch_internals import keep_for_further_passes, uncompiled
 
 
 class KeptOut(Replacement):

@@ -60,14 +60,14 @@ class Engine(Renewed):
         "known",
         "coverings",
         "plans",
-        "listens",
+        "has_layer_hooks",
         "sees_fused",
         "made_anew",
         "trust",
         "told",
         "uses",
         "unfamiliar",
-        "listened_to",
+        "checked_for_hooks",
         "random",
     )
 
@@ -81,14 +81,14 @@ class Engine(Renewed):
         """Know nothing of the model yet."""
         being_copied = self.model is not None and "_modules" not in vars(self.model)
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
-        self.listens = False
+        self.has_layer_hooks = False
         self.sees_fused = self.made_anew = False
         model = None if being_copied else self.model
         prepare(model)
         if model is not None:
             weighed_by(model).add(self)
         if model is not None and (self.kind == "ghost" or needs_hooks(model)):
-            self.listen()
+            self.add_layer_hooks()
         self.known: dict[str, bool] = {}
         self.coverings: dict[Hashable, Covering] = {}
         self.plans: dict[Hashable, Plan] = {}
@@ -96,13 +96,13 @@ class Engine(Renewed):
         self.told: set[str] = set()
         self.uses = 0
         self.unfamiliar = True
-        self.listened_to: dict[Hashable, bool] = {}
+        self.checked_for_hooks: dict[Hashable, bool] = {}
         self.random = torch.Generator().manual_seed(0)
 
-    def listen(self) -> None:
+    def add_layer_hooks(self) -> None:
         """See layers as they are called, too: where the graph does not show what they do."""
-        if self.hooks is not None and self.model is not None and not self.listens:
-            self.listens = True
+        if self.hooks is not None and self.model is not None and not self.has_layer_hooks:
+            self.has_layer_hooks = True
             self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
 
     def capture(
@@ -118,7 +118,7 @@ class Engine(Renewed):
         if self.hooks is None:
             self.begin()
         graph = walk(losses)
-        if self.listens:
+        if self.has_layer_hooks:
             graph.sites = sites_noted(graph.order)
             self.sees_fused = any(map(is_compiled, graph.order))
         own = None if owns is None else owns(graph.leaves)
@@ -136,7 +136,10 @@ class Engine(Renewed):
         if self.known.get("row_by_row") and (self.sees_fused or self.made_anew):
             del self.known["row_by_row"]  # the next forward is another
             if self.model is not None and not self.made_anew:
-                self.hooks, self.listens = [*silence_of(self.model), *keep_out(self.model)], False
+                self.hooks, self.has_layer_hooks = (
+                    [*silence_of(self.model), *keep_out(self.model)],
+                    False,
+                )
                 self._tell(logging.WARNING, "kept out", texts.KEPT_OUT)
             self.made_anew = False
 
@@ -192,9 +195,9 @@ class Engine(Renewed):
 
     def _look_closer(self, graph: Graph) -> None:
         """From now on see layers as they are called, where the graph does not show them."""
-        if self.listens:
+        if self.has_layer_hooks:
             return
-        self.listen()
+        self.add_layer_hooks()
         if any(map(is_compiled, graph.order)):
             compile_anew(graph.order)
             self.made_anew = True
@@ -213,7 +216,7 @@ class Engine(Renewed):
             where = batch.mixed_by or "what is computed for all samples together"
             self._tell(logging.WARNING, "rows", texts.rows_may_meet(where))
 
-    def looks_for_hooks(self, graph: Graph) -> bool:
+    def hook_check_is_due(self, graph: Graph) -> bool:
         """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
         self.uses += 1
         if self.uses & (self.uses - 1) == 0:
@@ -221,8 +224,8 @@ class Engine(Renewed):
         if not self.unfamiliar:
             return False
         kind = graph.wiring, tuple(map(type, graph.order))
-        new = kind not in self.listened_to
-        _remember(self.listened_to, kind, True)
+        new = kind not in self.checked_for_hooks
+        _remember(self.checked_for_hooks, kind, True)
         return new
 
     def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:

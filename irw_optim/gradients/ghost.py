@@ -18,7 +18,7 @@ from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.layers._gram import gram_of_rows, summed_rows
 from irw_optim.gradients.protocol import Direction
-from irw_optim.gradients.torch_internals import gradients_at
+from irw_optim.torch_internals import gradients_at
 
 
 class GhostGradients:

@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses
@@ -20,6 +20,7 @@ from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradie
 from irw_optim.gradients.graph import NO_GRAPH, CallSite, Graph
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.verification import compare, in_half_precision, probe_of
+from irw_optim.torch_internals import is_walked_on, is_wanted
 
 if TYPE_CHECKING:
     from irw_optim.gradients.engine import Engine
@@ -43,7 +44,7 @@ class LossGradients:
     Attributes:
         leaves: those of the model.
         others: inputs, and parameters of other networks: their gradient is the plain one.
-        rest: leaves that the ghost products do not cover.
+        uncovered: leaves that the ghost products do not cover.
         apart: whether the graph proves that no sample reads another; known once `start` has run.
     """
 
@@ -63,7 +64,7 @@ class LossGradients:
             self.others = [leaf for leaf in graph.leaves if leaf not in own]
         self.sharing: WeakSet[LossGradients] | tuple[()] = ()
         self.apart = False
-        self.rest = self.finished_by_autograd = self.leaves
+        self.uncovered = self.finished_by_autograd = self.leaves
         self.ghost: GhostGradients | None = None
         self.passes: BackwardPasses | None = None
         self.kind: tuple[object, ...] = ()
@@ -78,31 +79,32 @@ class LossGradients:
         size, engine = self.losses.shape[0], self.engine
         covering, graph = engine.covering(self), self.graph
         self.apart = covering.mixed_by is None and size > 1
-        listens = bool(size) and engine.looks_for_hooks(graph)
+        check_hooks = bool(size) and engine.hook_check_is_due(graph)
         check = bool(size and covering.covered) and covering.check_is_due()
         hooks_change = engine.known.get(HOOKS_CHANGE)
-        if covering.whole and covering.covered and not (check or listens or hooks_change):
-            self.rest = self.finished_by_autograd = []
+        if covering.covers_all and covering.covered and not (check or check_hooks or hooks_change):
+            self.uncovered = self.finished_by_autograd = []
             retain = keep_graph or bool(self.sharing or self.others)
-            ghost = ghost_gradients(
-                self.losses, graph.sites, seed, retain_graph=retain, reached=covering.reached
+            known, sites = covering.reached, graph.sites
+            self.ghost = ghost_gradients(
+                self.losses, sites, seed, retain_graph=retain, reached=known
             )
-            if len(ghost.calls) != len(covering.reached):
-                covering.reached = ghost.reached
-            self.ghost = ghost
+            if len(self.ghost.calls) != len(known):
+                covering.reached = self.ghost.reached
             return
         passes = self._passes
         if not covering.covered:
-            if listens:
-                passes.listen([], seed.expand_as(self.losses), self.leaves)
+            if check_hooks:
+                passes.compare_hooks([], seed.expand_as(self.losses), self.leaves)
             return
         covered = covering.covered
         sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
         check_inputs(site.call for site in sites)
         factors = seed.expand_as(self.losses)
-        by = partial(passes.loud if covering.whole else passes.quiet, weights=factors)
-        if listens:
-            by = partial(passes.listen, weights=factors, leaves=self.leaves)
+        last = passes.with_hooks if covering.covers_all else passes.without_hooks
+        by = partial(last, weights=factors)
+        if check_hooks:
+            by = partial(passes.compare_hooks, weights=factors, leaves=self.leaves)
         ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True, backward=by)
         if len(sites) == len(graph.sites):
             covering.reached = ghost.reached
@@ -111,19 +113,19 @@ class LossGradients:
         sparse = {
             p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()
         }
-        self.rest = [p for p in self.leaves if p not in covered]
+        self.uncovered = [p for p in self.leaves if p not in covered]
         self.finished_by_autograd = [p for p in self.leaves if p not in covered or p in sparse]
         self.ghost = ghost.restricted_to(covered)
 
     def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
         """G with the columns of the chosen parameters."""
-        if self.ghost is not None and not self.rest and all(map(parameters, self.leaves)):
+        if self.ghost is not None and not self.uncovered and all(map(parameters, self.leaves)):
             return self.ghost
         if self.engine.own is not None:
             return self._by_own_engine(self.engine.own, [p for p in self.leaves if parameters(p)])
         parts: list[PerSampleGradients] = []
         chosen = {p for p in self.leaves if parameters(p)}
-        rest = [p for p in self.rest if p in chosen]
+        rest = [p for p in self.uncovered if p in chosen]
         if self.ghost is not None:
             part = self.ghost.restricted_to(chosen)
             if part.calls:
@@ -153,11 +155,11 @@ class LossGradients:
         if rest:
             passes = self._passes
             ends = passes.edges_of(rest)
-            if passes.heard:
-                gradients = passes.quiet(ends, weights)
+            if passes.hooks_ran:
+                gradients = passes.without_hooks(ends, weights)
             else:
                 aside = self._edges_aside(rest)
-                gradients = passes.loud([*ends, *aside], weights, retain_graph=not last)
+                gradients = passes.with_hooks([*ends, *aside], weights, retain_graph=not last)
             total.update((p, g) for p, g in zip(rest, gradients, strict=False) if g is not None)
         for p, g in total.items():
             if g.dtype != p.dtype:
@@ -165,17 +167,18 @@ class LossGradients:
         return total
 
     def plain_sum(
-        self, leaves: Sequence[Tensor], factors: Tensor, *, heard: bool
+        self, leaves: Sequence[Tensor], factors: Tensor, *, hooks_ran: bool
     ) -> dict[Tensor, Tensor]:
         """Sum of factor_i times the gradient of loss i, by ordinary autograd, for any leaves.
 
         Args:
             leaves: of the graph.
             factors: (B,).
-            heard: whether hooks on activations hear another pass of this loss.
+            hooks_ran: whether hooks on activations run in another pass of this loss.
         """
         passes = self._passes
-        gradients = (passes.quiet if heard else passes.loud)(passes.edges_of(leaves), factors)
+        back = passes.without_hooks if hooks_ran else passes.with_hooks
+        gradients = back(passes.edges_of(leaves), factors)
         return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
 
     def is_wanted(self, leaf: Tensor) -> bool:
@@ -184,12 +187,12 @@ class LossGradients:
 
     def is_walked_on(self) -> bool:
         """Whether the backward pass that runs now goes through the same graph after us."""
-        return any(map(torch._C._will_engine_execute_node, self.graph.order))
+        return is_walked_on(self.graph.order)
 
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""
         WAITING.leave(self)
-        if self.engine.listens:
+        if self.engine.has_layer_hooks:
             forget_calls(() if self.sharing else self.graph.sites)
             self.engine.left()
         self.ghost = self.passes = None
@@ -215,7 +218,7 @@ class LossGradients:
             rows = own(self.losses, parameters)
         if self.engine.uses & (self.engine.uses - 1) == 0:
             probe = probe_of(self.losses, self.engine.random)
-            wrong = compare(parameters, self._quiet(parameters, probe), probe, rows)
+            wrong = compare(parameters, self._without_hooks(parameters, probe), probe, rows)
             if wrong:
                 raise RuntimeError(
                     f"engine={own!r} is not exact for {self.engine.names_of(wrong)}: combine(w) "
@@ -226,11 +229,11 @@ class LossGradients:
 
     def _by_autodiff(self, leaves: Sequence[Tensor]) -> AutodiffGradients:
         known, push = self.engine.known, self._passes.push
-        return AutodiffGradients(self.losses, leaves, known, self._quiet, push)
+        return AutodiffGradients(self.losses, leaves, known, self._without_hooks, push)
 
-    def _quiet(self, leaves: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor | None]:
+    def _without_hooks(self, leaves: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor | None]:
         passes = self._passes
-        return passes.quiet(passes.edges_of(leaves), weights)
+        return passes.without_hooks(passes.edges_of(leaves), weights)
 
     def _edges_aside(self, rest: Sequence[Tensor]) -> list[GradientEdge]:
         """Layers that a pass to the rest would not come by, and whose hooks it should meet."""
@@ -244,11 +247,11 @@ class LossGradients:
         """Compare the products with autograd; what is wrong is left to it."""
         parameters = [p for p in self.leaves if p in covering.covered]
         probe = probe_of(self.losses, self.engine.random)
-        wrong = compare(parameters, self._quiet(parameters, probe), probe, ghost)
+        wrong = compare(parameters, self._without_hooks(parameters, probe), probe, ghost)
         if in_half_precision(ghost):
             # Autograd's sums over many samples are too rough there to tell; our own are not.
             one = torch.ones((), device=probe.device)
-            by = partial(self._passes.quiet, weights=probe)
+            by = partial(self._passes.without_hooks, weights=probe)
             rows = ghost_gradients(self.losses, sites, one, retain_graph=True, backward=by)
             sums = rows.combine(torch.ones_like(probe))
             wrong = {p: error for p, error in wrong.items() if p not in covering.alone}
@@ -260,7 +263,7 @@ class LossGradients:
 
     def _let_go(self) -> None:
         """Hold the layers' inputs and output gradients no longer, here and on the graph."""
-        if self.engine.listens:
+        if self.engine.has_layer_hooks:
             forget_calls(self.graph.sites)
         self.graph = NO_GRAPH
         self.passes = self.ghost = None
@@ -290,11 +293,3 @@ class Waiting:
 
 
 WAITING = Waiting()
-
-
-def is_wanted(leaf: Node) -> bool:
-    """Whether the backward pass that runs now asks for the gradient that a node accumulates."""
-    try:
-        return torch._C._will_engine_execute_node(leaf)
-    except RuntimeError:  # torch's answer for a leaf that `autograd.grad` was asked for
-        return True

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from irw_optim.backward.deferred import Deferred
 from irw_optim.gradients.materialized import widened
+from irw_optim.torch_internals import at_the_end_of_backward
 
 logger = logging.getLogger("irw_optim")
 
@@ -46,8 +47,7 @@ class OtherTerms:
         """A weighted loss is reached by a backward pass, at whose end to compare."""
         if not self._queued:
             self._queued = True
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._compare)
+            at_the_end_of_backward(self._compare)
 
     def note(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Take the gradients that a weighted loss gives."""

@@ -58,7 +58,7 @@ class WeightedBackward(Renewed):
         self.progress = Progress()
         self.begin()
         if engine.model is not None and (several_processes() or is_sharded(engine.model)):
-            self._meet_the_others()
+            self._join_processes()
 
     def begin(self) -> None:
         """No pass waits for others."""
@@ -75,7 +75,7 @@ class WeightedBackward(Renewed):
     def processes(self) -> Processes | None:
         """Those that the model trains in; None for this one alone."""
         if self._processes is None and several_processes():  # a framework may start them late
-            self._meet_the_others()
+            self._join_processes()
         return self._processes
 
     @property
@@ -125,7 +125,7 @@ class WeightedBackward(Renewed):
         detached = batch._replace(losses=losses.detach())
         loss = make(detached, captured, set(leaves).__contains__, weigher)
         if processes is not None:
-            processes.hear(loss)
+            processes.prepare_reducer(loss)
         elif self.other_terms.watching:
             self.other_terms.watch(loss)
         return loss
@@ -202,7 +202,7 @@ class WeightedBackward(Renewed):
             self._own = set(known if self.processes is None else self.processes.leaves_of(known))
         return self._own
 
-    def _meet_the_others(self) -> None:
+    def _join_processes(self) -> None:
         """Load what several processes need, which most trainings do not."""
         from irw_optim.distributed.shards import processes_of
 

@@ -40,7 +40,7 @@ class GhostBatch(PendingBatch):
     def __init__(self, loss_reduction: str, model: nn.Module) -> None:
         super().__init__(loss_reduction)
         self._engine = Engine(model, "auto")
-        self._engine.listen()  # a batch of one sample does not show where the batch is
+        self._engine.add_layer_hooks()  # a batch of one sample does not show where the batch is
         self._rows: list[ClippableGradients | None] = []
 
     def unfollow(self) -> None:
@@ -97,7 +97,7 @@ class GhostBatch(PendingBatch):
             )
         batch_size = len(captured.losses)
         captured.start(torch.ones_like(upstream), keep_graph=False)
-        uncovered = set(captured.rest)
+        uncovered = set(captured.uncovered)
         for call, _, shape in captured.graph.sites:
             # The engine also finds a batch that is folded or does not stand first; but a Poisson
             # batch has any size, and a wrong guess would mix samples.
