@@ -41,7 +41,7 @@ WITH_ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-fast test-lowest test-newest test-versions test-machines $(MACHINES) lint format types docs demo bench zoo build clean
+.PHONY: help setup test test-fast test-lowest test-newest test-versions test-machines $(MACHINES) lint format types docs demo bench zoo test-device gpu build clean
 
 help: ## Show this text
 	@echo "irw-optim: the targets of this Makefile (each installs into $(VENV) what it needs, once)"
@@ -95,6 +95,15 @@ bench: $(WITH_ALL) ## Measure time and memory against plain training (minutes)
 
 zoo: $(WITH_ALL) ## Measure time, memory and exactness on many architectures (an hour)
 	$(BIN)/python -m benchmarks.zoo
+
+test-device: $(WITH_ALL) ## Run the tests with a pretended GPU as the default device (a C++ compiler builds it)
+	env OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTEST) -p pretend_gpu.plugin -m "not slow" $(DEVICE_TESTS)
+
+gpu: ## Test and measure on a CUDA card, with the torch of PYTHON (8 minutes)
+	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+		|| { echo "No CUDA card that the torch of $(PYTHON) can use; name another: make gpu PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet --editable . hypothesis pandas pytest rich
+	$(PYTHON) -m benchmarks.gpu
 
 build: $(WITH_ALL) ## Build the source and binary distributions in dist/
 	rm -rf dist

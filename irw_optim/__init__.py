@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from irw_optim.criterion import PerSampleLoss, per_sample_losses
-from irw_optim.model_check import Verification, verify
-from irw_optim.monitor import IRWMonitor
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.weighting import irw_weights, worst_off
 from irw_optim.weighting.outliers import DBSCANFilter
 from irw_optim.weighting.record import StepRecord
 
 if TYPE_CHECKING:
+    from irw_optim.model_check import Verification, verify
+    from irw_optim.monitor import IRWMonitor
     from irw_optim.remedies import compare_remedies
 
 __version__ = "0.1.0"
@@ -29,10 +29,23 @@ __all__ = [
     "worst_off",
 ]
 
+_WHEN_USED = {
+    "IRWMonitor": "irw_optim.monitor",
+    "Verification": "irw_optim.model_check",
+    "compare_remedies": "irw_optim.remedies",
+    "verify": "irw_optim.model_check",
+}
+"""What a plain training does not need, and where it is."""
+
 
 def __getattr__(name: str) -> Any:
-    if name == "compare_remedies":  # with what it needs, only when it is asked for
-        from irw_optim.remedies import compare_remedies
+    if name not in _WHEN_USED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return compare_remedies
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_WHEN_USED[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

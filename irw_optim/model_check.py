@@ -8,22 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from math import nan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 
-from irw_optim.criterion import PerSampleLosses, per_sample_losses
+from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
+from irw_optim.criterion.attached import check_unattached
 from irw_optim.distributed.shard_checks import check_whole
 from irw_optim.gradients.autodiff import AutodiffGradients
-from irw_optim.gradients.capture import walk
+from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import as_vector
 from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.optimizer.attach import check_unattached
+from irw_optim.optimizer.checks import check_model
 from irw_optim.restored import restored
+from irw_optim.tables import html_table
 from irw_optim.weighting import Alignment, weigh
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.record import StepRecord
@@ -46,6 +50,7 @@ class Verification:
             that cannot be measured.
         deterministic: whether two passes from one state give the same losses; where they do not,
             the errors say nothing.
+        reason: why some modules have no quick products; "" where all have.
     """
 
     engines: dict[str, str]
@@ -54,6 +59,7 @@ class Verification:
     time_ratio: float
     memory_ratio: float
     deterministic: bool = True
+    reason: str = ""
 
     @property
     def exact(self) -> bool:
@@ -62,25 +68,51 @@ class Verification:
 
     def __str__(self) -> str:
         width = max(len("module"), *(len(name) for name in self.engines))
-        lines = [f"{'module':<{width}}  engine"]
+        lines = [self.verdict, *(f"  {line}" for line in self._advice()), ""]
+        lines += [f"{'module':<{width}}  engine"]
         lines += [f"{name:<{width}}  {engine}" for name, engine in self.engines.items()]
         lines += ["", "relative error against a loop of plain autograd over the samples"]
         lines += [f"  {name:<9} {error:.1e}" for name, error in self.errors.items()]
-        lines += [
-            f"time of a step   {self.time_ratio:.2f} x plain",
-            f"peak memory      {self.memory_ratio:.2f} x plain",
-            self._verdict(),
-        ]
         return "\n".join(lines)
 
-    def _verdict(self) -> str:
+    def _repr_html_(self) -> str:
+        errors = [(name, f"{error:.1e}") for name, error in self.errors.items()]
+        paragraphs = [self.verdict, *self._advice()]
+        return "".join(
+            [
+                *(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs),
+                html_table(("module", "engine"), self.engines.items()),
+                html_table(("against a loop over the samples", "relative error"), errors),
+            ]
+        )
+
+    def _advice(self) -> list[str]:
+        """Which parameters go the slow way, what that costs, and how to make them quick."""
+        slow = [name for name, engine in self.engines.items() if engine != "ghost"]
+        if not slow or not self.reason:
+            return []
+        shown = ", ".join(slow[:4]) + (f" and {len(slow) - 4} more" if len(slow) > 4 else "")
+        advice = f"exact but without quick products: {shown}, since {self.reason}"
+        if "BatchNorm" in self.reason:
+            advice += "; GroupNorm or LayerNorm in its place, or model.eval() for it, is quick"
+        elif "samples may meet" in self.reason:
+            advice += "; a forward in which no sample reads another one is quick"
+        else:
+            advice += "; score_parameters='last' scores by the last layer alone"
+        return [advice]
+
+    @property
+    def verdict(self) -> str:
+        """One line: whether the weights are right, and what a step costs."""
         if not self.deterministic:
             return (
                 "NOT DETERMINISTIC: two passes from one state give other losses, so there is "
                 "nothing to compare with. Draw from torch's generators, random, numpy.random, or "
                 "a generator that is an attribute of a module"
             )
-        return f"{'EXACT' if self.exact else 'NOT EXACT'} (tolerance {self.tolerance:.0e})"
+        verdict = "EXACT" if self.exact else "NOT EXACT"
+        cost = f"{self.time_ratio:.2f} times the time and {self.memory_ratio:.2f} times the memory"
+        return f"{verdict} (tolerance {self.tolerance:.0e}); a step takes {cost} of a plain one"
 
 
 def verify(
@@ -117,7 +149,13 @@ def verify(
     >>> report.exact, report.engines
     (True, {'0': 'ghost', '2': 'ghost'})
     """
+    check_model(model)
     check_whole(model, "verify")
+    validate_criterion(criterion)
+    if isinstance(inputs, DataLoader):
+        raise TypeError(
+            "inputs is a DataLoader: expected one batch, inputs, targets = next(iter(loader))"
+        )
     check_unattached(criterion)  # or the optimizer that has it would lose it
     batch = _Batch(model, inputs, targets, criterion)
     with restored(model, criterion):
@@ -132,6 +170,7 @@ def verify(
         try:
             record, gradients = _weighted_step(optimizer, batch)
             covered = optimizer.engine.covered_parameters()
+            reason = "; ".join({c.reason for c in optimizer.engine.coverings.values()})
             time, memory = batch.cost(repeats)
         finally:
             optimizer.detach()
@@ -155,6 +194,7 @@ def verify(
         _ratio(time, plain_time),
         _ratio(memory, plain_memory),
         all(_relative(other, losses) <= tolerance for other in (again, record.losses)),
+        reason if any(p not in covered for p in batch.parameters) else "",
     )
 
 

@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Loaded by `make test-device` alone: it makes another device the default one.
+collect_ignore = ["pretend_gpu"]
+
 # Tiny tensors: a second thread only costs. `make test-machines` tries two.
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 

@@ -25,7 +25,11 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from irw_optim import IRWOptimizer, verify
-from irw_optim.optimizer import attach, irw_optimizer
+from irw_optim.criterion import attached
+from irw_optim.distributed.replicas import Replicas
+from irw_optim.gradients import capture
+from irw_optim.gradients.engine import Engine
+from irw_optim.optimizer import irw_optimizer, weighted_backward
 
 ALPHA, B = 0.3, 8
 
@@ -257,7 +261,7 @@ LOADING = """
         model, criterion = torch.load(path, weights_only=False)
         criterion(model(torch.ones(2, 4).double()), torch.tensor([0, 1])).backward()
         assert all(p.grad is not None for p in model.parameters())
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules())
     assert not any(name.startswith("irw_optim") for name in sys.modules)
     print("loaded")
 """
@@ -454,16 +458,16 @@ class TestCopiesOfAnOptimizer:
         twin.step()
         assert twin.steps == 1
 
-    def test_its_parts(self, how):
+    @pytest.mark.parametrize("part", ["engine", "replicas"])
+    def test_its_parts(self, how, part):
         model = make()
-        optimizer = over(model, None, engine="ghost")
-        for part, remove in (("engine", "remove_hooks"), ("replicas", "release")):
-            twin = how(getattr(optimizer, part))
-            its_model = twin.model
-            assert its_model is not model
-            assert traces(its_model) != traces(make())
-            getattr(twin, remove)()
-            assert traces(its_model) == traces(make())
+        owner = Engine(model, "ghost") if part == "engine" else Replicas(model)
+        twin = how(owner)
+        its_model = twin.model
+        assert its_model is not model
+        assert traces(its_model) != traces(make())
+        (twin.remove_hooks if part == "engine" else twin.release)()
+        assert traces(its_model) == traces(make())
 
 
 def test_a_shallow_copy_shares_what_is_attached():
@@ -492,18 +496,24 @@ class TestAConstructorThatFails:
         def fail(*args: Any, **options: Any) -> None:
             raise ZeroDivisionError
 
+        def fail_on(kind: type[nn.Module]) -> Any:
+            plain = capture.replace_on
+            return lambda module, *rest: (fail if isinstance(module, kind) else plain)(
+                module, *rest
+            )
+
         if where == "hooks":
-            monkeypatch.setattr(nn.LayerNorm, "register_forward_hook", fail)
+            monkeypatch.setattr(capture, "replace_on", fail_on(nn.LayerNorm))
             model.append(nn.LayerNorm(3).double())
             before = traces(model, criterion)
             sgd = torch.optim.SGD(model.parameters(), lr=0.1)
             inner = dict(vars(sgd))
         elif where == "a pair":
-            monkeypatch.setattr(Scaled, "register_forward_hook", fail)
+            monkeypatch.setattr(capture, "replace_on", fail_on(Scaled))
         elif where == "processes":
-            monkeypatch.setattr(irw_optimizer, "processes_of", fail)
+            monkeypatch.setattr(weighted_backward, "is_sharded", fail)
         elif where == "criterion":
-            monkeypatch.setattr(attach, "replace_on", fail)
+            monkeypatch.setattr(attached, "replace_on", fail)
         else:
             monkeypatch.setattr(irw_optimizer.OptimizerWrapper, "begin", fail)
         options = {"model": model, "criterion": criterion, "engine": "ghost"}

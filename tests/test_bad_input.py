@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from irw_optim import DBSCANFilter, IRWMonitor, IRWOptimizer, alpha, irw_weights, metrics, worst_off
+from irw_optim.errors import DPGuaranteeError
 from irw_optim.privacy import IRWDPConfig, IRWDPOptimizer
-from irw_optim.privacy.errors import DPGuaranteeError
 from irw_optim.schemes import GlobalScheme, ResamplingSampler
 
 
@@ -97,7 +97,11 @@ class WithoutReduction(nn.Module):
         ({"model": 3}, TypeError, r"model=3: expected the torch\.nn\.Module"),
         ({"model": None}, ValueError, r"criterion is given without model"),
         ({"criterion": F.cross_entropy}, TypeError, r"criterion=.*PerSampleLoss\(fn\)"),
-        ({"criterion": nn.CrossEntropyLoss}, TypeError, r"criterion=.*an instance, not a class"),
+        (
+            {"criterion": nn.CrossEntropyLoss},
+            TypeError,
+            r"criterion=CrossEntropyLoss is a class: .*criterion=CrossEntropyLoss\(\)",
+        ),
         (
             {"criterion": nn.CrossEntropyLoss(reduction="none")},
             ValueError,

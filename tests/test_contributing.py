@@ -124,3 +124,27 @@ def test_an_engine():
     truth = reference.step(losses, model.parameters(), 0.4)
     weights = names["irw_weights"](losses.detach(), names["Rows"](losses, model.parameters()), 0.4)
     assert reference.error(weights, truth.weights) < 1e-9
+    agree(*step(nn.Linear(4, 3), engine=names["Rows"]))
+
+
+def test_an_engine_gives_every_product_as_the_rows_do():
+    names = run("An engine")
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    losses = model(torch.randn(6, 4).double()).square().sum(1)
+    parameters = list(model.parameters())
+    rows, G = names["Rows"](losses, parameters), reference.per_sample_gradients(losses, parameters)
+    some = {parameters[0]: torch.randn(3, 4).double()}
+    weights = torch.randn(6).double()
+    assert reference.error(rows.dot(some), G[:, :12] @ some[parameters[0]].flatten()) < 1e-9
+    assert reference.error(rows.gram(), G @ G.T) < 1e-9
+    combined = torch.cat([rows.combine(weights)[p].flatten() for p in parameters])
+    assert reference.error(combined, weights @ G) < 1e-9
+
+
+def test_an_engine_that_is_wrong_is_told():
+    class Twice(run("An engine")["Rows"]):  # type: ignore[misc]
+        def combine(self, weights):
+            return {p: 2 * part for p, part in super().combine(weights).items()}
+
+    with pytest.raises(RuntimeError, match=r"Twice.*is not exact for bias, weight"):
+        step(nn.Linear(4, 3), engine=Twice)

@@ -17,6 +17,7 @@ import irw_optim.monitor
 import irw_optim.privacy
 import irw_optim.remedies
 import irw_optim.schemes
+import irw_optim.sklearn
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [
@@ -25,20 +26,26 @@ PACKAGES = [
     irw_optim.privacy,
     irw_optim.remedies,
     irw_optim.schemes,
+    irw_optim.sklearn,
 ]
 # Rooms of the house: what a user needs of them is in `irw_optim`, and what who extends them needs
 # is in CONTRIBUTING.md.
 ROOMS = {
     "arguments",
     "attachments",
+    "backward",
     "copies",
     "criterion",
     "distributed",
+    "errors",
     "gradients",
     "measure",
     "model_check",
     "optimizer",
+    "processes",
     "restored",
+    "tables",
+    "torch_internals",
     "weighting",
 }
 PAGES_WITH_THE_DIFF = ["README.md", "docs/index.md"]

@@ -6,14 +6,16 @@ import copy
 import gc
 import logging
 import pickle
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from irw_optim import IRWMonitor, IRWOptimizer
+from irw_optim.optimizer.options import Options
 from irw_optim.schemes import GlobalScheme
 from irw_optim.weighting.weights import Alignment
 
@@ -53,7 +55,7 @@ CHOSEN_ONCE = {
     "model": nn.Linear(4, 3),
     "criterion": nn.MSELoss(),
     "engine": "ghost",
-    "replicas": None,
+    "processes": None,
 }
 
 
@@ -161,15 +163,22 @@ def test_copies_have_options_of_their_own(how):
     twin = how(optimizer)
     twin.alpha = 0.5
     assert (optimizer.alpha, twin.alpha) == (0.25, 0.5)
-    assert twin.replicas.options is not optimizer.replicas.options
-    assert twin.replicas.options.alpha == 0.5
     step(optimizer, *rest)
 
 
-def test_processes_compare_what_holds_now():
+def test_options_are_checked_as_one_and_never_change():
+    options = Options(0.25, center=1.0)
+    with pytest.raises(FrozenInstanceError):
+        options.alpha = 0.5
+    with pytest.raises(ValueError, match=r"center=1\.0 belongs to weighting='irw'"):
+        replace(options, weighting="cvar")
+    assert replace(options, alpha=np.float32(0.5)).described()["alpha"] == 0.5
+
+
+def test_the_former_name_of_processes_says_the_new_one():
     optimizer, *_ = optimizer_with()
-    optimizer.mix = 0.5
-    assert optimizer.replicas.options.described()["mix"] == 0.5
+    with pytest.warns(DeprecationWarning, match="optimizer.processes"):
+        assert optimizer.replicas is None
 
 
 def data() -> TensorDataset:

@@ -135,8 +135,7 @@ def test_what_cannot_be_repeated_is_told():
     report = verify(Drawing(lambda m: unseen.random()), *batch(), nn.CrossEntropyLoss(), repeats=1)
     assert not report.deterministic
     assert not report.exact
-    last = str(report).splitlines()[-1]
-    assert last.startswith("NOT DETERMINISTIC")
+    assert str(report).startswith("NOT DETERMINISTIC")
     assert "NOT EXACT" not in str(report)
 
 
@@ -196,3 +195,18 @@ def test_the_gpu_of_the_model_is_the_one_that_is_asked(monkeypatch):
     with restored(model):
         pass
     assert asked == [torch.device("cuda", 1)] * 2
+
+
+def test_the_verdict_comes_first_and_says_how_to_be_quick():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    report = verify(model, *batch(), nn.CrossEntropyLoss(), repeats=1)
+    verdict, advice, *_ = str(report).splitlines()
+    assert verdict.startswith("EXACT")
+    assert "times the time" in verdict
+    assert "0, 1, 2" in advice
+    assert "GroupNorm" in advice
+    quick = verify(nn.Linear(6, 3), *batch(), nn.CrossEntropyLoss(), repeats=1)
+    assert quick.reason == ""
+    assert str(quick).splitlines()[1] == ""
+    assert "<td>autodiff</td>" in report._repr_html_()

@@ -21,7 +21,7 @@ def unreduced(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     attributes["reduction"] = "none"
     try:
         # Not criterion(...): that would run its hooks, and this may be called from one of them.
-        elements: Tensor = criterion.forward(*args, **kwargs)
+        elements: Tensor = forward_of(criterion)(*args, **kwargs)
     finally:
         if own is None:
             del attributes["reduction"]  # it was the class's

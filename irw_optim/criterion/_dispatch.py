@@ -67,7 +67,10 @@ def per_sample_losses(
         check_elements(criterion, elements)
         if batch_size is None:
             check_leading_dimension(criterion, elements, (*args, *kwargs.values()))
-    batch = _number_of_samples(criterion, elements, batch_size)
+    if batch_size is None and elements.dim():
+        batch = elements.shape[0]
+    else:
+        batch = _number_of_samples(criterion, elements, batch_size)
     if not rule.trusted:
         check_rows_are_samples(criterion, elements, batch, args, kwargs)
     result = rule.compute(criterion, elements, batch, *args, **kwargs)
@@ -99,10 +102,15 @@ def validate_criterion(criterion: nn.Module) -> None:
 
 
 def _usable_rule(criterion: nn.Module) -> Rule:
+    if isinstance(criterion, type):
+        name = criterion.__name__
+        raise TypeError(
+            f"criterion={name} is a class: expected an instance, not a class, criterion={name}()"
+        )
     if not isinstance(criterion, nn.Module):
         raise TypeError(
-            f"criterion={criterion!r} is no nn.Module (an instance, not a class), so its call "
-            f"cannot be followed: {_WAYS_OUT}"
+            f"criterion={criterion!r} is no nn.Module, so its call cannot be followed: expected "
+            f"one, such as torch.nn.CrossEntropyLoss(); or {_WAYS_OUT}"
         )
     rule = find_rule(criterion) or _CUSTOM
     if rule is _CUSTOM and _is_compiled(criterion):

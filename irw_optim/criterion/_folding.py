@@ -103,7 +103,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 def _row_means(elements: Tensor, batch: int) -> Tensor:
     if elements.numel() == batch:
-        return flat(elements)
+        return elements if elements.dim() == 1 else flat(elements)
     rows = elements.reshape(batch, -1)
     return rows.mean(1) if rows.shape[1] else rows.sum(1)  # the mean of nothing would be NaN
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from irw_optim.backward.passes import Pass, counts_of, elements_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
-from irw_optim.optimizer.passes import Pass, counts_of, elements_of
 
 
 class Joined(NamedTuple):

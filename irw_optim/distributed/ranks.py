@@ -15,13 +15,6 @@ from irw_optim.gradients.materialized import numbers_of
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def place() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) without a process group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
 class Ranks:
     """The processes of a group. Every method is a collective: all of them must call it.
 

@@ -6,9 +6,10 @@ time: two of its modes wait for a signal on the way, and a nested backward pass 
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
@@ -17,13 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from irw_optim.attachments import Attachment, Removable
+from irw_optim.backward.weighted_loss import Weigher, weighted_loss
 from irw_optim.copies import Renewed
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.weigher import OverRanks
-from irw_optim.optimizer.backward import weighted_loss
-from irw_optim.optimizer.options import Options
-from irw_optim.weighting.local_scheme import Scheme
-from irw_optim.weighting.record import StepRecord
+from irw_optim.processes import several_processes
+from irw_optim.torch_internals import at_the_end_of_backward
 
 logger = logging.getLogger("irw_optim")
 
@@ -32,11 +32,6 @@ _AROUND: WeakKeyDictionary[nn.Module, ref[DistributedDataParallel]] = WeakKeyDic
 
 _TOLD: WeakSet[nn.Module] = WeakSet()
 """Models of which it was said already that they are in no DDP."""
-
-
-def several_processes() -> bool:
-    """Whether a default process group of more than one is there."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class CallerNoted(Attachment):
@@ -48,20 +43,33 @@ class CallerNoted(Attachment):
             yield module.register_forward_pre_hook(_note_caller)
 
 
+class Options(Protocol):
+    """What several processes ask of an optimizer's options: they may change in mid-training."""
+
+    @property
+    def worst_off(self) -> str:
+        """``"global"`` or ``"local"``."""
+
+    @property
+    def accumulation_steps(self) -> int:
+        """How many backward passes are weighed together."""
+
+    def described(self) -> dict[str, Any]:
+        """What has to be equal in all processes."""
+
+
 class Replicas(Renewed):
     """What an optimizer knows of the processes that its model trains in.
 
     Args:
         model: watched, so that the DDP around it is found, whoever puts it there and when.
-        worst_off: ``"global"`` or ``"local"``.
-        options: what has to be equal in all processes.
     """
 
-    def __init__(self, model: nn.Module | None, worst_off: str, options: Options) -> None:
+    def __init__(self, model: nn.Module | None) -> None:
         self.model = model
-        self.worst_off = worst_off
-        self.options = options
         self.begin()
+        if model is not None and model not in _AROUND and (found := _ddp_around(model)):
+            _AROUND[model] = ref(found)
 
     PASSING = ("watch", "ranks", "synced")
 
@@ -90,29 +98,22 @@ class Replicas(Renewed):
             check_replica(found)
         return found
 
-    def weigher(
-        self,
-        scheme: Scheme,
-        note: Callable[[StepRecord], None],
-        layout: Sequence[Tensor],
-        most_passes: int,
-    ) -> OverRanks | None:
-        """Who weighs the batch of all processes; None where each weighs its own.
+    def weigher(self, alone: Weigher, scored: Sequence[Tensor], options: Options) -> Weigher:
+        """Who weighs the batch of all processes, or that of this one where each weighs its own.
 
         Args:
-            scheme: decides the weights.
-            note: is told what was decided.
-            layout: the parameters that make the scores.
-            most_passes: how many backward passes are weighed together.
+            alone: weighs the batch of this one.
+            scored: the parameters that make the scores.
+            options: of the optimizer.
 
         Raises:
             NotImplementedError: passes weighed together in a DDP with a static graph.
         """
-        replica = self.find()
+        replica, most_passes = self.find(), options.accumulation_steps
         if replica is None:
-            if several_processes() and self.worst_off == "global":
+            if several_processes() and options.worst_off == "global":
                 _say_that_there_is_none(self.model)
-            return None
+            return alone
         if replica.static_graph and most_passes > 1:
             raise NotImplementedError(
                 f"accumulation_steps={most_passes} in DistributedDataParallel(static_graph=True): "
@@ -120,23 +121,23 @@ class Replicas(Renewed):
                 "out, or use accumulation_steps=1"
             )
         self.synced = replica.require_backward_grad_sync
-        if self.worst_off == "local":
-            return None
+        if options.worst_off == "local":
+            return alone
         if self.ranks is None or self.ranks.group is not replica.process_group:
-            self.ranks = Ranks(replica.process_group, self.options.described())
-        return OverRanks(scheme, note, self.ranks, layout, most_passes)
+            self.ranks = Ranks(replica.process_group, options.described())
+        return OverRanks(alone.scheme, alone.note, self.ranks, scored, most_passes)
 
-    finish = staticmethod(weighted_loss)
+    weighted_loss = staticmethod(weighted_loss)
 
     def leaves_of(self, parameters: Iterable[Tensor]) -> set[Tensor]:
         """What autograd meets of these parameters."""
         return set(parameters)
 
-    def hear(self, loss: Tensor) -> None:
-        """See `hear_in_time`."""
+    def prepare_reducer(self, loss: Tensor) -> None:
+        """See `prepare_static_graph`."""
         replica = self.find()
         if replica is not None:
-            hear_in_time(loss, replica)
+            prepare_static_graph(loss, replica)
 
     def check_reduced(self) -> None:
         """Raise where DDP would not reduce what is added to ``p.grad`` now."""
@@ -150,6 +151,15 @@ class Replicas(Renewed):
     def release(self) -> None:
         """Watch the model no longer."""
         self.model = self.watch = self.ranks = None
+
+
+def _ddp_around(model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP that wraps a model already, where nobody has watched it being called."""
+    for known in gc.get_objects():
+        # By its type: to ask some objects for their class is an import, or a warning.
+        if issubclass(type(known), DistributedDataParallel) and model in set(known.modules()):
+            return known  # type: ignore[no-any-return]
+    return None
 
 
 def replica_in(model: nn.Module) -> DistributedDataParallel | None:
@@ -198,7 +208,7 @@ def _say_that_there_is_none(model: nn.Module | None) -> None:
     )
 
 
-def hear_in_time(loss: Tensor, replica: DistributedDataParallel) -> None:
+def prepare_static_graph(loss: Tensor, replica: DistributedDataParallel) -> None:
     """Tell a DDP with ``static_graph=True`` of the backward pass of this loss, when it runs.
 
     In its first iteration it reduces everything at the end of backward. A node behind the model's
@@ -220,9 +230,8 @@ def hear_in_time(loss: Tensor, replica: DistributedDataParallel) -> None:
     def ask(_: Tensor) -> None:
         if not replica._static_graph_delay_allreduce_enqueued:
             replica._static_graph_delay_allreduce_enqueued = True
-            engine: Any = torch.autograd.Variable._execution_engine
             reducer: Any = replica.reducer
-            engine.queue_callback(reducer._delay_all_reduce)
+            at_the_end_of_backward(reducer._delay_all_reduce)
 
     loss.register_hook(ask)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from irw_optim.distributed.sharding import is_shard, is_sharded, is_sharded_here
+from irw_optim.processes import is_shard, is_sharded, is_sharded_here
 
 TESTED_FROM = "2.13"
 """The torch from which on FSDP's own tables are those that are read here."""

@@ -15,21 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from irw_optim.backward.deferred import Deferred, deferred_loss, seed_of
+from irw_optim.backward.passes import Pass
+from irw_optim.backward.weighted_loss import Weigher
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
-from irw_optim.gradients.capture import CallSite
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
+from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.verification import Difference, difference, probe_of, wrong_among
-from irw_optim.optimizer.backward import (
-    ALREADY_PASSED,
-    Weigh,
-    deferred_loss,
-    graph_is_kept,
-    seed_of,
-    without_autocast,
-)
 
 WAY_OUT = (
     "choose score_parameters= without them (score_parameters='last' for the last layer), or train "
@@ -52,7 +47,7 @@ def sharded_loss(
     batch: PerSampleLosses,
     captured: LossGradients,
     scored: Callable[[Tensor], bool],
-    weigh: Weigh,
+    weigher: Weigher,
     model: Sharded,
 ) -> Tensor:
     """The criterion's value, whose gradient is ``sum_i c_i grad(loss_i)``.
@@ -61,7 +56,7 @@ def sharded_loss(
         batch: the per-sample losses, detached.
         captured: their gradients.
         scored: which leaves' gradients make the score.
-        weigh: chooses the factors c, from what arrives at the scalar and the rows.
+        weigher: chooses the factors c, from what arrives at the scalar and the rows.
         model: what the losses come from.
 
     Raises:
@@ -74,41 +69,34 @@ def sharded_loss(
             "under fully_shard their gradient would be the weighted one. Detach them, "
             "model(x.detach()), or take their gradient from a criterion that is not attached"
         )
-    plan = _ShardedPass(batch, captured, scored, weigh, model)
-    return deferred_loss(batch.value, plan, [captured.losses])
+    deferred = _ShardedPass(batch, captured, scored, weigher, model)
+    return deferred_loss(batch.value, deferred, [captured.losses])
 
 
-class _ShardedPass:
-    """The plan of a node between losses and scalar, which hands the losses their factors."""
+class _ShardedPass(Deferred):
+    """Behind a node between losses and scalar, which hands the losses their factors."""
+
+    captured: LossGradients
 
     def __init__(
         self,
         batch: PerSampleLosses,
         captured: LossGradients,
         scored: Callable[[Tensor], bool],
-        weigh: Weigh,
+        weigher: Weigher,
         model: Sharded,
     ) -> None:
+        super().__init__(captured)
         self.batch = batch
-        self.captured = captured
         self.scored = scored
-        self.weigh = weigh
+        self.weigher = weigher
         self.model = model
-        self.done = False
 
-    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
+    def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
         """The factor of every loss, for the gradient ``upstream`` of the scalar loss."""
-        if self.done:
-            raise RuntimeError(ALREADY_PASSED)
-        captured, keep_graph = self.captured, graph_is_kept()
-        try:
-            with without_autocast(upstream.device.type):
-                rows = self._rows(seed_of(upstream, self.batch))
-                return [self.weigh(upstream, rows).to(captured.losses.dtype)]
-        finally:
-            if not keep_graph:
-                self.done = True
-                captured.close()
+        rows = self._rows(seed_of(upstream, self.batch))
+        factors = self.weigher.coefficients([Pass(self.batch, upstream)], rows)
+        return [factors.to(self.captured.losses.dtype)]
 
     def _rows(self, seed: Tensor) -> GhostGradients:
         """G of this rank, from a pass that all ranks make alike."""
@@ -145,9 +133,7 @@ class _ShardedPass:
         missing: set[Tensor] = set()
         covering, due = None, False
         if len(batch.losses):
-            batch.graph, covering = batch.engine.covering(
-                batch.graph, batch.leaves, batch.losses, sharded=True
-            )
+            covering = batch.engine.covering(batch, sharded=True)
             missing, due = columns - covering.covered, covering.check_is_due()
         told = self.model.ranks.each(batch.losses.new_tensor([bool(missing), due]))
         anything_missing, check = told.amax(0).tolist()

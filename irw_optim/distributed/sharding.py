@@ -6,28 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from irw_optim.processes import is_sharded_here
+
 Group = dict[Tensor, Tensor]
 """What FSDP gathers together: the shards that a user's optimizer holds, and the whole parameters
 that autograd meets."""
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to the model, or to some of it."""
-    return any(map(is_sharded_here, model.modules()))
-
-
-def is_sharded_here(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to this module."""
-    return "FSDPModule" in _names_of_bases(module)
-
-
-def is_shard(parameter: Tensor) -> bool:
-    """Whether this is a DTensor, by name: importing what makes them takes as long as torch."""
-    return "DTensor" in _names_of_bases(parameter)
-
-
-def _names_of_bases(thing: object) -> list[str]:
-    return [kind.__name__ for kind in type(thing).__mro__]
 
 
 def groups_of(model: nn.Module) -> list[Group]:

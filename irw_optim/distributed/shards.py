@@ -12,19 +12,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from irw_optim.backward.weighted_loss import Weigher
 from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.layerwise import OverShards
 from irw_optim.distributed.ranks import Ranks
-from irw_optim.distributed.replicas import Replicas
+from irw_optim.distributed.replicas import Options, Replicas
 from irw_optim.distributed.sharded_backward import sharded_loss
-from irw_optim.distributed.sharding import groups_of, is_sharded
+from irw_optim.distributed.sharding import groups_of
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.optimizer.backward import Weigh
-from irw_optim.optimizer.carried_loss import OneProcess, Weigher
-from irw_optim.optimizer.options import Options
-from irw_optim.weighting.local_scheme import Scheme
-from irw_optim.weighting.record import StepRecord
+from irw_optim.processes import is_sharded
 
 
 class Shards(Renewed):
@@ -32,14 +29,10 @@ class Shards(Renewed):
 
     Args:
         model: passed `check_shards`.
-        worst_off: ``"global"`` or ``"local"``.
-        options: what has to be equal in all processes.
     """
 
-    def __init__(self, model: nn.Module, worst_off: str, options: Options) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model: nn.Module | None = model
-        self.worst_off = worst_off
-        self.options = options
         self.begin()
 
     PASSING = ("_ranks",)
@@ -52,10 +45,13 @@ class Shards(Renewed):
     def ranks(self) -> Ranks:
         """The processes that the parameters are sharded over."""
         if self._ranks is None:
-            assert self.model is not None, "released"
-            shard: Any = next(iter(groups_of(self.model)[0]))
-            self._ranks = Ranks(shard.device_mesh.get_group(), self.options.described())
+            self._ranks = Ranks(self._group())
         return self._ranks
+
+    def _group(self) -> Any:
+        assert self.model is not None, "released"
+        shard: Any = next(iter(groups_of(self.model)[0]))
+        return shard.device_mesh.get_group()
 
     def columns(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
         """The whole parameters of the shards given, group by group, alike on all ranks."""
@@ -77,29 +73,25 @@ class Shards(Renewed):
             names |= {whole: names[shard] for shard, whole in group.items() if shard in names}
         return [names.get(p, f"a leaf of shape {tuple(p.shape)}") for p in parameters]
 
-    def weigher(
-        self,
-        scheme: Scheme,
-        note: Callable[[StepRecord], None],
-        scored: Sequence[Tensor],
-        most_passes: int,
-    ) -> Weigher:
-        """Who weighs the batch of all processes, or this one's."""
-        if self.worst_off == "local":
-            return OneProcess(scheme, note)
-        return OverShards(scheme, note, self.ranks, self.columns(scored), most_passes)
+    def weigher(self, alone: Weigher, scored: Sequence[Tensor], options: Options) -> Weigher:
+        """Who weighs the batch of all processes, or that of this one where each weighs its own."""
+        if options.worst_off == "local":
+            return alone
+        if self._ranks is None:
+            self._ranks = Ranks(self._group(), options.described())
+        return OverShards(alone.scheme, alone.note, self._ranks, self.columns(scored))
 
-    def finish(
+    def weighted_loss(
         self,
         batch: PerSampleLosses,
         captured: LossGradients,
         scored: Callable[[Tensor], bool],
-        weigh: Weigh,
+        weigher: Weigher,
     ) -> Tensor:
         """See `sharded_loss`."""
-        return sharded_loss(batch, captured, scored, weigh, self)
+        return sharded_loss(batch, captured, scored, weigher, self)
 
-    def hear(self, loss: Tensor) -> None:
+    def prepare_reducer(self, loss: Tensor) -> None:
         """FSDP hears of a backward pass by itself."""
 
     def check_reduced(self) -> None:
@@ -110,8 +102,11 @@ class Shards(Renewed):
         self.model = self._ranks = None
 
 
-def processes_of(model: nn.Module | None, worst_off: str, options: Options) -> Replicas | Shards:
+Processes = Replicas | Shards
+
+
+def processes_of(model: nn.Module | None) -> Processes:
     """Who knows of the processes that the model trains in."""
     if model is not None and is_sharded(model):
-        return Shards(model, worst_off, options)
-    return Replicas(model, worst_off, options)
+        return Shards(model)
+    return Replicas(model)

@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from irw_optim.backward.deferred import Deferred, deferred_loss
+from irw_optim.backward.passes import Pass
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.gradients import GlobalGradients
 from irw_optim.distributed.joining import join
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.optimizer.backward import deferred_loss
-from irw_optim.optimizer.passes import Pass
 from irw_optim.weighting.local_scheme import NoRows, Scheme
 from irw_optim.weighting.record import StepRecord
 
@@ -70,14 +70,15 @@ class OverRanks:
         return deferred_loss(batch.value, _ByLosses(self, batch), [batch.losses])
 
 
-class _ByLosses:
-    """The plan of a node that hands the losses their factors."""
+class _ByLosses(Deferred):
+    """Behind a node that hands the losses their factors."""
 
     def __init__(self, weigher: OverRanks, batch: PerSampleLosses) -> None:
+        super().__init__(None)
         self.weigher = weigher
         self.batch = batch._replace(losses=batch.losses.detach())
 
-    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
+    def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
         losses = self.batch.losses
         factors = self.weigher.coefficients([Pass(self.batch, upstream)], NoRows(len(losses)))
         return [factors.to(losses.dtype)]

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.capture import walk
+from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import (
     MaterializedGradients,
     as_vector,
@@ -35,6 +35,9 @@ PullBack: TypeAlias = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor | Non
 
 PushForward: TypeAlias = Callable[[Direction], Tensor]
 """``push(direction)``: the change of every loss along a direction, (B,)."""
+
+
+_OTHERWISE = "a change goes forwards otherwise than its gradient goes back"
 
 
 class AutodiffGradients:
@@ -65,6 +68,7 @@ class AutodiffGradients:
         self.pull_back = partial(_by_autograd, losses) if pull_back is None else pull_back
         self.push = partial(_forwards, losses) if push is None else push
         self._newest: tuple[Tensor, dict[Tensor, Tensor]] | None = None
+        self.doubt: Tensor | None = None
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         # Copies: recorded graphs (CUDA) write into the same memory at every pass.
@@ -82,32 +86,50 @@ class AutodiffGradients:
             except NoPushForwardError as error:
                 self._go_row_by_row(str(error))
             else:
-                if self._adds_up(scores, mine):
+                if not bool(self._mismatch(scores, mine)):
                     return scores
-                self._go_row_by_row("a change goes forwards otherwise than its gradient goes back")
+                self._go_row_by_row(_OTHERWISE)
         rows = (self._row(i) for i in range(self.batch_size))
         return torch.stack([_inner(row, direction) for row in rows])
+
+    def align(self, coefficients: Tensor) -> Tensor:
+        """G (G^T c). On a device it is not waited for whether that adds up: `doubt` tells."""
+        direction = self.combine(coefficients)
+        waits = self.losses.device.type != "cpu" and self.batch_size
+        if waits and not self.known.get("row_by_row"):
+            try:
+                scores = widened(self.push(direction))
+            except NoPushForwardError:
+                return self.dot(direction)
+            self.doubt = self._mismatch(scores, direction)
+            return scores
+        return self.dot(direction)
+
+    def settle_doubt(self) -> None:
+        """Take the scores row by row from now on."""
+        self.doubt = None
+        self._go_row_by_row(_OTHERWISE)
 
     def gram(self) -> Tensor:
         numbers = sum(p.numel() for p in self.parameters)
         return blocked_gram(self.batch_size, numbers, self.rows)
 
-    def _adds_up(self, scores: Tensor, direction: Direction) -> bool:
-        """Whether u^T (G v) = (G^T u)^T v.
+    def _mismatch(self, scores: Tensor, direction: Direction) -> Tensor:
+        """Whether u^T (G v) is something else than (G^T u)^T v, 0-dim bool.
 
         Some operations hide that they cannot be pushed through, and nothing raises. Both sides are
-        at hand for the u of the newest combination, so every step can afford to look.
+        at hand for the u of the newest combination, so every step can afford to look. What is not
+        finite either way is for the step to say.
         """
         if self._newest is None:
-            return True
+            return torch.zeros((), dtype=torch.bool)
         weights, combined = self._newest
         terms = weights.to(scores.dtype) * scores
         expected = _inner(combined, direction)
-        if not bool(expected.isfinite()):
-            return True  # not finite either way, which is for the step to say
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(self.losses.dtype, 1e-1)
         rounding = torch.finfo(terms.dtype).tiny  # of numbers below it
-        return bool((terms.sum() - expected).abs() <= tolerance * terms.abs().sum() + rounding)
+        off = (terms.sum() - expected).abs() <= tolerance * terms.abs().sum() + rounding
+        return expected.isfinite() & ~off
 
     def _go_row_by_row(self, reason: str) -> None:
         self.known["row_by_row"] = True

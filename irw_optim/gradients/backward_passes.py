@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from irw_optim.gradients.capture import Graph
+from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError
 from irw_optim.gradients.silence import silent
@@ -38,14 +38,14 @@ class BackwardPasses:
         known: what is remembered of the model.
 
     Attributes:
-        heard: whether hooks have heard a pass of these losses.
+        hooks_ran: whether hooks have heard a pass of these losses.
     """
 
     def __init__(self, losses: Tensor, graph: Graph, known: dict[str, bool]) -> None:
         self.losses = losses
         self.graph = graph
         self.known = known
-        self.heard = False
+        self.hooks_ran = False
 
     @cached_property
     def _edges(self) -> dict[Tensor, GradientEdge]:
@@ -59,10 +59,12 @@ class BackwardPasses:
         """Where the gradients of leaves arrive."""
         return [self._edges[leaf] for leaf in leaves]
 
-    def quiet(self, edges: Sequence[GradientEdge], weights: Tensor) -> Sequence[Tensor | None]:
-        """The gradient of <weights, losses> at some edges, unheard, unless hooks change it."""
+    def without_hooks(
+        self, edges: Sequence[GradientEdge], weights: Tensor
+    ) -> Sequence[Tensor | None]:
+        """The gradient of <weights, losses> at some edges; hooks run where they change it."""
         if self.known.get(HOOKS_CHANGE):
-            return self.loud(edges, weights)
+            return self.with_hooks(edges, weights)
         return pull_back(self.losses, weights.to(self.losses.dtype), edges, self.graph.order)
 
     def push(self, direction: Direction) -> Tensor:
@@ -81,7 +83,7 @@ class BackwardPasses:
         }
         return push_forward(self.losses, changes, self.graph.order)
 
-    def loud(
+    def with_hooks(
         self,
         edges: Sequence[GradientEdge],
         weights: Tensor,
@@ -89,7 +91,7 @@ class BackwardPasses:
         retain_graph: bool = True,
     ) -> Sequence[Tensor | None]:
         """The same by autograd's own engine; hooks of leaves wait for the gradient that counts."""
-        self.heard = True
+        self.hooks_ran = True
         with silent(self.graph.leaves), torch.enable_grad():
             return torch.autograd.grad(
                 self.losses,
@@ -99,14 +101,14 @@ class BackwardPasses:
                 allow_unused=True,
             )
 
-    def listen(
+    def compare_hooks(
         self, edges: Sequence[GradientEdge], weights: Tensor, leaves: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """A pass that is heard, compared with one that is not, as they arrive at the leaves."""
         ends = self.edges_of(leaves)
-        found = self.loud([*edges, *ends], weights)
+        found = self.with_hooks([*edges, *ends], weights)
         known = self.known.get(HOOKS_CHANGE)
-        if not known and not equal(leaves, found[len(edges) :], self.quiet(ends, weights)):
+        if not known and not equal(leaves, found[len(edges) :], self.without_hooks(ends, weights)):
             self.known[HOOKS_CHANGE] = True
             logger.info(
                 "a hook on an activation changes the gradient: it is called in every backward pass "

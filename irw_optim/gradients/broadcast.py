@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.capture import CallSite, Graph
+from irw_optim.gradients.graph import CallSite, Graph
 from irw_optim.gradients.nodes import shape_of
 
 _HANDS_ON = frozenset({"AddBackward0", "UnsqueezeBackward0", "ExpandBackward0", "AliasBackward0"})

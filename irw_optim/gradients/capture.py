@@ -1,4 +1,4 @@
-"""Forward hooks that note, on the autograd graph itself, which layer computed what.
+"""Notes, on the autograd graph itself, which layer computed what.
 
 A call is kept in the metadata of the graph's own node. So it lives exactly as long as the graph,
 belongs to the loss that the graph leads to, and survives in-place operations on the output: there
@@ -8,9 +8,8 @@ is no list to reset, and two forwards before one backward, or a forward without 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from threading import local
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,53 +17,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
-from irw_optim.attachments import Attachment, Removable
+from irw_optim.attachments import Attachment, Removable, replace_on
+from irw_optim.gradients.compiling import KeptOut
 from irw_optim.gradients.function_rules import CALLS, rule_of_function
+from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
 from irw_optim.gradients.rules import call_of, rule_of
-
-
-class CallSite(NamedTuple):
-    """A layer's call and the edge of the graph at which its output gradient arrives."""
-
-    call: LayerCall
-    edge: GradientEdge
-    shape: torch.Size
-
-
-class Graph(NamedTuple):
-    """What leads to a vector of losses.
-
-    Attributes:
-        sites: layer calls.
-        leaves: what gradients are accumulated in.
-        leaf_nodes: the nodes that accumulate them.
-        order: the nodes in between, each before those it reads from.
-        nodes: the place of each in this order.
-        wiring: who reads from whom, as numbers: equal for graphs that are wired alike.
-    """
-
-    sites: list[CallSite]
-    leaves: list[Tensor]
-    leaf_nodes: list[Node]
-    order: list[Node]
-    nodes: dict[Node, int]
-    wiring: tuple[int | tuple[int, int], ...]
-
-    def forget_calls(self) -> None:
-        """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
-        for site in self.sites:
-            _notes(site.edge.node).pop(CALLS, None)
-
-
-NO_GRAPH = Graph([], [], [], [], {}, ())
-"""In the place of one that is over."""
+from irw_optim.torch_internals import uncompiled
 
 
 def hook_layers(model: nn.Module) -> list[Attachment]:
-    """Attach the recording hooks in place, for as long as somebody holds what is returned.
+    """Attach the recorders in place, for as long as somebody holds what is returned.
 
-    Scripted modules take no hooks: their parameters are left to autograd.
+    Scripted modules take none: their parameters are left to autograd.
     """
     attached: list[Attachment] = []
     try:
@@ -72,76 +37,44 @@ def hook_layers(model: nn.Module) -> list[Attachment]:
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             if rule_of(module) is not None:
-                attached.append(LayerHook.on(module))
+                attached.append(RecordedLayer.on(module))
             elif module._parameters:
-                attached.append(FunctionHooks.on(module))
+                attached.append(RecordedFunctions.on(module))
     except BaseException:
         attached.clear()  # the traceback would hold them
         raise
     return attached
 
 
-class LayerHook(Attachment):
+class RecordedLayer(Attachment):
     """Notes the calls of a layer that has a rule."""
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
         """Attach, and yield what removes it."""
-        yield module.register_forward_hook(_record_layer, with_kwargs=True, prepend=True)
+        yield replace_on(module, "forward", _LayerForward(module))
 
 
-class FunctionHooks(Attachment):
+class RecordedFunctions(Attachment):
     """Notes the functions that a module calls with parameters of its own."""
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
         """Attach, and yield what removes it."""
-        yield module.register_forward_pre_hook(_enter_functions)
-        yield module.register_forward_hook(_leave_functions, always_call=True, prepend=True)
+        yield replace_on(module, "forward", _FunctionsForward(module))
 
 
-def walk(losses: Tensor, *, hooked: bool = True) -> Graph:
-    """Follow the graph from the losses to its leaves.
+def sites_noted(order: Iterable[Node]) -> list[CallSite]:
+    """The layer calls that hooks have noted on the nodes of a graph."""
+    return [
+        CallSite(call, GradientEdge(node, number), shape)
+        for node in order
+        for number, (call, shape) in _notes(node).get(CALLS, {}).items()
+    ]
 
-    Args:
-        losses: (B,), with their graph.
-        hooked: whether the hooks of layers may have left notes on it.
-    """
-    sites: list[CallSite] = []
-    leaves: list[Tensor] = []
-    leaf_nodes: list[Node] = []
-    order: list[Node] = []
-    wiring: list[int | tuple[int, int]] = []
-    root = losses.grad_fn
-    seen: dict[Node, int] = {} if root is None else {root: 0}
-    # Depth first; a node is written down when all that it reads from is: the order, from its end.
-    path = [] if root is None else [(root, iter(root.next_functions))]
-    while path:
-        node, parents = path[-1]
-        for parent, output in parents:
-            if parent is None:
-                wiring.append(-1)
-                continue
-            number = seen.get(parent)
-            if number is not None:
-                wiring.append((number, output) if output else number)
-                continue
-            seen[parent] = number = len(seen)
-            wiring.append((number, output) if output else number)
-            following = parent.next_functions
-            if not following and (leaf := getattr(parent, "variable", None)) is not None:
-                leaves.append(leaf)
-                leaf_nodes.append(parent)
-                continue
-            path.append((parent, iter(following)))
-            break
-        else:
-            path.pop()
-            order.append(node)
-    order.reverse()
-    for node in order if hooked else ():
-        for number, (call, shape) in _notes(node).get(CALLS, {}).items():
-            sites.append(CallSite(call, GradientEdge(node, number), shape))
-    nodes = {node: place for place, node in enumerate(order)}
-    return Graph(sites, leaves, leaf_nodes, order, nodes, tuple(wiring))
+
+def forget_calls(sites: Iterable[CallSite]) -> None:
+    """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
+    for site in sites:
+        _notes(site.edge.node).pop(CALLS, None)
 
 
 def record(call: LayerCall | None, output: Tensor) -> None:
@@ -163,11 +96,31 @@ def _notes(node: Node) -> dict[Any, Any]:
     return node.metadata  # type: ignore[return-value]  # a property, stubbed as a method
 
 
-def _record_layer(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-    if output.grad_fn is not None:
-        rule = rule_of(module)
-        if rule is not None:  # it had one, but may have been parametrized since
-            record(call_of(rule, module, args, kwargs), output)
+class _LayerForward(KeptOut):
+    """Stands in for the ``forward`` of a layer that has a rule."""
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer computes, with a note of it on the graph."""
+        output, module = self.__wrapped__(*args, **kwargs), self.module
+        if getattr(output, "grad_fn", None) is not None and RecordedLayer.found_on(module):
+            rule = rule_of(module)
+            if rule is not None:  # it had one, but may have been parametrized since
+                record(call_of(rule, module, args, kwargs), output)
+        return output
+
+
+class _FunctionsForward(KeptOut):
+    """Stands in for the ``forward`` of a module that has parameters of its own."""
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes, with a note of its functions on the graph."""
+        module = self.module
+        if not torch.is_grad_enabled() or not RecordedFunctions.found_on(module):
+            return self.__wrapped__(*args, **kwargs)
+        with _FunctionRecorder(module):
+            return self.__wrapped__(*args, **kwargs)
 
 
 class _FunctionRecorder(TorchFunctionMode):
@@ -212,26 +165,3 @@ def _attention_with(linear: Any) -> Any:
         copy.__kwdefaults__ = function.__kwdefaults__
         names[name] = copy
     return names["multi_head_attention_forward"]
-
-
-class _Recorders(local):
-    """The recorders of the modules that run right now in this thread, innermost last."""
-
-    def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, _FunctionRecorder, FunctionHooks]] = []
-
-
-_recorders = _Recorders()
-
-
-def _enter_functions(module: nn.Module, args: Any) -> None:
-    hooks = FunctionHooks.found_on(module) if torch.is_grad_enabled() else None
-    if hooks is not None:  # and held until the module is left, so that they come in pairs
-        recorder = _FunctionRecorder(module)
-        recorder.__enter__()  # type: ignore[no-untyped-call]
-        _recorders.stack.append((module, recorder, hooks))
-
-
-def _leave_functions(module: nn.Module, args: Any, output: Any) -> None:
-    if _recorders.stack and _recorders.stack[-1][0] is module:
-        _recorders.stack.pop()[1].__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.capture import Graph
+from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.layers import LayerCall, Layout, RowsCall, RowWeights
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction

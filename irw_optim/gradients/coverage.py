@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from torch import Tensor
 
-from irw_optim.gradients.capture import Graph
+from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.mixing import Batch
 
 
@@ -37,7 +37,7 @@ class Covering:
 
     Args:
         covered: the parameters that only layers with a rule read.
-        whole: whether those are all there is: nothing is left for autograd.
+        covers_all: whether those are all there is: nothing is left for autograd.
         mixed_by: the operation that may mix the samples; None where none can.
         reads: the ways of reading parameters.
         trust: what is known of these.
@@ -47,7 +47,7 @@ class Covering:
     def __init__(
         self,
         covered: set[Tensor],
-        whole: bool,
+        covers_all: bool,
         mixed_by: str | None,
         reads: frozenset[Hashable],
         trust: Trust,
@@ -55,7 +55,7 @@ class Covering:
     ) -> None:
         self.alone = alone
         self.covered = covered.difference(trust.lost)
-        self.whole = whole and len(self.covered) == len(covered)
+        self.covers_all = covers_all and len(self.covered) == len(covered)
         self.mixed_by = mixed_by
         self.reads = reads
         self.trust = trust
@@ -87,7 +87,7 @@ class Covering:
         """Leave these parameters to autograd from now on."""
         lost = set(parameters)
         self.trust.lost.update(lost)
-        self.whole = self.whole and self.covered.isdisjoint(lost)
+        self.covers_all = self.covers_all and self.covered.isdisjoint(lost)
         self.covered.difference_update(lost)
 
 
@@ -116,13 +116,13 @@ def covering_of(
     for call, _, _ in graph.sites:
         (inside if call.layout is not None else outside).update(call.parameters.values())
     covered = inside.difference(outside).intersection(own)
-    whole = covered.issuperset(own) and covered.issuperset(inside | outside)
+    covers_all = covered.issuperset(own) and covered.issuperset(inside | outside)
     sparse = any(call.needs_autograd_combine for call, _, _ in graph.sites)
     reads = frozenset((batch_size > 1, read) for read in _reads(graph, own, batch))
     layers = Counter(p for site in graph.sites for p in site.call.parameters.values())
     counted = dict(zip(graph.leaves, batch.reads, strict=False))
     alone = {p for p in covered if counted.get(p) == layers[p]}
-    return Covering(covered, whole and not sparse, batch.mixed_by, reads, trust, alone)
+    return Covering(covered, covers_all and not sparse, batch.mixed_by, reads, trust, alone)
 
 
 def _reads(graph: Graph, own: Sequence[Tensor], batch: Batch) -> list[Hashable]:

@@ -18,28 +18,30 @@ from torch import Tensor, nn
 from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
 from irw_optim.gradients import texts
-from irw_optim.gradients.capture import Graph, hook_layers, walk
+from irw_optim.gradients.capture import hook_layers, sites_noted
+from irw_optim.gradients.compiling import compile_anew, is_compiled, keep_out, prepare
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
-from irw_optim.gradients.hooks import is_compiled, needs_hooks, silence_of
+from irw_optim.gradients.graph import Graph, walk
+from irw_optim.gradients.hooks import needs_hooks, silence_of, weighed_by
 from irw_optim.gradients.location import arranged
-from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_of_parts
-from irw_optim.gradients.nodes import shape_of
-from irw_optim.gradients.plan import Plan, in_a_pass_to_all
-from irw_optim.gradients.readings import read, with_layouts
+from irw_optim.gradients.loss_gradients import WAITING, LossGradients
+from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_that_entered
+from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.readings import Plan, in_a_pass_to_all, read, with_layouts
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
-from irw_optim.gradients.waiting import WAITING
 
 logger = logging.getLogger("irw_optim")
 
 _Value = TypeVar("_Value")
-
 
 KNOWN_GRAPHS = 256
 """Kinds of graphs remembered at once: a forward that changes for ever must not fill the memory."""
 
 MANY_LOSSES = 8
 """So many other losses that wait for their backward pass on one graph are worth a word."""
+
+OwnEngine = Callable[[Tensor, Sequence[Tensor]], PerSampleGradients]
+"""``own(losses, parameters)`` gives the gradients of single losses, which have their graph yet."""
 
 ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
 
@@ -49,7 +51,8 @@ class Engine(Renewed):
 
     Args:
         model: hooked in place; None leaves autodiff alone.
-        kind: ``"auto"``, ``"ghost"`` (raises where it does not cover) or ``"autodiff"``.
+        kind: ``"auto"``, ``"ghost"`` (raises where it does not cover) or ``"autodiff"``; or what
+            makes an engine of one's own from the losses and the parameters to score by.
     """
 
     PASSING = (
@@ -57,28 +60,35 @@ class Engine(Renewed):
         "known",
         "coverings",
         "plans",
-        "listens",
+        "has_layer_hooks",
+        "sees_fused",
+        "made_anew",
         "trust",
         "told",
         "uses",
         "unfamiliar",
-        "listened_to",
+        "checked_for_hooks",
         "random",
     )
 
-    def __init__(self, model: nn.Module | None, kind: str = "auto") -> None:
+    def __init__(self, model: nn.Module | None, kind: str | OwnEngine = "auto") -> None:
         self.model = model
-        self.kind = kind
+        self.own = None if isinstance(kind, str) else kind
+        self.kind = kind if isinstance(kind, str) else "autodiff"
         self.begin()
 
     def begin(self) -> None:
         """Know nothing of the model yet."""
         being_copied = self.model is not None and "_modules" not in vars(self.model)
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
-        self.listens = False
-        whole = self.model is not None and not being_copied
-        if whole and (self.kind == "ghost" or needs_hooks(self.model)):  # type: ignore[arg-type]
-            self.listen()
+        self.has_layer_hooks = False
+        self.sees_fused = self.made_anew = False
+        model = None if being_copied else self.model
+        prepare(model)
+        if model is not None:
+            weighed_by(model).add(self)
+        if model is not None and (self.kind == "ghost" or needs_hooks(model)):
+            self.add_layer_hooks()
         self.known: dict[str, bool] = {}
         self.coverings: dict[Hashable, Covering] = {}
         self.plans: dict[Hashable, Plan] = {}
@@ -86,13 +96,13 @@ class Engine(Renewed):
         self.told: set[str] = set()
         self.uses = 0
         self.unfamiliar = True
-        self.listened_to: dict[Hashable, bool] = {}
+        self.checked_for_hooks: dict[Hashable, bool] = {}
         self.random = torch.Generator().manual_seed(0)
 
-    def listen(self) -> None:
+    def add_layer_hooks(self) -> None:
         """See layers as they are called, too: where the graph does not show what they do."""
-        if self.hooks is not None and self.model is not None and not self.listens:
-            self.listens = True
+        if self.hooks is not None and self.model is not None and not self.has_layer_hooks:
+            self.has_layer_hooks = True
             self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
 
     def capture(
@@ -107,50 +117,58 @@ class Engine(Renewed):
         """
         if self.hooks is None:
             self.begin()
-        graph = walk(losses, hooked=self.listens)
-        refuse_reentrant_checkpoints(graph.order)
+        graph = walk(losses)
+        if self.has_layer_hooks:
+            graph.sites = sites_noted(graph.order)
+            self.sees_fused = any(map(is_compiled, graph.order))
         own = None if owns is None else owns(graph.leaves)
         batch = LossGradients(self, losses, graph, own)
+        batch.kind = (*fingerprint(losses, graph), *map(id, batch.leaves))
+        if batch.kind not in self.plans:
+            refuse_reentrant_checkpoints(graph.order)
         WAITING.join(batch)
         if len(batch.sharing) == MANY_LOSSES:
             self._tell(logging.WARNING, "many losses", texts.many_losses(MANY_LOSSES + 1))
         return batch
 
-    def left(self, batch: LossGradients) -> None:
-        """The backward pass of a batch is over."""
-        WAITING.leave(batch)
+    def left(self) -> None:
+        """A backward pass is over: what could not be passed through fused is kept out from now."""
+        if self.known.get("row_by_row") and (self.sees_fused or self.made_anew):
+            del self.known["row_by_row"]  # the next forward is another
+            if self.model is not None and not self.made_anew:
+                self.hooks, self.has_layer_hooks = (
+                    [*silence_of(self.model), *keep_out(self.model)],
+                    False,
+                )
+                self._tell(logging.WARNING, "kept out", texts.KEPT_OUT)
+            self.made_anew = False
 
-    def covering(
-        self, graph: Graph, own: Sequence[Tensor], losses: Tensor, *, sharded: bool = False
-    ) -> tuple[Graph, Covering]:
-        """The graph with the batch of each layer in front, and what is known of its kind.
+    def covering(self, captured: LossGradients, *, sharded: bool = False) -> Covering:
+        """Bring the batch of each layer call of a graph in front; what is known of its kind.
 
         Args:
-            graph: of one vector of losses.
-            own: the leaves that are the model's.
-            losses: (B,).
+            captured: of one vector of losses, whose graph gets the layer calls.
             sharded: whether values are freed after use: layers are then those that hooks have seen,
                 and what they do not cover is for the caller to say.
         """
-        size = losses.shape[0]
-        known = (fingerprint(losses, graph), *map(id, own))
-        plan = self.plans.get(known)
+        plan = self.plans.get(captured.kind)
         self.unfamiliar = plan is None
-        if plan is not None:
-            sites = plan.sites(graph, losses)
-            if sites is not None:
-                return graph._replace(sites=sites), plan.covering
+        if plan is not None and (sites := plan.sites(captured.graph, captured.losses)) is not None:
+            captured.graph.sites = sites
+            return plan.covering
+        graph, own, losses = captured.graph, captured.leaves, captured.losses
+        size = losses.shape[0]
         batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
         found = None
         if batch.followed and not sharded:
             found = in_a_pass_to_all(losses, graph, partial(read, graph, batch, own))
         if found is not None:
-            graph = graph._replace(sites=found[1])
+            graph.sites = found[1]
         elif not sharded and size > 1 and self._goes_forwards(batch, graph):
-            graph = graph._replace(sites=[])
+            graph.sites = []
         elif size > 1:
             self._look_closer(graph)
-        graph = arranged(graph, batch, size)
+        graph.sites = arranged(graph, batch, size)
         kind = kind_of(graph, own, size, batch)
         covering = self.coverings.get(kind)
         if covering is None:
@@ -160,10 +178,12 @@ class Engine(Renewed):
                 _remember(self.coverings, kind, covering)
                 if not sharded:
                     self._report(covering, own)
-                    self._report_parts(graph, batch, size)
+                    if rows := rows_that_entered(graph, batch, size):
+                        self._tell(logging.WARNING, "parts", texts.parts(size, rows))
         if found is not None:
-            _remember(self.plans, known, Plan(with_layouts(found[0], graph), covering))
-        return graph, covering
+            plan = Plan(with_layouts(found[0], graph), covering)
+            _remember(self.plans, captured.kind, plan)
+        return covering
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
         """Whether a change can be pushed through a graph without quick products."""
@@ -175,11 +195,12 @@ class Engine(Renewed):
 
     def _look_closer(self, graph: Graph) -> None:
         """From now on see layers as they are called, where the graph does not show them."""
-        if self.listens:
+        if self.has_layer_hooks:
             return
-        self.listen()
+        self.add_layer_hooks()
         if any(map(is_compiled, graph.order)):
-            torch.compiler.reset()  # what was compiled does not call the hooks
+            compile_anew(graph.order)
+            self.made_anew = True
 
     def warn_of_mixing(self, losses: Tensor) -> None:
         """Say where samples may meet, for rows that somebody else made: nothing else shows it.
@@ -195,7 +216,7 @@ class Engine(Renewed):
             where = batch.mixed_by or "what is computed for all samples together"
             self._tell(logging.WARNING, "rows", texts.rows_may_meet(where))
 
-    def looks_for_hooks(self, graph: Graph) -> bool:
+    def hook_check_is_due(self, graph: Graph) -> bool:
         """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
         self.uses += 1
         if self.uses & (self.uses - 1) == 0:
@@ -203,8 +224,8 @@ class Engine(Renewed):
         if not self.unfamiliar:
             return False
         kind = graph.wiring, tuple(map(type, graph.order))
-        new = kind not in self.listened_to
-        _remember(self.listened_to, kind, True)
+        new = kind not in self.checked_for_hooks
+        _remember(self.checked_for_hooks, kind, True)
         return new
 
     def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:
@@ -244,6 +265,8 @@ class Engine(Renewed):
 
     def remove_hooks(self) -> None:
         self.hooks = []
+        if self.model is not None:
+            weighed_by(self.model).discard(self)
 
     def _report(self, covering: Covering, own: Sequence[Tensor]) -> None:
         rest = [p for p in own if p not in covering.covered and p not in covering.trust.lost]
@@ -260,20 +283,6 @@ class Engine(Renewed):
             f"quick products for {len(covering.covered)} parameters, autodiff (exact, two to three "
             f"plain steps) for {self.names_of(rest)}: {covering.reason}",
         )
-
-    def _report_parts(self, graph: Graph, batch: Batch, losses: int) -> None:
-        """Say where the samples are parts of what entered the model, such as tokens."""
-        if batch.followed:
-            entered = rows_of_parts(graph, batch, losses)
-        elif any(site.call.layout is not None for site in graph.sites):
-            return
-        else:
-            entered = {shape[0] for node in graph.order if len(shape := shape_of(node)) > 2}
-        if len(entered) != 1:
-            return
-        (rows,) = entered
-        if 1 < rows < losses and losses % rows == 0:
-            self._tell(logging.WARNING, "parts", texts.parts(losses, rows))
 
     def _tell(self, level: int, about: str, text: str) -> None:
         """Say it once for a model; a forward that varies would say it at every turn."""

@@ -6,14 +6,14 @@ get what ``x + 2 * p`` gets, or no rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers import ElementwiseCall, LayerCall, LinearCall
+from irw_optim.gradients.layers import ElementwiseCall, LayerCall, LinearCall, NormCall
 from irw_optim.gradients.rules import Rule
 
 _Rule = TypeVar("_Rule", bound=Rule)
@@ -48,6 +48,20 @@ def _linear_function(
     output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> LayerCall | None:
     return LinearCall(input, weight, bias) if input.ndim > 1 else None
+
+
+@function_rule(F.layer_norm)
+def _layer_norm_function(
+    output: Tensor,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> LayerCall:
+    shape = list(normalized_shape)
+    dims = tuple(range(-len(shape), 0))
+    return NormCall(input, lambda a: F.layer_norm(a, shape, eps=eps), dims, weight, bias)
 
 
 @function_rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)

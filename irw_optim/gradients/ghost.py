@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from irw_optim.gradients.capture import CallSite
+from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
-from irw_optim.gradients.layers._call import _summed_rows, gram_of_rows
+from irw_optim.gradients.layers._gram import gram_of_rows, summed_rows
 from irw_optim.gradients.protocol import Direction
-from irw_optim.gradients.torch_internals import gradients_at
+from irw_optim.torch_internals import gradients_at
 
 
 class GhostGradients:
@@ -31,11 +31,17 @@ class GhostGradients:
     """
 
     def __init__(self, calls: Sequence[LayerCall | None], batch_size: int, seed: Tensor) -> None:
-        self.calls = [call for call in calls if call is not None]
-        self.reached = {number for number, call in enumerate(calls) if call is not None}
+        self.calls: list[LayerCall] = list(filter(None, calls))
+        self.of_every_site = calls
         self.batch_size = batch_size
         self.seed = seed
-        self._factor = _as_factor(seed)
+        # Most steps are spared the divisions; elsewhere looking would wait for a device.
+        self._factor = None if seed.device.type == "cpu" and seed.item() == 1.0 else seed
+
+    @property
+    def reached(self) -> set[int]:
+        """Numbers of the calls that a gradient arrived at."""
+        return {number for number, call in enumerate(self.of_every_site) if call is not None}
 
     def restricted_to(self, parameters: Container[Tensor]) -> GhostGradients:
         """The same rows with the columns of these parameters alone; caches are shared."""
@@ -46,16 +52,15 @@ class GhostGradients:
 
     def combine(self, weights: Tensor, *, release: bool = False) -> dict[Tensor, Tensor]:
         """G^T w; with ``release`` for the last time: each layer's a and b go as they are used."""
-        rows = RowWeights(self._unseeded(weights))
+        rows = RowWeights(weights if self._factor is None else weights / self._factor)
         total: dict[Tensor, Tensor] = {}
         calls = list(reversed(self.calls))
         if release:
-            self.calls = []
+            self.calls, self.of_every_site = [], ()
         while calls:
             call = calls.pop()
             for parameter, part in call.combine(rows).items():
-                before = total.get(parameter)
-                total[parameter] = part if before is None else before + part
+                total[parameter] = total[parameter] + part if parameter in total else part
         return total
 
     def dot(self, direction: Direction) -> Tensor:
@@ -63,17 +68,31 @@ class GhostGradients:
 
     def align(self, coefficients: Tensor) -> Tensor:
         """G (G^T c), shape (B,): for small batches there are ways that are shorter than g_S."""
-        rows = RowWeights(self._unseeded(coefficients))
-        alone: list[LayerCall] = []
-        meeting: list[LayerCall] = []
-        for group in _sharing_parameters(self.calls):
-            (alone if len(group) == 1 else meeting).extend(group)
-        products = [call.align(rows) for call in alone]
+        factor = self._factor
+        rows = RowWeights(coefficients if factor is None else coefficients / factor)
+        meeting = set() if self._apart() else _sharing(self.calls)
+        total: Tensor | None = None
+        for call in self.calls:
+            if call not in meeting:
+                product = call.align(rows)
+                total = product if total is None else total + product
         if meeting:
-            part = GhostGradients(meeting, self.batch_size, self.seed)
+            calls = [call for call in self.calls if call in meeting]
+            part = GhostGradients(calls, self.batch_size, self.seed)
             combined = part.combine(coefficients)
-            products += [call.dot(combined) for call in meeting]
-        return self._unseeded(_sum(products))
+            products = _sum(call.dot(combined) for call in calls)
+            total = products if total is None else total + products
+        assert total is not None, "rows without columns"
+        return total if factor is None else total / factor
+
+    def _apart(self) -> bool:
+        """Whether no parameter is in two calls: then <g_i, g_j> has no terms between them."""
+        number = 0
+        distinct: set[Tensor] = set()
+        for call in self.calls:
+            number += len(call.parameters)
+            distinct.update(call.parameters.values())
+        return number == len(distinct)
 
     def gram(self) -> Tensor:
         gram = _sum(
@@ -84,7 +103,7 @@ class GhostGradients:
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         """The per-sample gradients of some samples, (b, *p.shape) by parameter."""
-        rows = _summed_rows(self.calls, samples)
+        rows = summed_rows(self.calls, samples)
         return {p: self._unseeded(block) for p, block in rows.items()}
 
     def _unseeded(self, values: Tensor) -> Tensor:
@@ -119,11 +138,13 @@ def ghost_gradients(
     """
     calls: list[LayerCall | None] = [None] * len(sites)
     asked: list[int] = []
+    makes_rows: list[bool] = []
     handles: list[RemovableHandle] = []
     for number, site in enumerate(sites):
+        makes_rows.append(site.call.makes_rows(site.shape))
         # A node that passes nothing on is not run, and its hooks are not called.
         waits = not retain_graph and number in reached and site.call.passes_on
-        if waits and site.call.makes_rows(site.shape):
+        if waits and makes_rows[number]:
             arrival = partial(_arrive, calls, number, site)
             handles.append(site.edge.node.register_prehook(arrival))
         else:
@@ -140,8 +161,8 @@ def ghost_gradients(
             handle.remove()
     for number, gradient in zip(asked, gradients, strict=True):
         if gradient is not None:
-            calls[number] = _settled(sites[number], gradient, retain_graph)
-    if any(call is None for number, call in enumerate(calls) if number not in asked):
+            calls[number] = _settled(sites[number], gradient, retain_graph, makes_rows[number])
+    if len(asked) < len(sites) and any(calls[n] is None for n in set(range(len(sites))) - {*asked}):
         raise RuntimeError(
             "no gradient arrived at a layer that one arrived at before: expected a forward that "
             'uses its layers alike in every step; set engine="autodiff" for one that does not'
@@ -154,18 +175,19 @@ def _arrive(
 ) -> None:
     gradient = gradients[site.edge.output_nr]
     if gradient is not None:
-        calls[number] = _settled(site, gradient, retain_graph=False)
+        calls[number] = _settled(site, gradient, retain_graph=False, makes_rows=True)
 
 
-def _settled(site: CallSite, gradient: Tensor, retain_graph: bool) -> LayerCall:
+def _settled(site: CallSite, gradient: Tensor, retain_graph: bool, makes_rows: bool) -> LayerCall:
     """The call with its output gradient, or the rows that are made of both."""
     # Another loss of the same graph has output gradients of its own.
     call = site.call.copy() if retain_graph else site.call
-    check_inputs([call])
+    if call.input._version != call.version:
+        check_inputs([call])
     call.set_output_gradient(
         gradient if gradient.shape == site.shape else gradient.reshape(site.shape)
     )
-    if not call.makes_rows(site.shape):
+    if not makes_rows:
         return call
     rows = RowsCall(call)
     if not retain_graph:
@@ -185,11 +207,6 @@ def check_inputs(calls: Iterable[LayerCall]) -> None:
             )
 
 
-def _as_factor(seed: Tensor) -> Tensor | None:
-    """None for 1, where looking does not wait for a device: most steps are spared the divisions."""
-    return None if seed.device.type == "cpu" and float(seed) == 1.0 else seed
-
-
 def _sum(products: Iterable[Tensor]) -> Tensor:
     total: Tensor | None = None
     for product in products:
@@ -205,6 +222,12 @@ def _with_roles(call: LayerCall, chosen: Container[Tensor]) -> LayerCall:
     part = copy(call)
     part.parameters = kept
     return part
+
+
+def _sharing(calls: Sequence[LayerCall]) -> set[LayerCall]:
+    """The calls that share a parameter with another one."""
+    groups = _sharing_parameters(calls)
+    return {call for group in groups if len(group) > 1 for call in group}
 
 
 def _sharing_parameters(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import nn
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node
 
 from irw_optim.attachments import Attachment, Removable
+from irw_optim.gradients.compiling import is_compiled_module
 
 
 def silence_of(model: nn.Module | None) -> list[Attachment]:
@@ -28,8 +27,9 @@ def needs_hooks(model: nn.Module) -> bool:
 
 
 def _is_compiled_or_sharded(module: nn.Module) -> bool:
-    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
-    return bool(compiled) or any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+    return is_compiled_module(module) or any(
+        kind.__name__ == "FSDPModule" for kind in type(module).__mro__
+    )
 
 
 class OpacusSilenced(Attachment):
@@ -55,6 +55,9 @@ class _Silence:
         state["hooks_enabled"] = True
 
 
-def is_compiled(node: Node) -> bool:
-    """Whether a node is the backward pass of a region that torch.compile made."""
-    return isinstance(node, BackwardCFunction) and node.name().startswith("CompiledFunction")
+def weighed_by(model: nn.Module) -> WeakSet[Any]:
+    """The engines that live and have a model's gradients to weigh, whether it has hooks or not."""
+    return _WEIGHED_BY.setdefault(model, WeakSet())
+
+
+_WEIGHED_BY: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()

@@ -13,13 +13,13 @@ from math import prod
 import torch
 
 from irw_optim.gradients.broadcast import sites_of_sums
-from irw_optim.gradients.capture import CallSite, Graph
+from irw_optim.gradients.graph import CallSite, Graph
 from irw_optim.gradients.layers import Layout
 from irw_optim.gradients.mixing import Batch
 
 
-def arranged(graph: Graph, batch: Batch, batch_size: int) -> Graph:
-    """The graph with the batch of every layer call brought first, where it has one.
+def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
+    """The layer calls of a graph with the batch brought first, where they have one.
 
     Calls that are made once for all samples (positions) move to the sums at which they meet them.
 
@@ -42,7 +42,7 @@ def arranged(graph: Graph, batch: Batch, batch_size: int) -> Graph:
                     continue
         site.call.settle(right[0] if right else None, batch_size)
         sites.append(site)
-    return graph._replace(sites=sites)
+    return sites
 
 
 def _is_known(graph: Graph, batch: Batch, site: CallSite) -> bool:

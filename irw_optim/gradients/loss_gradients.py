@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses
-from irw_optim.gradients.capture import NO_GRAPH, CallSite, Graph
+from irw_optim.gradients.capture import forget_calls
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
+from irw_optim.gradients.graph import NO_GRAPH, CallSite, Graph
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.verification import compare, in_half_precision, probe_of
+from irw_optim.torch_internals import is_walked_on, is_wanted
 
 if TYPE_CHECKING:
     from irw_optim.gradients.engine import Engine
 
 NOTHING_TO_SCORE = (
     "the losses do not depend on any parameter that makes the scores: expected losses computed "
-    "from the model under torch.enable_grad(), and score_parameters among the trainable parameters"
+    "from the model under torch.enable_grad(), and score_parameters among the trainable "
+    "parameters; if the model has got other parameters since, make both optimizers anew"
 )
 
 
@@ -40,7 +44,7 @@ class LossGradients:
     Attributes:
         leaves: those of the model.
         others: inputs, and parameters of other networks: their gradient is the plain one.
-        rest: leaves that the ghost products do not cover.
+        uncovered: leaves that the ghost products do not cover.
         apart: whether the graph proves that no sample reads another; known once `start` has run.
     """
 
@@ -58,12 +62,12 @@ class LossGradients:
         if own is not None and not own.issuperset(graph.leaves):
             self.leaves = [leaf for leaf in graph.leaves if leaf in own]
             self.others = [leaf for leaf in graph.leaves if leaf not in own]
-        self.sharing: WeakSet[LossGradients] = WeakSet()
+        self.sharing: WeakSet[LossGradients] | tuple[()] = ()
         self.apart = False
-        self.rest = list(self.leaves)
-        self.finished_by_autograd = self.rest
+        self.uncovered = self.finished_by_autograd = self.leaves
         self.ghost: GhostGradients | None = None
-        self.passes: BackwardPasses | None = BackwardPasses(losses, graph, engine.known)
+        self.passes: BackwardPasses | None = None
+        self.kind: tuple[object, ...] = ()
 
     def start(self, seed: Tensor, keep_graph: bool) -> None:
         """The backward pass to the layers' outputs, with its check where one is due.
@@ -72,51 +76,56 @@ class LossGradients:
             seed: 0-dim, not zero; what the losses carry through it.
             keep_graph: whether somebody else will still walk the graph.
         """
-        passes, size = self._passes, self.losses.shape[0]
-        graph, covering = self.engine.covering(self.graph, self.leaves, self.losses)
-        self.graph = graph
+        size, engine = self.losses.shape[0], self.engine
+        covering, graph = engine.covering(self), self.graph
         self.apart = covering.mixed_by is None and size > 1
-        listens = bool(size) and self.engine.looks_for_hooks(graph)
-        if not covering.covered:
-            if listens:
-                passes.listen([], seed.expand_as(self.losses), self.leaves)
-            return
-        check = bool(size) and covering.check_is_due()
-        if covering.whole and not (check or listens or self.engine.known.get(HOOKS_CHANGE)):
-            passes.heard = True
-            self.rest = self.finished_by_autograd = []
+        check_hooks = bool(size) and engine.hook_check_is_due(graph)
+        check = bool(size and covering.covered) and covering.check_is_due()
+        hooks_change = engine.known.get(HOOKS_CHANGE)
+        if covering.covers_all and covering.covered and not (check or check_hooks or hooks_change):
+            self.uncovered = self.finished_by_autograd = []
             retain = keep_graph or bool(self.sharing or self.others)
+            known, sites = covering.reached, graph.sites
             self.ghost = ghost_gradients(
-                self.losses, graph.sites, seed, retain_graph=retain, reached=covering.reached
+                self.losses, sites, seed, retain_graph=retain, reached=known
             )
-            covering.reached = self.ghost.reached
+            if len(self.ghost.calls) != len(known):
+                covering.reached = self.ghost.reached
+            return
+        passes = self._passes
+        if not covering.covered:
+            if check_hooks:
+                passes.compare_hooks([], seed.expand_as(self.losses), self.leaves)
             return
         covered = covering.covered
         sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
         check_inputs(site.call for site in sites)
         factors = seed.expand_as(self.losses)
-        by = partial(passes.loud if covering.whole else passes.quiet, weights=factors)
-        if listens:
-            by = partial(passes.listen, weights=factors, leaves=self.leaves)
+        last = passes.with_hooks if covering.covers_all else passes.without_hooks
+        by = partial(last, weights=factors)
+        if check_hooks:
+            by = partial(passes.compare_hooks, weights=factors, leaves=self.leaves)
         ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True, backward=by)
         if len(sites) == len(graph.sites):
             covering.reached = ghost.reached
-        if check or self.engine.known.get(HOOKS_CHANGE):  # a hook may mix the samples, too
+        if check or hooks_change:  # a hook may mix the samples, too
             self._check(covering, sites, ghost)
         sparse = {
             p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()
         }
-        self.rest = [p for p in self.leaves if p not in covered]
+        self.uncovered = [p for p in self.leaves if p not in covered]
         self.finished_by_autograd = [p for p in self.leaves if p not in covered or p in sparse]
         self.ghost = ghost.restricted_to(covered)
 
     def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
         """G with the columns of the chosen parameters."""
-        if self.ghost is not None and not self.rest and all(map(parameters, self.leaves)):
+        if self.ghost is not None and not self.uncovered and all(map(parameters, self.leaves)):
             return self.ghost
+        if self.engine.own is not None:
+            return self._by_own_engine(self.engine.own, [p for p in self.leaves if parameters(p)])
         parts: list[PerSampleGradients] = []
         chosen = {p for p in self.leaves if parameters(p)}
-        rest = [p for p in self.rest if p in chosen]
+        rest = [p for p in self.uncovered if p in chosen]
         if self.ghost is not None:
             part = self.ghost.restricted_to(chosen)
             if part.calls:
@@ -146,11 +155,11 @@ class LossGradients:
         if rest:
             passes = self._passes
             ends = passes.edges_of(rest)
-            if passes.heard:
-                gradients = passes.quiet(ends, weights)
+            if passes.hooks_ran:
+                gradients = passes.without_hooks(ends, weights)
             else:
                 aside = self._edges_aside(rest)
-                gradients = passes.loud([*ends, *aside], weights, retain_graph=not last)
+                gradients = passes.with_hooks([*ends, *aside], weights, retain_graph=not last)
             total.update((p, g) for p, g in zip(rest, gradients, strict=False) if g is not None)
         for p, g in total.items():
             if g.dtype != p.dtype:
@@ -158,47 +167,73 @@ class LossGradients:
         return total
 
     def plain_sum(
-        self, leaves: Sequence[Tensor], factors: Tensor, *, heard: bool
+        self, leaves: Sequence[Tensor], factors: Tensor, *, hooks_ran: bool
     ) -> dict[Tensor, Tensor]:
         """Sum of factor_i times the gradient of loss i, by ordinary autograd, for any leaves.
 
         Args:
             leaves: of the graph.
             factors: (B,).
-            heard: whether hooks on activations hear another pass of this loss.
+            hooks_ran: whether hooks on activations run in another pass of this loss.
         """
         passes = self._passes
-        gradients = (passes.quiet if heard else passes.loud)(passes.edges_of(leaves), factors)
+        back = passes.without_hooks if hooks_ran else passes.with_hooks
+        gradients = back(passes.edges_of(leaves), factors)
         return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
 
     def is_wanted(self, leaf: Tensor) -> bool:
         """Whether the backward pass that runs now asks for the gradient of a leaf."""
         return is_wanted(self._passes.edges_of([leaf])[0].node)
 
+    def is_walked_on(self) -> bool:
+        """Whether the backward pass that runs now goes through the same graph after us."""
+        return is_walked_on(self.graph.order)
+
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""
-        self.engine.left(self)
-        for other in self.sharing:
-            other.sharing.discard(self)
-        if not self.sharing:
-            self._let_go()
-        self.ghost = None
+        WAITING.leave(self)
+        if self.engine.has_layer_hooks:
+            forget_calls(() if self.sharing else self.graph.sites)
+            self.engine.left()
+        self.ghost = self.passes = None
         self.losses = self.losses.detach()
         self.graph = NO_GRAPH
-        self.passes = None
 
     @property
     def _passes(self) -> BackwardPasses:
-        assert self.passes is not None, "the backward pass is over"
+        if self.passes is None:
+            assert self.graph is not NO_GRAPH, "the backward pass is over"
+            self.passes = BackwardPasses(self.losses, self.graph, self.engine.known)
         return self.passes
+
+    def _by_own_engine(
+        self,
+        own: Callable[[Tensor, Sequence[Tensor]], PerSampleGradients],
+        parameters: Sequence[Tensor],
+    ) -> PerSampleGradients:
+        """The user's, compared with autograd at uses 1, 2, 4, 8, ..."""
+        if not parameters:
+            raise RuntimeError(NOTHING_TO_SCORE)
+        with torch.enable_grad():
+            rows = own(self.losses, parameters)
+        if self.engine.uses & (self.engine.uses - 1) == 0:
+            probe = probe_of(self.losses, self.engine.random)
+            wrong = compare(parameters, self._without_hooks(parameters, probe), probe, rows)
+            if wrong:
+                raise RuntimeError(
+                    f"engine={own!r} is not exact for {self.engine.names_of(wrong)}: combine(w) "
+                    f"differs from autograd by {max(wrong.values()):.2g} of the gradient; expected "
+                    'the sum of w_i times the gradient of loss i, or engine="auto"'
+                )
+        return rows
 
     def _by_autodiff(self, leaves: Sequence[Tensor]) -> AutodiffGradients:
         known, push = self.engine.known, self._passes.push
-        return AutodiffGradients(self.losses, leaves, known, self._quiet, push)
+        return AutodiffGradients(self.losses, leaves, known, self._without_hooks, push)
 
-    def _quiet(self, leaves: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor | None]:
+    def _without_hooks(self, leaves: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor | None]:
         passes = self._passes
-        return passes.quiet(passes.edges_of(leaves), weights)
+        return passes.without_hooks(passes.edges_of(leaves), weights)
 
     def _edges_aside(self, rest: Sequence[Tensor]) -> list[GradientEdge]:
         """Layers that a pass to the rest would not come by, and whose hooks it should meet."""
@@ -212,11 +247,11 @@ class LossGradients:
         """Compare the products with autograd; what is wrong is left to it."""
         parameters = [p for p in self.leaves if p in covering.covered]
         probe = probe_of(self.losses, self.engine.random)
-        wrong = compare(parameters, self._quiet(parameters, probe), probe, ghost)
+        wrong = compare(parameters, self._without_hooks(parameters, probe), probe, ghost)
         if in_half_precision(ghost):
             # Autograd's sums over many samples are too rough there to tell; our own are not.
             one = torch.ones((), device=probe.device)
-            by = partial(self._passes.quiet, weights=probe)
+            by = partial(self._passes.without_hooks, weights=probe)
             rows = ghost_gradients(self.losses, sites, one, retain_graph=True, backward=by)
             sums = rows.combine(torch.ones_like(probe))
             wrong = {p: error for p, error in wrong.items() if p not in covering.alone}
@@ -228,15 +263,33 @@ class LossGradients:
 
     def _let_go(self) -> None:
         """Hold the layers' inputs and output gradients no longer, here and on the graph."""
-        if self.engine.listens:
-            self.graph.forget_calls()
+        if self.engine.has_layer_hooks:
+            forget_calls(self.graph.sites)
         self.graph = NO_GRAPH
         self.passes = self.ghost = None
 
 
-def is_wanted(leaf: Node) -> bool:
-    """Whether the backward pass that runs now asks for the gradient that a node accumulates."""
-    try:
-        return torch._C._will_engine_execute_node(leaf)
-    except RuntimeError:  # torch's answer for a leaf that `autograd.grad` was asked for
-        return True
+class Waiting:
+    """Losses whose backward pass is still to come, in whatever thread: they may share a graph."""
+
+    def __init__(self) -> None:
+        self.batches, self.lock = WeakSet[LossGradients](), Lock()
+
+    def join(self, batch: LossGradients) -> None:
+        with self.lock:
+            for other in self.batches:
+                if not batch.graph.nodes.keys().isdisjoint(other.graph.nodes.keys()):
+                    other.sharing = other.sharing or WeakSet()
+                    batch.sharing = batch.sharing or WeakSet()
+                    other.sharing.add(batch)
+                    batch.sharing.add(other)
+            self.batches.add(batch)
+
+    def leave(self, batch: LossGradients) -> None:
+        with self.lock:
+            self.batches.discard(batch)
+            for other in batch.sharing:
+                other.sharing.discard(batch)  # type: ignore[union-attr]
+
+
+WAITING = Waiting()

@@ -157,16 +157,16 @@ def numbers_of(tensor: Tensor) -> Tensor:
 
 def widened(tensor: Tensor) -> Tensor:
     """At least float32: half-precision products lose the sign of a small score."""
-    wider = _WIDER.get(tensor.dtype)  # asked for at every turn
+    wider = WIDER.get(tensor.dtype)  # asked for at every turn
     return tensor if wider is None else tensor.to(wider)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of what `widened` gives."""
-    return _WIDER.get(dtype, dtype)
+    return WIDER.get(dtype, dtype)
 
 
-_WIDER = {
+WIDER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.complex32: torch.complex64,

@@ -19,8 +19,9 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from irw_optim.gradients.capture import Graph
-from irw_optim.gradients.operations import is_known, is_view, rule_for, settings_of
+from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.nodes import shape_of
+from irw_optim.gradients.operations import SETTINGS_OF, is_known, is_view, rule_for, settings_of
 from irw_optim.gradients.place import MIXES, SHARED, UNREAD, Output
 
 
@@ -129,16 +130,41 @@ def _inputs_of(output: Output) -> Sequence[int]:
         return MIXES
 
 
-def rows_of_parts(graph: Graph, batch: Batch, batch_size: int) -> set[int]:
-    """The leading sizes of tensors in which the samples lie along several dimensions."""
-    outputs = [
-        Output(graph.order[place], number, stride, batch_size)
-        for (place, number), stride in batch.places.items()
-        if stride != SHARED
-    ]
-    return {output.shape[0] for output in outputs if output.located is None}
+def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:
+    """How many rows entered the model, where the samples are parts of them, such as tokens.
+
+    Args:
+        graph: of the losses.
+        batch: where their batch is.
+        losses: how many there are.
+    """
+    if batch.followed:
+        outputs = [
+            Output(graph.order[place], number, stride, losses)
+            for (place, number), stride in batch.places.items()
+            if stride != SHARED
+        ]
+        entered = {output.shape[0] for output in outputs if output.located is None}
+    elif any(site.call.layout is not None for site in graph.sites):
+        return None
+    else:
+        entered = {shape[0] for node in graph.order if len(shape := shape_of(node)) > 2}
+    (rows, *others) = entered or {1}
+    return rows if not others and 1 < rows < losses and losses % rows == 0 else None
 
 
 def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
     """What decides where the batch is: equal for graphs of which `follow_batch` says the same."""
-    return losses.shape, losses.output_nr, graph.wiring, tuple(map(settings_of, graph.order))
+    found: list[object] = [losses.shape, losses.output_nr, graph.wiring]
+    for node in graph.order:
+        kind = type(node)
+        found.append(kind)
+        outputs = node._input_metadata
+        if len(outputs) == 1:
+            found.append(tuple(outputs[0].shape))
+        else:
+            found.append(tuple([tuple(output.shape) for output in outputs]))
+        settings = SETTINGS_OF.get(kind, settings_of)
+        if settings is not None:
+            found.append(settings(node))
+    return tuple(found)

@@ -24,7 +24,7 @@ from irw_optim.gradients.layers import (
     LayerCall,
     LinearCall,
 )
-from irw_optim.gradients.layers._call import _summed_rows
+from irw_optim.gradients.layers._gram import summed_rows
 from irw_optim.gradients.materialized import MEMORY_BOUND, as_matrix, widened
 
 __all__ = ["row_norms"]
@@ -37,14 +37,15 @@ def row_norms(gradients: GhostGradients) -> Tensor:
         gradients: the ghost products of one batch.
 
     Example:
-        >>> from irw_optim.gradients.capture import hook_layers, walk
+        >>> from irw_optim.gradients.capture import hook_layers, sites_noted
         >>> from irw_optim.gradients.ghost import ghost_gradients
+        >>> from irw_optim.gradients.graph import walk
         >>> model = torch.nn.Linear(2, 1)
         >>> handles = hook_layers(model)
         >>> losses = model(torch.tensor([[2.0, 2.0], [0.0, 0.0]])).squeeze(1)
-        >>> graph = walk(losses)
-        >>> _ = [call.find_batch(2, shape) for call, _, shape in graph.sites]
-        >>> row_norms(ghost_gradients(losses, graph.sites, torch.ones(()), retain_graph=False))
+        >>> sites = sites_noted(walk(losses).order)
+        >>> _ = [call.find_batch(2, shape) for call, _, shape in sites]
+        >>> row_norms(ghost_gradients(losses, sites, torch.ones(()), retain_graph=False))
         tensor([3., 1.])
     """
     groups = _sharing_parameters(gradients.calls)
@@ -132,7 +133,7 @@ def _by_rows(calls: Sequence[LayerCall]) -> Tensor:
     step = max(1, MEMORY_BOUND // numbers)
     blocks = []
     for start in range(0, len(calls[0].b), step):
-        rows = _summed_rows(list(calls), slice(start, start + step))
+        rows = summed_rows(list(calls), slice(start, start + step))
         blocks.append(torch.stack([_square(as_matrix(block)) for block in rows.values()]).sum(0))
     return torch.cat(blocks)
 

@@ -6,6 +6,8 @@ every step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch.autograd.function import BackwardCFunction
@@ -40,7 +42,7 @@ from irw_optim.gradients.mixing_rules import (
     unreduced,
     with_weights,
 )
-from irw_optim.gradients.nodes import base_name, shape_of
+from irw_optim.gradients.nodes import base_name
 from irw_optim.gradients.place import Rule
 
 
@@ -141,50 +143,45 @@ _SETTINGS = (
 """All that a rule reads beside the shapes and, of indices, what `picks_of` says."""
 
 
-class _Kind(NamedTuple):
-    rule: Rule
-    settings: tuple[str, ...]
+_RULE_OF: dict[type[Node], Rule] = {}
 
-
-_OF_TYPE: dict[type[Node], _Kind] = {}
+SETTINGS_OF: dict[type[Node], Callable[[Any], object] | None] = {}
+"""How to read what the rule of a node looks at, beside the shapes; None for nothing."""
 
 
 def rule_for(node: Node) -> Rule:
     """The rule of a node, by its name without what numbers its variants: ``MeanBackward1``."""
-    return _kind_of(node).rule
+    rule = _RULE_OF.get(type(node))
+    if rule is None:
+        rule = RULES.get(base_name(node), mixing)
+        if isinstance(node, BackwardCFunction):  # a function in Python may have any name
+            rule = handed_on if _is_torchs_identity(node) else mixing
+        _RULE_OF[type(node)] = rule
+    return rule
 
 
 def is_known(node: Node) -> bool:
     """Whether a node has a rule."""
-    return _kind_of(node).rule is not mixing
+    return rule_for(node) is not mixing
 
 
 def is_view(node: Node) -> bool:
     """Whether a node hands on numbers as they are."""
-    return _kind_of(node).rule in (permuting, removing, reshaped, swapping)
+    return rule_for(node) in (permuting, removing, reshaped, swapping)
 
 
 def settings_of(node: Node) -> object:
-    """What the rule of a node looks at, to compare."""
-    kind = _OF_TYPE.get(type(node)) or _kind_of(node)
-    if kind.rule is picking:
-        return type(node), shape_of(node), picks_of(node)
-    metadata: Any = node._input_metadata
-    shapes = tuple(map(_shape, metadata)) if len(metadata) > 1 else tuple(metadata[0].shape)
-    if not kind.settings:
-        return type(node), shapes
-    return type(node), shapes, *[_hashable(getattr(node, name)) for name in kind.settings]
-
-
-def _kind_of(node: Node) -> _Kind:
-    kind = _OF_TYPE.get(type(node))
-    if kind is None:
-        rule = RULES.get(base_name(node), mixing)
-        if isinstance(node, BackwardCFunction):  # a function in Python may have any name
-            rule = handed_on if _is_torchs_identity(node) else mixing
-        settings = tuple(name for name in _SETTINGS if hasattr(node, name))
-        kind = _OF_TYPE[type(node)] = _Kind(rule, settings)
-    return kind
+    """What the rule of a node looks at, of a kind that `SETTINGS_OF` did not know until now."""
+    names = [name for name in _SETTINGS if hasattr(node, name)]
+    read: Callable[[Any], object] | None = None
+    if rule_for(node) is picking:
+        read = picks_of
+    elif names:
+        values = attrgetter(*names)
+        lists = any(isinstance(getattr(node, name), list) for name in names)
+        read = (lambda n: repr(values(n))) if lists else values
+    SETTINGS_OF[type(node)] = read
+    return None if read is None else read(node)
 
 
 def _is_torchs_identity(node: BackwardCFunction) -> bool:
@@ -192,11 +189,3 @@ def _is_torchs_identity(node: BackwardCFunction) -> bool:
     function = getattr(node, "_forward_cls", type(node))
     names = ("BackwardHookFunction", "RegisterPostBackwardFunction", "_DDPSink")
     return function.__module__.startswith("torch.") and function.__name__ in names
-
-
-def _shape(metadata: Any) -> tuple[int, ...]:
-    return tuple(metadata.shape)
-
-
-def _hashable(value: Any) -> object:
-    return tuple(value) if isinstance(value, list) else value

@@ -41,6 +41,18 @@ class StackedGradients:
         seeds = [part.seed for part in self.parts if hasattr(part, "seed")]
         self.seed: Tensor | None = seeds[0] if seeds else None
 
+    @property
+    def doubt(self) -> Tensor | None:
+        """Whether any engine's newest `align` does not add up, 0-dim bool; None for surely not."""
+        doubts = [d for d in (getattr(part, "doubt", None) for part in self.parts) if d is not None]
+        return sum(doubts[1:], start=doubts[0]) if doubts else None
+
+    def settle_doubt(self) -> None:
+        """Take other ways from now on."""
+        for part in self.parts:
+            if getattr(part, "doubt", None) is not None:
+                part.settle_doubt()  # type: ignore[attr-defined]
+
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         return {p: t for part in self.parts for p, t in part.combine(weights).items()}
 

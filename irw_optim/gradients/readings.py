@@ -8,19 +8,24 @@ weight standardisation cost what a layer costs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.capture import CallSite, Graph
 from irw_optim.gradients.chained import ChainedCall, ChainPlaces
-from irw_optim.gradients.layers import Layout
+from irw_optim.gradients.coverage import Covering
+from irw_optim.gradients.graph import CallSite, Graph
+from irw_optim.gradients.layers import FIRST, LayerCall, Layout
 from irw_optim.gradients.mixing import Batch
 from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
-from irw_optim.gradients.nodes import base_name, shape_of
+from irw_optim.gradients.nodes import base_name
+from irw_optim.gradients.unheard import in_a_pass
+
+_Value = TypeVar("_Value")
 
 _MATRIX_PRODUCTS = ("Addmm", "Mm")
 """They take a weight or its transpose alike."""
@@ -34,6 +39,7 @@ class Reading(NamedTuple):
         output: number of the output that holds the batch.
         rule: makes the layer calls of it.
         weights: what it shares.
+        computed: those of them that were computed.
         layouts: where the batch is, for each call; None as long as nobody has looked.
     """
 
@@ -41,6 +47,7 @@ class Reading(NamedTuple):
     output: int
     rule: NodeRule
     weights: Weights
+    computed: tuple[Weight, ...]
     layouts: tuple[Layout | None, ...] | None = None
 
 
@@ -69,8 +76,9 @@ def read(
         if not weights:
             continue
         rule = None if _is_complex(node, weights, graph) else rule_of(node, output)
-        reading = None if rule is None else Reading(place, output, rule, weights)
-        found = None if reading is None else _sites_at(reading, graph)
+        computed = tuple(w for w in weights.values() if w.chain is not None)
+        reading = None if rule is None else Reading(place, output, rule, weights, computed)
+        found = None if reading is None else sites_of([reading], graph)
         if reading is None or found is None:
             return None
         readings.append(reading)
@@ -78,50 +86,82 @@ def read(
     return readings, sites
 
 
-def sites_of(readings: Iterable[Reading], graph: Graph, batch_size: int) -> list[CallSite] | None:
-    """The layer calls of another graph of the kind, with the batch in front.
+def sites_of(
+    readings: Iterable[Reading], graph: Graph, batch_size: int | None = None
+) -> list[CallSite] | None:
+    """The layer calls of a graph of the kind that the readings are of.
+
+    Args:
+        readings: of a kind of graph.
+        graph: of that kind.
+        batch_size: B, to bring the batch in front as it was found; None as long as nobody has.
 
     Returns:
         None where an operation has other settings than it had.
     """
     sites: list[CallSite] = []
     for reading in readings:
-        found, layouts = _sites_at(reading, graph), reading.layouts
-        if found is None or layouts is None or len(found) != len(layouts):
+        node: Any = graph.order[reading.place]
+        calls = reading.rule(node, reading.weights)
+        if calls is None:
             return None
-        for site, layout in zip(found, layouts, strict=True):
-            site.call.settle(layout, batch_size)
-        sites += found
+        if reading.computed:
+            calls = [_chained(call, reading.computed, graph) for call in calls]
+        edge = GradientEdge(node, reading.output)
+        shape = torch.Size(node._input_metadata[reading.output].shape)
+        for number, call in enumerate(calls):
+            if batch_size is not None:
+                if reading.layouts is None or len(reading.layouts) != len(calls):
+                    return None
+                call.settle(reading.layouts[number], batch_size)
+            sites.append(CallSite(call, edge, call.output_shape or shape))
     return sites
 
 
-def calls_nodes(readings: Iterable[Reading]) -> bool:
-    """Whether operations are asked for their slopes, which they tell in a backward pass alone."""
-    return any(reading.rule is of_each_number for reading in readings)
+class Plan:
+    """For every graph of one kind.
+
+    Args:
+        readings: the operations that read what the samples share.
+        covering: what is known of their products.
+    """
+
+    def __init__(self, readings: list[Reading], covering: Covering) -> None:
+        self.readings = readings
+        self.covering = covering
+        # Operations tell their slopes in a backward pass alone.
+        self.asks = any(reading.rule is of_each_number for reading in readings)
+
+    def sites(self, graph: Graph, losses: Tensor) -> list[CallSite] | None:
+        """The layer calls of a graph; None where an operation has other settings than it had."""
+        if not self.asks:
+            return sites_of(self.readings, graph, losses.shape[0])
+        follow = partial(sites_of, self.readings, graph, losses.shape[0])
+        return in_a_pass_to_all(losses, graph, follow)
 
 
-def _sites_at(reading: Reading, graph: Graph) -> list[CallSite] | None:
-    node: Any = graph.order[reading.place]
-    calls = reading.rule(node, reading.weights)
-    if calls is None:
-        return None
-    edge, shape = GradientEdge(node, reading.output), shape_of(node, reading.output)
-    computed = [w for w in reading.weights.values() if w.chain is not None]
-    sites: list[CallSite] = []
-    for call in calls:
-        if computed:
-            mine = set(call.parameters.values())
-            chains = {w.tensor: w.chain.among(graph) for w in computed if w.tensor in mine}  # type: ignore[union-attr]
-            call = ChainedCall(call, chains) if chains else call
-        sites.append(CallSite(call, edge, call.output_shape or shape))
-    return sites
+def in_a_pass_to_all(losses: Tensor, graph: Graph, look: Callable[[], _Value]) -> _Value:
+    """What a look at nodes gives where they know that all of their inputs are wanted."""
+    found: list[_Value] = []
+    edges = [GradientEdge(leaf, 0) for leaf in graph.leaf_nodes]
+    with torch.no_grad():
+        in_a_pass(losses, edges, lambda: found.append(look()))
+    return found[0]
+
+
+def _chained(call: LayerCall, computed: Sequence[Weight], graph: Graph) -> LayerCall:
+    """The call for the parameters that its weights were computed from."""
+    mine = set(call.parameters.values())
+    chains = {w.tensor: w.chain.among(graph) for w in computed if w.tensor in mine and w.chain}
+    return ChainedCall(call, chains) if chains else call
 
 
 def with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
     """The readings with the layouts that their calls were found to have in this graph."""
     found: dict[tuple[Node, int], list[Layout | None]] = {}
     for call, edge, _ in graph.sites:
-        found.setdefault((edge.node, edge.output_nr), []).append(call.layout)
+        layout = FIRST if call.layout == FIRST else call.layout  # told by identity, in a hurry
+        found.setdefault((edge.node, edge.output_nr), []).append(layout)
     layouts = [found.get((graph.order[r.place], r.output)) for r in readings]
     return [
         r._replace(layouts=None if own is None else tuple(own))

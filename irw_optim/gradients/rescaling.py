@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,17 +24,46 @@ _ROUNDS = 4
 """From infinity it takes at most two steps to a number, and two from there into the range."""
 
 
-def align_in_range(gradients: PerSampleGradients, coefficients: Tensor) -> tuple[Tensor, float]:
-    """``(k G)(k G)^T c``, shape (B,), and the power of two k; 1 wherever that will do.
+def align_in_range(
+    gradients: PerSampleGradients, coefficients: Tensor, losses: Tensor | None = None
+) -> tuple[Tensor, float, bool]:
+    """``(k G)(k G)^T c``, shape (B,), the power of two k, and whether all of it is finite.
 
-    Where no k helps (the gradients are zero, or not finite themselves), the product is plain.
+    k is 1 wherever that will do. Where none helps (the gradients are zero, or not finite
+    themselves), the product is plain.
+
+    Args:
+        gradients: G.
+        coefficients: c, (B,).
+        losses: (B,), which are to be finite as well.
     """
-    return _in_range(gradients, lambda rows: align(rows, coefficients), lambda scores: scores)
+    scores = align(gradients, coefficients)
+    look = _look(scores, gradients, losses)
+    if look.doubted:
+        gradients.settle_doubt()  # type: ignore[attr-defined]
+        scores = align(gradients, coefficients)
+        look = _look(scores, gradients, losses)
+    if look.in_range:
+        return scores, 1.0, look.finite
+    return *_rescaled(scores, look.size, gradients, lambda rows: align(rows, coefficients)), False
 
 
-def gram_in_range(gradients: PerSampleGradients) -> tuple[Tensor, float]:
-    """``(k G)(k G)^T``, shape (B, B), and the power of two k; 1 wherever that will do."""
-    return _in_range(gradients, lambda rows: rows.gram(), lambda gram: gram.diagonal())
+def gram_in_range(
+    gradients: PerSampleGradients, losses: Tensor | None = None, present: Tensor | None = None
+) -> tuple[Tensor, float, bool, bool]:
+    """``(k G)(k G)^T``, shape (B, B), the power of two k; and whether all of it is finite.
+
+    Args:
+        gradients: G.
+        losses: (B,), which are to be finite as well.
+        present: (B,) bool; whether that is everybody is the fourth answer.
+    """
+    gram = gradients.gram()
+    look = _look(gram.diagonal(), gradients, losses, present)
+    if look.in_range:
+        return gram, 1.0, look.finite, look.everybody
+    found = _rescaled(gram, look.size, gradients, lambda rows: rows.gram())
+    return *found, False, look.everybody
 
 
 class RescaledGradients:
@@ -94,26 +124,75 @@ def unscaled(product: Tensor, factor: float) -> Tensor:
 _FLOAT64 = (torch.finfo(torch.float64).min, torch.finfo(torch.float64).max)
 
 
-def _in_range(
+class _Look(NamedTuple):
+    """What one look at finished products shows, which waits for a device once.
+
+    Attributes:
+        size: the largest of them.
+        in_range: whether it is far from both ends of the range, and what led to it.
+        finite: whether all of them are finite, and the losses.
+        doubted: whether the engine has shown that they are wrong.
+        everybody: whether all samples are present.
+    """
+
+    size: float
+    in_range: bool
+    finite: bool
+    doubted: bool
+    everybody: bool
+
+
+def _look(
+    squares: Tensor,
+    gradients: PerSampleGradients,
+    losses: Tensor | None = None,
+    present: Tensor | None = None,
+) -> _Look:
+    if not gradients.batch_size:
+        return _Look(0.0, True, True, False, True)
+    largest: Tensor = torch.linalg.vector_norm(squares, math.inf)  # NaN if one is NaN
+    seed, doubt = getattr(gradients, "seed", None), getattr(gradients, "doubt", None)
+    numbers = [
+        largest,
+        largest if seed is None else seed,
+        largest if losses is None else losses.sum(),
+    ]
+    if doubt is not None or present is not None:
+        numbers += [largest * 0 if doubt is None else doubt]
+        numbers += [largest if present is None else present.all()]
+    if squares.device.type == "cpu":
+        found = list(map(Tensor.item, numbers))
+    else:
+        found = torch.stack([number.to(squares.dtype) for number in numbers]).tolist()
+    size, factor, of_losses, *others = found
+    # The engine's way to a product may be quadratic in what its gradients carry, too.
+    quadratic = size if seed is None else size * factor**2
+    low, high = _range_of(squares.dtype)
+    return _Look(
+        size,
+        low <= size <= high and low <= quadratic <= high,
+        math.isfinite(size) and math.isfinite(of_losses),
+        doubt is not None and others[0] > 0,
+        present is None or others[1] > 0,
+    )
+
+
+def _rescaled(
+    plain: Tensor,
+    size: float,
     gradients: PerSampleGradients,
     product: Callable[[PerSampleGradients], Tensor],
-    squares: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, float]:
-    plain = product(gradients)
-    if not gradients.batch_size:
-        return plain, 1.0
-    # The engine's way to a product may be quadratic in what its gradients carry, too.
-    size, seed = _looked_at(_largest(squares(plain)), getattr(gradients, "seed", None))
+    """A product of k G, for a k that brings it into the range; the plain one where none does."""
     low, high = _range_of(plain.dtype)
-    if low <= size <= high and low <= size * seed**2 <= high:
-        return plain, 1.0
     reach, exponent = math.frexp(high)[1], 0
     for _ in range(_ROUNDS):
         exponent += _step(size, low, high, reach)
         exponent = max(-2 * reach, min(exponent, 2 * reach - 4))
         factor = math.ldexp(1.0, exponent)
         found = product(RescaledGradients(gradients, factor, plain))
-        size = float(_largest(squares(found)))
+        squares = found if found.ndim == 1 else found.diagonal()
+        size = float(torch.linalg.vector_norm(squares, math.inf))
         if low <= size <= high:
             return found, factor
         if size == 0 or (not math.isfinite(size) and exponent == -2 * reach):
@@ -135,19 +214,3 @@ def _step(size: float, low: float, high: float, reach: int) -> int:
     if size > 0 and math.isfinite(size):
         return -math.frexp(size)[1] // 2
     return reach if size == 0 else -reach
-
-
-def _largest(numbers: Tensor) -> Tensor:
-    """The largest absolute value; NaN if one is NaN."""
-    largest: Tensor = torch.linalg.vector_norm(numbers, math.inf)
-    return largest
-
-
-def _looked_at(size: Tensor, seed: Tensor | None) -> tuple[float, float]:
-    """Both as numbers, which waits for a device once."""
-    if seed is None:
-        return float(size), 1.0
-    if size.device.type == "cpu":
-        return float(size), float(seed)
-    both = torch.stack([size, seed.to(size.dtype)]).tolist()
-    return both[0], both[1]

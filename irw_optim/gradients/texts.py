@@ -40,3 +40,10 @@ def parts(losses: int, rows: int) -> str:
         f'({rows},): criterion(logits, targets) with reduction="none", then '
         f".view({rows}, -1).mean(1)"
     )
+
+
+KEPT_OUT = (
+    "torch.compile leaves this model alone from now on: what it fuses has parameters without quick "
+    "products, and would take one backward pass a sample. Uncompiled, the graph shows how they are "
+    "used. See 'torch.compile' in the documentation of models"
+)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.ghost import GhostGradients
+from irw_optim.gradients.protocol import PerSampleGradients
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
 """Far above rounding, also of sums in which large terms cancel; far below what mixing does."""
@@ -31,7 +31,7 @@ a bias in front of a normalisation has no gradient but noise."""
 
 def probe_of(losses: Tensor, random: torch.Generator) -> Tensor:
     """Random weights for the samples, (B,), from a generator of the engine's own."""
-    probe = torch.randn(len(losses), generator=random, dtype=torch.float64)
+    probe = torch.randn(len(losses), generator=random, dtype=torch.float64, device="cpu")
     return probe.to(losses.device, losses.dtype)
 
 
@@ -39,7 +39,7 @@ def compare(
     parameters: Sequence[Tensor],
     truth: Sequence[Tensor | None],
     probe: Tensor,
-    gradients: GhostGradients,
+    gradients: PerSampleGradients,
 ) -> dict[Tensor, float]:
     """Compare G^T r with what a backward pass from <r, losses> gave, parameter by parameter.
 
@@ -53,15 +53,14 @@ def compare(
         The relative error of each parameter that disagrees.
     """
     claim = gradients.combine(probe)
-    return wrong_among(
-        [
-            difference(p, torch.zeros_like(p) if t is None else t, claim.get(p), gradients)
-            for p, t in zip(parameters, truth, strict=True)
-        ]
-    )
+    pairs = [
+        (torch.zeros_like(p) if t is None else t.to_dense(), claim.get(p))
+        for p, t in zip(parameters, truth, strict=True)
+    ]
+    return wrong_among(_differences(parameters, pairs, _dtypes(gradients)))
 
 
-def in_half_precision(gradients: GhostGradients) -> bool:
+def in_half_precision(gradients: PerSampleGradients) -> bool:
     """Whether any layer's gradient arrived in half precision."""
     return any(dtype in _HALF for dtype in _dtypes(gradients))
 
@@ -76,13 +75,23 @@ class Difference(NamedTuple):
 
 
 def difference(
-    parameter: Tensor, truth: Tensor, claim: Tensor | None, gradients: GhostGradients
+    parameter: Tensor, truth: Tensor, claim: Tensor | None, gradients: PerSampleGradients
 ) -> Difference:
     """Measure one parameter's gradient against autograd's."""
-    truth = truth.to_dense()
-    off = truth if claim is None else truth - claim
-    tolerance = max(map(_tolerance, (truth.dtype, *_dtypes(gradients))))
-    return Difference(parameter, _norm(off), _norm(truth), tolerance)
+    return _differences([parameter], [(truth.to_dense(), claim)], _dtypes(gradients))[0]
+
+
+def _differences(
+    parameters: Sequence[Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor | None]],
+    dtypes: set[torch.dtype],
+) -> list[Difference]:
+    """Each parameter's truth against the claim; a device is waited for once."""
+    off = [_norm(truth if claim is None else truth - claim) for truth, claim in pairs]
+    sizes = [_norm(truth) for truth, _ in pairs]
+    norms = torch.stack([*off, *sizes]).tolist() if pairs else []
+    tolerances = [max(map(_tolerance, (truth.dtype, *dtypes))) for truth, _ in pairs]
+    return list(map(Difference, parameters, norms[: len(pairs)], norms[len(pairs) :], tolerances))
 
 
 def wrong_among(differences: Sequence[Difference]) -> dict[Tensor, float]:
@@ -100,22 +109,26 @@ def equal(
     parameters: Sequence[Tensor], some: Sequence[Tensor | None], others: Sequence[Tensor | None]
 ) -> bool:
     """Whether two passes gave the same gradients, to rounding."""
-    differences = []
-    for parameter, a, b in zip(parameters, some, others, strict=True):
-        if a is None or b is None:
-            if a is not b:
-                return False
-            continue
-        a, b = a.to_dense(), b.to_dense()
-        tolerance = _tolerance(a.dtype)
-        differences.append(Difference(parameter, _norm(a - b), _norm(a), tolerance))
-    return not wrong_among(differences)
+    if any((a is None) is not (b is None) for a, b in zip(some, others, strict=True)):
+        return False
+    found = [
+        (parameter, (a.to_dense(), b.to_dense()))
+        for parameter, a, b in zip(parameters, some, others, strict=True)
+        if a is not None and b is not None
+    ]
+    compared, pairs = [p for p, _ in found], [pair for _, pair in found]
+    return not wrong_among(_differences(compared, pairs, set()))
 
 
-def _norm(tensor: Tensor) -> float:
-    """Of numbers whose squares float32 may not hold."""
-    size = tensor.abs().max() if tensor.numel() else tensor.new_zeros(()).abs()
-    return float(size) * float((tensor / size).abs().float().norm()) if size else 0.0
+def _norm(tensor: Tensor) -> Tensor:
+    """Of numbers whose squares float32 may not hold; 0-dim, in float64 or the device's widest."""
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+    if not tensor.numel():
+        return torch.zeros((), dtype=wide, device=tensor.device)
+    size = tensor.abs().max()
+    unit = torch.where(size == 0, torch.ones_like(size), size)
+    norm: Tensor = size.to(wide) * (tensor / unit).abs().float().norm().to(wide)
+    return norm
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -133,5 +146,5 @@ def _precision_of_products() -> str:
     return "high" if precision == "highest" and convolutions else precision
 
 
-def _dtypes(gradients: GhostGradients) -> set[torch.dtype]:
-    return {call.precision for call in gradients.calls}
+def _dtypes(gradients: PerSampleGradients) -> set[torch.dtype]:
+    return {call.precision for call in getattr(gradients, "calls", ())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod, finalize
@@ -22,6 +23,7 @@ from irw_optim.monitor.rows import Row
 from irw_optim.monitor.signatures import diagnose
 from irw_optim.monitor.staleness import WeightAge
 from irw_optim.optimizer import IRWOptimizer
+from irw_optim.tables import html_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,6 +192,13 @@ class IRWMonitor:
 
         return draw(Course(self._history.rows))
 
+    def _repr_html_(self) -> str:
+        rows = self.rows()[-5:]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [[f"{row[name]:.4g}" if name in row else "" for name in names] for row in rows]
+        found = "".join(f"<p>{escape(str(finding))}</p>" for finding in self.diagnose())
+        return found + html_table(names, cells)
+
     def diagnose(self) -> list[Finding]:
         """What the rows show of the known ways in which training with these weights fails.
 
@@ -274,6 +283,7 @@ def _irw_optimizer(optimizer: Any) -> IRWOptimizer:
         if isinstance(candidate, IRWOptimizer):
             return candidate
     raise TypeError(
-        f"optimizer={optimizer!r}: expected the IRWOptimizer that trains. A private optimizer "
+        f"optimizer is a {type(optimizer).__name__}: expected the IRWOptimizer that trains, as in "
+        "IRWMonitor(IRWOptimizer(...)). A private optimizer "
         "cannot be listened to: what its samples' weights say is not covered by the guarantee"
     )

@@ -5,6 +5,8 @@ Options that may change in mid-training are set here, and act from the next back
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 from irw_optim.optimizer.options import Options, described
@@ -17,7 +19,7 @@ def option(name: str) -> Any:
     """An attribute of an optimizer that is one of its options, and may be set."""
 
     def change(self: Any, value: Any) -> None:
-        self._weighted.options.change(**{name: value})
+        self._weighted.options = replace(self._weighted.options, **{name: value})
 
     return property(lambda self: getattr(self._weighted.options, name), change)
 
@@ -54,7 +56,17 @@ class Attributes:
     model = chosen_once("model", "engine")
     criterion = chosen_once("criterion", "_hold")
     engine = chosen_once("engine", "_weighted")
-    replicas = chosen_once("replicas", "_weighted")
+    processes = chosen_once("processes", "_weighted")
+
+    @property
+    def replicas(self) -> Any:
+        """The former name of `processes`."""
+        warnings.warn(
+            "optimizer.replicas is called optimizer.processes now, and is None in one process",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.processes
 
     @property
     def _options(self) -> Options:
@@ -68,7 +80,7 @@ class Attributes:
     @scheme.setter
     def scheme(self, scheme: Scheme) -> None:
         if isinstance(scheme, LocalScheme):
-            self._options.take(scheme)
+            self._weighted.options = self._options.of(scheme)
             self._weighted.held = None
         else:
             self._weighted.held = scheme

@@ -9,13 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from irw_optim.criterion import validate_criterion
-from irw_optim.distributed.replicas import check_replicas_in
-from irw_optim.distributed.shard_checks import check_sharding
-from irw_optim.distributed.sharding import groups_of
+from irw_optim.criterion.attached import check_unattached
+from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import ENGINES, Engine
-from irw_optim.optimizer.attach import check_unattached
 from irw_optim.optimizer.options import Options
-from irw_optim.privacy.errors import DPGuaranteeError
+from irw_optim.processes import is_shard, is_sharded, several_processes
 
 
 def check_arguments(
@@ -29,8 +27,11 @@ def check_arguments(
         DPGuaranteeError: a differentially private optimizer.
     """
     check_inner(optimizer)
-    if engine not in ENGINES:
-        raise ValueError(f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}")
+    if engine not in ENGINES and not callable(engine):
+        raise ValueError(
+            f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}, or a callable "
+            "(losses, parameters) -> PerSampleGradients"
+        )
     if engine == "grad_sample" and model is not None:
         raise ValueError(
             "engine='grad_sample' reads what Opacus left in p.grad_sample, in "
@@ -52,14 +53,17 @@ def check_arguments(
         check_unattached(criterion, model)
     check_model(model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    check_sharding(
-        model,
-        criterion,
-        parameters,
-        engine=engine,
-        weighting=options.weighting,
-        accumulation_steps=options.accumulation_steps,
-    )
+    if (model is not None and is_sharded(model)) or any(map(is_shard, parameters)):
+        from irw_optim.distributed.shard_checks import check_sharding
+
+        check_sharding(
+            model,
+            criterion,
+            parameters,
+            engine=engine,
+            weighting=options.weighting,
+            accumulation_steps=options.accumulation_steps,
+        )
     check_parameters(parameters, model, criterion)
 
 
@@ -79,7 +83,10 @@ def check_inner(optimizer: Any) -> None:
                 ".make_private(..., irw=IRWDPConfig()) instead"
             )
         if "IRWOptimizer" in kinds:
-            raise TypeError("optimizer is an IRWOptimizer already: wrap the optimizer inside it")
+            raise TypeError(
+                "optimizer is an IRWOptimizer already: wrap the optimizer inside it, "
+                "IRWOptimizer(optimizer.inner, ...), after optimizer.detach()"
+            )
         if prepared := kinds & _PREPARED:
             raise TypeError(
                 f"optimizer is an {prepared.pop()}, prepared for its training loop already, which "
@@ -114,7 +121,10 @@ def check_model(model: Any) -> None:
     if model is None:
         return
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected the torch.nn.Module that is trained")
+        raise TypeError(
+            f"model={model!r}: expected the torch.nn.Module that is trained, an instance such as "
+            "torch.nn.Linear(4, 2); several models are one in torch.nn.ModuleList([first, second])"
+        )
     for module in model.modules():
         for kind in type(module).__mro__:
             if kind.__name__ in _SHARDED:
@@ -129,7 +139,10 @@ def check_model(model: Any) -> None:
                     "no hook: give IRWOptimizer the plain model, or leave model and criterion out "
                     "and call optimizer.step(losses=losses)"
                 )
-    check_replicas_in(model)
+    if several_processes():
+        from irw_optim.distributed.replicas import check_replicas_in
+
+        check_replicas_in(model)
 
 
 _SHARDED = {"FullyShardedDataParallel", "DeepSpeedEngine", "PipelineModule"}
@@ -143,8 +156,11 @@ def check_parameters(
     check_devices([*parameters, *trained])
     if model is None:
         return
-    shards = [shard for group in groups_of(model) for shard in group]  # a forward hides some
-    own = {*model.parameters(), *shards}
+    own: set[Tensor] = set(model.parameters())
+    if is_sharded(model):
+        from irw_optim.distributed.sharding import groups_of
+
+        own.update(*groups_of(model))  # a forward hides some
     own.update(criterion.parameters() if criterion is not None else ())
     foreign = [p for p in parameters if p not in own]
     if foreign:
@@ -184,12 +200,13 @@ def check_group(
 
 def check_not_private(parameters: Iterable[Tensor]) -> None:
     """Refuse to step where a differentially private optimizer has left its sums."""
-    if any(getattr(p, "summed_grad", None) is not None for p in parameters):
-        raise DPGuaranteeError(
-            "the parameters carry Opacus' summed_grad: an IRWOptimizer inside make_private "
-            "would step on gradients without noise; use irw_optim.privacy.IRWPrivacyEngine()"
-            ".make_private(..., irw=IRWDPConfig()) with the plain optimizer"
-        )
+    for p in parameters:
+        if getattr(p, "summed_grad", None) is not None:
+            raise DPGuaranteeError(
+                "the parameters carry Opacus' summed_grad: an IRWOptimizer inside make_private "
+                "would step on gradients without noise; use irw_optim.privacy.IRWPrivacyEngine()"
+                ".make_private(..., irw=IRWDPConfig()) with the plain optimizer"
+            )
 
 
 def check_backward(engine: Engine) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.replicas import several_processes
 from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.processes import several_processes
 from irw_optim.weighting.ranges import check_losses
 from irw_optim.weighting.record import StepRecord
 

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.shards import processes_of
-from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.engine import Engine, OwnEngine
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
-from irw_optim.optimizer.attach import Hold
 from irw_optim.optimizer.attributes import Attributes
 from irw_optim.optimizer.checks import (
     check_arguments,
@@ -25,6 +23,7 @@ from irw_optim.optimizer.checks import (
     check_trains,
 )
 from irw_optim.optimizer.grad_sample_way import weigh_grad_samples
+from irw_optim.optimizer.hold import Hold
 from irw_optim.optimizer.options import Options, described, report_differences
 from irw_optim.optimizer.own_steps import closure_step, own_step
 from irw_optim.optimizer.weighted_backward import WeightedBackward
@@ -70,7 +69,8 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         warmup_steps: this many optimizer steps with plain averaging first.
         score_parameters: parameters whose gradients make the scores: ``"last"``, names, or a
             predicate on (name, parameter); the update covers all. None takes all.
-        engine: ``"auto"``, ``"ghost"``, ``"autodiff"`` or ``"grad_sample"``.
+        engine: ``"auto"``, ``"ghost"``, ``"autodiff"`` or ``"grad_sample"``; or a callable
+            ``(losses, parameters) -> PerSampleGradients``, an engine of your own.
         weighting: ``"irw"``, ``"cvar"``, ``"uniform"``, or a callable
             ``(losses, gradients, worst_off) -> scores``, all of shape (B,).
         accumulation_steps: 1 chooses S and the weights inside each backward pass, which adds to
@@ -84,7 +84,7 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         inner: the optimizer that takes the step.
         scheme: decides the weights.
         engine: gives the per-sample gradients.
-        replicas: the processes that the model trains in.
+        processes: those that the model trains in; None for this one alone.
         last_step: the `StepRecord` of the newest backward pass, or of the newest logical batch.
         steps: optimizer steps taken.
 
@@ -120,7 +120,7 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         mix: float = 0.0,
         warmup_steps: int = 0,
         score_parameters: ScoreParameters = None,
-        engine: str = "auto",
+        engine: str | OwnEngine = "auto",
         weighting: str | ScoreRule = "irw",
         accumulation_steps: int = 1,
         worst_off: str = "global",
@@ -144,9 +144,8 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         with ExitStack() as undo:
             hooked = Engine(model, engine)
             undo.callback(hooked.remove_hooks)
-            replicas = processes_of(model, worst_off, options)
-            undo.callback(replicas.release)
-            self._weighted = WeightedBackward(optimizer, hooked, options, chosen, replicas)
+            self._weighted = WeightedBackward(optimizer, hooked, options, chosen)
+            undo.callback(self._weighted.release)
             super().__init__(optimizer)
             self._hold = Hold(self._weighted, criterion)
             undo.pop_all()
@@ -236,14 +235,15 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
             DPGuaranteeError: the parameters belong to a differentially private optimizer.
         """
         weighted = self._weighted
-        check_not_private(weighted.parameters)
+        parameters = weighted.parameters
+        check_not_private(parameters)
         if losses is not None:
             check_reads_rows(self.engine)
-            every, scored = weighted.parameters, self.scored_parameters()
-            weigh_grad_samples(every, scored, losses, labels, weighted.decide)
+            scored = self.scored_parameters()
+            weigh_grad_samples(parameters, scored, losses, labels, weighted.decide)
             self.engine.warn_of_mixing(losses)
         if closure is None:
-            weighted.make_ready()
+            weighted.make_ready(parameters)
             result = self.inner.step()
         else:
             result = closure_step(weighted, closure)

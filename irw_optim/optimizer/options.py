@@ -5,25 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from irw_optim.arguments import as_flag, as_whole, plain
-from irw_optim.weighting.local_scheme import LocalScheme, rule_named
+from irw_optim.weighting.local_scheme import NAMED, LocalScheme, rule_named
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_options
-from irw_optim.weighting.weights import Alignment, Equality, Membership, ScoreRule
+from irw_optim.weighting.weights import Alignment, ScoreRule
 
 logger = logging.getLogger("irw_optim")
 
-WEIGHTINGS = ("irw", "cvar", "uniform")
 WORST_OFF = ("global", "local")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """What an `IRWOptimizer` was asked for; its arguments of the same names say more.
 
     `score_parameters` is kept as a checkpoint describes it: what it chose is chosen.
+
+    Raises:
+        TypeError, ValueError: impossible ones, alone or with each other.
     """
 
     alpha: float
@@ -40,43 +43,32 @@ class Options:
     def __post_init__(self) -> None:
         check_each(self)
         for field in fields(self):  # NumPy's numbers become Python's
-            setattr(self, field.name, plain(getattr(self, field.name)))
-        self.local = LocalScheme(
-            float(self.alpha),
-            rule_named(self.weighting, self.center),
-            self.outliers,
-            self.class_balance,
-            self.mix,
-        )
+            vars(self)[field.name] = plain(getattr(self, field.name))
 
-    def change(self, **options: Any) -> None:
-        """Take new values, from the next backward pass on.
+    @cached_property
+    def local(self) -> LocalScheme:
+        """Decides the weights inside a batch."""
+        rule = rule_named(self.weighting, self.center)
+        return LocalScheme(float(self.alpha), rule, self.outliers, self.class_balance, self.mix)
 
-        Raises:
-            TypeError, ValueError: impossible ones; nothing has changed then.
-        """
-        vars(self).update(vars(replace(self, **options)))
-
-    def take(self, scheme: LocalScheme) -> None:
-        """Take what a local scheme says."""
+    def of(self, scheme: LocalScheme) -> Options:
+        """The same with what a local scheme says."""
         rule = scheme.rule
-        center = rule.center if isinstance(rule, Alignment) else 0.0
-        self.change(
+        options = replace(
+            self,
             alpha=scheme.alpha,
             outliers=scheme.outliers,
-            center=center,
+            center=rule.center if isinstance(rule, Alignment) else 0.0,
             class_balance=scheme.class_balance,
             mix=scheme.mix,
-            weighting=_NAMES.get(type(rule), rule),
+            weighting=next((n for n, kind in NAMED.items() if type(rule) is kind), rule),
         )
-        self.local = scheme
+        vars(options)["local"] = scheme
+        return options
 
     def described(self) -> dict[str, Any]:
         """As plain data, for checkpoints and for comparison between processes."""
         return {field.name: described(getattr(self, field.name)) for field in fields(self)}
-
-
-_NAMES: dict[type, str] = {Alignment: "irw", Membership: "cvar", Equality: "uniform"}
 
 
 def check_each(options: Options) -> None:
@@ -90,15 +82,19 @@ def check_each(options: Options) -> None:
     check_options(center=center, mix=options.mix, warmup_steps=options.warmup_steps)
     if as_flag(options.class_balance) is None:
         raise TypeError(f"class_balance={options.class_balance!r}: expected True or False")
+    if isinstance(outliers, type):
+        name = outliers.__name__
+        raise TypeError(f"outliers={name} is a class: expected an instance, outliers={name}()")
     if outliers is not None and not callable(outliers):
         raise TypeError(
             f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter(), a callable "
             "from the (B, B) Gram matrix to a bool mask (B,)"
         )
-    if isinstance(weighting, str) and weighting not in WEIGHTINGS:
+    if isinstance(weighting, str) and weighting not in NAMED:
         raise ValueError(
-            f"weighting={weighting!r}: expected one of {', '.join(map(repr, WEIGHTINGS))}, or a "
-            "callable (losses, gradients, worst_off) -> scores"
+            f"weighting={weighting!r}: expected one of {', '.join(map(repr, NAMED))}, or a "
+            "callable (losses, gradients, worst_off) -> scores; IRWO is 'irw' with "
+            "outliers=DBSCANFilter()"
         )
     if not isinstance(weighting, str) and not callable(weighting):
         raise TypeError(f"weighting={weighting!r}: expected a name or a callable")

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.optimizer.backward import Plan
+from irw_optim.backward.deferred import Deferred
+from irw_optim.gradients.materialized import widened
+from irw_optim.torch_internals import at_the_end_of_backward
 
 logger = logging.getLogger("irw_optim")
 
@@ -38,15 +40,14 @@ class OtherTerms:
     def watch(self, loss: Tensor) -> None:
         """Be told what a weighted loss gives its leaves."""
         node: Any = loss.grad_fn
-        if hasattr(node, "plan"):
-            node.plan = _Watched(node.plan, self)
+        if hasattr(node, "deferred"):
+            node.deferred = _Watched(node.deferred, self)
 
     def begin(self) -> None:
         """A weighted loss is reached by a backward pass, at whose end to compare."""
         if not self._queued:
             self._queued = True
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._compare)
+            at_the_end_of_backward(self._compare)
 
     def note(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Take the gradients that a weighted loss gives."""
@@ -65,14 +66,15 @@ class OtherTerms:
         if not weighted:
             return
         self.watching = False
-        total, others = 0.0, 0.0
+        squares: list[Tensor] = []
         for leaf, gradient in weighted.items():
             if leaf.grad is None:  # `autograd.grad`
                 continue
             then = before[leaf]
             grown = leaf.grad if then is None else leaf.grad - then
-            total += _square(grown)
-            others += _square(grown - gradient)
+            squares += [_square(grown), _square(grown - gradient)]
+        found = torch.stack(squares).tolist() if squares else []  # which waits for a device, once
+        total, others = sum(found[::2]), sum(found[1::2])
         if others > NOTED_FROM**2 * total:
             logger.warning(
                 "other terms of the total loss reach the parameters beside the weighted one. Their "
@@ -86,17 +88,17 @@ class OtherTerms:
 
 
 class _Watched:
-    def __init__(self, plan: Plan, terms: OtherTerms) -> None:
-        self.plan = plan
+    def __init__(self, deferred: Deferred, terms: OtherTerms) -> None:
+        self.deferred = deferred
         self.terms = terms
-        self.leaves = getattr(plan, "leaves", ())
+        self.leaves = getattr(deferred, "leaves", ())
 
     def gradients(self, upstream: Tensor) -> list[Tensor | None]:
         if not self.terms.watching or not self.leaves:
-            return self.plan.gradients(upstream)
+            return self.deferred.gradients(upstream)
         leaves = list(self.leaves)
         self.terms.begin()
-        gradients = self.plan.gradients(upstream)
+        gradients = self.deferred.gradients(upstream)
         self.terms.note(leaves, gradients)
         return gradients
 
@@ -106,5 +108,5 @@ def _is_changed(leaf: Tensor) -> bool:
     return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)
 
 
-def _square(tensor: Tensor) -> float:
-    return float(tensor.detach().abs().square().sum())
+def _square(tensor: Tensor) -> Tensor:
+    return widened(tensor.detach()).abs().square().sum().float()

@@ -61,6 +61,11 @@ def own_step(
 
 def closure_step(weighted: WeightedBackward, closure: Callable[[], Any]) -> Any:
     """Take the inner optimizer's step with a closure, whose gradient is made ready."""
+    if not callable(closure):
+        raise TypeError(
+            f"closure is a {type(closure).__name__}: expected a function that returns the loss, "
+            "step() after loss.backward(), or step(losses=losses) with Opacus' per-sample gradients"
+        )
     inner = weighted.inner
     if not hasattr(inner, IN_ORDER[0]):
         return inner.step(lambda: weighted.evaluated(closure))

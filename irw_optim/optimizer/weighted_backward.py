@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import chain
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from irw_optim.backward.accumulation import LogicalBatch
+from irw_optim.backward.weighted_loss import OneProcess, Weigher, ordinary_loss, weighted_loss
 from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.replicas import Replicas, several_processes
-from irw_optim.distributed.shards import Shards
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.optimizer.accumulation import LogicalBatch
-from irw_optim.optimizer.carried_loss import OneProcess, Weigher, carried_loss
 from irw_optim.optimizer.options import Options
 from irw_optim.optimizer.other_terms import OtherTerms
 from irw_optim.optimizer.progress import Progress
+from irw_optim.processes import is_sharded, several_processes
 from irw_optim.weighting.local_scheme import Averaging, Scheme
 from irw_optim.weighting.record import StepRecord
+
+_PARAMS = itemgetter("params")
+
+if TYPE_CHECKING:
+    from irw_optim.distributed.shards import Processes
 
 
 class WeightedBackward(Renewed):
@@ -32,7 +38,6 @@ class WeightedBackward(Renewed):
         engine: gives the per-sample gradients.
         options: how.
         chosen: the parameters whose gradients make the scores; None for all.
-        replicas: the processes that the model trains in.
 
     Attributes:
         held: stands in for the options' scheme, where weights are held over many steps.
@@ -42,25 +47,22 @@ class WeightedBackward(Renewed):
     PASSING = ("logical", "other_terms", "_own")
 
     def __init__(
-        self,
-        inner: Optimizer,
-        engine: Engine,
-        options: Options,
-        chosen: set[Tensor] | None,
-        replicas: Replicas | Shards,
+        self, inner: Optimizer, engine: Engine, options: Options, chosen: set[Tensor] | None
     ) -> None:
         self.inner = inner
         self.engine = engine
         self.options = options
         self.chosen = chosen
-        self.replicas = replicas
         self.held: Scheme | None = None
+        self._processes: Processes | None = None
         self.progress = Progress()
         self.begin()
+        if engine.model is not None and (several_processes() or is_sharded(engine.model)):
+            self._join_processes()
 
     def begin(self) -> None:
         """No pass waits for others."""
-        self.logical = LogicalBatch(self.accumulation_steps)
+        self.logical: LogicalBatch | None = None
         self.other_terms = OtherTerms()
         self._own: set[Tensor] = set()
 
@@ -70,25 +72,22 @@ class WeightedBackward(Renewed):
         return self.options.local if self.held is None else self.held
 
     @property
-    def warmup_steps(self) -> int:
-        """This many steps with plain averaging first."""
-        return self.options.warmup_steps
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Backward passes that are weighed together."""
-        return self.options.accumulation_steps
+    def processes(self) -> Processes | None:
+        """Those that the model trains in; None for this one alone."""
+        if self._processes is None and several_processes():  # a framework may start them late
+            self._join_processes()
+        return self._processes
 
     @property
     def parameters(self) -> list[Tensor]:
         """The parameters that are updated."""
-        return [p for group in self.inner.param_groups for p in group["params"]]
+        return list(chain.from_iterable(map(_PARAMS, self.inner.param_groups)))
 
     @property
     def scored(self) -> list[Tensor]:
         """The parameters whose gradients make the scores."""
-        chosen = self.chosen
-        return [p for p in self.parameters if chosen is None or p in chosen]
+        parameters, chosen = self.parameters, self.chosen
+        return parameters if chosen is None else [p for p in parameters if p in chosen]
 
     def loss(self, batch: PerSampleLosses, *, of_the_model: bool = False) -> Tensor:
         """The criterion's value, carrying the weighted gradient.
@@ -97,26 +96,37 @@ class WeightedBackward(Renewed):
             batch: per-sample losses with their graph.
             of_the_model: whether losses of something else are a mistake; else they are left alone.
         """
-        if not batch.losses.requires_grad:
+        losses = batch.losses
+        if not losses.requires_grad:
             return batch.value
-        warming_up = self.progress.steps < self.warmup_steps
+        processes, options = self.processes, self.options
+        warming_up = self.progress.steps < options.warmup_steps
+        if warming_up:
+            self.progress.report_no_steps(options.warmup_steps)
         scheme = Averaging() if warming_up else self.scheme
-        logical = None if warming_up or self.accumulation_steps == 1 else self.logical
         scored = self.scored
-        captured = self.engine.capture(batch.losses, self._owns)
-        if of_the_model and not captured.leaves:
+        weigher: Weigher = OneProcess(scheme, self.note)
+        if processes is not None:
+            weigher = processes.weigher(weigher, scored, options)
+        captured = self.engine.capture(losses, self._owns)
+        if not captured.leaves:
             captured.close()
-            raise RuntimeError(NOTHING_TO_SCORE)
-        loss = carried_loss(
-            batch,
-            self._weigher(scheme, scored),
-            captured,
-            self.replicas.leaves_of(scored).__contains__,
-            logical,
-            self.replicas.finish,
-        )
-        self.replicas.hear(loss)
-        if self.other_terms.watching and not several_processes():
+            if of_the_model:
+                raise RuntimeError(NOTHING_TO_SCORE)
+            return ordinary_loss(batch)
+        if not (warming_up or options.accumulation_steps == 1):
+            make = self._logical_batch().loss
+        elif not scheme.needs_gradients and not captured.others:
+            captured.close()
+            return weigher.loss(batch)
+        else:
+            make = weighted_loss if processes is None else processes.weighted_loss
+        leaves = scored if processes is None else processes.leaves_of(scored)
+        detached = batch._replace(losses=losses.detach())
+        loss = make(detached, captured, set(leaves).__contains__, weigher)
+        if processes is not None:
+            processes.prepare_reducer(loss)
+        elif self.other_terms.watching:
             self.other_terms.watch(loss)
         return loss
 
@@ -128,23 +138,30 @@ class WeightedBackward(Renewed):
 
     def note(self, record: StepRecord) -> None:
         """Keep what was decided for a backward pass."""
-        self.progress.note(record, self.parameters)
+        progress = self.progress
+        if progress.pending:
+            progress.forget_cleared(self.parameters)
+        progress.note(record)
 
     def finish(self) -> None:
         """Decide the logical batch with the passes that it has had."""
-        if self.logical.members:
-            self.replicas.check_reduced()
+        if self.logical is not None and self.logical.members:
+            if self._processes is not None:
+                self._processes.check_reduced()
             self.logical.finish()
 
     def has_gradient(self) -> bool:
         """Whether there is a gradient at hand, or one to be decided."""
-        return bool(self.logical.members) or any(p.grad is not None for p in self.parameters)
+        waiting = self.logical is not None and bool(self.logical.members)
+        return waiting or any(p.grad is not None for p in self.parameters)
 
-    def make_ready(self) -> None:
-        """Raise unless the gradient is one that the inner optimizer may use."""
-        self.finish()
+    def make_ready(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Raise unless the gradient of the parameters is one that the inner optimizer may use."""
+        if self.logical is not None:
+            self.finish()
         if getattr(self.inner, "found_inf", None) is None:  # else its step skips what is not finite
-            self.progress.check(self.parameters)
+            of = self.parameters if parameters is None else parameters
+            self.progress.check(of, self.engine.model)
 
     def evaluated(self, closure: Callable[[], Any]) -> Any:
         """What a closure returns, with its gradient made ready."""
@@ -159,24 +176,34 @@ class WeightedBackward(Renewed):
 
     def clear(self) -> None:
         """Forget the backward passes since the last step."""
-        self.progress.pending.clear()
-        self.logical.clear()
+        self.progress.discard()
+        if self.logical is not None:
+            self.logical.clear()
 
     def release(self) -> None:
         """Remove every hook from the model."""
         self.engine.remove_hooks()
         self.engine = Engine(None)
-        self.replicas.release()
-        self.logical.clear()
+        if self._processes is not None:
+            self._processes.release()
+        if self.logical is not None:
+            self.logical.clear()
+
+    def _logical_batch(self) -> LogicalBatch:
+        if self.logical is None:
+            self.logical = LogicalBatch(self.options.accumulation_steps)
+        return self.logical
 
     def _owns(self, leaves: Sequence[Tensor]) -> set[Tensor]:
         """The parameters of the model, and those that are updated."""
         if not self._own.issuperset(leaves):  # or some have become parameters since
             model = self.engine.model
-            others = () if model is None else model.parameters()
-            self._own = self.replicas.leaves_of([*self.parameters, *others])
+            known = [*self.parameters, *(() if model is None else model.parameters())]
+            self._own = set(known if self.processes is None else self.processes.leaves_of(known))
         return self._own
 
-    def _weigher(self, scheme: Scheme, scored: Sequence[Tensor]) -> Weigher:
-        over = self.replicas.weigher(scheme, self.note, scored, self.accumulation_steps)
-        return OneProcess(scheme, self.note) if over is None else over
+    def _join_processes(self) -> None:
+        """Load what several processes need, which most trainings do not."""
+        from irw_optim.distributed.shards import processes_of
+
+        self._processes = processes_of(self.engine.model)

@@ -19,8 +19,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from irw_optim.errors import DPGuaranteeError
+
 from .config import IRWDPConfig
-from .errors import DPGuaranteeError
 
 if TYPE_CHECKING:
     from .engine import IRWPrivacyEngine

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from irw_optim.errors import DPGuaranteeError
+
 from ..arguments import as_real, as_whole
-from .errors import DPGuaranteeError
 
 __all__ = ["IRWDPConfig"]
 
@@ -45,7 +46,7 @@ class IRWDPConfig:
         >>> IRWDPConfig(init_threshold=0.7, direction_share=0.995)
         Traceback (most recent call last):
         ...
-        irw_optim.privacy.errors.DPGuaranteeError: direction_share=0.995 and 2 counts at
+        irw_optim.errors.DPGuaranteeError: direction_share=0.995 and 2 counts at
         count_share=0.005 leave -0.005 of the noise budget for the gradient: expected a positive
         rest; lower direction_share or count_share
     """

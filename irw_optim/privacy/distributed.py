@@ -53,13 +53,15 @@ class _EveryDraw(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         shard = self.shard
-        order = torch.arange(shard.total_size)
+        order = torch.arange(shard.total_size, device="cpu")
         if shard.shuffle:
             seeded = torch.Generator().manual_seed(shard.shuffle_seed + shard.epoch)
-            order = torch.randperm(shard.total_size, generator=seeded)
+            order = torch.randperm(shard.total_size, generator=seeded, device="cpu")
         mine = order[shard.rank :: shard.num_replicas]
         for _ in range(len(self)):
-            drawn = torch.rand(len(mine), generator=self.generator) < shard.sample_rate
+            drawn = (
+                torch.rand(len(mine), generator=self.generator, device="cpu") < shard.sample_rate
+            )
             yield mine[drawn].tolist()
 
 

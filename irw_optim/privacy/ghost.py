@@ -13,16 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from irw_optim.backward.deferred import Deferred, deferred_loss
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.layers import FIRST
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.norms import row_norms
 from irw_optim.gradients.protocol import Direction
-from irw_optim.optimizer.backward import deferred_loss, walked_by_this_backward, without_autocast
 
-from .errors import DPGuaranteeError
 from .pending import PendingBatch
 from .rows import ClippableGradients, GradSampleRows
 
@@ -40,7 +40,7 @@ class GhostBatch(PendingBatch):
     def __init__(self, loss_reduction: str, model: nn.Module) -> None:
         super().__init__(loss_reduction)
         self._engine = Engine(model, "auto")
-        self._engine.listen()  # a batch of one sample does not show where the batch is
+        self._engine.add_layer_hooks()  # a batch of one sample does not show where the batch is
         self._rows: list[ClippableGradients | None] = []
 
     def unfollow(self) -> None:
@@ -89,7 +89,7 @@ class GhostBatch(PendingBatch):
             NotImplementedError: a layer that the ghost products do not cover, or another term in
                 the loss.
         """
-        if walked_by_this_backward(captured):
+        if captured.is_walked_on():
             raise NotImplementedError(
                 "grad_sample_mode='ghost': another term of the loss uses the same outputs, and "
                 "would not be clipped; put it into the criterion (a PerSampleLoss), or use "
@@ -97,7 +97,7 @@ class GhostBatch(PendingBatch):
             )
         batch_size = len(captured.losses)
         captured.start(torch.ones_like(upstream), keep_graph=False)
-        uncovered = set(captured.rest)
+        uncovered = set(captured.uncovered)
         for call, _, shape in captured.graph.sites:
             # The engine also finds a batch that is folded or does not stand first; but a Poisson
             # batch has any size, and a wrong guess would mix samples.
@@ -114,32 +114,35 @@ class GhostBatch(PendingBatch):
         return GhostRows(captured.ghost, upstream)
 
 
-class _Arrival:
-    """What happens when the backward pass arrives at the losses: the plan of `deferred_loss`."""
+class _Arrival(Deferred):
+    """What happens when the backward pass arrives at the losses."""
 
     def __init__(self, pending: GhostBatch, losses: Tensor, captured: LossGradients | None) -> None:
+        super().__init__(captured)
         self.pending = weakref.ref(pending)  # the loss may outlive the training
         self.losses = losses
-        self.captured = captured
-        self.done = False
 
     def gradients(self, upstream: Tensor) -> list[Tensor | None]:
-        """Nothing goes on to the parameters: their gradient is made by the private step."""
-        if self.done:
+        if self.passed:
             raise DPGuaranteeError("this loss went backward already: one backward pass, one step")
-        self.done = True
+        return super().gradients(upstream)
+
+    def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
+        """Nothing goes on to the parameters: their gradient is made by the private step."""
+        self.passed = True  # also where the graph is kept
         pending, captured, rows = self.pending(), self.captured, None
-        self.captured = None
-        if pending is None:  # with its optimizer
-            return [None]
-        if captured is not None:
+        if pending is not None:  # else it is gone, with its optimizer
             try:
-                with without_autocast(upstream.device.type):
+                if captured is not None:
                     rows = pending.rows_of(captured, upstream)
             finally:
-                captured.close()
-        pending.note(self.losses, rows)
+                self.leave()
+            pending.note(self.losses, rows)
         return [None]
+
+    def leave(self) -> None:
+        super().leave()
+        self.captured = None
 
 
 class GhostRows:

@@ -11,9 +11,10 @@ from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 from torch import Tensor
 from torch.optim import Optimizer
 
+from irw_optim.errors import DPGuaranteeError
+
 from . import checkpoint, refusals
 from .config import IRWDPConfig
-from .errors import DPGuaranteeError
 from .mechanism import (
     NoiseScales,
     PublicState,
@@ -271,12 +272,13 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         for p, total in sums.gradient.items():
             p.grad = self._noisy(total, scales.gradient * C).view_as(p).to(p.dtype)
         self.scale_grad()
-        tail_count = self._noisy(sums.tail_count, scales.count).item()
+        tail_count = self._noisy(sums.tail_count, scales.count)
         if not self.irw.uses_direction:
-            return Released(tail_count)
-        saturated_count = self._noisy(sums.saturated_count, scales.count).item()
+            return Released(tail_count.item())
+        saturated_count = self._noisy(sums.saturated_count, scales.count)
+        tail, saturated = torch.stack([tail_count, saturated_count]).tolist()
         direction = {p: self._noisy(t, scales.direction * C) for p, t in sums.direction.items()}
-        return Released(tail_count, saturated_count, direction)
+        return Released(tail, saturated, direction)
 
     def _noisy(self, total: Tensor, std: float) -> Tensor:
         return self._over_ranks(total + self._noise(std, total))
@@ -288,8 +290,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         return noise
 
     def _over_ranks(self, total: Tensor) -> Tensor:
-        """The sum over all processes; this one is alone."""
-        return total
+        return total  # this one is alone
 
     def _refuse_mid_batch(self, what: str) -> None:
         if self._logical_batch is not None:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from irw_optim.criterion import PerSampleLosses, validate_criterion
-from irw_optim.optimizer.attach import AttachedCriterion
+from irw_optim.criterion.attached import AttachedCriterion
+from irw_optim.errors import DPGuaranteeError
 
-from .errors import DPGuaranteeError
 from .rows import ClippableGradients, GradSampleRows
 from .spot_check import SpotCheck
 

@@ -24,9 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from irw_optim.errors import DPGuaranteeError
+from irw_optim.gradients.hooks import weighed_by
+
 from ..arguments import as_real
 from .config import IRWDPConfig, refuse_batch_level_options
-from .errors import DPGuaranteeError
 from .pending import PendingBatch, follower_of
 
 __all__ = [
@@ -254,7 +256,7 @@ def check_module(module: nn.Module, criterion: nn.Module | None = None) -> None:
                 f"{where}: it averages or shards gradients before the noise; DP-IRW is built for "
                 "opacus.distributed.DifferentiallyPrivateDistributedDataParallel"
             )
-        if any(_is_irw_hook(hook) for hook in _hooks(child)):
+        if weighed_by(child) or any(_is_irw_hook(hook) for hook in _hooks(child)):
             raise DPGuaranteeError(
                 f"an IRWOptimizer (or a private one in ghost mode) is attached to the model: "
                 f"{_REWEIGHTED_EARLIER}"
@@ -286,10 +288,12 @@ def _optimizers_inside(optimizer: Optimizer) -> Iterator[Optimizer]:
 def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
     for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
         yield from table.values()
+    if "forward" in vars(module):
+        yield vars(module)["forward"]
 
 
 def _is_irw_hook(hook: Callable[..., Any]) -> bool:
-    """Whether a module hook belongs to this library's non-private part."""
+    """Whether a hook, or a forward that was replaced, is of this library's non-private part."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     home = getattr(hook, "__module__", None) or type(hook).__module__

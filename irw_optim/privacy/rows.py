@@ -8,10 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.materialized import MaterializedGradients, as_matrix
 from irw_optim.gradients.protocol import PerSampleGradients
-
-from .errors import DPGuaranteeError
 
 __all__ = ["ClippableGradients", "GradSampleRows"]
 

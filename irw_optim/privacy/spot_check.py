@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.capture import walk
+from irw_optim.errors import DPGuaranteeError
+from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import as_matrix
 from irw_optim.gradients.mixing import follow_batch
 from irw_optim.gradients.verification import probe_of
 
-from .errors import DPGuaranteeError
 from .rows import GradSampleRows
 
 __all__ = ["SpotCheck"]

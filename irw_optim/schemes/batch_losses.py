@@ -84,10 +84,17 @@ def as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
 def _on(device: torch.device, batch: Any) -> Any:
     """The batch with all that has a ``to``, in tuples, lists and mappings too, on the device."""
     return tree_map(
-        lambda value: value.to(device) if hasattr(value, "to") else value,
+        lambda value: _moved(value, device) if hasattr(value, "to") else value,
         batch,
         is_leaf=lambda value: hasattr(value, "to"),
     )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """On the device; from pinned memory the copy goes on while the host does."""
+    if isinstance(value, torch.Tensor) and value.is_pinned():
+        return value.to(device, non_blocking=True)
+    return value.to(device)
 
 
 def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:

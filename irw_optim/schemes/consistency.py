@@ -38,9 +38,9 @@ class LossConsistency:
     """
 
     def __init__(self, size: int) -> None:
-        self.largest_difference = torch.zeros(())
-        self.sample = torch.zeros((), dtype=torch.int64)
-        self._first_seen = torch.full((size,), torch.nan)
+        self.largest_difference = torch.zeros((), device="cpu")
+        self.sample = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._first_seen = torch.full((size,), torch.nan, device="cpu")
         self._batches: list[Tensor] = []
 
     def note(self, samples: Tensor, losses: Tensor) -> None:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irw_optim.backward.passes import Pass, as_one, elements_of, some_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.autodiff import backward_to
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
-from irw_optim.optimizer.passes import Pass, as_one, elements_of, some_of
 from irw_optim.schemes import forward_mode
 from irw_optim.schemes.consistency import LossConsistency
 from irw_optim.schemes.forward_mode import in_full_precision, jvp
@@ -126,7 +126,7 @@ class DatasetGradients:
                 return self._dot_in_forward_mode(direction)
             except RuntimeError as error:
                 forward_mode.give_up(self.engine, error)
-        everybody = torch.arange(self.batch_size)
+        everybody = torch.arange(self.batch_size, device="cpu")
         return _in_order((some, rows.dot(direction)) for some, rows in self.blocks(everybody))
 
     def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
@@ -144,7 +144,7 @@ class DatasetGradients:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         model, first = self.engine.model, True
         assert model is not None
-        for some, indices, batch in self._read(torch.arange(self.batch_size), sizes):
+        for some, indices, batch in self._read(torch.arange(self.batch_size, device="cpu"), sizes):
             scores = jvp(model, partial(self._losses_of, indices), batch, direction)
             if first:
                 with self._gradients(indices, batch) as rows:
@@ -221,10 +221,12 @@ class DatasetGradients:
         """
         size = 2 * self.reader.batch_size
         batches = []
-        for piece in torch.arange(self.batch_size).split(INTERLEAVED * size):
+        for piece in torch.arange(self.batch_size, device="cpu").split(INTERLEAVED * size):
             number = -(-len(piece) // size)
             batches += [piece[first::number] for first in range(number)]
-        return torch.cat([torch.arange(0), *batches]), [len(batch) for batch in batches]
+        return torch.cat([torch.arange(0, device="cpu"), *batches]), [
+            len(batch) for batch in batches
+        ]
 
     def read_in_other_batches(self) -> None:
         """Look at the samples in other batches than `losses` has seen them in."""

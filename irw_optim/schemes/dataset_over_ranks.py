@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from irw_optim.backward.passes import Pass, some_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.joining import join
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import Direction
-from irw_optim.optimizer.passes import Pass, some_of
 from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.schemes.reading import DatasetReader
 
@@ -46,7 +46,7 @@ class DatasetOverRanks:
         """The losses of all rows: an all-gather of n numbers."""
         positions = self._own_positions()
         # With fewer samples than processes, some read one that is not theirs, and drop its loss.
-        read = positions if len(positions) else torch.zeros(1, dtype=torch.int64)
+        read = positions if len(positions) else torch.zeros(1, dtype=torch.int64, device="cpu")
         own = some_of(self._at(read).losses(), slice(len(positions)))
         return join([Pass(own, 1.0)], self.ranks).batch
 
@@ -72,12 +72,12 @@ class DatasetOverRanks:
 
     def _own_positions(self) -> Tensor:
         """A contiguous piece, so that the pieces in the order of the ranks are all rows."""
-        pieces = torch.arange(self.batch_size).tensor_split(self.ranks.number)
+        pieces = torch.arange(self.batch_size, device="cpu").tensor_split(self.ranks.number)
         self.ranks.sizes = [len(piece) for piece in pieces]
         return pieces[self.ranks.rank]
 
     def _at(self, positions: Tensor) -> DatasetGradients:
-        nobody = torch.zeros(self.batch_size, dtype=torch.bool)
+        nobody = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
         return self.rows.of(nobody.index_fill(0, positions, True))
 
 

@@ -38,7 +38,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     _warn_of_batch_statistics(model)
     modes = [(module, module.training) for module in model.modules()]
     number = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-    devices = [torch.device("cuda", i) for i in range(number)]
+    devices = {torch.device("cuda", i) for i in range(number)}
+    devices |= {parameter.device for parameter in model.parameters()}
     try:
         with randomness_restored(devices), _recurrent_backward_in_eval_mode(model):
             model.eval()

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.gradients.capture import Graph
 from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.nodes import shape_of
 from irw_optim.gradients.protocol import Direction

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from irw_optim.distributed.ranks import place
 from irw_optim.optimizer import IRWOptimizer
+from irw_optim.processes import place
 from irw_optim.schemes.batch_losses import BatchLosses, Forward
 from irw_optim.schemes.dataset_over_ranks import ranks_of
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
@@ -187,7 +187,8 @@ class GlobalScheme:
                 f"{len(self._sampler.weights)} when the draws were set up: "
                 'make a new GlobalScheme(..., use="resampling")'
             )
-        chosen, replica = self.optimizer.scored_parameters(), self.optimizer.replicas.find()
+        chosen, processes = self.optimizer.scored_parameters(), self.optimizer.processes
+        replica = None if processes is None else processes.find()
         self._held.record = weigh_dataset(
             self._reader,
             self._losses_of,

@@ -42,7 +42,9 @@ def batches_to_check(rows: DatasetGradients, losses: Tensor, seed: int) -> list[
         positions, sizes = rows.interleaved()
         return [rows.samples[some] for some in positions.split(sizes)]
     number = max(rows.reader.batch_size, rows.reader.loader.batch_size or 1)
-    drawn = torch.randperm(rows.batch_size, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randperm(
+        rows.batch_size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+    )
     # In the order of the data set, which may be the only one that is taken.
     return [drawn[:number].sort().values]
 
@@ -118,8 +120,8 @@ def _only_pairs_exchange(
     """
     shown = False
     for (i, j), table in exchanges:
-        pair = torch.tensor([i, j])
-        others = torch.ones(len(first), dtype=torch.bool).index_fill(0, pair, False)
+        pair = torch.tensor([i, j], device="cpu")
+        others = torch.ones(len(first), dtype=torch.bool, device="cpu").index_fill(0, pair, False)
         if not alike(first[pair], first[pair.flip(0)]):
             stayed = alike(first[pair], table[pair.flip(0)])
             if stayed or not alike(first[others], table[others]):
@@ -129,7 +131,8 @@ def _only_pairs_exchange(
 
 
 def _random_direction(parameters: Sequence[Tensor]) -> Direction:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     return {
-        p: torch.randn(p.shape, dtype=p.dtype, generator=generator).to(p.device) for p in parameters
+        p: torch.randn(p.shape, dtype=p.dtype, generator=generator, device="cpu").to(p.device)
+        for p in parameters
     }

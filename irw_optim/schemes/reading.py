@@ -97,7 +97,7 @@ class IndexedCollate:
         self.uses += 1
         if self.uses & (self.uses - 1) == 0 and self.collate_fn is not default_collate:
             refuse_sorting(self.collate_fn, samples)
-        return torch.tensor(indices), self.collate_fn(list(samples))
+        return torch.tensor(indices, device="cpu"), self.collate_fn(list(samples))
 
 
 class _IndicesFirst:
@@ -246,7 +246,7 @@ class DatasetReader:
         for (order, _), batch in zip(arrangements, batches, strict=True):
             if isinstance(batch, RefusedError):
                 raise batch
-            taken = torch.tensor(order)
+            taken = torch.tensor(order, device="cpu")
             places, batch = self._places(samples[taken], batch)
             yield taken[places], batch
 
@@ -258,7 +258,7 @@ class DatasetReader:
     def _places(self, piece: Tensor, batch: Any) -> tuple[Tensor, Any]:
         """Where in the piece the samples of its batch are, and the batch as the model sees it."""
         if not isinstance(self.loader.dataset, IndexedDataset):
-            return torch.arange(len(piece)), batch
+            return torch.arange(len(piece), device="cpu"), batch
         told, batch = indices_and_batch(batch)
         wanted, places = piece.sort()
         found, order = told.sort()

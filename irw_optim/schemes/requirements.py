@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from irw_optim.arguments import whole_number
+from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import ENGINES
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.privacy.errors import DPGuaranteeError
 from irw_optim.weighting.local_scheme import LocalScheme
 
 USES = ("reweighting", "resampling")

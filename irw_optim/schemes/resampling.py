@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from irw_optim.arguments import whole_number
-from irw_optim.distributed.ranks import place
+from irw_optim.processes import place
 from irw_optim.schemes.held_weights import check_sample_weights
 
 
@@ -99,7 +99,7 @@ class ResamplingSampler(Sampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed + self.epoch) % 2**63)
+        generator = torch.Generator("cpu").manual_seed((self.seed + self.epoch) % 2**63)
         self.epoch += 1
         self._drawn, self._repeated = self._repeated, []
         if self.replacement:
@@ -121,7 +121,7 @@ class ResamplingSampler(Sampler[int]):
 
     def state_dict(self) -> dict[str, Any]:
         """The weights, the seed, the next epoch, and the draws of the one that is under way."""
-        drawn = torch.tensor(self._drawn, dtype=torch.int64)
+        drawn = torch.tensor(self._drawn, dtype=torch.int64, device="cpu")
         return {"weights": self.weights, "seed": self.seed, "epoch": self.epoch, "drawn": drawn}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ class ResamplingSampler(Sampler[int]):
         yield from self._of_this_rank(arrivals.argsort()[:total]).tolist()
 
     def _uniform(self, generator: torch.Generator, number: int) -> Tensor:
-        return torch.rand(number, generator=generator, dtype=torch.float64)
+        return torch.rand(number, generator=generator, dtype=torch.float64, device="cpu")
 
     def _of_this_rank(self, draws: Tensor) -> Tensor:
         return draws[self.rank :: self.world_size]

@@ -21,10 +21,10 @@ from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader
 from irw_optim.schemes.requirements import check_block
 from irw_optim.weighting import Alignment, worst_off_count
+from irw_optim.weighting.filtering import outliers_in
 from irw_optim.weighting.local_scheme import LocalScheme, present_in
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.record import StepRecord
-from irw_optim.weighting.weights import outliers_in
 
 
 def weigh_dataset(
@@ -57,7 +57,9 @@ def weigh_dataset(
         eval_mode(model),
         progress_bar("global weights", to_read, progress) as bar,
     ):
-        alone = DatasetGradients(reader, torch.arange(size), losses_of, engine, scored, bar)
+        alone = DatasetGradients(
+            reader, torch.arange(size, device="cpu"), losses_of, engine, scored, bar
+        )
         layout = [p for p in model.parameters() if p.requires_grad and scored(p)]
         rows = alone if ranks is None else DatasetOverRanks(alone, ranks, layout)
         everybody = rows.losses()
@@ -87,7 +89,7 @@ def weigh_dataset(
             differing = [batch for some in ranks.objects(differing) for batch in some]
         if differing:
             for batch in differing if arranged else []:
-                check_order(alone, torch.tensor(batch), compared)
+                check_order(alone, torch.tensor(batch, device="cpu"), compared)
             alone.consistency.warn(model)
         return record
 
@@ -114,16 +116,19 @@ def outliers_in_blocks(
     Returns:
         (N,) bool, True for the samples to remove; nobody of a block of which all would be.
     """
-    order = torch.randperm(rows.batch_size, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(
+        rows.batch_size, generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    )
     if present is not None:
         order = order[present.cpu()[order]]
     pieces = order.tensor_split(math.ceil(len(order) / block))
     if ranks is not None:
         pieces = pieces[ranks.rank :: ranks.number]
-    removed = torch.zeros(rows.batch_size, dtype=torch.bool)
+    removed = torch.zeros(rows.batch_size, dtype=torch.bool, device="cpu")
     own, sizes = torch.cat([order[:0], *pieces]), [len(piece) for piece in pieces]
     for positions, gradients in rows.blocks(own, sizes):
-        gram = unscaled(*gram_in_range(gradients))
+        gram, factor, _, _ = gram_in_range(gradients)
+        gram = unscaled(gram, factor)
         removed[positions] = outliers_in(gram, outliers).cpu()
     if ranks is not None:
         removed = torch.stack(ranks.objects(removed)).any(0)

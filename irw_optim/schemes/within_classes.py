@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from irw_optim.backward.passes import some_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.metrics._inputs import ArrayLike, as_classes
-from irw_optim.optimizer.passes import some_of
 from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.schemes.dataset_over_ranks import DatasetOverRanks
 from irw_optim.weighting.local_scheme import LocalScheme, present_in

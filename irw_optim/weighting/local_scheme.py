@@ -26,16 +26,19 @@ class Scheme(Protocol):
         """The weights of one batch, and all that led to them."""
 
 
+NAMED: dict[str, type[Alignment | Membership | Equality]] = {
+    "irw": Alignment,
+    "cvar": Membership,
+    "uniform": Equality,
+}
+"""The rules that the optimizer's argument ``weighting`` knows by name: all of a rule's places."""
+
+
 def rule_named(weighting: str | ScoreRule, center: float) -> ScoreRule:
     """The rule that the optimizer's argument ``weighting`` means."""
     if not isinstance(weighting, str):
         return weighting
-    named: dict[str, ScoreRule] = {
-        "irw": Alignment(center),
-        "cvar": Membership(),
-        "uniform": Equality(),
-    }
-    return named[weighting]
+    return Alignment(center) if weighting == "irw" else NAMED[weighting]()
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,11 @@ def averaged_record(batch: PerSampleLosses) -> StepRecord:
 
 
 def present_in(batch: PerSampleLosses) -> Tensor | None:
-    """The samples that are not ignored altogether; None for all, and where that is nobody."""
+    """The samples that are not ignored altogether; all, where that is nobody, and None for all."""
     if batch.counts is None:
         return None
     present = batch.counts > 0
-    return present if bool(present.any()) else None
+    return present | ~present.any()
 
 
 class NoRows:

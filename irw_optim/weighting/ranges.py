@@ -59,6 +59,9 @@ def check_options(*, center: object = 0.0, mix: object = 0.0, warmup_steps: obje
             bounds = f"[{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
             raise ValueError(f"{name}={value!r}: expected a number in {bounds} ({meaning})")
     if (steps := as_whole(warmup_steps)) is None:
-        raise TypeError(f"warmup_steps={warmup_steps!r}: expected a whole number of steps")
+        raise TypeError(
+            f"warmup_steps={warmup_steps!r}: expected a whole number of steps, "
+            "for example warmup_steps=len(loader) for one epoch"
+        )
     if steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps!r}: expected 0 or more steps")

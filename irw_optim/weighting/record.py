@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 
 from torch import Tensor
 
+from irw_optim.tables import html_table
 from irw_optim.weighting.weights import Weights
 
 
@@ -22,11 +23,12 @@ class StepRecord(Weights):
         scores: s_i = <g_i, g_S> (or the score of another rule); float64 where the losses' dtype is
             too narrow for them.
         weights: w_i, sums to 1.
+        finite: whether all losses and scores are finite; None where nobody has looked yet.
         own: bool, the samples of this process where B counts those of all processes, in the order
             of their ranks; None where all are.
     """
 
-    losses: Tensor
+    losses: Tensor = field(kw_only=True)
     labels: Tensor | None = None
     own: Tensor | None = None
 
@@ -39,6 +41,8 @@ class StepRecord(Weights):
     @property
     def broken_samples(self) -> list[int]:
         """Samples whose loss is not finite, or failing that, whose score is not."""
+        if self.finite:
+            return []
         # No number that is not finite gives a finite product or sum. One look, as it waits.
         if isfinite(float(self.losses.to(self.scores.dtype).dot(self.scores))):
             return []
@@ -46,3 +50,25 @@ class StepRecord(Weights):
             if not bool(values.isfinite().all()):
                 return [int(i) for i in (~values.isfinite()).nonzero().flatten()]
         return []
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self._summary())
+
+    def _repr_html_(self) -> str:
+        most = self.weights.argsort(descending=True)[:5].tolist()
+        rows = [
+            (i, *(f"{float(t[i]):.4g}" for t in (self.losses, self.scores, self.weights)))
+            for i in most
+        ]
+        header = ("heaviest samples", "loss", "score", "weight")
+        return html_table(("the step", ""), self._summary()) + html_table(header, rows)
+
+    def _summary(self) -> list[tuple[str, object]]:
+        return [
+            ("samples", len(self.losses)),
+            ("worst off", int(self.worst_off.sum())),
+            ("outliers", int(self.outliers.sum())),
+            ("with a weight", int((self.weights > 0).sum())),
+            ("effective sample size", f"{self.effective_sample_size:.1f}"),
+            ("uniform for want of a score", "yes" if bool(self.fallback) else "no"),
+        ]

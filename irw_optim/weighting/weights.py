@@ -24,6 +24,7 @@ from torch import Tensor
 from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.rescaling import align_in_range, gram_in_range, unscaled
+from irw_optim.weighting.filtering import outliers_in
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_labels, check_losses, check_options
 
@@ -43,8 +44,11 @@ def worst_off_count(size: int, alpha: float) -> int:
     >>> worst_off_count(100, 0.07), worst_off_count(64, 0.2), worst_off_count(3, 0.01)
     (7, 13, 1)
     """
-    rounding = 1e-12  # relative; some thousand times the error of one product
-    return min(size, max(1, math.ceil(alpha * size * (1 - rounding))))
+    return min(size, max(1, math.ceil(alpha * size * (1 - ROUNDING))))
+
+
+ROUNDING = 1e-12
+"""Relative; some thousand times the error of one product."""
 
 
 def worst_off(losses: Tensor, alpha: float) -> Tensor:
@@ -136,7 +140,8 @@ class Alignment:
     def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
         """Scores of a batch, (B,)."""
         coefficients = self.coefficients(worst_off, None, losses.dtype)
-        return unscaled(*align_in_range(gradients, coefficients))
+        scores, factor, _ = align_in_range(gradients, coefficients)
+        return unscaled(scores, factor)
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,7 @@ class Weights:
         scores: s_i; 0 for removed samples. In float64 where the losses' dtype is too narrow.
         weights: w_i, sums to 1.
         fallback: 0-dim bool, True where no score was positive and the weights are uniform.
+        finite: whether all losses and scores are finite; None where nobody has looked yet.
     """
 
     worst_off: Tensor
@@ -178,6 +184,7 @@ class Weights:
     scores: Tensor
     weights: Tensor
     fallback: Tensor
+    finite: bool | None = None
 
 
 def weigh(
@@ -199,28 +206,31 @@ def weigh(
     are no part of the batch that ``alpha`` is a share of. ``removed`` (B,) bool names the outliers
     where somebody has asked the filter already.
     """
-    kept, gram, factor = present, None, 1.0  # scores are those of `factor` times the gradients
+    kept, gram, finite = present, None, None
+    factor = 1.0  # scores are those of `factor` times the gradients
     if removed is None and outliers is not None and len(losses):
-        gram, factor = gram_in_range(gradients)
-        removed = outliers_in(unscaled(gram, factor), outliers, present)
+        gram, factor, finite, everybody = gram_in_range(gradients, losses, present)
+        shown = None if everybody else present
+        removed = outliers_in(unscaled(gram, factor), outliers, shown, finite=finite)
     if removed is None:
         removed = torch.zeros_like(losses, dtype=torch.bool)
     else:
         kept = ~removed if present is None else present & ~removed
     worst = _worst_off(losses, alpha, kept)
     if not isinstance(rule, Alignment):
-        scores, factor = rule(losses, gradients, worst), 1.0
+        scores, factor, finite = rule(losses, gradients, worst), 1.0, None
     elif gram is None:
         coefficients = rule.coefficients(worst, kept, losses.dtype)
-        scores, factor = align_in_range(gradients, coefficients)
+        scores, factor, finite = align_in_range(gradients, coefficients, losses)
     else:  # G G^T is at hand: G (G^T c) costs nothing more
         scores = gram @ rule.coefficients(worst, kept, gram.dtype)
     if kept is not None:
         scores = scores * kept
-    weights, fallback = normalise(scores.clamp(min=0), kept, labels)
+    weights, fallback = normalise(scores.relu(), kept, labels)
     if mix:
         weights = (1 - mix) * weights + mix * uniform(weights, kept)
-    return Weights(worst, removed, unscaled(scores, factor), weights, fallback)
+    scores = scores if factor == 1.0 else unscaled(scores, factor)
+    return Weights(worst, removed, scores, weights, fallback, finite)
 
 
 def normalise(
@@ -238,20 +248,32 @@ def normalise(
     tensor([0.3750, 0.1250, 0.0000, 0.5000])
     """
     total = mass.sum()
+    if labels is not None:
+        return _by_classes(mass, kept, labels), total == 0
+    if total.device.type == "cpu" and total.item():  # looking waits for nothing there
+        return mass / total, total.new_zeros((), dtype=torch.bool)
     empty = total == 0
-    if labels is None:
-        if empty.device.type == "cpu" and not empty:  # looking waits for nothing there
-            return mass / total, empty
-        return torch.where(empty, uniform(mass, kept), mass / total), empty
+    return torch.where(empty, uniform(mass, kept), mass / total), empty
+
+
+def _by_classes(mass: Tensor, kept: Tensor | None, labels: Tensor) -> Tensor:
+    """Every class that has kept samples gets the same total."""
     check_labels(labels, len(mass))
     present = torch.ones_like(mass) if kept is None else kept.to(mass.dtype)
-    classes, member = labels.unique(return_inverse=True)
-    zeros = mass.new_zeros(len(classes))
-    class_mass = zeros.index_add(0, member, mass)[member]
-    class_size = zeros.index_add(0, member, present)
-    share = torch.where(class_mass == 0, present / class_size[member], mass / class_mass)
-    weights = share / (class_size > 0).sum()
-    return torch.where(present == 0, torch.zeros_like(weights), weights), empty
+    if mass.device.type == "cpu" or len(mass) > COMPARED_UP_TO:
+        _, member = labels.unique(return_inverse=True)
+        zeros = mass.new_zeros(len(mass))
+        class_mass, class_size = (zeros.index_add(0, member, t)[member] for t in (mass, present))
+    else:  # `unique` waits for the device
+        same = labels.unsqueeze(0) == labels.unsqueeze(1)
+        class_mass, class_size = ((same * t).sum(1) for t in (mass, present))
+    share = torch.where(class_mass == 0, present / class_size, mass / class_mass)
+    classes = (present / class_size.clamp(min=1)).sum()
+    return torch.where(present == 0, torch.zeros_like(share), share / classes)
+
+
+COMPARED_UP_TO = 2048
+"""Batch size up to which classes are found by comparing all labels with each other."""
 
 
 def uniform(like: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -262,38 +284,13 @@ def uniform(like: Tensor, kept: Tensor | None = None) -> Tensor:
 
 
 def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tensor:
-    if kept is not None:
-        worst = torch.zeros_like(kept)
-        worst[kept] = _worst_off(losses[kept], alpha)
-        return worst
-    count = worst_off_count(losses.shape[0], alpha)
     worst_first = losses.detach().argsort(descending=True, stable=True)
     mask = torch.zeros_like(losses, dtype=torch.bool)
-    return mask.index_fill_(0, worst_first[:count], True)
-
-
-def outliers_in(gram: Tensor, outliers: OutlierFilter, present: Tensor | None = None) -> Tensor:
-    """What the filter removes; nobody where it removed everybody or where G is not finite.
-
-    Scores of what is not finite are not finite either, and whoever steps on them decides.
-    """
-    if present is not None:  # the others have no gradient, and would look like a dense crowd
-        removed = torch.zeros_like(present)
-        removed[present] = outliers_in(gram[present][:, present], outliers)
-        return removed
-    nobody = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
-    if not gram.sum().isfinite() and not gram.isfinite().all():  # the first is cheaper
-        return nobody
-    removed = outliers(gram)
-    if not isinstance(removed, Tensor) or removed.dtype != torch.bool:
-        found = removed.dtype if isinstance(removed, Tensor) else type(removed).__name__
-        raise TypeError(
-            f"the outlier filter returned {found}: expected a bool mask of shape ({len(gram)},), "
-            "True for the samples to remove"
-        )
-    if removed.shape != nobody.shape:
-        raise ValueError(
-            f"the outlier filter returned shape {tuple(removed.shape)}: expected a bool mask of "
-            f"shape ({len(gram)},), True for the samples to remove"
-        )
-    return nobody if removed.all() else removed
+    if kept is None:
+        of_all = worst_off_count(losses.shape[0], alpha)
+        return mask.index_fill_(0, worst_first[:of_all], True)
+    worst_first = worst_first[kept[worst_first].argsort(descending=True, stable=True)]
+    # `worst_off_count` of the kept, without waiting for a device to tell how many they are.
+    count = (alpha * kept.sum().double() * (1 - ROUNDING)).ceil().clamp(min=1)
+    ranks = torch.arange(len(losses), device=losses.device)
+    return mask.scatter_(0, worst_first, ranks < count) & kept

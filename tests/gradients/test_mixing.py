@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from irw_optim import IRWOptimizer
-from irw_optim.gradients.capture import walk
+from irw_optim.gradients.graph import walk
 from irw_optim.gradients.mixing import follow_batch
 
 B, T, D = 3, 3, 4  # as long as the batch is large, so that sizes give nothing away

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from irw_optim import IRWOptimizer
-from irw_optim.gradients.capture import hook_layers, walk
+from irw_optim.gradients.capture import hook_layers, sites_noted
 from irw_optim.gradients.ghost import ghost_gradients
+from irw_optim.gradients.graph import walk
 from irw_optim.gradients.layers import LayerCall, RowsCall
 
 B = 6
@@ -62,6 +63,7 @@ def captured(model: nn.Module, x: Tensor, y: Tensor):
     hooks = hook_layers(model)
     losses = F.cross_entropy(model(x), y, reduction="none")
     graph = walk(losses)
+    graph = graph.with_sites(sites_noted(graph.order))
     assert len(hooks) == len(graph.sites)
     for call, _, shape in graph.sites:
         assert call.find_batch(B, shape)

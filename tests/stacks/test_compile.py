@@ -140,7 +140,7 @@ def test_one_whole_graph_cannot_be_had() -> None:
     _, call = hooks_first(model, criterion, backend="aot_eager", fullgraph=True)
     x = torch.randn(8, FEATURES, dtype=torch.float64)
     criterion(call(x), torch.zeros(8, dtype=torch.long)).backward()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="grad_fn"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"(?i)skip|disable"):
         call(x)
 
 

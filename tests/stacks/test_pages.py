@@ -23,6 +23,7 @@ NEEDS = {
     "transformers": "transformers",
     "peft": "peft",
     "skorch": "skorch",
+    "sklearn": "skorch",
 }
 
 QUIET = {

@@ -17,6 +17,8 @@ class AffineCall(LayerCall):
     by each kind of layer.
     """
 
+    made_of_b = "bias_rows"
+
     def weight_dot(self, direction: Tensor) -> Tensor:
         """<g_i, v> for the weight alone, v of its shape: (B,)."""
         raise NotImplementedError
@@ -33,10 +35,6 @@ class AffineCall(LayerCall):
     def bias_rows(self) -> Tensor:
         """The per-sample gradients of the bias, made once and used three times: (B, out)."""
         raise NotImplementedError
-
-    def set_output_gradient(self, gradient: Tensor) -> None:
-        super().set_output_gradient(gradient)
-        self.__dict__.pop("bias_rows", None)
 
     def without(self, dropped: Tensor) -> LayerCall:
         part = super().without(dropped)

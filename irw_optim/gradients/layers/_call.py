@@ -18,8 +18,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._layout import Layout, layouts_of
-from irw_optim.gradients.materialized import blocked_gram, wide, widened
+from irw_optim.gradients.layers._gram import gram_of_rows
+from irw_optim.gradients.layers._layout import FIRST, Layout, layouts_of
+from irw_optim.gradients.materialized import wide, widened
 from irw_optim.gradients.protocol import Direction
 
 GATHER_FROM = 2**17
@@ -39,7 +40,12 @@ class RowWeights:
 
     @cached_property
     def used(self) -> Tensor | None:
-        """Indices of the rows whose weight is not 0; None where nearly all are used."""
+        """Indices of the rows whose weight is not 0; None where nearly all are used.
+
+        And on a device, for which one would have to wait.
+        """
+        if self.values.device.type != "cpu":
+            return None
         used = self.values.nonzero().squeeze(1)
         return used if len(used) < 0.8 * len(self.values) else None
 
@@ -49,7 +55,8 @@ class RowWeights:
 
     def column_in(self, dtype: torch.dtype) -> Tensor:
         """All weights as a column, (B, 1)."""
-        return self.in_dtype(dtype).view(-1, 1)
+        values = self.values
+        return (values if values.dtype == dtype else values.to(dtype)).view(-1, 1)
 
     @cached_property
     def used_values(self) -> Tensor:
@@ -84,6 +91,9 @@ class LayerCall:
 
     output_shape: torch.Size | None = None
     """As which shape the output is seen; None for its own."""
+
+    made_of_b = ""
+    """A property that is made of b, and kept."""
 
     layout: Layout | None = None
     """Where the batch was found."""
@@ -123,13 +133,17 @@ class LayerCall:
         """Bring the batch to the first dimension of the input; None where there is none."""
         self.layout = layout
         self.batch_size = batch_size
-        self.input = self.recorded if layout is None else layout.bring(self.recorded, batch_size)
+        first = layout is None or layout is FIRST
+        self.input = self.recorded if first else layout.bring(self.recorded, batch_size)  # type: ignore[union-attr]
 
     def set_output_gradient(self, gradient: Tensor) -> None:
         """Take b; the products are defined from then on."""
-        if self.layout is not None:
-            gradient = self.layout.bring(gradient, self.batch_size)
+        layout = self.layout
+        if layout is not None and layout is not FIRST:
+            gradient = layout.bring(gradient, self.batch_size)
         self.output_gradient = gradient
+        if self.made_of_b:
+            vars(self).pop(self.made_of_b, None)
 
     def arrangement(self) -> tuple[object, ...]:
         """Where the batch was found: what decides whether an earlier proof still holds."""
@@ -259,24 +273,6 @@ class LayerCall:
         if a.numel() < b.numel():
             return scaled(a, values, in_place=gathered), b
         return a, scaled(b, values, in_place=gathered)
-
-
-def gram_of_rows(calls: list[LayerCall]) -> Tensor:
-    """G G^T of the parameters that these calls share, from rows a block of samples at a time.
-
-    Needed where several calls meet in one parameter: g_i is then a sum over calls.
-    """
-    parameters = {p for call in calls for p in call.parameters.values()}
-    numbers = sum(p.numel() for p in parameters)
-    return blocked_gram(len(calls[0].b), numbers, lambda samples: _summed_rows(calls, samples))
-
-
-def _summed_rows(calls: list[LayerCall], samples: slice) -> dict[Tensor, Tensor]:
-    total: dict[Tensor, Tensor] = {}
-    for call in calls:
-        for p, block in call.rows(samples).items():
-            total[p] = total[p] + block if p in total else block
-    return total
 
 
 def scaled(rows: Tensor, weights: Tensor, in_place: bool = False) -> Tensor:

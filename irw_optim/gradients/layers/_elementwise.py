@@ -24,6 +24,8 @@ class ElementwiseCall(LayerCall):
         scale: a number that it is multiplied with besides, as in ``torch.add(x, p, alpha=2)``.
     """
 
+    made_of_b = "reduced"
+
     def __init__(
         self, parameter: Tensor, factor: Tensor | None, output: Tensor, scale: float = 1
     ) -> None:
@@ -47,10 +49,6 @@ class ElementwiseCall(LayerCall):
         size = self._broadcast_size()
         found = layouts_of(output_shape, batch_size, is_sequence=True)
         return tuple(layout for layout in found if size[layout.dim] == 1)
-
-    def set_output_gradient(self, gradient: Tensor) -> None:
-        super().set_output_gradient(gradient)
-        self.__dict__.pop("reduced", None)
 
     def without(self, dropped: Tensor) -> LayerCall:
         part = self.copy()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.materialized import MEMORY_BOUND, as_matrix
+from irw_optim.gradients.materialized import MEMORY_BOUND, as_matrix, blocked_gram
+
+if TYPE_CHECKING:
+    from irw_optim.gradients.layers._call import LayerCall
 
 
 def gram_of(rows: Tensor) -> Tensor:
@@ -38,3 +44,22 @@ def gram_of_lookups(index: Tensor, b: Tensor) -> Tensor:
         products = same * (some_b.flatten(0, 1) @ flat_b.T)
         blocks.append(products.view(len(some_index), length, batch, length).sum((1, 3)))
     return torch.cat(blocks)
+
+
+def gram_of_rows(calls: Sequence[LayerCall]) -> Tensor:
+    """G G^T of the parameters that these calls share, from rows a block of samples at a time.
+
+    Needed where several calls meet in one parameter: g_i is then a sum over calls.
+    """
+    parameters = {p for call in calls for p in call.parameters.values()}
+    numbers = sum(p.numel() for p in parameters)
+    return blocked_gram(len(calls[0].b), numbers, lambda samples: summed_rows(calls, samples))
+
+
+def summed_rows(calls: Sequence[LayerCall], samples: slice) -> dict[Tensor, Tensor]:
+    """The rows of some samples, summed over the calls that share a parameter."""
+    total: dict[Tensor, Tensor] = {}
+    for call in calls:
+        for p, block in call.rows(samples).items():
+            total[p] = total[p] + block if p in total else block
+    return total

@@ -11,7 +11,7 @@ from torch import Tensor
 from irw_optim.gradients.layers._affine import AffineCall
 from irw_optim.gradients.layers._call import GATHER_FROM, RowWeights, inner
 from irw_optim.gradients.layers._gram import gram_of, gram_of_positions
-from irw_optim.gradients.materialized import MEMORY_BOUND, wide, widened
+from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, widened
 from irw_optim.gradients.protocol import Direction
 
 FEW_PRODUCTS = 2**19
@@ -57,8 +57,10 @@ class LinearCall(AffineCall):
         a, b, parameters = self.input, self.output_gradient, self.parameters
         if a.ndim > 2 or a.numel() + b.numel() >= GATHER_FROM or "weight" not in parameters:
             return super().combine(weights)
-        b = widened(b) * weights.column_in(wide(b.dtype))
-        result = {parameters["weight"]: self.weight_gradient(widened(a), b)}
+        if b.dtype in WIDER:
+            a, b = widened(a), widened(b)
+        b = b * weights.column_in(b.dtype)
+        result = {parameters["weight"]: a.t().mm(b) if self.transposed else b.t().mm(a)}
         if "bias" in parameters:
             result[parameters["bias"]] = b.sum(0)
         return result
@@ -95,9 +97,11 @@ class LinearCall(AffineCall):
         by_direction = (batch + chosen) * width_in * width_out
         if by_kernel > max(by_direction, FEW_PRODUCTS):
             return super().align(coefficients)
-        a, b = widened(a), widened(b)
+        if b.dtype in WIDER:
+            a, b = widened(a), widened(b)
         if used is None:
-            return self.kernel(a, b, a, b).mv(coefficients.in_dtype(b.dtype))
+            values, exact = coefficients.values, b.dtype
+            return self.kernel(a, b, a, b).mv(values if values.dtype == exact else values.to(exact))
         a_used, b_used = a.index_select(0, used), b.index_select(0, used)
         return self.kernel(a, b, a_used, b_used).mv(coefficients.used_values.to(b.dtype))
 

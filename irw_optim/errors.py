@@ -13,5 +13,5 @@ class DPGuaranteeError(RuntimeError):
         >>> raise DPGuaranteeError("BatchNorm mixes the samples of a batch")
         Traceback (most recent call last):
         ...
-        irw_optim.privacy.errors.DPGuaranteeError: BatchNorm mixes the samples of a batch
+        irw_optim.errors.DPGuaranteeError: BatchNorm mixes the samples of a batch
     """

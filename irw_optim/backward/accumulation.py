@@ -9,28 +9,21 @@ decides, and gives the gradient of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from irw_optim.backward.deferred import Deferred, deferred_loss, seed_of, without_autocast
+from irw_optim.backward.passes import Pass
+from irw_optim.backward.weighted_loss import Weigher
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.concatenated import ConcatenatedGradients
 from irw_optim.gradients.ghost import check_inputs
-from irw_optim.gradients.loss_gradients import LossGradients, is_wanted
+from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.materialized import widened
-from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.optimizer.backward import (
-    deferred_loss,
-    graph_is_kept,
-    seed_of,
-    walked_by_this_backward,
-    without_autocast,
-)
-from irw_optim.optimizer.passes import Pass
-
-Coefficients = Callable[[Sequence[Pass], PerSampleGradients], Tensor]
+from irw_optim.torch_internals import is_wanted
 
 
 class LogicalBatch:
@@ -49,19 +42,19 @@ class LogicalBatch:
         batch: PerSampleLosses,
         captured: LossGradients,
         scored: Callable[[Tensor], bool],
-        coefficients: Coefficients,
+        weigher: Weigher,
     ) -> Tensor:
         """The criterion's value; the backward pass of the k-th gives the gradient of all k.
 
         Args:
-            batch: per-sample losses of one physical batch, with their graph.
+            batch: per-sample losses of one physical batch, detached.
             captured: their gradients.
             scored: which parameters make the scores.
-            coefficients: the factor on every loss's gradient, from all passes and their rows.
+            weigher: gives the factor on every loss's gradient, from all passes and their rows.
         """
         # Not the leaves: hooks on parameters would be called in passes that give no gradient.
         anchor = torch.zeros_like(batch.value).requires_grad_()
-        member = _Member(self, batch, captured, scored, coefficients, get_gradient_edge(anchor))
+        member = _Member(self, batch, captured, scored, weigher, get_gradient_edge(anchor))
         return deferred_loss(batch.value, member, [anchor, *captured.others])
 
     def finish(self) -> None:
@@ -81,7 +74,7 @@ class LogicalBatch:
                 like=widened(members[0].batch.losses),
             )
             passes = [Pass(member.batch, member.factor) for member in members]
-            coefficients = members[-1].coefficients(passes, rows)
+            coefficients = members[-1].weigher.coefficients(passes, rows)
             total: dict[Tensor, Tensor] = {}
             for member, some in zip(members, coefficients.split(rows.sizes), strict=True):
                 for leaf, gradient in member.weighted_sum(some).items():
@@ -97,8 +90,15 @@ class LogicalBatch:
         self.members = []
 
 
-class _Member:
+class _Member(Deferred):
     """One physical batch, from its forward to the end of the logical one."""
+
+    ALREADY_PASSED = (
+        "a second backward pass through one loss cannot be a part of a logical batch: "
+        "expected one backward() for each loss, or IRWOptimizer without accumulation_steps"
+    )
+
+    captured: LossGradients
 
     def __init__(
         self,
@@ -106,44 +106,36 @@ class _Member:
         batch: PerSampleLosses,
         captured: LossGradients,
         scored: Callable[[Tensor], bool],
-        coefficients: Coefficients,
+        weigher: Weigher,
         anchor: GradientEdge,
     ) -> None:
+        super().__init__(captured)
         self.anchor = anchor
         self.logical = logical
-        self.batch = batch._replace(losses=batch.losses.detach())
-        self.captured = captured
+        self.batch = batch
         self.scored = scored
-        self.coefficients = coefficients
+        self.weigher = weigher
         self.factor: Tensor | float = 0.0
-        self.started = False
 
-    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
+    def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
         """Start this batch; the k-th pass adds the gradient of the whole to ``p.grad``."""
         captured = self.captured
-        if self.started:
-            raise RuntimeError(
-                "a second backward pass through one loss cannot be a part of a logical batch: "
-                "expected one backward() for each loss, or IRWOptimizer without accumulation_steps"
-            )
         others = [leaf for leaf in captured.others if captured.is_wanted(leaf)]
         weighted = is_wanted(self.anchor.node)
-        with without_autocast(upstream.device.type):
-            if weighted:
-                self._start(upstream)
-            plain = {}
-            if others:
-                factors = upstream * self.batch.ordinary_factors()
-                plain = captured.plain_sum(others, factors, heard=weighted)
-            if weighted and len(self.logical.members) == self.logical.size:
-                self.logical.finish()
+        if weighted:
+            self._start(upstream, keep_graph)
+        plain = {}
+        if others:
+            factors = upstream * self.batch.ordinary_factors()
+            plain = captured.plain_sum(others, factors, hooks_ran=weighted)
+        if weighted and len(self.logical.members) == self.logical.size:
+            self.logical.finish()
         return [None, *[plain.get(leaf) for leaf in captured.others]]
 
-    def _start(self, upstream: Tensor) -> None:
+    def _start(self, upstream: Tensor, keep_graph: bool) -> None:
         captured = self.captured
-        self.started = True
-        keep_graph = graph_is_kept()
-        walked = walked_by_this_backward(captured)
+        self.passed = True
+        walked = captured.is_walked_on()
         captured.start(seed_of(upstream, self.batch), keep_graph or walked)
         if walked and not keep_graph and captured.finished_by_autograd:
             captured.close()
@@ -154,6 +146,9 @@ class _Member:
             )
         self.factor = upstream
         self.logical.members.append(self)
+
+    def leave(self) -> None:
+        """The others are still to come: the logical batch lets go of all."""
 
     def weighted_sum(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """Sum of w_i times the gradient of loss i, by leaf."""

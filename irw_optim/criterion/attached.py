@@ -9,18 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
-from weakref import WeakMethod, finalize, ref
+from typing import Any
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
-from irw_optim.copies import Renewed
-from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
-
-if TYPE_CHECKING:
-    from irw_optim.optimizer.weighted_backward import WeightedBackward
+from irw_optim.criterion._dispatch import per_sample_losses, validate_criterion
+from irw_optim.criterion._folding import PerSampleLosses
+from irw_optim.torch_internals import uncompiled
 
 logger = logging.getLogger("irw_optim")
 
@@ -93,66 +91,18 @@ class _Forward(Replacement):
         self.model = model
         self.listener = listener
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The listener's scalar while the model trains, else what the criterion returns."""
-        listener, model = self.listener(), self.model()
+        listener, model, criterion = self.listener(), self.model(), self.criterion
         training = torch.is_grad_enabled() and model is not None and model.training
-        # per_sample_losses switches the reduction off and comes by here again.
-        unreduced = getattr(self.criterion, "reduction", None) == "none"
+        # A criterion may call itself while its losses are asked for, without a reduction.
+        unreduced = getattr(criterion, "reduction", None) == "none"
         if listener is None or not training or unreduced:
             return self.original(*args, **kwargs)
-        return listener(per_sample_losses(self.criterion, *args, **kwargs))
+        return listener(per_sample_losses(criterion, *args, **kwargs))
 
     @property
     def original(self) -> Callable[..., Any]:
         """The forward that the criterion had before."""
         return self.previous or MethodType(type(self.criterion).forward, self.criterion)
-
-
-class Hold(Renewed):
-    """What an optimizer has on its model and criterion: all of it goes when this does.
-
-    Losses may live longer than the optimizer, and their graphs know its engine.
-
-    Args:
-        weighted: takes the criterion's losses.
-        criterion: to attach to the engine's model; None for none.
-    """
-
-    PASSING = ("attached",)
-
-    def __init__(self, weighted: WeightedBackward, criterion: nn.Module | None) -> None:
-        self.weighted = weighted
-        self.given = criterion
-        self.begin()
-
-    def begin(self) -> None:
-        """Attach the criterion."""
-        model = self.weighted.engine.model
-        self.attached: AttachedCriterion | None = None
-        if self.given is not None and model is not None:
-            self.attached = AttachedCriterion(self.given, model, self.weighted.loss, yields=True)
-        finalize(self, _release, ref(self.weighted)).atexit = False
-
-    @property
-    def criterion(self) -> nn.Module | None:
-        """The criterion, while it is attached."""
-        attached = self.attached
-        return attached.criterion if attached is not None and attached.remove.alive else None
-
-    def let_go(self) -> None:
-        """Leave model and criterion as they were."""
-        self.weighted.release()
-        if self.attached is not None:
-            self.attached.remove()
-        self.attached = self.given = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The criterion may have gone over to a newer optimizer."""
-        return {**super().__getstate__(), "given": self.criterion}
-
-
-def _release(weighted: ref[WeightedBackward]) -> None:
-    alive = weighted()
-    if alive is not None:
-        alive.release()

@@ -1,0 +1,1 @@
+"""What a step costs on a GPU, in one run of minutes."""

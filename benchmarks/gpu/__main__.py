@@ -1,0 +1,169 @@
+"""A GPU's tests and costs in one run: time, memory, waits and kernels of a step.
+
+    python -m benchmarks.gpu                          # what `make gpu` runs
+    python -m benchmarks.gpu --device cpu --fast      # its logic, where there is no card
+
+Every method runs in turns with a plain step of the same model and setting. What has been measured
+when the time is up is written to results/gpu_<card>.csv and .md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+
+from benchmarks import report
+from benchmarks.gpu.counting import kernels, syncs
+from benchmarks.gpu.work import OURS, Row, rows
+from irw_optim.measure import Step, median_seconds, peak_bytes
+
+NO_CARD = (
+    "no CUDA device: torch.cuda.is_available() is False, so nothing was measured. On a machine "
+    "with a card, check `nvidia-smi` and that torch was built for CUDA; "
+    "`python -m benchmarks.gpu --device cpu --fast` tries the logic without one"
+)
+TESTS = ("tests/device", "tests/gradients/test_layers.py", "tests/gradients/test_loops.py")
+LONGEST_TESTS = 150
+"""Seconds that the tests may take of the whole."""
+
+COLUMNS = ("work", "setting", "method", "ms", "time", "MB", "memory", "syncs", "kernels", "fails")
+PAST_CHECKS = 9
+"""Steps before the first that is measured: the library checks itself at 1, 2, 4 and 8."""
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Run the tests, then measure until the time is up."""
+    chosen = report.options(
+        __doc__,
+        sys.argv[1:] if given is None else given,
+        device={"default": "cuda"},
+        minutes={"type": float, "default": 8.0},
+        repeats={"type": int, "default": 15},
+    )
+    device = torch.device(chosen.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(NO_CARD)
+    end = time.monotonic() + 60 * chosen.minutes
+    if device.type == "cuda":
+        print(tested(device), flush=True)
+    repeats = 2 if chosen.fast else chosen.repeats
+    wanted = list(rows(device))[:1] if chosen.fast else rows(device)
+    frame = pd.DataFrame(measured_until(end, wanted, device, repeats), columns=COLUMNS)
+    text = f"{card(device)}, torch {torch.__version__}\n\n{as_markdown(frame)}"
+    print("\n" + text)
+    if not chosen.fast:
+        name = "gpu_" + re.sub(r"\W+", "_", card(device)).strip("_").lower()
+        report.store(name, frame, machine=card(device))
+        report.write(name, text)
+
+
+def card(device: torch.device) -> str:
+    """Its name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(report.header()["machine"])
+
+
+def tested(device: torch.device) -> str:
+    """The last line of the tests that need a device."""
+    path = os.pathsep.join([str(report.ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "TEST_DEVICE": device.type}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "pretend_gpu.plugin"]
+    try:
+        finished = subprocess.run(
+            [*command, *TESTS], cwd=report.ROOT, env=environment, capture_output=True, text=True,
+            timeout=LONGEST_TESTS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"the tests took more than {LONGEST_TESTS} s"
+    report.write("gpu_tests", finished.stdout + finished.stderr)
+    last = (finished.stdout.strip() or finished.stderr.strip()).splitlines()[-1:]
+    return f"tests: {''.join(last)} (results/gpu_tests.md has all of it)"
+
+
+def measured_until(
+    end: float, wanted: Iterable[Row], device: torch.device, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """A row of the table for every method, as long as there is time."""
+    for row in wanted:
+        if time.monotonic() > end:
+            print(f"the time is up before {row.work}, {row.setting}")
+            return
+        print(f"{row.work}, {row.setting}", flush=True)
+        yield from measured(row, device, repeats)
+
+
+def measured(row: Row, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
+    """Time, memory, waits and kernels of each method; or why it does not run."""
+    steps: dict[str, Step] = {}
+    for method, make in row.makers.items():
+        try:
+            step = make()
+            for _ in range(PAST_CHECKS if method == OURS else 2):
+                step()
+            steps[method] = step
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+            yield {"work": row.work, "setting": row.setting, "method": method, "fails": reason}
+    if "plain" not in steps:
+        return
+    seconds = dict(
+        zip(steps, median_seconds(list(steps.values()), repeats, device=device), strict=True)
+    )
+    memory = {method: peak_bytes(step, device) for method, step in steps.items()}
+    for method, step in steps.items():
+        yield {
+            "work": row.work,
+            "setting": row.setting,
+            "method": method,
+            "ms": seconds[method] * 1e3,
+            "time": seconds[method] / seconds["plain"],
+            "MB": memory[method] / 1e6,
+            "memory": memory[method] / max(1, memory["plain"]),
+            "syncs": syncs(step, device),
+            "kernels": kernels(step, device),
+        }
+
+
+def as_markdown(frame: pd.DataFrame) -> str:
+    """A line for every model and setting."""
+    methods = [name for name in dict.fromkeys(frame["method"]) if name != "plain"]
+    lines = []
+    for (work, setting), own in frame.groupby(["work", "setting"], sort=False):
+        cells = own.set_index("method").to_dict("index")
+        texts = [_text(cells.get(method), method) for method in ("plain", *methods)]
+        lines.append([work, setting, *texts])
+    note = (
+        "\nTime / peak memory of what a step adds, as multiples of a plain step in the same run "
+        "(of the plain step itself: ms / MB) / waits for the device / kernels.\n"
+    )
+    failed = frame.dropna(subset="fails")
+    reasons = sorted(set(failed["work"] + ", " + failed["method"] + ": " + failed["fails"]))
+    table = report.table(["work", "setting", "plain", *methods], lines)
+    return table + note + "".join(f"- does not run: {reason}\n" for reason in reasons)
+
+
+def _text(cell: dict[str, Any] | None, method: str) -> str:
+    if cell is None:
+        return ""
+    if pd.isna(cell["ms"]):
+        return "does not run"
+    time_and_memory = f"{cell['time']:.2f} / {cell['memory']:.2f}"
+    if method == "plain":
+        time_and_memory = f"{cell['ms']:.2f} / {cell['MB']:.0f}"
+    counted = [cell["syncs"], cell["kernels"]]
+    return time_and_memory + "".join(
+        f" / {number:.0f}" for number in counted if not pd.isna(number)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""torch.compile: what of a model it may fuse, so that the layers stay in sight.
+
+Compiled code shows one node in the graph, whatever it computes, and its gradient cannot be
+differentiated. So what has parameters is kept out of it, and what lies between is fused; where that
+does not give quick products for every parameter, the whole model is kept out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MethodType
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
+from irw_optim.torch_internals import keep_for_further_passes, uncompiled
+
+
+class KeptOut(Replacement):
+    """Stands in for a module's ``forward``: the same, outside of what torch.compile traces."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose ``forward`` this is."""
+        module = self._module()
+        assert module is not None, "called by nobody else"
+        return module
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The forward that the module had before; its signature is ours."""
+        return self.previous or MethodType(type(self.module).forward, self.module)
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes."""
+        return self.__wrapped__(*args, **kwargs)
+
+
+class Uncompiled(Attachment):
+    """Keeps a module, and all that is in it, out of what torch.compile fuses."""
+
+    def put_on(self, module: nn.Module) -> Iterable[Removable]:
+        """Attach, and yield what removes it."""
+        yield replace_on(module, "forward", KeptOut(module))
+
+
+def keep_out(model: nn.Module) -> list[Attachment]:
+    """Keep a model out of what torch.compile fuses, for as long as somebody holds what is returned.
+
+    What is compiled inside of it has to be kept out by itself.
+    """
+    torch.compiler.reset()
+    inner = [_original(module) for module in model.modules() if is_compiled_module(module)]
+    return [Uncompiled.on(module) for module in dict.fromkeys([_original(model), *inner])]
+
+
+def prepare(model: nn.Module | None) -> None:
+    """Make sure that what is compiled of a model can be passed back through more than once.
+
+    Raises:
+        RuntimeError: ``torch.compile(mode="reduce-overhead")`` on a GPU, or another mode that
+            records CUDA graphs.
+    """
+    keep_for_further_passes()
+    if model is None:
+        return
+    on_gpu = any(p.is_cuda for p in model.parameters())
+    if on_gpu and any(_settings(m).get("triton.cudagraphs") for m in model.modules()):
+        raise RuntimeError(_RECORDED)
+
+
+def _settings(module: nn.Module) -> Mapping[str, Any]:
+    """What torch.compile was told of a module; empty where nothing is known."""
+    compiled = getattr(module, "_compiled_call_impl", None) or module
+    tell = getattr(compiled, "get_compiler_config", None)
+    return (None if tell is None else tell()) or {}
+
+
+def compile_anew(nodes: Iterable[Node]) -> None:
+    """Drop compiled code, which does not call recorders that came later.
+
+    Raises:
+        RuntimeError: a region of this graph is recorded as a CUDA graph.
+    """
+    torch.compiler.reset()
+    for node in filter(is_compiled, nodes):
+        forward = getattr(getattr(node, "_forward_cls", None), "compiled_fw", None)
+        recorded = getattr(forward, "fx_kwargs", {}).get("cudagraphs")
+        if recorded:  # torch's BoxedBool, or None
+            raise RuntimeError(_RECORDED)
+
+
+_RECORDED = (
+    'this model is compiled with CUDA graphs (mode="reduce-overhead" or "max-autotune"), which '
+    "write their results into the same memory at every call, while the weights of the samples need "
+    'several passes through one step; compile it with mode="default" or '
+    '"max-autotune-no-cudagraphs"'
+)
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Whether a module itself was handed to torch.compile."""
+    return hasattr(module, "_orig_mod") or bool(getattr(module, "_compiled_call_impl", None))
+
+
+def _original(module: nn.Module) -> nn.Module:
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def is_compiled(node: Node) -> bool:
+    """Whether a node is the backward pass of a region that torch.compile made."""
+    return isinstance(node, BackwardCFunction) and node.name().startswith("CompiledFunction")

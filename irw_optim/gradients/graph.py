@@ -1,0 +1,99 @@
+"""The autograd graph behind a vector of losses, as it is recorded."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from irw_optim.gradients.layers import LayerCall
+
+
+class CallSite(NamedTuple):
+    """A layer's call and the edge of the graph at which its output gradient arrives."""
+
+    call: LayerCall
+    edge: GradientEdge
+    shape: torch.Size
+
+
+class Graph:
+    """What leads to a vector of losses.
+
+    Args:
+        leaves: what gradients are accumulated in.
+        leaf_nodes: the nodes that accumulate them.
+        order: the nodes in between, each before those it reads from.
+        wiring: who reads from whom, as numbers: equal for graphs that are wired alike.
+        sites: layer calls, as far as they are known.
+    """
+
+    def __init__(
+        self,
+        leaves: list[Tensor],
+        leaf_nodes: list[Node],
+        order: list[Node],
+        wiring: tuple[int | tuple[int, int], ...],
+        sites: list[CallSite],
+    ) -> None:
+        self.leaves = leaves
+        self.leaf_nodes = leaf_nodes
+        self.order = order
+        self.wiring = wiring
+        self.sites = sites
+
+    def with_sites(self, sites: list[CallSite]) -> Graph:
+        """The same graph with these layer calls."""
+        return Graph(self.leaves, self.leaf_nodes, self.order, self.wiring, sites)
+
+    @cached_property
+    def nodes(self) -> dict[Node, int]:
+        """The place of each node in the order."""
+        return {node: place for place, node in enumerate(self.order)}
+
+
+NO_GRAPH = Graph([], [], [], (), [])
+"""In the place of one that is over."""
+
+
+def walk(losses: Tensor) -> Graph:
+    """Follow the graph from the losses to its leaves.
+
+    Args:
+        losses: (B,), with their graph.
+    """
+    leaves: list[Tensor] = []
+    leaf_nodes: list[Node] = []
+    order: list[Node] = []
+    wiring: list[int | tuple[int, int]] = []
+    root = losses.grad_fn
+    seen: dict[Node, int] = {} if root is None else {root: 0}
+    # Depth first; a node is written down when all that it reads from is: the order, from its end.
+    path = [] if root is None else [(root, iter(root.next_functions))]
+    while path:
+        node, parents = path[-1]
+        for parent, output in parents:
+            if parent is None:
+                wiring.append(-1)
+                continue
+            number = seen.get(parent)
+            if number is not None:
+                wiring.append((number, output) if output else number)
+                continue
+            seen[parent] = number = len(seen)
+            wiring.append((number, output) if output else number)
+            following = parent.next_functions
+            if not following and (leaf := getattr(parent, "variable", None)) is not None:
+                leaves.append(leaf)
+                leaf_nodes.append(parent)
+                continue
+            path.append((parent, iter(following)))
+            break
+        else:
+            path.pop()
+            order.append(node)
+    order.reverse()
+    return Graph(leaves, leaf_nodes, order, tuple(wiring), [])

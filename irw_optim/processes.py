@@ -1,0 +1,37 @@
+"""Whether a model trains in several processes, told without loading what that takes."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def several_processes() -> bool:
+    """Whether a default process group of more than one is there."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the model, or to some of it."""
+    return any(map(is_sharded_here, model.modules()))
+
+
+def is_sharded_here(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to this module."""
+    return "FSDPModule" in _names_of_bases(module)
+
+
+def is_shard(parameter: Tensor) -> bool:
+    """Whether this is a DTensor, by name: importing what makes them takes as long as torch."""
+    return "DTensor" in _names_of_bases(parameter)
+
+
+def _names_of_bases(thing: object) -> list[str]:
+    return [kind.__name__ for kind in type(thing).__mro__]

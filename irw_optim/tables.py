@@ -1,0 +1,20 @@
+"""Small tables for notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+
+def html_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A plain table, which a notebook shows in its own style.
+
+    >>> html_table(["module"], [["a < b"]])
+    '<table><tr><th>module</th></tr><tr><td>a &lt; b</td></tr></table>'
+    """
+    lines = [_line("th", header), *(_line("td", row) for row in rows)]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _line(cell: str, values: Iterable[object]) -> str:
+    return "<tr>" + "".join(f"<{cell}>{escape(str(v))}</{cell}>" for v in values) + "</tr>"

@@ -1,0 +1,90 @@
+"""What is used of torch that it does not promise, and what is done where it is missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_will_execute: Any = getattr(torch._C, "_will_engine_execute_node", None)
+_keeps_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+_engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+_disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
+
+def gradients_at(
+    losses: Tensor, edges: Sequence[GradientEdge], cotangent: Tensor, *, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad`` at some edges, for arguments that are known to be right.
+
+    Its checks take as long as the pass itself through a small model.
+    """
+    if _run_backward is None or not edges:
+        return torch.autograd.grad(
+            losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True
+        )
+    return _run_backward(  # type: ignore[no-any-return]
+        (losses,), (cotangent,), retain_graph, False, tuple(edges), True, accumulate_grad=False
+    )
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that runs now was called with ``retain_graph=True``.
+
+    Where torch does not tell, it is taken to be: then memory is let go later.
+    """
+    return True if _keeps_graph is None else _keeps_graph()
+
+
+def is_walked_on(nodes: Iterable[Node]) -> bool:
+    """Whether the backward pass that runs now goes through some of these nodes after this one."""
+    return _will_execute is None or any(map(_will_execute, nodes))
+
+
+def is_wanted(leaf: Node) -> bool:
+    """Whether the backward pass that runs now asks for the gradient that a node accumulates."""
+    try:
+        return True if _will_execute is None else _will_execute(leaf)
+    except RuntimeError:  # torch's answer for a leaf that `autograd.grad` was asked for
+        return True
+
+
+def at_the_end_of_backward(call: Callable[[], None]) -> None:
+    """Call something when the backward pass that runs now is over; at once where torch cannot."""
+    if _engine is None:
+        call()
+    else:
+        _engine.queue_callback(call)
+
+
+def uncompiled(function: _Function) -> _Function:
+    """The function, outside of what torch.compile traces, with all that it calls.
+
+    Unlike `torch.compiler.disable` it does not load the compiler before it is called.
+    """
+    return cast("_Function", _disable(function))
+
+
+def keep_for_further_passes() -> None:
+    """Let compiled code keep what its backward pass reads, as autograd does with a retained graph.
+
+    By default torch lets a compiled backward pass write over it. Code that was compiled so is
+    dropped, and not taken from a cache either, whose keys don't tell the two apart.
+    """
+    import torch._functorch.config as config
+
+    if not getattr(config, "donated_buffer", False):
+        return
+    config.donated_buffer = False
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    keys: Any = getattr(torch.compiler, "config", None)
+    if hasattr(keys, "cache_key_tag"):
+        keys.cache_key_tag += "nothing donated"

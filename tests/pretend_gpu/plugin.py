@@ -1,0 +1,96 @@
+"""Pytest plugin: another device is the default one, and nothing of ours mixes it with the host.
+
+``TEST_DEVICE`` names it; without, it is the pretended one.
+
+Tests that are about the CPU itself carry the mark ``cpu``, with a reason, and are skipped, as are
+those that use what the device lacks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pretend_gpu import NAME, register
+
+DEVICE = os.environ.get("TEST_DEVICE", NAME)
+if DEVICE == NAME:
+    register()
+torch.set_default_device(DEVICE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is about the CPU."""
+    for item in items:
+        mark = item.get_closest_marker("cpu")
+        if mark is not None:
+            item.add_marker(pytest.mark.skip(reason=mark.args[0]))
+
+
+LACKS = {"Sparsepretend": "sparse tensors", "SparseCsrpretend": "sparse tensors"}
+"""What operations say that nobody has written for it."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skip what needs more than the device has."""
+    try:
+        yield
+    except NotImplementedError as error:
+        for sign, what in LACKS.items():
+            if sign in str(error):
+                pytest.skip(f"the pretended device has no {what}")
+        raise
+
+
+class Mixes(TorchDispatchMode):
+    """Collects operations that the library calls with tensors, or a generator, of both devices.
+
+    Numbers (0-dim) may be on either, and indices are copied by torch itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = function._schema.name.removeprefix("aten::")
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        kinds = {t.device.type for t in tensors if t.ndim or t.device.type != "cpu"}
+        copies = name in ("copy_", "_copy_from", "_to_copy") or "index" in name
+        if {"cpu", DEVICE} <= kinds and not copies and (where := _line_of_ours()):
+            self.found.append(f"{name} at {where}")
+        result = function(*args, **kwargs)
+        generator = kwargs.get("generator")
+        astray = isinstance(result, Tensor) and generator is not None
+        if astray and generator.device.type != result.device.type and (where := _line_of_ours()):
+            self.found.append(f"{name} with a generator of another device at {where}")
+        return result
+
+
+def _line_of_ours() -> str:
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "/irw_optim/" in path:
+            return f"{path}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+@pytest.fixture(autouse=True)
+def _no_mixed_devices() -> Iterator[None]:
+    with Mixes() as mixes:
+        yield
+    assert not mixes.found

@@ -1,0 +1,48 @@
+"""What is used of torch that it does not promise: a version that drops one fails here, by name."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+import pytest
+import reference
+import torch
+from torch import nn
+
+from irw_optim import IRWOptimizer, torch_internals
+
+USED = {
+    "autograd.graph._engine_run_backward": "_run_backward",
+    "_C._will_engine_execute_node": "_will_execute",
+    "_C._autograd._get_current_graph_task_keep_graph": "_keeps_graph",
+    "autograd.Variable._execution_engine.queue_callback": "_engine",
+    "_disable_dynamo": "_disable",
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_it_is_there(name):
+    assert callable(attrgetter(name)(torch))
+
+
+@pytest.mark.parametrize("name", ["_input_metadata", "_saved_mat1", "_saved_beta"])
+def test_a_node_tells_what_it_saved(name):
+    output = nn.Linear(2, 3)(torch.randn(4, 2, requires_grad=True))
+    assert hasattr(output.grad_fn, name)
+
+
+@pytest.mark.parametrize("name", sorted(set(USED.values()) - {"_disable"}))
+def test_without_it_a_step_is_as_exact(name, monkeypatch):
+    monkeypatch.setattr(torch_internals, name, None)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(sgd, alpha=0.4, model=model)
+    for _ in range(3):
+        x = torch.randn(6, 4).double()
+        truth = reference.step(model(x).square().sum(1), model.parameters(), 0.4)
+        optimizer.zero_grad()
+        optimizer.backward(model(x).square().sum(1))
+        for parameter, gradient in zip(model.parameters(), truth.gradients, strict=True):
+            assert reference.error(parameter.grad, gradient) < 1e-9
+        optimizer.step()
