@@ -45,7 +45,7 @@ def links(page: Path) -> list[str]:
 
 
 def is_broken(page: Path, link: str) -> bool:
-    path, _, anchor = link.partition("#")
+    path, _, anchor = link.removeprefix("path:").partition("#")
     target = (page.parent / path).resolve() if path else page
     if not target.exists():
         return True

@@ -217,7 +217,8 @@ class GlobalScheme:
         """
         record = None
         if self.record is not None:
-            record = {f.name: getattr(self.record, f.name) for f in fields(self.record)}
+            known = {f.name: getattr(self.record, f.name) for f in fields(self.record)}
+            record = {name: t for name, t in known.items() if t is None or isinstance(t, Tensor)}
         return {
             "record": record,
             "batches": self._batches,
