@@ -6,7 +6,17 @@ python -m benchmarks.evidence convergence | alignment | outliers | many_groups |
 
 from benchmarks.report import command
 
-NAMES = ("sweep", "report", "recheck", "convergence", "alignment", "outliers", "many_groups", "all")
+NAMES = (
+    "unseen",
+    "sweep",
+    "report",
+    "recheck",
+    "convergence",
+    "alignment",
+    "outliers",
+    "many_groups",
+    "all",
+)
 
 if __name__ == "__main__":
     command("benchmarks.evidence", NAMES, __doc__)

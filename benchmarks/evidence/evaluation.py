@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.data.sources import Samples
+from benchmarks.data.tasks import Parts, Task
 from irw_optim.metrics import (
+    ClusterAccuracy,
     group_accuracy,
     loss_variance,
     mad,
@@ -19,6 +25,68 @@ from irw_optim.metrics import (
 
 SMALLEST = {"validation": 5, "test": 40}
 """A group with fewer samples in that part does not count there: its accuracy would be noise."""
+
+
+class Trained(NamedTuple):
+    """What a trained model says of the three parts, and what is needed to judge it.
+
+    Attributes:
+        logits: of each part, (N, classes).
+        held: the weights that the training batches were drawn by, (N,), if they were held.
+        cluster: of each validation sample, (N,).
+    """
+
+    task: Task
+    parts: Parts
+    logits: tuple[Tensor, Tensor, Tensor]
+    held: Tensor | None
+    cluster: np.ndarray
+
+
+def everything(found: Trained) -> dict[str, float]:
+    """The row of a run in the sweep: all of the test part, and what settings are chosen by."""
+    validation, test = _evaluated(found)
+    numbers = {"score without groups": cells(found).score}
+    numbers |= {f"validation {name}": v for name, v in validation.items() if _is_worst(name)}
+    return numbers | {f"test {name}": v for name, v in test.items()}
+
+
+def with_signs(found: Trained) -> dict[str, float]:
+    """The row of a run on unseen data: the groups, and what can be seen without them."""
+    validation, test = _evaluated(found)
+    told = cells(found)
+    worst = min((cell for cell in told.cells if cell.counted), key=lambda cell: cell.accuracy)
+    numbers = {
+        "score without groups": told.score,
+        "cell": worst.accuracy,
+        "cell size": worst.samples,
+    }
+    for part, own in {"validation": validation, "test": test}.items():
+        numbers |= {f"{part} {n}": v for n, v in own.items() if n == "accuracy" or _is_worst(n)}
+    labels = found.parts[0].y
+    rare = int(labels.bincount().argmin())
+    for name, part in (("training", 0), ("test", 2)):
+        of = found.parts[part].y == rare
+        right = found.logits[part].argmax(1)[of] == rare
+        numbers[f"{name} rare class"] = float(right.float().mean())
+    held = torch.full((len(labels),), math.nan) if found.held is None else found.held
+    each = [effective_share(held[labels == label]) for label in labels.unique()]
+    return numbers | {"held": effective_share(held), "least held": min(each)}
+
+
+def effective_share(weights: Tensor) -> float:
+    """The effective sample size of weights, (N,), as a share of N."""
+    return float(weights.sum() ** 2 / weights.square().sum() / len(weights))
+
+
+def _evaluated(found: Trained) -> list[dict[str, float]]:
+    """The validation and the test part."""
+    parts = zip(found.logits[1:], found.parts[1:], SMALLEST.values(), strict=True)
+    return [evaluate(said, part, found.task.protected, smallest) for said, part, smallest in parts]
+
+
+def _is_worst(name: str) -> bool:
+    return name.startswith("worst ")
 
 
 def evaluate(
@@ -52,6 +120,6 @@ def clusters(x: Tensor, starts: int = 4) -> np.ndarray:
     return KMeans(4, n_init=starts, random_state=0).fit(x.numpy()).labels_
 
 
-def score_without_groups(logits: Tensor, data: Samples, cluster: np.ndarray) -> float:
-    """Mean of the worst label x cluster accuracy and the worst class accuracy."""
-    return worst_cell_accuracy(data.y, logits.argmax(1), cluster).score
+def cells(found: Trained) -> ClusterAccuracy:
+    """Its worst label x cluster cell and worst class on the validation part."""
+    return worst_cell_accuracy(found.parts[1].y, found.logits[1].argmax(1), found.cluster)
