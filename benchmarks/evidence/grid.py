@@ -31,7 +31,7 @@ ORACLES = ("group balancing", "GroupDRO")
 """Methods that are told the groups of a grouping: for each one they are trained anew."""
 CLASS_BY_CLASS, EARLY_LOSSES = "IRW class by class, held", "early losses, class by class"
 """Two stages with the score of IRW, and with the loss in its place."""
-VARIED = "IRW, one option varied"
+CENTRED = "IRW, warm-up, center: α 0.3, center 1"
 WARM = 1 / 3
 
 
@@ -148,18 +148,6 @@ def settings_of(task: Task, noise: float = 0.0) -> Iterator[Setting]:
         return
     yield from (s for s in without_groups() if not noise or s.method in UNDER_NOISE)
     yield from told_the_groups(task)
-    if task.name in PLANTED:
-        yield from varied()
-
-
-def varied() -> Iterator[Setting]:
-    """IRW around α 0.1, a third of warm-up and no mix, one of them varied: for what is planted."""
-    centre = {"α": 0.1, "warm-up": WARM, "mix": 0.0}
-    others = {"α": (0.05, 0.2, 0.3, 0.5), "warm-up": (0.0, 2 / 3), "mix": (0.25, 0.5, 0.75)}
-    for change in [{}, *({name: value} for name, own in others.items() for value in own)]:
-        alpha, warm_up, mix = {**centre, **change}.values()
-        name = f"{VARIED}: α {alpha:g}, warm-up {warm_up:.2f}, mix {mix:g}"
-        yield Setting(VARIED, name, Intrinsic(alpha, warm_up, {"mix": mix}))
 
 
 def slowly(task: Task, noise: float = 0.0) -> Iterator[Setting]:
@@ -190,7 +178,7 @@ def unseen(task: Task, noise: float = 0.0) -> Iterator[Setting]:
     The last two, a smaller S and the trust, were found on the data of the sweep.
     """
     fixed = (PLAIN, f"{MOVED}: 1", "class-balanced", "CVaR, warm-up: α 0.3, mix 0")
-    fixed += ("JTT: early 0.2, times 5", "IRW: α 0.3", "IRW, warm-up, center: α 0.3, center 1")
+    fixed += ("JTT: early 0.2, times 5", "IRW: α 0.3", CENTRED)
     yield from (setting for setting in without_groups() if setting.name in fixed)
     yield Setting(HALF, HALF, class_balanced(), steps=0.5)
     for early in (0.2, 0.1):

@@ -3,7 +3,7 @@
 It was searched on seeds of its own, by the score without groups alone, on clean labels and on
 flipped ones, since nobody knows how many labels are wrong. Nothing of the seeds that are reported
 took part. That two stages were looked at at all is a choice made with a view of these data sets:
-`leave_one_out` says what a choice of method and setting on the other data sets leads to.
+`unseen` says what it is worth on others.
 """
 
 from __future__ import annotations
@@ -16,17 +16,13 @@ import pandas as pd
 
 from benchmarks.evidence.analysis import (
     FIRST_FIVE,
-    WITH,
-    WITHOUT,
     Estimate,
     Target,
-    chosen,
     estimate,
     first_five,
     mean_change,
     mean_recovered,
     of_setting,
-    one_setting,
     read,
     recovered_by_seed,
     targets,
@@ -34,8 +30,6 @@ from benchmarks.evidence.analysis import (
 )
 from benchmarks.evidence.grid import CLASS_BY_CLASS, EARLY_LOSSES, FIXED, ON_CLEAN
 from benchmarks.evidence.tables import (
-    IRW,
-    OTHERS,
     cost,
     flips,
     marked,
@@ -132,51 +126,6 @@ def reaches(recovered: float) -> str:
 def certainty(found: Estimate) -> str:
     """Says so where the interval holds the aim."""
     return ", though its interval holds it" if found.low < AIM < found.high else ""
-
-
-def leave_one_out(five: Sequence[Target], methods: tuple[str, ...]) -> list[tuple[Target, str]]:
-    """For each target the setting that recovers most on average on the other data sets."""
-    settings = five[0].runs.loc[five[0].runs["method"].isin(methods), "setting"].unique()
-    worth = [{s: t.recovered(with_setting(t, s)).mean for s in settings} for t in five]
-    best = []
-    for target in five:
-        elsewhere = [own for t, own in zip(five, worth, strict=True) if t.task != target.task]
-        mean = {s: float(np.mean([own[s] for own in elsewhere])) for s in settings}
-        best.append((target, max(mean, key=mean.__getitem__)))
-    return best
-
-
-def about_leaving_out(five: Sequence[Target]) -> str:
-    """The choice among all settings, each data set by what was best on the others."""
-    lines = []
-    for whose, methods in (("IRW, all forms", IRW), ("the other methods", OTHERS)):
-        best = leave_one_out(five, methods)
-        rows = [with_setting(t, setting) for t, setting in best]
-        names = ", ".join(f"`{s}`" for s in dict.fromkeys(setting for _, setting in best))
-        lines.append(
-            f"- Of {whose}: {spread(mean_recovered(five, rows))} of the headroom, at "
-            f"{cost(five, rows)} points of accuracy; it chose {names}.\n"
-        )
-    return "".join(lines)
-
-
-def about_one_setting(five: list[Target]) -> str:
-    """The single setting that the score without groups prefers, and whether it reaches the aim."""
-    lines = []
-    for whose, methods in (("IRW", IRW), ("the other methods", OTHERS)):
-        setting = one_setting(five, methods)
-        rows = of_setting(five, setting)
-        recovered = mean_recovered(five, rows)
-        lines.append(
-            f"- Of {whose}: `{setting}` recovers {spread(recovered)} of the headroom, at "
-            f"{cost(five, rows)} points of accuracy; it {reaches(recovered.mean)} the aim of "
-            f"{share(AIM)}.\n"
-        )
-    for whose, methods in (("any of IRW", IRW), ("any of the others", OTHERS)):
-        found = {by: mean_recovered(five, chosen(five, methods, by)) for by in (WITH, WITHOUT)}
-        numbers = ", ".join(f"{by} {spread(own)}" for by, own in found.items())
-        lines.append(f"- Chosen anew for each data set and seed, {whose}: {numbers}.\n")
-    return "".join(lines)
 
 
 def noise_of_one_setting(folder: Path, noises: Sequence[float]) -> str:
