@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -45,24 +46,26 @@ class Trained(NamedTuple):
 
 def everything(found: Trained) -> dict[str, float]:
     """The row of a run in the sweep: all of the test part, and what settings are chosen by."""
-    validation, test = _evaluated(found)
     numbers = {"score without groups": cells(found).score}
-    numbers |= {f"validation {name}": v for name, v in validation.items() if _is_worst(name)}
-    return numbers | {f"test {name}": v for name, v in test.items()}
+    for part, least, data, said in _judged(found):
+        for name, value in evaluate(said, data, found.task.protected, least).items():
+            if part == "test" or name.startswith("worst "):  # to choose by
+                numbers[f"{part} {name}"] = value
+    return numbers
 
 
 def with_signs(found: Trained) -> dict[str, float]:
     """The row of a run on unseen data: the groups, and what can be seen without them."""
-    validation, test = _evaluated(found)
     told = cells(found)
-    worst = min((cell for cell in told.cells if cell.counted), key=lambda cell: cell.accuracy)
-    numbers = {
-        "score without groups": told.score,
-        "cell": worst.accuracy,
-        "cell size": worst.samples,
-    }
-    for part, own in {"validation": validation, "test": test}.items():
-        numbers |= {f"{part} {n}": v for n, v in own.items() if n == "accuracy" or _is_worst(n)}
+    cell = min((cell for cell in told.cells if cell.counted), key=lambda cell: cell.accuracy)
+    numbers = {"score without groups": told.score, "cell": cell.accuracy, "cell size": cell.samples}
+    for part, least, data, said in _judged(found):
+        right = (said.argmax(1) == data.y).double()
+        numbers[f"{part} accuracy"] = float(right.mean())
+        for grouping, codes in data.groups.items():
+            sizes = codes.bincount()
+            accuracies = codes.bincount(right)[sizes >= least] / sizes[sizes >= least]
+            numbers[f"{part} worst {grouping}"] = float(accuracies.min())
     labels = found.parts[0].y
     rare = int(labels.bincount().argmin())
     for name, part in (("training", 0), ("test", 2)):
@@ -74,19 +77,15 @@ def with_signs(found: Trained) -> dict[str, float]:
     return numbers | {"held": effective_share(held), "least held": min(each)}
 
 
+def _judged(found: Trained) -> Iterator[tuple[str, int, Samples, Tensor]]:
+    """Of the last two parts the name, the size that a group needs, the samples and the logits."""
+    for part, data, said in zip(SMALLEST, found.parts[1:], found.logits[1:], strict=True):
+        yield part, SMALLEST[part], data, said
+
+
 def effective_share(weights: Tensor) -> float:
     """The effective sample size of weights, (N,), as a share of N."""
     return float(weights.sum() ** 2 / weights.square().sum() / len(weights))
-
-
-def _evaluated(found: Trained) -> list[dict[str, float]]:
-    """The validation and the test part."""
-    parts = zip(found.logits[1:], found.parts[1:], SMALLEST.values(), strict=True)
-    return [evaluate(said, part, found.task.protected, smallest) for said, part, smallest in parts]
-
-
-def _is_worst(name: str) -> bool:
-    return name.startswith("worst ")
 
 
 def evaluate(
