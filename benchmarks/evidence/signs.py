@@ -11,6 +11,7 @@ from benchmarks.evidence.analysis import Target, estimate, with_setting
 from benchmarks.evidence.tables import marked
 from benchmarks.report import table
 
+NONE = ["–", "–"]
 GAP, THIRD, GAINED = 0.2, 1 / 3, 0.02
 Sign = Callable[[pd.DataFrame, pd.DataFrame], "pd.Series[bool]"]
 """From the runs of a remedy and of class balancing, one a seed, to who shows it."""
@@ -47,8 +48,8 @@ def hurts(found: Sequence[Target], ours: str, other: str) -> str:
         cells = [name, f"{runs[name].mean():.0%}"]
         for seen in (True, False):
             own = runs.loc[runs[name] == seen, "change"]
-            worse = f"{(own < 0).mean():.0%}" if len(own) else "–"
-            cells += [marked(estimate(own.groupby(level="seed").mean())), worse]
+            by_seed = own.groupby(level="seed").mean()
+            cells += [marked(estimate(by_seed)), f"{(own < 0).mean():.0%}"] if len(own) else NONE
         lines.append(cells)
     head = ["sign", "of the runs", "seen: points against balancing", "worse"]
     return table([*head, "not seen: points", "worse"], lines)

@@ -29,7 +29,7 @@ from benchmarks.evidence.analysis import (
     with_setting,
 )
 from benchmarks.evidence.evaluation import with_signs
-from benchmarks.evidence.grid import CENTRED, HALF, class_by_class, early_losses, unseen
+from benchmarks.evidence.grid import CENTRED, HALF, TRUSTED, class_by_class, early_losses, unseen
 from benchmarks.evidence.signs import hurts, within_noise
 from benchmarks.evidence.sweep import sweep
 from benchmarks.evidence.tables import cost, marked, percent, points, spread
@@ -41,6 +41,7 @@ CLEAN, FLIPS = 0.0, 0.1
 LEAST_HEADROOM = 0.03
 BALANCED, FIFTH = "class-balanced", class_by_class(0.5, 0.5, 0.2).name
 LOSSES = early_losses(0.5, 0.2).name
+TRUSTED_FIFTH, TRUSTED_LOSSES = (f"{setting}, {TRUSTED}" for setting in (FIFTH, LOSSES))
 REMEDIES = {
     "threshold moved": "plain, moved threshold: 1",
     "balanced": BALANCED,
@@ -198,9 +199,9 @@ def smaller_s(folder: Path) -> str:
 
 def trust(folder: Path) -> str:
     """Weights times the probability of the label to a cross-fitted model."""
-    settings = {"balanced": BALANCED}
-    for name, setting in (("two stages, a fifth", FIFTH), ("control (losses), a fifth", LOSSES)):
-        settings |= {name: setting, f"{name}, × trust": f"{setting}, times trust in the label"}
+    settings = {"balanced": BALANCED, "two stages, a fifth": FIFTH}
+    settings |= {"two stages, × trust": TRUSTED_FIFTH}
+    settings |= {"control (losses), a fifth": LOSSES, "control (losses), × trust": TRUSTED_LOSSES}
     sets = {
         f"{kind}{said}": of(folder, noise)
         for kind, of in (("development", seen), ("natural, unseen", natural))
