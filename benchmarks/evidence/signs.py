@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from benchmarks.evidence.analysis import Target, estimate, with_setting
-from benchmarks.evidence.tables import marked
+from benchmarks.evidence.grid import PLAIN
+from benchmarks.evidence.tables import marked, spread
 from benchmarks.report import table
 
 NONE = ["–", "–"]
@@ -53,6 +55,28 @@ def hurts(found: Sequence[Target], ours: str, other: str) -> str:
         lines.append(cells)
     head = ["sign", "of the runs", "seen: points against balancing", "worse"]
     return table([*head, "not seen: points", "worse"], lines)
+
+
+def choice(found: Sequence[Target], remedies: Mapping[str, str]) -> str:
+    """Does the score without groups rank the remedies, and what does a choice by it recover?"""
+    lines = []
+    for t in found:
+        runs = t.runs[t.runs["setting"].isin([PLAIN, *remedies.values()])]
+        ranks = [
+            spearmanr(own[t.worst], own[["score without groups", "validation accuracy"]]).statistic
+            for _, own in runs.groupby("seed")
+        ]
+        cells = [spread(estimate([rank[0, place] for rank in ranks])) for place in (1, 2)]
+        lines.append([t.title, *cells, spread(t.recovered(by_score(t, remedies.values())))])
+    head = ["", "rank correlation: score", "validation accuracy"]
+    return table([*head, "headroom recovered by the choice"], lines)
+
+
+def by_score(found: Target, settings: Iterable[str]) -> pd.DataFrame:
+    """For each seed the run that the score without groups prefers, plain training among them."""
+    runs = found.runs[found.runs["setting"].isin([PLAIN, *settings])]
+    best = runs.groupby("seed")["score without groups"].idxmax()
+    return runs.loc[best].set_index("seed").sort_index()
 
 
 def within_noise(found: Sequence[Target], remedies: Mapping[str, str]) -> str:

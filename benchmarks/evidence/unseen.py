@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from benchmarks import report
 from benchmarks.data.tasks import TASKS, UNSEEN
@@ -30,7 +31,7 @@ from benchmarks.evidence.analysis import (
 )
 from benchmarks.evidence.evaluation import with_signs
 from benchmarks.evidence.grid import CENTRED, HALF, TRUSTED, class_by_class, early_losses, unseen
-from benchmarks.evidence.signs import hurts, within_noise
+from benchmarks.evidence.signs import by_score, choice, hurts, within_noise
 from benchmarks.evidence.sweep import sweep
 from benchmarks.evidence.tables import cost, marked, percent, points, spread
 from benchmarks.training import Recipe
@@ -56,6 +57,7 @@ REMEDIES = {
     "CVaR": "CVaR, warm-up: α 0.3, mix 0",
 }
 """What the pages call them, and their settings."""
+CHOICES = {"any of them": REMEDIES.values(), "balanced or two stages": (BALANCED, FIFTH)}
 
 
 def seen(folder: Path, noise: float = CLEAN) -> list[Target]:
@@ -83,6 +85,7 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
         "paired.md": paired(natural(folder)),
         "where.md": where(with_headroom(folder)),
         "people.md": people(folder),
+        "choice.md": choice(with_headroom(folder), REMEDIES),
         "signs.md": hurts(with_headroom(folder), FIFTH, BALANCED),
         "within_noise.md": within_noise(with_headroom(folder), REMEDIES),
         "smaller_s.md": smaller_s(folder),
@@ -91,10 +94,11 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
 
 
 def worth(found: Sequence[Target], setting: str) -> str:
-    """Share of the headroom, and points of accuracy; a dash where nothing has run."""
-    if not found:
-        return "–"
-    rows = of_setting(found, setting)
+    """Share of the headroom, and points of accuracy."""
+    return _worth(found, of_setting(found, setting))
+
+
+def _worth(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> str:
     return f"{spread(mean_recovered(found, rows))}, {cost(found, rows)}"
 
 
@@ -120,6 +124,10 @@ def means(folder: Path) -> str:
         [name, *(worth(found, setting) for found in sets.values())]
         for name, setting in REMEDIES.items()
     ]
+    for said, names in CHOICES.items():
+        picked = ([by_score(t, names) for t in found] for found in sets.values())
+        cells = [_worth(*pair) for pair in zip(sets.values(), picked, strict=True)]
+        lines.append([f"*the score's choice: {said}*", *cells])
     return report.table(["", *(f"{name} ({len(own)})" for name, own in sets.items())], lines)
 
 
