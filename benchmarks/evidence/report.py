@@ -23,7 +23,7 @@ from benchmarks.evidence.analysis import (
 )
 from benchmarks.evidence.claims import claims
 from benchmarks.evidence.grid import PLAIN
-from benchmarks.evidence.single import confirmed, noise_of_one_setting, search_table
+from benchmarks.evidence.single import confirmed, search_table
 from benchmarks.evidence.sweep import NOISES, RESULTS
 from benchmarks.evidence.tables import METHODS, marked, percent
 
@@ -44,7 +44,6 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
     }
     if noisy_targets(folder, max(NOISES)):
         texts["noise.md"] = tables.noise_table(folder, NOISES)
-        texts["noise_of_one_setting.md"] = noise_of_one_setting(folder, NOISES)
     search, slow = (folder.with_name(f"fairness_{kind}") for kind in ("search", "slow"))
     if search.exists():
         texts["search.md"] = search_table(search)
@@ -59,12 +58,8 @@ def about_the_runs(found: list[Target]) -> str:
     said = "; ".join(
         f"{t.title}: {', '.join(map(str, sorted(t.plain().index.tolist())))}" for t in found
     )
-    headroom = "; ".join(f"{t.title} {marked(t.headroom())}" for t in found)
     plain = "; ".join(f"{t.title} {percent(t.plain()[ACCURACY].mean())}" for t in found)
-    return (
-        f"Seeds. {said}.\n\nHeadroom, in points with 95 % t intervals: {headroom}.\n\n"
-        f"Accuracy of plain training, in %: {plain}.\n"
-    )
+    return f"Seeds. {said}.\n\nAccuracy of plain training, in %: {plain}.\n"
 
 
 def headroom(people: Sequence[Target], with_label: Sequence[Target]) -> str:

@@ -16,28 +16,22 @@ import pandas as pd
 
 from benchmarks.evidence.analysis import (
     FIRST_FIVE,
-    Estimate,
     Target,
     estimate,
     first_five,
-    mean_change,
-    mean_recovered,
     of_setting,
     read,
     recovered_by_seed,
     targets,
-    with_setting,
 )
 from benchmarks.evidence.grid import CLASS_BY_CLASS, EARLY_LOSSES, FIXED, ON_CLEAN
 from benchmarks.evidence.tables import (
     cost,
     flips,
-    marked,
     settings_table,
     share,
     spread,
     titles,
-    with_most_flips,
 )
 from benchmarks.report import table
 
@@ -97,45 +91,6 @@ def confirmed(found: Sequence[Target]) -> str:
         for name in BESIDE
     )
     return (
-        "".join(f"- {about(setting, found)}\n" for setting in (FIXED, ON_CLEAN))
-        + f"\n{settings_table(five, (FIXED, *BESIDE))}\n"
-        + f"The first of these minus another, paired by seed: {beside}.\n"
+        f"{settings_table(five, (FIXED, *BESIDE))}\n"
+        f"The first of these minus another, paired by seed: {beside}.\n"
     )
-
-
-def about(setting: str, found: Sequence[Target]) -> str:
-    """What it recovers on the first five targets, and on the others."""
-    five = first_five(found)
-    rows = of_setting(five, setting)
-    recovered = mean_recovered(five, rows)
-    others = "; ".join(
-        f"{t.title} {spread(t.recovered(with_setting(t, setting)))}" for t in found if t not in five
-    )
-    elsewhere = f" On targets that are not among the five: {others}." if others else ""
-    return (
-        f"`{setting}` recovers **{spread(recovered)}** of the headroom on average, at "
-        f"{cost(five, rows)} points of accuracy; it {reaches(recovered.mean)} the aim of "
-        f"{share(AIM)}{certainty(recovered)}.{elsewhere}"
-    )
-
-
-def reaches(recovered: float) -> str:
-    return "reaches" if recovered >= AIM else "misses"
-
-
-def certainty(found: Estimate) -> str:
-    """Says so where the interval holds the aim."""
-    return ", though its interval holds it" if found.low < AIM < found.high else ""
-
-
-def noise_of_one_setting(folder: Path, noises: Sequence[float]) -> str:
-    """Worst group and accuracy against plain training with the same flips, in points."""
-    lines = []
-    for name in (FIXED, *BESIDE):
-        cells = [
-            f"{marked(mean_change(found, rows))} (accuracy {cost(found, rows)})"
-            for found in with_most_flips(folder, noises)
-            for rows in [of_setting(found, name)]
-        ]
-        lines.append([name, *cells])
-    return table(["setting", *flips(noises)], lines)

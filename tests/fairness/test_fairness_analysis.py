@@ -129,11 +129,6 @@ class TestOneSetting:
         assert single.choice(tmp_path) == f"{method}: 2"  # 0.5 against 0.4
         assert single.choice(tmp_path, method, [0.0]) == f"{method}: 1"
 
-    @pytest.mark.parametrize(("mean", "said"), [(0.9, False), (0.85, True), (0.7, False)])
-    def test_an_interval_that_holds_the_aim_is_no_certainty(self, mean, said):
-        assert bool(single.certainty(analysis.Estimate(mean, 0.06))) is said
-        assert single.reaches(mean) == ("reaches" if mean >= 0.8 else "misses")
-
 
 def test_seeds_that_are_not_complete_are_left_out(runs, tmp_path):
     late = pd.DataFrame([run(3, "plain", "plain", 0.0, 0.0, 0.0)])
