@@ -29,7 +29,6 @@ from benchmarks.report import table
 METHODS = tuple(dict.fromkeys(setting.method for setting in without_groups()))
 IRW = tuple(method for method in METHODS if method.startswith("IRW"))
 OTHERS = tuple(method for method in METHODS if method not in (*IRW, PLAIN))
-METRICS = ("accuracy", "worst", "MAD", "TAD", "mean loss", "VAR", "tail loss")
 
 # Cells ----------------------------------------------------------------------------------------
 

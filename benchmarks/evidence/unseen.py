@@ -128,7 +128,9 @@ def means(folder: Path) -> str:
         picked = ([by_score(t, names) for t in found] for found in sets.values())
         cells = [_worth(*pair) for pair in zip(sets.values(), picked, strict=True)]
         lines.append([f"*the score's choice: {said}*", *cells])
-    return report.table(["", *(f"{name} ({len(own)})" for name, own in sets.items())], lines)
+    table = report.table(["", *(f"{name} ({len(own)})" for name, own in sets.items())], lines)
+    clean, flipped = (len(natural(folder, noise)[0].plain()) for noise in (CLEAN, FLIPS))
+    return f"{table}\nSeeds: {clean} without flips, {flipped} with them.\n"
 
 
 def shares(found: Sequence[Target]) -> str:
@@ -221,28 +223,32 @@ def trust(folder: Path) -> str:
 
 # Figure ---------------------------------------------------------------------------------------
 
-LOOKS = {"five targets of development": ("#0072B2", "o"), "unseen targets": ("#D55E00", "s")}
+LOOKS = {"developed on": ("#0072B2", "o"), "unseen": ("#D55E00", "s")}
 
 
 def draw(folder: Path = RESULTS) -> None:
-    """Share of the headroom that each remedy recovers; small marks are targets."""
+    """Share of the headroom that each remedy recovers; small strokes are targets."""
     names = list(REMEDIES)[::-1]
-    with report.figure("unseen.png", 1, 1, (4.3, 5.6)) as ((axis,),):
-        found = zip(LOOKS.items(), (seen(folder), natural(folder)), (0.17, -0.17), strict=True)
+    with report.figure("unseen.png", 1, 1, (4.3, 5.8), dpi=200) as ((axis,),):
+        found = zip(LOOKS.items(), (seen(folder), natural(folder)), (0.19, -0.19), strict=True)
         for (label, (colour, mark)), own, offset in found:
             for row, name in enumerate(names):
                 rows = of_setting(own, REMEDIES[name])
                 mean = mean_recovered(own, rows)
                 each = [t.recovered(r).mean for t, r in zip(own, rows, strict=True)]
-                look = {"color": colour, "marker": mark, "ls": ""}
+                look = {"color": colour, "ls": ""}
                 places = np.full(len(each), row + offset)
-                axis.plot(np.clip(each, -0.9, 1.4), places, ms=2.5, alpha=0.45, **look)
+                axis.plot(np.clip(each, -0.9, 1.4), places, marker="|", ms=7, alpha=0.5, **look)
+                look |= {"marker": mark, "ms": 6, "mec": "white", "elinewidth": 2, "ecolor": colour}
                 said = label if not row else None
-                axis.errorbar(mean.mean, row + offset, xerr=mean.half, ms=6, label=said, **look)
+                axis.errorbar(mean.mean, row + offset, xerr=mean.half, label=said, **look)
         for place, style in ((0, "-"), (1, ":")):
             axis.axvline(place, color="black", lw=0.8, ls=style, zorder=0)
+        for row in range(1, len(names)):
+            axis.axhline(row - 0.5, color="#dddddd", lw=0.6, zorder=0)
         axis.set_yticks(range(len(names)), names)
-        axis.set(xlim=(-0.95, 1.45), xlabel="share of the headroom (0 plain, 1 told the groups)")
+        axis.set(xlim=(-0.95, 1.45), ylim=(-0.6, len(names) - 0.4))
+        axis.set_xlabel("share of the headroom recovered\n0: plain training, 1: told the groups")
 
 
 def write(folder: Path = RESULTS) -> None:
