@@ -250,13 +250,13 @@ class TestUnseen:
         behind = self.recovered(seen, cheap) - self.recovered(seen, stages)
         assert estimate(behind).verdict == "lower"
 
-    def test_the_stages_come_second_and_cost_nearly_twice_as_much(self, natural):
+    def test_the_stages_come_second_and_cost_more(self, natural):
         rest = [n for n in unseen.REMEDIES if n not in self.CHEAP and not n.startswith("control")]
         best = max(rest, key=lambda name: self.recovered(natural, name).mean())
         assert best in self.STAGES
         for cheap in self.CHEAP:
             price = self.accuracy(natural, self.STAGES[0]) / self.accuracy(natural, cheap)
-            assert 1.4 < price < 2.1, cheap
+            assert 1.4 < price < 1.9, cheap
 
     def test_the_rule_of_the_paper_gains_next_to_nothing(self, natural):
         assert self.recovered(natural, "IRW, as in the paper").mean() < 0.1
@@ -270,8 +270,12 @@ class TestUnseen:
     def test_where_two_stages_go_further_and_where_they_fall_short(self):
         for task, grouping in (("credit", "label x sex"), ("credit", "label x age")):
             assert self.against(task, self.STAGES[0], "balanced", grouping).verdict == "higher"
-        found = self.against("health", self.STAGES[0], "balanced", "label x age")
-        assert found.verdict == "higher"
+        for task, grouping in (
+            ("health", "label x age"),
+            ("joy", None),
+            ("coloured_nursery", None),
+        ):
+            assert self.against(task, self.STAGES[0], "balanced", grouping).verdict == "higher"
         for grouping in ("label x race", "label x age"):
             for stages in self.STAGES:
                 assert self.against("sqf", stages, "balanced", grouping).verdict == "lower"
@@ -338,7 +342,7 @@ class TestUnseen:
         gained = {line.split("|")[1].strip(): int(line.split("|")[3].strip(" %")) for line in lines}
         for kind in ("one run, binomial", "all seeds, t interval"):
             assert gained[f"{kind}: a gain"] > 80
-            assert 30 < gained[f"{kind}: within noise"] < 60
+            assert 38 < gained[f"{kind}: within noise"] < 60
 
     def test_the_first_page_shows_the_table(self):
         readme = (unseen.report.ROOT / "README.md").read_text(encoding="utf-8")
