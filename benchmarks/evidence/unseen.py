@@ -4,7 +4,8 @@
     python -m benchmarks.evidence unseen --again     # texts and figure of what is stored
 
 All data sets have the same seeds, steps and settings; nothing is chosen here. What counts are
-targets with more than three points of headroom on clean labels; "natural" leaves out the planted shortcuts.
+targets with more than three points of headroom on clean labels; "natural" leaves out the planted
+shortcuts.
 """
 
 from __future__ import annotations
