@@ -241,7 +241,7 @@ def draw(folder: Path = RESULTS) -> None:
                 look = {"color": colour, "ls": ""}
                 places = np.full(len(each), row + offset)
                 axis.plot(np.clip(each, -0.9, 1.4), places, marker="|", ms=7, alpha=0.5, **look)
-                look |= {"marker": mark, "ms": 6, "mec": "white", "elinewidth": 2, "ecolor": colour}
+                look |= {"marker": mark, "ms": 4.5, "elinewidth": 1.5, "capsize": 3.5}
                 said = label if not row else None
                 axis.errorbar(mean.mean, row + offset, xerr=mean.half, label=said, **look)
         for place, style in ((0, "-"), (1, ":")):
@@ -250,7 +250,9 @@ def draw(folder: Path = RESULTS) -> None:
             axis.axhline(row - 0.5, color="#dddddd", lw=0.6, zorder=0)
         axis.set_yticks(range(len(names)), names)
         axis.set(xlim=(-0.95, 1.45), ylim=(-0.6, len(names) - 0.4))
-        axis.set_xlabel("share of the headroom recovered\n0: plain training, 1: told the groups")
+        axis.set_xlabel(
+            "share of the headroom recovered\n0: plain training, 1: told the groups\n(strokes: targets, cut off at −.9)"
+        )
 
 
 def write(folder: Path = RESULTS) -> None:

@@ -116,6 +116,14 @@ class TestStoredResults:
             expected = {setting.name for setting in settings_of(TASKS[name])}
             assert expected <= set(seeds.index)
 
+    def test_unseen_data_has_ten_seeds_and_five_with_flips(self):
+        for name, task in (unseen.UNSEEN | unseen.SEEN).items():
+            runs = read(unseen.RESULTS, name)
+            for noise, least in ((unseen.CLEAN, 10), (unseen.FLIPS, 5)):
+                own = runs[runs["noise"] == noise].groupby("setting")["seed"].nunique()
+                assert {setting.name for setting in unseen.unseen(task)} == set(own.index), name
+                assert own.min() >= least, name
+
     def test_the_files_are_small(self):
         for path in [*RESULTS.iterdir(), *unseen.RESULTS.iterdir()]:
             assert path.stat().st_size < 200_000, path
