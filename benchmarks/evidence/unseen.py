@@ -250,9 +250,8 @@ def draw(folder: Path = RESULTS) -> None:
             axis.axhline(row - 0.5, color="#dddddd", lw=0.6, zorder=0)
         axis.set_yticks(range(len(names)), names)
         axis.set(xlim=(-0.95, 1.45), ylim=(-0.6, len(names) - 0.4))
-        axis.set_xlabel(
-            "share of the headroom recovered\n0: plain training, 1: told the groups\n(strokes: targets, cut off at −.9)"
-        )
+        said = ("share of the headroom recovered", "0: plain training, 1: told the groups")
+        axis.set_xlabel("\n".join([*said, "(strokes: targets, cut off at −.9)"]))
 
 
 def write(folder: Path = RESULTS) -> None:
