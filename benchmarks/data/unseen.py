@@ -7,6 +7,7 @@ Where a choice had to be made (who is young, what is left out), it was made befo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -63,8 +64,7 @@ def health() -> Source:
     """Heritage Health Prize: a comorbidity (Charlson index above 0), one row a person."""
     table = read("health").drop_duplicates("MemberID_t").reset_index(drop=True)
     people = {"sex": table["sexMALE"], "age": table[["age_65", "age_75", "age_85"]].sum(axis=1)}
-    left_out = "MemberID|YEAR|trainset|age_|sex|Charlson"
-    return _source(table, table["Charlson>0"], people, left_out)
+    return _source(table, table["Charlson>0"], people, "Member|YEAR|trainset|age_|sex|Charlson")
 
 
 def sqf() -> Source:
@@ -82,10 +82,8 @@ def nursery() -> Source:
     label = pd.Series(table[ranks].to_numpy().argmax(1))
     parents = table.filter(regex="^parents_")
     people = {"finance": table["finance_convenient"], "parents": parents.idxmax(axis=1)}
-    return _source(table, label, people, "class|finance|parents", NURSERY)
-
-
-NURSERY = Sizes(train_share=0.4, validation_share=0.2, stratified=True)
+    sizes = Sizes(train_share=0.4, validation_share=0.2, stratified=True)
+    return _source(table, label, people, "class|finance|parents", sizes)
 
 
 def admissions() -> Source:
@@ -109,26 +107,24 @@ def joy() -> Source:
 
 def coloured_nursery() -> Source:
     """The nursery's two middle ranks, with a colour that mostly tells which."""
-    table = read("nursery")
-    table = table[table["class_priority"] + table["class_spec_prior"] == 1].reset_index(drop=True)
-    return _coloured(table, table["class_priority"], "class|finance|parents", NURSERY)
+    source = nursery()
+    rows = source.label.isin([1, 2])
+    features, label = (own[rows].reset_index(drop=True) for own in (source.features, source.label))
+    return _coloured(replace(source, features=features, label=label % 2))
 
 
 def coloured_health() -> Source:
     """`health` with a colour that mostly tells the label."""
-    table = read("health").drop_duplicates("MemberID_t").reset_index(drop=True)
-    left_out = "MemberID|YEAR|trainset|age_|sex|Charlson"
-    return _coloured(table, table["Charlson>0"], left_out, None)
+    return _coloured(health())
 
 
-def _coloured(table: pd.DataFrame, label: pd.Series, without: str, sizes: Sizes | None) -> Source:
-    agrees = np.random.default_rng(0).random(len(label)) < AGREEING
-    colour = label.where(agrees, 1 - label)
-    shown = pd.concat([table, colour.rename("colour")], axis=1)
-    return _source(shown, label, {"colour": colour}, without, sizes)
+def _coloured(source: Source) -> Source:
+    agrees = np.random.default_rng(0).random(len(source.label)) < AGREEING
+    colour = source.label.where(agrees, 1 - source.label).rename("colour")
+    shown, people = pd.concat([source.features, colour], axis=1), {"colour": colour}
+    return _source(shown, source.label, people, "$", source.sizes)
 
 
-SOURCES: dict[str, Callable[[], Source]] = {
-    source.__name__: cache(source)
-    for source in (credit, german, crime, health, sqf, nursery, admissions, blond, joy)
-} | {source.__name__: cache(source) for source in (coloured_nursery, coloured_health)}
+_ALL = (credit, german, crime, health, sqf, nursery, admissions, blond, joy)
+_ALL += (coloured_nursery, coloured_health)
+SOURCES: dict[str, Callable[[], Source]] = {source.__name__: cache(source) for source in _ALL}
