@@ -229,7 +229,9 @@ def paired_text(
 
 
 @contextmanager
-def figure(name: str, rows: int, columns: int, size: tuple[float, float], **more: Any) -> Iterator:
+def figure(
+    name: str, rows: int, columns: int, size: tuple[float, float], dpi: int = 110, **more: Any
+) -> Iterator:
     """Axes, (rows, columns), of a figure that is written at the end."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -243,7 +245,7 @@ def figure(name: str, rows: int, columns: int, size: tuple[float, float], **more
         if handles:
             drawn.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
         dated = {"metadata": {"Date": None}} if name.endswith(".svg") else {}
-        drawn.savefig(FIGURES / name, dpi=110, **dated)
+        drawn.savefig(FIGURES / name, dpi=dpi, **dated)
 
 
 def ticks(axis: Any, places: Sequence[float], labels: Sequence[Any] | None = None) -> None:

@@ -52,11 +52,13 @@ class Trainer(NamedTuple):
         optimizer: takes the step.
         backward: is given the losses of a batch, (B,), and who they are of, (B,).
         batches: without end; the indices of each batch.
+        held: the weights that the batches are drawn by, (N,), where they stay the same.
     """
 
     optimizer: torch.optim.Optimizer
     backward: Callable[[Tensor, Tensor], object]
     batches: Iterator[Tensor]
+    held: Tensor | None = None
 
 
 class Method(Protocol):
@@ -83,11 +85,21 @@ def take_steps(
         yield index
 
 
-def train(data: Samples, method: Method, recipe: Recipe, seed: int) -> nn.Module:
-    """A model trained by the method; methods share a seed's initialisation."""
+def train(
+    data: Samples,
+    method: Method,
+    recipe: Recipe,
+    seed: int,
+    ready: Callable[[Trainer], object] = lambda trainer: None,
+) -> nn.Module:
+    """A model trained by the method; methods share a seed's initialisation.
+
+    ``ready`` is shown the trainer before its first step.
+    """
     torch.manual_seed(seed)
     model = recipe.model(data)
     trainer = method.prepare(model, data, recipe, seed)
+    ready(trainer)
     decay = CosineAnnealingLR(trainer.optimizer, recipe.steps)
     for _ in take_steps(trainer, model, data, recipe.steps):
         decay.step()

@@ -38,7 +38,7 @@ def test_a_named_command_understands_its_arguments(command, monkeypatch):
         raise ReadError
 
     monkeypatch.setattr(report, "options", options)
-    for other in ("evidence.report", "schemes.figures", "evidence.recheck"):  # take no arguments
+    for other in ("evidence.report", "schemes.figures"):  # take no arguments
         if f"benchmarks.{other}" == f"{package}.{name}":
             assert not given
             return

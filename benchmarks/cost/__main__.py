@@ -1,7 +1,6 @@
 """What a step costs.
 
 python -m benchmarks.cost steps     against a plain step and neighbouring libraries; growth
-python -m benchmarks.cost methods   against other methods, as batch and model grow; its parts
 python -m benchmarks.cost renewal   of the global weights, in plain epochs; its memory
 python -m benchmarks.cost private   DP-IRW against Opacus' ghost clipping
 python -m benchmarks.cost scaling   what several processes send, and a model of 8 to 1,024 GPUs
@@ -11,6 +10,4 @@ python -m benchmarks.cost local     what `worst_off="local"`, which sends nothin
 from benchmarks.report import command
 
 if __name__ == "__main__":
-    command(
-        "benchmarks.cost", ("steps", "methods", "renewal", "private", "scaling", "local"), __doc__
-    )
+    command("benchmarks.cost", ("steps", "renewal", "private", "scaling", "local"), __doc__)

@@ -58,6 +58,26 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """At most so many samples, and at most that share of what there is; the test has the rest.
+
+    ``stratified`` parts have the same shares of each label in each group.
+    """
+
+    train: int = 8000
+    validation: int = 4000
+    test: int = 20000
+    train_share: float = 0.5
+    validation_share: float = 0.2
+    stratified: bool = False
+
+    def of(self, size: int) -> tuple[int, int, int]:
+        train = min(self.train, int(self.train_share * size))
+        validation = min(self.validation, int(self.validation_share * size))
+        return train, validation, min(self.test, size - train - validation)
+
+
+@dataclass(frozen=True)
 class Source:
     """A data set as it was read, N rows.
 
@@ -67,6 +87,7 @@ class Source:
         label: (N,) classes from 0.
         sensitive: the columns that make groups.
         groupings: columns of ``sensitive`` and "label", by the name of the grouping.
+        sizes: of its parts, unless `split` is told others.
     """
 
     features: pd.DataFrame
@@ -74,22 +95,7 @@ class Source:
     label: pd.Series
     sensitive: pd.DataFrame
     groupings: dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """At most so many samples, and at most that share of what there is; the test has the rest."""
-
-    train: int = 8000
-    validation: int = 4000
-    test: int = 20000
-    train_share: float = 0.5
-    validation_share: float = 0.2
-
-    def of(self, size: int) -> tuple[int, int, int]:
-        train = min(self.train, int(self.train_share * size))
-        validation = min(self.validation, int(self.validation_share * size))
-        return train, validation, min(self.test, size - train - validation)
+    sizes: Sizes = field(default_factory=Sizes)
 
 
 def split(
@@ -100,14 +106,24 @@ def split(
     ``noise`` is the share of the labels that are recorded wrongly, outside the test part. Groups
     with the label in them are then those of the record.
     """
-    generator = np.random.default_rng(seed)
+    generator, sizes = np.random.default_rng(seed), sizes or source.sizes
     order = generator.permutation(len(source.label))
-    train, validation, test = (sizes or Sizes()).of(len(order))
+    if sizes.stratified:
+        columns = source.sensitive.assign(label=source.label).iloc[order]
+        order = order[evenly(columns, generator)]
+    train, validation, test = sizes.of(len(order))
     parts = np.split(order[: train + validation + test], [train, train + validation])
     encoder = preprocessing(source).fit(source.features.iloc[parts[0]])
     recorded = replace(source, label=flipped(source.label, noise, generator))
     of = zip((recorded, recorded, source), parts, strict=True)
     return tuple(_samples(shown, rows, encoder) for shown, rows in of)
+
+
+def evenly(columns: pd.DataFrame, generator: np.random.Generator) -> np.ndarray:
+    """An order of the rows in which every stretch has each kind of row about as often as all do."""
+    kinds = columns.astype(str).groupby(list(columns))
+    place = kinds.cumcount() + generator.random(len(columns))
+    return (place / kinds[columns.columns[0]].transform("size")).argsort().to_numpy()
 
 
 def flipped(labels: pd.Series, share: float, generator: np.random.Generator) -> pd.Series:

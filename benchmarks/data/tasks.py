@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.data import planted
+from benchmarks.data import planted, unseen
 from benchmarks.data.files import find
-from benchmarks.data.sources import Samples, load, split
+from benchmarks.data.sources import SOURCES, Samples, split
 
 Parts = tuple[Samples, Samples, Samples]
 
@@ -37,8 +37,7 @@ class Task:
         """Training, validation and test part; ``noise`` as of `split`."""
         if self.name == "coloured_digits":
             return planted.coloured_digits(seed, noise=noise)
-        source = planted.marked_adult() if self.name == "marked_adult" else load(self.name)
-        return split(source, seed, noise=noise)
+        return split(_SOURCES[self.name](), seed, noise=noise)
 
     @property
     def available(self) -> bool:
@@ -46,6 +45,7 @@ class Task:
         return self.table is None or find(self.table) is not None
 
 
+_SOURCES = {**SOURCES, **unseen.SOURCES, "marked_adult": planted.marked_adult}
 _TASKS = (
     Task("coloured_digits", "label x colour", ("label x colour",), None, "digits"),
     Task("adult", "race x sex", ("label x sex",), "adult", "Adult"),
@@ -56,3 +56,26 @@ _TASKS = (
     Task("celeba_hair", "male x young", ("label x male",), "celeba_attributes", "CelebA hair", 4),
 )
 TASKS = {task.name: task for task in _TASKS}
+_BY_SEX_AND_AGE, _BY_RACE_AND_AGE = ("label x sex", "label x age"), ("label x race", "label x age")
+_UNSEEN = (
+    Task("credit", "sex x age", _BY_SEX_AND_AGE, "UCI_Credit_Card", "credit"),
+    Task("german", "sex x age", _BY_SEX_AND_AGE, "german", "German credit"),
+    Task("crime", "black", ("label x black",), "crime", "crime"),
+    Task("health", "sex x age", _BY_SEX_AND_AGE, "health", "health"),
+    Task("sqf", "race x age", _BY_RACE_AND_AGE, "sqf", "stop and frisk"),
+    Task(
+        "nursery",
+        "finance x parents",
+        ("label x finance", "label x parents"),
+        "nursery",
+        "nursery",
+        4,
+    ),
+    Task("admissions", "gender", ("label x gender",), "admissions", "admissions"),
+    Task("blond", "gender", ("label x gender",), "genfaces", "blond"),
+    Task("joy", "gender", ("label x gender",), "genfaces", "joy"),
+    Task("coloured_nursery", "colour", ("label x colour",), "nursery", "coloured nursery"),
+    Task("coloured_health", "colour", ("label x colour",), "health", "coloured health"),
+)
+UNSEEN = {task.name: task for task in _UNSEEN}
+"""Never to be tuned on: nothing that the pages recommend was chosen by a look at these."""

@@ -9,14 +9,14 @@ is compared are paired differences, with t intervals over the seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.data.tasks import TASKS
+from benchmarks.data.tasks import TASKS, UNSEEN, Task
 from benchmarks.evidence.grid import ORACLES, PLAIN, PLANTED
 from benchmarks.report import interval
 
@@ -100,7 +100,7 @@ class Target:
 
     @property
     def title(self) -> str:
-        return f"{TASKS[self.task].title} {self.grouping.replace(' x ', ' × ')}"
+        return f"{(TASKS | UNSEEN)[self.task].title} {self.grouping.replace(' x ', ' × ')}"
 
     def chosen(self, methods: str | tuple[str, ...], by: str) -> pd.DataFrame:
         """For each seed the run of the methods' best setting by validation; indexed by seed.
@@ -148,9 +148,9 @@ def target(folder: Path, task: str, grouping: str, noise: float = 0.0) -> Target
     return Target(task, grouping, runs[runs["seed"].isin(complete)])
 
 
-def targets(folder: Path, noise: float = 0.0) -> list[Target]:
-    """The groupings with headroom, of all tasks that have run."""
-    pairs = [(task.name, grouping) for task in TASKS.values() for grouping in task.targets]
+def targets(folder: Path, noise: float = 0.0, tasks: Mapping[str, Task] = TASKS) -> list[Target]:
+    """The groupings with the label in them, of all tasks that have run."""
+    pairs = [(task.name, grouping) for task in tasks.values() for grouping in task.targets]
     return _of_all(folder, pairs, noise)
 
 
@@ -222,10 +222,3 @@ def mean_change(
 ) -> Estimate:
     """`mean_difference` from plain training."""
     return mean_difference(found, rows, [t.plain() for t in found], metric)
-
-
-def one_setting(found: Sequence[Target], methods: tuple[str, ...]) -> str:
-    """The setting with the best mean score without groups over all tasks and seeds."""
-    runs = pd.concat({t.task: t.runs for t in found})
-    runs = runs[runs["method"].isin(methods)]
-    return str(runs.groupby("setting")["score without groups"].mean().idxmax())

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.data.sources import Samples
+from benchmarks.data.tasks import Parts, Task
 from irw_optim.metrics import (
+    ClusterAccuracy,
     group_accuracy,
     loss_variance,
     mad,
@@ -19,6 +26,66 @@ from irw_optim.metrics import (
 
 SMALLEST = {"validation": 5, "test": 40}
 """A group with fewer samples in that part does not count there: its accuracy would be noise."""
+
+
+class Trained(NamedTuple):
+    """What a trained model says of the three parts, and what is needed to judge it.
+
+    Attributes:
+        logits: of each part, (N, classes).
+        held: the weights that the training batches were drawn by, (N,), if they were held.
+        cluster: of each validation sample, (N,).
+    """
+
+    task: Task
+    parts: Parts
+    logits: tuple[Tensor, Tensor, Tensor]
+    held: Tensor | None
+    cluster: np.ndarray
+
+
+def everything(found: Trained) -> dict[str, float]:
+    """The row of a run in the sweep: all of the test part, and what settings are chosen by."""
+    numbers = {"score without groups": cells(found).score}
+    for part, least, data, said in _judged(found):
+        for name, value in evaluate(said, data, found.task.protected, least).items():
+            if part == "test" or name.startswith("worst "):  # to choose by
+                numbers[f"{part} {name}"] = value
+    return numbers
+
+
+def with_signs(found: Trained) -> dict[str, float]:
+    """The row of a run on unseen data: the groups, and what can be seen without them."""
+    told = cells(found)
+    cell = min((cell for cell in told.cells if cell.counted), key=lambda cell: cell.accuracy)
+    numbers = {"score without groups": told.score, "cell": cell.accuracy, "cell size": cell.samples}
+    for part, least, data, said in _judged(found):
+        right = (said.argmax(1) == data.y).double()
+        numbers[f"{part} accuracy"] = float(right.mean())
+        for grouping, codes in data.groups.items():
+            sizes = codes.bincount()
+            accuracies = codes.bincount(right)[sizes >= least] / sizes[sizes >= least]
+            numbers[f"{part} worst {grouping}"] = float(accuracies.min())
+    labels = found.parts[0].y
+    rare = int(labels.bincount().argmin())
+    for name, part in (("training", 0), ("test", 2)):
+        of = found.parts[part].y == rare
+        right = found.logits[part].argmax(1)[of] == rare
+        numbers[f"{name} rare class"] = float(right.float().mean())
+    held = torch.full((len(labels),), math.nan) if found.held is None else found.held
+    each = [effective_share(held[labels == label]) for label in labels.unique()]
+    return numbers | {"held": effective_share(held), "least held": min(each)}
+
+
+def _judged(found: Trained) -> Iterator[tuple[str, int, Samples, Tensor]]:
+    """Of the last two parts the name, the size that a group needs, the samples and the logits."""
+    for part, data, said in zip(SMALLEST, found.parts[1:], found.logits[1:], strict=True):
+        yield part, SMALLEST[part], data, said
+
+
+def effective_share(weights: Tensor) -> float:
+    """The effective sample size of weights, (N,), as a share of N."""
+    return float(weights.sum() ** 2 / weights.square().sum() / len(weights))
 
 
 def evaluate(
@@ -52,6 +119,6 @@ def clusters(x: Tensor, starts: int = 4) -> np.ndarray:
     return KMeans(4, n_init=starts, random_state=0).fit(x.numpy()).labels_
 
 
-def score_without_groups(logits: Tensor, data: Samples, cluster: np.ndarray) -> float:
-    """Mean of the worst label x cluster accuracy and the worst class accuracy."""
-    return worst_cell_accuracy(data.y, logits.argmax(1), cluster).score
+def cells(found: Trained) -> ClusterAccuracy:
+    """Its worst label x cluster cell and worst class on the validation part."""
+    return worst_cell_accuracy(found.parts[1].y, found.logits[1].argmax(1), found.cluster)

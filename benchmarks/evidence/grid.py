@@ -6,7 +6,7 @@ A name says all of a setting: the results are stored under it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.data.tasks import Task
@@ -31,7 +31,7 @@ ORACLES = ("group balancing", "GroupDRO")
 """Methods that are told the groups of a grouping: for each one they are trained anew."""
 CLASS_BY_CLASS, EARLY_LOSSES = "IRW class by class, held", "early losses, class by class"
 """Two stages with the score of IRW, and with the loss in its place."""
-VARIED = "IRW, one option varied"
+CENTRED = "IRW, warm-up, center: α 0.3, center 1"
 WARM = 1 / 3
 
 
@@ -45,6 +45,7 @@ class Setting:
         how: trains.
         told: the grouping whose groups it is told; "" for none.
         moved: strength with which the decision threshold is moved afterwards.
+        steps: the share of the recipe's steps that it takes.
     """
 
     method: str
@@ -52,6 +53,7 @@ class Setting:
     how: Method
     told: str = ""
     moved: float = 0.0
+    steps: float = 1.0
 
 
 def irw(method: str, alpha: float, warm_up: float = 0.0, **options: Any) -> Setting:
@@ -63,13 +65,13 @@ def irw(method: str, alpha: float, warm_up: float = 0.0, **options: Any) -> Sett
 def class_by_class(alpha: float, mix: float, early: float) -> Setting:
     """Two stages, with IRW's weights inside each class."""
     name = f"{CLASS_BY_CLASS}: α {alpha:g}, mix {mix:.2f}, early {early:g}"
-    return Setting(CLASS_BY_CLASS, name, ClassByClass(stages.intrinsic(alpha, mix), early))
+    return Setting(CLASS_BY_CLASS, name, ClassByClass(stages.intrinsic(alpha), early, mix))
 
 
 def early_losses(mix: float, early: float) -> Setting:
     """Two stages, with the early model's losses as weights inside each class."""
     name = f"{EARLY_LOSSES}: mix {mix:.2f}, early {early:g}"
-    return Setting(EARLY_LOSSES, name, ClassByClass(stages.by_loss(mix), early))
+    return Setting(EARLY_LOSSES, name, ClassByClass(stages.by_loss, early, mix))
 
 
 FIXED = class_by_class(0.5, 0.5, 0.1).name
@@ -146,18 +148,6 @@ def settings_of(task: Task, noise: float = 0.0) -> Iterator[Setting]:
         return
     yield from (s for s in without_groups() if not noise or s.method in UNDER_NOISE)
     yield from told_the_groups(task)
-    if task.name in PLANTED:
-        yield from varied()
-
-
-def varied() -> Iterator[Setting]:
-    """IRW around α 0.1, a third of warm-up and no mix, one of them varied: for what is planted."""
-    centre = {"α": 0.1, "warm-up": WARM, "mix": 0.0}
-    others = {"α": (0.05, 0.2, 0.3, 0.5), "warm-up": (0.0, 2 / 3), "mix": (0.25, 0.5, 0.75)}
-    for change in [{}, *({name: value} for name, own in others.items() for value in own)]:
-        alpha, warm_up, mix = {**centre, **change}.values()
-        name = f"{VARIED}: α {alpha:g}, warm-up {warm_up:.2f}, mix {mix:g}"
-        yield Setting(VARIED, name, Intrinsic(alpha, warm_up, {"mix": mix}))
 
 
 def slowly(task: Task, noise: float = 0.0) -> Iterator[Setting]:
@@ -176,3 +166,26 @@ def searched(task: Task, noise: float = 0.0) -> Iterator[Setting]:
     if not noise:
         yield Setting(PLAIN, PLAIN, plain())
         yield from told_the_groups(task, targets_only=True)
+
+
+HALF = "class-balanced, half the steps"
+TRUSTED = "times trust in the label"
+
+
+def unseen(task: Task, noise: float = 0.0) -> Iterator[Setting]:
+    """What is run on unseen data: each method with the setting that it had before.
+
+    The last two, a smaller S and the trust, were found on the data of the sweep.
+    """
+    fixed = (PLAIN, f"{MOVED}: 1", "class-balanced", "CVaR, warm-up: α 0.3, mix 0")
+    fixed += ("JTT: early 0.2, times 5", "IRW: α 0.3", CENTRED)
+    yield from (setting for setting in without_groups() if setting.name in fixed)
+    yield Setting(HALF, HALF, class_balanced(), steps=0.5)
+    for early in (0.2, 0.1):
+        yield class_by_class(0.5, 0.5, early)
+        yield early_losses(0.5, early)
+        yield class_by_class(0.2, 0.5, early)
+    for setting in (class_by_class(0.5, 0.5, 0.2), early_losses(0.5, 0.2)):
+        method, name = (f"{said}, {TRUSTED}" for said in (setting.method, setting.name))
+        yield Setting(method, name, replace(setting.how, trusted=True))
+    yield from told_the_groups(task)

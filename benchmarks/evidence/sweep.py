@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.data.tasks import TASKS, Task
-from benchmarks.evidence.evaluation import SMALLEST, clusters, evaluate, score_without_groups
+from benchmarks.evidence.evaluation import Trained, clusters, everything
 from benchmarks.evidence.grid import NOISY, PLAIN, Setting, searched, settings_of, slowly
 from benchmarks.methods.stages import moved
 from benchmarks.models import outputs_of
-from benchmarks.training import SLOW, Recipe, train
+from benchmarks.training import SLOW, Recipe, Trainer, train
 
 RESULTS, RESULTS_SLOW, RESULTS_SEARCH = (
     report.RESULTS / name for name in ("fairness", "fairness_slow", "fairness_search")
@@ -30,29 +30,34 @@ RESULTS, RESULTS_SLOW, RESULTS_SEARCH = (
 KEY = ("noise", "seed", "setting")
 NOISES = (0.0, 0.05, 0.1, 0.2)
 Row = dict[str, object]
+Measure = Callable[[Trained], dict[str, float]]
 
 
 def rows_of(
-    task: Task, seed: int, noise: float, recipe: Recipe, settings: Iterable[Setting]
+    task: Task,
+    seed: int,
+    noise: float,
+    recipe: Recipe,
+    settings: Iterable[Setting],
+    measure: Measure = everything,
 ) -> Iterator[Row]:
     """A row for each setting; settings that only decide differently share a training."""
-    train_part, *parts = task.parts(seed, noise)
-    cluster = clusters(parts[0].x)
-    trained_on: dict[str, Tensor] = {}
+    parts = task.parts(seed, noise)
+    sizes, x = [*map(len, parts)], torch.cat([part.x for part in parts])
+    cluster = clusters(parts[1].x)
+    trained_on: dict[str, tuple[Tensor, Tensor | None]] = {}
     for setting in settings:
         kind = PLAIN if setting.moved else setting.name
         if kind not in trained_on:
-            model = train(train_part, setting.how, recipe, seed)
-            trained_on[kind] = outputs_of(model, torch.cat([part.x for part in parts]))
+            taken: list[Trainer] = []
+            own = replace(recipe, steps=round(setting.steps * recipe.steps))
+            model = train(parts[0], setting.how, own, seed, taken.append)
+            trained_on[kind] = outputs_of(model, x), taken[0].held
+        outputs, held = trained_on[kind]
+        logits = moved(outputs, parts[0].y, setting.moved).split(sizes)
         row: Row = {"noise": noise, "seed": seed, "method": setting.method}
         row |= {"setting": setting.name, "told": setting.told}
-        logits = moved(trained_on[kind], train_part.y, setting.moved).split([*map(len, parts)])
-        numbers = {"score without groups": score_without_groups(logits[0], parts[0], cluster)}
-        for part, data, said in zip(("validation", "test"), parts, logits, strict=True):
-            found = evaluate(said, data, task.protected, SMALLEST[part])
-            for name, value in found.items():
-                if part == "test" or name.startswith("worst "):  # to choose by
-                    numbers[f"{part} {name}"] = value
+        numbers = measure(Trained(task, parts, logits, held, cluster))
         yield row | {name: round(value, 4) for name, value in numbers.items()}
 
 
@@ -63,6 +68,7 @@ def sweep(
     folder: Path,
     recipe: Recipe,
     settings: Callable[[Task, float], Iterable[Setting]],
+    measure: Measure = everything,
 ) -> None:
     """Run what is not in the folder's tables yet: of each task, at each noise, these settings."""
     tasks, noises = list(tasks), list(noises)
@@ -76,7 +82,7 @@ def sweep(
         if wanted:
             (folder / "how.json").write_text(about, encoding="utf-8")
             print(f"seed {seed}, noise {noise:g}, {task.name}: {len(wanted)}", flush=True)
-            for row in rows_of(task, seed, noise, recipe, wanted):
+            for row in rows_of(task, seed, noise, recipe, wanted, measure):
                 append(path, row)
 
 

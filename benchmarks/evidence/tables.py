@@ -22,15 +22,13 @@ from benchmarks.evidence.analysis import (
     of_setting,
     protected,
     targets,
-    with_setting,
 )
-from benchmarks.evidence.grid import PLAIN, PLANTED, varied, without_groups
+from benchmarks.evidence.grid import PLAIN, without_groups
 from benchmarks.report import table
 
 METHODS = tuple(dict.fromkeys(setting.method for setting in without_groups()))
 IRW = tuple(method for method in METHODS if method.startswith("IRW"))
 OTHERS = tuple(method for method in METHODS if method not in (*IRW, PLAIN))
-METRICS = ("accuracy", "worst", "MAD", "TAD", "mean loss", "VAR", "tail loss")
 
 # Cells ----------------------------------------------------------------------------------------
 
@@ -112,24 +110,6 @@ def protected_table(folder: Path) -> str:
     return table(["method", *titles(found)], lines)
 
 
-def metrics_table(found: Target) -> str:
-    """All metrics of one task, chosen without groups: mean ± standard deviation over the seeds."""
-    runs = {method: found.chosen(method, WITHOUT) for method in METHODS}
-    lines = []
-    for method, rows in {**runs, "*oracle*": found.oracle()}.items():
-        cells = []
-        for metric in METRICS:
-            column = found.worst if metric == "worst" else f"test {metric}"
-            scale, digits = (1, 3) if "loss" in metric or metric == "VAR" else (100, 1)
-            verdict = found.difference(rows, found.plain(), column).verdict
-            arrow = {"higher": " ▲", "lower": " ▼"}.get(verdict, "")
-            mean, sd = scale * rows[column].mean(), scale * rows[column].std()
-            cells.append(f"{mean:.{digits}f} ± {sd:.{digits}f}{arrow}")
-        lines.append([method, *cells])
-    head = ["method", *(m if m != "worst" else f"worst {found.grouping}" for m in METRICS)]
-    return table(head, lines)
-
-
 def noise_table(folder: Path, noises: Sequence[float]) -> str:
     """Worst-off group, chosen without groups: points from plain training with the same flips."""
     found = with_most_flips(folder, noises)
@@ -166,22 +146,3 @@ def settings_table(found: Sequence[Target], settings: Sequence[str]) -> str:
         lines.append([setting, *each, mean, cost(found, rows), f"{score:.3f}"])
     columns = ["mean", "accuracy, points", "score without groups"]
     return table(["setting", *titles(found), *columns], lines)
-
-
-def best_settings(five: Sequence[Target]) -> list[str]:
-    """The dozen best by the score without groups, of IRW and of the others."""
-    runs = pd.concat([t.runs for t in five])
-    runs = runs[runs["method"].isin((*IRW, *OTHERS))]
-    score = runs.groupby("setting")["score without groups"].mean().sort_values(ascending=False)
-    return list(score.index[:12])
-
-
-def varied_table(folder: Path) -> str:
-    """Headroom recovered where the structure is planted, by α, warm-up and mix."""
-    planted = [t for t in targets(folder) if t.task in PLANTED]
-    names = [s.name for s in varied() if (planted[0].runs["setting"] == s.name).any()]
-    lines = [
-        [name.partition(": ")[2], *(spread(t.recovered(with_setting(t, name))) for t in planted)]
-        for name in names
-    ]
-    return table(["α, warm-up, mix", *titles(planted)], lines)

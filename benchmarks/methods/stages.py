@@ -30,7 +30,7 @@ from irw_optim.gradients.protocol import PerSampleGradients, align
 from irw_optim.schemes import global_weights
 
 Weighing = Callable[[nn.Module, Samples], Tensor]
-"""From a model and n samples to weights, (n,), of sum 1."""
+"""From a model and n samples to weights, (n,), of any positive sum."""
 
 
 def early_model(
@@ -47,7 +47,8 @@ def early_model(
 def on_draws(model: nn.Module, weights: Tensor, recipe: Recipe, seed: int) -> Trainer:
     """Plain training on batches drawn in proportion to the weights."""
     batches = drawn(weights, recipe.batch, seed)
-    return objectives.by_loss(objectives.mean, model, recipe, batches)
+    trainer = objectives.by_loss(objectives.mean, model, recipe, batches)
+    return trainer._replace(held=weights)
 
 
 @dataclass(frozen=True)
@@ -79,44 +80,73 @@ class ClassByClass:
     Attributes:
         weighing: makes the weights of one class.
         early: the first training's share of the steps.
+        mix: the share of each class's weight that is spread evenly.
+        trusted: multiply the weights by how probable their labels are, see `trust`.
     """
 
     weighing: Weighing
     early: float
+    mix: float
+    trusted: bool = False
 
     def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
         first = early_model(data, objectives.class_balanced(), recipe, seed, self.early)
-        return on_draws(model, class_by_class(self.weighing, first, data), recipe, seed)
+        trusted = trust(data, recipe, seed) if self.trusted else torch.ones(len(data))
+        weights = class_by_class(self.weighing, first, data, self.mix, trusted)
+        return on_draws(model, weights, recipe, seed)
 
 
-def class_by_class(weighing: Weighing, model: nn.Module, data: Samples) -> Tensor:
-    """Weights of all samples, (N,): those of each class by itself, of sum 1 each."""
+def class_by_class(
+    weighing: Weighing,
+    model: nn.Module,
+    data: Samples,
+    mix: float = 0.0,
+    trusted: Tensor | float = 1.0,
+) -> Tensor:
+    """Weights of all samples, (N,): those of each class by itself, of sum 1 each.
+
+    Args:
+        weighing: makes the weights of one class; even ones where all of them are 0.
+        model: the early one.
+        data: N samples.
+        mix: the share of each class's weight that is spread evenly.
+        trusted: factors of the weights, (N,).
+    """
     weights = torch.zeros(len(data))
     for label in data.y.unique():
         own = (data.y == label).nonzero().squeeze(1)
         weights[own] = weighing(model, data[own])
-    return weights
+    weights = (weights * trusted).clamp(min=1e-30)
+    even = 1 / of_class(torch.ones(len(data)), data.y)
+    return (1 - mix) * weights / of_class(weights, data.y) + mix * even
 
 
-def intrinsic(alpha: float, mix: float) -> Weighing:
+def intrinsic(alpha: float) -> Weighing:
     """The library's global scheme: the worst-off alpha-fraction, and who helps them."""
 
     def weights(model: nn.Module, data: Samples) -> Tensor:
         loader = DataLoader(TensorDataset(data.x, data.y), batch_size=4096)
-        criterion = nn.CrossEntropyLoss()
-        return global_weights(model, criterion, loader, alpha, mix=mix, progress=False)
+        return global_weights(model, nn.CrossEntropyLoss(), loader, alpha, progress=False)
 
     return weights
 
 
-def by_loss(mix: float) -> Weighing:
-    """The control: in proportion to the loss, for which no gradient is needed."""
+def by_loss(model: nn.Module, data: Samples) -> Tensor:
+    """The control: the loss, for which no gradient is needed."""
+    return F.cross_entropy(outputs_of(model, data.x), data.y, reduction="none")
 
-    def weights(model: nn.Module, data: Samples) -> Tensor:
-        losses = F.cross_entropy(outputs_of(model, data.x), data.y, reduction="none")
-        return (1 - mix) * losses / losses.sum() + mix / len(losses)
 
-    return weights
+def trust(data: Samples, recipe: Recipe, seed: int) -> Tensor:
+    """How probable each sample's label is to a model that was trained on the other half, (N,)."""
+    state = torch.get_rng_state()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    halves, probable = order.tensor_split(2), torch.empty(len(data))
+    for own, other in (halves, halves[::-1]):
+        model = train(data[other], objectives.class_balanced(), recipe, seed)
+        logits, y = outputs_of(model, data.x[own]), data.y[own]
+        probable[own] = logits.softmax(1).gather(1, y[:, None]).squeeze(1)
+    torch.set_rng_state(state)
+    return probable
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 python -m benchmarks.schemes choosing alpha | options | schemes | held [--data law] [--fast]
 python -m benchmarks.schemes scores train | time [--fast]
 python -m benchmarks.schemes variance [--fast]
-python -m benchmarks.schemes selection | figures                    # from what is stored
+python -m benchmarks.schemes figures                                # from what is stored
 """
 
 from benchmarks.report import command
 
 if __name__ == "__main__":
-    command(
-        "benchmarks.schemes", ("choosing", "scores", "variance", "selection", "figures"), __doc__
-    )
+    command("benchmarks.schemes", ("choosing", "scores", "variance", "figures"), __doc__)

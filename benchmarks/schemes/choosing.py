@@ -7,8 +7,8 @@
 
 An MLP 64-32 under Adam (1e-3), 8,000 samples drawn anew for each seed, batches of 128, 8 epochs of
 63 steps, the model of the last one: nothing is selected. Training sees no group. The official test
-split is halved at random for each seed: one half is shown to whoever picks a decision threshold (or
-a model: `selection`), all numbers are of the other. "worst" is the least accuracy of a group with
+split is halved at random for each seed: one half is shown to whoever picks a decision threshold,
+all numbers are of the other. "worst" is the least accuracy of a group with
 50 samples or more there, "tail loss" the mean of the largest 30 % of the losses; mean and standard
 deviation over the seeds. Warm-up is plain averaging for a third of the steps. Law School needs
 IRW_OPTIM_DATA, a directory with law_school.csv.gz.

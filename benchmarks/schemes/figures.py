@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 
 from benchmarks import report
-from benchmarks.schemes.selection import better, runs_of
 
 DATA = {"adult": "UCI Adult", "law": "Law School"}
 CELL = "worst label x sex"
@@ -79,21 +78,6 @@ def alpha() -> None:
         axes[0].set_ylabel("%")
 
 
-def selection() -> None:
-    table = report.stored("schemes_selection").set_index(["data", "true"])
-    with report.figure("schemes_selection.png", 2, 3, (8.5, 5)) as axes:  # hundreds of points
-        for row, (data, title) in zip(axes, DATA.items(), strict=True):
-            runs, found = runs_of(data), table.loc[data, CELL.removeprefix("worst ")]
-            for axis, seen in zip(row, ("label x cluster", "accuracy", "tail loss"), strict=True):
-                loss = "loss" in seen
-                shown = better(runs, seen).abs() * (1 if loss else 100)
-                axis.scatter(shown, 100 * runs[CELL], s=7, alpha=0.5)
-                axis.set_xlabel(f"{seen}{'' if loss else ', %'} (held-out half)")
-                axis.set_xscale("log" if loss else "linear")
-                axis.set_title(f"rank correlation {found[f'by {seen}']:.2f}", fontsize=9)
-            row[0].set_ylabel(f"{title}: worst\nlabel x sex accuracy, %")
-
-
 def main(given: list[str]) -> None:
-    for draw in (variance, held, alpha, selection):
+    for draw in (variance, held, alpha):
         draw()

@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
 report = importlib.import_module("benchmarks.report")
-cost = importlib.import_module("benchmarks.cost.methods")
 NAMES = ["convergence", "alignment", "outliers", "many_groups"]
 PAGES = [ROOT / "docs" / "convergence.md", ROOT / "docs" / "experiments.md"]
 
@@ -49,10 +48,6 @@ def test_the_texts_are_those_of_the_stored_result(name):
     result = report.stored(name)
     assert result.attrs["command"] == f"python -m benchmarks.evidence {name}"
     is_shown(experiment(name).texts(result))
-
-
-def test_the_texts_on_cost_are_those_of_the_stored_result():
-    is_shown(cost.texts(report.stored("cost"), report.stored("cost_profile")))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -93,16 +88,6 @@ def test_the_page_on_convergence_says_what_was_measured():
         assert 0.25 < case["silent share"].mean() < 0.45  # "below a third or so"
         if data == "Law School":  # a smaller worst-off loss, and a worse worst class
             assert mean.loc["CVaR", "worst class"] < mean.loc["plain", "worst class"]
-
-
-def test_the_cost_table_says_what_grows():
-    frame = report.stored("cost")
-    for key in ("ms", "MiB"):
-        ratios = []
-        for case in ("B = 32", "B = 1024"):
-            own = rows(frame, case=case).set_index("method")[key]
-            ratios.append(own["IRWO"] / own["IRW"])
-        assert ratios[1] > 3 * ratios[0]  # distances of all pairs
 
 
 def test_the_page_on_weights_says_what_was_measured():
@@ -229,15 +214,3 @@ def test_irw_helps_the_worst_group_where_the_label_is_in_it():
     irw, plain = (rows(frame, method=m).set_index("seed") for m in ("IRW", "plain"))
     for grouping in ("label × age", "label × race × sex"):
         assert (irw[f"{grouping}: worst"] > plain[f"{grouping}: worst"] + 0.03).all()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_irwo_holds_more_than_irw():
-    frame, _ = cost.measure(fast=True)
-    batches = frame[frame["case"].str.startswith("B")]
-    held = batches.pivot_table(index="batch", columns="method", values="MiB")
-    assert (held["IRWO"] >= held["IRW"]).all()
-    assert (held["IRW"] > held["plain"]).all()
-    # the Gramian of a few samples is no more than what a step holds anyway
-    assert held["IRWO"].iloc[-1] > 1.5 * held["IRW"].iloc[-1]

@@ -106,14 +106,6 @@ def test_headroom_recovered(runs):
     assert target.recovered(target.oracle()).mean == 1
 
 
-def test_one_setting_for_all_tasks(runs):
-    other = runs.copy()
-    other.loc[other["setting"] == "A: 2", "score without groups"] = -2
-    found = [Target("t", "g", runs), Target("u", "g", other)]
-    assert analysis.one_setting(found, ("A",)) == "A: 1"
-    assert analysis.one_setting(found[:1], ("A",)) == "A: 2"
-
-
 class TestOneSetting:
     """One setting for all data sets, without groups, and by the other data sets' groups."""
 
@@ -136,27 +128,6 @@ class TestOneSetting:
         assert found.loc[f"{method}: 2"].tolist() == pytest.approx([0.6, 0.4])
         assert single.choice(tmp_path) == f"{method}: 2"  # 0.5 against 0.4
         assert single.choice(tmp_path, method, [0.0]) == f"{method}: 1"
-
-    def test_left_out_data_sets_have_no_say(self, runs):
-        good_elsewhere = runs.copy()
-        good_elsewhere.loc[good_elsewhere["setting"] == "A: 1", "test worst g"] = 0.95
-        own = Target("t", "g", runs)  # A: 2 is the better one here
-        others = [Target("u", "g", good_elsewhere), Target("v", "g", good_elsewhere)]
-        chosen = {t.task: s for t, s in single.leave_one_out([own, *others], ("A",))}
-        assert chosen["t"] == "A: 1"
-        assert single.leave_one_out([own, others[0]], ("A",))[1][1] == "A: 2"
-
-    def test_both_groupings_of_a_data_set_are_left_out_together(self, runs):
-        other = runs.copy()
-        other.loc[other["setting"] == "A: 1", "test worst g"] = 0.95
-        same = [Target("t", "g", runs), Target("t", "g", other)]
-        elsewhere = Target("u", "g", runs)
-        assert single.leave_one_out([*same, elsewhere], ("A",))[0][1] == "A: 2"
-
-    @pytest.mark.parametrize(("mean", "said"), [(0.9, False), (0.85, True), (0.7, False)])
-    def test_an_interval_that_holds_the_aim_is_no_certainty(self, mean, said):
-        assert bool(single.certainty(analysis.Estimate(mean, 0.06))) is said
-        assert single.reaches(mean) == ("reaches" if mean >= 0.8 else "misses")
 
 
 def test_seeds_that_are_not_complete_are_left_out(runs, tmp_path):

@@ -262,7 +262,7 @@ class TestClassByClass:
     @pytest.mark.parametrize("mix", [0.0, 2 / 3])
     def test_weights_by_hand(self, data, mix):
         model = self.early(data)
-        found = stages.class_by_class(stages.intrinsic(0.25, mix), model, data)
+        found = stages.class_by_class(stages.intrinsic(0.25), model, data, mix)
         losses = nn.functional.cross_entropy(outputs_of(model, data.x), data.y, reduction="none")
         S = worst_of_each_class(losses, data.y, 0.25)
         G = row_gradients(model, data.x, data.y)
@@ -275,7 +275,7 @@ class TestClassByClass:
 
     def test_the_control_weighs_by_the_loss(self, data):
         model = self.early(data)
-        found = stages.class_by_class(stages.by_loss(0.5), model, data)
+        found = stages.class_by_class(stages.by_loss, model, data, 0.5)
         losses = nn.functional.cross_entropy(outputs_of(model, data.x), data.y, reduction="none")
         for label in (0, 1):
             own = data.y == label
@@ -284,16 +284,16 @@ class TestClassByClass:
 
     def test_a_class_of_one_sample_has_the_weight_of_any_other(self, data):
         alone = data[torch.cat([(data.y == 0).nonzero()[:, 0], (data.y == 1).nonzero()[:1, 0]])]
-        found = stages.class_by_class(stages.intrinsic(0.25, 0.5), mlp(3, 4, 2), alone)
+        found = stages.class_by_class(stages.intrinsic(0.25), mlp(3, 4, 2), alone, 0.5)
         assert float(found[alone.y == 1]) == pytest.approx(1)
 
     def test_draws_by_them_and_trains_plainly(self, data):
         model = mlp(3, *RECIPE.widths, 2)
         state = torch.get_rng_state()
-        method = stages.ClassByClass(stages.intrinsic(0.25, 0.5), early=0.5)
+        method = stages.ClassByClass(stages.intrinsic(0.25), early=0.5, mix=0.5)
         trainer = method.prepare(model, data, RECIPE, seed=2)
         assert torch.equal(torch.get_rng_state(), state)
-        weights = stages.class_by_class(stages.intrinsic(0.25, 0.5), self.early(data), data)
+        weights = stages.class_by_class(stages.intrinsic(0.25), self.early(data), data, 0.5)
         index, again = next(trainer.batches), next(drawn(weights, 16, seed=2))
         assert torch.equal(index, again)
         losses = nn.functional.cross_entropy(model(data.x[index]), data.y[index], reduction="none")

@@ -190,28 +190,6 @@ def alphas():
     yield f"({flipped(of(0.3))} % at 0.3)"
 
 
-def selections():
-    table, picked = rows_of(stored("selection")), rows_of(stored("selection_picked"))
-    labelled = [row for row in table if row["true"].startswith("label")]
-    score, blind = "by label x cluster", ("by accuracy", "by mean loss", "by tail loss")
-
-    def between(rows, column):
-        return f"{min(r[column] for r in rows):.2f} to {max(r[column] for r in rows):.2f}"
-
-    yield f"nearly as the truth does: {between(labelled, score)}"
-    yield f"do not: {max(r[c] for r in labelled for c in blind):.2f} at most"
-    assert max(row["by accuracy"] for row in labelled) < 0
-    yield f"the worst class's accuracy ranks as well ({between(labelled, 'by worst class')})"
-    (race,) = (row for row in picked if row["true"] == "label x race")
-    by = {key: f"{100 * race[f'picked by {key}']:.1f}" for key in ("worst cell", "worst class")}
-    yield f"the worst has {100 * race['picked by label x cluster']:.1f} % in the model picked"
-    yield f"{by['worst cell']} % if by its worst cell alone"
-    yield f"and {by['worst class']} % if by the worst class"
-    adult, law = (row for row in table if row["true"] == "race x sex")
-    yield f"the clusters tell nothing ({adult[score]:.2f} and {law[score]:.2f})"
-    yield f"the better guide ({adult['by accuracy']:.2f} and {law['by accuracy']:.2f})"
-
-
 def scores():
     rows = {(row["model"], row["scores from"]): row for row in rows_of(stored("score_parameters"))}
     times = {
@@ -299,7 +277,7 @@ def test_the_tables_are_those_of_the_stored_runs(name):
 
 
 CLAIMS = {
-    "choosing.md": [alphas, options, held_in_short, scores, selections],
+    "choosing.md": [alphas, options, held_in_short, scores],
     "schemes.md": [renewals, variances, held, held_for_an_epoch],
 }
 

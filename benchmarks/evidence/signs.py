@@ -1,0 +1,116 @@
+"""What can be seen without groups, and how often it is right about the groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from benchmarks.evidence.analysis import Target, estimate, with_setting
+from benchmarks.evidence.grid import PLAIN
+from benchmarks.evidence.tables import marked, spread
+from benchmarks.report import table
+
+NONE = ["–", "–"]
+GAP, THIRD, GAINED = 0.2, 1 / 3, 0.02
+Sign = Callable[[pd.DataFrame, pd.DataFrame], "pd.Series[bool]"]
+"""From the runs of a remedy and of class balancing, one a seed, to who shows it."""
+
+
+def _gap(rows: pd.DataFrame) -> pd.Series:
+    return rows["training rare class"] - rows["test rare class"]
+
+
+SIGNS: dict[str, Sign] = {
+    "rare class: 20 points more accurate in training than on held-out samples": (
+        lambda ours, other: _gap(ours) > GAP
+    ),
+    "effective sample size of the held weights below a third": lambda ours, other: (
+        ours["held"].astype(float) < THIRD
+    ),
+    "validation accuracy falls more than balancing's": lambda ours, other: (
+        ours["validation accuracy"] < other["validation accuracy"]
+    ),
+}
+
+
+def hurts(found: Sequence[Target], ours: str, other: str) -> str:
+    """Worst group against class balancing where a sign is seen, and where it is not."""
+    rows = []
+    for t in found:
+        one, two = with_setting(t, ours), with_setting(t, other)
+        shown = {name: sign(one, two) for name, sign in SIGNS.items()}
+        rows.append(pd.DataFrame({"change": one[t.worst] - two[t.worst], **shown}))
+    runs = pd.concat(rows)
+    runs["any of them"] = runs[list(SIGNS)].any(axis=1)
+    lines = []
+    for name in (*SIGNS, "any of them"):
+        cells = [name, f"{runs[name].mean():.0%}"]
+        for seen in (True, False):
+            own = runs.loc[runs[name] == seen, "change"]
+            by_seed = own.groupby(level="seed").mean()
+            cells += [marked(estimate(by_seed)), f"{(own < 0).mean():.0%}"] if len(own) else NONE
+        lines.append(cells)
+    head = ["sign", "of the runs", "seen: points against balancing", "worse"]
+    return table([*head, "not seen: points", "worse"], lines)
+
+
+def choice(found: Sequence[Target], remedies: Mapping[str, str]) -> str:
+    """Does the score without groups rank the remedies, and what does a choice by it recover?"""
+    lines = []
+    for t in found:
+        runs = t.runs[t.runs["setting"].isin([PLAIN, *remedies.values()])]
+        ranks = [
+            spearmanr(own[t.worst], own[["score without groups", "validation accuracy"]]).statistic
+            for _, own in runs.groupby("seed")
+        ]
+        cells = [spread(estimate([rank[0, place] for rank in ranks])) for place in (1, 2)]
+        lines.append([t.title, *cells, spread(t.recovered(by_score(t, remedies.values())))])
+    head = ["", "rank correlation: score", "validation accuracy"]
+    return table([*head, "headroom recovered by the choice"], lines)
+
+
+def by_score(found: Target, settings: Iterable[str]) -> pd.DataFrame:
+    """For each seed the run that the score without groups prefers, plain training among them."""
+    runs = found.runs[found.runs["setting"].isin([PLAIN, *settings])]
+    best = runs.groupby("seed")["score without groups"].idxmax()
+    return runs.loc[best].set_index("seed").sort_index()
+
+
+def within_noise(found: Sequence[Target], remedies: Mapping[str, str]) -> str:
+    """Is a gain in the worst label x cluster cell right about the worst group?"""
+    lines = []
+    for kind, of in (("one run, binomial", by_run), ("all seeds, t interval", by_target)):
+        said = pd.concat([of(t, setting) for t in found for setting in remedies.values()])
+        for verdict in ("within noise", "a gain", "a loss"):
+            own = said.loc[said["said"] == verdict, "change"]
+            really = [own > GAINED, own.abs() <= GAINED, own < -GAINED]
+            cells = [f"{r.mean():.0%}" if len(own) else "–" for r in really]
+            lines.append([f"{kind}: {verdict}", f"{len(own) / len(said):.0%}", *cells])
+    head = ["worst label × cluster cell", "said of", "worst group gained", "stayed", "lost"]
+    return table(head, lines)
+
+
+def by_run(found: Target, setting: str) -> pd.DataFrame:
+    """What the two accuracies say of each run, by their binomial errors."""
+    ours, plain = with_setting(found, setting), found.plain()
+    variance = sum(r["cell"] * (1 - r["cell"]) / r["cell size"] for r in (ours, plain))
+    difference, noise = ours["cell"] - plain["cell"], 1.96 * np.sqrt(variance)
+    said = np.where(difference.abs() <= noise, 0, np.sign(difference))
+    return _said(said, ours[found.worst] - plain[found.worst])
+
+
+def by_target(found: Target, setting: str) -> pd.DataFrame:
+    """What the seeds together say."""
+    ours, plain = with_setting(found, setting), found.plain()
+    difference = estimate(ours["cell"] - plain["cell"])
+    said = {"higher": 1, "lower": -1}.get(difference.verdict, 0)
+    change = (ours[found.worst] - plain[found.worst]).mean()
+    return _said(np.array([said]), pd.Series([change]))
+
+
+def _said(sign: np.ndarray, change: pd.Series) -> pd.DataFrame:
+    names = {0: "within noise", 1: "a gain", -1: "a loss"}
+    return pd.DataFrame({"said": [names[int(s)] for s in sign], "change": change.to_numpy()})
