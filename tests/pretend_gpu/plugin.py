@@ -74,12 +74,26 @@ class Mixes(TorchDispatchMode):
         result = function(*args, **kwargs)
         generator = kwargs.get("generator")
         astray = isinstance(result, Tensor) and generator is not None
-        if astray and generator.device.type != result.device.type and (where := _line_of_ours()):
+        if astray and generator.device.type != result.device.type and (where := _line_below()):
             self.found.append(f"{name} with a generator of another device at {where}")
         return result
 
 
+BETWEEN = ("torch/utils/_device.py", "torch/_compile.py", "torch/_dynamo/eval_frame.py")
+"""Torch's own frames between a call and its dispatch."""
+
+
+def _line_below() -> str:
+    """The line that called the operation, if it is ours: torch's own samplers go astray, too."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.endswith(BETWEEN):
+        frame = frame.f_back
+    path = "" if frame is None else frame.f_code.co_filename
+    return f"{path}:{frame.f_lineno}" if "/irw_optim/" in path else ""
+
+
 def _line_of_ours() -> str:
+    """The innermost line of ours that led to the operation."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
