@@ -27,6 +27,12 @@ if DEVICE == NAME:
 torch.set_default_device(DEVICE)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What torch says of operations that the CPU does for a device."""
+    for text in ("An output with one or more elements was resized", ".*appears to be a view"):
+        config.addinivalue_line("filterwarnings", f"ignore:{text}:UserWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is about the CPU."""
     for item in items:
