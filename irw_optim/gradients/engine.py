@@ -19,7 +19,7 @@ from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
 from irw_optim.gradients import texts
 from irw_optim.gradients.capture import Graph, hook_layers, walk
-from irw_optim.gradients.compiling import compile_anew, is_compiled, keep_out, prepare
+from irw_optim.gradients.compiling import compile_anew, is_compiled, prepare
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
 from irw_optim.gradients.hooks import needs_hooks, silence_of
 from irw_optim.gradients.location import arranged
@@ -29,6 +29,7 @@ from irw_optim.gradients.nodes import shape_of
 from irw_optim.gradients.plan import Plan, in_a_pass_to_all
 from irw_optim.gradients.readings import read, with_layouts
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
+from irw_optim.gradients.remedies import goes_forwards_next
 from irw_optim.gradients.waiting import WAITING
 
 logger = logging.getLogger("irw_optim")
@@ -119,18 +120,15 @@ class Engine(Renewed):
         batch = LossGradients(self, losses, graph, own)
         WAITING.join(batch)
         if len(batch.sharing) == MANY_LOSSES:
-            self._tell(logging.WARNING, "many losses", texts.many_losses(MANY_LOSSES + 1))
+            self.tell(logging.WARNING, "many losses", texts.many_losses(MANY_LOSSES + 1))
         return batch
 
     def left(self, batch: LossGradients) -> None:
         """The backward pass of a batch is over."""
         WAITING.leave(batch)
-        if self.known.get("row_by_row") and (self.sees_fused or self.made_anew):
-            del self.known["row_by_row"]  # the next forward is another
-            if self.model is not None and not self.made_anew:
-                self.hooks, self.listens = [*silence_of(self.model), *keep_out(self.model)], False
-                self._tell(logging.WARNING, "kept out", texts.KEPT_OUT)
-            self.made_anew = False
+        model = self.model
+        if model is not None and self.known.get("row_by_row") and goes_forwards_next(self, model):
+            del self.known["row_by_row"]
 
     def covering(
         self, graph: Graph, own: Sequence[Tensor], losses: Tensor, *, sharded: bool = False
@@ -201,12 +199,12 @@ class Engine(Renewed):
             losses: (B,); with their graph, which a backward pass may have freed.
         """
         if losses.grad_fn is None or len(losses) < 2:
-            self._tell(logging.INFO, "rows", texts.ROWS_AS_THEY_ARE)
+            self.tell(logging.INFO, "rows", texts.ROWS_AS_THEY_ARE)
             return
         batch = follow_batch(losses, walk(losses))
         if batch.mixed_by is not None or batch.computes_shared:
             where = batch.mixed_by or "what is computed for all samples together"
-            self._tell(logging.WARNING, "rows", texts.rows_may_meet(where))
+            self.tell(logging.WARNING, "rows", texts.rows_may_meet(where))
 
     def looks_for_hooks(self, graph: Graph) -> bool:
         """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
@@ -238,7 +236,7 @@ class Engine(Renewed):
                 f"from autograd by {max(wrong.values()):.2g} of the gradient; use "
                 'engine="auto"'
             )
-        self._tell(
+        self.tell(
             logging.WARNING,
             "mixing" if by is not None else "outside",
             f"{names} are scored by autodiff, exact but slower: {reason}",
@@ -267,7 +265,7 @@ class Engine(Renewed):
                 f'engine="ghost" does not cover {self.names_of(rest)}; use engine="auto", which '
                 "takes autodiff for them"
             )
-        self._tell(
+        self.tell(
             logging.INFO,
             "uncovered",
             f"quick products for {len(covering.covered)} parameters, autodiff (exact, two to three "
@@ -286,9 +284,9 @@ class Engine(Renewed):
             return
         (rows,) = entered
         if 1 < rows < losses and losses % rows == 0:
-            self._tell(logging.WARNING, "parts", texts.parts(losses, rows))
+            self.tell(logging.WARNING, "parts", texts.parts(losses, rows))
 
-    def _tell(self, level: int, about: str, text: str) -> None:
+    def tell(self, level: int, about: str, text: str) -> None:
         """Say it once for a model; a forward that varies would say it at every turn."""
         logger.log(logging.DEBUG if about in self.told else level, text)
         self.told.add(about)
