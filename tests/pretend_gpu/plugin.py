@@ -25,6 +25,7 @@ DEVICE = os.environ.get("TEST_DEVICE", NAME)
 if DEVICE == NAME:
     register()
 torch.set_default_device(DEVICE)
+torch.backends.cudnn.allow_tf32 = False  # a card's float32 is compared with a loop's
 
 
 def pytest_configure(config: pytest.Config) -> None:
