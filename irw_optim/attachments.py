@@ -110,10 +110,12 @@ class _Replaced:
             self.clean(vars(module))
 
     def clean(self, state: dict[str, Any]) -> None:
-        """Put back what was there before."""
-        ours = state.pop(self.name, None)
-        if isinstance(ours, Replacement) and ours.previous is not None:
-            state[self.name] = ours.previous
+        """Put back what was there before, unless somebody has put something else there since."""
+        ours = state.get(self.name)
+        if isinstance(ours, Replacement):
+            del state[self.name]
+            if ours.previous is not None:
+                state[self.name] = ours.previous
 
 
 class PlainCopies(Attachment):

@@ -527,7 +527,7 @@ def test_half_precision_means_survive_where_their_sums_overflow() -> None:
 
 def test_autocast_computes_what_the_criterion_would() -> None:
     layer, inputs, target = nn.Linear(T, C), torch.randn(B, T), classes(B)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         logits = layer(inputs)
         expected = nn.CrossEntropyLoss()(logits, target)
         result = per_sample_losses(nn.CrossEntropyLoss(), logits, target)
@@ -578,6 +578,7 @@ def test_hooks_of_the_criterion_do_not_run_again() -> None:
     assert calls == []
 
 
+@pytest.mark.cpu("a default device calls the function once more")
 def test_the_loss_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     cross_entropy = F.cross_entropy
@@ -676,7 +677,13 @@ class Drawn(nn.Module):
         return losses if self.reduction == "none" else losses.mean()
 
 
-@pytest.mark.parametrize("source", ["torch", "generator", "random", "numpy", "secrets"])
+MIXING_NUMPY = pytest.mark.cpu("its criterion mixes what NumPy draws with the device")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["torch", "generator", "random", pytest.param("numpy", marks=MIXING_NUMPY), "secrets"],
+)
 def test_own_module_that_draws_numbers_draws_them_once(source: str) -> None:
     once, twin = Drawn(source), Drawn(source)
     output, target = normal(B).requires_grad_(), normal(B)
@@ -697,6 +704,7 @@ def test_own_module_that_draws_numbers_draws_them_once(source: str) -> None:
         assert once.calls == twin.calls
 
 
+@MIXING_NUMPY
 def test_own_module_that_starts_to_draw_from_numpy_is_not_refused() -> None:
     criterion, late = Drawn("numpy"), Drawn("torch")
     output, target = normal(B).requires_grad_(), normal(B)
@@ -831,6 +839,10 @@ PER_SAMPLE = {
     "drawn": (lambda x: (x * torch.rand_like(x)).sum(1), (normal(B, B),)),
     "a size of its own": (lambda x: x.flatten().view(B, -1).mean(1), (normal(B, B),)),
     "not finite": (lambda x: x.sum(1) / 0, (normal(B, B),)),
+    "infinite by turns": (
+        lambda x: x.sum(1) / 0,
+        (torch.tensor([(-1.0) ** i for i in range(B)])[:, None],),
+    ),
     "lists of samples": (
         matched,
         ({"logits": normal(B, C)}, [{"value": normal(C)} for _ in range(B)]),

@@ -111,7 +111,7 @@ def path_of(optimizer: IRWOptimizer) -> str:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     covered = {p for covering in engine.coverings.values() for p in covering.covered}
     rest = "row by row" if engine.known.get("row_by_row") else "forwards"
-    if engine.coverings and all(covering.whole for covering in engine.coverings.values()):
+    if engine.coverings and all(covering.covers_all for covering in engine.coverings.values()):
         return "quick"
     share = sum(p.numel() for p in trained if p in covered) / sum(p.numel() for p in trained)
     return f"quick for {_percent(share)}, {rest}" if covered else rest

@@ -25,6 +25,7 @@ from irw_optim.gradients.materialized import (
 )
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError
+from irw_optim.gradients.recurrent import IN_CUDNN
 from irw_optim.gradients.silence import silent
 from irw_optim.gradients.unheard import push_forward
 
@@ -133,6 +134,7 @@ class AutodiffGradients:
 
     def _go_row_by_row(self, reason: str) -> None:
         self.known["row_by_row"] = True
+        self.known[IN_CUDNN] = IN_CUDNN in reason
         logger.warning(
             "an operation of this model has no double backward (%s): scores are taken one "
             "backward pass a sample from now on, exact but slow. score_parameters= (the last "

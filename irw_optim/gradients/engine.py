@@ -19,13 +19,14 @@ from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
 from irw_optim.gradients import texts
 from irw_optim.gradients.capture import hook_layers, sites_noted
-from irw_optim.gradients.compiling import compile_anew, is_compiled, keep_out, prepare
+from irw_optim.gradients.compiling import compile_anew, is_compiled, prepare
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
 from irw_optim.gradients.graph import Graph, walk
 from irw_optim.gradients.hooks import needs_hooks, silence_of, weighed_by
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.loss_gradients import WAITING, LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_that_entered
+from irw_optim.gradients.next_forward import goes_forwards_next
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import Plan, in_a_pass_to_all, read, with_layouts
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
@@ -128,20 +129,13 @@ class Engine(Renewed):
             refuse_reentrant_checkpoints(graph.order)
         WAITING.join(batch)
         if len(batch.sharing) == MANY_LOSSES:
-            self._tell(logging.WARNING, "many losses", texts.many_losses(MANY_LOSSES + 1))
+            self.tell(logging.WARNING, "many losses", texts.many_losses(MANY_LOSSES + 1))
         return batch
 
     def left(self) -> None:
-        """A backward pass is over: what could not be passed through fused is kept out from now."""
-        if self.known.get("row_by_row") and (self.sees_fused or self.made_anew):
-            del self.known["row_by_row"]  # the next forward is another
-            if self.model is not None and not self.made_anew:
-                self.hooks, self.has_layer_hooks = (
-                    [*silence_of(self.model), *keep_out(self.model)],
-                    False,
-                )
-                self._tell(logging.WARNING, "kept out", texts.KEPT_OUT)
-            self.made_anew = False
+        """A backward pass that went row by row is over."""
+        if self.model is not None and goes_forwards_next(self, self.model):
+            del self.known["row_by_row"]
 
     def covering(self, captured: LossGradients, *, sharded: bool = False) -> Covering:
         """Bring the batch of each layer call of a graph in front; what is known of its kind.
@@ -179,7 +173,7 @@ class Engine(Renewed):
                 if not sharded:
                     self._report(covering, own)
                     if rows := rows_that_entered(graph, batch, size):
-                        self._tell(logging.WARNING, "parts", texts.parts(size, rows))
+                        self.tell(logging.WARNING, "parts", texts.parts(size, rows))
         if found is not None:
             plan = Plan(with_layouts(found[0], graph), covering)
             _remember(self.plans, captured.kind, plan)
@@ -209,12 +203,12 @@ class Engine(Renewed):
             losses: (B,); with their graph, which a backward pass may have freed.
         """
         if losses.grad_fn is None or len(losses) < 2:
-            self._tell(logging.INFO, "rows", texts.ROWS_AS_THEY_ARE)
+            self.tell(logging.INFO, "rows", texts.ROWS_AS_THEY_ARE)
             return
         batch = follow_batch(losses, walk(losses))
         if batch.mixed_by is not None or batch.computes_shared:
             where = batch.mixed_by or "what is computed for all samples together"
-            self._tell(logging.WARNING, "rows", texts.rows_may_meet(where))
+            self.tell(logging.WARNING, "rows", texts.rows_may_meet(where))
 
     def hook_check_is_due(self, graph: Graph) -> bool:
         """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
@@ -246,7 +240,7 @@ class Engine(Renewed):
                 f"from autograd by {max(wrong.values()):.2g} of the gradient; use "
                 'engine="auto"'
             )
-        self._tell(
+        self.tell(
             logging.WARNING,
             "mixing" if by is not None else "outside",
             f"{names} are scored by autodiff, exact but slower: {reason}",
@@ -277,14 +271,14 @@ class Engine(Renewed):
                 f'engine="ghost" does not cover {self.names_of(rest)}; use engine="auto", which '
                 "takes autodiff for them"
             )
-        self._tell(
+        self.tell(
             logging.INFO,
             "uncovered",
             f"quick products for {len(covering.covered)} parameters, autodiff (exact, two to three "
             f"plain steps) for {self.names_of(rest)}: {covering.reason}",
         )
 
-    def _tell(self, level: int, about: str, text: str) -> None:
+    def tell(self, level: int, about: str, text: str) -> None:
         """Say it once for a model; a forward that varies would say it at every turn."""
         logger.log(logging.DEBUG if about in self.told else level, text)
         self.told.add(about)

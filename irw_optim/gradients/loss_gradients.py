@@ -108,7 +108,7 @@ class LossGradients:
         ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True, backward=by)
         if len(sites) == len(graph.sites):
             covering.reached = ghost.reached
-        if check or hooks_change:  # a hook may mix the samples, too
+        if check or engine.known.get(HOOKS_CHANGE):  # as just found out; a hook may mix samples
             self._check(covering, sites, ghost)
         sparse = {
             p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()
@@ -192,8 +192,9 @@ class LossGradients:
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""
         WAITING.leave(self)
-        if self.engine.has_layer_hooks:
-            forget_calls(() if self.sharing else self.graph.sites)
+        if self.engine.has_layer_hooks and not self.sharing:
+            forget_calls(self.graph.sites)
+        if self.engine.known.get("row_by_row"):
             self.engine.left()
         self.ghost = self.passes = None
         self.losses = self.losses.detach()

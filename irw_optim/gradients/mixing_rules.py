@@ -57,6 +57,12 @@ def along(name: str) -> Rule:
     return rule
 
 
+def sliced(output: Output) -> Sequence[int]:
+    """A part along a remembered dimension, or all of it, as ``x[0:]`` is."""
+    whole = tuple(output.inputs[0]) == tuple(output.shape)
+    return reshaped(output) if whole else along("_saved_dim")(output)
+
+
 def along_last(count: int) -> Rule:
     """Works along the last dimensions."""
 

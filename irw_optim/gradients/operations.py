@@ -37,6 +37,7 @@ from irw_optim.gradients.mixing_rules import (
     removing,
     repeating,
     reshaped,
+    sliced,
     strided,
     swapping,
     unreduced,
@@ -78,9 +79,10 @@ _NAMED = (
     _Named(
         along("_saved_dim"),
         "Cat Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C Gather Glu IndexAdd IndexSelect "
-        "LogSoftmax Logcumsumexp SafeSoftmax Scatter ScatterAdd Slice Softmax Sort Split "
-        "SplitWithSizes Topk UnsafeSplit UnsafeSplitWithSizes",
+        "LogSoftmax Logcumsumexp SafeSoftmax Scatter ScatterAdd Softmax Sort Split SplitWithSizes "
+        "Topk UnsafeSplit UnsafeSplitWithSizes",
     ),
+    _Named(sliced, "Slice"),
     _Named(along("_saved_dims"), "Flip Roll"),
     _Named(
         reducing,

@@ -47,3 +47,8 @@ KEPT_OUT = (
     "products, and would take one backward pass a sample. Uncompiled, the graph shows how they are "
     "used. See 'torch.compile' in the documentation of models"
 )
+
+WITHOUT_CUDNN = (
+    "recurrent layers take torch's own kernels from now on, through which changes go forwards: the "
+    "gradient of cuDNN's cannot be differentiated, and would take one backward pass a sample"
+)

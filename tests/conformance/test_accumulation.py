@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from irw_optim import DBSCANFilter, IRWOptimizer
 
+DEVICE = torch.get_default_device().type
 SIZES = (5, 2, 4)
 K = len(SIZES)
 
@@ -238,7 +239,7 @@ def test_hooks_on_parameters_hear_the_gradient_once(name: str) -> None:
 
 def test_a_scaler_and_an_infinite_gradient() -> None:
     run = built("layers", accumulation_steps=K)
-    scaler = GradScaler("cpu", init_scale=2.0**10)
+    scaler = GradScaler(DEVICE, init_scale=2.0**10)
     for poison in (None, float("inf")):
         before = [p.detach().clone() for p in run.parameters]
         run.optimizer.zero_grad()

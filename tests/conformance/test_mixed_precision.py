@@ -14,6 +14,8 @@ from torch.amp import GradScaler
 
 from irw_optim import IRWOptimizer
 
+DEVICE = torch.get_default_device().type
+
 FUSED = [
     Inner("Adam-fused", lambda p: torch.optim.Adam(p, lr=1e-2, fused=True)),
     Inner("SGD-fused", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)),
@@ -58,7 +60,7 @@ def test_scaled_training_is_unscaled_training(inner: Inner, clip: float | None) 
     if clip is not None and inner in FUSED:
         pytest.skip("torch refuses to unscale twice")
     scaled, plain = single_precision(inner), single_precision(inner)
-    scaler = GradScaler("cpu", init_scale=2.0**12)
+    scaler = GradScaler(DEVICE, init_scale=2.0**12)
     for x, y in batches():
         scaled_step(scaled, scaler, (x, y), clip=clip)
         plain.evaluate(x, y)
@@ -77,7 +79,7 @@ def test_scaled_training_is_unscaled_training(inner: Inner, clip: float | None) 
 def test_a_step_skipped_for_infinity_changes_nothing(
     inner: Inner, poison: float, zeroing: str
 ) -> None:
-    run, scaler = single_precision(inner), GradScaler("cpu", init_scale=2.0**12)
+    run, scaler = single_precision(inner), GradScaler(DEVICE, init_scale=2.0**12)
     first, skipped, last = batches(3)
     scaled_step(run, scaler, first)
     parameters = [p.detach().clone() for p in run.parameters]
@@ -100,7 +102,7 @@ def test_a_step_skipped_for_infinity_changes_nothing(
 @inners
 @pytest.mark.parametrize("broken", ["losses", "gradients"])
 def test_the_scaler_decides_about_a_batch_that_is_not_finite(inner: Inner, broken: str) -> None:
-    run, scaler = single_precision(inner), GradScaler("cpu", init_scale=2.0**12)
+    run, scaler = single_precision(inner), GradScaler(DEVICE, init_scale=2.0**12)
     x, y = batches(1)[0]
     scaled_step(run, scaler, (x, y))
     state = copy.deepcopy(run.optimizer.state_dict())
@@ -108,7 +110,7 @@ def test_the_scaler_decides_about_a_batch_that_is_not_finite(inner: Inner, broke
     if broken == "losses":
         x = x.index_fill(0, torch.tensor([3]), float("inf"))
     else:
-        scaler = GradScaler("cpu", init_scale=float("inf"))
+        scaler = GradScaler(DEVICE, init_scale=float("inf"))
     scaled_step(run, scaler, (x, y))
     assert all(map(torch.equal, run.parameters, parameters))
     assert same(run.optimizer.state_dict(), state)
@@ -119,7 +121,7 @@ def test_the_scaler_decides_about_a_batch_that_is_not_finite(inner: Inner, broke
 
 def test_a_disabled_scaler_is_transparent() -> None:
     run, plain = single_precision(SGD), single_precision(SGD)
-    scaler = GradScaler("cpu", enabled=False)
+    scaler = GradScaler(DEVICE, enabled=False)
     for batch in batches():
         scaled_step(run, scaler, batch)
         plain.step(*batch)
@@ -152,7 +154,7 @@ class TakesTheScaler(torch.optim.SGD):
 def test_an_optimizer_that_takes_the_scaler_as_argument_gets_unscaled_gradients() -> None:
     old = Inner("old", lambda p: TakesTheScaler(p, lr=0.1, momentum=0.9, weight_decay=1e-3))
     scaled, plain = single_precision(old), single_precision(SGD)
-    scaler = GradScaler("cpu", init_scale=2.0**12)
+    scaler = GradScaler(DEVICE, init_scale=2.0**12)
     for batch in batches():
         scaled_step(scaled, scaler, batch)
         plain.step(*batch)
@@ -196,16 +198,16 @@ def test_autocast(dtype: torch.dtype, engine: str) -> None:
         engine=engine,
     )
     twin = deep()
-    scaler = GradScaler("cpu", init_scale=2.0**10, enabled=dtype == torch.float16)
+    scaler = GradScaler(DEVICE, init_scale=2.0**10, enabled=dtype == torch.float16)
     for x, y in batches(3):
         twin.load_state_dict(model.state_dict())
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(DEVICE, dtype=dtype):
             losses = nn.functional.cross_entropy(twin(x), y, reduction="none")
         assert losses.dtype == torch.float32
         oracle = reference.step(losses, twin.parameters(), ALPHA)
 
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(DEVICE, dtype=dtype):
             output = model(x)
             loss = criterion(output, y)
         assert output.dtype == dtype
@@ -235,7 +237,7 @@ def test_weights_under_fp16_do_not_depend_on_the_scale() -> None:
             model=model,
             criterion=criterion,
         )
-        with torch.autocast("cpu", dtype=torch.float16):
+        with torch.autocast(DEVICE, dtype=torch.float16):
             loss = criterion(model(x), y)
         (scale * loss).backward()
         weights.append(optimizer.last_step.weights)

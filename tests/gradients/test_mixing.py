@@ -86,6 +86,7 @@ APART: dict[str, Operation] = {
     "norm": lambda h: h / h.norm(dim=-1, keepdim=True),
     "concatenation": lambda h: torch.cat([h, h.flip(1)], 1),
     "stacks": lambda h: torch.stack([h, h * 2], 1).unbind(2)[0],
+    "a slice of the whole": lambda h: h.narrow(0, 0, B) + h.narrow(1, 0, T),
     "pieces": lambda h: h.chunk(2, -1)[0] * h.split([1, 3], -1)[0],
     "shifts": lambda h: h.roll(1, 1) + h.flip(-1) + h.cumsum(1) + h.sort(1)[0],
     "looked up": lambda h: h.gather(1, torch.tensor([0, 2]).view(1, 2, 1).expand(B, 2, D)),

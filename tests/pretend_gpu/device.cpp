@@ -223,9 +223,9 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(
   return {back(a, input), back(b, input), back(c, input)};
 }
 
-int64_t attention_choice(const Tensor&, const Tensor&, const Tensor&, const Maybe&, double, bool,
-                         std::optional<double>, bool) {
-  const bool fused = at::globalContext().userEnabledFlashSDP();
+int64_t attention_choice(const Tensor&, const Tensor&, const Tensor&, const Maybe&, double dropout,
+                         bool, std::optional<double>, bool) {
+  const bool fused = at::globalContext().userEnabledFlashSDP() && dropout == 0;
   return static_cast<int64_t>(fused ? sdp::SDPBackend::overrideable : sdp::SDPBackend::math);
 }
 

@@ -142,6 +142,7 @@ def test_detached_schemes_and_monitors_are_attached_anew():
     assert not any(module.training is False for module in model.modules())
 
 
+@pytest.mark.cpu("its worker is forked, which a device does not survive")
 def test_workers_that_persist_stay_with_the_original():
     training = parts(num_workers=1, persistent_workers=True)
     loader = training[4].loader.loader

@@ -178,6 +178,7 @@ def test_single_precision_agrees_to_rounding(model, data):
     assert reference.error(weights_of(model.float(), single, batch_size=8), expected) < 1e-4
 
 
+@pytest.mark.cpu("its workers are forked, which a device does not survive")
 def test_two_workers_read_what_the_process_itself_reads(model, data):
     loader = DataLoader(data, batch_size=16, shuffle=True, num_workers=2)
     actual = global_weights(model, nn.CrossEntropyLoss(), loader, 0.2, progress=False)

@@ -269,6 +269,7 @@ def test_a_recorder_that_somebody_wrapped_passes_on() -> None:
     hooks = hook_layers(model)
     found = layer.forward
     layer.forward = lambda x: found(x)
+    assert vars(copy.deepcopy(layer))["forward"] is layer.forward
     del hooks
     assert layer(torch.ones(2, WIDTH, dtype=torch.float64)).shape == (2, CLASSES)
 
