@@ -175,7 +175,10 @@ def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         first = int((~np.isfinite(array.reshape(len(array), -1))).any(1).argmax())
         raise ValueError(f"{name} X[{first}] has NaN or infinity: fill it, or leave it out")
-    x = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    if isinstance(values, Tensor):
+        x = values
+    else:  # pandas may hand out what nobody may write to, which torch does not share
+        x = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     codes = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
     if codes and not x.is_floating_point():
         return x.long()

@@ -99,6 +99,17 @@ class TestInput:
         for name in NAMES:
             assert (found[name] == expected[name]).mean() > 0.99
 
+    def test_arrays_that_nobody_may_write_to(self, expected):
+        train, validation = people(), people(seed=1)
+        for part in (*train, *validation):
+            part.flags.writeable = False
+        torch.set_warn_always(True)  # once a process otherwise, and it would be over
+        try:
+            found = compare(train, validation, remedies=NAMES).predictions
+        finally:
+            torch.set_warn_always(False)
+        assert (found["IRW"] == expected["IRW"]).mean() > 0.99
+
     def test_batches_that_are_dicts(self, expected):
         train, validation = (Rows(people(seed=s), dict) for s in (0, 1))
         found = compare(
