@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from irw_optim.backward.deferred import Deferred, deferred_loss, seed_of, without_autocast
+from irw_optim.backward.deferred import deferred_loss, seed_of, without_autocast
 from irw_optim.backward.passes import Pass
-from irw_optim.backward.weighted_loss import Weigher
+from irw_optim.backward.weighted_loss import BatchPass, Weigher
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.concatenated import ConcatenatedGradients
 from irw_optim.gradients.ghost import check_inputs
@@ -90,15 +90,13 @@ class LogicalBatch:
         self.members = []
 
 
-class _Member(Deferred):
+class _Member(BatchPass):
     """One physical batch, from its forward to the end of the logical one."""
 
     ALREADY_PASSED = (
         "a second backward pass through one loss cannot be a part of a logical batch: "
         "expected one backward() for each loss, or IRWOptimizer without accumulation_steps"
     )
-
-    captured: LossGradients
 
     def __init__(
         self,
@@ -109,12 +107,9 @@ class _Member(Deferred):
         weigher: Weigher,
         anchor: GradientEdge,
     ) -> None:
-        super().__init__(captured)
+        super().__init__(batch, captured, scored, weigher)
         self.anchor = anchor
         self.logical = logical
-        self.batch = batch
-        self.scored = scored
-        self.weigher = weigher
         self.factor: Tensor | float = 0.0
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:

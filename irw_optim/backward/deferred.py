@@ -23,8 +23,10 @@ from irw_optim.torch_internals import graph_is_kept
 class Deferred:
     """What a loss does when its backward pass arrives: once, unless the graph is kept.
 
-    Args:
+    Attributes:
         captured: the gradients of single losses, held until the pass is over; None for none.
+        leaves: of the model's graph, if it is these that get the gradients.
+        passed: whether it has happened.
     """
 
     ALREADY_PASSED = (
@@ -32,9 +34,9 @@ class Deferred:
         "loss.backward(retain_graph=True) the first time"
     )
 
-    def __init__(self, captured: LossGradients | None) -> None:
-        self.captured = captured
-        self.passed = False
+    captured: LossGradients | None = None
+    leaves: tuple[Tensor, ...] = ()
+    passed = False
 
     def gradients(self, upstream: Tensor) -> list[Tensor | None]:
         """The gradient of every leaf, for the gradient ``upstream`` of the scalar loss."""

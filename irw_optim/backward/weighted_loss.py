@@ -82,11 +82,19 @@ def weighted_loss(
         weigher: chooses the factors c when the gradients are known.
     """
     weighted = WeightedPass(batch, captured, scored, weigher)
+    weighted.leaves = (*captured.leaves, *captured.others)
     return deferred_loss(batch.value, weighted, weighted.leaves)
 
 
-class WeightedPass(Deferred):
-    """What the backward pass of one loss will need."""
+class BatchPass(Deferred):
+    """The backward pass of one batch that is weighed.
+
+    Args:
+        batch: the per-sample losses, detached.
+        captured: their gradients.
+        scored: which leaves' gradients make the score.
+        weigher: chooses the factors.
+    """
 
     captured: LossGradients
 
@@ -98,11 +106,13 @@ class WeightedPass(Deferred):
         weigher: Weigher,
     ) -> None:
         self.captured = captured
-        self.passed = False
         self.batch = batch
         self.scored = scored
         self.weigher = weigher
-        self.leaves = (*captured.leaves, *captured.others)
+
+
+class WeightedPass(BatchPass):
+    """One that is weighed by itself, and gives the leaves their gradients."""
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
         """Weigh, and sum up."""

@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from irw_optim.backward.deferred import Deferred, deferred_loss, seed_of
+from irw_optim.backward.deferred import deferred_loss, seed_of
 from irw_optim.backward.passes import Pass
-from irw_optim.backward.weighted_loss import Weigher
+from irw_optim.backward.weighted_loss import BatchPass, Weigher
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.coverage import Covering
@@ -73,10 +73,8 @@ def sharded_loss(
     return deferred_loss(batch.value, deferred, [captured.losses])
 
 
-class _ShardedPass(Deferred):
+class _ShardedPass(BatchPass):
     """Behind a node between losses and scalar, which hands the losses their factors."""
-
-    captured: LossGradients
 
     def __init__(
         self,
@@ -86,10 +84,7 @@ class _ShardedPass(Deferred):
         weigher: Weigher,
         model: Sharded,
     ) -> None:
-        super().__init__(captured)
-        self.batch = batch
-        self.scored = scored
-        self.weigher = weigher
+        super().__init__(batch, captured, scored, weigher)
         self.model = model
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:

@@ -74,7 +74,6 @@ class _ByLosses(Deferred):
     """Behind a node that hands the losses their factors."""
 
     def __init__(self, weigher: OverRanks, batch: PerSampleLosses) -> None:
-        super().__init__(None)
         self.weigher = weigher
         self.batch = batch._replace(losses=batch.losses.detach())
 

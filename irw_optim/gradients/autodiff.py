@@ -123,14 +123,14 @@ class AutodiffGradients:
         finite either way is for the step to say.
         """
         if self._newest is None:
-            return torch.zeros((), dtype=torch.bool)
+            return torch.zeros((), dtype=torch.bool, device=scores.device)
         weights, combined = self._newest
         terms = weights.to(scores.dtype) * scores
         expected = _inner(combined, direction)
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(self.losses.dtype, 1e-1)
         rounding = torch.finfo(terms.dtype).tiny  # of numbers below it
-        off = (terms.sum() - expected).abs() <= tolerance * terms.abs().sum() + rounding
-        return expected.isfinite() & ~off
+        off = (terms.sum() - expected).abs() > tolerance * terms.abs().sum() + rounding
+        return expected.isfinite() & off
 
     def _go_row_by_row(self, reason: str) -> None:
         self.known["row_by_row"] = True

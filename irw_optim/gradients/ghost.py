@@ -70,7 +70,7 @@ class GhostGradients:
         """G (G^T c), shape (B,): for small batches there are ways that are shorter than g_S."""
         factor = self._factor
         rows = RowWeights(coefficients if factor is None else coefficients / factor)
-        meeting = set() if self._apart() else _sharing(self.calls)
+        meeting = set() if _apart(self.calls) else _sharing(self.calls)
         total: Tensor | None = None
         for call in self.calls:
             if call not in meeting:
@@ -84,15 +84,6 @@ class GhostGradients:
             total = products if total is None else total + products
         assert total is not None, "rows without columns"
         return total if factor is None else total / factor
-
-    def _apart(self) -> bool:
-        """Whether no parameter is in two calls: then <g_i, g_j> has no terms between them."""
-        number = 0
-        distinct: set[Tensor] = set()
-        for call in self.calls:
-            number += len(call.parameters)
-            distinct.update(call.parameters.values())
-        return number == len(distinct)
 
     def gram(self) -> Tensor:
         gram = _sum(
@@ -224,6 +215,16 @@ def _with_roles(call: LayerCall, chosen: Container[Tensor]) -> LayerCall:
     return part
 
 
+def _apart(calls: Sequence[LayerCall]) -> bool:
+    """Whether no parameter is in two calls: then <g_i, g_j> has no terms between them."""
+    number = 0
+    distinct: set[Tensor] = set()
+    for call in calls:
+        number += len(call.parameters)
+        distinct.update(call.parameters.values())
+    return number == len(distinct)
+
+
 def _sharing(calls: Sequence[LayerCall]) -> set[LayerCall]:
     """The calls that share a parameter with another one."""
     groups = _sharing_parameters(calls)
@@ -232,8 +233,7 @@ def _sharing(calls: Sequence[LayerCall]) -> set[LayerCall]:
 
 def _sharing_parameters(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:
     """Calls grouped so that no parameter is in two groups: <g_i, g_j> has no terms between."""
-    names = [id(p) for call in calls for p in call.parameters.values()]
-    if len(set(names)) == len(names):
+    if _apart(calls):
         return [[call] for call in calls]
     groups: list[tuple[set[Tensor], list[LayerCall]]] = []
     for call in calls:

@@ -152,6 +152,7 @@ def _look(
         return _Look(0.0, True, True, False, True)
     largest: Tensor = torch.linalg.vector_norm(squares, math.inf)  # NaN if one is NaN
     seed, doubt = getattr(gradients, "seed", None), getattr(gradients, "doubt", None)
+    # What there is none of is stood in for, so that the numbers keep their places.
     numbers = [
         largest,
         largest if seed is None else seed,

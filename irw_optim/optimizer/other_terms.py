@@ -91,7 +91,7 @@ class _Watched:
     def __init__(self, deferred: Deferred, terms: OtherTerms) -> None:
         self.deferred = deferred
         self.terms = terms
-        self.leaves = getattr(deferred, "leaves", ())
+        self.leaves = deferred.leaves
 
     def gradients(self, upstream: Tensor) -> list[Tensor | None]:
         if not self.terms.watching or not self.leaves:

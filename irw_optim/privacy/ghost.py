@@ -118,7 +118,7 @@ class _Arrival(Deferred):
     """What happens when the backward pass arrives at the losses."""
 
     def __init__(self, pending: GhostBatch, losses: Tensor, captured: LossGradients | None) -> None:
-        super().__init__(captured)
+        self.captured = captured
         self.pending = weakref.ref(pending)  # the loss may outlive the training
         self.losses = losses
 
