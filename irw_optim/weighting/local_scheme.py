@@ -64,6 +64,11 @@ class LocalScheme:
         """Whether the weights depend on more than the losses."""
         return self.outliers is not None or getattr(self.rule, "needs_gradients", True)
 
+    @property
+    def needs_one_product(self) -> bool:
+        """Whether all that they need of G is G (G^T c), for one c."""
+        return self.outliers is None and isinstance(self.rule, Alignment)
+
     def decide(
         self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
     ) -> StepRecord:
@@ -100,6 +105,7 @@ class Averaging:
     """Plain training, as a scheme: the warm-up."""
 
     needs_gradients = False
+    needs_one_product = True  # none at all, but the gradient
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
         """Equal weights."""
