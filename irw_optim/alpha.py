@@ -16,12 +16,12 @@ With truth probability p and m groups of shares pi_k, answer k is given with pro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 from irw_optim.arguments import as_real, whole_number
@@ -176,13 +176,14 @@ def estimate_alpha(
         shares: Vector = (rho - (1 - p) / num_groups) / p
         return shares
 
-    counts = torch.bincount(answers, minlength=num_groups).tolist()
-    proportions = project_onto_simplex(share_of(np.array(counts) / len(answers)))
-    intervals = share_of(_intervals(counts, len(answers), confidence, "two-sided")).clip(0, 1)
-    bounds = share_of(_intervals(counts, len(answers), confidence, "greater")).clip(0, 1)
+    counts = torch.bincount(answers, minlength=num_groups).cpu().numpy()
+    proportions = project_onto_simplex(share_of(counts / len(answers)))
+    low, high = _clopper_pearson(counts, len(answers), (1 - confidence) / 2)
+    bound, _ = _clopper_pearson(counts, len(answers), 1 - confidence)
+    intervals = share_of(np.stack([low, high], axis=1)).clip(0, 1)
     return AlphaEstimate(
         alpha=float(proportions.min()),
-        lower_bound=float(bounds[:, 0].min()),
+        lower_bound=float(share_of(bound).clip(0, 1).min()),
         proportions=tuple(proportions.tolist()),
         intervals=tuple((start, end) for start, end in intervals.tolist()),
         confidence=confidence,
@@ -213,12 +214,13 @@ def project_onto_simplex(point: npt.ArrayLike) -> Vector:
     return projected
 
 
-def _intervals(counts: Iterable[int], total: int, confidence: float, side: str) -> Vector:
-    """Clopper and Pearson's intervals of binomial probabilities, (m, 2)."""
-    from scipy.stats import binomtest  # slow to load, and rarely asked for
-
-    tests = (binomtest(count, total, alternative=side) for count in counts)
-    return np.array([tuple(test.proportion_ci(confidence, "exact")) for test in tests])
+def _clopper_pearson(
+    counts: npt.NDArray[np.int64], total: int, tail: float
+) -> tuple[Vector, Vector]:
+    """Bounds of binomial probabilities, each of them wrong with probability ``tail`` at most."""
+    low = betaincinv(counts.clip(min=1), total - counts + 1, tail)
+    high = betaincinv(counts + 1, (total - counts).clip(min=1), 1 - tail)
+    return np.where(counts == 0, 0.0, low), np.where(counts == total, 1.0, high)
 
 
 def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:
