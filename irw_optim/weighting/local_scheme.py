@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -64,7 +65,7 @@ class LocalScheme:
         """Whether the weights depend on more than the losses."""
         return self.outliers is not None or getattr(self.rule, "needs_gradients", True)
 
-    @property
+    @cached_property
     def needs_one_product(self) -> bool:
         """Whether all that they need of G is G (G^T c), for one c."""
         return self.outliers is None and isinstance(self.rule, Alignment)
