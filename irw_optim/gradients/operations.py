@@ -96,7 +96,7 @@ _NAMED = (
     _Named(multiplying, "Addmm Baddbmm Bmm Mm"),
     _Named(matrix_by_vector, "Mv"),
     _Named(linear, "Linear MkldnnLinear"),
-    _Named(with_weights(), "Convolution ConvolutionOverrideable NativeGroupNorm"),
+    _Named(with_weights(), "Col2Im Convolution ConvolutionOverrideable Im2Col NativeGroupNorm"),
     _Named(layer_norm, "NativeLayerNorm FusedRmsNorm"),
     _Named(batch_norm, "CudnnBatchNorm MiopenBatchNorm NativeBatchNorm"),
     _Named(of_shared_tables, "Embedding EmbeddingBag"),

@@ -75,6 +75,8 @@ APART: dict[str, Operation] = {
     ],
     "convolution": lambda h: F.conv1d(h.mT, square()[:, :, None].expand(-1, -1, 2)),
     "pooling": lambda h: F.max_pool1d(h, 2) + F.avg_pool1d(h, 2),
+    "windows": lambda h: F.unfold(h[:, None], (2, 3), padding=1).softmax(1),
+    "windows and back": lambda h: F.fold(F.unfold(h[:, None], (2, 2)).softmax(1), (T, D), (2, 2)),
     "layer norm": lambda h: F.layer_norm(h, (D,), square()[0]),
     "group norm": lambda h: F.group_norm(h.mT, 2),
     "instance norm": lambda h: F.instance_norm(h.mT),
@@ -117,6 +119,9 @@ MIXED: dict[str, Operation] = {
     "gathered": lambda h: h.gather(0, torch.zeros(B, T, D, dtype=torch.long)),
     "scattered": lambda h: torch.zeros_like(h).index_add(0, torch.tensor([0, 1, 1]), h),
     "transposed": lambda h: h.transpose(0, 1),
+    "windows over the batch": lambda h: F.fold(
+        F.unfold(h.permute(2, 0, 1)[None], (2, 1)).softmax(1), (B, T), (2, 1)
+    )[0].permute(1, 2, 0),
     "another fold": lambda h: h.reshape(B * T, D).view(T, B, D).transpose(0, 1),
     "linear over the batch": lambda h: (h.permute(1, 2, 0) @ square(B)).permute(2, 0, 1),
     "between samples": lambda h: (h[:, 0] @ h[:, 0].t()).softmax(-1) @ h[:, 0],
