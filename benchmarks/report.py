@@ -36,6 +36,8 @@ FIGURES = ROOT / "docs" / "figures"
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "irw-optim")
 PERCENT = ("accuracy", "worst", "heavier", "picked")
 PRECISE = ("variance", "distance")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, for readers with any colour vision."""
 
 # The command line -----------------------------------------------------------------------------
 
@@ -248,6 +250,7 @@ def figure(
     from matplotlib.figure import Figure
 
     look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    look["axes.prop_cycle"] = mpl.cycler(color=COLOURS)
     with mpl.rc_context({"svg.hashsalt": "irw-optim", **look}):
         drawn = Figure(figsize=size, layout="constrained")
         axes = drawn.subplots(rows, columns, squeeze=False, **more)
