@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.report import FIGURES
 from benchmarks.zoo.entry import Entry
-from benchmarks.zoo.picture import draw
+from benchmarks.zoo.picture import draw, stored
 from benchmarks.zoo.registry import ENTRIES, GROWING, named
 from benchmarks.zoo.report import as_markdown, growth_as_markdown, summary
 
@@ -55,8 +56,7 @@ def main() -> None:
         print("\n".join(f"{e.family:24s} B = {e.size:<5d} {e.name}" for e in entries))
         return
     if options.again:
-        stored = json.loads((options.out / "zoo.json").read_text())
-        draw([f for f in stored["models"] if "time" in f])
+        draw(stored(options.out / "zoo.json"), FIGURES / "zoo.png")
         return
     seconds = QUICK_SECONDS if options.quick else SECONDS
     if options.growth:
@@ -75,7 +75,7 @@ def main() -> None:
         "models": list(map(rounded, found)),
     }
     _store(options.out / "zoo", text, result)
-    draw(measured)
+    draw(measured, FIGURES / "zoo.png")
 
 
 def measure(work: Sequence[tuple[Entry, int]], seconds: float, exact: bool) -> list[dict[str, Any]]:

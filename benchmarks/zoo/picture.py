@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -10,9 +12,15 @@ from benchmarks import report
 TIME, MEMORY = "#0072B2", "#D55E00"  # blue and vermilion of Okabe and Ito, told apart by all
 
 
-def draw(found: list[dict[str, Any]]) -> None:
+def stored(path: Path) -> list[dict[str, Any]]:
+    """The models of the last full run that were measured."""
+    models: list[dict[str, Any]] = json.loads(path.read_text())["models"]
+    return [found for found in models if "time" in found]
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
     """Sorted dots of time and memory, multiples of a plain step."""
-    with report.figure("zoo.png", 1, 1, (4.8, 3.3), dpi=180) as ((axes,),):
+    with report.figure(str(path), 1, 1, (4.8, 3.3), dpi=180) as ((axes,),):
         for what, color, marker in (("time", TIME, "o"), ("memory", MEMORY, "^")):
             values = sorted(f[what] for f in found if what in f)
             share = [100 * (i + 0.5) / len(values) for i in range(len(values))]
