@@ -34,7 +34,7 @@ class Look(NamedTuple):
 
 
 BLUE, ORANGE, GREEN = Look("#0072B2", "o"), Look("#D55E00", "s"), Look("#009E73", "^")
-PURPLE = Look("#AA4499", "D")
+PURPLE = Look("#CC79A7", "D")
 WIDTH = 4.6
 """Inches: what a telephone shows without making the letters small."""
 

@@ -70,8 +70,9 @@ def panels(result: Comparison) -> list[str]:
             _dots(figure.subplots(), result, metric, names)
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata={"Date": None})
-            text = file.getvalue()
-            found.append(text[text.index("<svg") :].replace("#000000", "currentColor"))
+            said = f'<svg role="img" aria-label="{metric.name}, differences to plain"'
+            text = file.getvalue().replace("<svg", said, 1).replace("#000000", "currentColor")
+            found.append(text[text.index("<svg") :])
     return found
 
 
