@@ -63,7 +63,8 @@ def panels(result: Comparison) -> list[str]:
 
     found = []
     shown, names = _shown(result)
-    bare = STYLE | {"figure.facecolor": "none", "axes.facecolor": "none", "grid.color": "#8885"}
+    bare = {"figure.facecolor": "none", "axes.facecolor": "none", "grid.color": "#8885"}
+    bare = STYLE | bare | {"axes.titlesize": 8.5}
     with rc_context(bare):  # type: ignore[arg-type]  # it lists every key
         for metric in shown:
             figure = Figure((3.5, 0.9 + 0.25 * len(names)), layout="constrained")
