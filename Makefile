@@ -37,8 +37,9 @@ MACHINES := $(addprefix test-machine-,oldest default avx2 mkl onednn threads)
 # What makes sense on another device: processes, pages, other libraries' loops and data sets are
 # about the host.
 DEVICE_TESTS := tests/device tests/conformance tests/gradients tests/monitor tests/schemes \
-	tests/test_criterion.py tests/test_optimizer.py tests/test_outliers.py tests/test_safety.py \
-	tests/test_verify.py tests/test_weighting.py
+	tests/criterion/test_criterion.py tests/optimizer/test_optimizer.py \
+	tests/optimizer/test_safety.py tests/weighting/test_outliers.py tests/weighting/test_weighting.py \
+	tests/test_verify.py
 
 # A stamp file stands for "installed": it is renewed when one of these changes.
 DEFINITION := pyproject.toml constraints.txt

@@ -2,13 +2,22 @@
 
 import logging
 import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+# The benchmarks are part of the repository, not of the package.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 # Loaded by `make test-device` alone: it makes another device the default one.
 collect_ignore = ["pretend_gpu"]
+
+# Without the report extra there is nothing to test of them.
+collect_ignore += [] if find_spec("pandas") else ["benchmarks"]
 
 # Tiny tensors: a second thread only costs. `make test-machines` tries two.
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))

@@ -73,7 +73,8 @@ class AutodiffGradients:
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         # Copies: recorded graphs (CUDA) write into the same memory at every pass.
-        combined = {p: g.clone() for p, g in self._backward(weights).items()}
+        passed = self._backward(weights)
+        combined = {p: passed.pop(p).clone() for p in self.parameters}
         self._newest = weights, combined
         return combined
 

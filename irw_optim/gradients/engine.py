@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -28,7 +27,7 @@ from irw_optim.gradients.loss_gradients import WAITING, LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_that_entered
 from irw_optim.gradients.next_forward import goes_forwards_next
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.gradients.readings import Plan, in_a_pass_to_all, read, with_layouts
+from irw_optim.gradients.readings import NOTHING_READ, Plan, read_in_a_pass, with_layouts
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
 
 logger = logging.getLogger("irw_optim")
@@ -107,7 +106,11 @@ class Engine(Renewed):
             self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
 
     def capture(
-        self, losses: Tensor, owns: Callable[[Sequence[Tensor]], set[Tensor]] | None = None
+        self,
+        losses: Tensor,
+        owns: Callable[[Sequence[Tensor]], set[Tensor]] | None = None,
+        *,
+        one_product: bool = False,
     ) -> LossGradients:
         """Take note of a batch of losses: what leads to them, and who else shares it.
 
@@ -115,6 +118,7 @@ class Engine(Renewed):
             losses: (B,), with their graph.
             owns: tells, of the leaves, the model's (and more, perhaps); None for all. The others'
                 gradient is the plain one.
+            one_product: whether a single G (G^T c) is all that the scores need of G.
         """
         if self.hooks is None:
             self.begin()
@@ -124,7 +128,8 @@ class Engine(Renewed):
             self.sees_fused = any(map(is_compiled, graph.order))
         own = None if owns is None else owns(graph.leaves)
         batch = LossGradients(self, losses, graph, own)
-        batch.kind = (*fingerprint(losses, graph), *map(id, batch.leaves))
+        batch.one_product = one_product
+        batch.kind = (*fingerprint(losses, graph), one_product, *map(id, batch.leaves))
         if batch.kind not in self.plans:
             refuse_reentrant_checkpoints(graph.order)
         WAITING.join(batch)
@@ -155,7 +160,8 @@ class Engine(Renewed):
         batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
         found = None
         if batch.followed and not sharded:
-            found = in_a_pass_to_all(losses, graph, partial(read, graph, batch, own))
+            spares = captured.one_product and self.kind == "auto"
+            found = read_in_a_pass(losses, graph, batch, own, spares_memory=spares)
         if found is not None:
             graph.sites = found[1]
         elif not sharded and size > 1 and self._goes_forwards(batch, graph):
@@ -170,10 +176,12 @@ class Engine(Renewed):
             covering = covering_of(graph, own, size, batch, trust)
             if size > 1:
                 _remember(self.coverings, kind, covering)
-                if not sharded:
+                if found is NOTHING_READ:
+                    self.tell(logging.INFO, "recomputed", texts.RECOMPUTED)
+                elif not sharded:
                     self._report(covering, own)
-                    if rows := rows_that_entered(graph, batch, size):
-                        self.tell(logging.WARNING, "parts", texts.parts(size, rows))
+                if not sharded and (rows := rows_that_entered(graph, batch, size)):
+                    self.tell(logging.WARNING, "parts", texts.parts(size, rows))
         if found is not None:
             plan = Plan(with_layouts(found[0], graph), covering)
             _remember(self.plans, captured.kind, plan)

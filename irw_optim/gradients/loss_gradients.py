@@ -45,6 +45,7 @@ class LossGradients:
         leaves: those of the model.
         others: inputs, and parameters of other networks: their gradient is the plain one.
         uncovered: leaves that the ghost products do not cover.
+        one_product: whether a single G (G^T c) is all that is asked of G.
         apart: whether the graph proves that no sample reads another; known once `start` has run.
     """
 
@@ -68,6 +69,7 @@ class LossGradients:
         self.ghost: GhostGradients | None = None
         self.passes: BackwardPasses | None = None
         self.kind: tuple[object, ...] = ()
+        self.one_product = False
 
     def start(self, seed: Tensor, keep_graph: bool) -> None:
         """The backward pass to the layers' outputs, with its check where one is due.

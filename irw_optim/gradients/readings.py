@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from irw_optim.gradients.layers import FIRST, LayerCall, Layout
 from irw_optim.gradients.mixing import Batch
 from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
 from irw_optim.gradients.nodes import base_name
+from irw_optim.gradients.recomputation import unless_recomputed
 from irw_optim.gradients.unheard import in_a_pass
 
 _Value = TypeVar("_Value")
@@ -51,9 +52,14 @@ class Reading(NamedTuple):
     layouts: tuple[Layout | None, ...] | None = None
 
 
-def read(
-    graph: Graph, batch: Batch, own: Iterable[Tensor]
-) -> tuple[list[Reading], list[CallSite]] | None:
+Found: TypeAlias = tuple[list[Reading], list[CallSite]] | None
+"""Operations that read what the samples share, and the layer calls of one graph."""
+
+NOTHING_READ: Found = ([], [])
+"""Where reading would cost more memory than the model was to take."""
+
+
+def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
     """What a graph reads in which the batch is known everywhere, and the layer calls of it.
 
     Args:
@@ -84,6 +90,24 @@ def read(
         readings.append(reading)
         sites += found
     return readings, sites
+
+
+def read_in_a_pass(
+    losses: Tensor, graph: Graph, batch: Batch, own: Iterable[Tensor], *, spares_memory: bool
+) -> Found:
+    """`read`, where nodes know that all of their inputs are wanted.
+
+    Args:
+        losses: (B,), with their graph.
+        graph: of the losses.
+        batch: where the batch is in it.
+        own: the leaves of which gradients are wanted.
+        spares_memory: whether to read nothing, rather than have a part of the forward recomputed.
+    """
+    look = partial(read, graph, batch, own)
+    return in_a_pass_to_all(
+        losses, graph, unless_recomputed(look, NOTHING_READ) if spares_memory else look
+    )
 
 
 def sites_of(

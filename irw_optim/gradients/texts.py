@@ -8,6 +8,12 @@ ROWS_AS_THEY_ARE = (
     "irw_optim.verify(model, ...) on the plain model does"
 )
 
+RECOMPUTED = (
+    "activation checkpointing: scores are pushed forward, exact and in the memory of the plain "
+    'step, for about two and a half of its time; engine="ghost" takes the products instead, in '
+    "one and a half of its time, and in the memory of a step without checkpointing"
+)
+
 
 def many_losses(count: int) -> str:
     """Of losses that lead through one graph, such as those of time steps."""

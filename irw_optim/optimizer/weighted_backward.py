@@ -108,7 +108,8 @@ class WeightedBackward(Renewed):
         weigher: Weigher = OneProcess(scheme, self.note)
         if processes is not None:
             weigher = processes.weigher(weigher, scored, options)
-        captured = self.engine.capture(losses, self._owns)
+        one_product = getattr(scheme, "needs_one_product", False)
+        captured = self.engine.capture(losses, self._owns, one_product=one_product)
         if not captured.leaves:
             captured.close()
             if of_the_model:

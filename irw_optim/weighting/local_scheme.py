@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -64,6 +65,11 @@ class LocalScheme:
         """Whether the weights depend on more than the losses."""
         return self.outliers is not None or getattr(self.rule, "needs_gradients", True)
 
+    @cached_property
+    def needs_one_product(self) -> bool:
+        """Whether all that they need of G is G (G^T c), for one c."""
+        return self.outliers is None and isinstance(self.rule, Alignment)
+
     def decide(
         self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
     ) -> StepRecord:
@@ -100,6 +106,7 @@ class Averaging:
     """Plain training, as a scheme: the warm-up."""
 
     needs_gradients = False
+    needs_one_product = True  # none at all, but the gradient
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
         """Equal weights."""

@@ -7,9 +7,10 @@ from push_functions import FUNCTIONS
 from push_layers import LAYERS
 from push_linalg import COMPLEX, LINALG
 from push_losses import LOSSES
-from push_sequences import SEQUENCES
+from push_sequences import ATTENTION, SEQUENCES
 from pushes import Case, assert_case, names_in, numbers
 
+from irw_optim.gradients.forward import _fused
 from irw_optim.gradients.operations import RULES
 
 CASES = [*FUNCTIONS, *LINALG, *COMPLEX, *LAYERS, *LOSSES, *SEQUENCES]
@@ -27,6 +28,12 @@ ScaledDotProductFlashAttention ScaledDotProductFusedAttentionOverrideable Xlog1P
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_rows_of_autograd(case: Case, checkpointed: bool) -> None:
     assert_case(case, checkpointed=checkpointed)
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+def test_attention_in_blocks_of_samples(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fused, "_AT_ONCE", {"cpu": 1})
+    assert_case(case, checkpointed=False)
 
 
 def test_every_operation_of_the_table_is_tested() -> None:

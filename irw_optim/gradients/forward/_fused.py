@@ -6,6 +6,7 @@ What they compute is made of products, a softmax and a few functions, which are 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,25 +24,60 @@ from irw_optim.gradients.layers import LSTM, RECURRENT, gates_of
     "ScaledDotProductFusedAttentionOverrideable",
 )
 def _attention(node: Any, tangents: Tangents) -> Tensor | None:
-    """Of softmax(scale q k^T + mask) v, with the weights made anew."""
+    """Of softmax(scale q k^T + mask) v, with the weights made anew, for a few samples at a time."""
     if node._saved_dropout_p or any(t is not None for t in tangents[3:]):
         return None  # the mask of a fused dropout is nowhere
-    d_query, d_key, d_value = tangents[:3]
+    for name in _NOT_NEEDED:
+        getattr(node, name, None)
     query, key, value = node._saved_query, node._saved_key, node._saved_value
-    scale = node._saved_scale
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    masks = [getattr(node, name, None) for name in ("_saved_attn_mask", "_saved_attn_bias")]
+    scale = query.shape[-1] ** -0.5 if node._saved_scale is None else node._saved_scale
+    mask = next((m for m in masks if m is not None), None)
+    attended = partial(_attended, scale=scale, causal=node._saved_is_causal)
+    inputs: list[Any] = [query, key, value, mask, *tangents[:3]]
+    number = query[..., 0].numel() * key.shape[-2]
+    size = max(1, _AT_ONCE.get(query.device.type, 2**22) * len(query) // number)
+    if size >= len(query):
+        return attended(*inputs)
+    parts = (slice(start, start + size) for start in range(0, len(query), size))
+    return torch.cat([attended(*(_part(t, part, query) for t in inputs)) for part in parts])
+
+
+_NOT_NEEDED = ("_saved_output", "_saved_logsumexp", "_saved_out", "_saved_log_sumexp")
+"""What was recomputed is held until it is read."""
+
+_AT_ONCE = {"cpu": 2**16}
+"""Numbers of attention weights that are made at a time: kernels fuse them to spare the memory."""
+
+
+def _part(tensor: Any, samples: slice, query: Tensor) -> Any:
+    """Some samples of what may be one mask for all of them."""
+    one_for_all = tensor is None or tensor.ndim < query.ndim or len(tensor) == 1
+    return tensor if one_for_all else tensor[samples]
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    d_query: Tensor | None,
+    d_key: Tensor | None,
+    d_value: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+) -> Tensor:
     repeats = query.shape[-3] // key.shape[-3] if query.ndim > 3 else 1
     if repeats > 1:  # grouped queries
-        key, value, d_key, d_value = (
-            None if t is None else t.repeat_interleave(repeats, -3)
-            for t in (key, value, d_key, d_value)
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        d_key, d_value = (
+            None if t is None else t.repeat_interleave(repeats, -3) for t in (d_key, d_value)
         )
     scores = query @ key.mT * scale
-    for name in ("_saved_attn_mask", "_saved_attn_bias"):
-        mask = getattr(node, name, None)
-        if mask is not None:
-            scores = scores + mask if mask.is_floating_point() else scores.where(mask, -torch.inf)
-    if node._saved_is_causal:
+    if mask is not None:
+        scores = scores + mask if mask.is_floating_point() else scores.where(mask, -torch.inf)
+    if causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.where(allowed, -torch.inf)
     sees_nothing = scores.amax(-1, keepdim=True) == -torch.inf
@@ -54,7 +90,8 @@ def _attention(node: Any, tangents: Tangents) -> Tensor | None:
     if change_of_scores is not None:
         product = weights * change_of_scores * scale
         product = product - weights * product.sum(-1, keepdim=True)
-        change = added(change, product @ value)
+        change = product @ value if change is None else change + product @ value
+    assert change is not None, "a change of one of the three at least"
     return change
 
 

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("pandas", reason='needs the extra "report"')
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import counting

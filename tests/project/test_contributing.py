@@ -15,7 +15,7 @@ from torch import nn
 from irw_optim import IRWOptimizer
 from irw_optim.gradients import rules
 
-PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
+PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 SECTIONS = ("A layer rule", "A weighting", "An outlier filter", "An engine")
 
 

@@ -12,7 +12,7 @@ for library in ("jinja2", "matplotlib", "rich"):
     pytest.importorskip(library, reason="the examples need the report extra")
 pd = pytest.importorskip("pandas", reason="the examples need the report extra")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 adult = importlib.import_module("adult")
 adult_data = importlib.import_module("adult_data")

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("pandas", reason='needs the extra "report"')
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 PAGES = [ROOT / "README.md", ROOT / "Makefile", ROOT / "benchmarks" / "README.md"]
 COMMAND = re.compile(r"python -m (benchmarks\.\w+ \w+[^`#\n]*)")

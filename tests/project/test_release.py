@@ -14,7 +14,7 @@ import pytest
 
 import irw_optim
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_citation_names_the_version_and_the_paper() -> None:

@@ -19,7 +19,7 @@ import irw_optim.remedies
 import irw_optim.schemes
 import irw_optim.sklearn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = [
     irw_optim,
     irw_optim.metrics,

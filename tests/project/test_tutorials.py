@@ -15,7 +15,7 @@ from irw_optim import IRWOptimizer
 pytest.importorskip("matplotlib", reason="the examples need the report extra")
 pd = pytest.importorskip("pandas", reason="the examples need the report extra")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 find_who_suffers = importlib.import_module("find_who_suffers")
 
@@ -36,7 +36,7 @@ def same_shape(printed: str, page: str) -> bool:
         *_, table = re.findall(r"(?:^ {4,}.*accuracy.*\n)(?:\S.*\n?)+", text, re.MULTILINE)
         return re.findall(r"[^\W\d]+", table)
 
-    shown = (Path(__file__).parents[1] / "docs/outputs" / f"{page}.txt").read_text("utf-8")
+    shown = (Path(__file__).parents[2] / "docs/outputs" / f"{page}.txt").read_text("utf-8")
     return words(printed) == words(shown)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.zoo import exactness, measuring, report  # noqa: E402
