@@ -49,6 +49,7 @@ DELTA = 1e-5
 BATCH_SIZE, LEARNING_RATE, MAX_GRAD_NORM = 512, 2e-3, 1.0
 TAIL = 0.3  # "tail loss" is the mean of this share of the test losses, the largest
 METRICS = ["accuracy", "worst group", "mean loss", "tail loss"]
+COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, for any colour vision
 
 CLASSES = 2
 THRESHOLD = math.log(CLASSES)  # public: the loss of a model that knows nothing
@@ -220,13 +221,15 @@ def draw(results: pd.DataFrame, path: Path) -> None:
     for row, task in zip(axes, tasks, strict=True):
         part = results[results["task"] == task]
         for axis, metric in zip(row, METRICS, strict=True):
-            for shift, method in zip((-0.08, 0.0, 0.08), CONFIGS, strict=True):
+            shown = zip((-0.08, 0.0, 0.08), COLOURS, CONFIGS, strict=True)
+            for shift, colour, method in shown:
                 by_epsilon = part[part["method"] == method].groupby("epsilon")[metric]
                 axis.errorbar(
                     [p + shift for p in places],
                     by_epsilon.mean(),
                     by_epsilon.std(ddof=1),
                     marker="o",
+                    color=colour,
                     capsize=3,
                     label=method,
                 )

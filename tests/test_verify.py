@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irw_optim import PerSampleLoss, verify
+from irw_optim import IRWOptimizer, PerSampleLoss, verify
 from irw_optim.restored import restored
 
 
@@ -205,8 +205,50 @@ def test_the_verdict_comes_first_and_says_how_to_be_quick():
     assert verdict.startswith("EXACT")
     assert "times the time" in verdict
     assert "0, 1, 2" in advice
+    assert "two to three plain ones" in advice
     assert "GroupNorm" in advice
+    assert f"which takes {1000 * report.plain_seconds:.2g} ms" in verdict
     quick = verify(nn.Linear(6, 3), *batch(), nn.CrossEntropyLoss(), repeats=1)
     assert quick.reason == ""
     assert str(quick).splitlines()[1] == ""
     assert "<td>autodiff</td>" in report._repr_html_()
+
+
+class OneWay(torch.autograd.Function):
+    """Whose gradient cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Through(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return OneWay.apply(x)
+
+
+def test_one_backward_pass_a_sample_is_said_with_its_cost_and_how_to_avoid_it(caplog):
+    torch.manual_seed(0)
+    model, criterion = (
+        nn.Sequential(nn.Linear(6, 5), Through(), nn.Linear(5, 3)),
+        nn.CrossEntropyLoss(),
+    )
+    x, y = batch()
+    report = verify(model, x, y, criterion, repeats=1)
+    assert report.exact
+    assert "a step takes 8 backward passes for it, one a sample" in str(report)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "8 a step here" in said
+    assert "\n" not in said
+    caplog.clear()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"model": model, "criterion": criterion, "score_parameters": "last"}
+    optimizer = IRWOptimizer(sgd, alpha=0.3, **options)
+    criterion(model(x), y).backward()
+    optimizer.step()
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]

@@ -1,4 +1,4 @@
-"""Writes what the documentation shows: tables and verdicts, from the stored runs.
+"""Writes what the documentation shows: tables, verdicts and figures, from the stored runs.
 
     python -m benchmarks.evidence report
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.evidence import tables
+from benchmarks.evidence import pictures, tables
 from benchmarks.evidence.analysis import (
     ACCURACY,
     WITHOUT,
@@ -88,3 +88,4 @@ def main(given: Sequence[str]) -> None:
     for name, text in fragments().items():
         (RESULTS / name).write_text(text, encoding="utf-8")
         print(RESULTS / name)
+    pictures.draw()

@@ -113,10 +113,9 @@ def protected_table(folder: Path) -> str:
 def noise_table(folder: Path, noises: Sequence[float]) -> str:
     """Worst-off group, chosen without groups: points from plain training with the same flips."""
     found = with_most_flips(folder, noises)
-    present = [m for m in METHODS if (found[-1][0].runs["method"] == m).any() and m != PLAIN]
     lines = [
         [m, *(marked(mean_change(some, chosen(some, m, WITHOUT))) for some in found)]
-        for m in present
+        for m in with_flips(found)
     ]
     oracle = [marked(mean_change(some, [t.oracle() for t in some])) for some in found]
     plain = [percent(np.mean([t.plain()[t.worst].mean() for t in some])) for some in found]
@@ -129,6 +128,11 @@ def with_most_flips(folder: Path, noises: Sequence[float]) -> list[list[Target]]
     last = [(t.task, t.grouping) for t in noisy_targets(folder, noises[-1])]
     every = (noisy_targets(folder, noise) for noise in noises)
     return [[t for t in found if (t.task, t.grouping) in last] for found in every]
+
+
+def with_flips(found: Sequence[Sequence[Target]]) -> list[str]:
+    """The methods, plain training aside, that have runs with flipped labels."""
+    return [m for m in METHODS if (found[-1][0].runs["method"] == m).any() and m != PLAIN]
 
 
 def flips(noises: Sequence[float]) -> list[str]:

@@ -176,20 +176,26 @@ def where(found: Sequence[Target]) -> str:
     return report.table(["minus class balancing, points", *forms], lines)
 
 
-def people(folder: Path) -> str:
-    """What the groups of people alone gain and lose."""
-    alone = []
+def alone(folder: Path) -> list[Target]:
+    """The groups of people alone, of data without a planted shortcut."""
+    found = []
     for t in targets(folder, CLEAN, UNSEEN):
         task = UNSEEN[t.task]
         if t.grouping == task.targets[0] and not t.task.startswith("coloured"):
-            alone.append(Target(t.task, task.protected, t.runs))
+            found.append(Target(t.task, task.protected, t.runs))
+    return found
+
+
+def people(folder: Path) -> str:
+    """What the groups of people alone gain and lose."""
+    found = alone(folder)
     changes = "; ".join(
-        f"{name} {marked(mean_change(alone, of_setting(alone, setting)))}"
+        f"{name} {marked(mean_change(found, of_setting(found, setting)))}"
         for name, setting in REMEDIES.items()
     )
-    oracle = " to ".join(points(f([t.headroom().mean for t in alone])) for f in (min, max))
+    oracle = " to ".join(points(f([t.headroom().mean for t in found])) for f in (min, max))
     return (
-        f"Worst group of people alone (without the label), {len(alone)} unseen data sets: "
+        f"Worst group of people alone (without the label), {len(found)} unseen data sets: "
         f"training with their groups balanced changes it by {oracle} points. "
         f"Against plain training, in points: {changes}.\n"
     )

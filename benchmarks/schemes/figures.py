@@ -38,7 +38,7 @@ def summary(part: str, data: str) -> pd.DataFrame:
 def line(axis: Any, x: pd.Series, rows: pd.DataFrame, key: str, **style: Any) -> None:
     """Mean and standard deviation, in percent."""
     own = rows.assign(x=x).sort_values("x")
-    axis.errorbar(own["x"], 100 * own[key], 100 * own[f"± {key}"], capsize=2, marker="o", **style)
+    axis.errorbar(own["x"], 100 * own[key], 100 * own[f"± {key}"], capsize=2, **style)
 
 
 def held() -> None:
@@ -48,13 +48,13 @@ def held() -> None:
             rows = summary("schemes", data)
             for setting, style in (("local", "-"), ("plain", ":")):
                 axis.axhline(100 * rows.loc[setting, CELL], color="black", ls=style, label=setting)
-            for use, beside in (("reweighting", 1.0), ("resampling", 1.06)):
+            for use, beside, marker in (("reweighting", 1.0, "o"), ("resampling", 1.06, "s")):
                 steps = rows.index.str.extract(rf"global, {use}, every (\d+) steps")[0].astype(
                     float
                 )
                 steps.index = rows.index
                 own = steps.notna()
-                line(axis, beside * steps[own], rows[own], CELL, label=use)
+                line(axis, beside * steps[own], rows[own], CELL, label=use, marker=marker)
             axis.set(xscale="log", xlabel="steps that the weights are held", title=title)
             report.ticks(axis, sorted(steps[own].astype(int)))
         axes[0].set_ylabel("worst label x sex accuracy, %")
@@ -67,7 +67,7 @@ def alpha() -> None:
             plain, own = rows.loc["plain"], rows.drop("plain")
             x = pd.Series([float(name.split()[-1]) for name in own.index], own.index)
             for i, key in enumerate(("accuracy", "worst race x sex", CELL)):
-                line(axis, x, own, key, label=key, color=f"C{i}")
+                line(axis, x, own, key, label=key, color=f"C{i}", marker="os^"[i])
                 axis.axhline(100 * plain[key], color=f"C{i}", ls=":")
             error = 1 - plain["accuracy"]
             axis.axvline(error, color="gray", lw=0.8)

@@ -3,6 +3,7 @@
     python -m benchmarks.zoo                      # all, and the files under benchmarks/results
     python -m benchmarks.zoo --only BERT "U-Net"  # a look at some
     python -m benchmarks.zoo --growth             # the ratio at B = 16, 64, 256
+    python -m benchmarks.zoo --again              # the figure of what is stored
 
 Each model has a process of its own, with one thread; one that fails is a row with its error.
 """
@@ -24,7 +25,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.report import FIGURES
 from benchmarks.zoo.entry import Entry
-from benchmarks.zoo.picture import draw
+from benchmarks.zoo.picture import draw, stored
 from benchmarks.zoo.registry import ENTRIES, GROWING, named
 from benchmarks.zoo.report import as_markdown, growth_as_markdown, summary
 
@@ -47,11 +48,15 @@ def main() -> None:
     )
     parser.add_argument("--no-exact", action="store_true", help="without the loop in float64")
     parser.add_argument("--growth", action="store_true", help="the ratio at B = 16, 64, 256")
+    parser.add_argument("--again", action="store_true", help="the figure of stored results")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     entries = _chosen(options.only, options.family)
     if options.list:
         print("\n".join(f"{e.family:24s} B = {e.size:<5d} {e.name}" for e in entries))
+        return
+    if options.again:
+        draw(stored(options.out / "zoo.json"), FIGURES / "zoo.png")
         return
     seconds = QUICK_SECONDS if options.quick else SECONDS
     if options.growth:

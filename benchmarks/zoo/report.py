@@ -24,6 +24,8 @@ def as_markdown(found: list[Found]) -> str:
     lines = [
         *_summary(measured),
         "",
+        "<!-- each model, which the page folds -->",
+        "",
         "| model | B | plain, ms | time | memory | error | path |",
         "|---|---:|---:|---:|---:|---:|---|",
         *map(_row, measured),

@@ -138,9 +138,10 @@ class AutodiffGradients:
         self.known[IN_CUDNN] = IN_CUDNN in reason
         logger.warning(
             "an operation of this model has no double backward (%s): scores are taken one "
-            "backward pass a sample from now on, exact but slow. score_parameters= (the last "
-            "layer, say) or a backward of its own that can be differentiated avoids this",
+            "backward pass a sample from now on, %d a step here, exact but slow. Avoid it by "
+            'score_parameters="last", or a backward of its own that can be differentiated',
             reason,
+            self.batch_size,
         )
 
     def _backward(self, weights: Tensor) -> dict[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from irw_optim.remedies._methods import PLAIN
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Of Okabe and Ito's colours; the markers say the same.
@@ -46,38 +47,68 @@ def draw(result: Comparison) -> Figure:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    shown = [m for m in result.metrics if m.percent and m.sign > 0]
-    if ORACLE in result.predictions:  # the groups decide
-        shown = [m for m in shown if m.name != "score"]
-    names = [name for name in result.predictions if name != PLAIN]
+    shown, names = _shown(result)
     with rc_context(STYLE):  # type: ignore[arg-type]  # it lists every key
         figure = Figure((2.6 * len(shown) + 1.6, 0.9 + 0.34 * len(names)), layout="constrained")
         axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for axis, metric in zip(axes, shown, strict=True):
-            axis.axvline(0, color="black", linewidth=1)
-            for row, name in enumerate(names):
-                found = result.difference(name, metric.name)
-                colour, marker, _ = LOOKS[verdict(found, metric)]
-                low, high = np.nan_to_num([found.mean - found.low, found.high - found.mean])
-                axis.errorbar(
-                    100 * found.mean,
-                    row,
-                    xerr=[[100 * low], [100 * high]],
-                    fmt=marker,
-                    color=colour,
-                    markerfacecolor="white" if name == ORACLE else colour,
-                )
-            plain = result.table.loc[PLAIN, metric.name]
-            axis.set_title(f"{metric.name} (plain: {plain:.1%})")
-            axis.set_xlabel("points against plain")
-            axis.grid(axis="y", visible=False)
-        axes[0].set_yticks(range(len(names)), names)
-        axes[0].set_ylim(len(names) - 0.5, -0.5)
+            _dots(axis, result, metric, names)
     return figure
 
 
+def panels(result: Comparison) -> list[str]:
+    """The same as an SVG for each metric, which takes the colour of the text around it."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    found = []
+    shown, names = _shown(result)
+    bare = {"figure.facecolor": "none", "axes.facecolor": "none", "grid.color": "#8885"}
+    bare = STYLE | bare | {"axes.titlesize": 8.5}
+    with rc_context(bare):  # type: ignore[arg-type]  # it lists every key
+        for metric in shown:
+            figure = Figure((3.5, 0.9 + 0.25 * len(names)), layout="constrained")
+            _dots(figure.subplots(), result, metric, names)
+            file = io.StringIO()
+            figure.savefig(file, format="svg", metadata={"Date": None})
+            said = f'<svg role="img" aria-label="{metric.name}, differences to plain"'
+            text = file.getvalue().replace("<svg", said, 1).replace("#000000", "currentColor")
+            found.append(text[text.index("<svg") :])
+    return found
+
+
+def _shown(result: Comparison) -> tuple[list[Metric], list[str]]:
+    """The shares where more is better, and the rows."""
+    shown = [m for m in result.metrics if m.percent and m.sign > 0]
+    if ORACLE in result.predictions:  # the groups decide
+        shown = [m for m in shown if m.name != "score"]
+    return shown, [name for name in result.predictions if name != PLAIN]
+
+
+def _dots(axis: Axes, result: Comparison, metric: Metric, names: list[str]) -> None:
+    axis.axvline(0, color="black", linewidth=1)
+    for row, name in enumerate(names):
+        found = result.difference(name, metric.name)
+        colour, marker, _ = LOOKS[verdict(found, metric)]
+        low, high = np.nan_to_num([found.mean - found.low, found.high - found.mean])
+        axis.errorbar(
+            100 * found.mean,
+            row,
+            xerr=[[100 * low], [100 * high]],
+            fmt=marker,
+            color=colour,
+            markerfacecolor="none" if name == ORACLE else colour,
+        )
+    plain = result.table.loc[PLAIN, metric.name]
+    axis.set_title(f"{metric.name} (plain: {plain:.1%})")
+    axis.set_xlabel("points against plain")
+    axis.grid(axis="y", visible=False)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+
+
 def page(result: Comparison, path: Any = None, *, whole: bool = True) -> str:
-    """The figure and the sentences first; what is long can be opened.
+    """The sentences and the figure first; what is long can be opened.
 
     Args:
         result: what to show.
@@ -86,13 +117,11 @@ def page(result: Comparison, path: Any = None, *, whole: bool = True) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    file = io.StringIO()
-    result.figure().savefig(file, format="svg", metadata={"Date": None})
     rows = [
         (
             name,
             [
-                (number(result.table.loc[name, m.name], m), _interval(result, name, m))
+                (number(result.table.loc[name, m.name], m), *_interval(result, name, m))
                 for m in result.metrics
             ],
             result.table.loc[name, "people in it"],
@@ -108,14 +137,17 @@ def page(result: Comparison, path: Any = None, *, whole: bool = True) -> str:
         }
         lines = zip(judge.names[kind], judge.sizes(kind), *found.values(), strict=True)
         parts.append((kind, [(_part(kind, name), n, shares) for name, n, *shares in lines]))
+    runs = result.runs.drop(columns=["held"]).reset_index()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     text = environment.from_string(PAGE).render(
         result=result,
         whole=whole,
-        figure=file.getvalue()[file.getvalue().index("<svg") :],
+        panels=panels(result),
         rows=rows,
+        plain=PLAIN,
+        differing=[(i, m) for i, m in enumerate(result.metrics) if m.sign],
         parts=parts,
-        runs=result.runs.drop(columns=["held"]).to_html(float_format="{:.3f}".format, na_rep=""),
+        runs=runs.to_html(index=False, border=0, float_format="{:.3f}".format, na_rep=""),
     )
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -142,27 +174,35 @@ def _part(kind: str, name: Any) -> str:
 
 PAGE = """{% if whole %}<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Remedies compared</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"></head><body>{% endif %}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"></head><body>{% endif %}
 <div class="irw-remedies">
 <style>
 .irw-remedies { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; }
-.irw-remedies svg { max-width: 100%; height: auto; background: white; }
+.irw-remedies ol > li:first-child { font-weight: 600; }
+.irw-remedies figure { margin: 1em 0; display: grid; gap: 1em;
+  grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
+.irw-remedies figcaption { grid-column: 1 / -1; }
+.irw-remedies svg { width: 100%; height: auto; max-width: 28rem; fill: currentColor; }
 .irw-remedies div { overflow-x: auto; }
 .irw-remedies table { border-collapse: collapse; }
-.irw-remedies th, .irw-remedies td { padding: .2em .6em; text-align: right; }
-.irw-remedies th:first-child { text-align: left; }
-.irw-remedies tr { border-bottom: 1px solid #ddd; }
-.irw-remedies small { display: block; white-space: nowrap; }
+.irw-remedies :is(th, td) { padding: .2em .6em; text-align: right; white-space: nowrap; }
+.irw-remedies thead th { white-space: normal; vertical-align: bottom; }
+.irw-remedies :is(th, td):first-child { text-align: left; position: sticky; left: 0;
+  background: var(--jp-layout-color0, var(--vscode-editor-background, Canvas)); }
+.irw-remedies tr { border-bottom: 1px solid #8885; }
+.irw-remedies summary { cursor: pointer; padding: .2em 0; }
+@media (max-width: 30rem) { .irw-remedies tbody :is(th, td):first-child { white-space: normal; } }
 </style>
 <h1>Which remedy, if any?</h1>
 <ol>{% for sentence in result.sentences %}<li>{{ sentence }}</li>{% endfor %}</ol>
-<figure>{{ figure | safe }}<figcaption>Differences to plain training, mean and 95 % t interval
-over the seeds, paired: ▲ better, ▼ worse, ● neither.</figcaption></figure>
+<figure>{% for panel in panels %}{{ panel | safe }}{% endfor %}<figcaption>Differences to plain
+training, mean and 95 % t interval over the seeds, paired: ▲ better, ▼ worse, ● neither.
+</figcaption></figure>
 <div><table><thead><tr><th></th>{% for m in result.metrics %}<th>{{ m.name }}</th>
 {% if m.name == "worst cell" %}<th>people in it</th>{% endif %}{% endfor %}</tr></thead><tbody>
 {% for name, numbers, people in rows %}<tr><th>{{ name }}</th>
-{% for value, (interval, mark) in numbers %}<td>{{ value }} {{ mark }}
-<small>{{ interval }}</small></td>
+{% for value, _, mark in numbers %}<td>{{ value }} {{ mark }}</td>
 {% if result.metrics[loop.index0].name == "worst cell" %}<td>{{ people }}</td>{% endif %}
 {% endfor %}</tr>{% endfor %}</tbody></table></div>
 {% if result.signs %}<h2>Signs that a remedy hurts</h2><ul>
@@ -172,6 +212,11 @@ over the seeds, paired: ▲ better, ▼ worse, ● neither.</figcaption></figure
 {% for m in result.metrics %}<dt>{{ m.name }}</dt><dd>{{ m.meaning }}{% if m.percent %}, in %
 {% endif %}</dd>{% endfor %}{% for name, value in result.settings.items() %}<dt>{{ name }}</dt>
 <dd>{{ value }}</dd>{% endfor %}</dl></details>
+<details><summary>Differences to plain training, with their intervals</summary><div><table><thead>
+<tr><th></th>{% for _, m in differing %}<th>{{ m.name }}</th>{% endfor %}</tr></thead><tbody>
+{% for name, numbers, _ in rows if name != plain %}<tr><th>{{ name }}</th>
+{% for i, _ in differing %}<td>{{ numbers[i][1] }} {{ numbers[i][2] }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div></details>
 {% for kind, lines in parts %}<details><summary>Accuracy of every {{ kind }}</summary><div><table>
 <thead><tr><th>{{ kind }}</th><th>people</th>{% for name in result.predictions %}<th>{{ name }}</th>
 {% endfor %}</tr></thead>{% for name, people, shares in lines %}<tr><th>{{ name }}</th>

@@ -83,4 +83,4 @@ def test_the_whole_demo_on_some_of_the_people(splits, tmp_path, monkeypatch, cap
         assert printed.count(f"{method} ") >= 2  # the comparison, and race × sex
     text = output.read_text(encoding="utf-8")
     assert "<svg" in text
-    assert text.count("<details>") == 5
+    assert text.count("<details>") == 6

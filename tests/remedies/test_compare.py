@@ -100,12 +100,15 @@ class TestResult:
         assert (tmp_path / "new" / "page.html").read_text("utf-8") == text
         page = Page(text)
         assert {"script", "link", "img", "iframe"}.isdisjoint(page.tags)
-        assert page.tags.count("svg") == 1
-        assert page.tags.count("details") == 5  # columns, class, cell, group, runs
+        assert page.tags.count("svg") == len(result.figure().axes)
+        assert page.tags.count("details") == 6  # columns, differences, class, cell, group, runs
         read = " ".join(" ".join(page.words).split())
         for sentence in result.sentences:
             assert sentence in read
         assert page.tags.index("ol") < page.tags.index("svg") < page.tags.index("table")
+        assert page.tags.count("table") == 1 + page.tags[page.tags.index("details") :].count(
+            "table"
+        )
         assert "<html" not in result._repr_html_()
 
     def test_the_text_is_short(self, result):
