@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _Value = TypeVar("_Value")
@@ -38,12 +39,18 @@ class _RecomputedError(Exception):
     """A part of the forward began to be computed again."""
 
 
+_MAKE_NOTHING = frozenset(
+    {Tensor.view, Tensor.unsqueeze, Tensor.__getitem__, torch._C._set_grad_enabled}
+)
+"""Of these a look may take some with gradients: a view tells what it is a view of."""
+
+
 class _NoRecomputation(TorchFunctionMode):
-    """Stops a recomputation at its first operation: it wants gradients, and a look does not."""
+    """Stops a recomputation where it makes a tensor: it wants gradients, and a look does not."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and function not in _MAKE_NOTHING:
             raise _RecomputedError
         return function(*args, **(kwargs or {}))
