@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,6 +20,8 @@ _will_execute: Any = getattr(torch._C, "_will_engine_execute_node", None)
 _keeps_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 _engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
 _disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+_frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_set_compiler: Any = getattr(_frames, "set_eval_frame", None)
 
 
 def gradients_at(
@@ -70,6 +75,64 @@ def uncompiled(function: _Function) -> _Function:
     Unlike `torch.compiler.disable` it does not load the compiler before it is called.
     """
     return cast("_Function", _disable(function))
+
+
+def itself_uncompiled(function: _Function) -> _Function:
+    """The function, outside of what torch.compile traces; `compiled_again` ends that inside of it.
+
+    Where torch does not tell who compiles, nothing in it is compiled either.
+    """
+    if _set_compiler is None:
+        return uncompiled(function)
+
+    @wraps(function)
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        compiler = _set_compiler(None)
+        before, _HERE.compiler = _HERE.compiler, compiler
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _HERE.compiler = before
+            _set_compiler(compiler)
+
+    if not _leave_alone(apart.__code__):
+        return uncompiled(function)
+    return cast("_Function", _disable(apart, recursive=False))
+
+
+def _leave_alone(code: CodeType) -> bool:
+    """Whether torch agrees not to compile the frames of a function itself."""
+    if hasattr(_frames, "skip_code"):
+        _frames.skip_code(code)
+        return True
+    if not hasattr(_frames, "set_code_exec_strategy"):
+        return False
+    skip, as_ever = _frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT
+    _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(skip, as_ever))
+    return True
+
+
+def compiled_again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function with the compiler that `itself_uncompiled` has sent away."""
+    compiler = _HERE.compiler
+    if compiler is None:
+        return function(*args, **kwargs)
+    _HERE.compiler = None
+    _set_compiler(compiler)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _set_compiler(None)
+        _HERE.compiler = compiler
+
+
+class _Here(threading.local):
+    """The compiler that waits in this thread, if one does."""
+
+    compiler: Any = None
+
+
+_HERE = _Here()
 
 
 def keep_for_further_passes() -> None:
