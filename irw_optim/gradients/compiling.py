@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode_temporarily,
+)
 
 from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
 from irw_optim.torch_internals import (
@@ -209,3 +213,8 @@ def _original(module: nn.Module) -> nn.Module:
 def is_compiled(node: Node) -> bool:
     """Whether a node is the backward pass of a region that torch.compile made."""
     return isinstance(node, BackwardCFunction) and node.name().startswith("CompiledFunction")
+
+
+def may_be_of_compiled(node: Node) -> bool:
+    """Whether it is such a region, or how one hands out what shares memory with something else."""
+    return is_compiled(node) or node.name() == "AsStridedBackward0"

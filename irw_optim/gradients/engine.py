@@ -19,7 +19,7 @@ from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
 from irw_optim.gradients import texts
 from irw_optim.gradients.capture import hook_layers, sites_noted
-from irw_optim.gradients.compiling import compile_anew, is_compiled, prepare
+from irw_optim.gradients.compiling import compile_anew, is_compiled, may_be_of_compiled, prepare
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
 from irw_optim.gradients.graph import Graph, walk
 from irw_optim.gradients.hooks import needs_hooks, silence_of, weighed_by
@@ -156,6 +156,11 @@ class Engine(Renewed):
         found = None
         if batch.followed and not sharded:
             found = in_a_pass_to_all(losses, graph, partial(read, graph, batch, own))
+        elif self.sees_fused and batch.mixed_by and not sharded:
+            around = follow_batch(losses, graph, opaque=may_be_of_compiled)
+            if around.reads:
+                found = in_a_pass_to_all(losses, graph, partial(read, graph, around, own))
+            batch = batch if found is None else around
         if found is not None:
             graph.sites = found[1]
         elif not sharded and size > 1 and self._goes_forwards(batch, graph):
