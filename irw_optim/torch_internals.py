@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -95,7 +95,7 @@ def itself_uncompiled(function: _Function) -> _Function:
             _HERE.compiler = before
             _set_compiler(compiler)
 
-    if not _leave_alone(apart.__code__):
+    if not _leave_alone(cast("FunctionType", apart).__code__):
         return uncompiled(function)
     return cast("_Function", _disable(apart, recursive=False))
 

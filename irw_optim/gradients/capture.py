@@ -80,10 +80,10 @@ def sites_noted(order: Iterable[Node]) -> list[CallSite]:
     ]
 
 
-def forget_calls(sites: Iterable[CallSite]) -> None:
+def forget_calls(nodes: Iterable[Node]) -> None:
     """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
-    for site in sites:
-        _notes(site.edge.node).pop(CALLS, None)
+    for node in nodes:
+        _notes(node).pop(CALLS, None)
 
 
 def record(call: LayerCall | None, output: Tensor) -> None:
