@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import wraps
+from itertools import takewhile
 from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.overrides import TorchFunctionMode
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -21,6 +24,8 @@ _keeps_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_gr
 _engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
 _disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 _frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_modes: Any = getattr(torch.overrides, "_get_current_function_mode_stack", None)
+_without_mode: Any = getattr(torch.overrides, "_pop_mode_temporarily", None)
 _set_compiler: Any = getattr(_frames, "set_eval_frame", None)
 
 
@@ -82,7 +87,7 @@ def itself_uncompiled(function: _Function) -> _Function:
 
     Where torch does not tell who compiles, nothing in it is compiled either.
     """
-    if _set_compiler is None:
+    if None in (_set_compiler, _modes, _without_mode):
         return uncompiled(function)
 
     @wraps(function)
@@ -112,18 +117,30 @@ def _leave_alone(code: CodeType) -> bool:
     return True
 
 
-def compiled_again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function with the compiler that `itself_uncompiled` has sent away."""
-    compiler = _HERE.compiler
-    if compiler is None:
+def compiled_again(
+    function: Callable[..., Any], apart_from: type[TorchFunctionMode], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a function with the compiler that `itself_uncompiled` has sent away, if it has.
+
+    Args:
+        function: called with the other arguments.
+        apart_from: modes of this kind are not in force meanwhile: torch would compile them, too.
+    """
+    compiler, modes = _HERE.compiler, [] if _modes is None else _modes()
+    inner = list(takewhile(lambda mode: isinstance(mode, apart_from), reversed(modes)))
+    outer = modes[: len(modes) - len(inner)]
+    if compiler is None or any(isinstance(mode, apart_from) for mode in outer):
         return function(*args, **kwargs)
-    _HERE.compiler = None
-    _set_compiler(compiler)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        _set_compiler(None)
-        _HERE.compiler = compiler
+    with ExitStack() as without:
+        for _ in inner:
+            without.enter_context(_without_mode())
+        without.callback(setattr, _HERE, "compiler", compiler)
+        _HERE.compiler = None
+        _set_compiler(compiler)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _set_compiler(None)
 
 
 class _Here(threading.local):

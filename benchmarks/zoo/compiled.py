@@ -23,11 +23,12 @@ from torch import nn
 
 from benchmarks.cost.neighbours import ALPHA
 from benchmarks.zoo.alone import alone, as_json
-from benchmarks.zoo.compiled_report import as_markdown
+from benchmarks.zoo.compiled_report import as_markdown, summary
 from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.exactness import differences, in_double, reference
 from benchmarks.zoo.measuring import Loop
 from benchmarks.zoo.registry import ENTRIES, named
+from irw_optim.gradients.graph import walk
 
 SIZES = (5, 5, 3)
 EPOCHS = 3
@@ -71,6 +72,7 @@ def store(found: dict[str, Any]) -> None:
     rows = sorted([*rows, found], key=lambda r: (r["backend"], r["order"], place[r["name"]]))
     path.write_text(as_json({"models": rows}) + "\n")
     RESULTS.with_suffix(".md").write_text(as_markdown(rows) + "\n")
+    RESULTS.with_name(f"{RESULTS.name}_summary.md").write_text(summary(rows) + "\n")
 
 
 def looked_at(entry: Entry, backend: str, order: str) -> dict[str, Any]:
@@ -81,13 +83,22 @@ def looked_at(entry: Entry, backend: str, order: str) -> dict[str, Any]:
     import torch._inductor.config as inductor
 
     inductor.fallback_random = True  # dropout draws what it draws without the compiler
-    found: dict[str, Any] = {}
+    found = kind_of(entry)
     for what, alpha in (("plain", None), ("ours", ALPHA)):
         try:
             found[what] = trained(entry, backend, order, alpha)
         except Exception as error:
             found[what] = {"fails": f"{type(error).__name__}: {error}"[:300]}
     return found
+
+
+def kind_of(entry: Entry) -> dict[str, Any]:
+    """How many modules hold parameters, and whether the model itself computes in float32."""
+    model, (inputs, _) = entry.make().double(), in_double(entry.draw(SIZES[0]))
+    nodes = walk(model(*inputs).double().flatten(1).sum(1)).order
+    dtypes = {output.dtype for node in nodes for output in node._input_metadata}  # type: ignore[attr-defined]
+    holders = [module for module in model.modules() if module._parameters]
+    return {"layers": len(holders), "float32": torch.float32 in dtypes}
 
 
 def trained(entry: Entry, backend: str, order: str, alpha: float | None) -> dict[str, Any]:

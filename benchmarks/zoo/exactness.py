@@ -78,10 +78,10 @@ def differences(ours: Loop, weights: Tensor, gradients: list[Tensor]) -> tuple[f
     parameters = [p for p in ours.model.parameters() if p.requires_grad]
     largest = max(float(g.abs().max()) for g in gradients)
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    off = _largest(ours.optimizer.last_step.weights - weights)
-    return off / float(weights.max()), max(
-        _largest(g - e) for g, e in zip(found, gradients, strict=True)
-    ) / (largest or 1.0)
+    off = _largest((ours.optimizer.last_step.weights - weights) / weights.max())
+    return off, max(
+        _largest((g - e) / (largest or 1.0)) for g, e in zip(found, gradients, strict=True)
+    )
 
 
 def reference(entry: Entry, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:

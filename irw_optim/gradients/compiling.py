@@ -17,11 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode_stack,
-    _pop_mode_temporarily,
-)
+from torch.overrides import TorchFunctionMode
 
 from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
 from irw_optim.torch_internals import (
@@ -72,13 +68,7 @@ class _Again(KeptOut):
         """What the module computes."""
         if torch.compiler.is_dynamo_compiling():
             return self.__wrapped__(*args, **kwargs)
-        listening = [isinstance(mode, Listener) for mode in _get_current_function_mode_stack()]
-        if not any(listening):
-            return compiled_again(self.__wrapped__, *args, **kwargs)
-        if listening.index(True) < len(listening) - 1:
-            return self.__wrapped__(*args, **kwargs)  # torch would compile the listener
-        with _pop_mode_temporarily():
-            return compiled_again(self.__wrapped__, *args, **kwargs)
+        return compiled_again(self.__wrapped__, Listener, *args, **kwargs)
 
 
 class Listener(TorchFunctionMode):
