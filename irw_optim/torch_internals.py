@@ -93,7 +93,7 @@ def itself_uncompiled(function: _Function) -> _Function:
     @wraps(function)
     def apart(*args: Any, **kwargs: Any) -> Any:
         compiler = _set_compiler(None)
-        before, _HERE.compiler = _HERE.compiler, compiler
+        before, _HERE.compiler = _HERE.compiler, compiler or _HERE.compiler
         try:
             return function(*args, **kwargs)
         finally:
@@ -122,9 +122,7 @@ def compiled_again(
 ) -> Any:
     """Call a function with the compiler that `itself_uncompiled` has sent away, if it has.
 
-    Args:
-        function: called with the other arguments.
-        apart_from: modes of this kind are not in force meanwhile: torch would compile them, too.
+    Modes of the kind ``apart_from`` are not in force meanwhile: torch would compile them, too.
     """
     compiler, modes = _HERE.compiler, [] if _modes is None else _modes()
     inner = list(takewhile(lambda mode: isinstance(mode, apart_from), reversed(modes)))
