@@ -39,7 +39,7 @@ BACKENDS = ("aot_eager", "inductor")
 ORDERS = ("before", "after", "in place")
 """The model is compiled before the optimizer comes, after it, or by `model.compile()` before."""
 
-RESULTS = Path("benchmarks/results/zoo_compiled")
+RESULTS = Path(__file__).parents[1] / "results" / "zoo_compiled"
 
 
 def main() -> None:

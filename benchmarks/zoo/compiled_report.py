@@ -22,7 +22,8 @@ FUSED, NOTHING, LEFT = "fused between the layers", "nothing compiled", "left unc
 
 COLUMNS = (
     "backend", "compiled", "models", "compile plainly", "exact", "fused", "nothing compiled",
-    "left uncompiled", "over 2 more breaks a layer", "anew in epoch 3", "at torch's limit (plainly)",
+    "left uncompiled", "over 2 more breaks a layer", "anew in epoch 3",
+    "at torch's limit (plainly)",
 )  # fmt: skip
 
 
