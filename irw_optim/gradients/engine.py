@@ -28,7 +28,7 @@ from irw_optim.gradients.loss_gradients import WAITING, LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_that_entered
 from irw_optim.gradients.next_forward import goes_forwards_next
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.gradients.readings import Plan, in_a_pass_to_all, read, with_layouts
+from irw_optim.gradients.readings import Plan, in_a_pass_to_all, read, read_around, with_layouts
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
 
 logger = logging.getLogger("irw_optim")
@@ -157,9 +157,7 @@ class Engine(Renewed):
         if batch.followed and not sharded:
             found = in_a_pass_to_all(losses, graph, partial(read, graph, batch, own))
         elif self.sees_fused and batch.mixed_by and not sharded:
-            around = follow_batch(losses, graph, opaque=may_be_of_compiled)
-            if around.reads:
-                found = in_a_pass_to_all(losses, graph, partial(read, graph, around, own))
+            around, found = read_around(losses, graph, own, may_be_of_compiled)
             batch = batch if found is None else around
         if found is not None:
             graph.sites = found[1]

@@ -20,7 +20,7 @@ from irw_optim.gradients.chained import ChainedCall, ChainPlaces
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.graph import CallSite, Graph
 from irw_optim.gradients.layers import FIRST, LayerCall, Layout
-from irw_optim.gradients.mixing import Batch
+from irw_optim.gradients.mixing import Batch, follow_batch
 from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
 from irw_optim.gradients.nodes import base_name
 from irw_optim.gradients.unheard import in_a_pass
@@ -84,6 +84,29 @@ def read(
         readings.append(reading)
         sites += found
     return readings, sites
+
+
+def read_around(
+    losses: Tensor, graph: Graph, own: Sequence[Tensor], opaque: Callable[[Node], bool]
+) -> tuple[Batch, tuple[list[Reading], list[CallSite]] | None]:
+    """What a graph reads around operations of which nothing is known, and where the batch is then.
+
+    Args:
+        losses: (B,), with their graph.
+        graph: what leads to them.
+        own: the leaves of which gradients are wanted.
+        opaque: whether nothing is known of an operation.
+
+    Returns:
+        None in place of what is read where that is not all of the leaves.
+    """
+    batch = follow_batch(losses, graph, opaque)
+    if not batch.reads:
+        return batch, None
+    found = in_a_pass_to_all(losses, graph, partial(read, graph, batch, own))
+    sites = [] if found is None else found[1]
+    met = {p for site in sites for p in site.call.parameters.values()}
+    return batch, found if met.issuperset(own) else None
 
 
 def sites_of(

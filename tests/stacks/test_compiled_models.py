@@ -144,6 +144,29 @@ class Named(nn.Module):
         return self.blocks(F.gelu(x + self.rows(torch.arange(x.shape[1]))))
 
 
+class TimeFirst(nn.Module):
+    """The batch comes second in what its layer reads, whose shape says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.layer(x.transpose(0, 1).sin()).cos().transpose(0, 1))
+
+
+class Meeting(nn.Module):
+    """Samples meet in what is fused, where no graph shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x).sin()
+        return F.gelu(hidden - hidden.mean(0))
+
+
 class Transposed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)
@@ -164,12 +187,14 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "places": lambda: Pooled(nn.Linear(WIDTH, WIDTH), Places()),
     "batch norm": lambda: Pooled(Transposed(), nn.BatchNorm1d(WIDTH), nn.GELU(), Transposed()),
     "behind": lambda: Pooled(Behind(), nn.GELU()),
+    "time first": lambda: Pooled(nn.Linear(WIDTH, WIDTH), TimeFirst()),
+    "meeting": lambda: Pooled(Meeting(), nn.GELU()),
     "computed": lambda: Pooled(Computed(), Activated()),
     "held": lambda: Pooled(Holder(lambda: nn.Parameter(torch.randn(6, WIDTH)))),
     "held, embedded": lambda: Pooled(Holder(lambda: nn.Embedding(6, WIDTH))),
     "deep, places": lambda: Pooled(Named()),
 }
-KEPT_OUT = {"places", "batch norm", "behind"}
+KEPT_OUT = {"places", "batch norm", "behind", "meeting"}
 """Not all of their parameters are read where the graph shows it, or they meet there."""
 
 DEEP = {"held", "held, embedded", "deep, places"}
