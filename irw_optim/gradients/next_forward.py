@@ -48,4 +48,6 @@ def _around_uncovered(engine: Engine, model: nn.Module) -> list[Attachment]:
         return []
     engine.known[AROUND] = True
     trained = {p for p in model.parameters() if p.requires_grad}
-    return keep_out_around(model, trained - engine.covered_parameters())
+    for covering in reversed(engine.coverings.values()):  # the last graph of a new kind
+        return keep_out_around(model, trained - covering.covered)
+    return []

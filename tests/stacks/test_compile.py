@@ -154,7 +154,7 @@ def test_a_compiled_criterion_is_refused_by_name() -> None:
 def test_a_compiled_step(backend: str) -> None:
     """The inner optimizer has a state, which has to be the same, too."""
     model, twin, criterion = make_model("layer"), make_model("layer"), nn.CrossEntropyLoss()
-    inner, plain = (torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.01)) for m in (model, twin))
+    inner, plain = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, twin))
     optimizer = IRWOptimizer(inner, alpha=ALPHA, model=model, criterion=criterion)
     step = torch.compile(optimizer.step, backend=backend)
     for x, y in make_loader():

@@ -289,6 +289,11 @@ def test_compiled_after_the_optimizer_came() -> None:
     train("gated", after, "aot_eager")
 
 
+def test_blocks_are_compiled_again_in_a_model_that_was_compiled_after() -> None:
+    _, model = train("deep, places", in_place_after, "aot_eager")
+    assert compiled_regions(model) >= 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [before, after])
 @pytest.mark.parametrize("kind", ["convolutions", "encoder", "gated", "places"])
