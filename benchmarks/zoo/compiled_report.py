@@ -53,7 +53,8 @@ def way_of(row: Found) -> str:
         return f"fails: {ours['fails'][:80]}"
     if ours["left_uncompiled"]:
         return LEFT
-    return FUSED if ours["graphs"] else NOTHING
+    whole = row["order"] == "after"  # the first step compiles all in one, and is alone with it
+    return FUSED if ours["graphs"] > whole else NOTHING
 
 
 def _part(row: Found, what: str) -> Found:
