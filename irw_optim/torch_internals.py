@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import wraps
+from itertools import takewhile
+from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.overrides import TorchFunctionMode
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -17,6 +23,10 @@ _will_execute: Any = getattr(torch._C, "_will_engine_execute_node", None)
 _keeps_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 _engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
 _disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+_frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_modes: Any = getattr(torch.overrides, "_get_current_function_mode_stack", None)
+_without_mode: Any = getattr(torch.overrides, "_pop_mode_temporarily", None)
+_set_compiler: Any = getattr(_frames, "set_eval_frame", None)
 
 
 def gradients_at(
@@ -70,6 +80,74 @@ def uncompiled(function: _Function) -> _Function:
     Unlike `torch.compiler.disable` it does not load the compiler before it is called.
     """
     return cast("_Function", _disable(function))
+
+
+def itself_uncompiled(function: _Function) -> _Function:
+    """The function, outside of what torch.compile traces; `compiled_again` ends that inside of it.
+
+    Where torch does not tell who compiles, nothing in it is compiled either.
+    """
+    if None in (_set_compiler, _modes, _without_mode):
+        return uncompiled(function)
+
+    @wraps(function)
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        compiler = _set_compiler(None)
+        before, _HERE.compiler = _HERE.compiler, compiler or _HERE.compiler
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _HERE.compiler = before
+            _set_compiler(compiler)
+
+    if not _leave_alone(cast("FunctionType", apart).__code__):
+        return uncompiled(function)
+    return cast("_Function", _disable(apart, recursive=False))
+
+
+def _leave_alone(code: CodeType) -> bool:
+    """Whether torch agrees not to compile the frames of a function itself."""
+    if hasattr(_frames, "skip_code"):
+        _frames.skip_code(code)
+        return True
+    if not hasattr(_frames, "set_code_exec_strategy"):
+        return False
+    skip, as_ever = _frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT
+    _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(skip, as_ever))
+    return True
+
+
+def compiled_again(
+    function: Callable[..., Any], apart_from: type[TorchFunctionMode], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a function with the compiler that `itself_uncompiled` has sent away, if it has.
+
+    Modes of the kind ``apart_from`` are not in force meanwhile: torch would compile them, too.
+    """
+    compiler, modes = _HERE.compiler, [] if _modes is None else _modes()
+    inner = list(takewhile(lambda mode: isinstance(mode, apart_from), reversed(modes)))
+    outer = modes[: len(modes) - len(inner)]
+    if compiler is None or any(isinstance(mode, apart_from) for mode in outer):
+        return function(*args, **kwargs)
+    with ExitStack() as without:
+        for _ in inner:
+            without.enter_context(_without_mode())
+        without.callback(setattr, _HERE, "compiler", compiler)
+        _HERE.compiler = None
+        _set_compiler(compiler)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _set_compiler(None)
+
+
+class _Here(threading.local):
+    """The compiler that waits in this thread, if one does."""
+
+    compiler: Any = None
+
+
+_HERE = _Here()
 
 
 def keep_for_further_passes() -> None:

@@ -11,11 +11,7 @@ Each model has a process of its own, with one thread; one that fails is a row wi
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ import torch
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.report import FIGURES
+from benchmarks.zoo.alone import alone, as_json
 from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.picture import draw, stored
 from benchmarks.zoo.registry import ENTRIES, GROWING, named
@@ -90,32 +87,17 @@ def measure(work: Sequence[tuple[Entry, int]], seconds: float, exact: bool) -> l
         task = progress.add_task("models", total=len(work), now="")
         for entry, size in work:
             progress.update(task, now=entry.name)
-            found.append(alone(entry, size, seconds, exact))
+            found.append(one(entry, size, seconds, exact))
             progress.console.print(_line(found[-1]), highlight=False, markup=False, soft_wrap=True)
             progress.advance(task)
     return found
 
 
-def alone(entry: Entry, size: int, seconds: float, exact: bool) -> dict[str, Any]:
+def one(entry: Entry, size: int, seconds: float, exact: bool) -> dict[str, Any]:
     """Measure one entry in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.zoo.one", entry.name, "--size", str(size)]
-    command += ["--seconds", str(seconds), *([] if exact else ["--no-exact"])]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    try:
-        finished = subprocess.run(
-            command,
-            env=os.environ | threads,
-            capture_output=True,
-            text=True,
-            timeout=LONGEST,
-            check=False,
-        )
-        return json.loads(finished.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-    except subprocess.TimeoutExpired:
-        reason = f"took more than {LONGEST} s"
-    except (IndexError, json.JSONDecodeError):
-        reason = f"ended with {finished.returncode}: {finished.stderr.strip()[-200:]}"
-    return {"name": entry.name, "family": entry.family, "size": size, "fails": reason}
+    arguments = [entry.name, "--size", str(size), "--seconds", str(seconds)]
+    arguments += [] if exact else ["--no-exact"]
+    return {"size": size} | alone(entry, "benchmarks.zoo.one", arguments, LONGEST)
 
 
 def machine() -> str:
@@ -159,19 +141,8 @@ def _grow(seconds: float, out: Path, store: bool) -> None:
 
 def _store(path: Path, text: str, result: dict[str, Any]) -> None:
     path.with_suffix(".md").write_text(text + "\n")
-    path.with_suffix(".json").write_text(_as_json(result) + "\n")
+    path.with_suffix(".json").write_text(as_json(result) + "\n")
     print(f"written to {path}.md and .json")
-
-
-def _as_json(result: dict[str, Any]) -> str:
-    """One line an entry, which shows in a diff what has changed."""
-    parts = []
-    for key, value in result.items():
-        text = json.dumps(value)
-        if isinstance(value, list):
-            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
-        parts.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def _line(found: dict[str, Any]) -> str:

@@ -58,24 +58,30 @@ class InFloat64(nn.Module):
 def errors(entry: Entry, size: int) -> dict[str, float | int]:
     """Largest differences of weights and gradients, relative to the largest number expected."""
     size = min(size, LARGEST)
-    batch = _double(entry.draw(size))
+    batch = in_double(entry.draw(size))
     expected_weights, expected = reference(entry, InFloat64(entry.make()), batch)
     model = InFloat64(entry.make())
     ours = Loop.of(entry, model, batch, ALPHA)
     for _ in range(USES):
         torch.manual_seed(2)
         ours.backward()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    largest = max(float(g.abs().max()) for g in expected)
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    weights_error, gradient_error = differences(ours, expected_weights, expected)
     return {
         "exact_size": size,
-        "weights_error": _largest(ours.optimizer.last_step.weights - expected_weights)
-        / float(expected_weights.max()),
-        "gradient_error": max(
-            _largest(g - e) for g, e in zip(found, expected, strict=True)
-        ) / (largest or 1.0),
-    }  # fmt: skip
+        "weights_error": weights_error,
+        "gradient_error": gradient_error,
+    }
+
+
+def differences(ours: Loop, weights: Tensor, gradients: list[Tensor]) -> tuple[float, float]:
+    """Of the weights and gradients of the last step, relative to the largest number expected."""
+    parameters = [p for p in ours.model.parameters() if p.requires_grad]
+    largest = max(float(g.abs().max()) for g in gradients)
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    off = _largest((ours.optimizer.last_step.weights - weights) / weights.max())
+    return off, max(
+        _largest((g - e) / (largest or 1.0)) for g, e in zip(found, gradients, strict=True)
+    )
 
 
 def reference(entry: Entry, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -115,7 +121,8 @@ def _largest(difference: Tensor) -> float:
     return math.inf if math.isnan(largest) else largest
 
 
-def _double(batch: Batch) -> Batch:
+def in_double(batch: Batch) -> Batch:
+    """What a model in float64 is called with."""
     inputs, target = (
         tuple(t.double() if t.is_floating_point() else t for t in part)
         for part in (batch[0], (batch[1],))

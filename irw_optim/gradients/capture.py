@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
-from torch.overrides import TorchFunctionMode
 
 from irw_optim.attachments import Attachment, Removable, replace_on
-from irw_optim.gradients.compiling import KeptOut
+from irw_optim.gradients.compiling import CompiledAgain, ItselfKeptOut, KeptOut, Listener, inside
 from irw_optim.gradients.function_rules import CALLS, rule_of_function
 from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
 from irw_optim.gradients.rules import call_of, rule_of
-from irw_optim.torch_internals import uncompiled
+from irw_optim.torch_internals import itself_uncompiled, uncompiled
 
 
 def hook_layers(model: nn.Module) -> list[Attachment]:
@@ -32,18 +31,28 @@ def hook_layers(model: nn.Module) -> list[Attachment]:
     Scripted modules take none: their parameters are left to autograd.
     """
     attached: list[Attachment] = []
+    owners: list[nn.Module] = []
     try:
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             if rule_of(module) is not None:
                 attached.append(RecordedLayer.on(module))
-            elif module._parameters:
+            elif _holds_parameters(module):
                 attached.append(RecordedFunctions.on(module))
+                owners.append(module)
+        again = [child for owner in owners for child in inside(owner)]
+        attached += [CompiledAgain.on(module) for module in dict.fromkeys(again)]
     except BaseException:
         attached.clear()  # the traceback would hold them
         raise
     return attached
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    """Whether it has parameters of its own, be it in a list or a dictionary, which nobody calls."""
+    kept = (nn.ParameterList, nn.ParameterDict)
+    return bool(module._parameters) or any(isinstance(child, kept) for child in module.children())
 
 
 class RecordedLayer(Attachment):
@@ -71,10 +80,10 @@ def sites_noted(order: Iterable[Node]) -> list[CallSite]:
     ]
 
 
-def forget_calls(sites: Iterable[CallSite]) -> None:
+def forget_calls(nodes: Iterable[Node]) -> None:
     """Drop what the hooks kept: the graph may outlive its backward pass by an iteration."""
-    for site in sites:
-        _notes(site.edge.node).pop(CALLS, None)
+    for node in nodes:
+        _notes(node).pop(CALLS, None)
 
 
 def record(call: LayerCall | None, output: Tensor) -> None:
@@ -110,10 +119,10 @@ class _LayerForward(KeptOut):
         return output
 
 
-class _FunctionsForward(KeptOut):
+class _FunctionsForward(ItselfKeptOut):
     """Stands in for the ``forward`` of a module that has parameters of its own."""
 
-    @uncompiled
+    @itself_uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes, with a note of its functions on the graph."""
         module = self.module
@@ -123,7 +132,7 @@ class _FunctionsForward(KeptOut):
             return self.__wrapped__(*args, **kwargs)
 
 
-class _FunctionRecorder(TorchFunctionMode):
+class _FunctionRecorder(Listener):
     """Sees functions called with parameters directly, as in attention's input projection."""
 
     def __init__(self, owner: nn.Module) -> None:

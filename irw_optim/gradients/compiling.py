@@ -1,24 +1,31 @@
 """torch.compile: what of a model it may fuse, so that the layers stay in sight.
 
 Compiled code shows one node in the graph, whatever it computes, and its gradient cannot be
-differentiated. So what has parameters is kept out of it, and what lies between is fused; where that
-does not give quick products for every parameter, the whole model is kept out.
+differentiated. So what has parameters is kept out of it, and what lies between is fused. Where that
+does not give quick products for every parameter, the modules around those without are kept out by
+themselves, and what they call is compiled; where that does not help, the whole model is kept out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from types import MethodType
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
 
 from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
-from irw_optim.torch_internals import keep_for_further_passes, uncompiled
+from irw_optim.torch_internals import (
+    compiled_again,
+    itself_uncompiled,
+    keep_for_further_passes,
+    uncompiled,
+)
 
 
 class KeptOut(Replacement):
@@ -45,6 +52,45 @@ class KeptOut(Replacement):
         return self.__wrapped__(*args, **kwargs)
 
 
+class ItselfKeptOut(KeptOut):
+    """Stands in for a module's ``forward``: the same, uncompiled but for the modules it calls."""
+
+    @itself_uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes."""
+        return self.__wrapped__(*args, **kwargs)
+
+
+class _Again(KeptOut):
+    """Stands in for the ``forward`` of a module that is compiled inside of one that is not."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.__wrapped__(*args, **kwargs)
+        return compiled_again(self.__wrapped__, Listener, *args, **kwargs)
+
+
+class Listener(TorchFunctionMode):
+    """A mode for the forward of one module, not for the modules that it calls."""
+
+
+class CompiledAgain(Attachment):
+    """Lets a module be compiled though the one that calls it is not."""
+
+    def put_on(self, module: nn.Module) -> Iterable[Removable]:
+        """Attach, and yield what removes it."""
+        yield replace_on(module, "forward", _Again(module))
+
+
+class UncompiledItself(Attachment):
+    """Keeps a module out of what torch.compile fuses, but not the modules that it calls."""
+
+    def put_on(self, module: nn.Module) -> Iterable[Removable]:
+        """Attach, and yield what removes it."""
+        yield replace_on(module, "forward", ItselfKeptOut(module))
+
+
 class Uncompiled(Attachment):
     """Keeps a module, and all that is in it, out of what torch.compile fuses."""
 
@@ -61,6 +107,42 @@ def keep_out(model: nn.Module) -> list[Attachment]:
     torch.compiler.reset()
     inner = [_original(module) for module in model.modules() if is_compiled_module(module)]
     return [Uncompiled.on(module) for module in dict.fromkeys([_original(model), *inner])]
+
+
+def keep_out_around(model: nn.Module, parameters: Set[Tensor]) -> list[Attachment]:
+    """Keep out the modules in which some parameters are, and not what else these modules call.
+
+    Returns:
+        What has to be held; empty where nothing would be compiled any longer.
+    """
+    original = _original(model)
+    around = [
+        module
+        for module in original.modules()
+        if not _is_kept_out(module) and not parameters.isdisjoint(module.parameters())
+    ]
+    held: list[Attachment] = [UncompiledItself.on(module) for module in around]
+    again = [child for module in around for child in inside(module)]
+    if not any(True for child in again for _ in child.parameters()):
+        return []
+    torch.compiler.reset()
+    return [*held, *(CompiledAgain.on(module) for module in again)]
+
+
+def inside(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules in one that torch would compile by themselves: none of torch's own."""
+    for child in module.children():
+        if _is_kept_out(child) or isinstance(child, torch.jit.ScriptModule):
+            continue
+        if type(child).__module__.startswith("torch.nn."):
+            yield from inside(child)
+        else:
+            yield child
+
+
+def _is_kept_out(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return isinstance(forward, KeptOut) and not isinstance(forward, _Again)
 
 
 def prepare(model: nn.Module | None) -> None:
@@ -121,3 +203,8 @@ def _original(module: nn.Module) -> nn.Module:
 def is_compiled(node: Node) -> bool:
     """Whether a node is the backward pass of a region that torch.compile made."""
     return isinstance(node, BackwardCFunction) and node.name().startswith("CompiledFunction")
+
+
+def may_be_of_compiled(node: Node) -> bool:
+    """Whether it is such a region, or how one hands out what shares memory with something else."""
+    return is_compiled(node) or node.name() == "AsStridedBackward0"

@@ -18,7 +18,7 @@ from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
 from irw_optim.gradients import texts
 from irw_optim.gradients.capture import hook_layers, sites_noted
-from irw_optim.gradients.compiling import compile_anew, is_compiled, prepare
+from irw_optim.gradients.compiling import compile_anew, is_compiled, may_be_of_compiled, prepare
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
 from irw_optim.gradients.graph import Graph, walk
 from irw_optim.gradients.hooks import needs_hooks, silence_of, weighed_by
@@ -27,7 +27,7 @@ from irw_optim.gradients.loss_gradients import WAITING, LossGradients
 from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_that_entered
 from irw_optim.gradients.next_forward import goes_forwards_next
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.gradients.readings import NOTHING_READ, Plan, read_in_a_pass, with_layouts
+from irw_optim.gradients.readings import NOTHING_READ, Plan, read_around, read_in_a_pass
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
 
 logger = logging.getLogger("irw_optim")
@@ -162,6 +162,9 @@ class Engine(Renewed):
         if batch.followed and not sharded:
             spares = captured.one_product and self.kind == "auto"
             found = read_in_a_pass(losses, graph, batch, own, spares_memory=spares)
+        elif self.sees_fused and batch.mixed_by and not sharded:
+            around, found = read_around(losses, graph, own, may_be_of_compiled)
+            batch = batch if found is None else around
         if found is not None:
             graph.sites = found[1]
         elif not sharded and size > 1 and self._goes_forwards(batch, graph):
@@ -183,8 +186,7 @@ class Engine(Renewed):
                 if not sharded and (rows := rows_that_entered(graph, batch, size)):
                     self.tell(logging.WARNING, "parts", texts.parts(size, rows))
         if found is not None:
-            plan = Plan(with_layouts(found[0], graph), covering)
-            _remember(self.plans, captured.kind, plan)
+            _remember(self.plans, captured.kind, Plan.of(found[0], graph, covering))
         return covering
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:

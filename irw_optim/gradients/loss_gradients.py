@@ -195,7 +195,7 @@ class LossGradients:
         """The backward pass is over: nothing of it may be held any longer."""
         WAITING.leave(self)
         if self.engine.has_layer_hooks and not self.sharing:
-            forget_calls(self.graph.sites)
+            forget_calls(self.graph.order)
         if self.engine.known.get("row_by_row"):
             self.engine.left()
         self.ghost = self.passes = None
@@ -267,7 +267,7 @@ class LossGradients:
     def _let_go(self) -> None:
         """Hold the layers' inputs and output gradients no longer, here and on the graph."""
         if self.engine.has_layer_hooks:
-            forget_calls(self.graph.sites)
+            forget_calls(self.graph.order)
         self.graph = NO_GRAPH
         self.passes = self.ghost = None
 

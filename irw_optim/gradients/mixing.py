@@ -12,7 +12,7 @@ What passes is proven, and nothing has to be computed for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -66,13 +66,18 @@ class Batch(NamedTuple):
         return self.mixed_by is None and bool(self.places)
 
 
-def follow_batch(losses: Tensor, graph: Graph) -> Batch:
+def follow_batch(
+    losses: Tensor, graph: Graph, opaque: Callable[[Node], bool] | None = None
+) -> Batch:
     """Follow the batch through the graph.
 
     Args:
         losses: (B,), B > 1, with their graph.
         graph: what leads to them.
+        opaque: says of which operations nothing is known; the batch is taken to come first in what
+            they read. The first of them may mix the samples. None to stop there.
     """
+    may_mix: str | None = None
     places: dict[tuple[Node, int], int] = {(losses.grad_fn, losses.output_nr): 1}  # type: ignore[dict-item]
     outputs: dict[Node, list[int]] = {losses.grad_fn: [losses.output_nr]}  # type: ignore[dict-item]
     reads: dict[Node, int] = {}
@@ -86,7 +91,11 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
                 weight = reads.get(node, 0)
                 computes_shared |= not is_view(node)
             else:
-                found = _inputs_of(Output(node, number, stride, len(losses)))
+                if opaque is not None and opaque(node):
+                    may_mix = may_mix or node.name()
+                    found = [_first_in(edge, len(losses)) for edge in node.next_functions]
+                else:
+                    found = _inputs_of(Output(node, number, stride, len(losses)))
                 weight = 1
                 if found is MIXES:
                     return Batch(
@@ -116,7 +125,18 @@ def follow_batch(losses: Tensor, graph: Graph) -> Batch:
                     return Batch(parent.name(), _by_number(places, graph), surely_mixes=True)
     counted = tuple(reads.get(node, 0) for node in graph.leaf_nodes)
     places_by_number = _by_number(places, graph)
-    return Batch(None, places_by_number, counted, computes_shared, tuple(crossings))
+    return Batch(may_mix, places_by_number, counted, computes_shared, tuple(crossings))
+
+
+def _first_in(edge: tuple[Node | None, int], batch_size: int) -> int:
+    """The stride of the batch in what is read at an edge if it comes first there, if it may."""
+    node, number = edge
+    if node is None:
+        return UNREAD
+    shape = shape_of(node, number)
+    if not node.next_functions or not shape or shape[0] % batch_size:
+        return SHARED
+    return shape.numel() // batch_size
 
 
 def _by_number(places: Mapping[tuple[Node, int], int], graph: Graph) -> dict[tuple[int, int], int]:

@@ -20,7 +20,7 @@ from irw_optim.gradients.chained import ChainedCall, ChainPlaces
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.graph import CallSite, Graph
 from irw_optim.gradients.layers import FIRST, LayerCall, Layout
-from irw_optim.gradients.mixing import Batch
+from irw_optim.gradients.mixing import Batch, follow_batch
 from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
 from irw_optim.gradients.nodes import base_name
 from irw_optim.gradients.recomputation import unless_recomputed
@@ -110,6 +110,29 @@ def read_in_a_pass(
     )
 
 
+def read_around(
+    losses: Tensor, graph: Graph, own: Sequence[Tensor], opaque: Callable[[Node], bool]
+) -> tuple[Batch, Found]:
+    """What a graph reads around operations of which nothing is known, and where the batch is then.
+
+    Args:
+        losses: (B,), with their graph.
+        graph: what leads to them.
+        own: the leaves of which gradients are wanted.
+        opaque: whether nothing is known of an operation.
+
+    Returns:
+        None in place of what is read where that is not all of the leaves.
+    """
+    batch = follow_batch(losses, graph, opaque)
+    if not batch.reads:
+        return batch, None
+    found = in_a_pass_to_all(losses, graph, partial(read, graph, batch, own))
+    sites = [] if found is None else found[1]
+    met = {p for site in sites for p in site.call.parameters.values()}
+    return batch, found if met.issuperset(own) else None
+
+
 def sites_of(
     readings: Iterable[Reading], graph: Graph, batch_size: int | None = None
 ) -> list[CallSite] | None:
@@ -156,6 +179,11 @@ class Plan:
         # Operations tell their slopes in a backward pass alone.
         self.asks = any(reading.rule is of_each_number for reading in readings)
 
+    @classmethod
+    def of(cls, readings: Sequence[Reading], graph: Graph, covering: Covering) -> Plan:
+        """For all graphs of the kind of this one, whose layer calls have found their batch."""
+        return cls(_with_layouts(readings, graph), covering)
+
     def sites(self, graph: Graph, losses: Tensor) -> list[CallSite] | None:
         """The layer calls of a graph; None where an operation has other settings than it had."""
         if not self.asks:
@@ -180,7 +208,7 @@ def _chained(call: LayerCall, computed: Sequence[Weight], graph: Graph) -> Layer
     return ChainedCall(call, chains) if chains else call
 
 
-def with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
+def _with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
     """The readings with the layouts that their calls were found to have in this graph."""
     found: dict[tuple[Node, int], list[Layout | None]] = {}
     for call, edge, _ in graph.sites:

@@ -54,6 +54,11 @@ KEPT_OUT = (
     "used. See 'torch.compile' in the documentation of models"
 )
 
+KEPT_OUT_AROUND = (
+    "torch.compile leaves the modules alone in which parameters have no quick products; what these "
+    "modules call is still compiled"
+)
+
 WITHOUT_CUDNN = (
     "recurrent layers take torch's own kernels from now on, through which changes go forwards: the "
     "gradient of cuDNN's cannot be differentiated, and would take one backward pass a sample"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,13 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.zoo import exactness, measuring, report  # noqa: E402
+from benchmarks.zoo import (  # noqa: E402
+    compiled,
+    compiled_report,
+    exactness,
+    measuring,
+    report,
+)
 from benchmarks.zoo.entry import Entry, rows, texts  # noqa: E402
 from benchmarks.zoo.registry import ENTRIES, GROWING, named  # noqa: E402
 
@@ -122,3 +129,42 @@ def test_batches_and_models_are_the_same_for_the_same_seed():
     (other,), _ = entry.draw()
     assert torch.equal(one, other)
     assert torch.equal(one[:, 1:], following[:, :-1])
+
+
+def test_what_torch_compile_makes_of_a_model(monkeypatch):
+    pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: None)  # of a process of its own
+    found = compiled.looked_at(named("MLP, BatchNorm, dropout"), "aot_eager", "before")
+    assert found["layers"] == 5
+    assert found["plain"]["graphs"] == 2
+    assert found["plain"]["breaks"] == 0
+    assert found["ours"]["error"] < compiled_report.EXACT
+    assert found["ours"]["compiled_in_epochs"][2] == 0
+
+
+def test_the_table_of_compiled_models_says_what_is_wrong():
+    part = {"breaks": 0, "graphs": 2, "compiled_in_epochs": [2, 0, 0], "limits": 0}
+    ours = part | {"error": 1e-15, "left_uncompiled": False}
+    key = {"backend": "aot_eager", "order": "before", "layers": 2, "float32": False}
+    wrong = [
+        {"error": 1e-6},
+        {"breaks": 5},
+        {"compiled_in_epochs": [2, 0, 1]},
+        {"limits": 1},
+        {"left_uncompiled": True},
+        {"graphs": 0},
+        {},
+    ]
+    found = [key | {"name": str(n), "plain": part, "ours": ours | w} for n, w in enumerate(wrong)]
+    found.append(key | {"name": "broken", "fails": "took more | than 240 s"})
+    cells = compiled_report.summary(found).splitlines()[-1].split("|")[3:-1]
+    assert [cell.strip() for cell in cells] == ["8", "7", "6", "5", "1", "1", "1", "1", "1 (0)"]
+    assert "fails: took more / than 240 s" in compiled_report.as_markdown(found)
+
+
+def test_the_stored_table_is_made_of_the_stored_rows():
+    models = json.loads(compiled.RESULTS.with_suffix(".json").read_text())["models"]
+    for name, make in (("", compiled_report.as_markdown), ("_summary", compiled_report.summary)):
+        stored = compiled.RESULTS.with_name(f"{compiled.RESULTS.name}{name}.md").read_text()
+        assert stored == make(models) + "\n"
+    assert not [m["name"] for m in models if not compiled_report.is_exact(m)]

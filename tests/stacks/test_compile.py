@@ -150,13 +150,20 @@ def test_a_compiled_criterion_is_refused_by_name() -> None:
         attach(model, torch.compile(nn.CrossEntropyLoss(), backend="eager"))
 
 
-def test_a_compiled_step() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_step(backend: str) -> None:
+    """The inner optimizer has a state, which has to be the same, too."""
     model, twin, criterion = make_model("layer"), make_model("layer"), nn.CrossEntropyLoss()
-    optimizer, plain = attach(model, criterion), sgd(twin)
-    x, y = next(iter(make_loader()))
-    criterion(model(x.double()), y).backward()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        q.grad = p.grad.clone()
-    torch.compile(optimizer.step, backend="eager")()
-    plain.step()
-    assert all(map(torch.allclose, model.parameters(), twin.parameters()))
+    inner, plain = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, twin))
+    optimizer = IRWOptimizer(inner, alpha=ALPHA, model=model, criterion=criterion)
+    step = torch.compile(optimizer.step, backend=backend)
+    for x, y in make_loader():
+        optimizer.zero_grad()
+        criterion(model(x.double()), y).backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        step()
+        plain.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+    assert optimizer.steps == BATCHES

@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from irw_optim import IRWOptimizer
 from irw_optim.gradients import compiling
 from irw_optim.gradients.capture import hook_layers
+from irw_optim.gradients.graph import walk
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 
@@ -91,6 +92,81 @@ class Behind(nn.Module):
         return torch.tanh(self.layer(x) @ self.layer.weight)
 
 
+class Computed(nn.Module):
+    """A layer whose weight is computed of what it holds in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterDict(
+            {"left": torch.randn(WIDTH, 2), "right": torch.randn(2, WIDTH)}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.parts["left"] @ self.parts["right"])
+
+
+class Holder(nn.Module):
+    """Holds a token and a row for every position by itself, and calls blocks that hold nothing."""
+
+    def __init__(self, positions: Callable[[], nn.Module | nn.Parameter]) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.positions = positions()
+        self.blocks = nn.ModuleList(Activated() for _ in range(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        rows = self.positions
+        x = x + (rows(torch.arange(6)) if isinstance(rows, nn.Module) else rows)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Activated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(F.gelu(x).sin()).tanh().cos()
+
+
+class Named(nn.Module):
+    """Positions of a model that holds nothing by itself: where they meet the samples is fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(5, WIDTH)
+        self.blocks = nn.Sequential(*(Activated() for _ in range(10)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(F.gelu(x + self.rows(torch.arange(x.shape[1]))))
+
+
+class TimeFirst(nn.Module):
+    """The batch comes second in what its layer reads, whose shape says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.layer(x.transpose(0, 1).sin()).cos().transpose(0, 1))
+
+
+class Meeting(nn.Module):
+    """Samples meet in what is fused, where no graph shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x).sin()
+        return F.gelu(hidden - hidden.mean(0))
+
+
 class Transposed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2)
@@ -111,9 +187,18 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "places": lambda: Pooled(nn.Linear(WIDTH, WIDTH), Places()),
     "batch norm": lambda: Pooled(Transposed(), nn.BatchNorm1d(WIDTH), nn.GELU(), Transposed()),
     "behind": lambda: Pooled(Behind(), nn.GELU()),
+    "time first": lambda: Pooled(nn.Linear(WIDTH, WIDTH), TimeFirst()),
+    "meeting": lambda: Pooled(Meeting(), nn.GELU()),
+    "computed": lambda: Pooled(Computed(), Activated()),
+    "held": lambda: Pooled(Holder(lambda: nn.Parameter(torch.randn(6, WIDTH)))),
+    "held, embedded": lambda: Pooled(Holder(lambda: nn.Embedding(6, WIDTH))),
+    "deep, places": lambda: Pooled(Named()),
 }
-KEPT_OUT = {"places", "batch norm", "behind"}
-"""Not all of their parameters are in layers whose inputs the recorders see."""
+KEPT_OUT = {"places", "batch norm", "behind", "meeting"}
+"""Not all of their parameters are read where the graph shows it, or they meet there."""
+
+DEEP = {"held", "held, embedded", "deep, places"}
+"""The ten blocks of them are compiled, though the model around them is not."""
 
 
 def make(kind: str) -> nn.Module:
@@ -162,7 +247,7 @@ def in_place_after(
 
 def train(
     kind: str, order: Callable[..., tuple[IRWOptimizer, nn.Module]], backend: str
-) -> IRWOptimizer:
+) -> tuple[IRWOptimizer, nn.Module]:
     """Three epochs, every step compared; the third compiles nothing."""
     model, twin, criterion = make(kind), make(kind), nn.CrossEntropyLoss()
     optimizer, call = order(model, criterion, backend)
@@ -181,7 +266,13 @@ def train(
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[1] == graphs[2]
     assert not [reason for reason in counters["graph_break"] if "limit" in reason]
-    return optimizer
+    return optimizer, model
+
+
+def compiled_regions(model: nn.Module) -> int:
+    """How many there are behind what a model computes now."""
+    output = model(torch.randn(SIZES[0], 5, WIDTH, dtype=torch.float64))
+    return sum(map(compiling.is_compiled, walk(output.sum(1)).order))
 
 
 @pytest.mark.slow
@@ -190,12 +281,17 @@ def train(
 def test_every_kind_is_exact_in_every_order(
     kind: str, order: Callable[..., tuple[IRWOptimizer, nn.Module]]
 ) -> None:
-    optimizer = train(kind, order, "aot_eager")
+    optimizer, _ = train(kind, order, "aot_eager")
     assert not optimizer.engine.known.get("row_by_row")
 
 
 def test_compiled_after_the_optimizer_came() -> None:
     train("gated", after, "aot_eager")
+
+
+def test_blocks_are_compiled_again_in_a_model_that_was_compiled_after() -> None:
+    _, model = train("deep, places", in_place_after, "aot_eager")
+    assert compiled_regions(model) >= 10
 
 
 @pytest.mark.slow
@@ -211,10 +307,12 @@ def test_with_fused_kernels(
 def test_what_is_fused(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """What lies between the layers; without quick products nothing, and the log says so once."""
     caplog.set_level("WARNING", "irw_optim")
-    optimizer = train(kind, in_place, "aot_eager")
+    optimizer, model = train(kind, in_place, "aot_eager")
     said = Counter("leaves this model alone" in record.message for record in caplog.records)
     assert said[True] == (kind in KEPT_OUT)
     assert optimizer.engine.has_layer_hooks == (kind not in KEPT_OUT)
+    regions = compiled_regions(model)
+    assert regions >= 10 if kind in DEEP else (regions > 0) == (kind not in KEPT_OUT)
     layers = [module for module in make(kind).modules() if module._parameters]
     assert sum(counters["graph_break"].values()) <= 2 * len(layers)
 

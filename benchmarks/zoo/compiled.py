@@ -1,0 +1,169 @@
+"""What torch.compile makes of each model of the zoo, with the optimizer and without it.
+
+    python -m benchmarks.zoo.compiled                                # aot_eager, before wrapping
+    python -m benchmarks.zoo.compiled --backend inductor --order after --only nanoGPT LSTM
+
+Three epochs of two batches and a shorter last one, in float64; every step is compared with a loop
+of plain autograd over the losses. Each model has a process of its own. What is found of a model
+replaces its row for that backend and order in the stored file: a run may be stopped and taken up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.cost.neighbours import ALPHA
+from benchmarks.zoo.alone import alone, as_json
+from benchmarks.zoo.compiled_report import as_markdown, summary
+from benchmarks.zoo.entry import Entry
+from benchmarks.zoo.exactness import differences, in_double, reference
+from benchmarks.zoo.measuring import Loop
+from benchmarks.zoo.registry import ENTRIES, named
+from irw_optim.gradients.graph import walk
+
+SIZES = (5, 5, 3)
+EPOCHS = 3
+LONGEST = 240
+"""Seconds after which a model counts as failed."""
+
+BACKENDS = ("aot_eager", "inductor")
+ORDERS = ("before", "after", "in place")
+"""The model is compiled before the optimizer comes, after it, or by `model.compile()` before."""
+
+RESULTS = Path(__file__).parents[1] / "results" / "zoo_compiled"
+
+
+def main() -> None:
+    """Run the benchmark, or one entry of it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backend", choices=BACKENDS, default="aot_eager")
+    parser.add_argument("--order", choices=ORDERS, default="before")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these entries")
+    parser.add_argument("--one", metavar="NAME", help="in this process; nothing is stored")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(looked_at(named(options.one), options.backend, options.order)))
+        return
+    entries = ENTRIES if options.only is None else [named(name) for name in options.only]
+    for entry in entries:
+        how = ["--backend", options.backend, "--order", options.order]
+        found = alone(entry, "benchmarks.zoo.compiled", ["--one", entry.name, *how], LONGEST)
+        found |= {"name": entry.name, "backend": options.backend, "order": options.order}
+        print(found, flush=True)
+        store(found)
+
+
+def store(found: dict[str, Any]) -> None:
+    """Replace the row of one model, and make the table anew."""
+    path = RESULTS.with_suffix(".json")
+    rows = json.loads(path.read_text())["models"] if path.exists() else []
+    key = ("name", "backend", "order")
+    rows = [row for row in rows if [row[k] for k in key] != [found[k] for k in key]]
+    place = {entry.name: number for number, entry in enumerate(ENTRIES)}
+    rows = sorted([*rows, found], key=lambda r: (r["backend"], r["order"], place[r["name"]]))
+    path.write_text(as_json({"models": rows}) + "\n")
+    RESULTS.with_suffix(".md").write_text(as_markdown(rows) + "\n")
+    RESULTS.with_name(f"{RESULTS.name}_summary.md").write_text(summary(rows) + "\n")
+
+
+def looked_at(entry: Entry, backend: str, order: str) -> dict[str, Any]:
+    """What is found of one entry."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    import torch._inductor.config as inductor
+
+    inductor.fallback_random = True  # dropout draws what it draws without the compiler
+    found = kind_of(entry)
+    for what, alpha in (("plain", None), ("ours", ALPHA)):
+        try:
+            found[what] = trained(entry, backend, order, alpha)
+        except Exception as error:
+            found[what] = {"fails": f"{type(error).__name__}: {error}"[:300]}
+    return found
+
+
+def kind_of(entry: Entry) -> dict[str, Any]:
+    """How many modules hold parameters, and whether the model itself computes in float32."""
+    model, (inputs, _) = entry.make().double(), in_double(entry.draw(SIZES[0]))
+    nodes = walk(model(*inputs).double().flatten(1).sum(1)).order
+    dtypes = {output.dtype for node in nodes for output in node._input_metadata}  # type: ignore[attr-defined]
+    holders = [module for module in model.modules() if module._parameters]
+    return {"layers": len(holders), "float32": torch.float32 in dtypes}
+
+
+def trained(entry: Entry, backend: str, order: str, alpha: float | None) -> dict[str, Any]:
+    """Train a compiled model, plainly without alpha; else every step is compared."""
+    counted = Counted()
+    model, twin = entry.make().double(), entry.make().double()
+    called = model if order == "after" else compiled(model, backend, order)
+    loop = Loop.of(entry, called, in_double(entry.draw(SIZES[0])), alpha)
+    if order == "after":
+        called = compiled(model, backend, order)
+    error = 0.0
+    for epoch in range(EPOCHS):
+        for place, size in enumerate(SIZES):
+            batch = in_double(entry.draw(size, seed=1 + epoch * len(SIZES) + place))
+            twin.load_state_dict(model.state_dict())
+            torch.manual_seed(2)
+            replace(loop, model=called, batch=batch).backward()
+            if alpha is not None:
+                weights, expected = reference(entry, twin, batch)
+                error = max(error, *differences(loop, weights, expected))
+            loop.optimizer.step()
+        counted.epoch_ends()
+    found = counted.found()
+    if alpha is not None:
+        kept_out = "kept out" in loop.optimizer.engine.told  # type: ignore[attr-defined]
+        found |= {"error": error, "left_uncompiled": kept_out}
+    return found
+
+
+def compiled(model: nn.Module, backend: str, order: str) -> nn.Module:
+    """What is to be called in place of the model."""
+    if order != "in place":
+        return torch.compile(model, backend=backend)  # type: ignore[return-value]
+    model.compile(backend=backend)
+    return model
+
+
+class Counted(logging.Handler):
+    """What dynamo counts of a training from here on, and how often it gave up on a function."""
+
+    def __init__(self) -> None:
+        from torch._dynamo.utils import counters
+
+        super().__init__(logging.WARNING)
+        torch.compiler.reset()
+        counters.clear()
+        self.counters, self.limits, self.ends = counters, 0, [0]
+        logging.getLogger("torch._dynamo").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.limits += "recompile_limit" in record.getMessage()
+
+    def epoch_ends(self) -> None:
+        """Take note of what was compiled in it."""
+        self.ends.append(self.counters["frames"]["total"])
+
+    def found(self) -> dict[str, Any]:
+        logging.getLogger("torch._dynamo").removeHandler(self)
+        return {
+            "breaks": sum(self.counters["graph_break"].values()),
+            "graphs": self.counters["stats"]["unique_graphs"],
+            "compiled_in_epochs": [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)],
+            "limits": self.limits,
+        }
+
+
+if __name__ == "__main__":
+    main()
