@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -70,6 +71,24 @@ def uncompiled(function: _Function) -> _Function:
     Unlike `torch.compiler.disable` it does not load the compiler before it is called.
     """
     return cast("_Function", _disable(function))
+
+
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each of them in memory of its own, by one operation."""
+    listed = list(tensors)
+    return list(torch._foreach_mul(listed, 1)) if listed else []
+
+
+@cache
+def sums_wide(device: str) -> bool:
+    """Whether a kind of device gives products of bfloat16 in float32 (torch 2.8, on CUDA)."""
+    one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        for stack, multiply in ((one, torch.mm), (one[None], torch.bmm)):
+            multiply(stack, stack, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def keep_for_further_passes() -> None:

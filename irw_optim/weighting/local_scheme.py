@@ -127,11 +127,8 @@ def averaged_record(batch: PerSampleLosses) -> StepRecord:
 
 
 def present_in(batch: PerSampleLosses) -> Tensor | None:
-    """The samples that are not ignored altogether; all, where that is nobody, and None for all."""
-    if batch.counts is None:
-        return None
-    present = batch.counts > 0
-    return present | ~present.any()
+    """The samples that are not ignored altogether; None for all."""
+    return None if batch.counts is None else batch.counts > 0
 
 
 class NoRows:
