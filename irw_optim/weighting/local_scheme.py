@@ -127,8 +127,11 @@ def averaged_record(batch: PerSampleLosses) -> StepRecord:
 
 
 def present_in(batch: PerSampleLosses) -> Tensor | None:
-    """The samples that are not ignored altogether; None for all."""
-    return None if batch.counts is None else batch.counts > 0
+    """The samples that are not ignored altogether; all, where that is nobody, and None for all."""
+    counts = batch.counts
+    if counts is None or not len(counts):
+        return None
+    return counts >= counts.amax().clamp(max=1)
 
 
 class NoRows:

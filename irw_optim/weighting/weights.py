@@ -285,7 +285,7 @@ def uniform(like: Tensor, kept: Tensor | None = None) -> Tensor:
     """Equal weights (B,) over the kept samples, sum 1."""
     if kept is None:
         return torch.full_like(like, 1 / max(1, len(like)))
-    return kept.to(like.dtype) / kept.sum().clamp(min=1)
+    return kept.to(like.dtype) / kept.sum()
 
 
 def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tensor:
