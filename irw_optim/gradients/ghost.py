@@ -87,7 +87,8 @@ class GhostGradients:
         if meeting:
             combined = GhostGradients(meeting, self.batch_size, self.seed).combine(coefficients)
             products += [call.dot(combined) for call in meeting]
-        total = products[0] if len(products) == 1 else torch.stack(products).sum(0)
+        few = len(products) <= FEW  # no call for so little
+        total = sum(products[1:], start=products[0]) if few else _sum(products)
         return total if factor is None else total / factor
 
     def gram(self) -> Tensor:
@@ -203,7 +204,13 @@ def check_inputs(calls: Iterable[LayerCall]) -> None:
 
 def _sum(products: Sequence[Tensor]) -> Tensor:
     assert products, "rows without columns"
-    return products[0] if len(products) == 1 else torch.stack(list(products)).sum(0)
+    if len(products) <= FEW:
+        return sum(products[1:], start=products[0])
+    return torch.stack(list(products)).sum(0)
+
+
+FEW = 3
+"""So many are added as quickly one after the other."""
 
 
 def _with_roles(call: LayerCall, chosen: Container[Tensor]) -> LayerCall:

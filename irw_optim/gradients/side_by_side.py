@@ -54,13 +54,16 @@ class Part(Protocol):
 
 def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall]]:
     """What stands for the calls, without a parameter in two; and those that share parameters."""
+    device = calls[0].input.device.type if calls else "cpu"
     seen: set[Tensor] = set()
-    number = 0
+    number, as_they_are = 0, device == "cpu"
     for call in calls:
         number += len(call.parameters)
         seen.update(call.parameters.values())
+        as_they_are = as_they_are and type(call) is LinearCall and call.input.ndim == 2
+    if number == len(seen) and as_they_are:  # a small step has no time for more
+        return list(calls), []
     shared = set() if number == len(seen) else _shared(calls)
-    device = calls[0].input.device.type if calls else "cpu"
     few = FEW.get(device, MORE)
     alone: list[Part] = []
     meeting: list[LayerCall] = []
