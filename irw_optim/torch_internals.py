@@ -79,6 +79,11 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(torch._foreach_mul(listed, 1)) if listed else []
 
 
+def squared_length(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of all numbers in them, by few operations."""
+    return torch.stack(list(torch._foreach_norm(list(tensors)))).square().sum()
+
+
 @cache
 def sums_wide(device: str) -> bool:
     """Whether a kind of device gives products of bfloat16 in float32 (torch 2.8, on CUDA)."""

@@ -30,7 +30,7 @@ from irw_optim.gradients.pushforward import NoPushForwardError
 from irw_optim.gradients.recurrent import IN_CUDNN
 from irw_optim.gradients.silence import silent
 from irw_optim.gradients.unheard import push_forward
-from irw_optim.torch_internals import copies
+from irw_optim.torch_internals import copies, squared_length
 
 logger = logging.getLogger("irw_optim")
 
@@ -223,6 +223,6 @@ def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> Materi
 def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:
     pairs = [(g, direction[p]) for p, g in row.items() if p in direction]
     if pairs and all(g is v for g, v in pairs):  # of the combination with itself
-        return torch.nn.utils.get_total_norm([widened(g) for g, _ in pairs]).square()
+        return squared_length([widened(g) for g, _ in pairs])
     products = [(as_vector(widened(g)) * as_vector(widened(v))).sum() for g, v in pairs]
     return sum(products, start=as_vector(widened(next(iter(row.values())))).new_zeros(()))
