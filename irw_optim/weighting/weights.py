@@ -225,8 +225,7 @@ def weigh(
     # Who is ignored has no gradient, and a score of 0 by it.
     if kept is not None and (removed is not None or not isinstance(rule, Alignment)):
         scores, mass = scores * kept, None
-    positive = scores.relu()
-    nobody = torch.zeros_like(worst)
+    positive, nobody = scores.relu(), torch.zeros_like(worst)
     if mass and labels is None:
         weights, fallback = positive / mass, nobody[0]
     else:
@@ -234,8 +233,8 @@ def weigh(
     if mix:
         weights = (1 - mix) * weights + mix * uniform(weights, kept)
     scores = scores if factor == 1.0 else unscaled(scores, factor)
-    removed = nobody if removed is None else removed
-    return Weights(worst, removed, scores, weights, fallback, finite)
+    outside = nobody if removed is None else removed
+    return Weights(worst, outside, scores, weights, fallback, finite)
 
 
 def normalise(
@@ -295,8 +294,7 @@ def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tens
         mask = torch.zeros_like(losses, dtype=torch.bool)
         return mask.index_fill_(0, worst_first[: worst_off_count(size, alpha)], True)
     worst_first = losses.where(kept, -math.inf).argsort(descending=True, stable=True)
-    # Rank r is below `worst_off_count` of the kept if r / share is below their number, which to
-    # look at would wait for a device.
+    # Rank r is below `worst_off_count` if r / share is below the number of the kept, not looked at.
     share = alpha * (1 - ROUNDING)
     ranks = torch.linspace(0, (size - 1) / share, size, dtype=torch.float64, device=losses.device)
     return torch.empty_like(kept).scatter_(0, worst_first, ranks < kept.sum())
