@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from functools import wraps
+from functools import cache, wraps
 from itertools import takewhile
 from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
@@ -148,6 +148,29 @@ class _Here(threading.local):
 
 
 _HERE = _Here()
+
+
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each of them in memory of its own, by one operation."""
+    listed = list(tensors)
+    return list(torch._foreach_mul(listed, 1)) if listed else []
+
+
+def squared_length(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of all numbers in them, by few operations."""
+    return torch.stack(list(torch._foreach_norm(list(tensors)))).square().sum()
+
+
+@cache
+def sums_wide(device: str) -> bool:
+    """Whether a kind of device gives products of bfloat16 in float32 (torch 2.8, on CUDA)."""
+    one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        for stack, multiply in ((one, torch.mm), (one[None], torch.bmm)):
+            multiply(stack, stack, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def keep_for_further_passes() -> None:

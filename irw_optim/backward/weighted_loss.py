@@ -54,7 +54,8 @@ class OneProcess:
         self.note(record)
         if len(passes) == 1:
             ((batch, factor),) = passes
-            return record.weights * (factor * batch.scale)
+            plain_mean = isinstance(batch.scale, float) and batch.scale == 1.0
+            return record.weights * (factor if plain_mean else factor * batch.scale)
         return record.weights * sum(factor * batch.scale for batch, factor in passes)
 
     def loss(self, batch: PerSampleLosses) -> Tensor:

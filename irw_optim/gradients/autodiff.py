@@ -9,6 +9,7 @@ operation can only be pulled back, one backward pass a sample is exact too, only
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
@@ -21,6 +22,7 @@ from irw_optim.gradients.materialized import (
     MaterializedGradients,
     as_vector,
     blocked_gram,
+    wide,
     widened,
 )
 from irw_optim.gradients.protocol import Direction
@@ -28,6 +30,7 @@ from irw_optim.gradients.pushforward import NoPushForwardError
 from irw_optim.gradients.recurrent import IN_CUDNN
 from irw_optim.gradients.silence import silent
 from irw_optim.gradients.unheard import push_forward
+from irw_optim.torch_internals import copies, squared_length
 
 logger = logging.getLogger("irw_optim")
 
@@ -73,8 +76,8 @@ class AutodiffGradients:
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         # Copies: recorded graphs (CUDA) write into the same memory at every pass.
-        passed = self._backward(weights)
-        combined = {p: passed.pop(p).clone() for p in self.parameters}
+        gradients = self._backward(weights)
+        combined = dict(zip(gradients, copies(gradients.values()), strict=True))
         self._newest = weights, combined
         return combined
 
@@ -88,14 +91,15 @@ class AutodiffGradients:
             except NoPushForwardError as error:
                 self._go_row_by_row(str(error))
             else:
-                if not bool(self._mismatch(scores, mine)):
+                sides = self._both_sides(scores, mine)
+                if sides is None or self.adds_up(sides.tolist()):
                     return scores
                 self._go_row_by_row(_OTHERWISE)
         rows = (self._row(i) for i in range(self.batch_size))
         return torch.stack([_inner(row, direction) for row in rows])
 
     def align(self, coefficients: Tensor) -> Tensor:
-        """G (G^T c). On a device it is not waited for whether that adds up: `doubt` tells."""
+        """G (G^T c). On a device it is not waited for whether that `adds_up`."""
         direction = self.combine(coefficients)
         waits = self.losses.device.type != "cpu" and self.batch_size
         if waits and not self.known.get("row_by_row"):
@@ -103,7 +107,7 @@ class AutodiffGradients:
                 scores = widened(self.push(direction))
             except NoPushForwardError:
                 return self.dot(direction)
-            self.doubt = self._mismatch(scores, direction)
+            self.doubt = self._both_sides(scores, direction)
             return scores
         return self.dot(direction)
 
@@ -116,22 +120,25 @@ class AutodiffGradients:
         numbers = sum(p.numel() for p in self.parameters)
         return blocked_gram(self.batch_size, numbers, self.rows)
 
-    def _mismatch(self, scores: Tensor, direction: Direction) -> Tensor:
-        """Whether u^T (G v) is something else than (G^T u)^T v, 0-dim bool.
+    def _both_sides(self, scores: Tensor, direction: Direction) -> Tensor | None:
+        """u^T (G v), the sum of the sizes of its terms, and (G^T u)^T v: (3,), for `adds_up`.
 
         Some operations hide that they cannot be pushed through, and nothing raises. Both sides are
-        at hand for the u of the newest combination, so every step can afford to look. What is not
-        finite either way is for the step to say.
+        at hand for the u of the newest combination, so every step can afford to look.
         """
         if self._newest is None:
-            return torch.zeros((), dtype=torch.bool, device=scores.device)
+            return None
         weights, combined = self._newest
         terms = weights.to(scores.dtype) * scores
-        expected = _inner(combined, direction)
-        tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(self.losses.dtype, 1e-1)
-        rounding = torch.finfo(terms.dtype).tiny  # of numbers below it
-        off = (terms.sum() - expected).abs() > tolerance * terms.abs().sum() + rounding
-        return expected.isfinite() & off
+        return torch.stack([terms.sum(), terms.abs().sum(), _inner(combined, direction)])
+
+    def adds_up(self, sides: Sequence[float]) -> bool:
+        """Whether both sides are equal. What is not finite either way is for the step to say."""
+        one, terms, other = sides
+        dtype = self.losses.dtype
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 1e-1)
+        rounding = torch.finfo(wide(dtype)).tiny  # of numbers below it
+        return not math.isfinite(other) or not abs(one - other) > tolerance * terms + rounding
 
     def _go_row_by_row(self, reason: str) -> None:
         self.known["row_by_row"] = True
@@ -216,5 +223,7 @@ def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> Materi
 
 def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:
     pairs = [(g, direction[p]) for p, g in row.items() if p in direction]
+    if pairs and all(g is v for g, v in pairs):  # of the combination with itself
+        return squared_length([widened(g) for g, _ in pairs])
     products = [(as_vector(widened(g)) * as_vector(widened(v))).sum() for g, v in pairs]
     return sum(products, start=as_vector(widened(next(iter(row.values())))).new_zeros(()))

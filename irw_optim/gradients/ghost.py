@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
@@ -18,6 +19,7 @@ from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.layers._gram import gram_of_rows, summed_rows
 from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.side_by_side import Part, side_by_side
 from irw_optim.torch_internals import gradients_at
 
 
@@ -38,6 +40,11 @@ class GhostGradients:
         # Most steps are spared the divisions; elsewhere looking would wait for a device.
         self._factor = None if seed.device.type == "cpu" and seed.item() == 1.0 else seed
 
+    @cached_property
+    def parts(self) -> tuple[list[Part], list[LayerCall]]:
+        """The calls as their products are taken; and those that share parameters."""
+        return side_by_side(self.calls)
+
     @property
     def reached(self) -> set[int]:
         """Numbers of the calls that a gradient arrived at."""
@@ -53,43 +60,40 @@ class GhostGradients:
     def combine(self, weights: Tensor, *, release: bool = False) -> dict[Tensor, Tensor]:
         """G^T w; with ``release`` for the last time: each layer's a and b go as they are used."""
         rows = RowWeights(weights if self._factor is None else weights / self._factor)
-        total: dict[Tensor, Tensor] = {}
-        calls = list(reversed(self.calls))
+        apart, meeting = self.parts
+        parts: list[Part] = [*apart, *meeting]
+        parts.reverse()
         if release:
-            self.calls, self.of_every_site = [], ()
-        while calls:
-            call = calls.pop()
-            for parameter, part in call.combine(rows).items():
+            self.calls, self.of_every_site, self.parts = [], (), ([], [])
+            del apart, meeting
+        total: dict[Tensor, Tensor] = {}
+        while parts:
+            for parameter, part in parts.pop().combine(rows).items():
                 total[parameter] = total[parameter] + part if parameter in total else part
         return total
 
     def dot(self, direction: Direction) -> Tensor:
-        return self._unseeded(_sum(call.dot(direction) for call in self.calls))
+        apart, meeting = self.parts
+        return self._unseeded(_sum([part.dot(direction) for part in (*apart, *meeting)]))
 
     def align(self, coefficients: Tensor) -> Tensor:
         """G (G^T c), shape (B,): for small batches there are ways that are shorter than g_S."""
         factor = self._factor
         rows = RowWeights(coefficients if factor is None else coefficients / factor)
-        meeting = set() if _apart(self.calls) else _sharing(self.calls)
-        total: Tensor | None = None
-        for call in self.calls:
-            if call not in meeting:
-                product = call.align(rows)
-                total = product if total is None else total + product
+        apart, meeting = self.parts
+        products: list[Tensor] = []
+        for part in apart:
+            products.append(part.align(rows))  # noqa: PERF401 (a frame less in a small step)
         if meeting:
-            calls = [call for call in self.calls if call in meeting]
-            part = GhostGradients(calls, self.batch_size, self.seed)
-            combined = part.combine(coefficients)
-            products = _sum(call.dot(combined) for call in calls)
-            total = products if total is None else total + products
-        assert total is not None, "rows without columns"
+            combined = GhostGradients(meeting, self.batch_size, self.seed).combine(coefficients)
+            products += [call.dot(combined) for call in meeting]
+        few = len(products) <= FEW  # no call for so little
+        total = sum(products[1:], start=products[0]) if few else _sum(products)
         return total if factor is None else total / factor
 
     def gram(self) -> Tensor:
-        gram = _sum(
-            group[0].gram() if len(group) == 1 else gram_of_rows(group)
-            for group in _sharing_parameters(self.calls)
-        )
+        groups = _sharing_parameters(self.calls)
+        gram = _sum([g[0].gram() if len(g) == 1 else gram_of_rows(g) for g in groups])
         return self._unseeded(self._unseeded(gram))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
@@ -198,12 +202,15 @@ def check_inputs(calls: Iterable[LayerCall]) -> None:
             )
 
 
-def _sum(products: Iterable[Tensor]) -> Tensor:
-    total: Tensor | None = None
-    for product in products:
-        total = product if total is None else total + product
-    assert total is not None, "rows without columns"
-    return total
+def _sum(products: Sequence[Tensor]) -> Tensor:
+    assert products, "rows without columns"
+    if len(products) <= FEW:
+        return sum(products[1:], start=products[0])
+    return torch.stack(list(products)).sum(0)
+
+
+FEW = 3
+"""So many are added as quickly one after the other."""
 
 
 def _with_roles(call: LayerCall, chosen: Container[Tensor]) -> LayerCall:
@@ -223,12 +230,6 @@ def _apart(calls: Sequence[LayerCall]) -> bool:
         number += len(call.parameters)
         distinct.update(call.parameters.values())
     return number == len(distinct)
-
-
-def _sharing(calls: Sequence[LayerCall]) -> set[LayerCall]:
-    """The calls that share a parameter with another one."""
-    groups = _sharing_parameters(calls)
-    return {call for group in groups if len(group) > 1 for call in group}
 
 
 def _sharing_parameters(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:

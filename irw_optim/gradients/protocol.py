@@ -5,9 +5,10 @@ G has one row per sample, g_i, and one column per trainable number: shape (B, P)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Direction: TypeAlias = Mapping[Tensor, Tensor]
@@ -43,15 +44,23 @@ class StackedGradients:
 
     @property
     def doubt(self) -> Tensor | None:
-        """Whether any engine's newest `align` does not add up, 0-dim bool; None for surely not."""
-        doubts = [d for d in (getattr(part, "doubt", None) for part in self.parts) if d is not None]
-        return sum(doubts[1:], start=doubts[0]) if doubts else None
+        """What tells whether the newest `align` adds up, of all engines; None if it surely does."""
+        doubts = [part.doubt for part in self._in_doubt()]
+        return torch.cat(doubts) if doubts else None
+
+    def adds_up(self, sides: Sequence[float]) -> bool:
+        """Whether it does in every engine."""
+        doubtful = self._in_doubt()
+        each = len(sides) // len(doubtful)
+        return all(p.adds_up(sides[n * each :][:each]) for n, p in enumerate(doubtful))
 
     def settle_doubt(self) -> None:
         """Take other ways from now on."""
-        for part in self.parts:
-            if getattr(part, "doubt", None) is not None:
-                part.settle_doubt()  # type: ignore[attr-defined]
+        for part in self._in_doubt():
+            part.settle_doubt()
+
+    def _in_doubt(self) -> list[Any]:
+        return [part for part in self.parts if getattr(part, "doubt", None) is not None]
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         return {p: t for part in self.parts for p, t in part.combine(weights).items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +24,28 @@ _ROUNDS = 4
 """From infinity it takes at most two steps to a number, and two from there into the range."""
 
 
+class Aligned(NamedTuple):
+    """``(k G)(k G)^T c``.
+
+    Attributes:
+        scores: (B,).
+        factor: the power of two k.
+        finite: whether all of it is finite.
+        mass: the sum of the positive scores; None where nobody has looked.
+    """
+
+    scores: Tensor
+    factor: float
+    finite: bool
+    mass: float | None
+
+
 def align_in_range(
     gradients: PerSampleGradients, coefficients: Tensor, losses: Tensor | None = None
-) -> tuple[Tensor, float, bool]:
-    """``(k G)(k G)^T c``, shape (B,), the power of two k, and whether all of it is finite.
+) -> Aligned:
+    """G G^T c, or that of k G: k is 1 wherever that will do.
 
-    k is 1 wherever that will do. Where none helps (the gradients are zero, or not finite
-    themselves), the product is plain.
+    Where none helps (the gradients are zero, or not finite themselves), the product is plain.
 
     Args:
         gradients: G.
@@ -44,8 +59,9 @@ def align_in_range(
         scores = align(gradients, coefficients)
         look = _look(scores, gradients, losses)
     if look.in_range:
-        return scores, 1.0, look.finite
-    return *_rescaled(scores, look.size, gradients, lambda rows: align(rows, coefficients)), False
+        return Aligned(scores, 1.0, look.finite, look.mass)
+    found = _rescaled(scores, look.size, gradients, lambda rows: align(rows, coefficients))
+    return Aligned(*found, finite=False, mass=None)
 
 
 def gram_in_range(
@@ -133,6 +149,7 @@ class _Look(NamedTuple):
         finite: whether all of them are finite, and the losses.
         doubted: whether the engine has shown that they are wrong.
         everybody: whether all samples are present.
+        mass: the sum of the positive products.
     """
 
     size: float
@@ -140,6 +157,7 @@ class _Look(NamedTuple):
     finite: bool
     doubted: bool
     everybody: bool
+    mass: float
 
 
 def _look(
@@ -149,33 +167,30 @@ def _look(
     present: Tensor | None = None,
 ) -> _Look:
     if not gradients.batch_size:
-        return _Look(0.0, True, True, False, True)
-    largest: Tensor = torch.linalg.vector_norm(squares, math.inf)  # NaN if one is NaN
+        return _Look(0.0, True, True, False, True, 0.0)
     seed, doubt = getattr(gradients, "seed", None), getattr(gradients, "doubt", None)
-    # What there is none of is stood in for, so that the numbers keep their places.
-    numbers = [
-        largest,
-        largest if seed is None else seed,
-        largest if losses is None else losses.sum(),
-    ]
-    if doubt is not None or present is not None:
-        numbers += [largest * 0 if doubt is None else doubt]
-        numbers += [largest if present is None else present.all()]
-    if squares.device.type == "cpu":
-        found = list(map(Tensor.item, numbers))
-    else:
-        found = torch.stack([number.to(squares.dtype) for number in numbers]).tolist()
-    size, factor, of_losses, *others = found
+    if squares.device.type != "cpu":
+        squares, losses, seed, doubt, present = _on_host(squares, losses, seed, doubt, present)
+    size: float = torch.linalg.vector_norm(squares, math.inf).item()  # NaN if one is NaN
     # The engine's way to a product may be quadratic in what its gradients carry, too.
-    quadratic = size if seed is None else size * factor**2
+    quadratic = size if seed is None else size * seed.item() ** 2
     low, high = _range_of(squares.dtype)
     return _Look(
         size,
         low <= size <= high and low <= quadratic <= high,
-        math.isfinite(size) and math.isfinite(of_losses),
-        doubt is not None and others[0] > 0,
-        present is None or others[1] > 0,
+        math.isfinite(size) and (losses is None or math.isfinite(losses.sum().item())),
+        doubt is not None and not gradients.adds_up(doubt.tolist()),  # type: ignore[attr-defined]
+        present is None or bool(present.all()),
+        squares.relu().sum().item(),
     )
+
+
+def _on_host(first: Tensor, *others: Tensor | None) -> tuple[Tensor, Any, Any, Any, Any]:
+    """Where looking at them waits for nothing: all in one message, in the first's dtype."""
+    sent = [t.flatten().to(first.dtype) for t in (first, *others) if t is not None]
+    message = iter(torch.cat(sent).cpu().split([len(t) for t in sent]))
+    received = [None if t is None else next(message) for t in (first, *others)]
+    return tuple(received)  # type: ignore[return-value]
 
 
 def _rescaled(

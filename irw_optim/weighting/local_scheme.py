@@ -135,10 +135,10 @@ def averaged_record(batch: PerSampleLosses) -> StepRecord:
 
 def present_in(batch: PerSampleLosses) -> Tensor | None:
     """The samples that are not ignored altogether; all, where that is nobody, and None for all."""
-    if batch.counts is None:
+    counts = batch.counts
+    if counts is None or not len(counts):
         return None
-    present = batch.counts > 0
-    return present | ~present.any()
+    return counts >= counts.amax().clamp(max=1)
 
 
 class NoRows:

@@ -140,8 +140,8 @@ class Alignment:
     def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
         """Scores of a batch, (B,)."""
         coefficients = self.coefficients(worst_off, None, losses.dtype)
-        scores, factor, _ = align_in_range(gradients, coefficients)
-        return unscaled(scores, factor)
+        aligned = align_in_range(gradients, coefficients)
+        return unscaled(aligned.scores, aligned.factor)
 
 
 @dataclass(frozen=True)
@@ -206,31 +206,35 @@ def weigh(
     are no part of the batch that ``alpha`` is a share of. ``removed`` (B,) bool names the outliers
     where somebody has asked the filter already.
     """
-    kept, gram, finite = present, None, None
+    kept, gram, finite, mass = present, None, None, None
     factor = 1.0  # scores are those of `factor` times the gradients
     if removed is None and outliers is not None and len(losses):
         gram, factor, finite, everybody = gram_in_range(gradients, losses, present)
         shown = None if everybody else present
         removed = outliers_in(unscaled(gram, factor), outliers, shown, finite=finite)
-    if removed is None:
-        removed = torch.zeros_like(losses, dtype=torch.bool)
-    else:
+    if removed is not None:
         kept = ~removed if present is None else present & ~removed
     worst = _worst_off(losses, alpha, kept)
     if not isinstance(rule, Alignment):
         scores, factor, finite = rule(losses, gradients, worst), 1.0, None
     elif gram is None:
         coefficients = rule.coefficients(worst, kept, losses.dtype)
-        scores, factor, finite = align_in_range(gradients, coefficients, losses)
+        scores, factor, finite, mass = align_in_range(gradients, coefficients, losses)
     else:  # G G^T is at hand: G (G^T c) costs nothing more
         scores = gram @ rule.coefficients(worst, kept, gram.dtype)
-    if kept is not None:
-        scores = scores * kept
-    weights, fallback = normalise(scores.relu(), kept, labels)
+    # Who is ignored has no gradient, and a score of 0 by it.
+    if kept is not None and (removed is not None or not isinstance(rule, Alignment)):
+        scores, mass = scores * kept, None
+    positive, nobody = scores.relu(), torch.zeros_like(worst)
+    if mass and labels is None:
+        weights, fallback = positive / mass, nobody[0]
+    else:
+        weights, fallback = normalise(positive, kept, labels)
     if mix:
         weights = (1 - mix) * weights + mix * uniform(weights, kept)
     scores = scores if factor == 1.0 else unscaled(scores, factor)
-    return Weights(worst, removed, scores, weights, fallback, finite)
+    outside = nobody if removed is None else removed
+    return Weights(worst, outside, scores, weights, fallback, finite)
 
 
 def normalise(
@@ -284,13 +288,13 @@ def uniform(like: Tensor, kept: Tensor | None = None) -> Tensor:
 
 
 def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tensor:
-    worst_first = losses.detach().argsort(descending=True, stable=True)
-    mask = torch.zeros_like(losses, dtype=torch.bool)
+    losses, size = losses.detach(), losses.shape[0]
     if kept is None:
-        of_all = worst_off_count(losses.shape[0], alpha)
-        return mask.index_fill_(0, worst_first[:of_all], True)
-    worst_first = worst_first[kept[worst_first].argsort(descending=True, stable=True)]
-    # `worst_off_count` of the kept, without waiting for a device to tell how many they are.
-    count = (alpha * kept.sum().double() * (1 - ROUNDING)).ceil().clamp(min=1)
-    ranks = torch.arange(len(losses), device=losses.device)
-    return mask.scatter_(0, worst_first, ranks < count) & kept
+        worst_first = losses.argsort(descending=True, stable=True)
+        mask = torch.zeros_like(losses, dtype=torch.bool)
+        return mask.index_fill_(0, worst_first[: worst_off_count(size, alpha)], True)
+    worst_first = losses.where(kept, -math.inf).argsort(descending=True, stable=True)
+    # Rank r is below `worst_off_count` if r / share is below the number of the kept, not looked at.
+    share = alpha * (1 - ROUNDING)
+    ranks = torch.linspace(0, (size - 1) / share, size, dtype=torch.float64, device=losses.device)
+    return torch.empty_like(kept).scatter_(0, worst_first, ranks < kept.sum())

@@ -200,6 +200,7 @@ LSTMS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.cpu("a device fuses its cells, not the whole")
 @pytest.mark.parametrize("read", ["states", "last state", "states, state and cell"])
 @pytest.mark.parametrize("kind", LSTMS)
 def test_a_fused_lstm(kind, read):

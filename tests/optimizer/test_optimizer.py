@@ -156,7 +156,7 @@ class TestTheGradientIsFinalAtBackward:
 
         def filter_(gram: Tensor) -> Tensor:
             seen.append(gram)
-            return torch.zeros(len(gram), dtype=torch.bool)
+            return torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
 
         _, criterion = attached(model, outliers=filter_)
         twin = twin_of(model)

@@ -31,6 +31,20 @@ def test_it_is_there(name):
     assert callable(attrgetter(name)(torch))
 
 
+def test_many_tensors_at_once():
+    tensors = [torch.tensor([3.0, 4.0]), torch.empty(0), torch.tensor(2j, dtype=torch.complex64)]
+    assert torch_internals.squared_length(tensors).item() == pytest.approx(29)
+    wide = [torch.ones(2, dtype=torch.float64), torch.ones(3)]
+    assert torch_internals.squared_length(wide).item() == pytest.approx(5)
+    copied = torch_internals.copies(tensors)
+    assert all(map(torch.equal, copied, tensors))
+    assert [c.data_ptr() for c in copied[:1]] != [t.data_ptr() for t in tensors[:1]]
+
+
+def test_the_cpu_gives_products_of_bfloat16_as_they_are():
+    assert not torch_internals.sums_wide("cpu")
+
+
 @pytest.mark.parametrize("name", ["_input_metadata", "_saved_mat1", "_saved_beta"])
 def test_a_node_tells_what_it_saved(name):
     output = nn.Linear(2, 3)(torch.randn(4, 2, requires_grad=True))

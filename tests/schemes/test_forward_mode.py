@@ -110,6 +110,10 @@ class Attending(nn.Module):
         return self.head(self.memory(h)[0][:, -1])
 
 
+FUSED = pytest.mark.cpu("a device's fused cells know no forward mode")
+KINDS = [Pictures, Recurrent, pytest.param(Attending, marks=FUSED), Tied]
+
+
 def batch(dtype=torch.float64):
     return torch.randn(N, 5, dtype=dtype), torch.randint(0, CLASSES, (N,))
 
@@ -129,7 +133,7 @@ def weights_of(model, x, y, **options):
     return global_weights(model, nn.CrossEntropyLoss(), loader, 0.2, progress=False, **options)
 
 
-@pytest.mark.parametrize("kind", [Pictures, Recurrent, Attending, Tied], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
 def test_is_the_product_with_the_rows_of_a_loop(kind):
     model, (x, y) = kind().double().eval(), batch()
     before = dict(model.named_parameters())
@@ -150,7 +154,7 @@ def test_is_the_product_with_the_rows_of_a_loop(kind):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-@pytest.mark.parametrize("kind", [Pictures, Recurrent, Attending, Tied], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
 def test_makes_the_scores_where_it_can(kind, caplog, monkeypatch):
     used = []
     monkeypatch.setattr(
@@ -239,7 +243,7 @@ def test_numbers_of_low_precision_are_left_to_the_engine(monkeypatch):
     monkeypatch.setattr(dataset_gradients, "jvp", asked)
     monkeypatch.setattr(dataset_gradients, "backward_to", asked)
     model, (x, y) = Tied(), batch(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         weights_of(model, x, y)
     weights_of(model.bfloat16(), x.bfloat16(), y)
 

@@ -26,7 +26,7 @@ def sklearn_noise(distances, eps, min_samples):
     # scikit-learn refuses eps=0; no distance lies between 0 and the least normal double.
     eps = max(eps, sys.float_info.min)
     clusters = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed")
-    return clusters.fit_predict(distances.numpy()) == -1
+    return clusters.fit_predict(distances.cpu().numpy()) == -1
 
 
 @st.composite
@@ -57,7 +57,7 @@ def test_noise_is_what_scikit_learn_labels_noise(points, eps, min_samples):
     noise = dbscan_noise(D, eps, min_samples)
 
     assert noise.dtype == torch.bool
-    np.testing.assert_array_equal(noise.numpy(), sklearn_noise(D, eps, min_samples))
+    np.testing.assert_array_equal(noise.cpu().numpy(), sklearn_noise(D, eps, min_samples))
 
 
 @given(st.data(), st.integers(1, 12), st.integers(1, 5), st.sampled_from(DTYPES))
@@ -69,7 +69,7 @@ def test_noise_equals_scikit_learn_on_matrices_that_are_no_metric(data, size, mi
 
     noise = dbscan_noise(D, eps, min_samples)
 
-    np.testing.assert_array_equal(noise.numpy(), sklearn_noise(D, eps, min_samples))
+    np.testing.assert_array_equal(noise.cpu().numpy(), sklearn_noise(D, eps, min_samples))
 
 
 def test_noise_equals_scikit_learn_on_clusters_with_scattered_points():
@@ -83,7 +83,7 @@ def test_noise_equals_scikit_learn_on_clusters_with_scattered_points():
 
         noise = dbscan_noise(D, eps, 5)
 
-        np.testing.assert_array_equal(noise.numpy(), sklearn_noise(D, eps, 5))
+        np.testing.assert_array_equal(noise.cpu().numpy(), sklearn_noise(D, eps, 5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,7 +139,7 @@ def test_distances_are_symmetric_where_the_product_is_not(data, size):
     rows = torch.randn(size, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     K = gram_of(rows)
     steps = data.draw(arrays.arrays(np.float64, (size, size), elements=st.integers(-2, 2)))
-    K = K * (1 + np.finfo(np.float64).eps * torch.from_numpy(steps))
+    K = K * (1 + np.finfo(np.float64).eps * torch.from_numpy(steps).to(K.device))
     D = distances(K)
     assert torch.equal(D, D.T)
 
@@ -282,7 +282,7 @@ def test_overflow_is_named_and_float64_mends_it():
     rows = torch.tensor([[1e19], [1.5e19]])
     with pytest.raises(FloatingPointError, match="overflow torch"):
         distances(gram_of(rows))
-    assert distances(gram_of(rows.double()))[0, 1] == pytest.approx(5e18)
+    assert distances(gram_of(rows.double()))[0, 1].item() == pytest.approx(5e18)
 
 
 @pytest.mark.parametrize(

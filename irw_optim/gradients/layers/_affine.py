@@ -23,8 +23,8 @@ class AffineCall(LayerCall):
         """<g_i, v> for the weight alone, v of its shape: (B,)."""
         raise NotImplementedError
 
-    def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
-        """Sum over samples and positions, of the shape of the weight."""
+    def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
+        """Sum over samples and positions, of the shape of the weight; perhaps an `operand`."""
         raise NotImplementedError
 
     def weight_rows(self, samples: slice) -> Tensor:
@@ -49,13 +49,16 @@ class AffineCall(LayerCall):
             return bias if total is None else total + bias
         return self.b.new_zeros(len(self.b)) if total is None else total
 
-    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+    def align(self, coefficients: RowWeights) -> Tensor:
+        return self.dot(self.combine(coefficients, narrow=True))
+
+    def combine(self, weights: RowWeights, *, narrow: bool = False) -> dict[Tensor, Tensor]:
         result: dict[Tensor, Tensor] = {}
         for role, parameter in self.parameters.items():
             if role == "bias":
                 result[parameter] = weights.in_dtype(self.bias_rows.dtype) @ self.bias_rows
             else:
-                result[parameter] = self.weight_gradient(*self.used_rows(weights))
+                result[parameter] = self.weight_gradient(*self.used_rows(weights), narrow=narrow)
         return result
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:

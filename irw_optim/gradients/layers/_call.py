@@ -20,6 +20,7 @@ from torch import Tensor
 
 from irw_optim.gradients.layers._gram import gram_of_rows
 from irw_optim.gradients.layers._layout import FIRST, Layout, layouts_of
+from irw_optim.gradients.layers._precision import inner, operands, scaled
 from irw_optim.gradients.materialized import wide, widened
 from irw_optim.gradients.protocol import Direction
 
@@ -269,24 +270,10 @@ class LayerCall:
         gathered = used is not None
         if used is not None:
             a, b, values = a.index_select(0, used), b.index_select(0, used), weights.used_values
-        a, b = widened(a), widened(b)
+        a, b = operands(a, b)
         if a.numel() < b.numel():
             return scaled(a, values, in_place=gathered), b
         return a, scaled(b, values, in_place=gathered)
-
-
-def scaled(rows: Tensor, weights: Tensor, in_place: bool = False) -> Tensor:
-    """Row i times w_i, in the dtype of the rows."""
-    if weights.dtype != rows.dtype:
-        weights = weights.to(rows.dtype)
-    column = weights.view(-1, *[1] * (rows.ndim - 1))
-    return rows.mul_(column) if in_place else rows * column
-
-
-def inner(left: Tensor, right: Tensor, in_place: bool = False) -> Tensor:
-    """Row-wise inner products, shape (B,); ``right`` may be overwritten to spare memory."""
-    product = right.mul_(left) if in_place else right * left
-    return product.sum(1) if product.ndim == 2 else product.flatten(1).sum(1)
 
 
 def zeroed(rows: Tensor, dropped: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.layers._affine import AffineCall
-from irw_optim.gradients.layers._call import inner
-from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.layers._precision import inner, operands
+from irw_optim.gradients.materialized import wide, widened
 
 PATCHES = 2**20
 """Numbers that are unfolded at once."""
@@ -31,18 +31,20 @@ class ConvolutionCall(AffineCall):
 
     @cached_property
     def bias_rows(self) -> Tensor:
-        return self.b.flatten(2).sum(2)
+        return self.output_gradient.flatten(2).sum(2, dtype=wide(self.output_gradient.dtype))
 
     def weight_dot(self, direction: Tensor) -> Tensor:
-        output: Tensor = torch.ops.aten.convolution(
-            widened(self.input), direction, None, *self.settings
-        )
-        return inner(self.b, output, in_place=True)
+        a, b = operands(self.input, self.output_gradient)
+        output: Tensor = torch.ops.aten.convolution(a, direction.to(a.dtype), None, *self.settings)
+        return inner(b, output, in_place=True)
 
-    def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
+    def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
         """As autograd computes it, without the gradients of input and bias."""
+        weight = self.weight  # only its shape and layout count
+        if weight.dtype != b.dtype:
+            weight = torch.empty_like(weight, dtype=b.dtype)
         result = torch.ops.aten.convolution_backward(
-            b, widened(a), widened(self.weight), None, *self.settings, [False, True, False]
+            b, a, weight, None, *self.settings, [False, True, False]
         )
         return result[1]  # type: ignore[no-any-return]
 

@@ -41,6 +41,7 @@ class ElementwiseCall(LayerCall):
         start = parameter.storage_offset() - whole.storage_offset()
         self.view = self.size, parameter.stride(), start
         self.whole = whole.shape
+        self.is_whole = self.size == self.whole and parameter.stride() == whole.stride()
         self.multiplies = factor is not None
         self.scale = scale
 
@@ -74,6 +75,8 @@ class ElementwiseCall(LayerCall):
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         parameter = self.parameters["weight"]
+        if self.is_whole:
+            return {parameter: self.reduced[samples]}
         blocks = [self.scatter(row)[parameter] for row in self.reduced[samples]]
         return {parameter: torch.stack(blocks)}
 
@@ -95,6 +98,8 @@ class ElementwiseCall(LayerCall):
 
     def scatter(self, part: Tensor) -> dict[Tensor, Tensor]:
         """From the shape of the view to that of the whole parameter."""
+        if self.is_whole:
+            return {self.parameters["weight"]: part.view(self.whole)}
         whole = part.new_zeros(self.whole)
         whole.as_strided(*self.view).copy_(part)
         return {self.parameters["weight"]: whole}

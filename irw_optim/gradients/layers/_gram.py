@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from irw_optim.gradients.layers._precision import product
 from irw_optim.gradients.materialized import MEMORY_BOUND, as_matrix, blocked_gram
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def gram_of_positions(a: Tensor, b: Tensor, with_bias: bool) -> Tensor:
     flat_a, flat_b = a.flatten(0, 1), b.flatten(0, 1)
     blocks = []
     for some_a, some_b in zip(a.split(step), b.split(step), strict=True):
-        products = some_a.flatten(0, 1) @ flat_a.T
-        products = (products + with_bias) * (some_b.flatten(0, 1) @ flat_b.T)
+        products = product(some_a.flatten(0, 1), flat_a.T)
+        products = (products + with_bias) * product(some_b.flatten(0, 1), flat_b.T)
         blocks.append(products.view(len(some_a), length, batch, length).sum((1, 3)))
     return torch.cat(blocks)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall, RowWeights, inner
+from irw_optim.gradients.layers._call import LayerCall, RowWeights
 from irw_optim.gradients.layers._layout import Layout
+from irw_optim.gradients.layers._precision import inner, operands, product, scaled
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
 
@@ -59,15 +60,15 @@ class HeadsCall(LayerCall):
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
         (parameter,) = self.parameters.values()
         a, b = self._sides()
-        b = b * weights.in_dtype(b.dtype).view(-1, 1, 1, 1)
-        return {parameter: torch.einsum("bhni,bhno->hio", a, b)}
+        a, b = (side.transpose(0, 1).flatten(1, 2) for side in (a, scaled(b, weights.values)))
+        return {parameter: product(a.mT, b)}
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         (parameter,) = self.parameters.values()
         a, b = self._sides()
-        return {parameter: a[samples].mT @ b[samples]}
+        return {parameter: widened(a[samples].mT @ b[samples])}
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         """Input and output gradient as (B, heads, positions, width)."""
-        a, b = widened(self.input), self.b
+        a, b = operands(self.input, self.output_gradient)
         return (a.unsqueeze(2), b.unsqueeze(2)) if a.ndim == 3 else (a, b)

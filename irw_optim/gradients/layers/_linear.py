@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.layers._affine import AffineCall
-from irw_optim.gradients.layers._call import GATHER_FROM, RowWeights, inner
+from irw_optim.gradients.layers._call import GATHER_FROM, RowWeights
 from irw_optim.gradients.layers._gram import gram_of, gram_of_positions
-from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, widened
+from irw_optim.gradients.layers._precision import inner, operands, product
+from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, wide
 from irw_optim.gradients.protocol import Direction
 
 FEW_PRODUCTS = 2**19
@@ -42,41 +43,44 @@ class LinearCall(AffineCall):
 
     @cached_property
     def bias_rows(self) -> Tensor:
-        return self.b if self.b.ndim == 2 else self.b.flatten(1, -2).sum(1)
+        b = self.output_gradient
+        return self.b if b.ndim == 2 else b.flatten(1, -2).sum(1, dtype=wide(b.dtype))
 
     def weight_dot(self, direction: Tensor) -> Tensor:
         """<b_i, W a_i> = <W^T b_i, a_i>: the side with fewer numbers is the one to make."""
-        a, b = widened(self.input), self.b
+        a, b = operands(self.input, self.output_gradient)
         weight = direction.t() if self.transposed else direction
         if a.numel() < b.numel():
-            return inner(a, b @ weight, in_place=True)
-        return inner(b, F.linear(a, weight), in_place=True)
+            return inner(a, mapped(b, weight), in_place=True)
+        return inner(b, mapped(a, weight.t()), in_place=True)
 
-    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+    def combine(self, weights: RowWeights, *, narrow: bool = False) -> dict[Tensor, Tensor]:
         """Few numbers: b times the weights once, for weight and bias alike."""
         a, b, parameters = self.input, self.output_gradient, self.parameters
-        if a.ndim > 2 or a.numel() + b.numel() >= GATHER_FROM or "weight" not in parameters:
-            return super().combine(weights)
-        if b.dtype in WIDER:
-            a, b = widened(a), widened(b)
-        b = b * weights.column_in(b.dtype)
-        result = {parameters["weight"]: a.t().mm(b) if self.transposed else b.t().mm(a)}
+        many = a.ndim > 2 or a.numel() + b.numel() >= GATHER_FROM
+        if many or b.dtype in WIDER or "weight" not in parameters:
+            return super().combine(weights, narrow=narrow)
+        b = b * weights.in_dtype(b.dtype).view(-1, 1)
+        weight = a.t().mm(b) if self.transposed else b.t().mm(a)
+        result = {parameters["weight"]: weight}
         if "bias" in parameters:
             result[parameters["bias"]] = b.sum(0)
         return result
 
-    def weight_gradient(self, a: Tensor, b: Tensor) -> Tensor:
+    def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
         """B^T A over all rows and positions."""
         if b.ndim > 2:
-            a, b = a.flatten(0, -2), b.flatten(0, -2)
-        return a.t().mm(b) if self.transposed else b.t().mm(a)
+            a, b = in_memory_order(a, b)
+        left, right = (a, b) if self.transposed else (b, a)
+        return product(left.t(), right, narrow=narrow)
 
     def weight_rows(self, samples: slice) -> Tensor:
-        a, b = widened(self.input[samples]), self.b[samples]
+        a, b = operands(self.input[samples], self.output_gradient[samples])
         if a.ndim == 2:
             a, b = a.unsqueeze(1), b.unsqueeze(1)
         a, b = a.flatten(1, -2), b.flatten(1, -2)
-        return a.mT.bmm(b) if self.transposed else b.mT.bmm(a)
+        left, right = (a, b) if self.transposed else (b, a)
+        return product(left.mT, right)
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
         """With more positions than features the rows are the fewer numbers."""
@@ -98,20 +102,21 @@ class LinearCall(AffineCall):
         if by_kernel > max(by_direction, FEW_PRODUCTS):
             return super().align(coefficients)
         if b.dtype in WIDER:
-            a, b = widened(a), widened(b)
+            a, b = operands(a, b)
         if used is None:
-            values, exact = coefficients.values, b.dtype
-            return self.kernel(a, b, a, b).mv(values if values.dtype == exact else values.to(exact))
-        a_used, b_used = a.index_select(0, used), b.index_select(0, used)
-        return self.kernel(a, b, a_used, b_used).mv(coefficients.used_values.to(b.dtype))
+            kernel = self.kernel(a, b, a, b)
+            return kernel.mv(coefficients.in_dtype(kernel.dtype))
+        kernel = self.kernel(a, b, a.index_select(0, used), b.index_select(0, used))
+        return kernel.mv(coefficients.used_values.to(kernel.dtype))
 
     def kernel(self, a: Tensor, b: Tensor, a_other: Tensor, b_other: Tensor) -> Tensor:
         """<g_i, g_j> for two sets of samples without positions: (B, B')."""
-        A, B = a.mm(a_other.t()), b.mm(b_other.t())
+        multiply = product if a.dtype in WIDER else torch.mm
+        A, B = multiply(a, a_other.t()), multiply(b, b_other.t())
         return B.addcmul_(A, B) if "bias" in self.parameters else A.mul_(B)
 
     def gram(self) -> Tensor:
-        a, b = widened(self.input), self.b
+        a, b = operands(self.input, self.output_gradient)
         if "weight" not in self.parameters:
             return gram_of(self.bias_rows)
         with_bias = "bias" in self.parameters
@@ -123,11 +128,35 @@ class LinearCall(AffineCall):
         by_rows = batch * (length + batch) * width_in * width_out
         if by_positions <= by_rows:
             return gram_of_positions(a, b, with_bias)
-        gram = gram_of(self.bias_rows) if with_bias else b.new_zeros(batch, batch)
+        gram = (
+            gram_of(self.bias_rows) if with_bias else a.new_zeros(batch, batch, dtype=wide(a.dtype))
+        )
         step = max(1, MEMORY_BOUND // (batch * width_in))
         for some in b.split(step, dim=-1):  # the per-sample weight gradient, some outputs at once
-            gram = gram + gram_of(torch.bmm(some.mT, a))
+            gram = gram + gram_of(product(some.mT, a))
         return gram
+
+
+def mapped(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``rows @ matrix`` over the last dimension, the memory in the order that it has."""
+    matrix = matrix.to(rows.dtype)
+    if rows.ndim == 2:
+        return product(rows, matrix)
+    if stands_behind(rows):
+        return mapped(rows.transpose(0, 1), matrix).transpose(0, 1)
+    return product(rows.flatten(0, -2), matrix).view(*rows.shape[:-1], -1)
+
+
+def in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as matrices of samples and positions, in one order: that which needs no copy."""
+    if stands_behind(a) or stands_behind(b):
+        a, b = a.transpose(0, 1), b.transpose(0, 1)
+    return a.flatten(0, -2), b.flatten(0, -2)
+
+
+def stands_behind(rows: Tensor) -> bool:
+    """Whether the samples stand behind the positions in memory, as in (T, B, d)."""
+    return rows.ndim == 3 and rows.stride(0) < rows.stride(1)
 
 
 class LinearRowsCall(LinearCall):
@@ -149,8 +178,8 @@ class LinearRowsCall(LinearCall):
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         return self.among_zeros(super().rows(samples))
 
-    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        return self.among_zeros(super().combine(weights))
+    def combine(self, weights: RowWeights, *, narrow: bool = False) -> dict[Tensor, Tensor]:
+        return self.among_zeros(super().combine(weights, narrow=narrow))
 
     def among_zeros(self, parts: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """The gradients of the slices, of the shape of the whole parameters."""

@@ -1,0 +1,209 @@
+"""Small products put together, where to start an operation costs more than the numbers in it.
+
+Rows of G that exist (of biases, normalisations, tables that are added) are columns of one matrix R,
+and small linear maps share whatever is no matrix product. With b = [b_1 | b_2 | ...]::
+
+    sum_i w_i g_i   (w b)^T a_k, a product a map, and one sum of w b: all biases
+    <g_i, v>        a_k V_k^T + v_k, a product a map, and one row-wise sum of their product with b
+
+What is large stays by itself, and so does what meets another call in a parameter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from irw_optim.gradients.layers import (
+    ConvolutionCall,
+    ElementwiseCall,
+    LayerCall,
+    LinearCall,
+    RowsCall,
+    RowWeights,
+)
+from irw_optim.gradients.materialized import WIDER, as_matrix, widened
+from irw_optim.gradients.protocol import Direction
+
+FEW = {"cpu": 2**14}
+"""So many numbers are copied in the time that it takes to start an operation; elsewhere `MORE`."""
+
+MORE = 2**20
+
+PRODUCTS = 2**5
+"""So many multiplications of a matrix product are as quick as one number copied. The CPU starts
+one in less time than it takes to go by the direction, and not by the kernel of the samples."""
+
+
+class Part(Protocol):
+    """Some columns of G."""
+
+    def dot(self, direction: Direction) -> Tensor:
+        """<g_i, v>, (B,)."""
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        """Sum of w_i g_i by parameter."""
+
+    def align(self, coefficients: RowWeights) -> Tensor:
+        """<g_i, sum_j c_j g_j>, (B,)."""
+
+
+def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall]]:
+    """What stands for the calls, without a parameter in two; and those that share parameters."""
+    device = calls[0].input.device.type if calls else "cpu"
+    seen: set[Tensor] = set()
+    number, as_they_are = 0, device == "cpu"
+    for call in calls:
+        number += len(call.parameters)
+        seen.update(call.parameters.values())
+        as_they_are = as_they_are and type(call) is LinearCall and call.input.ndim == 2
+    if number == len(seen) and as_they_are:  # a small step has no time for more
+        return list(calls), []
+    shared = set() if number == len(seen) else _shared(calls)
+    few = FEW.get(device, MORE)
+    alone: list[Part] = []
+    meeting: list[LayerCall] = []
+    maps: dict[torch.dtype, list[LinearCall]] = {}
+    rows: dict[torch.dtype, dict[Tensor, Tensor]] = {}
+    for call in calls:
+        if shared and not shared.isdisjoint(call.parameters.values()):
+            meeting.append(call)
+        elif type(call) is LinearCall and call.input.ndim == 2:
+            if device != "cpu" and _is_small(call, few):
+                maps.setdefault(call.precision, []).append(call)
+            else:
+                alone.append(call)
+        else:
+            blocks, rest = _small_rows(call, few)
+            for parameter, block in blocks.items():
+                rows.setdefault(block.dtype, {})[parameter] = block
+            alone += [] if rest is None else [rest]
+    for some in maps.values():
+        alone.append(some[0] if len(some) == 1 else LinearMaps(some))
+    for blocks in rows.values():
+        alone.append(Rows(blocks))
+    return alone, meeting
+
+
+def _shared(calls: Sequence[LayerCall]) -> set[Tensor]:
+    """Parameters that are in several calls."""
+    uses = Counter(p for call in calls for p in call.parameters.values())
+    return {p for p, n in uses.items() if n > 1}
+
+
+def _is_small(call: LinearCall, few: int) -> bool:
+    a, b = call.input, call.output_gradient
+    products = a.numel() * b.shape[1]
+    return "weight" in call.parameters and a.dtype == b.dtype and products <= few * PRODUCTS
+
+
+def _small_rows(call: LayerCall, few: int) -> tuple[dict[Tensor, Tensor], LayerCall | None]:
+    """Rows of the call that are few numbers, and the call without them; None for nothing left."""
+    kind = type(call)
+    if kind is RowsCall:
+        numbers = sum(block.numel() for block in call.blocks.values())  # type: ignore[attr-defined]
+        return (call.rows(), None) if numbers <= few else ({}, call)
+    if kind is ElementwiseCall and call.is_whole:  # type: ignore[attr-defined]
+        rows = call.rows()
+        return (rows, None) if next(iter(rows.values())).numel() <= few else ({}, call)
+    if (kind is not LinearCall and kind is not ConvolutionCall) or "bias" not in call.parameters:
+        return {}, call
+    bias_rows: Tensor = call.bias_rows  # type: ignore[attr-defined]
+    if bias_rows.numel() > few:
+        return {}, call
+    rest = call.copy()
+    rest.parameters = {r: p for r, p in call.parameters.items() if r != "bias"}
+    return {call.parameters["bias"]: bias_rows}, rest if rest.parameters else None
+
+
+class Rows:
+    """Rows of G in one matrix R, (B, P).
+
+    Args:
+        blocks: the rows of each parameter, (B, *p.shape), in one dtype.
+    """
+
+    def __init__(self, blocks: dict[Tensor, Tensor]) -> None:
+        self.parameters = list(blocks)
+        self.sizes = [p.numel() for p in blocks]
+        matrices = [as_matrix(block) for block in blocks.values()]
+        self.matrix = torch.cat(matrices, dim=1) if len(matrices) > 1 else matrices[0]
+
+    def dot(self, direction: Direction) -> Tensor:
+        given = [
+            direction[p].flatten() if p in direction else self.matrix.new_zeros(p.numel())
+            for p in self.parameters
+        ]
+        return self.matrix.mv(torch.cat(given).to(self.matrix.dtype))
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        parts = self._sum(weights).split(self.sizes)
+        return {p: part.view(p.shape) for p, part in zip(self.parameters, parts, strict=True)}
+
+    def align(self, coefficients: RowWeights) -> Tensor:
+        return self.matrix.mv(self._sum(coefficients))
+
+    def _sum(self, weights: RowWeights) -> Tensor:
+        """R^T w."""
+        return self.matrix.t().mv(weights.in_dtype(self.matrix.dtype))
+
+
+class LinearMaps:
+    """Linear maps of samples without positions, y_k = a_k W_k^T + bias_k.
+
+    Args:
+        calls: with their output gradients, all in one dtype.
+    """
+
+    def __init__(self, calls: Sequence[LinearCall]) -> None:
+        self.calls = calls
+        gradients = [call.output_gradient for call in calls]
+        self.inputs = [call.input for call in calls]
+        self.widths = [b.shape[1] for b in gradients]
+        self.b = torch.cat(gradients, 1)
+        if self.b.dtype in WIDER:  # where products are few, none is worth another dtype
+            self.b, self.inputs = widened(self.b), [widened(a) for a in self.inputs]
+
+    def dot(self, direction: Direction) -> Tensor:
+        outputs = self.b.new_zeros(self.b.shape)
+        for call, a, out in zip(self.calls, self.inputs, self._parted(outputs), strict=True):
+            values = call.values_in(direction)
+            if "weight" in values:
+                torch.mm(a, values["weight"] if call.transposed else values["weight"].t(), out=out)
+            if "bias" in values:
+                out += values["bias"]
+        return outputs.mul_(self.b).sum(1)
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        weighted = self.b * weights.in_dtype(self.b.dtype).unsqueeze(1)
+        sums = weighted.sum(0).split(self.widths)
+        result: dict[Tensor, Tensor] = {}
+        each = zip(self.calls, self.inputs, self._parted(weighted), sums, strict=True)
+        for call, a, b, bias in each:
+            parameters = call.parameters
+            result[parameters["weight"]] = a.t().mm(b) if call.transposed else b.t().mm(a)
+            if "bias" in parameters:
+                result[parameters["bias"]] = bias
+        return result
+
+    def align(self, coefficients: RowWeights) -> Tensor:
+        """Row i of b_k times a_k (a_k^T c b_k) + sum of c b_k: `dot` after `combine`, in one."""
+        weighted = self.b * coefficients.in_dtype(self.b.dtype).unsqueeze(1)
+        sums = weighted.sum(0).split(self.widths)
+        outputs = torch.empty_like(self.b)
+        parted = zip(self._parted(weighted), self._parted(outputs), sums, strict=True)
+        for call, a, (b, out, bias) in zip(self.calls, self.inputs, parted, strict=True):
+            if "bias" in call.parameters:
+                torch.addmm(bias, a, a.t().mm(b), out=out)
+            else:
+                torch.mm(a, a.t().mm(b), out=out)
+        return outputs.mul_(self.b).sum(1)
+
+    def _parted(self, columns: Tensor) -> Sequence[Tensor]:
+        """By call."""
+        parts: Sequence[Tensor] = columns.split(self.widths, 1)
+        return parts

@@ -1,0 +1,96 @@
+"""Small products put together give what each call gives by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from irw_optim.gradients.layers import ConvolutionCall, LayerCall, LinearCall, RowsCall, RowWeights
+from irw_optim.gradients.side_by_side import LinearMaps, Rows, side_by_side
+
+B = 5
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+def maps(dtype: torch.dtype = torch.float64) -> list[LinearCall]:
+    torch.manual_seed(0)
+    calls = []
+    for width_in, width_out, with_bias, transposed in [
+        (4, 3, True, False), (3, 1, False, False), (2, 6, True, True), (1, 2, False, True)
+    ]:  # fmt: skip
+        shape = (width_in, width_out) if transposed else (width_out, width_in)
+        bias = nn.Parameter(numbers(width_out, dtype=dtype)) if with_bias else None
+        call = LinearCall(
+            numbers(B, width_in, dtype=dtype),
+            nn.Parameter(numbers(*shape, dtype=dtype)),
+            bias,
+            transposed=transposed,
+        )
+        call.find_batch(B, torch.Size([B, width_out]))
+        call.set_output_gradient(numbers(B, width_out, dtype=dtype))
+        calls.append(call)
+    return calls
+
+
+def rows_of(calls: list[LayerCall]) -> dict[Tensor, Tensor]:
+    return {p: block for call in calls for p, block in call.rows().items()}
+
+
+def product_with(rows: dict[Tensor, Tensor], direction: dict[Tensor, Tensor]) -> Tensor:
+    each = [(rows[p].flatten(1) * v.flatten()).sum(1) for p, v in direction.items()]
+    return torch.stack(each).sum(0)
+
+
+@pytest.mark.parametrize("kind", ["maps", "rows"])
+def test_the_products_are_those_of_the_rows(kind):
+    calls = maps()
+    rows = rows_of(calls)
+    part = LinearMaps(calls) if kind == "maps" else Rows(rows)
+    weights = numbers(B)
+    combined = part.combine(RowWeights(weights))
+    assert combined.keys() == rows.keys()
+    for p, block in rows.items():
+        torch.testing.assert_close(combined[p], torch.einsum("b,b...->...", weights, block))
+    torch.testing.assert_close(part.align(RowWeights(weights)), product_with(rows, combined))
+    for direction in (combined, dict(list(combined.items())[1:4])):  # and one that lacks some
+        torch.testing.assert_close(part.dot(direction), product_with(rows, direction))
+
+
+def test_half_precision_is_widened():
+    calls = maps(torch.bfloat16)
+    part = LinearMaps(calls)
+    aligned = part.align(RowWeights(torch.ones(B)))
+    assert aligned.dtype == torch.float32
+    rows = {p: block.float() for p, block in rows_of(calls).items()}
+    combined = {p: block.sum(0) for p, block in rows.items()}
+    torch.testing.assert_close(aligned, product_with(rows, combined), rtol=1e-4, atol=1e-4)
+
+
+def a_convolution() -> ConvolutionCall:
+    settings = {"stride": [1], "padding": [0], "dilation": [1], "transposed": False}
+    weight, bias = nn.Parameter(numbers(3, 2, 2)), nn.Parameter(numbers(3))
+    call = ConvolutionCall(numbers(B, 2, 6), weight, bias, **settings, output_padding=[0], groups=1)
+    call.find_batch(B, torch.Size([B, 3, 5]))
+    call.set_output_gradient(numbers(B, 3, 5))
+    return call
+
+
+def test_what_is_small_is_joined_and_what_meets_stays():
+    torch.manual_seed(0)
+    convolution, other = a_convolution(), RowsCall(a_convolution())
+    tied = maps()[:1] * 2
+    alone, meeting = side_by_side([convolution, other, *tied])
+    assert meeting == tied
+    joined = [part for part in alone if isinstance(part, Rows)]
+    assert len(joined) == 1
+    rows = rows_of([convolution, other])
+    assert {*joined[0].parameters} == {convolution.parameters["bias"], *other.parameters.values()}
+    weights = RowWeights(numbers(B))
+    combined = {p: g for part in alone for p, g in part.combine(weights).items()}
+    assert combined.keys() == rows.keys()
+    aligned = torch.stack([part.align(weights) for part in alone]).sum(0)
+    torch.testing.assert_close(aligned, product_with(rows, combined))
