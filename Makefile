@@ -47,7 +47,7 @@ WITH_ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-fast test-lowest test-newest test-versions test-machines $(MACHINES) lint format types docs demo bench zoo test-device gpu build clean
+.PHONY: help setup test test-fast test-lowest test-newest test-versions test-machines $(MACHINES) lint format types docs demo notebook bench zoo test-device gpu build clean
 
 help: ## Show this text
 	@echo "irw-optim: the targets of this Makefile (each installs into $(VENV) what it needs, once)"
@@ -94,6 +94,9 @@ docs: $(WITH_ALL) ## Run the documentation's examples and build it in docs/_buil
 
 demo: $(WITH_REPORT) ## Train on UCI Adult with and without IRW and write a report (minutes)
 	$(BIN)/python examples/adult.py
+
+notebook: $(WITH_ALL) ## Run the notebook of the examples and keep what it shows, on an idle machine
+	$(BIN)/python examples/notebook.py
 
 bench: $(WITH_ALL) ## Measure time and memory against plain training (minutes)
 	$(BIN)/python -m benchmarks.cost steps
