@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 there = $(shell for python in python$(1) $(HOME)/.pyenv/versions/$(1).*/bin/python; do \
 	$$python -c 0 2>/dev/null && echo $$python && break; done)
 PYTHON_LOWEST ?= $(call there,3.10)
-PYTHON_NEWEST ?= $(call there,3.13)
+PYTHON_NEWEST ?= $(call there,3.14)
 
 VENV := .venv
 
@@ -65,7 +65,7 @@ test-fast: $(WITH_ALL) ## Run the tests that take no more than seconds
 test-lowest: $(VENV)-lowest/.installed ## Run the tests on Python 3.10 and the lowest versions
 	$(VENV)-lowest/bin/python -m pytest -W default -p no:cacheprovider
 
-test-newest: $(VENV)-newest/.installed ## Run the tests on Python 3.13 and the newest versions
+test-newest: $(VENV)-newest/.installed ## Run the tests on Python 3.14 and the newest versions
 	$(VENV)-newest/bin/python -m pytest -W default -p no:cacheprovider
 
 test-versions: test-lowest test test-newest ## Run the tests on the lowest, the pinned, the newest
@@ -152,7 +152,7 @@ $(VENV)-lowest/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)-newest/.installed: pyproject.toml
-	@test -n "$(PYTHON_NEWEST)" || { echo "Name the newest Python: make test-newest PYTHON_NEWEST=/path/to/python3.13" >&2; exit 1; }
+	@test -n "$(PYTHON_NEWEST)" || { echo "Name the newest Python: make test-newest PYTHON_NEWEST=/path/to/python3.14" >&2; exit 1; }
 	$(PYTHON_NEWEST) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --disable-pip-version-check --upgrade \
 		--editable ".[report,stacks]" pytest hypothesis
