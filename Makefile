@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 there = $(shell for python in python$(1) $(HOME)/.pyenv/versions/$(1).*/bin/python; do \
 	$$python -c 0 2>/dev/null && echo $$python && break; done)
 PYTHON_LOWEST ?= $(call there,3.10)
-PYTHON_NEWEST ?= $(call there,3.13)
+PYTHON_NEWEST ?= $(call there,3.14)
 
 VENV := .venv
 
@@ -48,7 +48,7 @@ WITH_ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-fast test-lowest test-newest test-versions test-machines $(MACHINES) lint format types docs demo bench zoo test-device gpu build clean
+.PHONY: help setup test test-fast test-lowest test-newest test-versions test-machines $(MACHINES) lint format types docs demo notebook bench zoo test-device gpu build clean
 
 help: ## Show this text
 	@echo "irw-optim: the targets of this Makefile (each installs into $(VENV) what it needs, once)"
@@ -66,7 +66,7 @@ test-fast: $(WITH_ALL) ## Run the tests that take no more than seconds
 test-lowest: $(VENV)-lowest/.installed ## Run the tests on Python 3.10 and the lowest versions
 	$(VENV)-lowest/bin/python -m pytest -W default -p no:cacheprovider
 
-test-newest: $(VENV)-newest/.installed ## Run the tests on Python 3.13 and the newest versions
+test-newest: $(VENV)-newest/.installed ## Run the tests on Python 3.14 and the newest versions
 	$(VENV)-newest/bin/python -m pytest -W default -p no:cacheprovider
 
 test-versions: test-lowest test test-newest ## Run the tests on the lowest, the pinned, the newest
@@ -95,6 +95,9 @@ docs: $(WITH_ALL) ## Run the documentation's examples and build it in docs/_buil
 
 demo: $(WITH_REPORT) ## Train on UCI Adult with and without IRW and write a report (minutes)
 	$(BIN)/python examples/adult.py
+
+notebook: $(WITH_ALL) ## Run the notebook of the examples and keep what it shows, on an idle machine
+	$(BIN)/python examples/notebook.py
 
 bench: $(WITH_ALL) ## Measure time and memory against plain training (minutes)
 	$(BIN)/python -m benchmarks.cost steps
@@ -150,7 +153,7 @@ $(VENV)-lowest/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)-newest/.installed: pyproject.toml
-	@test -n "$(PYTHON_NEWEST)" || { echo "Name the newest Python: make test-newest PYTHON_NEWEST=/path/to/python3.13" >&2; exit 1; }
+	@test -n "$(PYTHON_NEWEST)" || { echo "Name the newest Python: make test-newest PYTHON_NEWEST=/path/to/python3.14" >&2; exit 1; }
 	$(PYTHON_NEWEST) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --disable-pip-version-check --upgrade \
 		--editable ".[report,stacks]" pytest hypothesis

@@ -1,6 +1,13 @@
 """Sphinx configuration: `make docs` runs every example of these pages and builds the site."""
 
+import shutil
+from pathlib import Path
+
 from irw_optim import __version__
+
+# Sphinx reads its own folder alone: the notebook of the examples comes here, as it is kept.
+NOTEBOOK = "first_steps.ipynb"
+shutil.copy2(Path(__file__).parents[1] / "examples" / NOTEBOOK, Path(__file__).with_name(NOTEBOOK))
 
 project = "irw-optim"
 author = "The irw-optim developers"
@@ -8,7 +15,7 @@ project_copyright = author
 release = __version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # myst_parser, and notebooks
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
@@ -20,6 +27,8 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+nb_execution_mode = "off"  # the tests run it
 
 default_role = "py:obj"
 autodoc_member_order = "bysource"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
 from irw_optim.criterion._dispatch import per_sample_losses, validate_criterion
 from irw_optim.criterion._folding import PerSampleLosses
+from irw_optim.notebook import in_a_notebook
 from irw_optim.torch_internals import uncompiled
 
 logger = logging.getLogger("irw_optim")
@@ -30,13 +31,16 @@ def check_unattached(criterion: nn.Module, model: nn.Module | None = None) -> No
 
     Args:
         criterion: to be attached.
-        model: what it is to be attached for; an older optimizer of the same yields.
+        model: what it is to be attached for; an older optimizer of the same yields, and in a
+            notebook one of any model: a cell that runs twice may make both anew. The older one
+            raises if it steps.
     """
     known = isinstance(criterion, nn.Module)  # what else there is is refused elsewhere
     earlier = AttachedCriterion.found_on(criterion) if known else None
     if earlier is None or earlier.listener() is None:
         return
-    if model is None or not earlier.yields or earlier.model() is not model:
+    may_yield = model is not None and earlier.yields
+    if not (may_yield and (earlier.model() is model or in_a_notebook())):
         raise ValueError(
             f"criterion={type(criterion).__name__}() is attached to another IRWOptimizer "
             "already: call detach() on that one first, or give each its own criterion"
@@ -50,8 +54,7 @@ class AttachedCriterion(Attachment):
         criterion: attached in place.
         model: asked whether it trains; in eval mode and under no_grad the criterion is untouched.
         listener: method that turns per-sample losses into the scalar to return; held weakly.
-        yields: whether a newer one for the same model gets the criterion, as where a notebook's
-            cell runs twice.
+        yields: whether a newer one may get the criterion, as where a notebook's cell runs twice.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class AttachedCriterion(Attachment):
         if earlier is not None:
             if earlier.listener() is not None:
                 logger.info(
-                    "%s() goes over to the newer of two optimizers on this model",
+                    "%s() goes over to the newer of two optimizers",
                     type(criterion).__name__,
                 )
             earlier.remove()

@@ -21,10 +21,10 @@ from irw_optim.gradients.layers import (
     EmbeddingCall,
     HeadsCall,
     LayerCall,
-    LayerNormCall,
     LinearCall,
     LSTMCall,
     NormCall,
+    SampleNormCall,
     VectorCall,
 )
 from irw_optim.gradients.mixing_rules import elementwise
@@ -181,15 +181,19 @@ def _layer_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
         return None
     dims = tuple(range(-len(node._saved_normalized_shape), 0))
     mean, scale = node._saved_result1, node._saved_result2
-    return [LayerNormCall(node._saved_input, mean, scale, dims, *_gain_and_bias(weights))]
+    return [SampleNormCall(node._saved_input, mean, scale, dims, *_gain_and_bias(weights))]
 
 
 @node_rule("NativeGroupNorm")
 def _group_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
     if 0 in weights:
         return None
-    normalise = partial(F.group_norm, num_groups=node._saved_group, eps=node._saved_eps)
-    return [NormCall(node._saved_input, normalise, (1,), *_gain_and_bias(weights))]
+    input, of_groups = node._saved_input, (node._saved_result1, node._saved_result2)  # (N, groups)
+    channels = int(node._saved_C) // int(node._saved_group)
+    mean, scale = (
+        t.repeat_interleave(channels, 1)[(..., *[None] * (input.ndim - 2))] for t in of_groups
+    )
+    return [SampleNormCall(input, mean, scale, (1,), *_gain_and_bias(weights))]
 
 
 @node_rule("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")

@@ -53,7 +53,8 @@ def draw(course: Course) -> Figure:
     """
     try:
         from matplotlib import rc_context
-        from matplotlib.figure import Figure
+
+        from irw_optim.monitor.shown import ShownFigure
     except ImportError as error:
         raise ImportError('plot() needs matplotlib: pip install "irw-optim[report]"') from error
     if not course.rows:
@@ -61,7 +62,7 @@ def draw(course: Course) -> Figure:
     panels = [panel for panel in PANELS if panel.answers(course)]
     lines = -(-len(panels) // 2)
     with rc_context(STYLE):  # type: ignore[arg-type]  # it lists every key
-        figure = Figure((11, 2.4 * lines), layout="constrained")
+        figure = ShownFigure((11, 2.4 * lines), layout="constrained")
         axes = figure.subplots(lines, 2, sharex=True, squeeze=False).flatten()
         for axis, panel in zip(axes, panels, strict=False):
             panel.draw(axis, course)

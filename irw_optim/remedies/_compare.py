@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -32,6 +31,7 @@ from irw_optim.remedies._people import (
 from irw_optim.remedies._training import Fitted, Recipe, Remedy, Training
 from irw_optim.restored import randomness_restored
 from irw_optim.schemes.batch_losses import Forward
+from irw_optim.schemes.progress import progress_bar
 from irw_optim.weighting.ranges import check_alpha
 
 ADAM = partial(torch.optim.Adam, lr=1e-3)
@@ -88,7 +88,7 @@ def compare_remedies(
         forward: ``forward(model, batch)`` gives the criterion's arguments, the model's output
             first, for batches that are no pair (inputs, target).
         loader_options: of the DataLoaders over data sets: ``num_workers``, ``collate_fn``.
-        progress: show a bar on a terminal.
+        progress: show a bar, on a terminal or in a notebook.
 
     Returns:
         The table, the differences to plain, the decision, a figure, a page: `Comparison`.
@@ -173,11 +173,12 @@ def _train_all(
 
     truth = torch.from_numpy(judge.labels)
     rare = rarest(labels, truth)
-    with _bar(len(remedies) * len(trainings) * recipe.steps, progress) as (say, advance):
+    steps = len(remedies) * len(trainings) * recipe.steps
+    with progress_bar("", steps, progress) as advance:
         for i, training in enumerate(trainings):
             training.advance = advance
             for name, remedy in remedies.items():
-                say(f"seed {i + 1} of {len(trainings)}, {name}")
+                advance(0, f"seed {i + 1} of {len(trainings)}, {name}")
                 training.spared, started = 0.0, time.perf_counter()
                 fitted = remedy(training)
                 seconds = time.perf_counter() - started + training.spared
@@ -252,20 +253,6 @@ def _decided(samples: Samples, fitted: Fitted, recipe: Recipe) -> Tensor:
     outputs, _ = samples.read(fitted.model, recipe.criterion, recipe.forward)
     logits = logits_of(outputs, recipe.criterion)
     return logits if fitted.shift is None else logits + fitted.shift
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
-    """A bar on stderr, if somebody watches: what says what is going on, and what advances it."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(
-        console=console, transient=True, disable=not (shown and console.is_terminal)
-    ) as p:
-        task = p.add_task("", total=total)
-        yield lambda text: p.update(task, description=text), lambda n: p.advance(task, n)
 
 
 def _named(made: Any) -> str:

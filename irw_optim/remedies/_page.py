@@ -45,11 +45,14 @@ def cells(result: Comparison) -> pd.DataFrame:
 def draw(result: Comparison) -> Figure:
     """Differences to plain training, in points, with their intervals over the seeds."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
+
+    from irw_optim.monitor.shown import ShownFigure
 
     shown, names = _shown(result)
     with rc_context(STYLE):  # type: ignore[arg-type]  # it lists every key
-        figure = Figure((2.6 * len(shown) + 1.6, 0.9 + 0.34 * len(names)), layout="constrained")
+        figure = ShownFigure(
+            (2.6 * len(shown) + 1.6, 0.9 + 0.34 * len(names)), layout="constrained"
+        )
         axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for axis, metric in zip(axes, shown, strict=True):
             _dots(axis, result, metric, names)

@@ -63,7 +63,7 @@ class ClassByClassSampler(ResamplingSampler):
         generator: gives the seed of the draws.
         batch_size: samples read at once; None takes the loader's.
         forward: for batches that are no pair (inputs, target), as of `global_weights`.
-        progress: show a bar on a terminal.
+        progress: show a bar, on a terminal or in a notebook.
 
     Attributes:
         classes: a `ClassShare` for each class.

@@ -82,7 +82,7 @@ def global_weights(
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers: filter in gradient space, for example `DBSCANFilter` (IRWO), in blocks.
         score_parameters: as of `IRWOptimizer`: whose gradients make the scores.
-        progress: show a bar on a terminal, if rich is installed.
+        progress: show a bar, in a notebook, or on a terminal if rich is installed.
         center: beta >= 0; above 0, pass 2 covers the whole data set.
         class_balance: give every class of the data set the same total weight.
         within_classes: make S, the scores and the weights in each class by itself, and give every

@@ -44,6 +44,9 @@ REFUSALS = (
 class Draw(random.Random):
     """Choices that follow from a family and a seed."""
 
+    def __new__(cls, *_: object) -> Draw:
+        return super().__new__(cls)  # Python 3.10 takes at most one argument here
+
     def __init__(self, family: str, seed: int) -> None:
         super().__init__(f"{family} {seed}")
         self.seed_of_tensors = self.randrange(2**31)

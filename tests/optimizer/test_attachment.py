@@ -221,6 +221,24 @@ class TestANewOneOverTheSameModel:
         gc.collect()
         check_step(model, criterion, newer)
 
+    def test_a_cell_that_makes_the_model_anew(self, monkeypatch):
+        """In a notebook, where the names of the older ones are gone when the cell has run."""
+        criterion = nn.CrossEntropyLoss()
+        first = make()
+        older = over(first, criterion)
+        with pytest.raises(ValueError, match=r"attached to another IRWOptimizer.*detach\(\)"):
+            over(make(), criterion)
+        monkeypatch.setattr("irw_optim.criterion.attached.in_a_notebook", lambda: True)
+        second = make()
+        newer = over(second, criterion)
+        check_step(second, criterion, newer)
+        x, y = batch()
+        criterion(first(x), y).backward()
+        with pytest.raises(RuntimeError, match="not given to a newer IRWOptimizer"):
+            older.step()
+        newer.zero_grad()
+        check_step(second, criterion, newer)
+
     def test_verify_is_no_newer_one(self):
         model, criterion = make(), nn.CrossEntropyLoss()
         optimizer = over(model, criterion)

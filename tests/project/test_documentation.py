@@ -41,6 +41,7 @@ ROOMS = {
     "gradients",
     "measure",
     "model_check",
+    "notebook",
     "optimizer",
     "processes",
     "restored",

@@ -27,6 +27,11 @@ def test_the_package_loads_torch_and_little_else() -> None:
     assert not FOR_LATER & loaded - loaded_by("import torch")
 
 
+def test_no_other_package_comes_with_it() -> None:
+    more = loaded_by("import irw_optim") - loaded_by("import torch")
+    assert {name.partition(".")[0] for name in more} - sys.stdlib_module_names == {"irw_optim"}
+
+
 def test_its_parts_that_need_no_opacus_load_none() -> None:
     loaded = loaded_by("import irw_optim.alpha, irw_optim.metrics, irw_optim.schemes")
     assert not {"opacus", "sklearn", "matplotlib", "pandas"} & loaded

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch import nn
 
 from irw_optim import IRWMonitor, IRWOptimizer
+from irw_optim.notebook import in_a_notebook
+from irw_optim.schemes.progress import progress_bar
 
 
 def trained():
@@ -42,3 +48,63 @@ def test_a_monitor_without_rows_has_something_to_show():
     optimizer, monitor = trained()
     monitor.detach()
     assert "<table>" in IRWMonitor(optimizer)._repr_html_()
+
+
+class Bar:
+    """What IPython's `display` gives to change what it shows."""
+
+    def __init__(self, first):
+        self.shown = [first]
+
+    def update(self, html):
+        self.shown.append(html)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """A notebook's kernel, and the bars that it shows."""
+    made = []
+
+    def display(html, display_id):
+        made.append(Bar(html))
+        return made[-1]
+
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(HTML=str, display=display))
+    return made
+
+
+def test_the_bar_is_the_browsers(bars, capsys):
+    with progress_bar("a < b", 10, shown=True) as advance:
+        advance(4)
+        advance(0, "then")
+    (bar,) = bars
+    first, *others, last = bar.shown
+    assert first == '<progress value="0" max="10"></progress> a &lt; b'
+    assert '<progress value="4" max="10"></progress> then' in others
+    assert last == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_bar_goes_when_something_fails(bars):
+    with pytest.raises(ZeroDivisionError), progress_bar("", 1, shown=True):
+        raise ZeroDivisionError
+    assert bars[0].shown[-1] == ""
+
+
+def test_no_bar_that_nobody_asked_for(bars):
+    with progress_bar("", 1, shown=False) as advance:
+        advance(1)
+    assert bars == []
+
+
+def test_ipython_on_a_terminal_is_no_notebook(monkeypatch):
+    for shell in (None, object()):
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda s=shell: s))
+        assert not in_a_notebook()
+
+
+def test_a_figure_is_shown_without_pyplot():
+    pytest.importorskip("matplotlib", reason="plot needs the report extra")
+    assert trained()[1].plot()._repr_png_().startswith(b"\x89PNG")

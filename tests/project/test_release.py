@@ -64,6 +64,12 @@ def test_the_wheel_is_the_package_and_nothing_else(built: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_wheel_is_small(built: Path) -> None:
+    """Python and its docstrings, of which there are a megabyte: no data, no pictures."""
+    assert next(built.glob("*.whl")).stat().st_size < 400_000
+
+
+@pytest.mark.slow
 def test_the_source_distribution_can_be_tested_and_documented(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as source:
         names = {name.partition("/")[2] for name in source.getnames()}

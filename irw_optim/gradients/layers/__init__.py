@@ -7,7 +7,7 @@ from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCal
 from irw_optim.gradients.layers._heads import HeadsCall, VectorCall
 from irw_optim.gradients.layers._layout import FIRST, Layout
 from irw_optim.gradients.layers._linear import LinearCall, LinearRowsCall
-from irw_optim.gradients.layers._norm import LayerNormCall, NormCall
+from irw_optim.gradients.layers._norm import NormCall, SampleNormCall
 from irw_optim.gradients.layers._recurrent import LSTM, RECURRENT, LSTMCall, gates_of
 from irw_optim.gradients.layers._rows import RowsCall
 
@@ -22,13 +22,13 @@ __all__ = [
     "HeadsCall",
     "LSTMCall",
     "LayerCall",
-    "LayerNormCall",
     "Layout",
     "LinearCall",
     "LinearRowsCall",
     "NormCall",
     "RowWeights",
     "RowsCall",
+    "SampleNormCall",
     "VectorCall",
     "gates_of",
 ]

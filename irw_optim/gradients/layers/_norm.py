@@ -55,8 +55,13 @@ class NormCall(LayerCall):
         return self.normalise(widened(self.input[samples]))
 
 
-class LayerNormCall(NormCall):
-    """A layer norm, with the statistics that it took."""
+class SampleNormCall(NormCall):
+    """A norm of each sample, with the statistics that it took.
+
+    Args:
+        mean, scale: subtracted from the input, and what the difference is multiplied by; of as many
+            dimensions as the input.
+    """
 
     def __init__(
         self,
