@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from irw_optim.monitor import IRWMonitor
     from irw_optim.remedies import compare_remedies
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DBSCANFilter",

@@ -17,8 +17,13 @@ HEADS = (2, 2, 3, 4)
 
 def _attention(backend: SDPBackend, **settings: Any) -> Callable[..., Tensor]:
     def attend(*tensors: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*tensors, **settings)
+        missing: RuntimeError | None = None
+        with sdpa_kernel(backend):  # which an error leaves in force in older torch
+            try:
+                return F.scaled_dot_product_attention(*tensors, **settings)
+            except RuntimeError as error:
+                missing = error
+        raise missing
 
     return attend
 

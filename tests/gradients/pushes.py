@@ -4,8 +4,10 @@ other, from one backward pass each."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -116,6 +118,18 @@ def _choices(count: int) -> list[list[int]]:
     if count < 2:
         return [every]
     return [every, *([[n] for n in every] if count < 6 else [every[:1], every[1:]])]
+
+
+@contextmanager
+def unless_torch_lacks_it() -> Iterator[None]:
+    """Older torch has no kernel, or no derivative, for some of what the newer one has."""
+    try:
+        yield
+    except RuntimeError as error:
+        lacks = "No available kernel" in str(error) or "is not implemented" in str(error)
+        if torch.__version__ >= (2, 13) or not lacks:
+            raise
+        pytest.skip(str(error).partition("\n")[0])
 
 
 def assert_case(case: Case, *, checkpointed: bool = False) -> None:

@@ -13,7 +13,7 @@ for needed in ("ipykernel", "nbclient", "matplotlib", "pandas", "fairlearn", "ji
     pytest.importorskip(needed, reason='needs the extras "dev" and "report"')
 nbformat = importlib.import_module("nbformat")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 notebook = importlib.import_module("notebook")
 

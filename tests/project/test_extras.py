@@ -12,7 +12,7 @@ import pytest
 
 requirements = pytest.importorskip("packaging.requirements")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PREAMBLE = """
 import sys
 sys.path.insert(0, {root!r})
