@@ -434,11 +434,11 @@ def test_progress_is_complete_at_the_end(model, data, monkeypatch):
 
     monkeypatch.setattr(Console, "is_terminal", True)
     seen = []
-    original = Progress.advance
+    original = Progress.update
     monkeypatch.setattr(
         Progress,
-        "advance",
-        lambda self, task, advance: (original(self, task, advance), seen.append(self.tasks[0])),
+        "update",
+        lambda self, task, **given: (original(self, task, **given), seen.append(self.tasks[0])),
     )
     loader = DataLoader(data, batch_size=16)
     for center in (0.0, 1.0):
