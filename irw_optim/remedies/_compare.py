@@ -18,8 +18,9 @@ from torch.utils.data import TensorDataset
 from irw_optim.arguments import as_whole, whole_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._inputs import ArrayLike, GroupsLike
-from irw_optim.remedies._comparison import ORACLE, Comparison
+from irw_optim.remedies._comparison import Comparison
 from irw_optim.remedies._data import Data, Samples
+from irw_optim.remedies._differences import ORACLE
 from irw_optim.remedies._measuring import Judge, accuracy_of, logits_of, rarest
 from irw_optim.remedies._methods import PLAIN, REMEDIES
 from irw_optim.remedies._people import (

@@ -6,60 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from irw_optim.remedies._differences import ORACLE, Difference, difference, worst_part
+from irw_optim.remedies._findings import conclude, signs_of_hurt
 from irw_optim.remedies._measuring import GROUP, METRICS, Judge, Metric, Numbers
-from irw_optim.remedies._methods import PLAIN
 from irw_optim.remedies._people import group_names
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-ORACLE = "groups known (oracle)"
-"""Plain training with its last layer fitted again, groups balanced: what there may be to gain."""
-
-CONFIDENCE = 0.95
-BY_HEART = 0.2
-"""How much better a class is in training than in validation where it is learnt by heart."""
-
-
-class Difference(NamedTuple):
-    """A remedy minus plain training, seed by seed.
-
-    Attributes:
-        mean: over the seeds.
-        low: of its t interval over the seeds; NaN for a single seed.
-        high: of the same.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
-
-def paired(values: Numbers, others: Numbers, confidence: float = CONFIDENCE) -> Difference:
-    """The mean of the paired differences and its t interval.
-
-    >>> found = paired(np.array([0.5, 0.6, 0.7]), np.array([0.4, 0.4, 0.4]))
-    >>> print(f"{found.mean:.3f}, {found.low:.3f} to {found.high:.3f}")
-    0.200, -0.048 to 0.448
-    """
-    from scipy import stats
-
-    differences = np.asarray(values, float) - np.asarray(others, float)
-    mean, number = float(differences.mean()), len(differences)
-    if number < 2:
-        return Difference(mean, np.nan, np.nan)
-    half = stats.t.ppf((1 + confidence) / 2, number - 1) * differences.std(ddof=1) / number**0.5
-    return Difference(mean, mean - float(half), mean + float(half))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +52,6 @@ class Comparison:
     ) -> Comparison:
         """Draw the conclusions."""
         import pandas as pd
-
-        from irw_optim.remedies._findings import conclude, signs_of_hurt
 
         runs = pd.DataFrame(rows).set_index(["remedy", "seed"])
         take, sentences = conclude(runs, predictions, judge, blind)
@@ -187,15 +141,3 @@ class Comparison:
         said = [f"A sign against {name}: {'; '.join(of)}." for name, of in self.signs.items()]
         lines = [fill(one, 98, break_on_hyphens=False) for one in (*self.sentences, *said)]
         return f"{table.to_string()}\n{marks}\n\n" + "\n".join(lines)
-
-
-def worst_part(judge: Judge, kind: str, predicted: Numbers) -> tuple[Any, int, float]:
-    """The part that fares worst on average over the seeds: name, people, accuracy."""
-    found = judge.accuracies(kind, predicted == judge.labels).mean(0)
-    worst = int(found.argmin())
-    return judge.names[kind][worst], int(judge.sizes(kind)[worst]), float(found[worst])
-
-
-def difference(runs: pd.DataFrame, remedy: str, metric: str, other: str = PLAIN) -> Difference:
-    """Of one remedy to plain training, or to another."""
-    return paired(runs.loc[remedy, metric].to_numpy(), runs.loc[other, metric].to_numpy())

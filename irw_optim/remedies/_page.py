@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from irw_optim.monitor.figures import STYLE
-from irw_optim.remedies._comparison import ORACLE, Comparison, Difference
+from irw_optim.remedies._differences import ORACLE, Difference
 from irw_optim.remedies._measuring import Metric
 from irw_optim.remedies._methods import PLAIN
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from irw_optim.remedies._comparison import Comparison
 
 # Of Okabe and Ito's colours; the markers say the same.
 LOOKS = {1: ("#0072B2", "^", "▲"), -1: ("#D55E00", "v", "▼"), 0: ("#777777", "o", "")}
