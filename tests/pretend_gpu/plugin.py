@@ -3,7 +3,8 @@
 ``TEST_DEVICE`` names it; without, it is the pretended one.
 
 Tests that are about the CPU itself carry the mark ``cpu``, with a reason, and are skipped, as are
-those that use what the device lacks.
+those that use what the device lacks, and those that start workers: a fork leaves a device's thread
+behind, and who waits for it waits for ever.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from multiprocessing import Process
 from typing import Any
 
 import pytest
@@ -60,6 +62,14 @@ def pytest_runtest_call() -> Iterator[None]:
             if sign in str(error):
                 pytest.skip(f"the pretended device has no {what}")
         raise
+
+
+@pytest.fixture(autouse=True)
+def _no_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process: Process) -> None:
+        pytest.skip("its workers are forked, and a device's thread is not")
+
+    monkeypatch.setattr(Process, "start", refuse)
 
 
 class Mixes(TorchDispatchMode):
