@@ -95,8 +95,8 @@ def seed_of(upstream: Tensor, batch: PerSampleLosses) -> Tensor:
     if seed.device.type == "cpu":  # looking at it waits for nothing there
         value = seed.item()
         return seed if value and isfinite(value) else torch.ones_like(seed)
-    seed = seed.addcdiv(seed, seed, value=0)  # adds 0 * (seed / seed): NaN where that is 0 / 0
-    return seed.nan_to_num_(1.0, posinf=1.0, neginf=1.0)
+    seed = seed.nan_to_num(1.0, posinf=1.0, neginf=1.0)
+    return seed.masked_fill_(seed == 0, 1.0)
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:

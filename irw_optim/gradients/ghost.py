@@ -74,7 +74,7 @@ class GhostGradients:
 
     def dot(self, direction: Direction) -> Tensor:
         apart, meeting = self.parts
-        return self._unseeded(_sum([part.dot(direction) for part in (*apart, *meeting)]))
+        return self._unseeded(_sum(part.dot(direction) for part in (*apart, *meeting)))
 
     def align(self, coefficients: Tensor) -> Tensor:
         """G (G^T c), shape (B,): for small batches there are ways that are shorter than g_S."""
@@ -87,13 +87,15 @@ class GhostGradients:
         if meeting:
             combined = GhostGradients(meeting, self.batch_size, self.seed).combine(coefficients)
             products += [call.dot(combined) for call in meeting]
-        few = len(products) <= FEW  # no call for so little
-        total = sum(products[1:], start=products[0]) if few else _sum(products)
+        if len(products) <= FEW:
+            total = sum(products[1:], start=products[0])
+        else:
+            total = torch.stack(products).sum(0)
         return total if factor is None else total / factor
 
     def gram(self) -> Tensor:
         groups = _sharing_parameters(self.calls)
-        gram = _sum([g[0].gram() if len(g) == 1 else gram_of_rows(g) for g in groups])
+        gram = _sum(g[0].gram() if len(g) == 1 else gram_of_rows(g) for g in groups)
         return self._unseeded(self._unseeded(gram))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
@@ -202,11 +204,13 @@ def check_inputs(calls: Iterable[LayerCall]) -> None:
             )
 
 
-def _sum(products: Sequence[Tensor]) -> Tensor:
-    assert products, "rows without columns"
-    if len(products) <= FEW:
-        return sum(products[1:], start=products[0])
-    return torch.stack(list(products)).sum(0)
+def _sum(products: Iterable[Tensor]) -> Tensor:
+    """One after the other: those of pairs of samples are too large to be held at once."""
+    total: Tensor | None = None
+    for product in products:
+        total = product if total is None else total + product
+    assert total is not None, "rows without columns"
+    return total
 
 
 FEW = 3

@@ -245,9 +245,9 @@ def _repetition(node: Any, weights: Weights) -> list[LayerCall] | None:
     weight, repeats = weights[0].tensor, list(node._saved_repeats)
     sizes = [*[1] * (len(repeats) - weight.ndim), *weight.shape]
     shape = torch.Size([n for pair in zip(repeats, sizes, strict=True) for n in pair])
-    whole = weight.shape, (*[None] * (len(repeats) - weight.ndim), ...)
+    as_it_is, in_front = weight.shape, (*[None] * (len(repeats) - weight.ndim), ...)
     with torch.enable_grad():  # a view tells what it is a view of
-        lone = weight.view(whole[0])[whole[1]]
+        lone = weight.view(as_it_is)[in_front]
         for dim in range(len(repeats)):
             lone = lone.unsqueeze(2 * dim)
     call = ElementwiseCall(lone, None, _like_output(node).new_zeros(()).expand(shape))
