@@ -135,10 +135,10 @@ def averaged_record(batch: PerSampleLosses) -> StepRecord:
 
 def present_in(batch: PerSampleLosses) -> Tensor | None:
     """The samples that are not ignored altogether; all, where that is nobody, and None for all."""
-    counts = batch.counts
-    if counts is None or not len(counts):
+    if batch.counts is None:
         return None
-    return counts >= counts.amax().clamp(max=1)
+    present = batch.counts > 0
+    return present | ~present.any()
 
 
 class NoRows:

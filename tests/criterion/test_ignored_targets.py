@@ -33,3 +33,16 @@ def test_classes_share_the_weight_without_them():
 def test_a_warm_up_on_nobody_has_no_gradient():
     _, gradient = weights_for(torch.full((6,), -100), warmup_steps=1)
     assert not gradient.any()
+
+
+def test_who_is_ignored_in_part_is_there():
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(4, 2), nn.CrossEntropyLoss()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(
+        sgd, alpha=0.3, model=model, criterion=criterion, weighting="uniform", mix=1.0
+    )
+    targets = torch.tensor([[0, 1, 0], [1, -100, -100], [0, 1, -100], [-100, -100, -100]])
+    criterion(model(torch.randn(4, 3, 4)).mT, targets).backward()
+    weights = optimizer.last_step.weights
+    torch.testing.assert_close(weights, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]))

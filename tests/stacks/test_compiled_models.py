@@ -317,6 +317,41 @@ def test_what_is_fused(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     assert sum(counters["graph_break"].values()) <= 2 * len(layers)
 
 
+class MeetingLater(nn.Module):
+    """Between its layers samples meet, as much as a buffer says: no graph shows when it begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.register_buffer("share", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        return self.last(hidden + self.share * hidden.sin().mean(0))
+
+
+@pytest.mark.parametrize("begins", [4, 5, 6])
+def test_mixing_that_begins_inside_of_a_region_is_exact_at_once(begins: int) -> None:
+    """At a step at which no comparison with autograd would be due but for the region."""
+    torch.manual_seed(0)
+    model, criterion = MeetingLater().double(), nn.CrossEntropyLoss()
+    optimizer = attach(model, criterion)
+    model.compile(backend="aot_eager")
+    x = torch.randn(6, WIDTH, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    for step in range(begins + 2):
+        model.share.fill_(float(step >= begins))
+        twin = MeetingLater().double()
+        twin.load_state_dict(model.state_dict())
+        losses = F.cross_entropy(twin(x), y, reduction="none")
+        truth = reference.step(losses, twin.parameters(), ALPHA)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        for p, expected in zip(model.parameters(), truth.gradients, strict=True):
+            torch.testing.assert_close(p.grad, expected, rtol=1e-9, atol=1e-12)
+        optimizer.step()
+
+
 def test_code_that_gives_its_memory_away_is_dropped() -> None:
     """What ran before the optimizer came lets a backward pass write over what it reads."""
     if not hasattr(torch._functorch.config, "donated_buffer"):
