@@ -168,7 +168,9 @@ def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:
     elif any(site.call.layout is not None for site in graph.sites):
         return None
     else:
-        entered = {shape[0] for node in graph.order if len(shape := shape_of(node)) > 2}
+        shapes = {shape[:2] for node in graph.order if len(shape := shape_of(node)) > 2}
+        parted = any(rows * length == losses for rows, length in shapes)
+        entered = {rows for rows, _ in shapes} if parted else set()
     (rows, *others) = entered or {1}
     return rows if not others and 1 < rows < losses and losses % rows == 0 else None
 
