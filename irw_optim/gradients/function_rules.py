@@ -6,75 +6,32 @@ get what ``x + 2 * p`` gets, or no rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers import ElementwiseCall, LayerCall, LinearCall, NormCall
-from irw_optim.gradients.rules import Rule
-
-_Rule = TypeVar("_Rule", bound=Rule)
-
-_BY_FUNCTION: dict[Any, Rule] = {}
+from irw_optim.gradients.layers import ElementwiseCall, LayerCall
+from irw_optim.gradients.rules import Rule, layer_norm, linear
 
 CALLS = "irw_optim.call"
 """Where a node of the graph keeps the calls that computed its outputs, in its metadata."""
 
 
-def function_rule(*functions: Any) -> Callable[[_Rule], _Rule]:
-    """Register ``rule(output, *args, **kwargs) -> LayerCall | None`` for functions and methods.
-
-    It is asked where a module without a layer rule calls them with its parameters directly.
-    """
-
-    def register(rule: _Rule) -> _Rule:
-        for function in functions:
-            _BY_FUNCTION[function] = rule
-        return rule
-
-    return register
-
-
 def rule_of_function(function: Any) -> Rule | None:
-    """The rule for a function that is called with parameters directly."""
+    """``rule(output, *args, **kwargs) -> LayerCall | None`` for a function or a method."""
     return _BY_FUNCTION.get(function)
 
 
-@function_rule(F.linear)
-def _linear_function(
-    output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> LayerCall | None:
-    return LinearCall(input, weight, bias) if input.ndim > 1 else None
-
-
-@function_rule(F.layer_norm)
-def _layer_norm_function(
-    output: Tensor,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> LayerCall:
-    shape = list(normalized_shape)
-    dims = tuple(range(-len(shape), 0))
-    return NormCall(input, lambda a: F.layer_norm(a, shape, eps=eps), dims, weight, bias)
-
-
-@function_rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 def _addition(output: Tensor, input: Any, other: Any, *, alpha: float = 1) -> LayerCall | None:
     return _sum(output, input, other, 1, alpha)
 
 
-@function_rule(torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__)
 def _subtraction(output: Tensor, input: Any, other: Any, *, alpha: float = 1) -> LayerCall | None:
     return _sum(output, input, other, 1, -alpha)
 
 
-@function_rule(Tensor.__rsub__)
 def _subtraction_from(output: Tensor, input: Any, other: Any) -> LayerCall | None:
     return _sum(output, input, other, -1, 1)
 
@@ -90,7 +47,6 @@ def _sum(
     return ElementwiseCall(right, None, output, right_scale)
 
 
-@function_rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 def _multiplication(output: Tensor, input: Any, other: Any) -> LayerCall | None:
     if is_parameter(input):
         input, other = other, input
@@ -99,17 +55,30 @@ def _multiplication(output: Tensor, input: Any, other: Any) -> LayerCall | None:
     return ElementwiseCall(other, input, output)
 
 
-@function_rule(Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to)
 def _expansion(output: Tensor, input: Tensor, *sizes: Any, **size: Any) -> LayerCall | None:
     return ElementwiseCall(input, None, output) if is_parameter(input) else None
 
 
-@function_rule(Tensor.repeat, Tensor.tile, torch.tile)
 def _repetition(output: Tensor, input: Tensor, *sizes: Any, **size: Any) -> LayerCall | None:
     """Where it repeats dimensions of size 1 alone, and so broadcasts."""
     repeated = zip(reversed(input.shape), reversed(output.shape), strict=False)
     broadcasts = all(n in (1, size) for n, size in repeated)
-    return ElementwiseCall(input, None, output) if broadcasts and is_parameter(input) else None
+    return _expansion(output, input) if broadcasts else None
+
+
+_BY_FUNCTION: dict[Any, Rule] = {
+    F.linear: linear,
+    F.layer_norm: layer_norm,
+    Tensor.__rsub__: _subtraction_from,
+    **dict.fromkeys([torch.add, Tensor.add, Tensor.add_], _addition),
+    **dict.fromkeys([Tensor.__add__, Tensor.__radd__, Tensor.__iadd__], _addition),
+    **dict.fromkeys([torch.sub, Tensor.sub, Tensor.sub_], _subtraction),
+    **dict.fromkeys([Tensor.__sub__, Tensor.__isub__], _subtraction),
+    **dict.fromkeys([torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__], _multiplication),
+    **dict.fromkeys([torch.broadcast_to, Tensor.broadcast_to], _expansion),
+    **dict.fromkeys([Tensor.expand, Tensor.expand_as], _expansion),
+    **dict.fromkeys([torch.tile, Tensor.tile, Tensor.repeat], _repetition),
+}
 
 
 def is_parameter(tensor: Any) -> bool:

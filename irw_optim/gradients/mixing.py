@@ -22,7 +22,7 @@ from torch.autograd.graph import Node
 from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.nodes import shape_of
 from irw_optim.gradients.operations import SETTINGS_OF, is_known, is_view, rule_for, settings_of
-from irw_optim.gradients.place import MIXES, SHARED, UNREAD, Output
+from irw_optim.gradients.place import SHARED, UNREAD, MixesError, Output
 
 
 class Crossing(NamedTuple):
@@ -95,12 +95,13 @@ def follow_batch(
                     may_mix = may_mix or node.name()
                     found = [_first_in(edge, len(losses)) for edge in node.next_functions]
                 else:
-                    found = _inputs_of(Output(node, number, stride, len(losses)))
+                    try:
+                        found = rule_for(node)(Output(node, number, stride, len(losses)))
+                    except (MixesError, AttributeError, RuntimeError):
+                        # Or another version of torch; or a graph that is freed.
+                        surely = is_known(node)
+                        return Batch(node.name(), _by_number(places, graph), surely_mixes=surely)
                 weight = 1
-                if found is MIXES:
-                    return Batch(
-                        node.name(), _by_number(places, graph), surely_mixes=is_known(node)
-                    )
                 shared = [
                     n
                     for n, ((parent, _), place) in enumerate(
@@ -141,13 +142,6 @@ def _first_in(edge: tuple[Node | None, int], batch_size: int) -> int:
 
 def _by_number(places: Mapping[tuple[Node, int], int], graph: Graph) -> dict[tuple[int, int], int]:
     return {(graph.nodes[node], output): place for (node, output), place in places.items()}
-
-
-def _inputs_of(output: Output) -> Sequence[int]:
-    try:
-        return rule_for(output.node)(output)
-    except (AttributeError, RuntimeError):  # another version of torch; a graph that is freed
-        return MIXES
 
 
 def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:

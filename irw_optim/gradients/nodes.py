@@ -46,6 +46,14 @@ def signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
 
 
+def saved(node: Any, name: str) -> Any:
+    """What a node remembers under a name, its numbers `signed`; tuples as lists."""
+    value = getattr(node, f"_saved_{name}")
+    if isinstance(value, tuple | list):
+        return [n - 2**64 if isinstance(n, int) and n >= 2**63 else n for n in value]
+    return signed(value) if isinstance(value, int) else value
+
+
 def pull(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """What a node makes of the gradients of its outputs, one for each of its inputs."""
     if isinstance(node, BackwardCFunction):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import cached_property
-from typing import Any
+from math import prod
+from typing import Any, NoReturn
 
 from irw_optim.gradients.nodes import signed
 
@@ -14,10 +15,14 @@ SHARED = 0
 UNREAD = -1
 """The place in what this output was not computed from."""
 
-MIXES: tuple[int, ...] = (-2,)
-"""The samples may meet here."""
 
-Rule = Callable[["Output"], Sequence[int]]
+class MixesError(Exception):
+    """The samples may meet here."""
+
+
+def mixes() -> NoReturn:
+    """Say so."""
+    raise MixesError
 
 
 class Output:
@@ -56,24 +61,40 @@ class Output:
             right = wider
         return None
 
+    @property
+    def dim(self) -> int:
+        """The dimension that holds the batch."""
+        return (self.located or mixes())[0]
+
+    def beside(self, touched: Container[int]) -> int:
+        """The dimension that holds the batch, which is none of those that are worked along."""
+        return mixes() if self.dim in touched else self.dim
+
     def saved_dims(self, name: str = "_saved_dim", ndim: int | None = None) -> list[int]:
-        """Dimensions that the node remembers, counted from the front; none means all."""
+        """Dimensions that the node remembers, counted from the front; all where it does not."""
         value = getattr(self.node, name, None)
         values = value if isinstance(value, tuple | list) else [value]
         size = len(self.shape) if ndim is None else ndim
-        return [signed(d) % size if size else 0 for d in values if d is not None]
+        dims = [signed(d) % size if size else 0 for d in values if d is not None]
+        return dims or list(range(size))
 
-    def at(self, shape: Sequence[int], dim: int) -> int | None:
+    def at(self, shape: Sequence[int], dim: int) -> int:
         """The stride of the batch in a tensor that holds it in ``dim`` as the output does."""
-        located = self.located
-        if located is None or not 0 <= dim < len(shape) or shape[dim] != self.shape[located[0]]:
-            return None
-        right = 1
-        for size in shape[dim + 1 :]:
-            right *= size
-        return located[1] * right
+        own, stride = self.located or mixes()
+        if not shape:
+            return SHARED
+        if not 0 <= dim < len(shape) or shape[dim] != self.shape[own]:
+            raise MixesError
+        return stride * prod(shape[dim + 1 :])
+
+    def broadcast(self, shape: Sequence[int]) -> int:
+        """The stride of the batch in a tensor that is broadcast to the output."""
+        dim = self.dim - len(self.shape) + len(shape)
+        return SHARED if dim < 0 or shape[dim] == 1 else self.at(shape, dim)
 
     def all_at(self, dim: int) -> Sequence[int]:
         """The answer where every input holds the batch in ``dim``."""
-        found = [self.at(shape, dim) if shape else SHARED for shape in self.inputs]
-        return MIXES if None in found else found  # type: ignore[return-value]
+        return [self.at(shape, dim) for shape in self.inputs]
+
+
+Rule = Callable[[Output], Sequence[int]]

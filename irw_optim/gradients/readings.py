@@ -81,7 +81,7 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
         weights = {n: weight for n, weight in shared.items() if weight is not None}
         if not weights:
             continue
-        rule = None if _is_complex(node, weights, graph) else rule_of(node, output)
+        rule = None if _is_complex(node, weights, graph) else rule_of(node, output, weights)
         computed = tuple(w for w in weights.values() if w.chain is not None)
         reading = None if rule is None else Reading(place, output, rule, weights, computed)
         found = None if reading is None else sites_of([reading], graph)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from irw_optim.gradients.forward._registry import Tangents
+from irw_optim.gradients.forward._tangents import Tangents
 from irw_optim.gradients.nodes import base_name, pull
 
 

@@ -1,7 +1,7 @@
 """One call of a layer, and its products with G: a class for each kind of layer."""
 
 from irw_optim.gradients.layers._call import LayerCall, RowWeights
-from irw_optim.gradients.layers._convolution import ConvolutionCall
+from irw_optim.gradients.layers._convolution import CONVOLUTION, ConvolutionCall
 from irw_optim.gradients.layers._elementwise import ElementwiseCall
 from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCall
 from irw_optim.gradients.layers._heads import HeadsCall, VectorCall
@@ -12,6 +12,7 @@ from irw_optim.gradients.layers._recurrent import LSTM, RECURRENT, LSTMCall, gat
 from irw_optim.gradients.layers._rows import RowsCall
 
 __all__ = [
+    "CONVOLUTION",
     "FIRST",
     "LSTM",
     "RECURRENT",

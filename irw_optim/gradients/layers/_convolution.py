@@ -13,6 +13,9 @@ from irw_optim.gradients.layers._affine import AffineCall
 from irw_optim.gradients.layers._precision import inner, operands
 from irw_optim.gradients.materialized import wide, widened
 
+CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+"""The settings of ``aten.convolution``, in its order."""
+
 PATCHES = 2**20
 """Numbers that are unfolded at once."""
 

@@ -18,9 +18,6 @@ class VectorCall(LayerCall):
     is_sequence = True
     features = 0
 
-    def __init__(self, input: Tensor, weight: Tensor) -> None:
-        super().__init__(input, weight=weight)
-
     def makes_rows(self, output_shape: torch.Size) -> bool:
         """They are never more numbers than what was read."""
         return True
@@ -37,9 +34,6 @@ class HeadsCall(LayerCall):
 
     The batch is among the rows, alone or folded with positions.
     """
-
-    def __init__(self, input: Tensor, weight: Tensor) -> None:
-        super().__init__(input, weight=weight)
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
         """All rows are treated alike."""
