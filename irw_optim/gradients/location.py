@@ -4,18 +4,23 @@ A sequence can be as long as the batch, a table can have as many rows, and T * B
 sorted by sample or by time. No size tells these apart, but the graph does, which was followed from
 the losses. Beyond the operation at which it could be followed no further, the likeliest reading is
 taken, and compared with autograd as everything there.
+
+``tokens(x) + positions(arange(T))`` computes the second term without a batch dimension, so that no
+gradient of single samples arrives there. It arrives at the sum, which passes it on unchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 import torch
+from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.broadcast import sites_of_sums
 from irw_optim.gradients.graph import CallSite, Graph
 from irw_optim.gradients.layers import Layout
 from irw_optim.gradients.mixing import Batch
+from irw_optim.gradients.nodes import shape_of
 
 
 def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
@@ -34,7 +39,7 @@ def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
         known = _is_known(graph, batch, site)
         right = [n for n in layouts if _may_be(n, graph, batch, site, batch_size)]
         if site.call.may_lack_batch and not (known and right):
-            sums = sites_of_sums(site, graph, batch_size)
+            sums = _sites_of_sums(site, graph, batch_size)
             if sums is not None:
                 dim, at_sums = sums
                 if all(_may_be(Layout(dim), graph, batch, s, batch_size) for s in at_sums):
@@ -72,3 +77,72 @@ def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:
     if layout.fold == "batch major":
         return behind * shape[layout.dim] // batch_size
     return behind
+
+
+_HANDS_ON = frozenset({"AddBackward0", "UnsqueezeBackward0", "ExpandBackward0", "AliasBackward0"})
+"""Operations whose gradient is that of what they read, summed where it was repeated."""
+
+
+def _sites_of_sums(
+    site: CallSite, graph: Graph, batch_size: int
+) -> tuple[int, list[CallSite]] | None:
+    """The call as if every sample had made it, at the places where it meets the batch.
+
+    Args:
+        site: a call whose input may have no batch dimension.
+        graph: which it belongs to.
+        batch_size: B.
+
+    Returns:
+        The dimension that holds the batch there, and the sites in place of this one; None where
+        anything but a sum reads the output.
+    """
+    met = _meets_the_batch(site, graph.nodes, batch_size)
+    dims = {dim for _, dim in met}
+    if len(dims) != 1:
+        return None
+    (dim,) = dims
+    call = site.call.for_every_sample(batch_size, dim)
+    if call is None:
+        return None
+    shape = torch.Size([*call.recorded.shape, site.shape[-1]])
+    if any(shape_of(node) != shape for node, _ in met):
+        return None
+    return dim, [CallSite(call.copy(), GradientEdge(node, 0), shape) for node, _ in met]
+
+
+def _meets_the_batch(
+    site: CallSite, nodes: Iterable[Node], batch_size: int
+) -> list[tuple[Node, int]]:
+    """The operations that repeat the output for every sample, and along which dimension."""
+    readers = _readers_among(nodes)
+    met: list[tuple[Node, int]] = []
+    waiting = [(site.edge.node, site.edge.output_nr, site.shape)]
+    while waiting:
+        node, number, before = waiting.pop()
+        read_by = readers.get((node, number), [])
+        if not read_by:
+            return []
+        for reader in read_by:
+            after = shape_of(reader)
+            if reader.name() not in _HANDS_ON or getattr(reader, "_saved_alpha", 1) != 1:
+                return []
+            if after.numel() == before.numel() and batch_size > 1:
+                waiting.append((reader, 0, after))
+                continue
+            padded = [*[1] * (len(after) - len(before)), *before]
+            repeated = [d for d, n in enumerate(padded) if n == 1 and after[d] != 1]
+            if batch_size == 1 and not repeated:
+                repeated = [0]
+            if len(repeated) != 1 or after[repeated[0]] != batch_size:
+                return []
+            met.append((reader, repeated[0]))
+    return met
+
+
+def _readers_among(nodes: Iterable[Node]) -> dict[tuple[Node | None, int], list[Node]]:
+    readers: dict[tuple[Node | None, int], list[Node]] = {}
+    for node in nodes:
+        for parent in node.next_functions:
+            readers.setdefault(parent, []).append(node)
+    return readers

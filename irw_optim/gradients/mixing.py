@@ -20,23 +20,16 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.nodes import shape_of
+from irw_optim.gradients.nodes import SHARED, UNREAD, MixesError, Output, shape_of
 from irw_optim.gradients.operations import SETTINGS_OF, is_known, is_view, rule_for, settings_of
-from irw_optim.gradients.place import SHARED, UNREAD, MixesError, Output
 
 
 class Crossing(NamedTuple):
-    """An operation on samples that reads tensors which they share: weights, or made of weights.
+    """An operation on samples that reads tensors which they share: weights, or made of weights."""
 
-    Attributes:
-        place: of its node in the graph's order.
-        output: number of the output that holds the batch.
-        inputs: numbers of the shared inputs.
-    """
-
-    place: int
-    output: int
-    inputs: tuple[int, ...]
+    place: int  # of its node in the graph's order
+    output: int  # number of the output that holds the batch
+    inputs: tuple[int, ...]  # numbers of the shared inputs
 
 
 class Batch(NamedTuple):
@@ -145,13 +138,7 @@ def _by_number(places: Mapping[tuple[Node, int], int], graph: Graph) -> dict[tup
 
 
 def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:
-    """How many rows entered the model, where the samples are parts of them, such as tokens.
-
-    Args:
-        graph: of the losses.
-        batch: where their batch is.
-        losses: how many there are.
-    """
+    """How many rows entered the model, where the samples are parts of them, such as tokens."""
     if batch.followed:
         outputs = [
             Output(graph.order[place], number, stride, losses)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from irw_optim.gradients.place import SHARED, UNREAD, MixesError, Output, Rule, mixes
+from irw_optim.gradients.nodes import SHARED, UNREAD, MixesError, Output, Rule, mixes
 
 
 def elementwise(output: Output) -> Sequence[int]:

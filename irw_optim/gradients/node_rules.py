@@ -34,17 +34,11 @@ from irw_optim.gradients.operations import rule_for
 
 
 class Weight(NamedTuple):
-    """A tensor that all samples share.
+    """A tensor that all samples share."""
 
-    Attributes:
-        tensor: a leaf, or a stand-in for what was computed, of its shape and without its numbers.
-        chain: how it was computed; None for a leaf.
-        turned: whether the operation read its transpose.
-    """
-
-    tensor: Tensor
-    chain: ChainPlaces | None
-    turned: bool = False
+    tensor: Tensor  # a leaf, or a stand-in for what was computed, of its shape without its numbers
+    chain: ChainPlaces | None  # how it was computed; None for a leaf
+    turned: bool = False  # whether the operation read its transpose
 
 
 Weights = Mapping[int, Weight]

@@ -14,8 +14,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from irw_optim.gradients import mixing_rules as rules
-from irw_optim.gradients.nodes import base_name
-from irw_optim.gradients.place import Rule
+from irw_optim.gradients.nodes import Rule, base_name
 
 _NAMES: dict[Rule, str] = {
     rules.elementwise: (

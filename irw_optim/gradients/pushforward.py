@@ -33,9 +33,8 @@ from irw_optim.gradients.forward import (
     transposed,
 )
 from irw_optim.gradients.mixing_rules import elementwise, handed_on, unreduced
-from irw_optim.gradients.nodes import base_name
+from irw_optim.gradients.nodes import Rule, base_name
 from irw_optim.gradients.operations import RULES, rule_for
-from irw_optim.gradients.place import Rule
 
 Place: TypeAlias = tuple[Node, int]
 """A node, and the number of one of its outputs."""
@@ -49,10 +48,6 @@ class NoPushForwardError(RuntimeError):
 
 def push(node: Node, tangents: Tangents) -> Tangents:
     """The changes of a node's outputs for changes of its inputs; of the first, if no other.
-
-    Args:
-        node: of a graph that is still held.
-        tangents: for each of ``node.next_functions``; not None for all.
 
     Raises:
         NoPushForwardError: the operation has no rule, and no double backward.
@@ -99,15 +94,12 @@ def _rule_of(node: Node) -> ForwardRule | None:
 def push_through(
     order: Sequence[Node], leaves: Mapping[Node, Tensor], wanted: Place
 ) -> Tensor | None:
-    """The change of one output for changes of leaves.
+    """The change of one output for changes of leaves; None where none arrives.
 
     Args:
         order: the nodes that lead to it, each before those it reads from.
         leaves: the change of each leaf, by the node that accumulates its gradient.
         wanted: where the change is asked for.
-
-    Returns:
-        None where no change arrives.
 
     Raises:
         NoPushForwardError: a change arrives at an operation that cannot push it.

@@ -33,23 +33,14 @@ _MATRIX_PRODUCTS = ("Addmm", "Mm")
 
 
 class Reading(NamedTuple):
-    """An operation that reads what the samples share, in every graph of one kind.
+    """An operation that reads what the samples share, in every graph of one kind."""
 
-    Attributes:
-        place: of its node in the graph's order.
-        output: number of the output that holds the batch.
-        rule: makes the layer calls of it.
-        weights: what it shares.
-        computed: those of them that were computed.
-        layouts: where the batch is, for each call; None as long as nobody has looked.
-    """
-
-    place: int
-    output: int
-    rule: NodeRule
-    weights: Weights
-    computed: tuple[Weight, ...]
-    layouts: tuple[Layout | None, ...] | None = None
+    place: int  # of its node in the graph's order
+    output: int  # number of the output that holds the batch
+    rule: NodeRule  # makes the layer calls of it
+    weights: Weights  # what it shares
+    computed: tuple[Weight, ...]  # those of them that were computed
+    layouts: tuple[Layout | None, ...] | None = None  # of each call; None until somebody has looked
 
 
 Found: TypeAlias = tuple[list[Reading], list[CallSite]] | None
@@ -60,15 +51,10 @@ NOTHING_READ: Found = ([], [])
 
 
 def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
-    """What a graph reads in which the batch is known everywhere, and the layer calls of it.
-
-    Args:
-        graph: of one vector of losses.
-        batch: where the batch is in it.
-        own: the leaves of which gradients are wanted.
+    """What a graph reads in which the batch is known, for the gradients of its ``own`` leaves.
 
     Returns:
-        None where some operation has no quick products.
+        With the layer calls of it; None where some operation has no quick products.
     """
     mine = set(own)
     leaves = {node: n for n, node in enumerate(graph.leaf_nodes) if graph.leaves[n] in mine}
@@ -97,29 +83,17 @@ def read_in_a_pass(
 ) -> Found:
     """`read`, where nodes know that all of their inputs are wanted.
 
-    Args:
-        losses: (B,), with their graph.
-        graph: of the losses.
-        batch: where the batch is in it.
-        own: the leaves of which gradients are wanted.
-        spares_memory: whether to read nothing, rather than have a part of the forward recomputed.
+    Where it ``spares_memory`` nothing is read, rather than have a part of the forward recomputed.
     """
     look = partial(read, graph, batch, own)
-    return in_a_pass_to_all(
-        losses, graph, unless_recomputed(look, NOTHING_READ) if spares_memory else look
-    )
+    spared = unless_recomputed(look, NOTHING_READ) if spares_memory else look
+    return in_a_pass_to_all(losses, graph, spared)
 
 
 def read_around(
     losses: Tensor, graph: Graph, own: Sequence[Tensor], opaque: Callable[[Node], bool]
 ) -> tuple[Batch, Found]:
-    """What a graph reads around operations of which nothing is known, and where the batch is then.
-
-    Args:
-        losses: (B,), with their graph.
-        graph: what leads to them.
-        own: the leaves of which gradients are wanted.
-        opaque: whether nothing is known of an operation.
+    """What a graph reads around ``opaque`` operations, and where the batch is then.
 
     Returns:
         None in place of what is read where that is not all of the leaves.
@@ -166,12 +140,7 @@ def sites_of(
 
 
 class Plan:
-    """For every graph of one kind.
-
-    Args:
-        readings: the operations that read what the samples share.
-        covering: what is known of their products.
-    """
+    """What every graph of one kind reads, and what is known of the products."""
 
     def __init__(self, readings: list[Reading], covering: Covering) -> None:
         self.readings = readings

@@ -121,11 +121,7 @@ def _small_rows(call: LayerCall, few: int) -> tuple[dict[Tensor, Tensor], LayerC
 
 
 class Rows:
-    """Rows of G in one matrix R, (B, P).
-
-    Args:
-        blocks: the rows of each parameter, (B, *p.shape), in one dtype.
-    """
+    """Rows of G, (B, *p.shape) for each parameter, in one matrix R, (B, P), of one dtype."""
 
     def __init__(self, blocks: dict[Tensor, Tensor]) -> None:
         self.parameters = list(blocks)
@@ -153,11 +149,7 @@ class Rows:
 
 
 class LinearMaps:
-    """Linear maps of samples without positions, y_k = a_k W_k^T + bias_k.
-
-    Args:
-        calls: with their output gradients, all in one dtype.
-    """
+    """Linear maps of samples without positions, y_k = a_k W_k^T + bias_k, in one dtype."""
 
     def __init__(self, calls: Sequence[LinearCall]) -> None:
         self.calls = calls

@@ -29,11 +29,11 @@ from irw_optim.gradients.pushforward import push_through
 def pull_back(
     losses: Tensor, cotangent: Tensor, edges: Sequence[GradientEdge], order: Sequence[Node]
 ) -> list[Tensor | None]:
-    """The gradient of ``<cotangent, losses>`` at some edges of the graph.
+    """The gradient of ``<cotangent, losses>``, both (B,), at some edges of the graph.
 
     Args:
-        losses: (B,), with their graph.
-        cotangent: (B,).
+        losses: with their graph.
+        cotangent: of the same shape.
         edges: where gradients are wanted: outputs of nodes, or leaves by their accumulating nodes.
         order: the nodes that lead to the losses, each before those it reads from.
 
@@ -49,12 +49,7 @@ def pull_back(
 
 
 def push_forward(losses: Tensor, direction: Mapping[Node, Tensor], order: Sequence[Node]) -> Tensor:
-    """How much every loss changes along a direction, (B,).
-
-    Args:
-        losses: (B,), with their graph.
-        direction: the change of each leaf, by the node that accumulates its gradient.
-        order: the nodes that lead to the losses, each before those it reads from.
+    """How much every loss changes along a direction, given for the leaves' nodes: (B,).
 
     Raises:
         NoPushForwardError: an operation on the way can only be pulled back.
@@ -75,8 +70,7 @@ def push_forward(losses: Tensor, direction: Mapping[Node, Tensor], order: Sequen
 def in_a_pass(losses: Tensor, edges: Sequence[GradientEdge], run: Callable[[], None]) -> None:
     """Run something as if in a backward pass of autograd's engine from the losses to some edges.
 
-    So nodes know which of their inputs are needed, and what is recomputed (checkpointing) belongs
-    to one pass.
+    So nodes know which inputs are needed, and what is recomputed (checkpointing) is of one pass.
     """
     with torch.enable_grad():
         above: Tensor = _Above.apply(losses, run)  # type: ignore[no-untyped-call]

@@ -11,8 +11,7 @@ applies, and then reads every ``_saved_`` tensor once.
 
 from irw_optim.gradients.forward import _fused, _layers, _plain
 from irw_optim.gradients.forward._plain import diagonal, of_single_losses
-from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents
-from irw_optim.gradients.forward._transposed import transposed
+from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents, transposed
 
 __all__ = [
     "FORWARD",

@@ -1,11 +1,19 @@
-"""What rules are given, and what they give."""
+"""What rules are given and what they give; and J t of any operation, where there is no rule.
+
+u -> J^T u is what a node does. It is linear, so its derivative by u, along t, is J t, at any u.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import Node
+
+from irw_optim.gradients.nodes import base_name, pull
 
 Tangents: TypeAlias = Sequence[Tensor | None]
 """A change for each input of a node, in the order of ``node.next_functions``; None for none."""
@@ -30,3 +38,66 @@ def added(*terms: Tensor | None) -> Tensor | None:
     """The sum of what there is."""
     present = [term for term in terms if term is not None]
     return sum(present[1:], start=present[0]) if present else None
+
+
+def transposed(node: Any, tangents: Tangents) -> Tangents:
+    """The changes of a node's outputs, one for each.
+
+    Raises:
+        RuntimeError: there is no double backward, or a function in Python hides what its gradient
+            depends on.
+    """
+    changing = [(number, t) for number, t in enumerate(tangents) if t is not None]
+    with torch.enable_grad():
+        seeds = [_seed(node, metadata).requires_grad_() for metadata in node._input_metadata]
+        pulled = pull(node, seeds)
+        gradients, directions = [], []
+        for number, tangent in changing:
+            gradient = pulled[number]
+            if gradient is not None and gradient.requires_grad:
+                gradients.append(gradient)
+                directions.append(tangent.to(gradient.dtype).expand(gradient.shape))
+            elif gradient is not None and gradient.any():
+                raise RuntimeError(_SAYS_NOT)
+        if not gradients:
+            return [None for _ in seeds]
+        found = torch.autograd.grad(gradients, seeds, directions, allow_unused=True)
+    pushed = [(c, u) for c, u in zip(found, seeds, strict=True) if c is not None]
+    if _may_hide(node) and not _add_up(pushed, list(zip(directions, gradients, strict=True))):
+        raise RuntimeError(_SAYS_NOT)
+    return [None if change is None else change.detach() for change in found]
+
+
+_SAYS_NOT = "its gradient does not depend as it should on what it is given"
+
+
+def _may_hide(node: Node) -> bool:
+    """Functions in Python may detach what they are given; copies into views may call such."""
+    return base_name(node) in ("", "torch::autograd::CopySlices")
+
+
+def _seed(node: Node, metadata: Any) -> Tensor:
+    shape: Sequence[int] = metadata.shape
+    options: Any = {"dtype": metadata.dtype, "device": metadata.device}
+    if _may_hide(node):  # no two alike: what is linear is seen to be
+        numbers = torch.linspace(0.5, 1.5, prod(shape), dtype=torch.float32)
+        return numbers.to(**options).view(shape)
+    if base_name(node) == "Logcumsumexp":  # its backward takes a logarithm
+        return torch.ones(shape, **options)
+    return torch.zeros(shape, **options)
+
+
+_Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+
+
+def _add_up(pushed: _Pairs, pulled: _Pairs) -> bool:
+    """Whether <J t, u> = <t, J^T u>."""
+    (left, _), (right, size) = _inner(pushed), _inner(pulled)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(pulled[0][0].dtype, 1e-1)
+    return bool(torch.as_tensor(left - right).abs() <= tolerance * size)
+
+
+def _inner(pairs: _Pairs) -> tuple[Tensor | float, Tensor | float]:
+    """A sum of products, and that of their sizes."""
+    terms = [(a.detach().conj() * b.detach()).real for a, b in pairs]
+    return sum(t.sum() for t in terms), sum(t.abs().sum() for t in terms)

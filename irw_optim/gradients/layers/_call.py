@@ -5,8 +5,8 @@ With input a_i, output gradient b_i = d(loss_i)/d(output_i) and parameters theta
     <g_i, v>        = <b_i, layer(a_i; v)>                 dot: the layer run with v as parameters
     sum_i w_i g_i   = d/dtheta <w b, layer(a; theta)>      combine: the layer's own weight gradient
 
-so neither needs a B x P tensor. Each class below is one kind of call; `apply` alone is enough to
-be exact, the other methods are there where a kind has something cheaper.
+so neither needs a B x P tensor. `apply` alone is enough to be exact; a kind of call has the other
+methods where something is cheaper.
 """
 
 from __future__ import annotations
@@ -18,23 +18,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._gram import gram_of_rows
 from irw_optim.gradients.layers._layout import FIRST, Layout, layouts_of
-from irw_optim.gradients.layers._precision import inner, operands, scaled
+from irw_optim.gradients.layers._products import gram_of_rows, inner, operands, scaled
 from irw_optim.gradients.materialized import wide, widened
 from irw_optim.gradients.protocol import Direction
 
 GATHER_FROM = 2**17
-"""From this many numbers in a and b on, rows of weight 0 are left out of `combine`: below it the
-gather costs more than the rows."""
+"""Numbers in a and b from which `combine` leaves out rows of weight 0: the gather costs less."""
 
 
 class RowWeights:
-    """The weights of the B rows, and which rows have any: found once for all layers.
-
-    Args:
-        values: (B,).
-    """
+    """The weights of the B rows, (B,), and which rows have any: found once for all layers."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -53,11 +47,6 @@ class RowWeights:
     def in_dtype(self, dtype: torch.dtype) -> Tensor:
         """All weights, in the dtype of what they multiply."""
         return self.values if self.values.dtype == dtype else self.values.to(dtype)
-
-    def column_in(self, dtype: torch.dtype) -> Tensor:
-        """All weights as a column, (B, 1)."""
-        values = self.values
-        return (values if values.dtype == dtype else values.to(dtype)).view(-1, 1)
 
     @cached_property
     def used_values(self) -> Tensor:
@@ -115,6 +104,8 @@ class LayerCall:
                     self.parameters[role] = parameter
         self.output_gradient: Tensor = self.input  # until `set_output_gradient`
 
+    # Where the batch is ----------------------------------------------------------------------
+
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
         """Where the batch may be, in input and output alike; none where this call has none."""
         leading = len(output_shape) - self.features if self.is_sequence else 1
@@ -137,41 +128,37 @@ class LayerCall:
         first = layout is None or layout is FIRST
         self.input = self.recorded if first else layout.bring(self.recorded, batch_size)  # type: ignore[union-attr]
 
+    def arrangement(self) -> tuple[object, ...]:
+        """Where the batch was found: what decides whether an earlier proof still holds."""
+        return self.layout, self.recorded.ndim
+
+    def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
+        """The call as if each sample had made it, where it has no batch, with that in ``dim``."""
+        return None
+
+    # Its b, and what is held -----------------------------------------------------------------
+
     def set_output_gradient(self, gradient: Tensor) -> None:
         """Take b; the products are defined from then on."""
         layout = self.layout
         if layout is not None and layout is not FIRST:
             gradient = layout.bring(gradient, self.batch_size)
         self.output_gradient = gradient
-        if self.made_of_b:
-            vars(self).pop(self.made_of_b, None)
-
-    def arrangement(self) -> tuple[object, ...]:
-        """Where the batch was found: what decides whether an earlier proof still holds."""
-        return self.layout, self.recorded.ndim
-
-    def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
-        """The same call as if each sample had made it, where its input has no batch dimension.
-
-        Args:
-            batch_size: B.
-            dim: where the batch is put.
-        """
-        return None
+        self.__dict__.pop(self.made_of_b, None)
 
     def let_go(self) -> None:
         """Hold a and b no longer."""
         nothing = self.input.new_empty(0, *self.input.shape[1:])  # a slice would hold the storage
         self.recorded = self.input = self.output_gradient = nothing
+        self.__dict__.pop(self.made_of_b, None)
 
     def without(self, dropped: Tensor) -> LayerCall:
         """A copy with zero rows where ``dropped`` (B,) bool, also where they are not finite."""
         part = self.copy()
-        for name in ("input", "factor"):  # both a and b: 0 times NaN is NaN
-            tensor = getattr(self, name, None)
-            if tensor is not None and tensor.is_floating_point() and len(tensor) == len(dropped):
-                setattr(part, name, zeroed(tensor, dropped))
+        if self.input.is_floating_point() and len(self.input) == len(dropped):
+            part.input = zeroed(self.input, dropped)  # both a and b: 0 times NaN is NaN
         part.output_gradient = zeroed(self.output_gradient, dropped)
+        part.__dict__.pop(self.made_of_b, None)
         return part
 
     def forget_values(self) -> None:
@@ -260,10 +247,9 @@ class LayerCall:
         }
 
     def used_rows(self, weights: RowWeights) -> tuple[Tensor, Tensor]:
-        """Input and b of the rows that count, one of them times the weights.
+        """Input and b of the rows that count, that with fewer numbers times the weights.
 
-        Rows of weight 0 are left out where that pays; the factor goes where there are fewer
-        numbers to multiply.
+        Rows of weight 0 are left out where that pays.
         """
         a, b, values = self.input, self.output_gradient, weights.values
         used = weights.used if a.numel() + b.numel() >= GATHER_FROM else None

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._affine import AffineCall
-from irw_optim.gradients.layers._precision import inner, operands
+from irw_optim.gradients.layers._linear import AffineCall
+from irw_optim.gradients.layers._products import inner, operands
 from irw_optim.gradients.materialized import wide, widened
 
 CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
@@ -21,7 +21,7 @@ PATCHES = 2**20
 
 
 class ConvolutionCall(AffineCall):
-    """Convolutions and transposed ones of any dimension, in the terms of ``aten.convolution``."""
+    """Convolutions and transposed ones of any dimension, with `CONVOLUTION` as settings."""
 
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> None:
         super().__init__(input, weight=weight, bias=bias)
@@ -74,8 +74,7 @@ class ConvolutionCall(AffineCall):
 
         Returns:
             What each position reads, (b, groups, channels / groups * kernel, positions), and what
-            it writes, (b, groups, channels / groups, positions); of a transposed convolution the
-            other way round.
+            it writes, (b, groups, channels / groups, positions); where transposed in turn.
         """
         stride, padding, dilation, *_ = self.settings
         a, b = widened(self.input[samples]), self.b[samples]

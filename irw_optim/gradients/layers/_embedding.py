@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.layers._call import LayerCall, RowWeights
-from irw_optim.gradients.layers._gram import gram_of_lookups
 from irw_optim.gradients.layers._layout import FIRST, Layout
+from irw_optim.gradients.layers._products import gram_of_positions
 
 
 class EmbeddingCall(LayerCall):
@@ -63,7 +63,7 @@ class EmbeddingCall(LayerCall):
     def gram(self) -> Tensor:
         index = self.input.reshape(len(self.input), -1)
         b = self.b.reshape(*index.shape, self.table[1])
-        return gram_of_lookups(index, b)
+        return gram_of_positions(index, b, lambda i, other: i.unsqueeze(1) == other)
 
 
 class EmbeddingBagCall(LayerCall):

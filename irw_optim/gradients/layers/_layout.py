@@ -11,10 +11,8 @@ from torch import Tensor
 class Layout(NamedTuple):
     """Where the batch stands, whatever the sizes.
 
-    Attributes:
-        dim: the dimension that holds it.
-        fold: ``""``, or how it is folded there with positions: ``"batch major"`` as in
-            (B * T, d), ``"batch minor"`` as in (T * B, d).
+    In ``dim``, where it may be folded with positions: ``"batch major"`` as in (B * T, d), or
+    ``"batch minor"`` as in (T * B, d).
     """
 
     dim: int
@@ -38,13 +36,8 @@ def layouts_of(
 ) -> tuple[Layout, ...]:
     """Every place where the batch may be in tensors with these leading dimensions.
 
-    More than one where sizes coincide: then only the graph shows which is right.
-
-    Args:
-        shape: the leading dimensions, without features.
-        batch_size: B.
-        is_sequence: whether the batch may stand elsewhere than first.
-        time_major: whether it is known to stand behind the positions, as in (T, B) or (T * B).
+    More than one where sizes coincide: then only the graph shows which is right. In a sequence it
+    may stand elsewhere than first; behind the positions where that is ``time_major``.
     """
     if not shape:
         return ()

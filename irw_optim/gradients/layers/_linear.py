@@ -1,4 +1,4 @@
-"""Linear maps over the last dimension, of whole parameters or of some of their rows."""
+"""Linear maps over the last dimension: of whole parameters, of some of their rows, by heads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._affine import AffineCall
-from irw_optim.gradients.layers._call import GATHER_FROM, RowWeights
-from irw_optim.gradients.layers._gram import gram_of, gram_of_positions
-from irw_optim.gradients.layers._precision import inner, operands, product
-from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, wide
+from irw_optim.gradients.layers._call import GATHER_FROM, LayerCall, RowWeights
+from irw_optim.gradients.layers._layout import Layout
+from irw_optim.gradients.layers._products import (
+    gram_of,
+    gram_of_positions,
+    inner,
+    operands,
+    product,
+    scaled,
+)
+from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, wide, widened
 from irw_optim.gradients.protocol import Direction
 
 FEW_PRODUCTS = 2**19
@@ -23,6 +29,58 @@ KERNEL_SELECTS_FROM = 128
 and to compute, where the gather costs little beside them."""
 
 
+class AffineCall(LayerCall):
+    """A call with the roles ``weight``, in which the output is linear, and ``bias``, added to it.
+
+    What goes for the weight is said by each kind of layer.
+    """
+
+    made_of_b = "bias_rows"
+
+    def weight_dot(self, direction: Tensor) -> Tensor:
+        """<g_i, v> for the weight alone, v of its shape: (B,)."""
+        raise NotImplementedError
+
+    def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
+        """Sum over samples and positions, of the shape of the weight; perhaps an `operand`."""
+        raise NotImplementedError
+
+    def weight_rows(self, samples: slice) -> Tensor:
+        """The per-sample gradients of the weight: (b, *weight.shape)."""
+        raise NotImplementedError
+
+    @cached_property
+    def bias_rows(self) -> Tensor:
+        """The per-sample gradients of the bias, summed over positions: (B, out)."""
+        raise NotImplementedError
+
+    def dot(self, direction: Direction) -> Tensor:
+        values = self.values_in(direction)
+        total = self.weight_dot(values["weight"]) if "weight" in values else None
+        if "bias" in values:
+            bias = self.bias_rows @ values["bias"]
+            return bias if total is None else total + bias
+        return self.b.new_zeros(len(self.b)) if total is None else total
+
+    def align(self, coefficients: RowWeights) -> Tensor:
+        return self.dot(self.combine(coefficients, narrow=True))
+
+    def combine(self, weights: RowWeights, *, narrow: bool = False) -> dict[Tensor, Tensor]:
+        result: dict[Tensor, Tensor] = {}
+        for role, parameter in self.parameters.items():
+            if role == "bias":
+                result[parameter] = weights.in_dtype(self.bias_rows.dtype) @ self.bias_rows
+            else:
+                result[parameter] = self.weight_gradient(*self.used_rows(weights), narrow=narrow)
+        return result
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        return {
+            p: self.bias_rows[samples] if role == "bias" else self.weight_rows(samples)
+            for role, p in self.parameters.items()
+        }
+
+
 class LinearCall(AffineCall):
     """y = a W^T + bias over the last dimension; ``transposed`` for W stored as (in, out)."""
 
@@ -31,7 +89,7 @@ class LinearCall(AffineCall):
     def __init__(
         self,
         input: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None = None,
         *,
         transposed: bool = False,
@@ -127,7 +185,7 @@ class LinearCall(AffineCall):
         by_positions = (batch * length) ** 2 * (width_in + width_out)
         by_rows = batch * (length + batch) * width_in * width_out
         if by_positions <= by_rows:
-            return gram_of_positions(a, b, with_bias)
+            return gram_of_positions(a, b, lambda a, other: product(a, other.T) + with_bias)
         gram = (
             gram_of(self.bias_rows) if with_bias else a.new_zeros(batch, batch, dtype=wide(a.dtype))
         )
@@ -189,3 +247,42 @@ class LinearRowsCall(LinearCall):
         """The gradient of the slice, or one a sample, among zeros for the other rows."""
         rows, whole = self.slices[role], self.parameters[role]
         return F.pad(part, (*[0, 0] * (whole.ndim - 1), rows.start, len(whole) - rows.stop))
+
+
+class HeadsCall(LayerCall):
+    """y_h = a_h W_h for a of shape (heads, rows, in) and W of shape (heads, in, out).
+
+    The batch is among the rows, alone or folded with positions.
+    """
+
+    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
+        """All rows are treated alike."""
+        rows = output_shape[1]
+        if rows == batch_size:
+            return (Layout(1),)
+        if batch_size and rows > batch_size and rows % batch_size == 0:
+            return Layout(1, "batch major"), Layout(1, "batch minor")
+        return ()
+
+    def dot(self, direction: Direction) -> Tensor:
+        (parameter,) = self.parameters.values()
+        if parameter not in direction:
+            return self.b.new_zeros(len(self.b))
+        a, b = self._sides()
+        return inner(b, a @ direction[parameter].to(a.dtype), in_place=True)
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        (parameter,) = self.parameters.values()
+        a, b = self._sides()
+        a, b = (side.transpose(0, 1).flatten(1, 2) for side in (a, scaled(b, weights.values)))
+        return {parameter: product(a.mT, b)}
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        (parameter,) = self.parameters.values()
+        a, b = self._sides()
+        return {parameter: widened(a[samples].mT @ b[samples])}
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """Input and output gradient as (B, heads, positions, width)."""
+        a, b = operands(self.input, self.output_gradient)
+        return (a.unsqueeze(2), b.unsqueeze(2)) if a.ndim == 3 else (a, b)

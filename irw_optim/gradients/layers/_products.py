@@ -1,4 +1,4 @@
-"""In which dtype a product is computed, and in which it is summed.
+"""Products of numbers in any precision, and Gram matrices that need no row of G per sample.
 
 Autocast hands the layers bfloat16. The product of two such numbers is exact in float32, so a device
 that has cores for it multiplies them as they are and adds in float32: nothing is lost. What has to
@@ -11,17 +11,21 @@ not reach to the sizes that w_i b_i may have.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.materialized import WIDER, widened
+from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, as_matrix, blocked_gram, widened
 from irw_optim.torch_internals import sums_wide
+
+if TYPE_CHECKING:
+    from irw_optim.gradients.layers._call import LayerCall
 
 
 def operand(tensor: Tensor) -> Tensor:
     """The tensor as a product takes it: bfloat16 as it is on a device, else float32 or better."""
-    if tensor.dtype not in WIDER:
-        return tensor
     return tensor if stays(tensor) else widened(tensor)
 
 
@@ -70,8 +74,51 @@ def inner(left: Tensor, right: Tensor, in_place: bool = False) -> Tensor:
 
     Args:
         left: (B, ...).
-        right: (B, ...); may be overwritten where ``in_place``, to spare memory.
-        in_place: whether it is.
+        right: (B, ...).
+        in_place: whether to overwrite the right side, which spares memory.
     """
     terms = right.mul_(left) if in_place else right * left
     return terms.sum(tuple(range(1, terms.ndim)), dtype=WIDER.get(terms.dtype))
+
+
+def gram_of(rows: Tensor) -> Tensor:
+    """R R^T of per-sample rows (B, ...)."""
+    matrix = as_matrix(rows)
+    return matrix @ matrix.T
+
+
+def gram_of_positions(a: Tensor, b: Tensor, alike: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Sum over t, t' of alike(a_it, a_jt') <b_it, b_jt'>, a block of samples i at a time.
+
+    Args:
+        a: (B, T, ...).
+        b: (B, T, d).
+        alike: (n, ...) and (m, ...) to (n, m).
+    """
+    batch, length = a.shape[:2]
+    step = max(1, MEMORY_BOUND // max(1, 2 * batch * length * length))
+    flat_a, flat_b = a.flatten(0, 1), b.flatten(0, 1)
+    blocks = []
+    for some_a, some_b in zip(a.split(step), b.split(step), strict=True):
+        products = alike(some_a.flatten(0, 1), flat_a) * product(some_b.flatten(0, 1), flat_b.T)
+        blocks.append(products.view(len(some_a), length, batch, length).sum((1, 3)))
+    return torch.cat(blocks)
+
+
+def gram_of_rows(calls: Sequence[LayerCall]) -> Tensor:
+    """G G^T of the parameters that these calls share, from rows a block of samples at a time.
+
+    Needed where several calls meet in one parameter: g_i is then a sum over calls.
+    """
+    parameters = {p for call in calls for p in call.parameters.values()}
+    numbers = sum(p.numel() for p in parameters)
+    return blocked_gram(len(calls[0].b), numbers, lambda samples: summed_rows(calls, samples))
+
+
+def summed_rows(calls: Sequence[LayerCall], samples: slice) -> dict[Tensor, Tensor]:
+    """The rows of some samples, summed over the calls that share a parameter."""
+    total: dict[Tensor, Tensor] = {}
+    for call in calls:
+        for p, block in call.rows(samples).items():
+            total[p] = total[p] + block if p in total else block
+    return total
