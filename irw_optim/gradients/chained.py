@@ -46,12 +46,7 @@ class ChainPlaces(NamedTuple):
 
 
 class ChainedCall(LayerCall):
-    """A call whose parameters stand for tensors that were computed from the model's.
-
-    Args:
-        call: with placeholders of the right shape as parameters, or leaves.
-        chains: for each placeholder how it was computed.
-    """
+    """A call with placeholders as parameters, and for each how it was computed from the model's."""
 
     # Asked of the call itself:
     recorded = property(attrgetter("call.recorded"))
@@ -96,7 +91,6 @@ class ChainedCall(LayerCall):
         return part
 
     def dot(self, direction: Direction) -> Tensor:
-        """<g_i, v>: the direction goes forwards to what the layer read."""
         mine = set(self.parameters.values())
         reached = {p: v for p, v in direction.items() if p in mine}
         values = dict(reached)
@@ -109,7 +103,6 @@ class ChainedCall(LayerCall):
         return self.call.dot(values)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        """Sum of w_i g_i: the combined gradient goes back to the parameters."""
         return self._pulled(self.call.combine(weights))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:

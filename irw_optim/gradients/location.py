@@ -1,9 +1,8 @@
 """Where the batch is in what each layer computes: as the graph says, or as the sizes do.
 
-A sequence can be as long as the batch, a table can have as many rows, and T * B rows can be
-sorted by sample or by time. No size tells these apart, but the graph does, which was followed from
-the losses. Beyond the operation at which it could be followed no further, the likeliest reading is
-taken, and compared with autograd as everything there.
+A sequence can be as long as the batch, and T * B rows can be sorted by sample or by time. No size
+tells these apart, but the graph does, which was followed from the losses. Where that went no
+further, the likeliest reading is taken, and compared with autograd as everything there.
 
 ``tokens(x) + positions(arange(T))`` computes the second term without a batch dimension, so that no
 gradient of single samples arrives there. It arrives at the sum, which passes it on unchanged.
@@ -27,11 +26,6 @@ def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
     """The layer calls of a graph with the batch brought first, where they have one.
 
     Calls that are made once for all samples (positions) move to the sums at which they meet them.
-
-    Args:
-        graph: as it was walked.
-        batch: where the batch is.
-        batch_size: B.
     """
     sites: list[CallSite] = []
     for site in graph.sites:
@@ -66,13 +60,7 @@ def _place(graph: Graph, site: CallSite) -> tuple[int, int]:
 
 
 def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:
-    """The stride of the batch in a tensor with such a layout.
-
-    >>> stride_in(Layout(1), torch.Size([5, 3, 4]), 3)
-    4
-    >>> stride_in(Layout(0, "batch major"), torch.Size([15, 4]), 3)
-    20
-    """
+    """The stride of the batch in a tensor with such a layout."""
     behind = prod(shape[layout.dim + 1 :])
     if layout.fold == "batch major":
         return behind * shape[layout.dim] // batch_size
@@ -87,11 +75,6 @@ def _sites_of_sums(
     site: CallSite, graph: Graph, batch_size: int
 ) -> tuple[int, list[CallSite]] | None:
     """The call as if every sample had made it, at the places where it meets the batch.
-
-    Args:
-        site: a call whose input may have no batch dimension.
-        graph: which it belongs to.
-        batch_size: B.
 
     Returns:
         The dimension that holds the batch there, and the sites in place of this one; None where

@@ -3,11 +3,8 @@
 A forward that treats its samples apart is a stack of operations that leave one dimension alone:
 the batch. Where it lies is followed from the losses, of shape (B,), to the leaves. Reshaping moves
 it, so it is kept as a stride: of a tensor's numbers in row-major order, number ``n`` belongs to
-sample ``n // stride % B``. An operation that works along dimensions which hold the batch, or of
-which no rule is known, may mix. So may one whose result is read sample by sample here and whole
-there: ``h - h.mean(0)``.
-
-What passes is proven, and nothing has to be computed for it.
+sample ``n // stride % B``. An operation that works along the batch, or of which no rule is known,
+may mix; so may one whose result is read sample by sample here and whole there, ``h - h.mean(0)``.
 """
 
 from __future__ import annotations
@@ -37,9 +34,8 @@ class Batch(NamedTuple):
 
     Attributes:
         mixed_by: the first operation that may mix the samples; None where none can.
-        places: the stride of the batch in each output, by the place of its node in the graph's
-            order; `SHARED` where the output is one for all samples. Where something mixes, of the
-            outputs met before it.
+        places: the stride of the batch in each output that was met, or `SHARED`, by the place of
+            its node in the graph's order.
         reads: for each leaf, how many operations on samples read it, or what is computed of it.
         computes_shared: whether anything that is one for all samples is computed, beyond views.
         crossings: where an operation on samples reads what they share.
@@ -62,13 +58,10 @@ class Batch(NamedTuple):
 def follow_batch(
     losses: Tensor, graph: Graph, opaque: Callable[[Node], bool] | None = None
 ) -> Batch:
-    """Follow the batch through the graph.
+    """Follow the batch through the graph of losses, (B,), B > 1.
 
-    Args:
-        losses: (B,), B > 1, with their graph.
-        graph: what leads to them.
-        opaque: says of which operations nothing is known; the batch is taken to come first in what
-            they read. The first of them may mix the samples. None to stop there.
+    Nothing is known of ``opaque`` operations. The batch is taken to come first in what they read,
+    and the first of them may mix the samples.
     """
     may_mix: str | None = None
     places: dict[tuple[Node, int], int] = {(losses.grad_fn, losses.output_nr): 1}  # type: ignore[dict-item]
@@ -123,7 +116,7 @@ def follow_batch(
 
 
 def _first_in(edge: tuple[Node | None, int], batch_size: int) -> int:
-    """The stride of the batch in what is read at an edge if it comes first there, if it may."""
+    """The stride of the batch if it comes first in what is read at an edge."""
     node, number = edge
     if node is None:
         return UNREAD

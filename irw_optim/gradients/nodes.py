@@ -100,14 +100,7 @@ def mixes() -> NoReturn:
 
 
 class Output:
-    """What a node computed, and where the batch is in it.
-
-    Args:
-        node: of the graph.
-        number: which of its outputs.
-        stride: of the batch, in numbers.
-        batch_size: B.
-    """
+    """What a node computed as its output of some number, and the stride of the batch in it."""
 
     def __init__(self, node: Any, number: int, stride: int, batch_size: int) -> None:
         self.node = node
@@ -141,11 +134,11 @@ class Output:
         return (self.located or mixes())[0]
 
     def beside(self, touched: Container[int]) -> int:
-        """The dimension that holds the batch, which is none of those that are worked along."""
+        """The dimension that holds the batch, where that is none of those worked along."""
         return mixes() if self.dim in touched else self.dim
 
     def saved_dims(self, name: str = "_saved_dim", ndim: int | None = None) -> list[int]:
-        """Dimensions that the node remembers, counted from the front; all where it does not."""
+        """Dimensions that the node remembers, counted from the front; or all."""
         value = getattr(self.node, name, None)
         values = value if isinstance(value, tuple | list) else [value]
         size = len(self.shape) if ndim is None else ndim

@@ -6,8 +6,7 @@ g_i = sum_t b_it a_it^T, whose norm comes from the smaller of two products of th
     sum over t, t' of <a_it, a_it'> <b_it, b_it'>      (T x T)    by positions
     | sum over t of b_it a_it^T |^2                    (d' x d)   by rows
 
-Convolutions are linear maps of patches, embeddings of one-hot vectors. What has no form of its own
-goes by rows, a block of samples at a time.
+Convolutions are linear maps of patches, embeddings of one-hot vectors. The rest goes by rows.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def _by_rows(calls: Sequence[LayerCall]) -> Tensor:
 
 
 def _blocked(numbers: int, squares: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`squares` of some samples at a time, such that no block holds more than MEMORY_BOUND."""
+    """Of some samples at a time: no block holds more than `MEMORY_BOUND`."""
     step = max(1, MEMORY_BOUND // max(1, 2 * numbers))
     if len(tensors[0]) <= step:
         return squares(*tensors)

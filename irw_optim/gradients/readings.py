@@ -2,8 +2,7 @@
 
 A layer's input is what its operation saved for autograd, whichever module or function it came
 from. What it shares among the samples is a weight, or was computed from weights alone, which
-`ChainedCall` passes. So a class token, a table of biases, a normalisation of one's own, LoRA or
-weight standardisation cost what a layer costs.
+`ChainedCall` passes: so a class token, LoRA or weight standardisation cost what a layer costs.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from irw_optim.gradients.layers import FIRST, LayerCall, Layout
 from irw_optim.gradients.mixing import Batch, follow_batch
 from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
 from irw_optim.gradients.nodes import base_name
+from irw_optim.gradients.pushforward import in_a_pass
 from irw_optim.gradients.recomputation import unless_recomputed
-from irw_optim.gradients.unheard import in_a_pass
 
 _Value = TypeVar("_Value")
 
@@ -112,10 +111,7 @@ def sites_of(
 ) -> list[CallSite] | None:
     """The layer calls of a graph of the kind that the readings are of.
 
-    Args:
-        readings: of a kind of graph.
-        graph: of that kind.
-        batch_size: B, to bring the batch in front as it was found; None as long as nobody has.
+    With the ``batch_size`` their batch is brought in front, as it was found.
 
     Returns:
         None where an operation has other settings than it had.
@@ -150,11 +146,11 @@ class Plan:
 
     @classmethod
     def of(cls, readings: Sequence[Reading], graph: Graph, covering: Covering) -> Plan:
-        """For all graphs of the kind of this one, whose layer calls have found their batch."""
+        """Of a graph whose layer calls have found their batch."""
         return cls(_with_layouts(readings, graph), covering)
 
     def sites(self, graph: Graph, losses: Tensor) -> list[CallSite] | None:
-        """The layer calls of a graph; None where an operation has other settings than it had."""
+        """`sites_of` another graph."""
         if not self.asks:
             return sites_of(self.readings, graph, losses.shape[0])
         follow = partial(sites_of, self.readings, graph, losses.shape[0])
@@ -178,7 +174,7 @@ def _chained(call: LayerCall, computed: Sequence[Weight], graph: Graph) -> Layer
 
 
 def _with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
-    """The readings with the layouts that their calls were found to have in this graph."""
+    """As their calls were found to have them in this graph."""
     found: dict[tuple[Node, int], list[Layout | None]] = {}
     for call, edge, _ in graph.sites:
         layout = FIRST if call.layout == FIRST else call.layout  # told by identity, in a hurry

@@ -1,8 +1,8 @@
 """Products that are quadratic in the gradients, for gradients of any size.
 
 Losses times 1e-24 have gradients that float32 holds, and scores (1e-48) that it does not. Weights
-are free of that scale, so the products of k G are as good as those of G. Whether k is needed shows
-in the finished product: one look at B numbers, and in the ordinary range nothing else.
+are free of that scale: the products of k G are as good as those of G. Whether k is needed shows in
+the finished product, by one look at B numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROUNDS = 4
 
 
 class Aligned(NamedTuple):
-    """``(k G)(k G)^T c``, (B,), the power of two k, and whether all of it is finite.
+    """``(k G)(k G)^T c``, (B,), for a power of two k.
 
     The mass is the sum of the positive scores; None where nobody has looked.
     """
@@ -59,11 +59,7 @@ def align_in_range(
 def gram_in_range(
     gradients: PerSampleGradients, losses: Tensor | None = None, present: Tensor | None = None
 ) -> tuple[Tensor, float, bool, bool]:
-    """``(k G)(k G)^T``, shape (B, B), the power of two k; and whether all of it is finite.
-
-    The losses, (B,), are to be finite as well. Whether all are ``present``, (B,) bool, is the
-    fourth answer.
-    """
+    """``(k G)(k G)^T``, (B, B), k, whether all of it and the losses are finite, and all present."""
     gram = gradients.gram()
     look = _look(gram.diagonal(), gradients, losses, present)
     if look.in_range:
@@ -73,10 +69,7 @@ def gram_in_range(
 
 
 class RescaledGradients:
-    """k G for a power of two k, from products that are linear in G.
-
-    Products have the device and the dtype of ``like``.
-    """
+    """k G, from products that are linear in G, and have the device and the dtype of ``like``."""
 
     def __init__(self, gradients: PerSampleGradients, factor: float, like: Tensor) -> None:
         self.gradients, self.factor, self.like = gradients, factor, like
@@ -159,7 +152,7 @@ def _look(
 
 
 def _on_host(first: Tensor, *others: Tensor | None) -> tuple[Tensor, Any, Any, Any, Any]:
-    """Where looking at them waits for nothing: all in one message, in the first's dtype."""
+    """All in one message, in the first's dtype."""
     sent = [t.flatten().to(first.dtype) for t in (first, *others) if t is not None]
     message = iter(torch.cat(sent).cpu().split([len(t) for t in sent]))
     received = [None if t is None else next(message) for t in (first, *others)]
@@ -172,7 +165,7 @@ def _rescaled(
     gradients: PerSampleGradients,
     product: Callable[[PerSampleGradients], Tensor],
 ) -> tuple[Tensor, float]:
-    """A product of k G, for a k that brings it into the range; the plain one where none does."""
+    """Of a k that brings it into the range; the plain product where none does."""
     low, high = _range_of(plain.dtype)
     reach, exponent = math.frexp(high)[1], 0
     for _ in range(_ROUNDS):

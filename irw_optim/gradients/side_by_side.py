@@ -35,8 +35,7 @@ FEW = {"cpu": 2**14}
 MORE = 2**20
 
 PRODUCTS = 2**5
-"""So many multiplications of a matrix product are as quick as one number copied. The CPU starts
-one in less time than it takes to go by the direction, and not by the kernel of the samples."""
+"""So many multiplications of a matrix product are as quick as one number copied."""
 
 
 class Part(Protocol):
@@ -63,7 +62,10 @@ def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall
         as_they_are = as_they_are and type(call) is LinearCall and call.input.ndim == 2
     if number == len(seen) and as_they_are:  # a small step has no time for more
         return list(calls), []
-    shared = set() if number == len(seen) else _shared(calls)
+    shared: set[Tensor] = set()
+    if number != len(seen):
+        uses = Counter(p for call in calls for p in call.parameters.values())
+        shared = {p for p, n in uses.items() if n > 1}
     few = FEW.get(device, MORE)
     alone: list[Part] = []
     meeting: list[LayerCall] = []
@@ -87,12 +89,6 @@ def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall
     for blocks in rows.values():
         alone.append(Rows(blocks))
     return alone, meeting
-
-
-def _shared(calls: Sequence[LayerCall]) -> set[Tensor]:
-    """Parameters that are in several calls."""
-    uses = Counter(p for call in calls for p in call.parameters.values())
-    return {p for p, n in uses.items() if n > 1}
 
 
 def _is_small(call: LinearCall, few: int) -> bool:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import GATHER_FROM, LayerCall, RowWeights
-from irw_optim.gradients.layers._layout import Layout
+from irw_optim.gradients.layers._call import GATHER_FROM, LayerCall, Layout
 from irw_optim.gradients.layers._products import (
+    RowWeights,
     gram_of,
     gram_of_positions,
     inner,
@@ -25,15 +25,11 @@ FEW_PRODUCTS = 2**19
 """Below this many, the number of operations counts and not their size: the kernel has fewer."""
 
 KERNEL_SELECTS_FROM = 128
-"""Batch size from which the kernel is computed for the used columns alone: fewer numbers to hold,
-and to compute, where the gather costs little beside them."""
+"""Batch size from which the kernel is computed for the used columns alone."""
 
 
 class AffineCall(LayerCall):
-    """A call with the roles ``weight``, in which the output is linear, and ``bias``, added to it.
-
-    What goes for the weight is said by each kind of layer.
-    """
+    """A call that is linear in its ``weight``, and to which a ``bias`` is added."""
 
     made_of_b = "bias_rows"
 
@@ -42,16 +38,15 @@ class AffineCall(LayerCall):
         raise NotImplementedError
 
     def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
-        """Sum over samples and positions, of the shape of the weight; perhaps an `operand`."""
+        """Sum over samples and positions; perhaps an `operand`."""
         raise NotImplementedError
 
     def weight_rows(self, samples: slice) -> Tensor:
-        """The per-sample gradients of the weight: (b, *weight.shape)."""
         raise NotImplementedError
 
     @cached_property
     def bias_rows(self) -> Tensor:
-        """The per-sample gradients of the bias, summed over positions: (B, out)."""
+        """Summed over positions: (B, out)."""
         raise NotImplementedError
 
     def dot(self, direction: Direction) -> Tensor:
@@ -196,7 +191,7 @@ class LinearCall(AffineCall):
 
 
 def mapped(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``rows @ matrix`` over the last dimension, the memory in the order that it has."""
+    """``rows @ matrix``, the memory in the order that it has."""
     matrix = matrix.to(rows.dtype)
     if rows.ndim == 2:
         return product(rows, matrix)
@@ -206,7 +201,7 @@ def mapped(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as matrices of samples and positions, in one order: that which needs no copy."""
+    """Both as matrices, in the order of samples and positions that needs no copy."""
     if stands_behind(a) or stands_behind(b):
         a, b = a.transpose(0, 1), b.transpose(0, 1)
     return a.flatten(0, -2), b.flatten(0, -2)
@@ -240,13 +235,12 @@ class LinearRowsCall(LinearCall):
         return self.among_zeros(super().combine(weights, narrow=narrow))
 
     def among_zeros(self, parts: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """The gradients of the slices, of the shape of the whole parameters."""
-        return {p: self.padded(role, parts[p]) for role, p in self.parameters.items()}
-
-    def padded(self, role: str, part: Tensor) -> Tensor:
-        """The gradient of the slice, or one a sample, among zeros for the other rows."""
-        rows, whole = self.slices[role], self.parameters[role]
-        return F.pad(part, (*[0, 0] * (whole.ndim - 1), rows.start, len(whole) - rows.stop))
+        """The gradients of the slices, or one a sample, with zeros for the other rows."""
+        padded = {}
+        for role, p in self.parameters.items():
+            rows = self.slices[role]
+            padded[p] = F.pad(parts[p], (*[0, 0] * (p.ndim - 1), rows.start, len(p) - rows.stop))
+        return padded
 
 
 class HeadsCall(LayerCall):

@@ -1,17 +1,16 @@
 """Products of numbers in any precision, and Gram matrices that need no row of G per sample.
 
-Autocast hands the layers bfloat16. The product of two such numbers is exact in float32, so a device
-that has cores for it multiplies them as they are and adds in float32: nothing is lost. What has to
-become an operand first, w_i b_i and the direction g_S, is rounded to the 8 bits that autocast gives
-every activation. Scores, weights and sums over positions are float32.
-
-The CPU widens, since its products of bfloat16 are slower; so does everybody for float16, which does
-not reach to the sizes that w_i b_i may have.
+Autocast hands the layers bfloat16. The product of two such numbers is exact in float32: a device
+that has cores for it multiplies them as they are and adds in float32. What has to become an operand
+first, w_i b_i and the direction g_S, is rounded to the 8 bits that autocast gives every activation.
+Scores, weights and sums over positions are float32. The CPU widens, since its products of bfloat16
+are slower; so does everybody for float16, which does not reach to the sizes of w_i b_i.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +21,28 @@ from irw_optim.torch_internals import sums_wide
 
 if TYPE_CHECKING:
     from irw_optim.gradients.layers._call import LayerCall
+
+
+class RowWeights:
+    """The weights of the B rows, (B,), and which rows have any: found once for all layers."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @cached_property
+    def used(self) -> Tensor | None:
+        """Indices of the rows of weight; None for nearly all, or on a device, which would wait."""
+        if self.values.device.type != "cpu":
+            return None
+        used = self.values.nonzero().squeeze(1)
+        return used if len(used) < 0.8 * len(self.values) else None
+
+    def in_dtype(self, dtype: torch.dtype) -> Tensor:
+        return self.values if self.values.dtype == dtype else self.values.to(dtype)
+
+    @cached_property
+    def used_values(self) -> Tensor:
+        return self.values if self.used is None else self.values.index_select(0, self.used)
 
 
 def operand(tensor: Tensor) -> Tensor:
@@ -44,12 +65,9 @@ def stays(tensor: Tensor) -> bool:
 
 
 def product(left: Tensor, right: Tensor, *, narrow: bool = False) -> Tensor:
-    """``left @ right`` of two matrices, or of two stacks of them, in float32 or better.
+    """``left @ right`` of two matrices, or stacks of them, of one dtype: in float32 or better.
 
-    Args:
-        left: (n, k) or (m, n, k).
-        right: (k, l) or (m, k, l), of the same dtype.
-        narrow: whether the result is an operand next, and may be rounded to one.
+    A ``narrow`` result is an operand next, and may be rounded to one.
     """
     multiply = torch.mm if left.ndim == 2 else torch.bmm
     if narrow or left.dtype not in WIDER:
@@ -70,13 +88,7 @@ def scaled(rows: Tensor, weights: Tensor, in_place: bool = False) -> Tensor:
 
 
 def inner(left: Tensor, right: Tensor, in_place: bool = False) -> Tensor:
-    """Row-wise inner products, (B,), summed in float32 or better.
-
-    Args:
-        left: (B, ...).
-        right: (B, ...).
-        in_place: whether to overwrite the right side, which spares memory.
-    """
+    """Row-wise inner products, (B,), summed in float32 or better; ``in_place`` of the right."""
     terms = right.mul_(left) if in_place else right * left
     return terms.sum(tuple(range(1, terms.ndim)), dtype=WIDER.get(terms.dtype))
 
@@ -88,13 +100,7 @@ def gram_of(rows: Tensor) -> Tensor:
 
 
 def gram_of_positions(a: Tensor, b: Tensor, alike: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Sum over t, t' of alike(a_it, a_jt') <b_it, b_jt'>, a block of samples i at a time.
-
-    Args:
-        a: (B, T, ...).
-        b: (B, T, d).
-        alike: (n, ...) and (m, ...) to (n, m).
-    """
+    """Sum over t, t' of alike(a_it, a_jt') <b_it, b_jt'>, a block of samples i at a time."""
     batch, length = a.shape[:2]
     step = max(1, MEMORY_BOUND // max(1, 2 * batch * length * length))
     flat_a, flat_b = a.flatten(0, 1), b.flatten(0, 1)
@@ -106,17 +112,14 @@ def gram_of_positions(a: Tensor, b: Tensor, alike: Callable[[Tensor, Tensor], Te
 
 
 def gram_of_rows(calls: Sequence[LayerCall]) -> Tensor:
-    """G G^T of the parameters that these calls share, from rows a block of samples at a time.
-
-    Needed where several calls meet in one parameter: g_i is then a sum over calls.
-    """
+    """G G^T where several calls meet in a parameter: g_i is then a sum over calls."""
     parameters = {p for call in calls for p in call.parameters.values()}
     numbers = sum(p.numel() for p in parameters)
     return blocked_gram(len(calls[0].b), numbers, lambda samples: summed_rows(calls, samples))
 
 
 def summed_rows(calls: Sequence[LayerCall], samples: slice) -> dict[Tensor, Tensor]:
-    """The rows of some samples, summed over the calls that share a parameter."""
+    """Of some samples, over the calls that share a parameter."""
     total: dict[Tensor, Tensor] = {}
     for call in calls:
         for p, block in call.rows(samples).items():

@@ -1,8 +1,7 @@
 """Recurrent layers whose steps autograd keeps to itself.
 
-A fused LSTM shows one output gradient, that of its states. From it the gradient of the gates
-follows by one pass backwards through time. With that, the layer is a linear map of its inputs and
-another of its states, both with the gradient of the gates as output gradient.
+A fused LSTM shows the gradient of its states alone. One pass backwards through time makes of it
+that of the gates, for which the layer is a linear map of its inputs and another of its states.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall, RowWeights
-from irw_optim.gradients.layers._layout import FIRST, Layout
+from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout
 from irw_optim.gradients.layers._linear import LinearCall
+from irw_optim.gradients.layers._products import RowWeights
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
 
@@ -88,7 +87,7 @@ class LSTMCall(LayerCall):
         self.parts: list[LayerCall] = []
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
-        """Behind the time in what it computed for all steps, first in the last ones."""
+        """Behind the time in all states, first in the last ones."""
         if self.recorded.shape[1] != batch_size:
             return ()
         return (Layout(1),) if self.output == 0 else (FIRST,)

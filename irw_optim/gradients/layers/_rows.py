@@ -9,9 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall, RowWeights, zeroed
-from irw_optim.gradients.layers._layout import FIRST, Layout, layouts_of
-from irw_optim.gradients.layers._products import gram_of
+from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, layouts_of, zeroed
+from irw_optim.gradients.layers._products import RowWeights, gram_of
 from irw_optim.gradients.materialized import MaterializedGradients, as_matrix, widened
 from irw_optim.gradients.protocol import Direction
 
@@ -49,13 +48,9 @@ class RowsCall(LayerCall):
 
 
 class NormCall(LayerCall):
-    """An affine map after a normalisation: few parameters, and few numbers in their rows.
+    """An affine map after a normalisation.
 
-    Args:
-        input: what the layer read.
-        normalise: what precedes the affine map.
-        dims: the dimensions of the output that the parameters span; negative ones are counted
-            from the end and leave the layout of the others free.
+    The parameters span ``dims`` of the output; negative ones leave the layout of the others free.
     """
 
     def __init__(
@@ -87,17 +82,12 @@ class NormCall(LayerCall):
         return {p: t.sum(others) if others else t for p, t in blocks.items()}
 
     def normalised(self, samples: slice) -> Tensor:
-        """The input after normalisation, as a tensor of its own."""
+        """As a tensor of its own."""
         return self.normalise(widened(self.input[samples]))
 
 
 class SampleNormCall(NormCall):
-    """A norm of each sample, with the statistics that it took.
-
-    Args:
-        mean, scale: subtracted from the input, and what the difference is multiplied by; of as many
-            dimensions as the input.
-    """
+    """A norm of each sample: (input - mean) scale, both of as many dimensions as the input."""
 
     def __init__(
         self,
@@ -141,10 +131,10 @@ class ElementwiseCall(LayerCall):
     """A parameter added to a tensor, multiplied with one or expanded, as it broadcasts.
 
     Args:
-        parameter: the parameter, or a view of one (``self.positions[:, :T]``).
+        parameter: or a view of one (``self.positions[:, :T]``).
         factor: what it is multiplied with; None for a sum.
-        output: what was computed, for its shape.
-        scale: a number that it is multiplied with besides, as in ``torch.add(x, p, alpha=2)``.
+        output: for its shape.
+        scale: a further factor, as in ``torch.add(x, p, alpha=2)``.
     """
 
     made_of_b = "reduced"
