@@ -141,9 +141,8 @@ def of_shared_tables(output: Output) -> Sequence[int]:
 
 def of_classes(output: Output) -> Sequence[int]:
     """A loss of every element, whose input has the classes as dimension 1."""
-    return (
-        mixes() if output.node._saved_reduction else output.all_at(output.dim + (output.dim >= 1))
-    )
+    dim = mixes() if output.node._saved_reduction else output.dim
+    return output.all_at(dim + (dim >= 1))
 
 
 def of_rows(dim: int) -> Rule:

@@ -52,9 +52,10 @@ def rule_of(node: Node, output: int, weights: Weights) -> NodeRule | None:
     name = base_name(node)
     if name == "MkldnnRnnLayer":
         return partial(_recurrent, output)
-    rule, samples = _BY_NAME.get(name, (None, None)) if output == 0 else (None, None)
-    if rule is None:
+    entry = _BY_NAME.get(name) if output == 0 else None
+    if entry is None:
         return of_each_number if rule_for(node) is elementwise else None
+    rule, samples = entry
     return None if samples in weights else rule
 
 
@@ -109,12 +110,13 @@ def _convolution(node: Any, weights: Weights) -> list[LayerCall]:
 def _embedding(node: Any, weights: Weights) -> list[LayerCall] | None:
     if node._saved_scale_grad_by_freq:
         return None  # the gradient of one sample depends on the indices of the others
-    indices, sparse = node._saved_indices, node._saved_sparse
-    return [EmbeddingCall(indices, weights[0].tensor, _padding_of(node), sparse)]
+    indices, sparse, padding = node._saved_indices, node._saved_sparse, saved(node, "padding_idx")
+    return [EmbeddingCall(indices, weights[0].tensor, padding if padding >= 0 else None, sparse)]
 
 
 def _embedding_bag(node: Any, weights: Weights) -> list[LayerCall] | None:
     mode, offsets = ("sum", "mean", "max")[node._saved_mode], node._saved_offsets
+    padding = saved(node, "padding_idx")
     if mode == "max" or node._saved_scale_grad_by_freq:
         return None
     return [
@@ -126,14 +128,9 @@ def _embedding_bag(node: Any, weights: Weights) -> list[LayerCall] | None:
             mode=mode,
             per_sample_weights=node._saved_per_sample_weights,
             include_last_offset=len(offsets) > shape_of(node)[0],
-            padding_idx=_padding_of(node),
+            padding_idx=padding if padding >= 0 else None,
         )
     ]
-
-
-def _padding_of(node: Any) -> int | None:
-    padding: int = saved(node, "padding_idx")
-    return None if padding < 0 else padding
 
 
 def _layer_norm(node: Any, weights: Weights) -> list[LayerCall]:

@@ -53,7 +53,7 @@ def saved(node: Any, name: str) -> Any:
     value = getattr(node, f"_saved_{name}")
     if isinstance(value, tuple | list):
         return [n - 2**64 if isinstance(n, int) and n >= 2**63 else n for n in value]
-    return signed(value) if isinstance(value, int) else value
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
 
 
 def pull(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -128,7 +128,7 @@ class Output:
             right = wider
         return None
 
-    @property
+    @cached_property
     def dim(self) -> int:
         """The dimension that holds the batch."""
         return (self.located or mixes())[0]

@@ -169,7 +169,7 @@ _RESHAPED = "Alias Clone Detach ReshapeAlias Squeeze UnsafeView Unsqueeze View"
 RULES: dict[str, ForwardRule] = {
     _RESHAPED: of_one(lambda node, t: t.reshape(shape_of(node))),
     "Expand LiftFresh ToCopy": of_one(lambda node, t: t.to(node._input_metadata[0].device)),
-    "T": _again("t"),
+    "T": of_one(lambda node, t: t.t()),
     "Transpose": _again("transpose", "dim0", "dim1"),
     "Permute": _again("permute", "dims"),
     "Select": _again("select", "dim", "index"),

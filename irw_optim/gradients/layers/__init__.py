@@ -1,10 +1,9 @@
 """One call of a layer, and its products with G: a class for each kind of layer."""
 
-from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout
+from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
 from irw_optim.gradients.layers._convolution import CONVOLUTION, ConvolutionCall
 from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCall
 from irw_optim.gradients.layers._linear import HeadsCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.layers._products import RowWeights
 from irw_optim.gradients.layers._recurrent import LSTM, RECURRENT, LSTMCall, gates_of
 from irw_optim.gradients.layers._rows import (
     ElementwiseCall,

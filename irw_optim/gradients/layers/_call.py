@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._products import RowWeights, gram_of_rows, inner, operands, scaled
+from irw_optim.gradients.layers._products import gram_of_rows, inner, operands, scaled
 from irw_optim.gradients.materialized import wide, widened
 from irw_optim.gradients.protocol import Direction
 
@@ -71,6 +72,28 @@ def layouts_of(
     if batch_size and shape[0] > batch_size and shape[0] % batch_size == 0:
         found += [Layout(0, "batch major"), Layout(0, "batch minor")]
     return tuple(found)
+
+
+class RowWeights:
+    """The weights of the B rows, (B,), and which rows have any: found once for all layers."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @cached_property
+    def used(self) -> Tensor | None:
+        """Indices of the rows of weight; None for nearly all, or on a device, which would wait."""
+        if self.values.device.type != "cpu":
+            return None
+        used = self.values.nonzero().squeeze(1)
+        return used if len(used) < 0.8 * len(self.values) else None
+
+    def in_dtype(self, dtype: torch.dtype) -> Tensor:
+        return self.values if self.values.dtype == dtype else self.values.to(dtype)
+
+    @cached_property
+    def used_values(self) -> Tensor:
+        return self.values if self.used is None else self.values.index_select(0, self.used)
 
 
 class LayerCall:
@@ -139,8 +162,10 @@ class LayerCall:
     def settle(self, layout: Layout | None, batch_size: int) -> None:
         self.layout = layout
         self.batch_size = batch_size
-        first = layout is None or layout is FIRST
-        self.input = self.recorded if first else layout.bring(self.recorded, batch_size)  # type: ignore[union-attr]
+        if layout is None or layout is FIRST:
+            self.input = self.recorded
+        else:
+            self.input = layout.bring(self.recorded, batch_size)
 
     def arrangement(self) -> tuple[object, ...]:
         """What decides whether an earlier proof still holds."""

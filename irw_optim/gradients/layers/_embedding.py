@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout
-from irw_optim.gradients.layers._products import RowWeights, gram_of_positions
+from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
+from irw_optim.gradients.layers._products import gram_of_positions
 
 
 class EmbeddingCall(LayerCall):

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import GATHER_FROM, LayerCall, Layout
+from irw_optim.gradients.layers._call import GATHER_FROM, LayerCall, Layout, RowWeights
 from irw_optim.gradients.layers._products import (
-    RowWeights,
     gram_of,
     gram_of_positions,
     inner,

@@ -10,7 +10,6 @@ are slower; so does everybody for float16, which does not reach to the sizes of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,28 +20,6 @@ from irw_optim.torch_internals import sums_wide
 
 if TYPE_CHECKING:
     from irw_optim.gradients.layers._call import LayerCall
-
-
-class RowWeights:
-    """The weights of the B rows, (B,), and which rows have any: found once for all layers."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    @cached_property
-    def used(self) -> Tensor | None:
-        """Indices of the rows of weight; None for nearly all, or on a device, which would wait."""
-        if self.values.device.type != "cpu":
-            return None
-        used = self.values.nonzero().squeeze(1)
-        return used if len(used) < 0.8 * len(self.values) else None
-
-    def in_dtype(self, dtype: torch.dtype) -> Tensor:
-        return self.values if self.values.dtype == dtype else self.values.to(dtype)
-
-    @cached_property
-    def used_values(self) -> Tensor:
-        return self.values if self.used is None else self.values.index_select(0, self.used)
 
 
 def operand(tensor: Tensor) -> Tensor:

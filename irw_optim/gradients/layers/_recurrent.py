@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout
+from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
 from irw_optim.gradients.layers._linear import LinearCall
-from irw_optim.gradients.layers._products import RowWeights
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
 

@@ -9,8 +9,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, layouts_of, zeroed
-from irw_optim.gradients.layers._products import RowWeights, gram_of
+from irw_optim.gradients.layers._call import (
+    FIRST,
+    LayerCall,
+    Layout,
+    RowWeights,
+    layouts_of,
+    zeroed,
+)
+from irw_optim.gradients.layers._products import gram_of
 from irw_optim.gradients.materialized import MaterializedGradients, as_matrix, widened
 from irw_optim.gradients.protocol import Direction
 
