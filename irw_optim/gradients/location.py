@@ -27,32 +27,26 @@ def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
 
     Calls that are made once for all samples (positions) move to the sums at which they meet them.
     """
+
+    def known(site: CallSite) -> bool:
+        return batch.followed or _place(graph, site) in batch.places
+
+    def may_be(layout: Layout, site: CallSite) -> bool:
+        """Whether the output may hold the batch so, for all that the graph says."""
+        stride = batch.places.get(_place(graph, site))
+        return stride_in(layout, site.shape, batch_size) == stride or not known(site)
+
     sites: list[CallSite] = []
     for site in graph.sites:
-        layouts = site.call.layouts(batch_size, site.shape)
-        known = _is_known(graph, batch, site)
-        right = [n for n in layouts if _may_be(n, graph, batch, site, batch_size)]
-        if site.call.may_lack_batch and not (known and right):
+        right = [n for n in site.call.layouts(batch_size, site.shape) if may_be(n, site)]
+        if site.call.may_lack_batch and not (known(site) and right):
             sums = _sites_of_sums(site, graph, batch_size)
-            if sums is not None:
-                dim, at_sums = sums
-                if all(_may_be(Layout(dim), graph, batch, s, batch_size) for s in at_sums):
-                    sites += at_sums
-                    continue
+            if sums is not None and all(may_be(Layout(sums[0]), s) for s in sums[1]):
+                sites += sums[1]
+                continue
         site.call.settle(right[0] if right else None, batch_size)
         sites.append(site)
     return sites
-
-
-def _is_known(graph: Graph, batch: Batch, site: CallSite) -> bool:
-    return batch.followed or _place(graph, site) in batch.places
-
-
-def _may_be(layout: Layout, graph: Graph, batch: Batch, site: CallSite, batch_size: int) -> bool:
-    """Whether the output may hold the batch so, for all that the graph says."""
-    stride = batch.places.get(_place(graph, site))
-    right = stride_in(layout, site.shape, batch_size) == stride
-    return right or not _is_known(graph, batch, site)
 
 
 def _place(graph: Graph, site: CallSite) -> tuple[int, int]:

@@ -10,15 +10,27 @@ may mix; so may one whose result is read sample by sample here and whole there, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.nodes import SHARED, UNREAD, MixesError, Output, shape_of
-from irw_optim.gradients.operations import SETTINGS_OF, is_known, is_view, rule_for, settings_of
+from irw_optim.gradients.mixing_rules import (
+    RULES,
+    handed_on,
+    mixing,
+    permuting,
+    picking,
+    picks_of,
+    removing,
+    reshaped,
+    swapping,
+)
+from irw_optim.gradients.nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, shape_of
 
 
 class Crossing(NamedTuple):
@@ -71,33 +83,26 @@ def follow_batch(
     computes_shared = False
     for node in graph.order:
         for number in outputs.get(node, ()):
-            stride = places[node, number]
+            stride, weight = places[node, number], 1
             if stride == SHARED:
                 found: Sequence[int] = [SHARED] * len(node.next_functions)
                 weight = reads.get(node, 0)
                 computes_shared |= not is_view(node)
+            elif opaque is not None and opaque(node):
+                may_mix = may_mix or node.name()
+                found = [_first_in(edge, len(losses)) for edge in node.next_functions]
             else:
-                if opaque is not None and opaque(node):
-                    may_mix = may_mix or node.name()
-                    found = [_first_in(edge, len(losses)) for edge in node.next_functions]
-                else:
-                    try:
-                        found = rule_for(node)(Output(node, number, stride, len(losses)))
-                    except (MixesError, AttributeError, RuntimeError):
-                        # Or another version of torch; or a graph that is freed.
-                        surely = is_known(node)
-                        return Batch(node.name(), _by_number(places, graph), surely_mixes=surely)
-                weight = 1
-                shared = [
-                    n
-                    for n, ((parent, _), place) in enumerate(
-                        zip(node.next_functions, found, strict=False)
-                    )
-                    if place == SHARED and parent is not None
-                ]
-                if shared:
-                    crossings.append(Crossing(graph.nodes[node], number, tuple(shared)))
-            for (parent, output), place in zip(node.next_functions, found, strict=False):
+                try:
+                    found = rule_for(node)(Output(node, number, stride, len(losses)))
+                except (MixesError, AttributeError, RuntimeError):
+                    # Or another version of torch; or a graph that is freed.
+                    surely = is_known(node)
+                    return Batch(node.name(), _by_number(places, graph), surely_mixes=surely)
+            read = list(zip(node.next_functions, found, strict=False))
+            shared = [n for n, ((p, _), place) in enumerate(read) if p and place == SHARED]
+            if shared and stride != SHARED:
+                crossings.append(Crossing(graph.nodes[node], number, tuple(shared)))
+            for (parent, output), place in read:
                 if parent is None or place == UNREAD:
                     continue
                 if place == SHARED:
@@ -162,3 +167,56 @@ def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
         if settings is not None:
             found.append(settings(node))
     return tuple(found)
+
+
+_SETTINGS = "dim dim0 dim1 dims keepdim normalized_shape pad reduction repeats size stride training"
+"""All that a rule reads beside the shapes and, of indices, what `picks_of` says."""
+
+
+_RULE_OF: dict[type[Node], Rule] = {}
+
+SETTINGS_OF: dict[type[Node], Callable[[Any], object] | None] = {}
+"""How to read what the rule of a node looks at, beside the shapes; None for nothing."""
+
+
+def rule_for(node: Node) -> Rule:
+    """The rule of a node, by its name without what numbers its variants: ``MeanBackward1``."""
+    rule = _RULE_OF.get(type(node))
+    if rule is None:
+        rule = RULES.get(base_name(node), mixing)
+        if isinstance(node, BackwardCFunction):  # a function in Python may have any name
+            rule = handed_on if _is_torchs_identity(node) else mixing
+        _RULE_OF[type(node)] = rule
+    return rule
+
+
+def is_known(node: Node) -> bool:
+    """Whether a node has a rule."""
+    return rule_for(node) is not mixing
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node hands on numbers as they are."""
+    return rule_for(node) in (permuting, removing, reshaped, swapping)
+
+
+def settings_of(node: Node) -> object:
+    """What the rule of a node looks at, of a kind that `SETTINGS_OF` did not know until now."""
+    saved = [f"_saved_{name}" for name in _SETTINGS.split()]
+    names = [name for name in saved if hasattr(node, name)]
+    read: Callable[[Any], object] | None = None
+    if rule_for(node) is picking:
+        read = picks_of
+    elif names:
+        values = attrgetter(*names)
+        lists = any(isinstance(getattr(node, name), list) for name in names)
+        read = (lambda n: repr(values(n))) if lists else values
+    SETTINGS_OF[type(node)] = read
+    return None if read is None else read(node)
+
+
+def _is_torchs_identity(node: BackwardCFunction) -> bool:
+    """Functions by which torch hears a pass: module hooks, FSDP, DistributedDataParallel."""
+    function = getattr(node, "_forward_cls", type(node))
+    names = ("BackwardHookFunction", "RegisterPostBackwardFunction", "_DDPSink")
+    return function.__module__.startswith("torch.") and function.__name__ in names

@@ -2,12 +2,13 @@
 
 A rule is asked where the batch lies in what a node computed, and answers for every tensor that the
 node reads: a stride, or `SHARED` for what all samples have in common (a weight). It raises
-`MixesError` where the operation works along the batch, or may.
+`MixesError` where the operation works along the batch, or may. What is not in the table is taken to
+mix the samples: a graph with it is compared with autograd at every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -102,26 +103,19 @@ def multiplying(output: Output) -> Sequence[int]:
     ]
 
 
-def with_weights(*, leading: int = 1) -> Rule:
+def with_weights(leading: Callable[[Output], int]) -> Rule:
     """The first input holds the batch among its leading dimensions; the others are weights."""
 
     def rule(output: Output) -> Sequence[int]:
         shape, *weights = output.inputs
-        dim = output.beside(range(leading, len(output.shape)))
+        dim = output.beside(range(leading(output), len(output.shape)))
         return [output.at(shape, dim), *[SHARED] * len(weights)]
 
     return rule
 
 
-def linear(output: Output) -> Sequence[int]:
-    """A map of the last dimension."""
-    return with_weights(leading=len(output.shape) - 1)(output)
-
-
-def layer_norm(output: Output) -> Sequence[int]:
-    """Normalises the last dimensions."""
-    over = len(output.node._saved_normalized_shape)
-    return with_weights(leading=len(output.shape) - over)(output)
+def _not_normalised(output: Output) -> int:
+    return len(output.shape) - len(output.node._saved_normalized_shape)
 
 
 def batch_norm(output: Output) -> Sequence[int]:
@@ -186,17 +180,12 @@ def picking(output: Output) -> Sequence[int]:
 
 def picks_of(node: Any) -> tuple[str, ...]:
     """What advanced indices take of each dimension."""
-    rows = node._input_metadata[0].shape[:1]
-    indices = node._saved_indices
+    rows, indices = (*node._input_metadata[0].shape, 0)[0], node._saved_indices
     ndim = max((index.ndim for index in indices if index is not None), default=0)
     kinds = []
     for index in indices:
-        if index is None:
-            kinds.append("whole")
-        elif index.ndim == ndim and _is_every_row(index, rows[0] if rows else 0):
-            kinds.append("every row")
-        else:
-            kinds.append("index")
+        every = index is not None and index.ndim == ndim and _is_every_row(index, rows)
+        kinds.append("whole" if index is None else "every row" if every else "index")
     return tuple(kinds)
 
 
@@ -237,3 +226,71 @@ def handed_on(output: Output) -> Sequence[int]:
 def mixing(output: Output) -> Sequence[int]:
     """Of an operation without a rule nothing is known."""
     mixes()
+
+
+_NAMES: dict[Rule, str] = {
+    elementwise: (
+        "Abs Acos Acosh Add Addcdiv Addcmul Angle Asin Asinh Atan Atan2 Atanh Bernoulli Celu Ceil "
+        "Clamp ClampMax ClampMin Clone Complex Conj ConjPhysical Copysign Cos Cosh Digamma Div "
+        "Elu Erf Erfc Erfinv Exp Exp2 Expand Expm1 Fill Floor Fmax Fmin Fmod Frac Gelu Hardshrink "
+        "Hardsigmoid Hardswish Hardtanh Heaviside Hypot Imag LeakyRelu Lerp Lgamma Log Log10 "
+        "Log1P Log2 LogSigmoid Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum "
+        "NativeDropout Neg Polar Pow PreluKernel Real Reciprocal Relu Relu6 Remainder Round "
+        "RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink Sqrt "
+        "Sub Tan Tanh Threshold ToCopy Trunc Where Xlog1Py Xlogy"
+    ),
+    unreduced: (
+        "BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss SmoothL1Loss "
+        "SoftMarginLoss"
+    ),
+    of_classes: "NllLoss NllLoss2D",
+    of_rows(0): "MultiMarginLoss MultilabelMarginLoss",
+    of_rows(1): "CtcLoss",
+    reshaped: "Alias LiftFresh ReshapeAlias Squeeze UnsafeView Unsqueeze View Detach",
+    along("_saved_dim"): (
+        "Cat Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C Gather Glu IndexAdd IndexSelect "
+        "LogSoftmax Logcumsumexp SafeSoftmax Scatter ScatterAdd Softmax Sort Split SplitWithSizes "
+        "Topk UnsafeSplit UnsafeSplitWithSizes"
+    ),
+    sliced: "Slice",
+    along("_saved_dims"): "Flip Roll",
+    reducing: (
+        "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Norm Prod Std Sum "
+        "Var"
+    ),
+    inserting: "Stack",
+    removing: "Select Unbind",
+    swapping: "T Transpose",
+    permuting: "Permute",
+    multiplying: "Addmm Baddbmm Bmm Mm",
+    with_weights(lambda output: len(output.shape) - 1): "Linear MkldnnLinear",
+    with_weights(lambda output: 1): (
+        "Col2Im Convolution ConvolutionOverrideable Im2Col Mv NativeGroupNorm"
+    ),
+    with_weights(_not_normalised): "NativeLayerNorm FusedRmsNorm",
+    batch_norm: "CudnnBatchNorm MiopenBatchNorm NativeBatchNorm",
+    of_shared_tables: "Embedding EmbeddingBag",
+    along_last(1): (
+        "AdaptiveMaxPool1D AvgPool1D MaxPool1D ReflectionPad1D ReplicationPad1D UpsampleLinear1D "
+        "UpsampleNearest1D"
+    ),
+    along_last(2): (
+        "AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices "
+        "ReflectionPad2D ReplicationPad2D ScaledDotProductAttentionMath "
+        "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention "
+        "ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu "
+        "ScaledDotProductFusedAttentionOverrideable "
+        "Tril Triu UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest2D"
+    ),
+    along_last(3): (
+        "AdaptiveAvgPool3D AdaptiveMaxPool3D AvgPool3D MaxPool3DWithIndices PixelShuffle "
+        "PixelUnshuffle ReflectionPad3D ReplicationPad3D UpsampleNearest3D UpsampleTrilinear3D"
+    ),
+    padding: "ConstantPadNd",
+    repeating: "Repeat",
+    strided: "AsStrided",
+    picking: "Index",
+    recurrent: "MkldnnRnnLayer",
+}
+
+RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}

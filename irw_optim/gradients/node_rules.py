@@ -28,9 +28,9 @@ from irw_optim.gradients.layers import (
     SampleNormCall,
     VectorCall,
 )
+from irw_optim.gradients.mixing import rule_for
 from irw_optim.gradients.mixing_rules import elementwise
 from irw_optim.gradients.nodes import base_name, pull, saved, shape_of
-from irw_optim.gradients.operations import rule_for
 
 
 class Weight(NamedTuple):

@@ -33,9 +33,9 @@ from irw_optim.gradients.forward import (
     of_single_losses,
     transposed,
 )
-from irw_optim.gradients.mixing_rules import elementwise, handed_on, unreduced
+from irw_optim.gradients.mixing import rule_for
+from irw_optim.gradients.mixing_rules import RULES, elementwise, handed_on, unreduced
 from irw_optim.gradients.nodes import Rule, base_name, pull
-from irw_optim.gradients.operations import RULES, rule_for
 
 Place: TypeAlias = tuple[Node, int]
 """A node, and the number of one of its outputs."""
