@@ -19,9 +19,8 @@ from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.protocol import Direction
-from irw_optim.gradients.pushforward import NoPushForwardError
+from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.gradients.silence import silent
-from irw_optim.gradients.unheard import pull_back, push_forward
 from irw_optim.gradients.verification import equal
 
 logger = logging.getLogger("irw_optim")
