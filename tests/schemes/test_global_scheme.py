@@ -462,7 +462,7 @@ def test_a_state_of_the_other_use_is_refused():
 
 def test_detach_gives_the_local_scheme_back():
     training = Training()
-    local = training.scheme._local
+    local = training.optimizer.local_scheme
     training.epochs(1)
     training.scheme.detach()
     assert training.optimizer.scheme is local
@@ -499,7 +499,7 @@ def test_impossible_options_are_refused_before_anything_changes(options, message
     training.scheme.detach()
     with pytest.raises((TypeError, ValueError), match=message):
         GlobalScheme(training.optimizer, training.loader, **options)
-    assert training.optimizer.scheme is training.scheme._local
+    assert training.optimizer.scheme is training.optimizer.local_scheme
 
 
 def test_a_plain_optimizer_is_refused():
