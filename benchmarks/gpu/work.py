@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cost.neighbours import ALPHA, METHODS, Step
-from benchmarks.models import TABLE, Work
+from benchmarks.cost.neighbours import ALPHA, Step
+from benchmarks.cost.steps import Makers, makers
+from benchmarks.models import TABLE
 from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.measuring import Loop
 from benchmarks.zoo.registry import named
 
 OURS = "ours, ghost"
 EVERYBODY = ("plain", OURS, "Opacus hooks", "torch.func")
-METHODS_OF = {"eager": EVERYBODY, "autocast": EVERYBODY[:3], "compiled": EVERYBODY[:2]}
-"""By setting; what torch.compile makes has no rows for others to take."""
-
 ZOO = ("nanoGPT", "ViT, class token", "ResNet-18", "ConvNeXt", "BERT", "Llama", "LSTM", "LoRA")
 """Measured eager, against a plain step."""
-
-Makers = Mapping[str, Callable[[], Step]]
-"""By method, what makes its step."""
 
 
 class InAutocast(nn.Module):
@@ -38,46 +34,30 @@ class InAutocast(nn.Module):
             return self.model(x).float()
 
 
-@dataclass(frozen=True)
-class Row:
-    """One model in one setting.
-
-    Attributes:
-        work: the model's name.
-        setting: eager, autocast or compiled.
-        makers: the ways to take a step, plain first.
-    """
+class Row(NamedTuple):
+    """A model's name, its setting (eager, autocast or compiled), and ways to step, plain first."""
 
     work: str
     setting: str
     makers: Makers
 
 
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
 def rows(device: torch.device) -> Iterator[Row]:
     """All that is measured, what matters most first."""
-    for setting in ("eager", "autocast"):
-        for work in TABLE:
-            yield Row(work.name, setting, _ways(work, setting, device))
+    for work in TABLE:
+        yield Row(work.name, "eager", makers(work, EVERYBODY, device))
+    in_autocast = partial(InAutocast, device=device)
+    for work in TABLE:
+        yield Row(work.name, "autocast", makers(work, EVERYBODY[:3], device, in_autocast))
     for name in ZOO:
         yield Row(name, "eager", _of_the_zoo(named(name), device))
-    for work in TABLE[-2:]:  # a compiler takes long
-        yield Row(work.name, "compiled", _ways(work, "compiled", device))
-
-
-def _ways(work: Work, setting: str, device: torch.device) -> Makers:
-    def maker(method: str) -> Callable[[], Step]:
-        def make() -> Step:
-            x, y = (t.to(device) for t in work.batch())
-            model = work.build().to(device)
-            if setting == "autocast":
-                model = InAutocast(model, device)
-            if setting == "compiled":
-                model.compile()
-            return METHODS[method](model, x, y)
-
-        return make
-
-    return {method: maker(method) for method in METHODS_OF[setting]}
+    for work in TABLE[-2:]:  # a compiler takes long, and leaves no rows for others to take
+        yield Row(work.name, "compiled", makers(work, EVERYBODY[:2], device, _compiled))
 
 
 def _of_the_zoo(entry: Entry, device: torch.device) -> Makers:

@@ -4,23 +4,23 @@
     python -m benchmarks.zoo.compiled --backend inductor --order after --only nanoGPT LSTM
 
 Three epochs of two batches and a shorter last one, in float64; every step is compared with a loop
-of plain autograd over the losses. Each model has a process of its own. What is found of a model
+of plain autograd over the losses. The model is compiled before the optimizer comes, after it, or
+"in place": by `model.compile()`, before. Each model has a process of its own. What is found of it
 replaces its row for that backend and order in the stored file: a run may be stopped and taken up.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks import report
 from benchmarks.cost.neighbours import ALPHA
 from benchmarks.zoo.alone import alone, as_json
 from benchmarks.zoo.compiled_report import as_markdown, summary
@@ -35,44 +35,40 @@ EPOCHS = 3
 LONGEST = 240
 """Seconds after which a model counts as failed."""
 
-BACKENDS = ("aot_eager", "inductor")
-ORDERS = ("before", "after", "in place")
-"""The model is compiled before the optimizer comes, after it, or by `model.compile()` before."""
-
-RESULTS = Path(__file__).parents[1] / "results" / "zoo_compiled"
+RESULTS = report.RESULTS / "zoo_compiled.json"
 
 
 def main() -> None:
     """Run the benchmark, or one entry of it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backend", choices=BACKENDS, default="aot_eager")
-    parser.add_argument("--order", choices=ORDERS, default="before")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these entries")
-    parser.add_argument("--one", metavar="NAME", help="in this process; nothing is stored")
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(looked_at(named(options.one), options.backend, options.order)))
+    chosen = report.arguments(
+        __doc__,
+        None,
+        backend={"choices": ("aot_eager", "inductor"), "default": "aot_eager"},
+        order={"choices": ("before", "after", "in place"), "default": "before"},
+        only={"nargs": "+", "metavar": "NAME", "help": "these entries"},
+        one={"metavar": "NAME", "help": "in this process; nothing is stored"},
+    )
+    if chosen.one:
+        print(json.dumps(looked_at(named(chosen.one), chosen.backend, chosen.order)))
         return
-    entries = ENTRIES if options.only is None else [named(name) for name in options.only]
-    for entry in entries:
-        how = ["--backend", options.backend, "--order", options.order]
+    for entry in ENTRIES if chosen.only is None else map(named, chosen.only):
+        how = ["--backend", chosen.backend, "--order", chosen.order]
         found = alone(entry, "benchmarks.zoo.compiled", ["--one", entry.name, *how], LONGEST)
-        found |= {"name": entry.name, "backend": options.backend, "order": options.order}
+        found |= {"name": entry.name, "backend": chosen.backend, "order": chosen.order}
         print(found, flush=True)
         store(found)
 
 
 def store(found: dict[str, Any]) -> None:
     """Replace the row of one model, and make the table anew."""
-    path = RESULTS.with_suffix(".json")
-    rows = json.loads(path.read_text())["models"] if path.exists() else []
+    rows = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else []
     key = ("name", "backend", "order")
     rows = [row for row in rows if [row[k] for k in key] != [found[k] for k in key]]
     place = {entry.name: number for number, entry in enumerate(ENTRIES)}
     rows = sorted([*rows, found], key=lambda r: (r["backend"], r["order"], place[r["name"]]))
-    path.write_text(as_json({"models": rows}) + "\n")
-    RESULTS.with_suffix(".md").write_text(as_markdown(rows) + "\n")
-    RESULTS.with_name(f"{RESULTS.name}_summary.md").write_text(summary(rows) + "\n")
+    RESULTS.write_text(as_json({"models": rows}))
+    report.write(RESULTS.stem, as_markdown(rows))
+    report.write(f"{RESULTS.stem}_summary", summary(rows))
 
 
 def looked_at(entry: Entry, backend: str, order: str) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
+
+from benchmarks.report import table
 
 Found = dict[str, Any]
 
@@ -15,7 +16,7 @@ EXPLANATION = (
     "Three epochs of batches of 5, 5 and 3 samples. Breaks and compiled regions: as torch counts "
     "them, for both batch sizes together, before and after a model is left alone. Error: the "
     "largest one of weights and gradients in all steps, against a loop of plain autograd in "
-    "float64; * where the model itself computes in float32."
+    "float64; * where the model itself computes in float32.\n"
 )
 
 FUSED, NOTHING, LEFT = "fused between the layers", "nothing compiled", "left uncompiled"
@@ -30,14 +31,13 @@ COLUMNS = (
 def as_markdown(rows: list[Found]) -> str:
     """A row for each model, backend and order."""
     columns = ("model", "compiled", "layers", "breaks, regions: plain", "ours", "error", "way")
-    lines = [_line(columns), _line(["---"] * len(columns)), *map(_row, rows), "", EXPLANATION]
-    return "\n".join(lines)
+    return table(columns, map(_row, rows), [True] * len(columns)) + "\n" + EXPLANATION
 
 
 def summary(rows: list[Found]) -> str:
     """A row for each backend and order."""
     groups = [_counts(key, list(group)) for key, group in groupby(rows, _way)]
-    return "\n".join([_line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, groups)])
+    return table(COLUMNS, groups, [True] * len(COLUMNS))
 
 
 def is_exact(row: Found) -> bool:
@@ -65,33 +65,28 @@ def _way(row: Found) -> tuple[str, str]:
     return row["backend"], row["order"]
 
 
-def _counts(key: tuple[str, str], rows: list[Found]) -> list[object]:
+def _counts(key: tuple[str, str], rows: list[Found]) -> list[str]:
     plain, ours = ([_part(row, what) for row in rows] for what in ("plain", "ours"))
     ways = [way_of(row) for row in rows]
     added = [o.get("breaks", 0) - p.get("breaks", 0) for o, p in zip(ours, plain, strict=True)]
     limits = [sum(part.get("limits", 0) > 0 for part in parts) for parts in (ours, plain)]
-    return [
-        *key,
+    numbers = [
         len(rows),
         sum("fails" not in part for part in plain),
         sum(map(is_exact, rows)),
         *map(ways.count, (FUSED, NOTHING, LEFT)),
         sum(n > 2 * row.get("layers", 0) for n, row in zip(added, rows, strict=True)),
         sum(part.get("compiled_in_epochs", [0])[-1] > 0 for part in ours),
-        f"{limits[0]} ({limits[1]})",
     ]
+    return [*key, *map(str, numbers), f"{limits[0]} ({limits[1]})"]
 
 
-def _row(row: Found) -> str:
+def _row(row: Found) -> list[str]:
     counts = [
         "" if "fails" in part else f"{part['breaks']}, {part['graphs']}"
         for part in (_part(row, "plain"), _part(row, "ours"))
     ]
     error = _part(row, "ours").get("error")
     text = "" if error is None else f"{error:.0e}" + "*" * row.get("float32", False)
-    cells = [row["name"], ", ".join(_way(row)), row.get("layers", ""), *counts, text, way_of(row)]
-    return _line(cells)
-
-
-def _line(cells: Iterable[object]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
+    layers = str(row.get("layers", ""))
+    return [row["name"], ", ".join(_way(row)), layers, *counts, text, way_of(row)]

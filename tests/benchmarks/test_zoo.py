@@ -111,7 +111,7 @@ def test_the_table_is_sorted_and_names_what_failed():
     lines = report.as_markdown(found).splitlines()
     shown = [line for line in lines if line.startswith(("| cheap", "| dear", "| broken"))]
     assert [row.split()[1] for row in shown] == ["dear", "cheap", "broken"]
-    assert "fails: ValueError: a / b" in shown[-1]
+    assert r"fails: ValueError: a \| b" in shown[-1]
     assert "Exact to 1e-10 in float64: 1 of 2." in lines
     assert report.summary(found[:2])["5 ms and more"]["time"] == [2.25, 2.85, 3.0]
 
@@ -119,7 +119,7 @@ def test_the_table_is_sorted_and_names_what_failed():
 def test_growth_says_how_far_the_ratios_are_apart():
     points = [{"size": 16, "time": 2.0, "memory": 1.5}, {"size": 64, "time": 3.0, "memory": 1.6}]
     text = report.growth_as_markdown({"model": [*points, {"size": 256, "fails": "too long"}]})
-    assert text.endswith("| model | 2.00 / 1.50 | 3.00 / 1.60 | fails | 1.50 |")
+    assert text.endswith("| model | 2.00 / 1.50 | 3.00 / 1.60 | fails | 1.50 |\n")
 
 
 def test_batches_and_models_are_the_same_for_the_same_seed():
@@ -159,12 +159,11 @@ def test_the_table_of_compiled_models_says_what_is_wrong():
     found.append(key | {"name": "broken", "fails": "took more | than 240 s"})
     cells = compiled_report.summary(found).splitlines()[-1].split("|")[3:-1]
     assert [cell.strip() for cell in cells] == ["8", "7", "6", "5", "1", "1", "1", "1", "1 (0)"]
-    assert "fails: took more / than 240 s" in compiled_report.as_markdown(found)
+    assert r"fails: took more \| than 240 s" in compiled_report.as_markdown(found)
 
 
 def test_the_stored_table_is_made_of_the_stored_rows():
-    models = json.loads(compiled.RESULTS.with_suffix(".json").read_text())["models"]
+    models = json.loads(compiled.RESULTS.read_text())["models"]
     for name, make in (("", compiled_report.as_markdown), ("_summary", compiled_report.summary)):
-        stored = compiled.RESULTS.with_name(f"{compiled.RESULTS.name}{name}.md").read_text()
-        assert stored == make(models) + "\n"
+        assert compiled.RESULTS.with_name(f"zoo_compiled{name}.md").read_text() == make(models)
     assert not [m["name"] for m in models if not compiled_report.is_exact(m)]
