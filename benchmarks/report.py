@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -43,12 +44,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def command(package: str, names: Sequence[str], doc: str | None) -> None:
-    """``python -m <package> <name> ...`` runs ``<package>.<name>.main(the rest)``."""
+    """``python -m <package> <name> ...`` runs the `entry` of ``<package>.<name>``."""
     parser = argparse.ArgumentParser(description=str(doc).strip().split("\n")[0])
     parser.add_argument("what", choices=names)
     chosen = parser.parse_args(sys.argv[1:2]).what
     torch.set_num_threads(1)
-    import_module(f"{package}.{chosen}").main(sys.argv[2:])
+    entry(import_module(f"{package}.{chosen}"))(sys.argv[2:])
+
+
+def entry(module: Any) -> Callable[[Sequence[str]], None]:
+    """Its ``main``, or what `publish` makes of its ``run(fast)``, ``texts`` and ``draw``."""
+    return getattr(module, "main", None) or partial(publish, module)
 
 
 def arguments(doc: str | None, given: Sequence[str] | None, **more: Any) -> argparse.Namespace:

@@ -11,7 +11,6 @@ The oracles are told the groups: they draw every group equally often, or take Gr
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -182,7 +181,3 @@ def draw(frame: pd.DataFrame) -> None:
             axis.tick_params(axis="x", rotation=60)
             axis.set(title=title, xlabel="age")
         axes[0].set_ylabel("accuracy, %")
-
-
-def main(given: list[str]) -> None:
-    report.publish(sys.modules[__name__], given)

@@ -31,7 +31,7 @@ class ReadError(Exception):
 def test_a_named_command_understands_its_arguments(command, monkeypatch):
     package, name, *given = shlex.split(command)
     report = import_module("benchmarks.report")
-    read, entry = report.options, import_module(f"{package}.{name}").main
+    read, entry = report.options, report.entry(import_module(f"{package}.{name}"))
 
     def options(*arguments, **more):
         read(*arguments, **more)
