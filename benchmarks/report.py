@@ -88,6 +88,10 @@ def header(**settings: Any) -> dict[str, Any]:
     }
 
 
+def versions() -> str:
+    return f"torch {version('torch')}, Python {platform.python_version()}"
+
+
 def processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
@@ -113,10 +117,10 @@ def stored(name: str) -> pd.DataFrame:
     return frame
 
 
-def save(name: str, rows: Any, fast: bool, shown: Sequence[str] | None = None, **more: Any) -> None:
-    """Print one table; unless ``fast``, write it, and its rows."""
+def save(name: str, rows: Any, fast: bool, text: str = "", **more: Any) -> None:
+    """Print a table, of the rows unless ``text`` is given; if not ``fast``, write it, and them."""
     frame = pd.DataFrame(rows)
-    text = markdown(frame if shown is None else frame[list(shown)])
+    text = text or markdown(frame)
     print("\n" + text)
     if not fast:
         store(name, frame, **more)

@@ -145,16 +145,12 @@ def main(given: list[str]) -> None:
         rows += measure(work, names, device, repeats)
         print(work.name, flush=True)
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    text = as_markdown(frame)
-    print("\n" + text)
-    if not chosen.fast and not chosen.only:
-        about = report.header()
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else about["machine"]
-        versions = f"torch {about['versions']['torch']}, Python {about['versions']['python']}"
-        line = f"{machine}, {chosen.threads} threads, {versions}, alpha {ALPHA}"
-        name = f"step_cost_{device.type}"
-        report.store(name, frame, machine=machine)
-        report.write(name, f"{line}\n\n{text}")
+    cuda = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if cuda else report.processor()
+    line = f"{machine}, {chosen.threads} threads, {report.versions()}, alpha {ALPHA}"
+    name, looked = f"step_cost_{device.type}", chosen.fast or chosen.only
+    report.save(name, frame, looked, f"{line}\n\n{as_markdown(frame)}", machine=machine)
+    if not looked:
         curves = pd.DataFrame(growth(device, repeats))
         report.store(f"{name}_growth", curves, machine=machine)
         draw(curves, f"{name}.png")

@@ -24,7 +24,6 @@ from benchmarks.data.sources import Samples, Sizes, Source, adult, split
 from benchmarks.methods.intrinsic import Intrinsic
 from benchmarks.methods.objectives import (
     class_balanced,
-    cvar,
     group_balanced,
     group_dro,
     plain,
@@ -44,7 +43,7 @@ GROUPINGS = {
 METHODS: dict[str, Callable[[], Method]] = {
     "plain": plain,
     "class-balanced": class_balanced,
-    "CVaR": lambda: cvar(ALPHA),
+    "CVaR": lambda: Intrinsic(ALPHA, 0.0, {"weighting": "cvar"}),
     "IRW": lambda: Intrinsic(ALPHA),
     "IRW, warm-up, mix .5": lambda: Intrinsic(ALPHA, 1 / 3, {"mix": 0.5}),
     "IRW, warm-up, center 1": lambda: Intrinsic(ALPHA, 1 / 3, {"center": 1.0}),

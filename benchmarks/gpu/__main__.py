@@ -57,11 +57,8 @@ def main(given: Sequence[str] | None = None) -> None:
     wanted = list(rows(device))[:1] if chosen.fast else rows(device)
     frame = pd.DataFrame(measured_until(end, wanted, device, repeats), columns=COLUMNS)
     text = f"{card(device)}, torch {torch.__version__}\n\n{as_markdown(frame)}"
-    print("\n" + text)
-    if not chosen.fast:
-        name = "gpu_" + re.sub(r"\W+", "_", card(device)).strip("_").lower()
-        report.store(name, frame, machine=card(device))
-        report.write(name, text)
+    name = "gpu_" + re.sub(r"\W+", "_", card(device)).strip("_").lower()
+    report.save(name, frame, chosen.fast, text, machine=card(device))
 
 
 def card(device: torch.device) -> str:

@@ -11,12 +11,9 @@ Each model has a process of its own, with one thread; one that fails is a row wi
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import report
 from benchmarks.zoo.alone import alone, as_json, measured
@@ -103,8 +100,7 @@ def _chosen(names: list[str] | None, family: str | None) -> list[Entry]:
 
 
 def _show(table: str, result: dict[str, Any], path: Path | None) -> None:
-    machine = f"{report.processor()}, 1 thread, torch {torch.__version__}, "
-    machine += f"Python {platform.python_version()}, alpha 0.2"
+    machine = f"{report.processor()}, 1 thread, {report.versions()}, alpha 0.2"
     text = f"{machine}\n\n{table}"
     print(text)
     if path:
