@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import torch
 from scipy import optimize
 from torch import nn
@@ -62,7 +63,7 @@ def test_cvar_descends_the_minimum_of_rockafellar_and_uryasev(data, alpha):
     losses = nn.functional.cross_entropy(model(data.x[:16]), data.y[:16], reduction="none")
     # A minimum of this piecewise linear function is at one of the losses.
     duals = [t + (losses - t).clamp(min=0).mean() / alpha for t in losses.detach()]
-    dual = min(duals, key=float)
+    dual = min(duals, key=torch.Tensor.item)
     expected = torch.autograd.grad(dual, list(model.parameters()), retain_graph=True)
     trainer.backward(losses, index)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -211,12 +212,8 @@ class TestMovedThreshold:
 
 
 def row_gradients(model, x, y):
-    rows = []
-    for i in range(len(y)):
-        loss = nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
-        grads = torch.autograd.grad(loss, list(model.parameters()))
-        rows.append(torch.cat([g.flatten() for g in grads]))
-    return torch.stack(rows)
+    losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+    return reference.per_sample_gradients(losses, model.parameters())
 
 
 def worst_of_each_class(losses, y, alpha):

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("pandas", reason='needs the extra "report"')
-
-sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.work import OURS, ZOO, Row, rows

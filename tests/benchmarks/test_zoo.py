@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.zoo import (  # noqa: E402
-    compiled,
-    compiled_report,
-    exactness,
-    measuring,
-    report,
-)
-from benchmarks.zoo.entry import Entry, rows, texts  # noqa: E402
-from benchmarks.zoo.registry import ENTRIES, GROWING, named  # noqa: E402
+from benchmarks.zoo import compiled, compiled_report, exactness, measuring, report
+from benchmarks.zoo.entry import Entry, rows, texts
+from benchmarks.zoo.registry import ENTRIES, GROWING, named
 
 OTHERS = {"PEFT": "peft"} | dict.fromkeys(
     {e.family for e in ENTRIES if e.family.startswith("transformers")}, "transformers"
