@@ -15,15 +15,21 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from torch import Tensor, nn
 
 from benchmarks import report
-from benchmarks.cost.steps import ready, table
-from benchmarks.gpu.work import Row, rows
+from benchmarks.cost.neighbours import ALPHA
+from benchmarks.cost.steps import Makers, makers, ready, table
+from benchmarks.models import TABLE
+from benchmarks.zoo.entry import Entry
+from benchmarks.zoo.measuring import Loop
+from benchmarks.zoo.registry import named
 from irw_optim.measure import Step, median_seconds, peak_bytes
 
 NO_CARD = (
@@ -140,6 +146,64 @@ def _text(cell: dict[str, Any] | None, method: str) -> str:
         time_and_memory = f"{cell['ms']:.2f} / {cell['MB']:.0f}"
     counted = [number for number in (cell["syncs"], cell["kernels"]) if not pd.isna(number)]
     return time_and_memory + "".join(f" / {number:.0f}" for number in counted)
+
+
+# What is measured -----------------------------------------------------------------------------
+
+OURS = "ours, ghost"
+EVERYBODY = ("plain", OURS, "Opacus hooks", "torch.func")
+ZOO = ("nanoGPT", "ViT, class token", "ResNet-18", "ConvNeXt", "BERT", "Llama", "LSTM", "LoRA")
+"""Measured eager, against a plain step."""
+
+
+class InAutocast(nn.Module):
+    """A model whose forward runs in bfloat16 where autocast has it so; its output is float32."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.device = model, device.type
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            return self.model(x).float()
+
+
+class Row(NamedTuple):
+    """A model's name, its setting (eager, autocast or compiled), and ways to step, plain first."""
+
+    work: str
+    setting: str
+    makers: Makers
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+def rows(device: torch.device) -> Iterator[Row]:
+    """All that is measured, what matters most first."""
+    for work in TABLE:
+        yield Row(work.name, "eager", makers(work, EVERYBODY, device))
+    in_autocast = partial(InAutocast, device=device)
+    for work in TABLE:
+        yield Row(work.name, "autocast", makers(work, EVERYBODY[:3], device, in_autocast))
+    for name in ZOO:
+        yield Row(name, "eager", _of_the_zoo(named(name), device))
+    for work in TABLE[-2:]:  # a compiler takes long, and leaves no rows for others to take
+        yield Row(work.name, "compiled", makers(work, EVERYBODY[:2], device, _compiled))
+
+
+def _of_the_zoo(entry: Entry, device: torch.device) -> Makers:
+    def maker(alpha: float | None) -> Callable[[], Step]:
+        def make() -> Step:
+            inputs, target = entry.draw()
+            batch = (tuple(t.to(device) for t in inputs), target.to(device))
+            return Loop.of(entry, entry.make().to(device), batch, alpha).step
+
+        return make
+
+    return {"plain": maker(None), OURS: maker(ALPHA)}
 
 
 # Counting -------------------------------------------------------------------------------------

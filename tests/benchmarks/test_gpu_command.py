@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.work import OURS, ZOO, Row, rows
+from benchmarks.gpu.__main__ import OURS, ZOO, Row, rows
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.zoo import compiled, compiled_report, exactness, measuring, report
+from benchmarks.zoo import compiled, exactness, measuring, report
 from benchmarks.zoo.entry import Entry, rows, texts
 from benchmarks.zoo.registry import ENTRIES, GROWING, named
 
@@ -127,7 +127,7 @@ def test_what_torch_compile_makes_of_a_model(monkeypatch):
     assert found["layers"] == 5
     assert found["plain"]["graphs"] == 2
     assert found["plain"]["breaks"] == 0
-    assert found["ours"]["error"] < compiled_report.EXACT
+    assert found["ours"]["error"] < compiled.EXACT
     assert found["ours"]["compiled_in_epochs"][2] == 0
 
 
@@ -146,13 +146,13 @@ def test_the_table_of_compiled_models_says_what_is_wrong():
     ]
     found = [key | {"name": str(n), "plain": part, "ours": ours | w} for n, w in enumerate(wrong)]
     found.append(key | {"name": "broken", "fails": "took more | than 240 s"})
-    cells = compiled_report.summary(found).splitlines()[-1].split("|")[3:-1]
+    cells = compiled.summary(found).splitlines()[-1].split("|")[3:-1]
     assert [cell.strip() for cell in cells] == ["8", "7", "6", "5", "1", "1", "1", "1", "1 (0)"]
-    assert r"fails: took more \| than 240 s" in compiled_report.as_markdown(found)
+    assert r"fails: took more \| than 240 s" in compiled.as_markdown(found)
 
 
 def test_the_stored_table_is_made_of_the_stored_rows():
     models = json.loads(compiled.RESULTS.read_text())["models"]
-    for name, make in (("", compiled_report.as_markdown), ("_summary", compiled_report.summary)):
+    for name, make in (("", compiled.as_markdown), ("_summary", compiled.summary)):
         assert compiled.RESULTS.with_name(f"zoo_compiled{name}.md").read_text() == make(models)
-    assert not [m["name"] for m in models if not compiled_report.is_exact(m)]
+    assert not [m["name"] for m in models if not compiled.is_exact(m)]
