@@ -1,7 +1,7 @@
 """Layers whose weight is computed from parameters: a view, a cast, g v / |v|, W + B A, a table.
 
-All samples share that computation q = f(p). So the products with q are those of any layer, and f
-is passed once for all samples: a direction goes forwards through it, the combined gradient back.
+All samples share that computation q = f(p). The products with q are those of any layer, and f is
+passed once for all samples: by a direction forwards, by the combined gradient back.
 """
 
 from __future__ import annotations

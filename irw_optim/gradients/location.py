@@ -68,11 +68,9 @@ _HANDS_ON = frozenset({"AddBackward0", "UnsqueezeBackward0", "ExpandBackward0", 
 def _sites_of_sums(
     site: CallSite, graph: Graph, batch_size: int
 ) -> tuple[int, list[CallSite]] | None:
-    """The call as if every sample had made it, at the places where it meets the batch.
+    """The call as if every sample had made it, at the sums where it meets the batch.
 
-    Returns:
-        The dimension that holds the batch there, and the sites in place of this one; None where
-        anything but a sum reads the output.
+    With the dimension that holds the batch there; None where anything else reads the output.
     """
     met = _meets_the_batch(site, graph.nodes, batch_size)
     dims = {dim for _, dim in met}

@@ -178,7 +178,7 @@ _SETTINGS = "dim dim0 dim1 dims keepdim normalized_shape pad reduction repeats s
 _RULE_OF: dict[type[Node], Rule] = {}
 
 SETTINGS_OF: dict[type[Node], Callable[[Any], object] | None] = {}
-"""How to read what the rule of a node looks at, beside the shapes; None for nothing."""
+"""How to read what the rule of a node looks at beside the shapes; None for nothing."""
 
 
 def rule_for(node: Node) -> Rule:
@@ -203,7 +203,7 @@ def is_view(node: Node) -> bool:
 
 
 def settings_of(node: Node) -> object:
-    """What the rule of a node looks at, of a kind that `SETTINGS_OF` did not know until now."""
+    """Of a kind that `SETTINGS_OF` did not know until now."""
     saved = [f"_saved_{name}" for name in _SETTINGS.split()]
     names = [name for name in saved if hasattr(node, name)]
     read: Callable[[Any], object] | None = None

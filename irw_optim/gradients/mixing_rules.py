@@ -63,7 +63,7 @@ def reducing(output: Output) -> Sequence[int]:
     if getattr(output.node, "_saved_keepdim", False):
         return output.all_at(output.beside(dims))
     left = [d for d in range(ndim) if d not in dims]
-    return output.all_at(left[output.beside(range(len(left), ndim))])
+    return output.all_at(left[output.beside(range(len(left), len(output.shape)))])
 
 
 def inserting(output: Output) -> Sequence[int]:

@@ -80,10 +80,7 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
 def read_in_a_pass(
     losses: Tensor, graph: Graph, batch: Batch, own: Iterable[Tensor], *, spares_memory: bool
 ) -> Found:
-    """`read`, where nodes know that all of their inputs are wanted.
-
-    Where it ``spares_memory`` nothing is read, rather than have a part of the forward recomputed.
-    """
+    """`read`, in a pass; `NOTHING_READ` where it ``spares_memory`` and would recompute a part."""
     look = partial(read, graph, batch, own)
     spared = unless_recomputed(look, NOTHING_READ) if spares_memory else look
     return in_a_pass_to_all(losses, graph, spared)

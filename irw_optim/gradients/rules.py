@@ -76,13 +76,9 @@ def rule_of_function(function: Any) -> Rule | None:
 def call_of(
     rule: Rule, subject: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> LayerCall | None:
-    """What the rule makes of a call; None for one in words that it does not know.
+    """What the rule makes of a call of a module, or of a function that returned the subject.
 
-    Args:
-        rule: of a module or a function.
-        subject: the module, or what the function returned.
-        args: as the forward wrote them.
-        kwargs: likewise.
+    None for one in words that it does not know.
     """
     try:
         return rule(subject, *args, **kwargs)

@@ -1,7 +1,7 @@
 """Small products put together, where to start an operation costs more than the numbers in it.
 
-Rows of G that exist (of biases, normalisations, tables that are added) are columns of one matrix R,
-and small linear maps share whatever is no matrix product. With b = [b_1 | b_2 | ...]::
+Rows of G that exist (of biases, norms, tables that are added) are columns of one matrix R, and
+small linear maps share whatever is no matrix product. With b = [b_1 | b_2 | ...]::
 
     sum_i w_i g_i   (w b)^T a_k, a product a map, and one sum of w b: all biases
     <g_i, v>        a_k V_k^T + v_k, a product a map, and one row-wise sum of their product with b

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import GATHER_FROM, LayerCall, Layout, RowWeights
+from irw_optim.gradients.layers._call import GATHER_FROM, LayerCall, Layout, RowWeights, layouts_of
 from irw_optim.gradients.layers._products import (
     gram_of,
     gram_of_positions,
@@ -250,12 +250,8 @@ class HeadsCall(LayerCall):
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
         """All rows are treated alike."""
-        rows = output_shape[1]
-        if rows == batch_size:
-            return (Layout(1),)
-        if batch_size and rows > batch_size and rows % batch_size == 0:
-            return Layout(1, "batch major"), Layout(1, "batch minor")
-        return ()
+        found = layouts_of(output_shape[1:2], batch_size, is_sequence=True)
+        return tuple(layout._replace(dim=1) for layout in found)
 
     def dot(self, direction: Direction) -> Tensor:
         (parameter,) = self.parameters.values()

@@ -56,15 +56,9 @@ def gates_of(
 class LSTMCall(LayerCall):
     """One direction of one layer, over time.
 
-    Args:
-        input: (T, B, d).
-        states: (T, B, H), those that it computed.
-        first_state: (B, H), the state and the cell it began with.
-        first_cell: (B, H).
-        values: by the names in `RECURRENT`, of which biases may be missing.
-        parameters: the trainable ones, by the same names.
-        output: 0 where the gradient is that of all states, 1 of the last state, 2 of the last cell.
-        reverse: whether it runs from the end of the sequence.
+    It read (T, B, d) and computed the states, (T, B, H). The output gradient is that of output 0,
+    all states, of 1, the last state, or 2, the last cell. Values and trainable parameters go by the
+    names in `RECURRENT`, of which biases may be missing.
     """
 
     def __init__(
