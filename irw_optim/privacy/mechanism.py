@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ class PublicState:
         return cls(threshold=config.init_threshold, scale=config.init_scale)
 
 
-class SampleTerms(NamedTuple):
+@dataclass(frozen=True)
+class SampleTerms:
     """How each sample of a physical batch enters the sums: all of shape (B,), all private.
 
     A sample whose loss or gradient is not finite is zero in all of them, and in the counts.
@@ -136,7 +137,8 @@ def sample_terms(
     )
 
 
-class Released(NamedTuple):
+@dataclass(frozen=True)
+class Released:
     """The noisy sums of one logical batch that move the public state; public themselves."""
 
     tail_count: float  # A
@@ -213,10 +215,9 @@ def restore(saved: Any, config: IRWDPConfig, parameters: Sequence[Tensor]) -> Pu
     directions = saved["direction"]
     shapes = [None if v is None else v.shape for v in directions]
     wanted = [p.shape for p in parameters]
-    fits = len(shapes) == len(wanted) and all(
-        shape in (None, like) for shape, like in zip(shapes, wanted, strict=True)
-    )
-    if not fits:
+    if len(shapes) != len(wanted) or any(
+        shape not in (None, like) for shape, like in zip(shapes, wanted, strict=True)
+    ):
         raise ValueError(
             f"state_dict's direction has tensors of shapes {shapes} but the parameters have "
             f"{wanted}: expected the same model"

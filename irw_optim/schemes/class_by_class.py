@@ -134,8 +134,7 @@ class ClassByClassSampler(ResamplingSampler):
         alpha: share of each class that makes S, in (0, 1]; not used by ``"losses"``.
         mix: in [0, 1].
         labels: (N,) classes in any form; None takes them out of the criterion's target.
-        num_samples: draws an epoch; None takes N.
-        generator: gives the seed of the draws.
+        num_samples: as of `ResamplingSampler`; ``generator`` as well.
         batch_size: as of `global_weights`; ``forward`` and ``progress`` as well.
 
     Attributes:
@@ -146,7 +145,7 @@ class ClassByClassSampler(ResamplingSampler):
         TypeError, ValueError: an argument that does not fit; a target without classes.
 
     Warns:
-        UserWarning: weights that rest on less than a third of a class, or of all samples.
+        UserWarning: weights that rest on less than a third of a class, or of all.
 
     >>> import torch
     >>> from torch.utils.data import TensorDataset

@@ -16,9 +16,8 @@ from irw_optim.optimizer import IRWOptimizer
 from irw_optim.processes import place
 from irw_optim.schemes.batch_losses import BatchLosses, Forward
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
-from irw_optim.schemes.loaders import ResumableLoader
 from irw_optim.schemes.reading import DatasetReader, indexed_loader
-from irw_optim.schemes.resampling import ResamplingSampler
+from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader
 from irw_optim.schemes.weighing import check_block, weigh_dataset
 from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.record import StepRecord

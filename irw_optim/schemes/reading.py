@@ -3,16 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    SubsetRandomSampler,
+    default_collate,
+)
 
 from irw_optim.arguments import as_whole
-from irw_optim.schemes.loaders import check_loader, idle_copy, loader_like
 from irw_optim.schemes.order import Arrangement, RefusedError, rearranged, refuse_sorting
+
+
+def check_loader(loader: object) -> None:
+    """Refuse what has no samples that can be read by index, or draws from only some of them."""
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"loader={loader!r}: expected a torch.utils.data.DataLoader over a map-style data set"
+        )
+    name = type(loader.dataset).__name__
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        kind = "iterable" if isinstance(loader.dataset, IterableDataset) else "without a length"
+        raise TypeError(
+            f"loader.dataset is {kind} ({name}): the global scheme holds one weight for each "
+            "index of a map-style data set, with __getitem__ and __len__; the local scheme, "
+            "IRWOptimizer by itself, works with any stream of batches"
+        )
+    if loader.batch_sampler is None:
+        raise ValueError(
+            "loader has batch_size=None, so that an index of its data set is no sample: expected "
+            "a loader that collates samples into batches, DataLoader(dataset, batch_size=64)"
+        )
+    sampler = sampler_of(loader)
+    if isinstance(sampler, SubsetRandomSampler):
+        raise ValueError(
+            f"loader has a SubsetRandomSampler: it draws {len(sampler)} of the "
+            f"{len(loader.dataset)} samples, but the weights would be those of all of them; use "
+            "DataLoader(torch.utils.data.Subset(dataset, indices), shuffle=True, ...)"
+        )
+
+
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """What a loader's order comes from."""
+    return getattr(loader.batch_sampler, "sampler", loader.sampler)
+
+
+_WORKERS = (
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+)
+
+
+def loader_like(
+    loader: DataLoader[Any], data: Dataset[Any], collate: Callable[[Any], Any], **changes: Any
+) -> DataLoader[Any]:
+    """A loader over ``data`` with the workers of another one; ``changes`` say what it draws."""
+    same = {name: getattr(loader, name) for name in _WORKERS}
+    return DataLoader(data, collate_fn=collate, **{**same, **changes})
+
+
+def idle_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The loader as a copy can have it: persistent workers are this process's own."""
+    idle = copy(loader)
+    idle._iterator = None
+    return idle
 
 
 class IndexedDataset(Dataset[tuple[int, Any]]):
