@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,20 +20,26 @@ from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._inputs import ArrayLike, GroupsLike
 from irw_optim.remedies._comparison import Comparison
 from irw_optim.remedies._data import Data, Samples
-from irw_optim.remedies._differences import ORACLE
-from irw_optim.remedies._measuring import Judge, accuracy_of, logits_of, rarest
-from irw_optim.remedies._methods import PLAIN, REMEDIES
-from irw_optim.remedies._people import (
+from irw_optim.remedies._findings import conclude, signs_of_hurt
+from irw_optim.remedies._measuring import (
+    Judge,
+    Numbers,
+    accuracy_of,
     cluster_numbers,
     group_names,
-    oracle_logits,
+    logits_of,
+    rarest,
     unseen_by_clusters,
 )
+from irw_optim.remedies._methods import ORACLE, PLAIN, REMEDIES, oracle_logits
 from irw_optim.remedies._training import Fitted, Recipe, Remedy, Training
 from irw_optim.restored import randomness_restored
 from irw_optim.schemes.batch_losses import Forward
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.weighting.ranges import check_alpha
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 
@@ -140,8 +146,8 @@ def compare_remedies(
         steps = epochs * max(1, len(people) // batch_size)
         recipe = Recipe(make_model, criterion, optimizer, scheduler, steps, batch_size, forward)
         trainings = [Training(recipe, people, labels, classes, seed, alpha) for seed in numbers]
-        rows, predictions = _train_all(trainings, chosen, judged, judge, progress)
-        right = np.stack(predictions[PLAIN]) == judge.labels
+        runs, predictions = _train_all(trainings, chosen, judged, judge, progress)
+        right = predictions[PLAIN] == judge.labels
         flat = None if inputs is None else inputs.reshape(len(inputs), -1).cpu().numpy()
         blind = None if named is not None else unseen_by_clusters(flat, judge, right)
     if blind is not None:
@@ -152,8 +158,9 @@ def compare_remedies(
         "validation": f"{len(judged):,} people",
         "seeds": ", ".join(map(str, numbers)),
     }
-    stacked = {name: np.stack(found) for name, found in predictions.items()}
-    return Comparison.of(rows, stacked, judge, rarest(labels, truth), blind, settings)
+    take, sentences = conclude(runs, predictions, judge, blind)
+    signs = signs_of_hurt(runs, rarest(labels, truth))
+    return Comparison(runs, predictions, take, sentences, signs, settings, judge)
 
 
 def _train_all(
@@ -162,8 +169,10 @@ def _train_all(
     judged: Samples,
     judge: Judge,
     progress: bool,
-) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+) -> tuple[pd.DataFrame, dict[str, Numbers]]:
     """Every remedy with every seed: a row of numbers for each, and what it predicts."""
+    import pandas as pd
+
     recipe, labels = trainings[0].recipe, trainings[0].labels
     rows: list[dict[str, Any]] = []
     predictions: dict[str, list[Any]] = {}
@@ -197,7 +206,8 @@ def _train_all(
                 note(name, training.seed, logits, **measured)
             if "group" in judge.parts:
                 note(ORACLE, training.seed, oracle_logits(training, judged, judge))
-    return rows, predictions
+    stacked = {name: np.stack(found) for name, found in predictions.items()}
+    return pd.DataFrame(rows).set_index(["remedy", "seed"]), stacked
 
 
 def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, Remedy]:

@@ -8,10 +8,9 @@ from functools import cached_property
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from irw_optim.remedies._differences import ORACLE, Difference, difference, worst_part
-from irw_optim.remedies._findings import conclude, signs_of_hurt
-from irw_optim.remedies._measuring import GROUP, METRICS, Judge, Metric, Numbers
-from irw_optim.remedies._people import group_names
+from irw_optim.remedies._findings import Difference, difference, worst_part
+from irw_optim.remedies._measuring import GROUP, METRICS, Judge, Metric, Numbers, group_names
+from irw_optim.remedies._methods import ORACLE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,24 +38,6 @@ class Comparison:
     signs: Mapping[str, Sequence[str]]
     settings: Mapping[str, str]
     judge: Judge
-
-    @classmethod
-    def of(
-        cls,
-        rows: list[dict[str, Any]],
-        predictions: Mapping[str, Numbers],
-        judge: Judge,
-        rare: int,
-        blind: str | None,
-        settings: Mapping[str, str],
-    ) -> Comparison:
-        """Draw the conclusions."""
-        import pandas as pd
-
-        runs = pd.DataFrame(rows).set_index(["remedy", "seed"])
-        take, sentences = conclude(runs, predictions, judge, blind)
-        signs = signs_of_hurt(runs, rare)
-        return cls(runs, predictions, take, sentences, signs, settings, judge)
 
     @property
     def metrics(self) -> list[Metric]:
@@ -96,24 +77,12 @@ class Comparison:
             groups: of the validation data, any grouping of it; columns are intersected.
         """
         import pandas as pd
-        from fairlearn.metrics import MetricFrame, count
-        from sklearn.metrics import accuracy_score
 
-        names = group_names(groups, len(self.judge.labels))
-        columns = {}
-        for remedy, predicted in self.predictions.items():
-            frames = [
-                MetricFrame(
-                    metrics={"accuracy": accuracy_score, "people": count},
-                    y_true=self.judge.labels,
-                    y_pred=one,
-                    sensitive_features=names,
-                ).by_group
-                for one in predicted
-            ]
-            columns["people"] = frames[0]["people"].astype(int)
-            columns[remedy] = sum(frame["accuracy"] for frame in frames) / len(frames)
-        return pd.DataFrame(columns).rename_axis("group")
+        names = pd.Series(group_names(groups, len(self.judge.labels)), name="group")
+        right = {n: (p == self.judge.labels).mean(0) for n, p in self.predictions.items()}
+        table = pd.DataFrame(right).groupby(names).mean()
+        table.insert(0, "people", names.value_counts())
+        return table
 
     def figure(self) -> Figure:
         """A panel for each metric, a dot and its interval for each remedy."""

@@ -1,29 +1,71 @@
-"""The conclusions, in words made from the numbers alone."""
+"""Remedies beside plain training, seed by seed, and what may be concluded, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from irw_optim.remedies._differences import (
-    CONFIDENCE,
-    ORACLE,
-    Difference,
-    difference,
-    paired,
-    worst_part,
-)
 from irw_optim.remedies._measuring import Judge, Numbers
-from irw_optim.remedies._methods import BALANCED, PLAIN
+from irw_optim.remedies._methods import BALANCED, ORACLE, PLAIN
 from irw_optim.schemes.class_by_class import FEW
 
 if TYPE_CHECKING:
     import pandas as pd
 
+CONFIDENCE = 0.95
+
 BY_HEART = 0.2
 """How much better a class is in training than in validation where it is learnt by heart."""
+
+
+class Difference(NamedTuple):
+    """A remedy minus plain training, seed by seed.
+
+    Attributes:
+        mean: over the seeds.
+        low: of its t interval over the seeds; NaN for a single seed.
+        high: of the same.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired(values: Numbers, others: Numbers, confidence: float = CONFIDENCE) -> Difference:
+    """The mean of the paired differences and its t interval.
+
+    >>> found = paired(np.array([0.5, 0.6, 0.7]), np.array([0.4, 0.4, 0.4]))
+    >>> print(f"{found.mean:.3f}, {found.low:.3f} to {found.high:.3f}")
+    0.200, -0.048 to 0.448
+    """
+    from scipy import stats
+
+    differences = np.asarray(values, float) - np.asarray(others, float)
+    mean, number = float(differences.mean()), len(differences)
+    if number < 2:
+        return Difference(mean, np.nan, np.nan)
+    half = stats.t.ppf((1 + confidence) / 2, number - 1) * differences.std(ddof=1) / number**0.5
+    return Difference(mean, mean - float(half), mean + float(half))
+
+
+def worst_part(judge: Judge, kind: str, predicted: Numbers) -> tuple[Any, int, float]:
+    """The part that fares worst on average over the seeds: name, people, accuracy."""
+    found = judge.accuracies(kind, predicted == judge.labels).mean(0)
+    worst = int(found.argmin())
+    return judge.names[kind][worst], int(judge.sizes(kind)[worst]), float(found[worst])
+
+
+def difference(runs: pd.DataFrame, remedy: str, metric: str, other: str = PLAIN) -> Difference:
+    """Of one remedy to plain training, or to another."""
+    return paired(runs.loc[remedy, metric].to_numpy(), runs.loc[other, metric].to_numpy())
 
 
 def signs_of_hurt(runs: pd.DataFrame, rare: int) -> dict[str, list[str]]:
@@ -138,12 +180,17 @@ def beyond_chance(differences: Numbers, moves: Numbers, confidence: float) -> bo
     return bool(differences.mean() > limit)
 
 
-def points(found: Difference) -> str:
-    """A difference of shares in points, with its interval.
+def as_text(found: Difference, unit: str = "", percent: bool = True) -> str:
+    """A difference with its interval; shares in points.
 
-    >>> points(Difference(0.1, 0.05, 0.15))
+    >>> as_text(Difference(0.1, 0.05, 0.15), " points")
     '+10.0 points (+5.0 to +15.0)'
     """
-    numbers = [f"{100 * value:+.1f}".replace("-", "−") for value in found]
-    interval = "" if np.isnan(found.low) else f" ({numbers[1]} to {numbers[2]})"
-    return f"{numbers[0]} points{interval}"
+    scale, digits = (100, 1) if percent else (1, 2)
+    mean, low, high = (f"{scale * value:+.{digits}f}".replace("-", "−") for value in found)
+    return f"{mean}{unit}" + ("" if np.isnan(found.low) else f" ({low} to {high})")
+
+
+def points(found: Difference) -> str:
+    """A difference of shares in points."""
+    return as_text(found, " points")

@@ -1,4 +1,4 @@
-"""What one trained model does on the validation data, in numbers."""
+"""What one trained model does on the validation data, in numbers, and to whom."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.metrics import worst_alpha_loss, worst_cell_accuracy
+from irw_optim.metrics._clusters import as_rows, kmeans
+from irw_optim.metrics._groups import intersect
+from irw_optim.metrics._inputs import as_array, as_columns, as_vector
 
 Numbers = npt.NDArray[Any]
 
@@ -78,9 +81,9 @@ class Judge:
         self, labels: Tensor, clusters: Numbers, groups: Numbers | None, min_cell: int
     ) -> None:
         self.labels = labels.numpy()
-        classes, member = np.unique(self.labels, return_inverse=True)
-        self.parts = {"class": member.reshape(-1)}
-        self.names: dict[str, list[Any]] = {"class": classes.tolist()}
+        self.names: dict[str, list[Any]] = {}
+        self.parts: dict[str, Numbers] = {}
+        self.names["class"], self.parts["class"] = intersect({"class": self.labels})
         found = worst_cell_accuracy(self.labels, self.labels, clusters, min_cell=min_cell)
         cells = [cell for cell in found.cells if cell.counted]
         self.names["cell"] = [(cell.label, cell.clusters) for cell in cells]
@@ -89,15 +92,16 @@ class Judge:
             inside = (self.labels == cell.label) & np.isin(clusters, cell.clusters)
             self.parts["cell"][inside] = number
         if groups is not None:
-            names, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+            names, member = intersect({"group": groups})
+            sizes = np.bincount(member)
             large = sizes >= min_cell
             if not large.any():
                 raise ValueError(
                     f"min_cell={min_cell}: the largest group has {sizes.max()} people: give more "
                     "validation data, or a lower min_cell"
                 )
-            self.names["group"] = names[large].tolist()
-            self.parts["group"] = np.where(large, large.cumsum() - 1, -1)[member.reshape(-1)]
+            self.names["group"] = [names[number] for number in np.flatnonzero(large)]
+            self.parts["group"] = np.where(large, large.cumsum() - 1, -1)[member]
 
     def sizes(self, kind: str) -> Numbers:
         """How many people each part has."""
@@ -163,3 +167,74 @@ def rarest(labels: Tensor, judged: Tensor) -> int:
     """Of the classes that are judged, the one that fewest of ``labels`` are of."""
     found: list[int] = judged.unique().tolist()
     return min(found, key=lambda label: int((labels == label).sum()))
+
+
+def group_names(groups: Any, size: int) -> Numbers:
+    """The group of each person, (N,): the values of all columns, numbers with the column's name."""
+    columns = as_columns(groups)
+    for name, column in columns.items():
+        _check_length(f"groups[{name!r}]", column, size)
+    texts = [
+        [str(v) if column.dtype.kind in "US" else f"{name} {v}" for v in column]
+        for name, column in columns.items()
+    ]
+    return np.array([", ".join(values) for values in zip(*texts, strict=True)])
+
+
+def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, size: int) -> Numbers:
+    """The cluster of each person, (N,): as given, or by k-means of the inputs as they are."""
+    if clusters is not None:
+        numbers = as_vector("clusters", clusters, "cluster")
+        _check_length("clusters", numbers, size)
+        return np.unique(numbers, return_inverse=True)[1].reshape(-1)
+    try:
+        rows = as_rows(as_array(inputs))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"validation inputs cannot be clustered ({error}): give clusters=, (N,) numbers from "
+            "any clustering of them, or of an embedding"
+        ) from error
+    return kmeans(rows, min(n_clusters, len(rows)), 0)
+
+
+def _check_length(name: str, values: Numbers, size: int) -> None:
+    if len(values) != size:
+        raise ValueError(
+            f"{name} has {len(values)} entries and validation {size} samples: expected one for each"
+        )
+
+
+def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> str | None:
+    """Why the score by clusters may be blind here, of plain training's ``right`` (seeds, N).
+
+    A shortcut that one feature shows does not move a cluster's centre. So a tree with a leaf a
+    class looks for one: who is misled by it, and do they fare worse than the worst cell?
+    """
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.tree import DecisionTreeClassifier
+
+    least = float(judge.accuracies("cell", right).mean(0).min())
+    if inputs is not None:
+        leaves = max(2, len(judge.names["class"]))
+        tree = DecisionTreeClassifier(max_leaf_nodes=leaves, class_weight="balanced")
+        said = tree.fit(inputs, judge.labels).predict(inputs)
+        told = balanced_accuracy_score(judge.labels, said)
+        for label in judge.names["class"] if told >= TOLD else []:
+            misled = (judge.labels == label) & (said != label)
+            if misled.sum() >= MISLED and (share := float(right[:, misled].mean())) < least - NEAR:
+                return (
+                    f"feature {tree.tree_.feature[0]} alone tells {told:.0%} of the classes; of "
+                    f"{misled.sum()} people of class {label} whom it misleads plain training gets "
+                    f"{share:.0%} right, {least:.0%} in the worst cell: the clusters do not see "
+                    "this shortcut, and the score may prefer the models that use it"
+                )
+    if least > max(0.01, float(judge.accuracies("class", right).mean(0).min()) - 0.01):
+        return (
+            "no cluster fares worse than its class: the clusters say nothing that the classes do "
+            "not, and a group that they do not see (a shortcut, say) would be missed"
+        )
+    return None
+
+
+TOLD, MISLED, NEAR = 0.9, 20, 0.1
+"""A shortcut tells that share of the classes, misleads as many, who fare so much worse."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from irw_optim.remedies._data import Samples
+from irw_optim.remedies._measuring import Judge
 from irw_optim.remedies._training import Fitted, Remedy, Training
 from irw_optim.schemes import ClassByClassSampler
 
-PLAIN, BALANCED = "plain", "class-balanced"
+PLAIN, BALANCED, ORACLE = "plain", "class-balanced", "groups known (oracle)"
 EARLY = 0.2
 """Share of the steps after which a model says who is worst off."""
 
@@ -91,3 +94,39 @@ REMEDIES: dict[str, Remedy] = {
     "IRW, centred": irw_centred,
 }
 """By name, in the order in which a simpler one is preferred to one that is no better."""
+
+
+def oracle_logits(training: Training, samples: Samples, judge: Judge) -> Tensor:
+    """Logits (N, C) of plain training's model, its last layer fitted again with groups balanced.
+
+    What there may be to gain.
+    Each half of the people is decided by a layer fitted to the other half, whose groups it is told
+    (Kirichenko et al. 2023, "Last layer re-training is sufficient").
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.preprocessing import StandardScaler
+
+    model, recipe = plain(training).model, training.recipe
+    seen: list[Tensor] = []
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
+        for module in linear[-1:]
+    ]
+    outputs, labels = samples.read(model, recipe.criterion, recipe.forward)
+    for hook in hooks:
+        hook.remove()
+    features = torch.cat(seen).cpu() if seen else outputs
+    if features.ndim != 2 or len(features) != len(labels):
+        features = outputs.reshape(len(labels), -1)
+    x, y, codes = StandardScaler().fit_transform(features), labels.numpy(), judge.parts["group"]
+    weight = (codes >= 0) / np.bincount(codes + 1, minlength=2)[codes + 1].clip(min=1)
+    found = torch.full((len(y), training.classes), -100.0)
+    halves = StratifiedKFold(2, shuffle=True, random_state=0)
+    for one, other in halves.split(x, np.maximum(codes, 0)):
+        scaled = weight[one] / weight[one].mean()
+        fit = LogisticRegression(max_iter=1000).fit(x[one], y[one], scaled)
+        said = np.log(fit.predict_proba(x[other]).clip(min=1e-30))
+        found[np.ix_(other, fit.classes_)] = torch.from_numpy(said).float()
+    return found

@@ -16,8 +16,12 @@ from irw_optim import compare_remedies
 from irw_optim.metrics import worst_cell_accuracy, worst_group_accuracy
 from irw_optim.remedies import REMEDIES, Fitted
 from irw_optim.remedies._findings import beyond_chance, signs_of_hurt
-from irw_optim.remedies._measuring import Judge, calibration_error, logits_of
-from irw_optim.remedies._people import unseen_by_clusters
+from irw_optim.remedies._measuring import (
+    Judge,
+    calibration_error,
+    logits_of,
+    unseen_by_clusters,
+)
 
 for library in ("fairlearn", "jinja2", "matplotlib", "rich"):
     pytest.importorskip(library, reason="remedies need the report extra")
