@@ -24,10 +24,10 @@ from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import as_vector
 from irw_optim.measure import median_seconds, peak_bytes
+from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.optimizer.checks import check_model
 from irw_optim.restored import restored
-from irw_optim.tables import html_table
 from irw_optim.weighting import Alignment, weigh
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.record import StepRecord
