@@ -18,8 +18,14 @@ from irw_optim.metrics._clusters import (
     worst_cell_accuracy,
     worst_cluster_accuracy,
 )
-from irw_optim.metrics._groups import group_accuracy, mad, tad, worst_group_accuracy
-from irw_optim.metrics._losses import loss_variance, worst_alpha_loss
+from irw_optim.metrics._groups import (
+    group_accuracy,
+    loss_variance,
+    mad,
+    tad,
+    worst_alpha_loss,
+    worst_group_accuracy,
+)
 from irw_optim.metrics._report import GroupReport, group_report
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Accuracy by group, and what it says in one number."""
+"""Accuracy by group, the losses of all, and what they say in one number."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from irw_optim.metrics._inputs import (
     ArrayLike,
     GroupsLike,
     as_columns,
+    as_losses,
     as_predictions,
     check_lengths,
 )
+from irw_optim.weighting import worst_off_count
+from irw_optim.weighting.ranges import check_alpha
 
 Group: TypeAlias = Hashable
 """A value of the one column of groups, or a tuple with a value of each."""
@@ -84,19 +87,49 @@ def tad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
     >>> tad([1, 0, 1, 1], [1, 0, 0, 1], groups=["f", "f", "m", "m"])
     0.5
     """
-    accuracies = group_accuracy(y_true, y_pred, groups)
-    return total_disparity(accuracies, overall_accuracy(y_true, y_pred))
-
-
-def overall_accuracy(y_true: ArrayLike, y_pred: ArrayLike) -> float:
-    """Share of right predictions."""
     true, predicted = as_predictions(y_true, y_pred)
-    return float((true == predicted).mean())
+    accuracies = group_accuracy(true, predicted, groups)
+    return total_disparity(accuracies, float((true == predicted).mean()))
 
 
 def total_disparity(accuracies: Mapping[Group, float], overall: float) -> float:
     """sum_g ``|acc_g - acc|``."""
     return float(sum(abs(accuracy - overall) for accuracy in accuracies.values()))
+
+
+def loss_variance(losses: ArrayLike) -> float:
+    """VAR, the variance of the losses over the samples: mean of (loss_i - mean loss)^2.
+
+    Args:
+        losses: (N,), finite.
+
+    Raises:
+        TypeError: ``losses`` holds no numbers.
+        ValueError: ``losses`` is empty, of another shape, or not finite.
+
+    >>> loss_variance([1.0, 1.0, 3.0, 3.0])
+    1.0
+    """
+    return float(as_losses(losses).var())
+
+
+def worst_alpha_loss(losses: ArrayLike, alpha: float) -> float:
+    """The mean of the worst ceil(alpha N) losses: the objective itself, CVaR at level alpha.
+
+    Args:
+        losses: (N,), finite.
+        alpha: share in (0, 1]; 1 gives the mean loss.
+
+    Raises:
+        TypeError: an argument that holds no numbers.
+        ValueError: ``losses`` empty, of another shape or not finite; ``alpha`` outside (0, 1].
+
+    >>> worst_alpha_loss([0.1, 2.0, 0.3, 1.0], alpha=0.5)
+    1.5
+    """
+    alpha = check_alpha(alpha)
+    ascending = np.sort(as_losses(losses))
+    return float(ascending[-worst_off_count(len(ascending), alpha) :].mean())
 
 
 def intersect(columns: Mapping[str, Array]) -> tuple[list[Group], npt.NDArray[np.intp]]:

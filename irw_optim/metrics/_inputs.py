@@ -102,21 +102,16 @@ def as_predictions(y_true: ArrayLike, y_pred: ArrayLike) -> tuple[Array, Array]:
 def as_columns(groups: GroupsLike) -> dict[str, Array]:
     """The columns of ``groups`` by name; without names of their own, group, or group_0, ..."""
     if isinstance(groups, Mapping) or (hasattr(groups, "columns") and hasattr(groups, "items")):
-        named = {str(name): column for name, column in groups.items()}
-        if not named:
-            raise ValueError("groups has no column: expected one or more")
-        return {
-            name: as_vector(f"groups[{name!r}]", column, "group") for name, column in named.items()
-        }
-    array = as_array(groups)
-    if array.ndim != 2:
+        columns = [(str(n), f"groups[{str(n)!r}]", column) for n, column in groups.items()]
+        given = "groups has no column"
+    elif (array := as_array(groups)).ndim == 2:
+        columns = [(f"group_{i}", f"groups[:, {i}]", column) for i, column in enumerate(array.T)]
+        given = f"groups has shape {array.shape}"
+    else:
         return {"group": as_vector("groups", array, "group")}
-    if not array.shape[1]:
-        raise ValueError(f"groups has shape {array.shape}: expected one column or more")
-    return {
-        f"group_{i}": as_vector(f"groups[:, {i}]", column, "group")
-        for i, column in enumerate(array.T)
-    }
+    if not columns:
+        raise ValueError(f"{given}: expected one column or more")
+    return {name: as_vector(named, column, "group") for name, named, column in columns}
 
 
 def check_lengths(**arrays: Array) -> None:

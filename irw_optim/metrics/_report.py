@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from irw_optim.metrics._groups import Group, group_accuracy, total_disparity
+from irw_optim.metrics._groups import (
+    Group,
+    group_accuracy,
+    loss_variance,
+    total_disparity,
+    worst_alpha_loss,
+)
 from irw_optim.metrics._inputs import (
     ArrayLike,
     GroupsLike,
@@ -15,7 +21,6 @@ from irw_optim.metrics._inputs import (
     as_predictions,
     check_lengths,
 )
-from irw_optim.metrics._losses import loss_variance, worst_alpha_loss
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,8 +112,7 @@ def group_report(
     true, predicted = as_predictions(y_true, y_pred)
     columns = as_columns(groups)
     accuracies = group_accuracy(true, predicted, columns)
-    loss_values = None if losses is None else as_losses(losses)
-    if loss_values is None and alpha is not None:
+    if losses is None and alpha is not None:
         raise ValueError(f"alpha={alpha!r} without losses: expected losses=, one loss a sample")
     try:
         from fairlearn.metrics import MetricFrame, count
@@ -119,11 +123,14 @@ def group_report(
         ) from error
 
     table: dict[str, Metric] = {"samples": count, "accuracy": accuracy_score}
-    sample_params = {}
-    if loss_values is not None:
-        check_lengths(y_true=true, losses=loss_values)
-        table["mean loss"] = mean_loss
-        sample_params["mean loss"] = {"losses": loss_values}
+    sample_params, variance, worst_losses = {}, None, None
+    if losses is not None:
+        values = as_losses(losses)
+        check_lengths(y_true=true, losses=values)
+        variance = loss_variance(values)
+        worst_losses = None if alpha is None else worst_alpha_loss(values, alpha)
+        table["mean loss"] = lambda y_true, y_pred, losses: losses.mean()
+        sample_params["mean loss"] = {"losses": values}
     taken = sorted(set(table) & set(metrics or {}))
     if taken:
         raise ValueError(f"metrics names {taken[0]!r}, which is a column already: rename it")
@@ -144,13 +151,6 @@ def group_report(
         worst_group_accuracy=accuracies[worst],
         mad=max(accuracies.values()) - accuracies[worst],
         tad=total_disparity(accuracies, float(frame.overall["accuracy"])),
-        loss_variance=None if loss_values is None else loss_variance(loss_values),
-        worst_alpha_loss=(
-            None if loss_values is None or alpha is None else worst_alpha_loss(loss_values, alpha)
-        ),
+        loss_variance=variance,
+        worst_alpha_loss=worst_losses,
     )
-
-
-def mean_loss(y_true: Any, y_pred: Any, losses: Any) -> Any:
-    """The mean of the losses of a group, in the form of a metric."""
-    return losses.mean()
