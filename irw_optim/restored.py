@@ -1,8 +1,8 @@
 """Passes through a model that leave no trace: what a forward may change, as it was before.
 
-A fair comparison of two passes starts both from one state: buffers and gradients, what the modules
-keep in attributes of their own (a counter, a running mean), and every source of chance in reach
-(torch's generators, ``random``, NumPy, generators that a module holds).
+That is buffers and gradients, what the modules keep in attributes of their own (a counter, a
+running mean), and every source of chance in reach (torch's generators, ``random``, NumPy,
+generators that a module holds).
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 
 @contextmanager
 def restored(*modules: nn.Module) -> Iterator[None]:
-    """Put back, after the block, what a pass through these modules may change.
-
-    Args:
-        *modules: the model, and the criterion.
-    """
+    """Put back, after the block, what a pass through these modules may change."""
     parameters = [p for module in modules for p in module.parameters()]
     gradients = [(p, p.grad) for p in parameters]
     undo = [action for module in modules for action in undo_state(module)]
@@ -53,10 +49,7 @@ def randomness_restored(
 
     Args:
         devices: those whose generators are put back besides the CPU's.
-        numpy: whether NumPy's is among them; its state takes long to save.
-
-    Yields:
-        NumPy's state, or None.
+        numpy: whether NumPy's is among them; its state takes long to save, and is yielded.
     """
     of_python, of_torch = random.getstate(), torch.get_rng_state()
     of_numpy = np.random.get_state() if numpy else None
@@ -80,11 +73,8 @@ def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]
     """What puts back the buffers and attributes of a module and of the modules in it.
 
     Goes into the lists, dicts, sets, tensors, generators and plain objects that attributes name.
-
-    Args:
-        module: nothing of it is changed now.
-        by_version: write to a tensor only if autograd counted a change of it: an earlier graph may
-            need it as it is. Changes by ``running_mean`` and ``.data`` are not counted.
+    With ``by_version`` a tensor is written to only if autograd counted a change of it: an earlier
+    graph may need it as it is. Changes by ``running_mean`` and ``.data`` are not counted.
     """
     for part in module.modules():
         attributes = vars(part)
@@ -101,16 +91,13 @@ def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]
 
 def _undo_inside(value: Any) -> Undo | None:
     """How to restore what can change inside an attribute; None where nothing is known to."""
-    if isinstance(value, torch.Generator):
-        state = value.get_state()
+    if isinstance(value, torch.Generator | np.random.RandomState):
+        state: Any = value.get_state()
         return lambda: value.set_state(state)
     if isinstance(value, np.random.Generator):
         bits = value.bit_generator
         bit_state = bits.state
         return lambda: setattr(bits, "state", bit_state)
-    if isinstance(value, np.random.RandomState):
-        old = value.get_state()
-        return lambda: value.set_state(old)
     if isinstance(value, random.Random):
         before = value.getstate()
         return lambda: value.setstate(before)
