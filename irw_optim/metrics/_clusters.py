@@ -17,6 +17,7 @@ from irw_optim.metrics._inputs import (
     as_predictions,
     as_vector,
     check_lengths,
+    check_numbers,
 )
 
 
@@ -73,9 +74,9 @@ def worst_cluster_accuracy(
     given, flattened; features in different units should be standardised before. To judge many
     models on large data, cluster once and call `worst_cell_accuracy`.
 
-    Small cells: of one class, all clusters with fewer than ``min_cell`` samples are merged into one
-    cell. If that is still smaller it is left out of ``worst_cell``, and counts in ``worst_class``
-    only. (An accuracy from fewer than 20 samples can have a standard error above 0.11.)
+    Of one class, all clusters with fewer than ``min_cell`` samples are merged into one cell. If
+    that is still smaller it counts in ``worst_class`` only. (An accuracy from fewer than 20 samples
+    can have a standard error above 0.11.)
 
     Args:
         inputs: (N, ...) numbers, what the model predicts from.
@@ -118,8 +119,7 @@ def worst_cell_accuracy(
         min_cell: samples that a cell needs.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: lengths that differ, empty input, or no cell with ``min_cell`` samples.
+        TypeError, ValueError: as of `worst_cluster_accuracy`.
 
     >>> result = worst_cell_accuracy([0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1], min_cell=1)
     >>> for cell in result.cells:
@@ -181,14 +181,10 @@ def kmeans(rows: Array, n_clusters: int, seed: int) -> npt.NDArray[np.int32]:
 def as_rows(inputs: ArrayLike) -> Array:
     """Inputs of any shape (N, ...) as finite rows (N, d)."""
     array = as_array(inputs)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"inputs has dtype {array.dtype}: expected numbers; encode categories")
     if array.ndim < 2 or not array.size:
         raise ValueError(
             f"inputs has shape {array.shape}: expected (N, ...), the features of each sample; "
             "inputs.reshape(-1, 1) for a single feature"
         )
-    if not np.isfinite(array).all():
-        first = int((~np.isfinite(array.reshape(len(array), -1))).any(axis=1).argmax())
-        raise ValueError(f"inputs[{first}] is not finite: expected no NaN or infinity")
+    check_numbers("inputs", array)
     return array.reshape(len(array), -1)

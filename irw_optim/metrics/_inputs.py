@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -114,7 +114,18 @@ def as_columns(groups: GroupsLike) -> dict[str, Array]:
     return {name: as_vector(named, column, "group") for name, named, column in columns}
 
 
-def check_lengths(**arrays: Array) -> None:
+def check_numbers(name: str, array: Array) -> None:
+    """Raise unless ``array``, (N, ...), holds finite numbers."""
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} has dtype {array.dtype}: expected numbers; encode categories")
+    broken = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+    if broken.any():
+        raise ValueError(
+            f"{name}[{broken.argmax()}] has NaN or infinity: fill it, or leave the sample out"
+        )
+
+
+def check_lengths(**arrays: Sized) -> None:
     """Raise unless all have as many samples as the first."""
     (first, reference), *others = arrays.items()
     for name, array in others:

@@ -6,9 +6,8 @@ how sure that is; "no remedy is clearly better than plain" is an answer. A remed
 """
 
 from irw_optim.remedies._compare import compare_remedies as compare_remedies
-from irw_optim.remedies._comparison import Comparison
-from irw_optim.remedies._findings import Difference
-from irw_optim.remedies._methods import REMEDIES as REMEDIES
+from irw_optim.remedies._comparison import Comparison, Difference
+from irw_optim.remedies._training import REMEDIES as REMEDIES
 from irw_optim.remedies._training import Fitted, Recipe, Remedy, Training
 
 __all__ = [

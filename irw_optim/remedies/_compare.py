@@ -18,9 +18,8 @@ from torch.utils.data import TensorDataset
 from irw_optim.arguments import as_whole, whole_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._inputs import ArrayLike, GroupsLike
-from irw_optim.remedies._comparison import Comparison
+from irw_optim.remedies._comparison import Comparison, conclude, signs_of_hurt
 from irw_optim.remedies._data import Data, Samples
-from irw_optim.remedies._findings import conclude, signs_of_hurt
 from irw_optim.remedies._measuring import (
     Judge,
     Numbers,
@@ -31,8 +30,16 @@ from irw_optim.remedies._measuring import (
     rarest,
     unseen_by_clusters,
 )
-from irw_optim.remedies._methods import ORACLE, PLAIN, REMEDIES, oracle_logits
-from irw_optim.remedies._training import Fitted, Recipe, Remedy, Training
+from irw_optim.remedies._training import (
+    ORACLE,
+    PLAIN,
+    REMEDIES,
+    Fitted,
+    Recipe,
+    Remedy,
+    Training,
+    oracle_logits,
+)
 from irw_optim.restored import randomness_restored
 from irw_optim.schemes.batch_losses import Forward
 from irw_optim.schemes.progress import progress_bar
@@ -97,9 +104,6 @@ def compare_remedies(
         loader_options: of the DataLoaders over data sets: ``num_workers``, ``collate_fn``.
         progress: show a bar, on a terminal or in a notebook.
 
-    Returns:
-        The table, the differences to plain, the decision, a figure, a page: `Comparison`.
-
     Raises:
         ImportError: the extra ``report`` is not installed.
         TypeError, ValueError: an argument that does not fit, before anything trains.
@@ -118,10 +122,8 @@ def compare_remedies(
         raise ValueError(f"seeds={seeds!r}: expected how many, >= 1, or a list of whole numbers")
     epochs = whole_number("epochs", epochs, 1)
     batch_size = whole_number("batch_size", batch_size, 1)
-    n_clusters, min_cell = (
-        whole_number(name, value, 1)
-        for name, value in (("n_clusters", n_clusters), ("min_cell", min_cell))
-    )
+    n_clusters = whole_number("n_clusters", n_clusters, 1)
+    min_cell = whole_number("min_cell", min_cell, 1)
     alpha = check_alpha(alpha)
     validate_criterion(criterion)
     with randomness_restored():
@@ -140,8 +142,8 @@ def compare_remedies(
         inputs = judged.dataset.tensors[0] if type(judged.dataset) is TensorDataset else None
         if inputs is None and clusters is None:
             inputs = _inputs_of(judged)
-        cluster = cluster_numbers(inputs, clusters, n_clusters, len(judged))
-        named = None if groups is None else group_names(groups, len(judged))
+        cluster = cluster_numbers(inputs, clusters, n_clusters, judged)
+        named = None if groups is None else group_names(groups, judged)
         judge = Judge(truth, cluster, named, min_cell)
         steps = epochs * max(1, len(people) // batch_size)
         recipe = Recipe(make_model, criterion, optimizer, scheduler, steps, batch_size, forward)

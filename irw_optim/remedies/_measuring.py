@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from irw_optim.metrics import worst_alpha_loss, worst_cell_accuracy
 from irw_optim.metrics._clusters import as_rows, kmeans
 from irw_optim.metrics._groups import intersect
-from irw_optim.metrics._inputs import as_array, as_columns, as_vector
+from irw_optim.metrics._inputs import as_array, as_columns, as_vector, check_lengths
 
 Numbers = npt.NDArray[Any]
 
 
 class Metric(NamedTuple):
-    """A column of the table.
-
-    Attributes:
-        name: its head.
-        meaning: in words.
-        sign: 1 where more is better, -1 where less is, 0 where neither.
-        percent: whether it is a share.
-    """
+    """A column; ``sign`` is 1 where more is better, -1 where less is; ``percent`` is for shares."""
 
     name: str
     meaning: str
@@ -48,9 +43,6 @@ METRICS = (
 
 def logits_of(outputs: Tensor, criterion: nn.Module) -> Tensor:
     """Outputs of a model, (N,), (N, 1) or (N, C), as logits (N, C) with C >= 2.
-
-    Raises:
-        ValueError: outputs of another shape.
 
     >>> logits_of(torch.tensor([2.0]), nn.BCEWithLogitsLoss())
     tensor([[0., 2.]])
@@ -115,23 +107,22 @@ class Judge:
         hits = [np.bincount(part[inside], one[inside], len(sizes)) for one in right]
         return np.stack(hits) / sizes
 
-    def score(self, right: Numbers) -> tuple[Numbers, Numbers]:
-        """What to choose by, (M,), and how each person moves its mean over the models, (N,).
+    def moves(self, right: Numbers) -> Numbers:
+        """How each person moves what to choose by, (N,), in the mean over the models.
 
-        The worst group where groups are named, else the mean of worst class and worst cell. By the
-        delta method, the root of the sum of squares of the second is the standard error that comes
-        from who happens to be in the validation data.
+        That is the worst group where groups are named, else the mean of worst class and worst cell.
+        By the delta method, the root of the sum of squares is the standard error that comes from
+        who happens to be in the validation data.
         """
         kinds = ["group"] if "group" in self.parts else ["class", "cell"]
-        scores, moves = np.zeros(len(right)), np.zeros(right.shape[1])
+        moves = np.zeros(right.shape[1])
         for kind in kinds:
             found = self.accuracies(kind, right)
-            for i, worst in enumerate(found.argmin(1)):
-                inside = self.parts[kind] == worst
-                scores[i] += found[i, worst] / len(kinds)
-                off = (right[i, inside] - found[i, worst]) / inside.sum()
+            for one, accuracies in zip(right, found, strict=True):
+                inside = self.parts[kind] == accuracies.argmin()
+                off = (one[inside] - accuracies.min()) / inside.sum()
                 moves[inside] += off / len(kinds) / len(right)
-        return scores, moves
+        return moves
 
     def measure(self, logits: Tensor) -> dict[str, float]:
         """A number for each metric that needs no training."""
@@ -142,7 +133,7 @@ class Judge:
             found[f"worst {kind}"] = float(self.accuracies(kind, right).min())
         found["score"] = (found["worst class"] + found["worst cell"]) / 2
         truth = torch.from_numpy(self.labels)
-        losses = -logits.log_softmax(1).clamp(min=-100.0).gather(1, truth[:, None])[:, 0]
+        losses = F.cross_entropy(logits, truth, reduction="none").clamp(max=100.0)
         found["tail loss"] = worst_alpha_loss(losses, 0.1)
         found["calibration error"] = calibration_error(logits, right[0])
         return found
@@ -169,11 +160,11 @@ def rarest(labels: Tensor, judged: Tensor) -> int:
     return min(found, key=lambda label: int((labels == label).sum()))
 
 
-def group_names(groups: Any, size: int) -> Numbers:
+def group_names(groups: Any, people: Sized) -> Numbers:
     """The group of each person, (N,): the values of all columns, numbers with the column's name."""
     columns = as_columns(groups)
     for name, column in columns.items():
-        _check_length(f"groups[{name!r}]", column, size)
+        check_lengths(**{"validation": people, f"groups[{name!r}]": column})
     texts = [
         [str(v) if column.dtype.kind in "US" else f"{name} {v}" for v in column]
         for name, column in columns.items()
@@ -181,11 +172,11 @@ def group_names(groups: Any, size: int) -> Numbers:
     return np.array([", ".join(values) for values in zip(*texts, strict=True)])
 
 
-def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, size: int) -> Numbers:
+def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, people: Sized) -> Numbers:
     """The cluster of each person, (N,): as given, or by k-means of the inputs as they are."""
     if clusters is not None:
         numbers = as_vector("clusters", clusters, "cluster")
-        _check_length("clusters", numbers, size)
+        check_lengths(validation=people, clusters=numbers)
         return np.unique(numbers, return_inverse=True)[1].reshape(-1)
     try:
         rows = as_rows(as_array(inputs))
@@ -195,13 +186,6 @@ def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, size: int) -> N
             "any clustering of them, or of an embedding"
         ) from error
     return kmeans(rows, min(n_clusters, len(rows)), 0)
-
-
-def _check_length(name: str, values: Numbers, size: int) -> None:
-    if len(values) != size:
-        raise ValueError(
-            f"{name} has {len(values)} entries and validation {size} samples: expected one for each"
-        )
 
 
 def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> str | None:

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from irw_optim.monitor.figures import STYLE, ShownFigure
-from irw_optim.remedies._findings import Difference, as_text
+from irw_optim.remedies._comparison import Difference, as_text
 from irw_optim.remedies._measuring import Metric
-from irw_optim.remedies._methods import ORACLE, PLAIN
+from irw_optim.remedies._training import ORACLE, PLAIN
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,18 +31,14 @@ def verdict(found: Difference, metric: Metric) -> int:
     return int(found.clear) * metric.sign * (1 if found.mean > 0 else -1)
 
 
-def number(value: float, metric: Metric) -> str:
-    """In % with one digit, else with two; nothing for NaN."""
-    return "" if np.isnan(value) else f"{100 * value:.1f}" if metric.percent else f"{value:.2f}"
-
-
 def cells(result: Comparison) -> pd.DataFrame:
     """The table as text: ▲ and ▼ stand for clearly better and worse than plain."""
     table = result.table.astype(object)
     for metric in result.metrics:
         for name, value in result.table[metric.name].items():
             mark = LOOKS[verdict(result.difference(str(name), metric.name), metric)][2] or " "
-            table.loc[name, metric.name] = f"{number(float(value), metric)} {mark}"
+            number = f"{100 * value:.1f}" if metric.percent else f"{value:.2f}"
+            table.loc[name, metric.name] = f"{'' if np.isnan(value) else number} {mark}"
     return table.rename_axis(None)
 
 
@@ -110,10 +106,7 @@ def _dots(axis: Axes, result: Comparison, metric: Metric, names: list[str]) -> N
 def page(result: Comparison, path: Any = None, *, whole: bool = True) -> str:
     """The sentences and the figure first; what is long can be opened.
 
-    Args:
-        result: what to show.
-        path: of a file to write; its folder is made if need be.
-        whole: a page of its own, and not a part of a notebook.
+    Written to ``path`` if one is given; without ``whole`` it is a part of a notebook.
     """
     from jinja2 import Environment, StrictUndefined
 
