@@ -8,9 +8,8 @@ drawn uniformly from all. Nobody's answer gives them away, and the shares can st
     IRWOptimizer(..., alpha=survey.lower_bound)          # (ln 3, 0)-differentially private
 
 The scheme is Warner's (1965), with several groups that of Kairouz, Bonawitz and Ramage (2016).
-With truth probability p and m groups of shares pi_k, answer k is given with probability::
-
-    rho_k = p pi_k + (1 - p) / m          and so          pi_k = (rho_k - (1 - p) / m) / p
+With truth probability p and m groups of shares pi_k, answer k is given with probability
+rho_k = p pi_k + (1 - p) / m.
 """
 
 from __future__ import annotations
@@ -124,19 +123,16 @@ def estimate_alpha(
 ) -> AlphaEstimate:
     """The shares of the groups, and the alpha to train with, from people's randomised answers.
 
-    Proportions: with r_k the share of answer k, (r_k - (1 - p)/m) / p is an unbiased estimate of
-    pi_k. These sum to 1 but may be negative; `project_onto_simplex` mends that, at the price of a
-    bias where a share is within a few standard errors of 0. The least of several estimates is
-    biased downwards, the more so the closer the smallest groups are in size.
+    With r_k the share of answer k, (r_k - (1 - p)/m) / p is an unbiased estimate of pi_k. These
+    sum to 1 but may be negative; `project_onto_simplex` mends that, at the price of a bias where a
+    share is within a few standard errors of 0. The least of several estimates is biased downwards.
 
-    Intervals: the count of answer k is Binomial(N, rho_k), and Clopper and Pearson's interval
-    contains rho_k with probability ``confidence`` at least, at every N and rho_k. pi_k is
-    increasing in rho_k, so the interval's ends go through the same formula, and are cut at 0 and 1.
-    (If these N people are themselves the population, the interval covers more.)
+    The intervals are Clopper and Pearson's of Binomial(N, rho_k), whose ends go through the same
+    formula, which is increasing, and are cut at 0 and 1.
 
-    Lower bound: the least of the one-sided bounds L_k at ``confidence``. No correction for several
-    groups is needed: with k* the truly smallest group, min_k L_k <= L_k*, and L_k* exceeds
-    min_k pi_k = pi_k* with probability 1 - ``confidence`` at most.
+    The lower bound is the least of the one-sided bounds L_k at ``confidence``. No correction for
+    several groups is needed: with k* the truly smallest group, min_k L_k <= L_k*, which exceeds
+    pi_k* with probability 1 - ``confidence`` at most.
 
     Args:
         responses: (N,) answers, N >= 1, whole numbers in 0 ... m - 1.

@@ -1,8 +1,7 @@
 """What is put on modules that belong to somebody else, and how it comes off again.
 
-An attachment is on a module once, whoever needs it, and for as long as somebody holds it: the
-owners are counted by Python itself. Copies and pickles of the module are without it, and load where
-this package is not installed.
+An attachment is on a module once, for as long as somebody holds it: the owners are counted by
+Python itself. Copies and pickles of the module are without it.
 """
 
 from __future__ import annotations

@@ -87,9 +87,8 @@ def worst_cluster_accuracy(
         min_cell: samples that a cell needs.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: lengths that differ, empty input, missing or infinite values, more clusters than
-            samples, or no cell with ``min_cell`` samples.
+        TypeError, ValueError: data that are impossible, more clusters than samples, or no cell with
+            ``min_cell`` samples.
 
     >>> inputs = [[0.0], [0.1], [5.0], [5.1]] * 10
     >>> y_true, y_pred = [0, 1, 0, 1] * 10, [0, 1, 0, 0] * 10

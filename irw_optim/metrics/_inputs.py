@@ -28,18 +28,15 @@ def as_array(values: ArrayLike) -> Array:
 
 
 def missing(array: Array) -> Array:
-    """Where there is no value: None, NaN, NaT and pandas.NA."""
-    if array.dtype.kind in "fcmM":
-        return np.isnan(array) if array.dtype.kind in "fc" else np.isnat(array)
+    """Where (N,) has no value: None, NaN, NaT and pandas.NA, which are not equal to themselves."""
     if array.dtype != object:
-        return np.zeros(array.shape, dtype=bool)
+        return np.asarray(array != array)
 
-    def equals_itself(value: object) -> bool:  # NaN and NaT do not, and NA == NA is NA
-        same: object = value == value
-        return isinstance(same, bool | np.bool_) and bool(same)
+    def known(value: object) -> bool:
+        same: object = value == value  # NA where it is that
+        return value is not None and isinstance(same, bool | np.bool_) and bool(same)
 
-    flat = [value is None or not equals_itself(value) for value in array.ravel()]
-    return np.array(flat, dtype=bool).reshape(array.shape)
+    return np.array([not known(value) for value in array], dtype=bool)
 
 
 def as_vector(name: str, values: ArrayLike, each: str, mend: str = "") -> Array:

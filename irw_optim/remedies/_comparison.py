@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from irw_optim.remedies._measuring import GROUP, METRICS, Judge, Metric, Numbers, group_names
+from irw_optim.remedies._measuring import METRICS, Judge, Metric, Numbers, group_names
 from irw_optim.remedies._training import BALANCED, ORACLE, PLAIN
 from irw_optim.schemes.class_by_class import FEW
 
@@ -68,8 +68,7 @@ class Comparison:
     @property
     def metrics(self) -> list[Metric]:
         """The columns, the worst group among them where groups are known."""
-        known = GROUP.name in self.runs
-        return [METRICS[0], *[GROUP] * known, *METRICS[1:]]
+        return [metric for metric in METRICS if metric.name in self.runs]
 
     @cached_property
     def table(self) -> pd.DataFrame:

@@ -28,9 +28,9 @@ class Metric(NamedTuple):
     percent: bool = True
 
 
-GROUP = Metric("worst group", "accuracy of the worst group that was named")
 METRICS = (
     Metric("accuracy", "share of right predictions"),
+    Metric("worst group", "accuracy of the worst group that was named"),
     Metric("worst class", "accuracy of the worst class"),
     Metric("worst cell", "accuracy of the worst label × cluster cell"),
     Metric("score", "mean of worst class and worst cell: what to choose by without groups"),
@@ -177,7 +177,7 @@ def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, people: Sized) 
     if clusters is not None:
         numbers = as_vector("clusters", clusters, "cluster")
         check_lengths(validation=people, clusters=numbers)
-        return np.unique(numbers, return_inverse=True)[1].reshape(-1)
+        return intersect({"cluster": numbers})[1]
     try:
         rows = as_rows(as_array(inputs))
     except (TypeError, ValueError) as error:

@@ -195,11 +195,6 @@ def class_balanced(training: Training, share: float = 1.0) -> Fitted:
     return fitted._replace(effective_share=effective)
 
 
-def balanced_half(training: Training) -> Fitted:
-    """Class-balanced, with half the steps: it stops before the rare class is learnt by heart."""
-    return class_balanced(training, share=0.5)
-
-
 def two_stages(training: Training, by: str = "gradients") -> Fitted:
     """An early class-balanced model says who of each class is worst off; a second learns them."""
     early = training.once("early", lambda: class_balanced(training, EARLY)).model
@@ -219,31 +214,20 @@ def two_stages(training: Training, by: str = "gradients") -> Fitted:
     return fitted._replace(effective_share=sampler.effective_share, held=True)
 
 
-def control(training: Training) -> Fitted:
-    """The two stages with draws by the losses, for which no gradient is needed."""
-    return two_stages(training, by="losses")
-
-
-def irw(training: Training) -> Fitted:
-    """IRW as in the paper, in one training."""
-    return training.fit(irw={"alpha": training.alpha})
-
-
-def irw_centred(training: Training) -> Fitted:
-    """IRW with what everybody needs taken off, after plain training for a third of the steps."""
-    warm_up = training.recipe.steps // 3
-    return training.fit(irw={"alpha": training.alpha, "center": 1.0, "warmup_steps": warm_up})
-
-
 REMEDIES: dict[str, Remedy] = {
     PLAIN: plain,
     "moved threshold": moved_threshold,
     BALANCED: class_balanced,
-    "balanced, half the steps": balanced_half,
-    "two stages, by losses": control,
+    # It stops before the rare class is learnt by heart.
+    "balanced, half the steps": lambda training: class_balanced(training, share=0.5),
+    # For the control no gradient is needed.
+    "two stages, by losses": lambda training: two_stages(training, by="losses"),
     "two stages, by gradients": two_stages,
-    "IRW": irw,
-    "IRW, centred": irw_centred,
+    "IRW": lambda training: training.fit(irw={"alpha": training.alpha}),
+    # With what everybody needs taken off, after plain training for a third of the steps.
+    "IRW, centred": lambda training: training.fit(
+        irw={"alpha": training.alpha, "center": 1.0, "warmup_steps": training.recipe.steps // 3}
+    ),
 }
 """By name, in the order in which a simpler one is preferred to one that is no better."""
 

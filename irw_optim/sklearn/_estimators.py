@@ -33,15 +33,14 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     Args:
         module: None for `mlp`, or a class, function or instance that makes (B, classes) logits out
             of float32 rows (B, features, ...). A class or function with arguments ``n_features``
-            and ``n_outputs`` is told both; an instance is copied, so that every fit begins with its
-            parameters.
+            and ``n_outputs`` is told both; an instance is copied for every fit.
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers, center, class_balance, mix, warmup_steps, score_parameters, weighting, engine:
             those of `irw_optim.IRWOptimizer`.
         class_weight: None, ``"balanced"``, or {label: factor}: factors on the losses, given to the
             criterion as ``weight=``. The worst-off are found among the losses times these.
         threshold: for two classes: `predict` says ``classes_[1]`` where its probability is at least
-            this. It counts at once, without another fit. None takes the likeliest class.
+            this, without another fit. None takes the likeliest class.
         criterion: None for `torch.nn.CrossEntropyLoss`, or the class of one that takes logits and
             class numbers.
         optimizer: the class of any torch optimizer.
