@@ -100,7 +100,6 @@ def worst_cluster_accuracy(
     rows = as_rows(inputs)
     check_lengths(y_true=true, inputs=rows)
     n_clusters = whole_number("n_clusters", n_clusters, 1)
-    min_cell = whole_number("min_cell", min_cell, 1)
     if n_clusters > len(rows):
         raise ValueError(f"n_clusters={n_clusters}: expected at most the {len(rows)} samples given")
     return worst_cell_accuracy(true, predicted, kmeans(rows, n_clusters, seed), min_cell=min_cell)
@@ -135,11 +134,16 @@ def worst_cell_accuracy(
     min_cell = whole_number("min_cell", min_cell, 1)
     right = true == predicted
     labels, member = intersect({"label": true})
-    cells = tuple(
-        cell
-        for number, label in enumerate(labels)
-        for cell in cells_of(label, cluster[member == number], right[member == number], min_cell)
-    )
+    cells = []
+    for number, label in enumerate(labels):
+        own = member == number
+        names, sizes = np.unique(cluster[own], return_counts=True)
+        large = [(name,) for name in names[sizes >= min_cell].tolist()]
+        small = tuple(names[sizes < min_cell].tolist())
+        for members in [*large, small] if small else large:
+            inside = right[own & np.isin(cluster, members)]
+            size = len(inside)
+            cells.append(Cell(label, members, size, float(inside.mean()), size >= min_cell))
     counted = [cell.accuracy for cell in cells if cell.counted]
     if not counted:
         raise ValueError(
@@ -147,21 +151,7 @@ def worst_cell_accuracy(
             f"{max(cell.samples for cell in cells)} samples; expected one with {min_cell} or more: "
             "evaluate on more samples, or lower min_cell"
         )
-    return ClusterAccuracy(min(counted), float(share_in(member, right).min()), cells)
-
-
-def cells_of(label: Group, cluster: Array, right: Array, min_cell: int) -> list[Cell]:
-    """The cells of one class; the clusters in which it is small are merged into one."""
-    numbers, sizes = np.unique(cluster, return_counts=True)
-    large = [(number,) for number in numbers[sizes >= min_cell].tolist()]
-    small = tuple(numbers[sizes < min_cell].tolist())
-    cells = []
-    for members in [*large, small] if small else large:
-        inside = right[np.isin(cluster, members)]
-        cells.append(
-            Cell(label, members, len(inside), float(inside.mean()), len(inside) >= min_cell)
-        )
-    return cells
+    return ClusterAccuracy(min(counted), float(share_in(member, right).min()), tuple(cells))
 
 
 def kmeans(rows: Array, n_clusters: int, seed: int) -> npt.NDArray[np.int32]:

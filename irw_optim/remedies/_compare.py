@@ -131,11 +131,11 @@ def compare_remedies(
         if not isinstance(model, nn.Module):
             raise TypeError(f"make_model() gave {model!r}: expected a torch.nn.Module")
         options = loader_options or {}
-        people = Samples("train", train, model, criterion, options)
-        judged = Samples("validation", validation, model, criterion, options)
-        outputs, labels = people.read(model, criterion, forward)
+        people = Samples("train", train, model, criterion, options, forward)
+        judged = Samples("validation", validation, model, criterion, options, forward)
+        outputs, labels = people.read(model)
         classes = logits_of(outputs[:1], criterion).shape[1]
-        _, truth = judged.read(model, criterion, forward)
+        _, truth = judged.read(model)
         _check_optimizer(optimizer, scheduler, model)
         if len(labels.unique()) < 2:
             raise ValueError("train has a single class: expected two or more")
@@ -195,9 +195,7 @@ def _train_all(
                 fitted = remedy(training)
                 seconds = time.perf_counter() - started + training.spared
                 fitted = fitted if isinstance(fitted, Fitted) else Fitted(fitted)
-                logits, of_train = (
-                    _decided(some, fitted, recipe) for some in (judged, training.samples)
-                )
+                logits, of_train = (_decided(some, fitted) for some in (judged, training.samples))
                 measured = {
                     "effective share": fitted.effective_share,
                     "time": seconds,
@@ -261,10 +259,9 @@ def _inputs_of(samples: Samples) -> Tensor:
     return torch.cat(found)
 
 
-def _decided(samples: Samples, fitted: Fitted, recipe: Recipe) -> Tensor:
+def _decided(samples: Samples, fitted: Fitted) -> Tensor:
     """The logits by which a remedy decides, (N, classes)."""
-    outputs, _ = samples.read(fitted.model, recipe.criterion, recipe.forward)
-    logits = logits_of(outputs, recipe.criterion)
+    logits = logits_of(samples.read(fitted.model)[0], samples.criterion)
     return logits if fitted.shift is None else logits + fitted.shift
 
 

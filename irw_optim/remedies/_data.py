@@ -29,8 +29,10 @@ class Samples:
         model: nn.Module,
         criterion: nn.Module,
         options: Mapping[str, Any],
+        forward: Forward | None = None,
     ) -> None:
         self.name, self.options = name, dict(options)
+        self.criterion, self.forward = criterion, forward
         if isinstance(data, tuple):
             data = _from_arrays(name, data, model, criterion)
         if isinstance(data, IterableDataset | DataLoader) or not hasattr(data, "__getitem__"):
@@ -59,11 +61,9 @@ class Samples:
             options = {k: v for k, v in self.options.items() if k != "batch_size"}
             yield from DataLoader(self.dataset, batch_sampler=drawn, **options)
 
-    def read(
-        self, model: nn.Module, criterion: nn.Module, forward: Forward | None
-    ) -> tuple[Tensor, Tensor]:
+    def read(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Outputs (N, ...) and classes (N,) of all samples, in evaluation mode, on the CPU."""
-        outputs, labels, losses_of = [], [], ClassLosses(model, criterion, forward)
+        outputs, labels, losses_of = [], [], ClassLosses(model, self.criterion, self.forward)
         try:
             with eval_mode(model), torch.no_grad():
                 for batch in self.batches(torch.arange(len(self)).split(1024)):

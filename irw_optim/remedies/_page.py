@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 LOOKS = {1: ("#0072B2", "^", "▲"), -1: ("#D55E00", "v", "▼"), 0: ("#777777", "o", "")}
 
 
-def verdict(found: Difference, metric: Metric) -> int:
-    """1 for clearly better than plain, -1 for clearly worse, 0 for neither."""
-    return int(found.clear) * metric.sign * (1 if found.mean > 0 else -1)
+def looks(found: Difference, metric: Metric) -> tuple[str, str, str]:
+    """Colour, marker and sign of what is clearly better than plain, clearly worse, or neither."""
+    return LOOKS[int(found.clear) * metric.sign * (1 if found.mean > 0 else -1)]
 
 
 def cells(result: Comparison) -> pd.DataFrame:
@@ -36,7 +36,7 @@ def cells(result: Comparison) -> pd.DataFrame:
     table = result.table.astype(object)
     for metric in result.metrics:
         for name, value in result.table[metric.name].items():
-            mark = LOOKS[verdict(result.difference(str(name), metric.name), metric)][2] or " "
+            mark = looks(result.difference(str(name), metric.name), metric)[2] or " "
             number = f"{100 * value:.1f}" if metric.percent else f"{value:.2f}"
             table.loc[name, metric.name] = f"{'' if np.isnan(value) else number} {mark}"
     return table.rename_axis(None)
@@ -85,7 +85,7 @@ def _dots(axis: Axes, result: Comparison, metric: Metric, names: list[str]) -> N
     axis.axvline(0, color="black", linewidth=1)
     for row, name in enumerate(names):
         found = result.difference(name, metric.name)
-        colour, marker, _ = LOOKS[verdict(found, metric)]
+        colour, marker, _ = looks(found, metric)
         low, high = np.nan_to_num([found.mean - found.low, found.high - found.mean])
         axis.errorbar(
             100 * found.mean,
@@ -159,7 +159,7 @@ def _difference(result: Comparison, name: str, metric: Metric) -> str:
     found = result.difference(name, metric.name)
     if np.isnan(found.mean):
         return ""
-    return f"{as_text(found, percent=metric.percent)} {LOOKS[verdict(found, metric)][2]}"
+    return f"{as_text(found, percent=metric.percent)} {looks(found, metric)[2]}"
 
 
 PAGE = """{% if whole %}<!doctype html>

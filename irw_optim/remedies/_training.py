@@ -242,13 +242,13 @@ def oracle_logits(training: Training, samples: Samples, judge: Judge) -> Tensor:
     from sklearn.model_selection import StratifiedKFold
     from sklearn.preprocessing import StandardScaler
 
-    model, recipe = plain(training).model, training.recipe
+    model = plain(training).model
     seen: list[Tensor] = []
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     hooks = [
         m.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach())) for m in linear[-1:]
     ]
-    outputs, labels = samples.read(model, recipe.criterion, recipe.forward)
+    outputs, labels = samples.read(model)
     for hook in hooks:
         hook.remove()
     features = torch.cat(seen).cpu() if seen else outputs
