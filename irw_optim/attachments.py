@@ -30,11 +30,7 @@ Removable = RemovableHandle | Change
 
 
 class Attachment:
-    """Something on a module, until nobody holds this object any longer.
-
-    Args:
-        module: attached in place.
-    """
+    """Something on a module, until nobody holds this object any longer."""
 
     def __init__(self, module: nn.Module) -> None:
         self.handles: list[Removable] = []

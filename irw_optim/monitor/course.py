@@ -40,13 +40,7 @@ class History:
 
 
 class Course:
-    """The recorded rows of a training, in order.
-
-    Attributes:
-        rows: all of them.
-        weighted: those after the warm-up.
-        recent: the later half of these, which show the training as it is now.
-    """
+    """The rows of a training: all, those after the warm-up, and the later half of these."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
@@ -95,12 +89,8 @@ def blocks(values: Array, count: int) -> tuple[Array, float]:
 class Part(NamedTuple):
     """A class or a group over many steps.
 
-    Attributes:
-        seen: number of samples.
-        samples: share of the samples, averaged over the steps.
-        weight: share of the weight, likewise.
-        removed: share of its samples that the outlier filter removed.
-        loss: mean loss.
+    How many of its samples were seen; its shares of the samples and of the weight, averaged over
+    the steps; the share of it that was removed, and its mean loss.
     """
 
     seen: float

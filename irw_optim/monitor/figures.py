@@ -55,11 +55,7 @@ class Panel(NamedTuple):
 
 
 def draw(course: Course) -> Figure:
-    """All panels that the course has something for.
-
-    Raises:
-        RuntimeError: there are no rows.
-    """
+    """All panels that the course has something for; a RuntimeError where there are no rows."""
     if not course.rows:
         raise RuntimeError("nothing was recorded yet: expected a call after optimizer.step()")
     panels = [panel for panel in PANELS if panel.answers(course)]

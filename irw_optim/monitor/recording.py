@@ -26,11 +26,8 @@ def row_of(
 ) -> Row | None:
     """The row of the step that the optimizer just took; None where nobody has a target.
 
-    Args:
-        optimizer: it knows alpha, the warm-up, and what a global scheme holds.
-        record: its `last_step`, of B >= 1 samples.
-        held_for: steps since the weights were made; None for a local scheme.
-        passes: the groups of each backward pass, oldest first; a ValueError if they do not fit.
+    The weights were made ``held_for`` steps ago, None for a local scheme; ``passes`` has the groups
+    of each backward pass, oldest first. A ValueError where these do not fit.
     """
     batch = read(record, gradient_norm(optimizer))
     own = getattr(record, "own", None)  # of several processes, whose samples the record holds

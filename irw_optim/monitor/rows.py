@@ -45,12 +45,7 @@ class Batch(NamedTuple):
 
 
 class Breakdown(NamedTuple):
-    """How a batch divides into classes or groups.
-
-    Attributes:
-        parts: those that occur, sorted.
-        numbers: (parts, 5), the columns `OF_A_PART`.
-    """
+    """The classes or groups of a batch, sorted, and of each the numbers `OF_A_PART`, (parts, 5)."""
 
     parts: tuple[Hashable, ...]
     numbers: Array
@@ -63,12 +58,9 @@ class Breakdown(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One recorded step.
+    """One recorded step: what holds for the batch as a whole, by column, and for its parts.
 
-    Attributes:
-        step: number of the optimizer step, from 1.
-        numbers: what holds for the batch as a whole, by column.
-        breakdowns: by ``"class"`` and by ``"group"``, where these are known.
+    The parts are those by ``"class"`` and by ``"group"``, where these are known.
     """
 
     step: int

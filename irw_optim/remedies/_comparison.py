@@ -98,8 +98,7 @@ class Comparison:
     def by_group(self, groups: Any) -> pd.DataFrame:
         """Accuracy of every group under every remedy, mean over the seeds, and its people.
 
-        Args:
-            groups: of the validation data, any grouping of it; columns are intersected.
+        Any grouping of the validation data will do; columns are intersected.
         """
         import pandas as pd
 
@@ -248,12 +247,10 @@ def conclude(
 
 
 def beyond_chance(differences: Numbers, moves: Numbers, confidence: float) -> bool:
-    """Whether a mean difference is above what the seeds and the people make by chance.
+    """Whether the mean of paired differences (seeds,) is above what is made by chance.
 
-    Args:
-        differences: (seeds,) paired.
-        moves: (N,) how each person moves their mean.
-        confidence: of the t interval; the variances add up, by Satterthwaite's degrees of freedom.
+    ``moves`` (N,) is how each person moves it. The variances of seeds and people add up, by
+    Satterthwaite's degrees of freedom.
     """
     from scipy import stats
 

@@ -134,10 +134,8 @@ def _from_arrays(
         raise ValueError(f"{name}: X has {len(x)} samples and y {len(y)}: expected as many")
     target = torch.from_numpy(y.astype(np.int64))
     if isinstance(criterion, nn.BCELoss | nn.BCEWithLogitsLoss | nn.SoftMarginLoss):
-        training = model.training
-        with torch.no_grad():
-            output = model.eval()(x[:2].to(next(model.parameters()).device))
-        model.train(training)
+        with eval_mode(model), torch.no_grad():
+            output = model(x[:2].to(next(model.parameters()).device))
         target = target.to(x.dtype).reshape(-1, *[1] * (output.ndim - 1))
     return TensorDataset(x, target)
 

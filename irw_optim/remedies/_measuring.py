@@ -63,10 +63,8 @@ def logits_of(outputs: Tensor, criterion: nn.Module) -> Tensor:
 class Judge:
     """Measures models on one set of people; what does not depend on the model is made once.
 
-    Attributes:
-        labels: (N,) classes.
-        parts: {"class": , "cell": , "group": } (N,) numbers from 0, -1 for whoever counts nowhere.
-        names: of the parts, in the order of their numbers.
+    ``parts`` has (N,) numbers of everybody's ``"class"``, ``"cell"`` and, where groups are named,
+    ``"group"``, -1 for whoever counts nowhere; ``names`` has the names of these numbers.
     """
 
     def __init__(

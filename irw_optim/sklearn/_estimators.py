@@ -44,18 +44,14 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         criterion: None for `torch.nn.CrossEntropyLoss`, or the class of one that takes logits and
             class numbers.
         optimizer: the class of any torch optimizer.
-        lr: its learning rate.
-        max_epochs: passes over the data in `fit`.
+        lr, max_epochs, callbacks, device, verbose: those of skorch.
         batch_size: samples in a batch; the worst-off are alpha * batch_size of them.
-        callbacks: skorch's, for example for schedules and early stopping.
         train_split: None, or a split of skorch such as ``ValidSplit(5, stratified=True)``, whose
             second part is not trained on but scored after every epoch.
         predict_nonlinearity: from the module's output to probabilities; ``"auto"`` is softmax for
             `torch.nn.CrossEntropyLoss`, and nothing for others.
-        device: where to train and predict.
         random_state: of parameters, order and dropout: a seed, a `numpy.random.RandomState`, or
             None for NumPy's global one. torch's own random state is left as it was.
-        verbose: 1 prints a line for each epoch.
 
     Attributes:
         classes_: (C,) the labels, sorted.

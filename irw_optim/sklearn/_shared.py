@@ -226,11 +226,7 @@ def takes(maker: Any, argument: str) -> bool:
 
 
 def refuse(keywords: Mapping[str, Any]) -> None:
-    """Refuse what fit does not take.
-
-    Raises:
-        TypeError: naming it, and what to use in place of sample weights.
-    """
+    """Refuse what fit does not take, and say what to use in place of sample weights."""
     if "sample_weight" in keywords:
         raise TypeError(
             "sample_weight is not taken: IRW itself decides in every batch how much a sample "
