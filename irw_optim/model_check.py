@@ -83,11 +83,8 @@ class Verification:
         errors = [(name, f"{error:.1e}") for name, error in self.errors.items()]
         said = "".join(f"<p>{escape(line)}</p>" for line in (self.verdict, *self._advice()))
         engines = html_table(("module", "engine"), self.engines.items())
-        return (
-            said
-            + engines
-            + html_table(("against a loop over the samples", "relative error"), errors)
-        )
+        header = ("against a loop over the samples", "relative error")
+        return said + engines + html_table(header, errors)
 
     def _advice(self) -> list[str]:
         """Which parameters go the slow way, what that costs, and how to make them quick."""

@@ -140,11 +140,14 @@ def intersect(columns: Mapping[str, Array]) -> tuple[list[Group], npt.NDArray[np
     values, codes = zip(
         *(np.unique(column, return_inverse=True) for column in columns.values()), strict=True
     )
-    cells, member = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
     lists = [value.tolist() for value in values]
-    keys = [tuple(names[code] for names, code in zip(lists, cell, strict=True)) for cell in cells]
-    # numpy 2.0 gave the inverse a second axis.
-    return [key if len(key) > 1 else key[0] for key in keys], member.reshape(-1)
+    if len(lists) == 1:
+        return lists[0], codes[0]
+    cells, member = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
+    keys: list[Group] = [
+        tuple(names[code] for names, code in zip(lists, cell, strict=True)) for cell in cells
+    ]
+    return keys, member.reshape(-1)  # numpy 2.0 gave the inverse a second axis
 
 
 def share_in(member: npt.NDArray[np.intp], right: Array) -> npt.NDArray[np.float64]:

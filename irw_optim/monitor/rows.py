@@ -67,11 +67,11 @@ class Row:
     numbers: dict[str, float]
     breakdowns: dict[str, Breakdown]
 
-    def flat(self, most_parts: int | None = None) -> dict[str, float]:
+    def flat(self, most_parts: float = math.inf) -> dict[str, float]:
         """One number a column, as in ``weight/class_1``, without partitions of too many parts."""
         row = {"step": self.step, **self.numbers}
         for kind, breakdown in self.breakdowns.items():
-            if most_parts is not None and len(breakdown.parts) > most_parts:
+            if len(breakdown.parts) > most_parts:
                 continue
             names = [f"{kind}_{_text(part)}" for part in breakdown.parts]
             for column, values in zip(OF_A_PART, breakdown.numbers.T.tolist(), strict=True):
@@ -131,12 +131,18 @@ def summarise(batch: Batch, alpha: float) -> dict[str, float]:
     }
 
 
-def break_down(batch: Batch, parts: list[Hashable], member: Array) -> Breakdown:
-    """Who the parts are: ``member`` (B,) numbers the part of each sample."""
-    size = np.bincount(member, minlength=len(parts))
+def by_class(batch: Batch) -> Breakdown | None:
+    """The batch by class; None where the criterion's target shows no classes."""
+    return None if batch.labels is None else by_group(batch, {"class": batch.labels})
+
+
+def by_group(batch: Batch, groups: Mapping[str, Array]) -> Breakdown:
+    """The batch by group; of several columns, by each combination that occurs."""
+    parts, member = intersect(groups)
+    size = np.bincount(member)
 
     def in_each(values: Array) -> Array:
-        return np.bincount(member, weights=values, minlength=len(parts))
+        return np.bincount(member, weights=values)
 
     columns = [
         size / size.sum(),
@@ -146,19 +152,6 @@ def break_down(batch: Batch, parts: list[Hashable], member: Array) -> Breakdown:
         in_each(batch.losses) / size,
     ]
     return Breakdown(tuple(parts), np.stack(columns, axis=1))
-
-
-def by_class(batch: Batch) -> Breakdown | None:
-    """The batch by class; None where the criterion's target shows no classes."""
-    if batch.labels is None:
-        return None
-    classes, member = np.unique(batch.labels, return_inverse=True)
-    return break_down(batch, classes.tolist(), member)
-
-
-def by_group(batch: Batch, columns: Mapping[str, Array]) -> Breakdown:
-    """The batch by group; of several columns, by each combination that occurs."""
-    return break_down(batch, *intersect(columns))
 
 
 def _text(part: Hashable) -> str:
