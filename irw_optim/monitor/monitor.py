@@ -274,8 +274,7 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
     known = WeakMethod(method)
 
     def call(*args: object) -> None:
-        alive = known()
-        if alive is not None:
+        if (alive := known()) is not None:
             alive(*args)
 
     return call

@@ -30,7 +30,7 @@ def row_of(
     of each backward pass, oldest first. A ValueError where these do not fit.
     """
     batch = read(record, gradient_norm(optimizer))
-    own = getattr(record, "own", None)  # of several processes, whose samples the record holds
+    own = record.own  # of several processes, whose samples the record holds
     mine = batch if own is None else batch.part(own.cpu().numpy())
     groups = groups_of(passes, len(mine.losses)) if passes else None
     held = worst_off_when_made(optimizer.scheme)
