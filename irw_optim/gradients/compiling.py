@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from types import MethodType
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
+from irw_optim.attachments import Attachment, OfModule, Removable, replace_on
 from irw_optim.torch_internals import (
     compiled_again,
     itself_uncompiled,
@@ -28,18 +27,8 @@ from irw_optim.torch_internals import (
 )
 
 
-class KeptOut(Replacement):
+class KeptOut(OfModule):
     """Stands in for a module's ``forward``: the same, outside of what torch.compile traces."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)
-
-    @property
-    def module(self) -> nn.Module:
-        """Whose ``forward`` this is."""
-        module = self._module()
-        assert module is not None, "called by nobody else"
-        return module
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:

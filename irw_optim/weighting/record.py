@@ -7,7 +7,7 @@ from math import isfinite
 
 from torch import Tensor
 
-from irw_optim.tables import html_table
+from irw_optim.notebook import html_table
 from irw_optim.weighting.weights import Weights
 
 
