@@ -30,7 +30,7 @@ class PerSampleLosses(NamedTuple):
             altogether: they are part of no mean.
         elements: Σn, or None if every sample is one element. With `scale` it makes the value of
             several batches together: a mean divides by the sum of their ``elements / scale``.
-        summed: Whether the value is the sum, which divides by nothing.
+        summed: Whether the value is the sum.
     """
 
     losses: Tensor
@@ -59,7 +59,7 @@ def fold(
     normaliser: Tensor | float | None = None,
     labels: Tensor | None = None,
 ) -> PerSampleLosses:
-    """Means over each sample's valid elements, and the value of torch's reduction.
+    """Means over each sample's valid elements, and the value of torch's reduction, without a wait.
 
     Args:
         elements: Unreduced losses, shape (batch · k, ...), row-major; 0 where not valid.
@@ -68,9 +68,6 @@ def fold(
         valid: Which elements count, shape of `elements`; None for all.
         normaliser: What the mean divides the sum by, if not the number of valid elements.
         labels: Passed on.
-
-    Returns:
-        The per-sample losses. Nothing here waits for the device.
     """
     detached = elements.detach()
     if valid is None:
@@ -80,20 +77,20 @@ def fold(
         losses, counts = _valid_row_means(elements, valid, batch)
         total = torch.count_nonzero(valid)
 
+    scale: Tensor | float = 1.0
     if reduction == "sum":
+        value = detached.sum()
         scale = float(total) if isinstance(total, int) else total.to(_wide(elements))
-        return PerSampleLosses(losses, detached.sum(), scale, labels, counts, total, summed=True)
-    if normaliser is None and valid is None:
-        return PerSampleLosses(losses, detached.mean(), 1.0, labels, counts, total)
-    if normaliser is None:
-        return PerSampleLosses(losses, _quotient(detached, total), 1.0, labels, counts, total)
-    empty = isinstance(normaliser, float) and not normaliser  # Python's 0/0 raises
-    scale = 1.0 if empty else total / normaliser
-    if isinstance(scale, Tensor):
-        # 0/0, everything ignored: torch's value is NaN and its gradient 0, as any number leaves it.
-        scale = scale.nan_to_num(1.0, posinf=float("inf"))
-    value = _quotient(detached, normaliser)
-    return PerSampleLosses(losses, value, scale, labels, counts, total)
+    elif normaliser is not None:
+        value = _quotient(detached, normaliser)
+        if isinstance(normaliser, Tensor) or normaliser:  # Python's 0/0 raises
+            scale = total / normaliser
+        if isinstance(scale, Tensor):
+            # 0/0, all ignored: torch's value is NaN and its gradient 0, as any number leaves it.
+            scale = scale.nan_to_num(1.0, posinf=float("inf"))
+    else:
+        value = detached.mean() if valid is None else _quotient(detached, total)
+    return PerSampleLosses(losses, value, scale, labels, counts, total, reduction == "sum")
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -1,11 +1,7 @@
 """What each loss does between its elements and its value: one short rule per kind of loss.
 
 A rule gets the criterion, its unreduced elements (B·k, ...), the number of samples and the
-arguments of the call. To add one::
-
-    @rule_for(MyLoss)
-    def _my_loss(criterion, elements, batch, input, target):
-        return fold(elements, batch, criterion.reduction, normaliser=...)
+arguments of the call; `RULES` says which kind has which.
 """
 
 from __future__ import annotations
@@ -23,32 +19,14 @@ Compute: TypeAlias = Callable[..., PerSampleLosses]
 
 
 class Rule(NamedTuple):
-    """How a kind of criterion gets from elements to its value.
+    """How a kind of criterion gets from elements to its value, by the reductions that it has.
 
-    Attributes:
-        compute: (criterion, elements, batch, *args, **kwargs) -> PerSampleLosses.
-        reductions: Those it has, ``"none"`` apart.
-        trusted: Whether its elements are known to be one row or more a sample.
+    It is trusted where its elements are known to be one row or more a sample.
     """
 
     compute: Compute
     reductions: tuple[str, ...] = ("mean", "sum")
     trusted: bool = True
-
-
-RULES: dict[type[nn.Module], Rule] = {}
-
-
-def rule_for(
-    *kinds: type[nn.Module], reductions: tuple[str, ...] = ("mean", "sum"), trusted: bool = True
-) -> Callable[[Compute], Compute]:
-    """Registers the decorated rule for the given kinds of criterion."""
-
-    def register(compute: Compute) -> Compute:
-        RULES.update((kind, Rule(compute, reductions, trusted)) for kind in kinds)
-        return compute
-
-    return register
 
 
 def find_rule(criterion: nn.Module) -> Rule | None:
@@ -67,51 +45,23 @@ def find_rule(criterion: nn.Module) -> Rule | None:
     return None
 
 
-@rule_for(
-    nn.CosineEmbeddingLoss,
-    nn.GaussianNLLLoss,
-    nn.HingeEmbeddingLoss,
-    nn.HuberLoss,
-    nn.L1Loss,
-    nn.MarginRankingLoss,
-    nn.MSELoss,
-    nn.MultiLabelMarginLoss,
-    nn.MultiLabelSoftMarginLoss,
-    nn.PoissonNLLLoss,
-    nn.SmoothL1Loss,
-    nn.TripletMarginLoss,
-    nn.TripletMarginWithDistanceLoss,
-)
 def plain(criterion: Any, elements: Tensor, batch: int, *_: Any, **__: Any) -> PerSampleLosses:
     """The mean or the sum of all elements."""
     return fold(elements, batch, criterion.reduction)
 
 
-@rule_for(nn.BCELoss, nn.BCEWithLogitsLoss)
-def _binary(
-    criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
-) -> PerSampleLosses:
-    labels = _labels(target, batch, threshold=0.5)
-    return fold(elements, batch, criterion.reduction, labels=labels)
+def labelled(threshold: float | None = None) -> Compute:
+    """The same, with a target that may tell classes: two, by a threshold, or those it names."""
+
+    def rule(
+        criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
+    ) -> PerSampleLosses:
+        labels = _labels(target, batch, threshold)
+        return fold(elements, batch, criterion.reduction, labels=labels)
+
+    return rule
 
 
-@rule_for(nn.SoftMarginLoss)
-def _signed_binary(
-    criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
-) -> PerSampleLosses:
-    labels = _labels(target, batch, threshold=0.0)
-    return fold(elements, batch, criterion.reduction, labels=labels)
-
-
-@rule_for(nn.MultiMarginLoss)
-def _multi_margin(
-    criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
-) -> PerSampleLosses:
-    # Unlike the cross entropy, its mean divides by the number of samples, class weights or not.
-    return fold(elements, batch, criterion.reduction, labels=_labels(target, batch))
-
-
-@rule_for(nn.CrossEntropyLoss, nn.NLLLoss)
 def _cross_entropy(
     criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
 ) -> PerSampleLosses:
@@ -136,11 +86,6 @@ def _cross_entropy(
     )
 
 
-if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the lowest torch supported
-    rule_for(nn.LinearCrossEntropyLoss)(_cross_entropy)
-
-
-@rule_for(nn.KLDivLoss, reductions=("mean", "sum", "batchmean"))
 def _kl_div(
     criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
 ) -> PerSampleLosses:
@@ -148,7 +93,6 @@ def _kl_div(
     return fold(elements, batch, criterion.reduction, normaliser=normaliser)
 
 
-@rule_for(nn.CTCLoss)
 def _ctc(
     criterion: Any,
     elements: Tensor,
@@ -180,3 +124,31 @@ def _labels(target: Tensor, batch: int, threshold: float | None = None) -> Tenso
     if target.numel() != batch:
         return None
     return flat(target if threshold is None else target > threshold).long()
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.BCELoss: Rule(labelled(0.5)),
+    nn.BCEWithLogitsLoss: Rule(labelled(0.5)),
+    nn.CosineEmbeddingLoss: Rule(plain),
+    nn.CrossEntropyLoss: Rule(_cross_entropy),
+    nn.CTCLoss: Rule(_ctc),
+    nn.GaussianNLLLoss: Rule(plain),
+    nn.HingeEmbeddingLoss: Rule(plain),
+    nn.HuberLoss: Rule(plain),
+    nn.KLDivLoss: Rule(_kl_div, ("mean", "sum", "batchmean")),
+    nn.L1Loss: Rule(plain),
+    nn.MarginRankingLoss: Rule(plain),
+    nn.MSELoss: Rule(plain),
+    nn.MultiLabelMarginLoss: Rule(plain),
+    nn.MultiLabelSoftMarginLoss: Rule(plain),
+    # Unlike the cross entropy's, its mean divides by the number of samples, class weights or not.
+    nn.MultiMarginLoss: Rule(labelled()),
+    nn.NLLLoss: Rule(_cross_entropy),
+    nn.PoissonNLLLoss: Rule(plain),
+    nn.SmoothL1Loss: Rule(plain),
+    nn.SoftMarginLoss: Rule(labelled(0.0)),
+    nn.TripletMarginLoss: Rule(plain),
+    nn.TripletMarginWithDistanceLoss: Rule(plain),
+}
+if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the lowest torch supported
+    RULES[nn.LinearCrossEntropyLoss] = Rule(_cross_entropy)
