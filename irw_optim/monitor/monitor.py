@@ -22,8 +22,8 @@ from irw_optim.monitor.recording import row_of
 from irw_optim.monitor.rows import Row
 from irw_optim.monitor.signatures import diagnose
 from irw_optim.monitor.staleness import WeightAge
+from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.tables import html_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -118,7 +118,7 @@ class WithoutReduction(nn.Module):
         ),
         ({"class_balance": 1}, TypeError, r"class_balance=1: expected True or False"),
         ({"mix": 2}, ValueError, r"mix=2: expected a number in \[0, 1\]"),
-        ({"warmup_steps": -1}, ValueError, r"warmup_steps=-1: expected 0 or more"),
+        ({"warmup_steps": -1}, ValueError, r"warmup_steps=-1: expected a whole number of steps, 0"),
         ({"warmup_steps": 0.5}, TypeError, r"warmup_steps=0\.5: expected a whole number"),
         ({"engine": "fast"}, ValueError, r"engine='fast': expected one of 'auto'"),
         ({"weighting": "dro"}, ValueError, r"weighting='dro': expected one of 'irw'"),
