@@ -46,5 +46,5 @@ def check_options(*, center: object = 0.0, mix: object = 0.0, warmup_steps: obje
     recommended = "where 0 is the paper's rule, and 1 what we recommend to try"
     real_number("center", center, "[0, inf)", recommended)
     real_number("mix", mix, "[0, 1]", "the share of plain averaging in the weights")
-    steps = "a whole number of steps, 0 or more, for example len(loader) for one epoch"
+    steps = "a whole number of steps, 0 or more, for example warmup_steps=len(loader) for one epoch"
     whole_number("warmup_steps", warmup_steps, 0, steps)
