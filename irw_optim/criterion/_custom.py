@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.criterion._calls import forward_of, is_due, rehearsal, unreduced
-from irw_optim.criterion._folding import PerSampleLosses
-from irw_optim.criterion._rules import RULES, Rule, plain
+from irw_optim.criterion._rules import RULES, PerSampleLosses, Rule, plain
 
 _SHAPE = "one loss per sample, of shape (B,) or (B, ...)"
 

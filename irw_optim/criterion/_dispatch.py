@@ -14,8 +14,7 @@ from irw_optim.criterion._custom import (
     check_rows_are_samples,
     with_own_value,
 )
-from irw_optim.criterion._folding import PerSampleLosses
-from irw_optim.criterion._rules import Rule, find_rule, plain
+from irw_optim.criterion._rules import PerSampleLosses, Rule, find_rule, plain
 
 _CUSTOM = Rule(plain, trusted=False)
 _WAYS_OUT = (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
 from irw_optim.criterion._dispatch import per_sample_losses, validate_criterion
-from irw_optim.criterion._folding import PerSampleLosses
+from irw_optim.criterion._rules import PerSampleLosses
 from irw_optim.notebook import in_a_notebook
 from irw_optim.torch_internals import uncompiled
 
