@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses
-from irw_optim.distributed.shard_checks import check_whole
+from irw_optim.distributed.sharding import check_whole
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 """``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from irw_optim.backward.passes import Pass, some_of
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.joining import join
 from irw_optim.distributed.ranks import Ranks
+from irw_optim.distributed.weigher import join
 from irw_optim.gradients.protocol import Direction
 from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.schemes.reading import DatasetReader
@@ -48,7 +48,7 @@ class DatasetOverRanks:
         # With fewer samples than processes, some read one that is not theirs, and drop its loss.
         read = positions if len(positions) else torch.zeros(1, dtype=torch.int64, device="cpu")
         own = some_of(self._at(read).losses(), slice(len(positions)))
-        return join([Pass(own, 1.0)], self.ranks).batch
+        return join([Pass(own, 1.0)], self.ranks)[0]
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w: each process sums over its part of those with a weight, an all-reduce of P."""
