@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import models
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,18 +17,6 @@ from irw_optim import IRWOptimizer
 FEATURES, CLASSES, LENGTH, WIDTH = 5, 3, 4, 6
 SHARDS = {1: [37], 2: [20, 17], 4: [11, 1, 0, 25]}
 """Samples of each rank in every batch: unequal, and with four ranks one has none."""
-
-
-class Recurrent(nn.Module):
-    """What only autodiff covers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells = nn.GRU(FEATURES, 6, batch_first=True)
-        self.head = nn.Linear(6, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.cells(x.unsqueeze(1))[0][:, -1])
 
 
 class Tagger(nn.Module):
@@ -84,7 +73,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.scale = nn.Parameter(torch.rand(WIDTH))
         self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=batch_first)
-        self.perceptron = nn.Sequential(nn.Linear(WIDTH, 9), nn.GELU(), nn.Linear(9, WIDTH))
+        self.perceptron = models.mlp(WIDTH, 9, WIDTH, act=nn.GELU)
 
     def forward(self, h: Tensor) -> Tensor:
         n = self.norm(h)
@@ -118,7 +107,12 @@ def time_first() -> nn.Module:
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    return models.mlp(FEATURES, 8, CLASSES)
+
+
+def recurrent() -> nn.Module:  # what only autodiff covers
+    layer = nn.GRU(FEATURES, 6, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (1, -1)), models.Recurrent(layer, CLASSES))
 
 
 def images() -> nn.Module:
@@ -137,7 +131,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "time first": time_first,
     "mlp": mlp,
     "images": images,
-    "gru": Recurrent,
+    "gru": recurrent,
     "tagger": Tagger,
     "branching": Branching,
     "spectral": Spectral,

@@ -11,6 +11,7 @@ import opacus
 import pytest
 import torch
 import torch.nn.functional as F
+from models import mlp
 from torch import nn
 
 from irw_optim import DBSCANFilter, IRWMonitor, IRWOptimizer, alpha, irw_weights, metrics, worst_off
@@ -23,7 +24,7 @@ class World:
     """A model, a criterion and an optimizer, with a momentum buffer and a gradient already."""
 
     def __init__(self) -> None:
-        self.model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+        self.model = mlp(4, 5, 3, act=nn.ReLU)
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.x, self.y = torch.randn(6, 4), torch.randint(3, (6,))
