@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -43,21 +44,31 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def command(package: str, names: Sequence[str], doc: str | None) -> None:
-    """``python -m <package> <name> ...`` runs ``<package>.<name>.main(the rest)``."""
+    """``python -m <package> <name> ...`` runs the `entry` of ``<package>.<name>``."""
     parser = argparse.ArgumentParser(description=str(doc).strip().split("\n")[0])
     parser.add_argument("what", choices=names)
     chosen = parser.parse_args(sys.argv[1:2]).what
     torch.set_num_threads(1)
-    import_module(f"{package}.{chosen}").main(sys.argv[2:])
+    entry(import_module(f"{package}.{chosen}"))(sys.argv[2:])
 
 
-def options(doc: str | None, given: Sequence[str], **more: dict[str, Any]) -> argparse.Namespace:
-    """``--fast``, and an argument for each keyword, as `add_argument` takes it."""
+def entry(module: Any) -> Callable[[Sequence[str]], None]:
+    """Its ``main``, or what `publish` makes of its ``run(fast)``, ``texts`` and ``draw``."""
+    return getattr(module, "main", None) or partial(publish, module)
+
+
+def arguments(doc: str | None, given: Sequence[str] | None, **more: Any) -> argparse.Namespace:
+    """An argument for each keyword, as `add_argument` takes it; a text makes a flag."""
     parser = argparse.ArgumentParser(description=str(doc).split("\n")[0])
-    parser.add_argument("--fast", action="store_true", help="a look in seconds; nothing is stored")
-    for name, keywords in more.items():
+    for name, how in more.items():
+        keywords = {"action": "store_true", "help": how} if isinstance(how, str) else how
         parser.add_argument(name if name == "part" else f"--{name.replace('_', '-')}", **keywords)
     return parser.parse_args(given)
+
+
+def options(doc: str | None, given: Sequence[str] | None, **more: Any) -> argparse.Namespace:
+    """`arguments`, and ``--fast``."""
+    return arguments(doc, given, fast="a look in seconds; nothing is stored", **more)
 
 
 # Storing --------------------------------------------------------------------------------------
@@ -68,19 +79,24 @@ def header(**settings: Any) -> dict[str, Any]:
     module = Path(sys.argv[0]).resolve().with_suffix("")
     parts = module.relative_to(ROOT).parts if module.is_relative_to(ROOT) else (module.name,)
     name = ".".join(parts).removesuffix(".__main__")
-    cpu = [line for line in _cpu_info() if line.startswith("model name")]
     return {
         "command": shlex.join(["python", "-m", name, *sys.argv[1:]]),
-        "machine": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
+        "machine": processor(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         **settings,
     }
 
 
-def _cpu_info() -> list[str]:
+def versions() -> str:
+    return f"torch {version('torch')}, Python {platform.python_version()}"
+
+
+def processor() -> str:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor()])[0]
 
 
 def store(name: str, rows: Iterable[dict[str, Any]] | pd.DataFrame, **settings: Any) -> None:
@@ -101,10 +117,10 @@ def stored(name: str) -> pd.DataFrame:
     return frame
 
 
-def save(name: str, rows: Any, fast: bool, shown: Sequence[str] | None = None, **more: Any) -> None:
-    """Print one table; unless ``fast``, write it, and its rows."""
+def save(name: str, rows: Any, fast: bool, text: str = "", **more: Any) -> None:
+    """Print a table, of the rows unless ``text`` is given; if not ``fast``, write it, and them."""
     frame = pd.DataFrame(rows)
-    text = markdown(frame if shown is None else frame[list(shown)])
+    text = text or markdown(frame)
     print("\n" + text)
     if not fast:
         store(name, frame, **more)
@@ -120,8 +136,7 @@ def publish(experiment: Any, given: Sequence[str]) -> None:
 
     ``run`` returns rows and settings; ``--again`` makes texts and figures of what is stored.
     """
-    more = {"again": {"action": "store_true", "help": "texts and figures of stored results"}}
-    chosen = options(experiment.__doc__, given, **more)
+    chosen = options(experiment.__doc__, given, again="texts and figures of stored results")
     name = experiment.__name__.rpartition(".")[2]
     if chosen.again:
         frame = stored(name)
@@ -153,7 +168,7 @@ def table(
     | --- | ---: |
     | a | 1 |
     """
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in (head, *lines)]
+    rows = [[c.replace("|", r"\|").replace("\n", " ") for c in row] for row in (head, *lines)]
     texts = texts or [True, *[False] * (len(head) - 1)]
     rows.insert(1, ["---" if text else "---:" for text in texts])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)

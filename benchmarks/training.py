@@ -73,6 +73,15 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
+def step(
+    model: nn.Module, criterion: Loss, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+) -> None:
+    """An ordinary step."""
+    optimizer.zero_grad()
+    criterion(model(x), y).backward()
+    optimizer.step()
+
+
 def take_steps(
     trainer: Trainer, model: nn.Module, data: Samples, number: int, loss: Loss = cross_entropy
 ) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.training import step
 from irw_optim import DBSCANFilter, IRWOptimizer
 
 HEADER = 7  # samples, labels?, counts?, passes, and of one pass: elements, divisor, factor
@@ -91,16 +92,9 @@ def _messages_of(irw: dict[str, Any] | None) -> list[tuple[str, int]]:
     if irw is not None:
         optimizer = IRWOptimizer(optimizer, alpha=0.2, model=model, criterion=criterion, **irw)
     x, y = torch.randn(BATCH, FEATURES), torch.arange(BATCH) % CLASSES
-
-    def step() -> None:
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-
-    for _ in range(2):  # which set things up
-        step()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        step()
+    for _ in range(3):  # the first two set things up
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+            step(model, criterion, optimizer, x, y)
     sent = [event for event in recorded.events() if event.name.startswith("gloo:")]
     return [(event.name.removeprefix("gloo:"), event.input_shapes[0][0]) for event in sent]
 

@@ -16,7 +16,6 @@ from benchmarks.methods.objectives import (
     arl,
     chi_square,
     class_balanced,
-    cvar,
     group_balanced,
     group_dro,
     plain,
@@ -87,8 +86,7 @@ def without_groups() -> Iterator[Setting]:
         yield Setting(MOVED, f"{MOVED}: {strength:g}", plain(), moved=strength)
     yield Setting("class-balanced", "class-balanced", class_balanced())
     for mix in (0.0, 0.5):
-        method = "CVaR, warm-up"
-        yield Setting(method, f"{method}: α 0.3, mix {mix:g}", cvar(0.3, WARM, mix))
+        yield irw("CVaR, warm-up", 0.3, WARM, weighting="cvar", mix=mix)
     yield Setting("χ²-DRO, warm-up", "χ²-DRO, warm-up: α 0.5", chi_square(0.5, WARM))
     for lr in (0.01, 0.1):
         yield Setting("ARL", f"ARL: lr {lr:g}", arl(lr))

@@ -14,15 +14,13 @@ from benchmarks import report
 from benchmarks.evidence import sweep, tables, unseen
 from benchmarks.evidence.analysis import (
     ACCURACY,
-    WITHOUT,
     Estimate,
     Target,
-    chosen,
+    best,
     mean_change,
-    of_setting,
+    of,
     protected,
     targets,
-    with_setting,
 )
 
 
@@ -121,10 +119,8 @@ def prices(folder: Path) -> None:
     natural, people = unseen.natural(folder), unseen.alone(folder)
     rows = []
     for name, setting in unseen.REMEDIES.items():
-        both = (
-            mean_change(natural, of_setting(natural, setting), ACCURACY),
-            mean_change(people, of_setting(people, setting)),
-        )
+        pick = of(setting)
+        both = mean_change(natural, pick, ACCURACY), mean_change(people, pick)
         rows.append(Row(name, dict(zip(looks, both, strict=True))))
     dots(
         "prices.png",
@@ -140,7 +136,7 @@ def where(found: Sequence[Target]) -> None:
     names = ("two stages, a fifth", "control (losses), a fifth", "IRW, as in the paper")
 
     def against(t: Target, name: str) -> Estimate:
-        own, balanced = (with_setting(t, s) for s in (unseen.REMEDIES[name], unseen.BALANCED))
+        own, balanced = t.setting(unseen.REMEDIES[name]), t.setting(unseen.BALANCED)
         return t.difference(own, balanced, t.worst)
 
     rows = [
@@ -166,7 +162,7 @@ def wrong_labels(folder: Path, noises: Sequence[float]) -> None:
     )
     rows = []
     for name in tables.with_flips(found):
-        changes = [mean_change(some, chosen(some, name, WITHOUT)) for some in found]
+        changes = [mean_change(some, best(name)) for some in found]
         rows.append(Row(name, dict(zip(kinds, changes, strict=True))))
     rows.sort(key=lambda row: -list(row.dots.values())[-1].mean)
     dots(

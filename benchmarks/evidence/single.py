@@ -19,7 +19,7 @@ from benchmarks.evidence.analysis import (
     Target,
     estimate,
     first_five,
-    of_setting,
+    of,
     read,
     recovered_by_seed,
     targets,
@@ -70,10 +70,10 @@ def search_table(folder: Path) -> str:
     found, five = scores(folder), first_five(targets(folder))
     lines = []
     for setting in found.mean(axis=1).sort_values(ascending=False).index:
-        rows, own = of_setting(five, setting), found.loc[setting]
-        each = [t.recovered(r).mean for t, r in zip(five, rows, strict=True)]
+        pick, own = of(setting), found.loc[setting]
+        each = [t.recovered(pick(t)).mean for t in five]
         cells = [*(f"{score:.3f}" for score in own), f"{own.mean():.3f}"]
-        cells += [*map(share, each), share(float(np.mean(each))), cost(five, rows)]
+        cells += [*map(share, each), share(float(np.mean(each))), cost(five, pick)]
         lines.append([f"**{setting}**" if setting == FIXED else setting, *cells])
     head = ["setting", *(f"score, {name}" for name in flips(list(found))), "mean score"]
     return table([*head, *titles(five), "mean of the five", "accuracy, points"], lines)
@@ -85,10 +85,9 @@ def search_table(folder: Path) -> str:
 def confirmed(found: Sequence[Target]) -> str:
     """The settings that were fixed beforehand, on the seeds that are reported."""
     five = first_five(found)
-    ours = recovered_by_seed(five, of_setting(five, FIXED))
+    ours = recovered_by_seed(five, of(FIXED))
     beside = "; ".join(
-        f"`{name}` {spread(estimate(ours - recovered_by_seed(five, of_setting(five, name))))}"
-        for name in BESIDE
+        f"`{name}` {spread(estimate(ours - recovered_by_seed(five, of(name))))}" for name in BESIDE
     )
     return (
         f"{settings_table(five, (FIXED, *BESIDE))}\n"

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from benchmarks.evidence.analysis import (
     ACCURACY,
     WITH,
     WITHOUT,
     Estimate,
+    Pick,
     Target,
-    chosen,
+    best,
     first_five,
     mean_change,
     mean_recovered,
     noisy_targets,
-    of_setting,
+    of,
     protected,
     targets,
 )
@@ -61,9 +61,9 @@ def marked(found: Estimate) -> str:
     return text if found.verdict == "no clear difference" else f"**{text}**"
 
 
-def cost(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> str:
+def cost(found: Sequence[Target], pick: Pick) -> str:
     """In accuracy, against plain training, mean over the targets."""
-    return points(mean_change(found, rows, ACCURACY).mean)
+    return points(mean_change(found, pick, ACCURACY).mean)
 
 
 def titles(found: Sequence[Target]) -> list[str]:
@@ -85,12 +85,11 @@ def headroom_table(folder: Path) -> str:
             " / ".join(share(t.recovered(t.chosen(methods, by)).mean) for by in (WITH, WITHOUT))
             for t in found
         ]
-        rows = [chosen(five, methods, by) for by in (WITH, WITHOUT)]
-        means = " / ".join(spread(mean_recovered(five, own)) for own in rows)
-        lines.append([name, *cells, means, " / ".join(cost(five, own) for own in rows)])
+        picks = [best(methods, by) for by in (WITH, WITHOUT)]
+        means = " / ".join(spread(mean_recovered(five, pick)) for pick in picks)
+        lines.append([name, *cells, means, " / ".join(cost(five, pick) for pick in picks)])
     room = [[percent(run[t.worst].mean()) for run in (t.plain(), t.oracle())] for t in found]
-    lines.append(["*plain → oracle, %*", *map(" → ".join, room), ""])
-    lines[-1].append(cost(five, [t.oracle() for t in five]))
+    lines.append(["*plain → oracle, %*", *map(" → ".join, room), "", cost(five, Target.oracle)])
     head = ["method", *titles(found), "mean of the first five", "accuracy, points"]
     return table(head, lines)
 
@@ -113,14 +112,13 @@ def protected_table(folder: Path) -> str:
 def noise_table(folder: Path, noises: Sequence[float]) -> str:
     """Worst-off group, chosen without groups: points from plain training with the same flips."""
     found = with_most_flips(folder, noises)
+    picks = {m: best(m) for m in with_flips(found)}
+    picks["*oracle, told the recorded groups*"] = Target.oracle
     lines = [
-        [m, *(marked(mean_change(some, chosen(some, m, WITHOUT))) for some in found)]
-        for m in with_flips(found)
+        [name, *(marked(mean_change(some, pick)) for some in found)] for name, pick in picks.items()
     ]
-    oracle = [marked(mean_change(some, [t.oracle() for t in some])) for some in found]
     plain = [percent(np.mean([t.plain()[t.worst].mean() for t in some])) for some in found]
-    lines += [["*oracle, told the recorded groups*", *oracle], ["*plain, %*", *plain]]
-    return table(["method", *flips(noises)], lines)
+    return table(["method", *flips(noises)], [*lines, ["*plain, %*", *plain]])
 
 
 def with_most_flips(folder: Path, noises: Sequence[float]) -> list[list[Target]]:
@@ -143,10 +141,10 @@ def settings_table(found: Sequence[Target], settings: Sequence[str]) -> str:
     """Headroom recovered by a setting that is the same for all targets."""
     lines = []
     for setting in settings:
-        rows = of_setting(found, setting)
-        each = [share(t.recovered(r).mean) for t, r in zip(found, rows, strict=True)]
-        score = np.mean([r["score without groups"].mean() for r in rows])
-        mean = spread(mean_recovered(found, rows))
-        lines.append([setting, *each, mean, cost(found, rows), f"{score:.3f}"])
+        pick = of(setting)
+        each = [share(t.recovered(pick(t)).mean) for t in found]
+        score = np.mean([pick(t)["score without groups"].mean() for t in found])
+        mean = spread(mean_recovered(found, pick))
+        lines.append([setting, *each, mean, cost(found, pick), f"{score:.3f}"])
     columns = ["mean", "accuracy, points", "score without groups"]
     return table(["setting", *titles(found), *columns], lines)

@@ -30,6 +30,7 @@ from benchmarks.data.memory import OFFICIAL, batches, loader
 from benchmarks.data.sources import Samples
 from benchmarks.evidence.evaluation import clusters, evaluate
 from benchmarks.models import mlp, outputs_of
+from benchmarks.training import step
 from irw_optim import DBSCANFilter, IRWOptimizer
 from irw_optim.metrics import worst_cell_accuracy
 from irw_optim.schemes import GlobalScheme
@@ -129,9 +130,7 @@ def train(model: nn.Module, data: Samples, setting: Setting, epochs: int, seed: 
             if source is not None and source.record is not seen:
                 seen = source.record
                 shares.append(float(source.weights[data.y == 1].sum()))
-            optimizer.zero_grad()
-            criterion(model(x), y).backward()
-            optimizer.step()
+            step(model, criterion, optimizer, x, y)
     optimizer.detach()
     return shares
 
@@ -222,10 +221,7 @@ def main(given: list[str]) -> None:
         for setting in settings:
             rows.append(run(setting, data, test, cluster, epochs, seed))
             print(seed, setting.name, round(rows[-1]["accuracy"], 3), flush=True)
-    text = table_of(pd.DataFrame(rows), chosen.part)
-    print("\n" + text)
-    if not chosen.fast:
-        flips = f"_flips_{chosen.flips}" if chosen.flips else ""
-        name = f"schemes_choosing_{chosen.part}_{chosen.data}{flips}"
-        report.store(name, rows, samples=samples, epochs=epochs, smallest_shares=smallest)
-        report.write(name, text)
+    flips = f"_flips_{chosen.flips}" if chosen.flips else ""
+    name = f"schemes_choosing_{chosen.part}_{chosen.data}{flips}"
+    settings = {"samples": samples, "epochs": epochs, "smallest_shares": smallest}
+    report.save(name, rows, chosen.fast, table_of(pd.DataFrame(rows), chosen.part), **settings)

@@ -26,10 +26,9 @@ from irw_optim.gradients.materialized import (
     widened,
 )
 from irw_optim.gradients.protocol import Direction
-from irw_optim.gradients.pushforward import NoPushForwardError
+from irw_optim.gradients.pushforward import NoPushForwardError, push_forward
 from irw_optim.gradients.recurrent import IN_CUDNN
 from irw_optim.gradients.silence import silent
-from irw_optim.gradients.unheard import push_forward
 from irw_optim.torch_internals import copies, squared_length
 
 logger = logging.getLogger("irw_optim")

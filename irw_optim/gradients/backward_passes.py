@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
@@ -18,9 +19,8 @@ from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.protocol import Direction
-from irw_optim.gradients.pushforward import NoPushForwardError
+from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.gradients.silence import silent
-from irw_optim.gradients.unheard import pull_back, push_forward
 from irw_optim.gradients.verification import equal
 
 logger = logging.getLogger("irw_optim")
@@ -36,15 +36,23 @@ class BackwardPasses:
         losses: (B,), with their graph.
         graph: what leads to them.
         known: what is remembered of the model.
+        one_forward: around each pass.
 
     Attributes:
         hooks_ran: whether hooks have heard a pass of these losses.
     """
 
-    def __init__(self, losses: Tensor, graph: Graph, known: dict[str, bool]) -> None:
+    def __init__(
+        self,
+        losses: Tensor,
+        graph: Graph,
+        known: dict[str, bool],
+        one_forward: AbstractContextManager[None],
+    ) -> None:
         self.losses = losses
         self.graph = graph
         self.known = known
+        self.one_forward = one_forward
         self.hooks_ran = False
 
     @cached_property
@@ -65,7 +73,8 @@ class BackwardPasses:
         """The gradient of <weights, losses> at some edges; hooks run where they change it."""
         if self.known.get(HOOKS_CHANGE):
             return self.with_hooks(edges, weights)
-        return pull_back(self.losses, weights.to(self.losses.dtype), edges, self.graph.order)
+        with self.one_forward:
+            return pull_back(self.losses, weights.to(self.losses.dtype), edges, self.graph.order)
 
     def push(self, direction: Direction) -> Tensor:
         """How much every loss changes along a direction of the leaves: (B,).
@@ -81,7 +90,8 @@ class BackwardPasses:
             for leaf, change in direction.items()
             if leaf in self._edges
         }
-        return push_forward(self.losses, changes, self.graph.order)
+        with self.one_forward:
+            return push_forward(self.losses, changes, self.graph.order)
 
     def with_hooks(
         self,
@@ -92,7 +102,7 @@ class BackwardPasses:
     ) -> Sequence[Tensor | None]:
         """The same by autograd's own engine; hooks of leaves wait for the gradient that counts."""
         self.hooks_ran = True
-        with silent(self.graph.leaves), torch.enable_grad():
+        with self.one_forward, silent(self.graph.leaves), torch.enable_grad():
             return torch.autograd.grad(
                 self.losses,
                 edges,

@@ -18,10 +18,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.attachments import Attachment, Removable, replace_on
 from irw_optim.gradients.compiling import CompiledAgain, ItselfKeptOut, KeptOut, Listener, inside
-from irw_optim.gradients.function_rules import CALLS, rule_of_function
 from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.rules import call_of, rule_of
+from irw_optim.gradients.rules import CALLS, call_of, rule_of, rule_of_function
 from irw_optim.torch_internals import itself_uncompiled, uncompiled
 
 

@@ -14,18 +14,13 @@ from irw_optim.gradients.protocol import Direction, PerSampleGradients
 class ConcatenatedGradients:
     """The rows of several batches in their order: G = [G_1; G_2; ...].
 
-    A parameter that a batch did not use has rows of zeros there.
-
-    Args:
-        parts: the batches, by any engine.
-        like: of the device and the dtype that weights have.
+    A parameter that a batch did not use has rows of zeros there. Weights have the device and the
+    dtype of ``like``.
 
     >>> from irw_optim.gradients import MaterializedGradients
     >>> weight = torch.zeros(1)
-    >>> G = ConcatenatedGradients([
-    ...     MaterializedGradients({weight: torch.tensor([[1.0], [2.0]])}),
-    ...     MaterializedGradients({weight: torch.tensor([[3.0]])}),
-    ... ], like=weight)
+    >>> rows = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]])]
+    >>> G = ConcatenatedGradients([MaterializedGradients({weight: r}) for r in rows], like=weight)
     >>> G.combine(torch.ones(3))[weight], G.dot({weight: torch.ones(1)})
     (tensor([6.]), tensor([1., 2., 3.]))
     >>> G.gram()[2]

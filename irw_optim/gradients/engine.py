@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_th
 from irw_optim.gradients.next_forward import goes_forwards_next
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import NOTHING_READ, Plan, read_around, read_in_a_pass
+from irw_optim.gradients.recomputation import RECOMPUTES
 from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
 
 logger = logging.getLogger("irw_optim")
@@ -152,16 +154,20 @@ class Engine(Renewed):
         """
         plan = self.plans.get(captured.kind)
         self.unfamiliar = plan is None
-        if plan is not None and (sites := plan.sites(captured.graph, captured.losses)) is not None:
-            captured.graph.sites = sites
-            return plan.covering
+        if plan is not None:
+            with captured.one_forward if self.known.get(RECOMPUTES) else nullcontext():
+                sites = plan.sites(captured.graph, captured.losses)
+            if sites is not None:
+                captured.graph.sites = sites
+                return plan.covering
         graph, own, losses = captured.graph, captured.leaves, captured.losses
         size = losses.shape[0]
         batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
         found = None
         if batch.followed and not sharded:
             spares = captured.one_product and self.kind == "auto"
-            found = read_in_a_pass(losses, graph, batch, own, spares_memory=spares)
+            with captured.one_forward:
+                found = read_in_a_pass(losses, graph, batch, own, spares_memory=spares)
         elif self.sees_fused and batch.mixed_by and not sharded:
             around, found = read_around(losses, graph, own, may_be_of_compiled)
             batch = batch if found is None else around

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
-from irw_optim.gradients.layers._gram import gram_of_rows, summed_rows
+from irw_optim.gradients.layers._products import gram_of_rows, summed_rows
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.side_by_side import Part, side_by_side
 from irw_optim.torch_internals import gradients_at

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import nullcontext
+from functools import cached_property, partial
 from threading import Lock
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -19,6 +20,7 @@ from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
 from irw_optim.gradients.graph import NO_GRAPH, CallSite, Graph
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
+from irw_optim.gradients.recomputation import RECOMPUTES, OneForward
 from irw_optim.gradients.verification import compare, in_half_precision, probe_of
 from irw_optim.torch_internals import is_walked_on, is_wanted
 
@@ -88,9 +90,10 @@ class LossGradients:
             self.uncovered = self.finished_by_autograd = []
             retain = keep_graph or bool(self.sharing or self.others)
             known, sites = covering.reached, graph.sites
-            self.ghost = ghost_gradients(
-                self.losses, sites, seed, retain_graph=retain, reached=known
-            )
+            with self.one_forward if engine.known.get(RECOMPUTES) else nullcontext():
+                self.ghost = ghost_gradients(
+                    self.losses, sites, seed, retain_graph=retain, reached=known
+                )
             if len(self.ghost.calls) != len(known):
                 covering.reached = self.ghost.reached
             return
@@ -202,11 +205,17 @@ class LossGradients:
         self.losses = self.losses.detach()
         self.graph = NO_GRAPH
 
+    @cached_property
+    def one_forward(self) -> OneForward:
+        """Around whatever computes a part of the forward again."""
+        return OneForward(self.engine.model, self.engine.known)
+
     @property
     def _passes(self) -> BackwardPasses:
         if self.passes is None:
             assert self.graph is not NO_GRAPH, "the backward pass is over"
-            self.passes = BackwardPasses(self.losses, self.graph, self.engine.known)
+            known, once = self.engine.known, self.one_forward
+            self.passes = BackwardPasses(self.losses, self.graph, known, once)
         return self.passes
 
     def _by_own_engine(

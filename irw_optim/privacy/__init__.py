@@ -1,17 +1,8 @@
 """DP-IRW: intrinsic reweighting under differential privacy.
 
 Reweighting by the batch and then adding DP-SGD's noise is not private: one person moves everybody
-else's weight. Here a sample is weighed by itself and by what earlier noisy steps have released::
-
-    engine = IRWPrivacyEngine()
-    model, optimizer, loader = engine.make_private(
-        module=model, optimizer=optimizer, data_loader=loader, criterion=criterion,
-        noise_multiplier=1.0, max_grad_norm=1.0, irw=IRWDPConfig(init_threshold=math.log(classes)),
-    )
-
-    config      the public parameters           mechanism   the formulas, pure
-    optimizer   the state of a training         engine      the wiring
-    refusals    what would void the guarantee   pending, rows   how a batch gets in
+else's weight. Here a sample is weighed by itself and by what earlier noisy steps have released: the
+formulas, and why they are private, are in `irw_optim.privacy.mechanism`.
 """
 
 from __future__ import annotations

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from irw_optim.errors import DPGuaranteeError
 
 from ..arguments import as_real, as_whole
-
-__all__ = ["IRWDPConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +25,8 @@ class IRWDPConfig:
         saturation: share of the samples whose alignment is meant to reach full weight, in (0, 1).
         tail_weight: weight of a sample above the loss threshold, in [0, 1].
         floor: least weight of any sample, in [0, 1]; 1 is DP-SGD.
-        direction_share: share of the step's privacy budget for the worst-off direction. 0 turns the
-            direction off: only the loss threshold weighs, and no budget goes to the rest.
+        direction_share: share of the step's privacy budget for the worst-off direction, in [0, 1);
+            0 turns the direction off: only the loss threshold weighs.
         count_share: share of the step's privacy budget for each noisy count.
         direction_momentum: share of the old direction kept at each step, in [0, 1).
         quantile_lr: step size of the two thresholds on the log scale, in (0, 10].
@@ -37,7 +36,7 @@ class IRWDPConfig:
     Raises:
         ValueError: a parameter outside its range.
         DPGuaranteeError: shares that leave no budget for the gradient, or an option that weighs
-            a sample by the other samples of its batch (an outlier filter, say).
+            a sample by others (an outlier filter, say).
 
     Example:
         >>> config = IRWDPConfig(init_threshold=math.log(10))
@@ -70,8 +69,14 @@ class IRWDPConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            number = _check_number(field.name, getattr(self, field.name))
-            object.__setattr__(self, field.name, number)  # frozen for everybody else
+            name, value = field.name, getattr(self, field.name)
+            expected, allowed = _RANGES[name]
+            number = as_whole(value) if name == "warmup_steps" else as_real(value)
+            if number is None:
+                raise TypeError(f"{name}={value!r}: expected {expected}")
+            if not allowed(number):  # NaN is in no range
+                raise ValueError(f"{name}={value!r}: expected {expected}")
+            object.__setattr__(self, name, number)  # frozen for everybody else
         # Without its own direction nothing but the threshold can give a sample any weight.
         if not self.uses_direction and self.floor == self.tail_weight == 0:
             raise ValueError(
@@ -102,32 +107,22 @@ class IRWDPConfig:
         return 1.0 - self.direction_share - self.count_releases * self.count_share
 
 
-_RANGES: dict[str, tuple[str, float, float, bool, bool]] = {
-    # name: (allowed, low, high, low is allowed, high is allowed)
-    "init_threshold": ("a positive public constant, math.log(classes)", 0, math.inf, False, False),
-    "alpha": ("a number in (0, 1)", 0, 1, False, False),
-    "saturation": ("a number in (0, 1)", 0, 1, False, False),
-    "tail_weight": ("a number in [0, 1]", 0, 1, True, True),
-    "floor": ("a number in [0, 1]", 0, 1, True, True),
-    "direction_share": ("a number in [0, 1)", 0, 1, True, False),
-    "count_share": ("a number in (0, 1)", 0, 1, False, False),
-    "direction_momentum": ("a number in [0, 1)", 0, 1, True, False),
-    "quantile_lr": ("a number in (0, 10]", 0, 10, False, True),
-    "init_scale": ("a positive number", 0, math.inf, False, False),
-    "warmup_steps": ("a whole number, 0 or more", 0, math.inf, True, False),
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "init_threshold": (
+        "a positive public constant, math.log(classes)",
+        lambda value: 0 < value < math.inf,
+    ),
+    "alpha": ("a number in (0, 1)", lambda value: 0 < value < 1),
+    "saturation": ("a number in (0, 1)", lambda value: 0 < value < 1),
+    "tail_weight": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
+    "floor": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
+    "direction_share": ("a number in [0, 1)", lambda value: 0 <= value < 1),
+    "count_share": ("a number in (0, 1)", lambda value: 0 < value < 1),
+    "direction_momentum": ("a number in [0, 1)", lambda value: 0 <= value < 1),
+    "quantile_lr": ("a number in (0, 10]", lambda value: 0 < value <= 10),
+    "init_scale": ("a positive number", lambda value: 0 < value < math.inf),
+    "warmup_steps": ("a whole number, 0 or more", lambda value: value >= 0),
 }
-
-
-def _check_number(name: str, value: object) -> float:
-    allowed, low, high, low_allowed, high_allowed = _RANGES[name]
-    number = as_whole(value) if name == "warmup_steps" else as_real(value)
-    if number is None:
-        raise TypeError(f"{name}={value!r}: expected {allowed}")
-    above = number >= low if low_allowed else number > low
-    below = number <= high if high_allowed else number < high
-    if not (above and below):  # true for NaN
-        raise ValueError(f"{name}={value!r}: expected {allowed}")
-    return number
 
 
 _BATCH_LEVEL = {

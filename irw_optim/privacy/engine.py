@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,24 +15,21 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from irw_optim.errors import DPGuaranteeError
+
 from . import refusals
 from .config import IRWDPConfig
 from .distributed import DistributedIRWDPOptimizer, every_draw
 from .ghost import GhostBatch
 from .optimizer import IRWDPOptimizer
-from .pending import check_criterion
-from .undo import undone_on_error
-
-__all__ = ["IRWPrivacyEngine"]
 
 
 class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untyped
     """Makes a model, an optimizer and a loader private, with intrinsic reweighting.
 
-    Used as Opacus' engine is; accountants ("prv", "rdp", "gdp"), ``get_epsilon``, checkpoints and
-    ``secure_mode`` are Opacus' own. Guarantee: (epsilon, delta)-differential privacy for adding or
-    removing one sample, of all that a step releases: the parameters and the optimizer's
-    ``public_state``.
+    Used as Opacus' engine is; accountants, ``get_epsilon``, checkpoints and ``secure_mode`` are
+    Opacus' own. Guarantee: (epsilon, delta)-differential privacy for adding or removing one sample,
+    of all that a step releases: the parameters and the optimizer's ``public_state``.
 
     Example:
         >>> import math, warnings
@@ -96,8 +95,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             noise_generator: source of the noise, for tests; its seed must stay secret.
             grad_sample_mode: "hooks", "functorch" or "ew" are Opacus' ways to per-sample gradients;
                 "ghost" makes the same step without them, and needs `criterion`.
-            wrap_model: False attaches hooks to the model instead of wrapping it; ghost mode never
-                wraps.
+            wrap_model: False attaches hooks to the model, as ghost mode always does.
             rand_on_empty: must be False.
             **unknown: refused; a misspelt argument must not give another mechanism.
 
@@ -110,65 +108,49 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             TypeError, ValueError: a value outside its range. Nothing has changed in any case.
         """
         refusals.refuse_options(unknown, of=self.make_private)
-        refusals.check_config(irw)
-        refusals.check_optimizer(optimizer)
-        noise_multiplier, max_grad_norm = refusals.check_noise_and_clipping(
-            noise_multiplier, max_grad_norm
+        noise_multiplier, max_grad_norm = refusals.check_mechanism(
+            irw, optimizer, noise_multiplier, max_grad_norm, loss_reduction
         )
-        refusals.check_clipping_mode(clipping)
-        refusals.check_grad_sample_mode(grad_sample_mode, criterion, batch_first=batch_first)
         refusals.check_loader(
             data_loader, poisson_sampling=poisson_sampling, rand_on_empty=rand_on_empty
         )
-        refusals.check_module(module, criterion)
-        refusals.check_parameters(optimizer, module)
-        refusals.check_loss_reduction(loss_reduction)
-        refusals.check_noise_generator(noise_generator, secure_mode=self.secure_mode)
-        if criterion is not None:
-            check_criterion(criterion, loss_reduction)
+        refusals.check_module(module, optimizer, criterion)
+        refusals.check_ways(
+            clipping,
+            grad_sample_mode,
+            criterion,
+            loss_reduction,
+            noise_generator,
+            batch_first=batch_first,
+            secure_mode=self.secure_mode,
+        )
+        ghost = grad_sample_mode == "ghost"
         touched = [self, *module.modules(), *module.parameters(), optimizer, data_loader]
-        with undone_on_error([*touched, criterion]):
-            return self._made_private(
-                module,
-                criterion,
-                loss_reduction=loss_reduction,
-                ghost=grad_sample_mode == "ghost",
+        with _undone_on_error([*touched, criterion]):
+            private_module, private_optimizer, private_loader = super().make_private(
+                module=module,
                 optimizer=optimizer,
                 data_loader=data_loader,
                 noise_multiplier=noise_multiplier,
                 max_grad_norm=max_grad_norm,
                 batch_first=batch_first,
+                loss_reduction=loss_reduction,
                 noise_generator=noise_generator,
-                grad_sample_mode=grad_sample_mode,
-                wrap_model=wrap_model,
+                grad_sample_mode="no_op" if ghost else grad_sample_mode,
+                wrap_model=wrap_model and not ghost,
                 irw=irw,
             )
-
-    def _made_private(
-        self,
-        module: nn.Module,
-        criterion: nn.Module | None,
-        *,
-        loss_reduction: str,
-        ghost: bool,
-        **options: Any,
-    ) -> tuple[Any, IRWDPOptimizer, DataLoader[Any]]:
-        if ghost:
-            options |= {"grad_sample_mode": "no_op", "wrap_model": False}
-        private_module, private_optimizer, private_loader = super().make_private(
-            module=module, loss_reduction=loss_reduction, **options
-        )
-        if ghost:
-            private_optimizer.pending = GhostBatch(loss_reduction, module)
-            private_module = module
-        else:
-            # Opacus' own guard raises in the middle of a backward pass; the optimizer's raises
-            # before the step, and by name.
-            private_module.allow_grad_accumulation()
-        if criterion is not None:
-            hooks = private_module if isinstance(private_module, GradSampleHooks) else None
-            private_optimizer.pending.follow(criterion, module, hooks)
-        return private_module, private_optimizer, private_loader
+            if ghost:
+                private_optimizer.pending = GhostBatch(loss_reduction, module)
+                private_module = module
+            else:
+                # Opacus' own guard raises in the middle of a backward pass; the optimizer's raises
+                # before the step, and by name.
+                private_module.allow_grad_accumulation()
+            if criterion is not None:
+                hooks = private_module if isinstance(private_module, GradSampleHooks) else None
+                private_optimizer.pending.follow(criterion, module, hooks)
+            return private_module, private_optimizer, private_loader
 
     def make_private_with_epsilon(
         self,
@@ -191,10 +173,14 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             **options: those of `make_private`, without ``noise_multiplier``.
 
         Raises:
-            DPGuaranteeError: as `make_private`, or budget was spent already: the noise is
-                calculated for a fresh accountant.
+            DPGuaranteeError: as `make_private`, or budget was spent already.
         """
-        refusals.refuse_spent_budget(len(self.accountant))
+        if len(self.accountant):
+            raise DPGuaranteeError(
+                "make_private_with_epsilon on an engine that has accounted for steps already: the "
+                "noise would be calculated for a fresh budget and the target overspent. Use a new "
+                "IRWPrivacyEngine, or make_private with a noise_multiplier of your own"
+            )
         return self.make_private(
             data_loader=data_loader,
             noise_multiplier=get_noise_multiplier(
@@ -211,7 +197,6 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
     def _prepare_data_loader(
         self, data_loader: DataLoader[Any], *, distributed: bool, **options: Any
     ) -> DataLoader[Any]:
-        """Opacus' factory, called by its make_private."""
         loader: DataLoader[Any] = super()._prepare_data_loader(
             data_loader, distributed=distributed, **options
         )
@@ -228,7 +213,6 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         grad_sample_mode: str,
         **options: Any,
     ) -> IRWDPOptimizer:
-        """Opacus' factory, called by its make_private."""
         kind = DistributedIRWDPOptimizer if distributed else IRWDPOptimizer
         ranks = dist.get_world_size() if distributed else 1  # Opacus gives the share of one rank
         return kind(
@@ -238,3 +222,26 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             secure_mode=self.secure_mode,
             **options,
         )
+
+
+@contextmanager
+def _undone_on_error(objects: Iterable[object]) -> Iterator[None]:
+    """Give the objects their attributes, and tables among these their contents, if the block fails.
+
+    Opacus hooks the model first and raises later: it would stay half private.
+    """
+    attributes = [vars(thing) for thing in objects if hasattr(thing, "__dict__")]
+    tables: list[Any] = [
+        value
+        for own in attributes
+        for value in (own, *own.values())
+        if isinstance(value, dict | list)
+    ]
+    before = [(table, table.copy()) for table in tables]
+    try:
+        yield
+    except BaseException:
+        for table, contents in before:
+            table.clear()
+            table.update(contents) if isinstance(table, dict) else table.extend(contents)
+        raise

@@ -1,8 +1,8 @@
 """Ghost mode: the same mechanism with no B x P tensor.
 
-The layers' inputs and output gradients give all that a private step asks for: the norms to clip by,
-<g_i, v> for the weights, and the two weighted sums, each one matrix product a layer. One backward
-pass to the layers' outputs is all; gradients without noise never reach ``p.grad``.
+The layers' inputs and output gradients give the norms to clip by, <g_i, v> for the weights, and the
+two weighted sums. One backward pass to the layers' outputs is all; gradients without noise never
+reach ``p.grad``.
 """
 
 from __future__ import annotations
@@ -23,19 +23,11 @@ from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.norms import row_norms
 from irw_optim.gradients.protocol import Direction
 
-from .pending import PendingBatch
-from .rows import ClippableGradients, GradSampleRows
-
-__all__ = ["GhostBatch", "GhostRows"]
+from .pending import ClippableGradients, GradSampleRows, PendingBatch
 
 
 class GhostBatch(PendingBatch):
-    """A pending batch whose rows are products of a ghost engine instead of ``grad_sample``.
-
-    Args:
-        loss_reduction: "mean" or "sum"; either way row i is the gradient of loss i.
-        model: hooked in place.
-    """
+    """A pending batch whose rows are ghost products; row i is the gradient of loss i."""
 
     def __init__(self, loss_reduction: str, model: nn.Module) -> None:
         super().__init__(loss_reduction)
@@ -54,11 +46,7 @@ class GhostBatch(PendingBatch):
         self._rows.clear()
 
     def rows(self, parameters: Sequence[Tensor], batch_size: int) -> ClippableGradients:
-        """The rows of the one backward pass.
-
-        Raises:
-            DPGuaranteeError: the losses given are not those of the backward pass.
-        """
+        """The rows of the one backward pass, if it is that of the losses given."""
         rows = self._rows[0] if len(self._rows) == 1 else None
         if rows is None and batch_size == 0:
             return GradSampleRows.read(parameters, 0)
@@ -83,12 +71,7 @@ class GhostBatch(PendingBatch):
         self._rows.append(rows)
 
     def rows_of(self, captured: LossGradients, upstream: Tensor) -> GhostRows:
-        """Run the engine behind a vector of losses.
-
-        Raises:
-            NotImplementedError: a layer that the ghost products do not cover, or another term in
-                the loss.
-        """
+        """Run the engine behind a vector of losses; NotImplementedError where it does not cover."""
         if captured.is_walked_on():
             raise NotImplementedError(
                 "grad_sample_mode='ghost': another term of the loss uses the same outputs, and "
@@ -111,7 +94,7 @@ class GhostBatch(PendingBatch):
                 "takes layers that are linear in their parameters and keep the batch in dimension "
                 "0, in a forward that does not mix samples; use grad_sample_mode='hooks'"
             )
-        return GhostRows(captured.ghost, upstream)
+        return GhostRows(captured.ghost.calls, batch_size, 1 / upstream)
 
 
 class _Arrival(Deferred):
@@ -145,39 +128,18 @@ class _Arrival(Deferred):
         self.captured = None
 
 
-class GhostRows:
-    """Ghost products as a private step wants them: with norms, and any row can be dropped.
-
-    Args:
-        gradients: of the losses.
-        scale: 0-dim, what the training loop multiplied the loss with; it scales every row.
-    """
-
-    def __init__(self, gradients: GhostGradients, scale: Tensor) -> None:
-        self.gradients = gradients
-        self.scale = scale
-        self.batch_size = gradients.batch_size
+class GhostRows(GhostGradients):
+    """Ghost products with norms, of which any row can be dropped; seed: 1 / the losses' factor."""
 
     def norms(self) -> Tensor:
         """|g_i| over all parameters, (B,)."""
-        return row_norms(self.gradients) * self.scale.abs()
+        return row_norms(self)
 
     def dot(self, direction: Direction) -> Tensor:
         """<g_i, v>, (B,)."""
-        if not direction:
-            return self.scale.new_zeros(self.batch_size)
-        return self.gradients.dot(direction) * self.scale
-
-    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """Sum of w_i g_i by parameter; one that the losses do not depend on is left out."""
-        return self.gradients.combine(weights * self.scale)
-
-    def gram(self) -> Tensor:
-        """<g_i, g_j>, (B, B)."""
-        return self.gradients.gram() * self.scale.square()
+        return super().dot(direction) if direction else self.seed.new_zeros(self.batch_size)
 
     def without(self, dropped: Tensor) -> GhostRows:
         """The same gradients with zero rows where `dropped` (B,) bool."""
-        whole = self.gradients
-        calls = [call.without(dropped) for call in whole.calls]
-        return GhostRows(GhostGradients(calls, whole.batch_size, whole.seed), self.scale)
+        calls = [call.without(dropped) for call in self.calls]
+        return GhostRows(calls, self.batch_size, self.seed)

@@ -26,65 +26,38 @@ counts halves their sensitivity (Andrew et al., 2021, Theorem 1).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import IRWDPConfig
 
-__all__ = [
-    "NoiseScales",
-    "PublicState",
-    "Released",
-    "SampleTerms",
-    "next_state",
-    "noise_scales",
-    "sample_terms",
-]
-
 _QUANTILE_RANGE = (1e-6, 1e6)
 
 
 @dataclass(frozen=True)
 class NoiseScales:
-    """Noise multipliers of the single releases: noise standard deviation per unit of sensitivity.
+    """The noise of the single releases, as standard deviations: the first two per unit of C."""
 
-    Attributes:
-        gradient: sigma_g; the noise on each coordinate is sigma_g C.
-        direction: sigma_v; infinite (nothing is released) without a direction.
-        count: sigma_b; the noise on a count is sigma_b, its sensitivity being 1/2.
-    """
-
-    gradient: float
-    direction: float
-    count: float
+    gradient: float  # sigma_g
+    direction: float  # sigma_v; infinite (nothing is released) without a direction
+    count: float  # sigma_b
 
 
 def noise_scales(noise_multiplier: float, config: IRWDPConfig) -> NoiseScales:
-    """Split one step's noise multiplier sigma over its releases (each formula above, solved).
+    """Split one step's sigma over its releases: sigma_g = sigma / sqrt(r_g), likewise sigma_v.
 
-    Args:
-        noise_multiplier: sigma of the whole step, the one that the accountant sees.
-        config: the shares r_g, r_v, r_b.
-
-    Returns:
-        sigma_g = sigma / sqrt(r_g), sigma_v = sigma / sqrt(r_v), sigma_b = sigma / (2 sqrt(r_b)).
-
-    Example:
-        >>> scales = noise_scales(1.0, IRWDPConfig(init_threshold=0.7))
-        >>> precision = scales.gradient**-2 + scales.direction**-2 + 2 * (2 * scales.count) ** -2
-        >>> round(precision, 12)  # = 1 / sigma^2
-        1.0
+    The sensitivity of a count is 1/2, and sigma_b = sigma / (2 sqrt(r_b)).
     """
+    direction = math.inf
+    if config.uses_direction:
+        direction = noise_multiplier / math.sqrt(config.direction_share)
     return NoiseScales(
         gradient=noise_multiplier / math.sqrt(config.gradient_share),
-        direction=(
-            noise_multiplier / math.sqrt(config.direction_share)
-            if config.uses_direction
-            else math.inf
-        ),
+        direction=direction,
         count=0.5 * noise_multiplier / math.sqrt(config.count_share),
     )
 
@@ -96,7 +69,7 @@ class PublicState:
     Attributes:
         threshold: tau, the loss above which a sample counts as worst-off.
         scale: kappa, the alignment that earns full weight.
-        direction: v, one tensor per parameter, in units of C; empty means 0.
+        direction: v by parameter, in units of C; empty means 0.
         steps: logical steps released so far.
     """
 
@@ -111,24 +84,17 @@ class PublicState:
         return cls(threshold=config.init_threshold, scale=config.init_scale)
 
 
-@dataclass(frozen=True)
-class SampleTerms:
+class SampleTerms(NamedTuple):
     """How each sample of a physical batch enters the sums: all of shape (B,), all private.
 
-    Attributes:
-        clip: min(1, C / |g_i|).
-        tail: m_i, as 0.0 or 1.0.
-        saturated: k_i, as 0.0 or 1.0.
-        weights: w_i in [0, 1].
-        counted: 1.0, or 0.0 for a sample whose loss or gradient is not finite; such a sample
-            is zero in all the others and in the counts.
+    A sample whose loss or gradient is not finite is zero in all of them, and in the counts.
     """
 
-    clip: Tensor
-    tail: Tensor
-    saturated: Tensor
-    weights: Tensor
-    counted: Tensor
+    clip: Tensor  # min(1, C / |g_i|)
+    tail: Tensor  # m_i, as 0.0 or 1.0
+    saturated: Tensor  # k_i, as 0.0 or 1.0
+    weights: Tensor  # w_i in [0, 1]
+    counted: Tensor  # 0.0 for the ones that are not finite, 1.0 for all others
 
     @property
     def tail_count(self) -> Tensor:
@@ -151,27 +117,7 @@ def sample_terms(
 ) -> SampleTerms:
     """Weigh every sample by itself and by public state; element-wise, so local by construction.
 
-    Args:
-        losses: l_i, (B,).
-        norms: |g_i|, (B,).
-        products: <g_i, v> before clipping, (B,).
-        state: tau, kappa, v and the number of steps.
-        config: alpha, floor, tail_weight and so on.
-        max_grad_norm: C.
-
-    Example:
-        >>> config = IRWDPConfig(init_threshold=1.0)
-        >>> state = PublicState(threshold=1.0, scale=0.5, steps=1)
-        >>> terms = sample_terms(
-        ...     losses=torch.tensor([2.0, 0.5, 0.5, float("nan")]),
-        ...     norms=torch.tensor([1.0, 1.0, 4.0, 1.0]),
-        ...     products=torch.tensor([-1.0, 0.25, 4.0, 1.0]),
-        ...     state=state, config=config, max_grad_norm=1.0,
-        ... )
-        >>> terms.weights
-        tensor([1.0000, 0.5000, 1.0000, 0.0000])
-        >>> terms.tail
-        tensor([1., 0., 0., 0.])
+    Of shape (B,): the losses l_i, the norms |g_i|, the products <g_i, v> before clipping.
     """
     finite = losses.isfinite() & norms.isfinite() & products.isfinite()
     counted = finite.to(norms.dtype)
@@ -190,19 +136,12 @@ def sample_terms(
     )
 
 
-@dataclass(frozen=True)
-class Released:
-    """The noisy sums of one logical batch that move the public state; public themselves.
+class Released(NamedTuple):
+    """The noisy sums of one logical batch that move the public state; public themselves."""
 
-    Attributes:
-        tail_count: A.
-        saturated_count: K; None without a direction.
-        direction: T, one tensor per parameter; None without a direction.
-    """
-
-    tail_count: float
-    saturated_count: float | None = None
-    direction: Mapping[Tensor, Tensor] | None = None
+    tail_count: float  # A
+    saturated_count: float | None = None  # K; None without a direction
+    direction: Mapping[Tensor, Tensor] | None = None  # T by parameter; None without a direction
 
 
 def next_state(
@@ -218,20 +157,7 @@ def next_state(
     v <- beta v + (1 - beta) T / (C alpha B);
     tau <- tau exp(eta (share above tau - alpha)); kappa likewise towards ``saturation``.
 
-    Args:
-        state: the state that the sums were taken with.
-        released: the noisy sums A, K and T.
-        config: alpha, saturation, momentum and step size.
-        max_grad_norm: C.
-        expected_batch_size: B = sampling rate times N; the actual batch size is private.
-
-    Example:
-        >>> config = IRWDPConfig(init_threshold=1.0, direction_share=0.0, quantile_lr=1.0)
-        >>> half_above = Released(tail_count=0.0)  # 1/2 + A/B = 1/2, where alpha = 0.3 is wanted
-        >>> state = PublicState.initial(config)
-        >>> state = next_state(state, half_above, config, max_grad_norm=1, expected_batch_size=8)
-        >>> round(math.log(state.threshold), 6)
-        0.2
+    B is ``expected_batch_size``: the actual batch size is private.
     """
 
     def track(quantile: float, count: float, target: float) -> float:
@@ -253,4 +179,55 @@ def next_state(
         scale=scale,
         direction=direction,
         steps=state.steps + 1,
+    )
+
+
+def dump(state: PublicState, config: IRWDPConfig, parameters: Sequence[Tensor]) -> dict[str, Any]:
+    """Plain numbers and tensors; the state of the noise generator would give the noise away."""
+    return {
+        "config": asdict(config),
+        "threshold": state.threshold,
+        "scale": state.scale,
+        "steps": state.steps,
+        "direction": [state.direction.get(p) for p in parameters],
+    }
+
+
+def restore(saved: Any, config: IRWDPConfig, parameters: Sequence[Tensor]) -> PublicState:
+    """The state that `dump` saved; ValueError for other DP-IRW parameters or another model."""
+    if saved is None:
+        raise ValueError(
+            "state_dict has no 'irw_dp' entry: it was not saved by an IRWDPOptimizer, so threshold "
+            "and direction are missing"
+        )
+    differing = [
+        f"{name}={value!r} here, {saved['config'].get(name)!r} saved"
+        for name, value in asdict(config).items()
+        if saved["config"].get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"state_dict was saved with other DP-IRW parameters ({'; '.join(differing)}): expected "
+            "the same IRWDPConfig"
+        )
+    directions = saved["direction"]
+    shapes = [None if v is None else v.shape for v in directions]
+    wanted = [p.shape for p in parameters]
+    fits = len(shapes) == len(wanted) and all(
+        shape in (None, like) for shape, like in zip(shapes, wanted, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"state_dict's direction has tensors of shapes {shapes} but the parameters have "
+            f"{wanted}: expected the same model"
+        )
+    return PublicState(
+        threshold=saved["threshold"],
+        scale=saved["scale"],
+        steps=saved["steps"],
+        direction={
+            p: v.to(device=p.device, copy=True)
+            for p, v in zip(parameters, directions, strict=True)
+            if v is not None
+        },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,21 +14,21 @@ from torch.optim import Optimizer
 
 from irw_optim.errors import DPGuaranteeError
 
-from . import checkpoint, refusals
+from ..arguments import as_real
+from . import refusals
 from .config import IRWDPConfig
 from .mechanism import (
     NoiseScales,
     PublicState,
     Released,
     SampleTerms,
+    dump,
     next_state,
     noise_scales,
+    restore,
     sample_terms,
 )
-from .pending import PendingBatch
-from .rows import ClippableGradients
-
-__all__ = ["IRWDPOptimizer"]
+from .pending import ClippableGradients, PendingBatch
 
 
 @dataclass
@@ -100,11 +101,17 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         **unknown: Any,
     ) -> None:
         refusals.refuse_options(unknown, of=IRWDPOptimizer)
-        refusals.check_config(irw)
-        refusals.check_optimizer(optimizer)
-        sigma, bound = refusals.check_noise_and_clipping(noise_multiplier, max_grad_norm)
-        size = refusals.check_expected_batch_size(expected_batch_size)
-        refusals.check_loss_reduction(loss_reduction)
+        sigma, bound = refusals.check_mechanism(
+            irw, optimizer, noise_multiplier, max_grad_norm, loss_reduction
+        )
+        size = as_real(
+            expected_batch_size
+        )  # known, as the actual one of a Poisson batch is private
+        if size is None or not 0 < size < math.inf:
+            raise ValueError(
+                f"expected_batch_size={expected_batch_size!r}: expected a positive number, the "
+                "sampling rate times the number of samples"
+            )
         super().__init__(
             optimizer,
             noise_multiplier=sigma,
@@ -142,13 +149,12 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """Clip, weigh, sum, and at the end of a logical batch add noise, account and step.
 
         Args:
-            closure: not supported.
+            closure: not supported, a NotImplementedError.
             losses: per-sample losses (B,) of the physical batch just gone backward; not needed
                 where a criterion was given to `make_private`. A batch of no samples may be stepped
                 on without a backward pass, by ``step(losses=torch.zeros(0))``.
 
         Raises:
-            NotImplementedError: a closure is given.
             DPGuaranteeError: losses missing or not one per sample; gradients accumulated, or
                 stepped on twice. Nothing has changed then.
         """
@@ -157,13 +163,12 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
                 "closure: a closure takes several looks at a batch for one step's privacy budget; "
                 "call backward and then step()"
             )
-        loss: float | None = (
-            self.original_optimizer.step() if self.pre_step(losses=losses) else None
-        )
-        return loss
+        if self.pre_step(losses=losses):
+            return self.original_optimizer.step()  # type: ignore[no-any-return]
+        return None
 
     def pre_step(self, closure: Any = None, *, losses: Tensor | None = None) -> bool:
-        """All of a step but the inner optimizer's; False while the logical batch goes on."""
+        """All of a step but the inner one's; False while the logical batch goes on."""
         losses = self.pending.losses(losses)
         rows = self.pending.rows(self.params, len(losses))
         sums = self._sums(rows, self._weigh(losses, rows))
@@ -204,24 +209,21 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state and, under ``"irw_dp"``, the public state.
 
-        Raises:
-            DPGuaranteeError: in the middle of a logical batch, whose sums are private.
+        A DPGuaranteeError in the middle of a logical batch: its sums are private.
         """
         self._refuse_mid_batch("state_dict()")
-        public = checkpoint.dump(self._public_state, self.irw, self._all_parameters)
+        public = dump(self._public_state, self.irw, self._all_parameters)
         return {**self.original_optimizer.state_dict(), "irw_dp": public}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume where `state_dict` was taken.
+        """Resume where `state_dict` was taken, by an optimizer with the same DP-IRW parameters.
 
-        Raises:
-            DPGuaranteeError: in the middle of a logical batch.
-            ValueError: a checkpoint of another optimizer, or of other DP-IRW parameters.
+        A DPGuaranteeError in the middle of a logical batch.
         """
         self._refuse_mid_batch("load_state_dict()")
         inner = dict(state_dict)
         saved = inner.pop("irw_dp", None)
-        public = checkpoint.restore(saved, self.irw, self._all_parameters)
+        public = restore(saved, self.irw, self._all_parameters)
         self.original_optimizer.load_state_dict(inner)
         self._public_state = public
 
@@ -240,15 +242,9 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         return [p for group in self.param_groups for p in group["params"]]
 
     def _weigh(self, losses: Tensor, rows: ClippableGradients) -> SampleTerms:
-        norms = rows.norms()
-        return sample_terms(
-            losses.to(norms),
-            norms,
-            rows.dot(self._public_state.direction).to(norms),
-            self._public_state,
-            self.irw,
-            self.max_grad_norm,
-        )
+        norms, state = rows.norms(), self._public_state
+        products = rows.dot(state.direction).to(norms)
+        return sample_terms(losses.to(norms), norms, products, state, self.irw, self.max_grad_norm)
 
     def _sums(self, rows: ClippableGradients, terms: SampleTerms) -> _Sums:
         dropped = terms.counted == 0
@@ -281,16 +277,13 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         return Released(tail, saturated, direction)
 
     def _noisy(self, total: Tensor, std: float) -> Tensor:
-        return self._over_ranks(total + self._noise(std, total))
+        return total + self._noise(std, total)
 
     def _noise(self, std: float, like: Tensor) -> Tensor:
         noise: Tensor = _generate_noise(
             std=std, reference=like, generator=self.generator, secure_mode=self.secure_mode
         )
         return noise
-
-    def _over_ranks(self, total: Tensor) -> Tensor:
-        return total  # this one is alone
 
     def _refuse_mid_batch(self, what: str) -> None:
         if self._logical_batch is not None:

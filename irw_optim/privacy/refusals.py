@@ -1,7 +1,4 @@
-"""Everything that would run but make the reported epsilon false, refused by name.
-
-Checks only: nothing here changes any state, so a refusal leaves everything as it was.
-"""
+"""Everything that would run but make the reported epsilon false, refused by name; checks only."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,28 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from irw_optim.criterion import validate_criterion
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.hooks import weighed_by
 
 from ..arguments import as_real
 from .config import IRWDPConfig, refuse_batch_level_options
 from .pending import PendingBatch, follower_of
-
-__all__ = [
-    "check_clipping_mode",
-    "check_config",
-    "check_expected_batch_size",
-    "check_grad_sample_mode",
-    "check_loader",
-    "check_loss_reduction",
-    "check_module",
-    "check_noise_and_clipping",
-    "check_noise_generator",
-    "check_optimizer",
-    "check_parameters",
-    "refuse_options",
-    "refuse_spent_budget",
-]
 
 
 def refuse_options(unknown: dict[str, Any], *, of: Callable[..., Any]) -> None:
@@ -59,16 +41,43 @@ def refuse_options(unknown: dict[str, Any], *, of: Callable[..., Any]) -> None:
         raise TypeError(f"{of.__name__} got an unexpected keyword argument {name!r}: {hint}")
 
 
-def check_config(irw: object) -> None:
-    """Raise unless `irw` is an IRWDPConfig."""
+def check_mechanism(
+    irw: object,
+    optimizer: object,
+    noise_multiplier: object,
+    max_grad_norm: object,
+    loss_reduction: object,
+) -> tuple[float, float]:
+    """Sigma >= 0 and C > 0 as plain numbers, if all that a step is made of is as it should be."""
     if not isinstance(irw, IRWDPConfig):
         raise TypeError(
             f"irw={irw!r}: expected an IRWDPConfig, for example "
             "irw=IRWDPConfig(init_threshold=math.log(number_of_classes))"
         )
+    _check_optimizer(optimizer)
+    if isinstance(max_grad_norm, Sequence):
+        raise NotImplementedError(
+            f"max_grad_norm={max_grad_norm!r}: per-layer clipping is not built for DP-IRW; "
+            "expected one positive number"
+        )
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"loss_reduction={loss_reduction!r}: expected 'mean' or 'sum', as of the criterion"
+        )
+    sigma = _finite("noise_multiplier", noise_multiplier, "0 or a positive number")
+    bound = _finite("max_grad_norm", max_grad_norm, "a positive number")
+    return sigma, bound
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
+def _finite(name: str, value: object, wanted: str) -> float:
+    if (number := as_real(value)) is None:
+        raise TypeError(f"{name}={value!r}: expected a number")
+    if not 0 <= number < math.inf or (number == 0 and wanted == "a positive number"):
+        raise ValueError(f"{name}={value!r}: expected {wanted}")
+    return number
+
+
+def _check_optimizer(optimizer: object) -> None:
     """Raise for an optimizer that would see gradients before the noise, or needs a closure."""
     from irw_optim.optimizer import IRWOptimizer  # it imports this package for its own refusals
 
@@ -97,81 +106,25 @@ def check_optimizer(optimizer: Optimizer) -> None:
             )
 
 
-def check_noise_and_clipping(
-    noise_multiplier: object, max_grad_norm: object
-) -> tuple[float, float]:
-    """Sigma >= 0 and C > 0 as plain numbers; raises unless they are single ones."""
-    numbers = []
-    if isinstance(max_grad_norm, Sequence):
-        raise NotImplementedError(
-            f"max_grad_norm={max_grad_norm!r}: per-layer clipping is not built for DP-IRW; "
-            "expected one positive number"
-        )
-    for name, value, positive in (
-        ("noise_multiplier", noise_multiplier, False),
-        ("max_grad_norm", max_grad_norm, True),
-    ):
-        if (number := as_real(value)) is None:
-            raise TypeError(f"{name}={value!r}: expected a number")
-        if not (number > 0 or (number == 0 and not positive)) or math.isinf(number):
-            wanted = "a positive number" if positive else "0 or a positive number"
-            raise ValueError(f"{name}={value!r}: expected {wanted}")
-        numbers.append(number)
-    sigma, bound = numbers
-    return sigma, bound
+def check_ways(
+    clipping: str,
+    mode: str,
+    criterion: nn.Module | None,
+    loss_reduction: str,
+    noise_generator: object,
+    *,
+    batch_first: bool,
+    secure_mode: bool,
+) -> None:
+    """Raise for ways to per-sample gradients and noise that are not built, or lack something.
 
-
-def check_expected_batch_size(expected_batch_size: object) -> float:
-    """B as a plain number; it must be known, as the actual size of a Poisson batch is private."""
-    size = as_real(expected_batch_size)
-    if size is None or not 0 < size < math.inf:
-        raise ValueError(
-            f"expected_batch_size={expected_batch_size!r}: expected a positive number, the "
-            "sampling rate times the number of samples"
-        )
-    return size
-
-
-def check_loss_reduction(loss_reduction: object) -> None:
-    """Raise unless the losses are averaged or summed."""
-    if loss_reduction not in ("mean", "sum"):
-        raise ValueError(
-            f"loss_reduction={loss_reduction!r}: expected 'mean' or 'sum', as of the criterion"
-        )
-
-
-def check_noise_generator(generator: object, *, secure_mode: bool) -> None:
-    """Raise for what gives no noise, or noise that secure mode would not take."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"noise_generator={generator!r}: expected a torch.Generator or None")
-    if generator is not None and secure_mode:
-        raise ValueError(
-            "noise_generator is given in secure mode, which draws from a generator of its own: "
-            "leave noise_generator out"
-        )
-
-
-def check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
-    """Raise for parameters outside the module: nothing makes their gradients private."""
-    own = set(module.parameters())
-    foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in own]
-    if foreign:
-        raise ValueError(
-            f"optimizer holds {len(foreign)} parameters that are not the module's (the first has "
-            f"shape {tuple(foreign[0].shape)}): expected an optimizer over parameters of module="
-        )
-
-
-def check_clipping_mode(clipping: str) -> None:
-    """Raise for ways of clipping that are not built."""
+    With another reduction of the criterion than Opacus undoes, the clipping of one sample would
+    depend on how many others were drawn, which is private.
+    """
     if clipping != "flat":
         raise NotImplementedError(
             f"clipping={clipping!r}: only clipping='flat' is built for DP-IRW"
         )
-
-
-def check_grad_sample_mode(mode: str, criterion: nn.Module | None, *, batch_first: bool) -> None:
-    """Raise for ways to per-sample gradients that are not built, or lack what they need."""
     if mode not in ("hooks", "functorch", "ew", "ghost"):
         raise NotImplementedError(
             f"grad_sample_mode={mode!r}: DP-IRW is built for 'hooks', 'functorch', 'ew' and 'ghost'"
@@ -186,16 +139,21 @@ def check_grad_sample_mode(mode: str, criterion: nn.Module | None, *, batch_firs
             "batch_first=False: ghost mode takes the batch in dimension 0; use "
             "grad_sample_mode='hooks'"
         )
-
-
-def refuse_spent_budget(accounted: int) -> None:
-    """Raise if the accountant holds steps already: a target epsilon starts from none."""
-    if accounted:
-        raise DPGuaranteeError(
-            "make_private_with_epsilon on an engine that has accounted for steps already: the "
-            "noise would be calculated for a fresh budget and the target overspent. Use a new "
-            "IRWPrivacyEngine, or make_private with a noise_multiplier of your own"
+    if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
+        raise TypeError(f"noise_generator={noise_generator!r}: expected a torch.Generator or None")
+    if noise_generator is not None and secure_mode:
+        raise ValueError(
+            "noise_generator is given in secure mode, which draws from a generator of its own: "
+            "leave noise_generator out"
         )
+    if criterion is not None:
+        validate_criterion(criterion)
+        if criterion.reduction != loss_reduction:
+            raise ValueError(
+                f"criterion {type(criterion).__name__} has reduction={criterion.reduction!r} but "
+                f"loss_reduction={loss_reduction!r}: expected the same; construct the criterion "
+                f"with reduction={loss_reduction!r}"
+            )
 
 
 def check_loader(loader: DataLoader[Any], *, poisson_sampling: bool, rand_on_empty: bool) -> None:
@@ -234,7 +192,9 @@ def check_loader(loader: DataLoader[Any], *, poisson_sampling: bool, rand_on_emp
         )
 
 
-def check_module(module: nn.Module, criterion: nn.Module | None = None) -> None:
+def check_module(
+    module: nn.Module, optimizer: Optimizer, criterion: nn.Module | None = None
+) -> None:
     """Raise for models in which one sample's gradient depends on the others by construction."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={module!r}: expected the torch.nn.Module that is trained")
@@ -265,6 +225,13 @@ def check_module(module: nn.Module, criterion: nn.Module | None = None) -> None:
         raise DPGuaranteeError(
             f"an IRWOptimizer is attached to the criterion: {_REWEIGHTED_EARLIER}"
         )
+    own = set(module.parameters())
+    foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in own]
+    if foreign:  # nothing makes their gradients private
+        raise ValueError(
+            f"optimizer holds {len(foreign)} parameters that are not the module's (the first has "
+            f"shape {tuple(foreign[0].shape)}): expected an optimizer over parameters of module="
+        )
 
 
 _REWEIGHTED_EARLIER = (
@@ -272,24 +239,21 @@ _REWEIGHTED_EARLIER = (
 )
 
 
-def _optimizers_inside(optimizer: Optimizer) -> Iterator[Optimizer]:
+def _optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizer and all that it wraps, under whatever attribute names."""
-    seen: set[int] = set()
+    found = {id(optimizer): optimizer}
     waiting = [optimizer]
     while waiting:
-        current = waiting.pop()
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        waiting += [v for v in vars(current).values() if isinstance(v, Optimizer)]
+        inside = [v for v in vars(waiting.pop()).values() if isinstance(v, Optimizer)]
+        waiting += [inner for inner in inside if id(inner) not in found]
+        found |= {id(inner): inner for inner in inside}
+    return list(found.values())
 
 
-def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-        yield from table.values()
-    if "forward" in vars(module):
-        yield vars(module)["forward"]
+def _hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    hooks = [hook for table in tables for hook in table.values()]
+    return [*hooks, vars(module)["forward"]] if "forward" in vars(module) else hooks
 
 
 def _is_irw_hook(hook: Callable[..., Any]) -> bool:

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.metrics._inputs import as_array, as_classes
-from irw_optim.schemes.batch_losses import BatchLosses, Forward, inputs_and_target
-from irw_optim.schemes.eval_mode import eval_mode
+from irw_optim.schemes.batch_losses import BatchLosses, Forward, eval_mode, inputs_and_target
 
 Data: TypeAlias = Dataset[Any] | tuple[Any, Any]
 """A map-style data set, or ``(X, y)``: NumPy arrays, tensors, lists or pandas."""

@@ -1,9 +1,8 @@
 """The global scheme: weights of a whole data set, renewed now and then, held in between.
 
-The local scheme weighs the samples of each mini-batch against each other. Here S is the worst-off
-alpha-fraction of all N samples, and every sample's weight is known before its batch is drawn. So
-the weights can scale the gradients (reweighting) or be the distribution that batches are drawn
-from (resampling). Source: arXiv 2411.03068; what is measured about it is in ``docs/schemes.md``.
+S is the worst-off alpha-fraction of all N samples, and every sample's weight is known before its
+batch is drawn. So the weights can scale the gradients (reweighting) or be the distribution that
+batches are drawn from (resampling). Source: arXiv 2411.03068; measurements: ``docs/schemes.md``.
 """
 
 from irw_optim.schemes.class_by_class import ClassByClassSampler

@@ -1,32 +1,43 @@
-"""The losses of a batch as a loader yields it."""
+"""The losses of a batch as a loader yields it, and whether they are the same in every batch.
+
+The weights of a data set are the same for any batch size, unless the forward mixes the samples,
+pads them to the longest without a mask, or is given other views of them in every pass. A sample is
+read two or three times, each time in another batch, and its losses are compared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses
 from irw_optim.distributed.sharding import check_whole
+from irw_optim.restored import randomness_restored
+
+logger = logging.getLogger("irw_optim")
+
+_warned: WeakSet[nn.Module] = WeakSet()
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""Of the mean loss: far above what another kernel for another batch size rounds differently."""
+
+_LOW_PRECISION = 0.1
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 """``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""
 
 
 class BatchLosses:
-    """The per-sample losses of a batch as the loader yields it.
-
-    An object and no closure: its copy is about the copy of the model.
-
-    Args:
-        model: run on the batch; its parameters decide the device.
-        criterion: makes the losses.
-        forward: of a batch that is no pair of inputs and target.
-    """
+    """The per-sample losses of a batch; no closure, for its copy is about the model's copy."""
 
     def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
         check_whole(model, "a weight for every sample of a data set")
@@ -48,18 +59,7 @@ class BatchLosses:
 
 
 def as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
-    """A target as one of torch's criteria takes it: a tensor, of class numbers where they are due.
-
-    Lists and arrays become tensors, and whole numbers in floating point class numbers, for a
-    criterion that takes a vector of them.
-
-    Raises:
-        TypeError: a target of another type.
-        ValueError: class numbers with fractions.
-
-    >>> as_target(nn.CrossEntropyLoss(), [0.0, 2.0], torch.device("cpu"))
-    tensor([0, 2])
-    """
+    """A target as a criterion of torch takes it: numbers as a tensor, classes as int64."""
     name = type(criterion).__name__
     if not isinstance(target, Tensor):
         try:
@@ -83,18 +83,13 @@ def as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
 
 def _on(device: torch.device, batch: Any) -> Any:
     """The batch with all that has a ``to``, in tuples, lists and mappings too, on the device."""
-    return tree_map(
-        lambda value: _moved(value, device) if hasattr(value, "to") else value,
-        batch,
-        is_leaf=lambda value: hasattr(value, "to"),
-    )
 
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_pinned():
+            return value.to(device, non_blocking=True)  # the host goes on meanwhile
+        return value.to(device) if hasattr(value, "to") else value
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """On the device; from pinned memory the copy goes on while the host does."""
-    if isinstance(value, torch.Tensor) and value.is_pinned():
-        return value.to(device, non_blocking=True)
-    return value.to(device)
+    return tree_map(moved, batch, is_leaf=lambda value: hasattr(value, "to"))
 
 
 def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
@@ -108,3 +103,91 @@ def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
         )
     inputs, target = batch
     return model(inputs), target
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, where a sample's gradient is its own; afterwards no trace is left."""
+    _warn_of_batch_statistics(model)
+    modes = [(module, module.training) for module in model.modules()]
+    number = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    devices = {torch.device("cuda", i) for i in range(number)}
+    devices |= {parameter.device for parameter in model.parameters()}
+    try:
+        with randomness_restored(devices), _recurrent_backward_in_eval_mode(model):
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _recurrent_backward_in_eval_mode(model: nn.Module) -> Any:
+    """CuDNN has no backward for recurrent layers in eval mode; torch's own kernels have."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+
+
+def _warn_of_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            _warn_once(
+                model,
+                "%s (%s) has no running statistics and normalises by the batch even in eval mode: "
+                "the weights depend on the batch size and on the order of the data set; use "
+                "track_running_stats=True",
+                name,
+                type(module).__name__,
+            )
+            return
+
+
+def _warn_once(model: nn.Module, message: str, *arguments: object) -> None:
+    if model not in _warned:
+        _warned.add(model)
+        logger.warning(message, *arguments)
+
+
+class LossConsistency:
+    """The losses of N samples in all batches, and by how much those of one sample differ."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._batches: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, samples: Tensor, losses: Tensor) -> None:
+        """Take the losses (b,) of these samples (b,), dataset indices on the CPU."""
+        self._batches.append((samples, forward_ad.unpack_dual(losses.detach()).primal))
+
+    def differing_batches(self, full_precision: bool) -> list[list[int]]:
+        """The batches with the sample whose losses differ most, if they do so beyond rounding."""
+        difference, sample, mean = self._most_different()
+        tolerance = _TOLERANCE.get(mean.dtype, _LOW_PRECISION) if full_precision else _LOW_PRECISION
+        if not float(difference) > tolerance * abs(float(mean)):
+            return []
+        batches = [samples.tolist() for samples, _ in self._batches]
+        return [batch for batch in batches if int(sample) in batch]
+
+    def warn(self, model: nn.Module) -> None:
+        """Say, once for a model, what that means for its weights."""
+        difference, _, mean = self._most_different()
+        _warn_once(
+            model,
+            "a sample's loss differs by up to %.2g (the mean loss is %.2g) from one batch to "
+            "another: the forward mixes the samples of a batch, pads them without a mask, or "
+            "data set, collate_fn or model draw at random. The weights depend on the batch "
+            "size, on the order of the data set or on the draws; use a model in which each "
+            "sample stands for itself, and leave random augmentation out of the scoring",
+            float(difference),
+            float(mean),
+        )
+
+    def _most_different(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest difference, whose it is, and the mean loss, all 0-dim."""
+        losses = torch.cat([losses for _, losses in self._batches])
+        samples = torch.cat([samples for samples, _ in self._batches]).to(losses.device)
+        nothing = losses.new_full((self._size,), -torch.inf)
+        most = nothing.scatter_reduce(0, samples, losses, "amax")
+        least = nothing.neg().scatter_reduce(0, samples, losses, "amin")
+        difference = (most - least).nan_to_num(0.0, neginf=0.0)  # of some nothing is known
+        return *difference.max(0), least[least.isfinite()].mean()

@@ -1,19 +1,19 @@
 """G for a whole data set, (N, P): never built, and never more than one batch of it at a time.
 
-The global scheme is the local one on a single batch of all N samples. So all it takes is the three
-products for such a batch; `combine` and `dot` are sums and lists over batches that are run again
-for every product, in O(P) memory::
+The global scheme is the local one on a single batch of all N samples. `combine` and `dot` are sums
+and lists over batches that are run again for every product, in O(P) memory; there is no gram::
 
     G^T w = sum over batches G_b^T w_b        only batches of samples with a weight are run
     G v   = [G_b v for every batch b]
 
-The third product, N x N, is not on offer.
+Of several processes, any may read any sample. So the work of each product is shared out anew, and
+nobody waits for the one whose part has all of the worst off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from copy import copy
 from functools import partial
 from typing import Any
@@ -23,13 +23,15 @@ from torch import Tensor
 
 from irw_optim.backward.passes import Pass, as_one, elements_of, some_of
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.distributed.ranks import Ranks
+from irw_optim.distributed.weigher import join
 from irw_optim.gradients.autodiff import backward_to
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
 from irw_optim.schemes import forward_mode
-from irw_optim.schemes.consistency import LossConsistency
+from irw_optim.schemes.batch_losses import LossConsistency
 from irw_optim.schemes.forward_mode import in_full_precision, jvp
 from irw_optim.schemes.reading import DatasetReader
 
@@ -44,39 +46,43 @@ class DatasetGradients:
     """The per-sample gradients of some or all samples of a data set.
 
     Args:
-        reader: reads the samples.
-        samples: (n,) int64 on the CPU, the dataset indices that are the rows, in this order.
-        losses_of: the per-sample losses of a batch as the reader yields it, with their graph.
+        reader: reads the samples; all of them are rows, in the order of the data set.
+        losses_of: the losses of a batch as the reader yields it.
         engine: turns losses into the products of one batch.
         scored: which parameters are the columns.
-        advance: is told of every batch, by its number of samples, for a progress bar.
+        advance: is told of every batch, by its number of samples.
     """
 
     def __init__(
         self,
         reader: DatasetReader,
-        samples: Tensor,
         losses_of: Callable[[Any], PerSampleLosses],
         engine: Engine,
         scored: Callable[[Tensor], bool],
         advance: Callable[[int], None],
     ) -> None:
         self.reader = reader
-        self.samples = samples
+        self.samples = torch.arange(reader.size, device="cpu")  # the rows, as dataset indices
         self.losses_of = losses_of
         self.engine = engine
         self.scored = scored
         self.advance = advance
-        self.batch_size = len(samples)
         self._combined: tuple[Tensor, Direction] | None = None  # w and G^T w, for `dot` to check
         self._sizes = 0.0, 0.0  # known once the engine has seen a batch
         self.consistency = LossConsistency(reader.size)
 
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.samples)
+
+    def _all(self) -> Tensor:
+        return torch.arange(self.batch_size, device="cpu")
+
     def of(self, rows: Tensor) -> DatasetGradients:
-        """These rows alone: ``rows`` is a bool mask (n,)."""
+        """These rows alone: ``rows`` is a bool mask (n,), or their positions."""
         some = copy(self)
         some.samples = self.samples[rows.cpu()]
-        some.batch_size = len(some.samples)
         some._combined = None
         return some
 
@@ -99,16 +105,15 @@ class DatasetGradients:
         total: dict[Tensor, Tensor] = {}
         # It is what an ordinary backward pass computes, and no engine in less. Only of numbers of
         # low precision do the engines make more.
-        by = self._by_backward if in_full_precision(self.engine) else self._by_engine
-        for products in by(used, weights):
+        if in_full_precision(self.engine):
+            sums = self._by_backward(used, weights)
+        else:
+            sums = (r.combine(weights[some.to(weights.device)]) for some, r in self.blocks(used))
+        for products in sums:
             for parameter, part in products.items():
                 total[parameter] = total[parameter] + part if parameter in total else part
         self._combined = weights, total
         return total
-
-    def _by_engine(self, positions: Tensor, weights: Tensor) -> Iterator[Direction]:
-        for some, rows in self.blocks(positions):
-            yield rows.combine(weights[some.to(weights.device)])
 
     def _by_backward(self, positions: Tensor, weights: Tensor) -> Iterator[Direction]:
         for some, indices, batch in self._read(positions):
@@ -126,31 +131,25 @@ class DatasetGradients:
                 return self._dot_in_forward_mode(direction)
             except RuntimeError as error:
                 forward_mode.give_up(self.engine, error)
-        everybody = torch.arange(self.batch_size, device="cpu")
-        return _in_order((some, rows.dot(direction)) for some, rows in self.blocks(everybody))
+        return _in_order((some, rows.dot(direction)) for some, rows in self.blocks(self._all()))
 
     def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
-        size = self.reader.batch_size
+        model, size = self.engine.model, self.reader.batch_size
+        assert model is not None
         # One batch, which the engine takes as well, and then two at once: no graph holds anything.
         first, others = self.samples[:size], self.samples[size:]
         sizes = [len(first), *map(len, others.split(2 * size) if len(others) else ())]
-        scores = _in_order(self._parts_in_forward_mode(direction, sizes))
+        parts: list[tuple[Tensor, Tensor]] = []
+        for some, indices, batch in self._read(self._all(), sizes):
+            scores = jvp(model, partial(self._losses_of, indices), batch, direction)
+            if not parts:
+                with self._gradients(indices, batch) as rows:
+                    forward_mode.check_equal(scores, rows.dot(direction))
+            parts.append((some, scores))
+        scores = _in_order(parts)
         if self._combined is not None:
             forward_mode.check_sum(scores, direction, *self._combined)
         return scores
-
-    def _parts_in_forward_mode(
-        self, direction: Direction, sizes: list[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        model, first = self.engine.model, True
-        assert model is not None
-        for some, indices, batch in self._read(torch.arange(self.batch_size, device="cpu"), sizes):
-            scores = jvp(model, partial(self._losses_of, indices), batch, direction)
-            if first:
-                with self._gradients(indices, batch) as rows:
-                    forward_mode.check_equal(scores, rows.dot(direction))
-            first = False
-            yield some, scores
 
     def gram(self) -> Tensor:
         """Not on offer: N x N numbers."""
@@ -184,17 +183,13 @@ class DatasetGradients:
                 captured.start(torch.ones((), device=device), keep_graph=False)
                 yield captured.rows(self.scored)
 
-    @contextmanager
-    def _captured(self, indices: Tensor, batch: Any) -> Iterator[LossGradients]:
+    def _captured(self, indices: Tensor, batch: Any) -> closing[LossGradients]:
         """The losses of a batch with what leads to them, until the end of the block."""
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
         captured = self.engine.capture(losses)
         self._sizes = forward_mode.sizes_of(captured.graph, max(1, len(indices)))
-        try:
-            yield captured
-        finally:
-            captured.close()
+        return closing(captured)
 
     def _losses_of(self, indices: Tensor, batch: Any) -> PerSampleLosses:
         part = self.losses_of(batch)
@@ -207,7 +202,7 @@ class DatasetGradients:
         return part
 
     def probe(self, indices: Tensor, batch: Any, direction: Direction | None) -> Tensor:
-        """What tells samples apart: the losses, and G v where a direction is given, (b, 1 or 2)."""
+        """What tells samples apart: losses, and G v along a direction, (b, 1 or 2)."""
         columns = [widened(self._losses_alone(indices, batch).losses)]
         if direction is not None:
             with self._gradients(indices, batch) as rows:
@@ -217,16 +212,14 @@ class DatasetGradients:
     def interleaved(self) -> tuple[Tensor, list[int]]:
         """All rows in batches for `losses`, and their sizes: two at once, as no graph is held.
 
-        Neighbours in the data set, which meet in every other pass, are dealt out to several.
+        Neighbours, which meet in every other pass, are dealt out to several.
         """
         size = 2 * self.reader.batch_size
         batches = []
-        for piece in torch.arange(self.batch_size, device="cpu").split(INTERLEAVED * size):
+        for piece in self._all().split(INTERLEAVED * size):
             number = -(-len(piece) // size)
             batches += [piece[first::number] for first in range(number)]
-        return torch.cat([torch.arange(0, device="cpu"), *batches]), [
-            len(batch) for batch in batches
-        ]
+        return torch.cat(batches), [len(batch) for batch in batches]
 
     def read_in_other_batches(self) -> None:
         """Look at the samples in other batches than `losses` has seen them in."""
@@ -237,17 +230,55 @@ class DatasetGradients:
 
     def _losses_alone(self, indices: Tensor, batch: Any) -> PerSampleLosses:
         """Without their graph, and without making one, unless the losses are derivatives."""
-        if not self.engine.known.get(DIFFERENTIATES):
-            try:
-                with torch.no_grad():
-                    return self._losses_of(indices, batch)
-            except RuntimeError as error:
-                if "does not require grad" not in str(error):
-                    raise
-                self.engine.known[DIFFERENTIATES] = True
-        with torch.enable_grad():
-            part = self._losses_of(indices, batch)
+        known = self.engine.known
+        try:
+            with torch.set_grad_enabled(bool(known.get(DIFFERENTIATES))):
+                part = self._losses_of(indices, batch)
+        except RuntimeError as error:
+            if known.get(DIFFERENTIATES) or "does not require grad" not in str(error):
+                raise
+            known[DIFFERENTIATES] = True
+            return self._losses_alone(indices, batch)
         return part._replace(losses=part.losses.detach())
+
+
+class DatasetOverRanks(DatasetGradients):
+    """The same rows on every process of ``ranks``, which run a part each: all are collectives."""
+
+    def __init__(self, ranks: Ranks, layout: Sequence[Tensor], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ranks = ranks
+        self.layout = layout  # the columns, as parameters in an order that all ranks have
+
+    def losses(self) -> PerSampleLosses:
+        """The losses of all rows: an all-gather of n numbers."""
+        positions = self._own_positions()
+        # With fewer samples than processes, some read one that is not theirs, and drop its loss.
+        read = positions if len(positions) else torch.zeros(1, dtype=torch.int64, device="cpu")
+        own = some_of(DatasetGradients.losses(self.of(read)), slice(len(positions)))
+        return join([Pass(own, 1.0)], self.ranks)[0]
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """G^T w: each process sums over its part of those with a weight, an all-reduce of P."""
+        used = weights.nonzero().squeeze(1)
+        mine = used.tensor_split(self.ranks.number)[self.ranks.rank]
+        part = torch.zeros_like(weights).index_copy(0, mine, weights[mine])
+        return self.ranks.total(super().combine(part), self.layout)
+
+    def dot(self, direction: Direction) -> Tensor:
+        """G v: an all-gather of n numbers."""
+        positions = self._own_positions()
+        if len(positions):
+            own = DatasetGradients.dot(self.of(positions), direction)
+        else:
+            own = next(iter(direction.values())).new_empty(0)
+        return self.ranks.gather(own)
+
+    def _own_positions(self) -> Tensor:
+        """A contiguous piece, so that the pieces in the order of the ranks are all rows."""
+        pieces = self._all().tensor_split(self.ranks.number)
+        self.ranks.sizes = [len(piece) for piece in pieces]
+        return pieces[self.ranks.rank]
 
 
 def _in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -255,15 +286,3 @@ def _in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     places, values = zip(*parts, strict=True)
     joined = torch.cat(values)
     return joined[torch.cat(places).argsort().to(joined.device)]
-
-
-def check_finite(values: Tensor, what: str, samples: Tensor) -> None:
-    """Raise a FloatingPointError that names the samples whose value is not finite."""
-    broken = (~values.isfinite()).nonzero().flatten().tolist()
-    if broken:
-        named = ", ".join(str(int(samples[i])) for i in broken[:10])
-        more = ", ..." if len(broken) > 10 else ""
-        raise FloatingPointError(
-            f"the {what} of {len(broken)} samples are not finite (dataset indices {named}{more}): "
-            "no weights were made; look at these samples, or at the model's parameters"
-        )

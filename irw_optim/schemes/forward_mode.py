@@ -1,13 +1,13 @@
 """G v by forward-mode differentiation: the JVP of the losses, without a graph.
 
-The scores of a data set ask for a single product with G, and nothing else of it::
+::
 
     G v = d/dt losses(parameters + t v)   at t = 0
 
-It is exact wherever backward is the derivative, which some samples may stop on purpose, by
-``torch.no_grad()``. So the weighted sum of the scores is compared with <G^T w, v> where G^T w is
-known, for S as a rule, and the scores of the first batch with the engine's. Where they differ, or
-an operation has no derivative in forward mode, the engine does it.
+It is exact wherever backward is the derivative, which ``torch.no_grad()`` may stop. So the weighted
+sum of the scores is compared with <G^T w, v> where G^T w is known, as for S, and the scores of the
+first batch with the engine's. Where they differ, or an operation has no derivative in forward mode,
+the engine does it.
 """
 
 from __future__ import annotations
@@ -52,25 +52,7 @@ def jvp(
     batch: Any,
     direction: Direction,
 ) -> Tensor:
-    """G v for one batch, (B,).
-
-    Args:
-        model: whose parameters the losses depend on.
-        losses_of: runs the model and the criterion.
-        batch: what ``losses_of`` takes.
-        direction: v by parameter, G^T c for some c; a parameter that is missing stands still.
-
-    Raises:
-        RuntimeError: an operation without a derivative in forward mode.
-
-    >>> from irw_optim.criterion import per_sample_losses
-    >>> model = nn.Linear(2, 1, bias=False)
-    >>> losses_of = lambda x: per_sample_losses(nn.MSELoss(), model(x), torch.zeros(len(x), 1))
-    >>> _ = nn.init.ones_(model.weight)  # losses (x1 + x2)^2, whose gradient is 2 (x1 + x2) x
-    >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
-    >>> jvp(model, losses_of, x, {model.weight: torch.tensor([[0.0, 1.0]])})
-    tensor([ 0., 12.])
-    """
+    """G v for one batch, (B,), v being 0 where it is not given; RuntimeError if torch cannot."""
     with warnings.catch_warnings(), torch.no_grad(), forward_ad.dual_level():
         warnings.filterwarnings("ignore", "`torch.jit.script`")  # torch's, of its own derivatives
         dual = {p: forward_ad.make_dual(p.detach(), v) for p, v in direction.items()}
@@ -81,12 +63,7 @@ def jvp(
 
 
 def sizes_of(graph: Graph, samples: int) -> tuple[float, float]:
-    """How many numbers a model makes for one sample, by the graph of the losses of ``samples``.
-
-    Returns:
-        Those that layers put out, and those in matrices of attention that a fused kernel never
-        makes, and `jvp` does.
-    """
+    """For a sample: numbers in layers' outputs, and in matrices of fused attention."""
     outputs = sum(shape.numel() for shape in _output_shapes(graph, *LAYERS))
     fused = _output_shapes(graph, "ScaledDotProduct")
     attention = sum(shape[:-1].numel() * shape[-2] for shape in fused)
@@ -98,16 +75,10 @@ def _output_shapes(graph: Graph, *operations: str) -> list[torch.Size]:
 
 
 def pays_off(engine: Engine, sizes: tuple[float, float], batch_size: int) -> bool:
-    """Whether to try forward mode for batches of an engine's model.
+    """Whether to try forward mode for batches of an engine's model, of these `sizes_of` a sample.
 
-    It is as much arithmetic as the ghost products, without their hooks and their Python for every
-    layer: a gain where batches are small (``benchmarks.cost renewal``). Numbers of low precision do
-    not carry derivatives well.
-
-    Args:
-        engine: remembers whether it failed.
-        sizes: of the model, by `sizes_of`.
-        batch_size: samples at once.
+    It saves the hooks and the Python for every layer: a gain where batches are small
+    (``benchmarks.cost renewal``). Numbers of low precision do not carry derivatives well.
     """
     outputs, attention = sizes
     return (
@@ -138,7 +109,7 @@ def give_up(engine: Engine, reason: RuntimeError) -> None:
 
 
 def check_equal(scores: Tensor, expected: Tensor) -> None:
-    """Raise a RuntimeError unless both are the scores of the same samples, (B,), to rounding."""
+    """Raise a RuntimeError unless both are the same scores, (B,), to rounding."""
     _check_difference((scores - expected).abs().max(), expected.abs().max())
 
 
@@ -163,28 +134,25 @@ def _check_difference(difference: Tensor, scale: Tensor) -> None:
 def _in_place_of(values: Direction, model: nn.Module) -> Iterator[None]:
     """Give the modules these values in place of their parameters.
 
-    ``torch.func.functional_call`` would, but where a module has two names it puts the value back
-    instead of the parameter.
+    ``torch.func.functional_call`` puts a value back where a module has two names.
     """
-    modules = list(model.modules())
-    saved = [
-        (module._parameters, name, parameter)
-        for module in modules
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter in values
-    ]
-    flat = [(m, m._flat_weights) for m in modules if isinstance(m, nn.RNNBase)]
+    changes: list[tuple[dict[str, Any], str, Any, Any]] = []  # where, which, before and inside
+    for module in list(model.modules()):
+        table = module._parameters
+        for name, p in table.items():
+            if p is not None and p in values:
+                changes.append((table, name, p, values[p]))
+        if isinstance(module, nn.RNNBase):
+            flat = module._flat_weights
+            inside = [w if w is None else values.get(w, w) for w in flat]
+            changes.append((vars(module), "_flat_weights", flat, inside))
     try:
-        for table, name, parameter in saved:
-            table[name] = values[parameter]  # type: ignore[assignment]
-        for module, weights in flat:
-            module._flat_weights = [w if w is None else values.get(w, w) for w in weights]
+        for where, name, _, value in changes:
+            where[name] = value
         yield
     finally:
-        for table, name, parameter in saved:
-            table[name] = parameter
-        for module, weights in flat:
-            module._flat_weights = weights
+        for where, name, before, _ in changes:
+            where[name] = before
 
 
 @contextmanager

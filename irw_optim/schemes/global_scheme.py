@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 from weakref import finalize, ref
 
@@ -11,66 +10,46 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from irw_optim.arguments import whole_number
+from irw_optim.errors import DPGuaranteeError
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.processes import place
 from irw_optim.schemes.batch_losses import BatchLosses, Forward
-from irw_optim.schemes.dataset_over_ranks import ranks_of
 from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
+from irw_optim.schemes.loaders import ResumableLoader
 from irw_optim.schemes.reading import DatasetReader, indexed_loader
-from irw_optim.schemes.requirements import (
-    USES,
-    check_block,
-    check_choices,
-    local_scheme_of,
-    model_and_criterion_of,
-)
 from irw_optim.schemes.resampling import ResamplingSampler
-from irw_optim.schemes.resuming import ResumableLoader
-from irw_optim.schemes.weighing import weigh_dataset
+from irw_optim.schemes.weighing import check_block, weigh_dataset
 from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.record import StepRecord
+
+USES = ("reweighting", "resampling")
 
 
 class GlobalScheme:
     """Trains with weights of the whole data set, renewed every ``refresh`` epochs or steps.
 
-    The loop iterates over the scheme in place of its loader, and stays as it was otherwise::
-
-        optimizer = IRWOptimizer(SGD(...), alpha=0.2, model=model, criterion=criterion)
-        scheme = GlobalScheme(optimizer, loader, refresh=50, unit="steps")
-        for epoch in range(epochs):
-            for x, y in scheme:
-                optimizer.zero_grad()
-                criterion(model(x), y).backward()
-                optimizer.step()
-
-    All options of the optimizer hold for the data set: alpha, ``center``, ``class_balance``,
-    ``mix``, ``outliers``, ``weighting``, ``score_parameters``, and ``warmup_steps`` of plain
-    averaging before the first weights are made. One renewal costs about one and a half epochs
-    of plain training (`irw_optim.schemes.global_weights`).
-
-    With the model in DistributedDataParallel, the processes share a renewal out between them, and
-    their steps are those of one process on all their batches. Each gives the same data set.
+    The loop iterates over the scheme in place of its loader. The optimizer's options hold for the
+    data set, with ``warmup_steps`` of plain averaging first. One renewal costs about one and a half
+    epochs of plain training. The processes of a DistributedDataParallel, each with the same data
+    set, share it out between them, and step as one process would on all their batches.
 
     Args:
         optimizer: its local scheme is replaced until `detach`.
         loader: a plain DataLoader over a map-style data set.
-        refresh: how long weights are held, in ``unit``. Held for long, weights settle on one class
-            and flip from renewal to renewal; see ``docs/schemes.md`` for what that costs.
+        refresh: how long weights are held, in ``unit``. Held for long, they settle on one class
+            and flip from renewal to renewal: ``docs/schemes.md``.
         unit: ``"epochs"`` (of the loader's length, in batches) or ``"steps"`` of the optimizer.
         use: ``"reweighting"``: batches as the loader draws them, each sample counted by its
             weight, renormalised in the batch. ``"resampling"``: batches drawn with replacement in
-            proportion to the weights, and plain steps; the loader's sampler is not used then.
+            proportion to the weights, without the loader's sampler, and plain steps.
         criterion: None takes the optimizer's.
-        forward: as of `irw_optim.schemes.global_weights`, for batches that are no pairs.
-        batch_size: as there, for the renewals.
-        outlier_block: as there.
-        progress: as there.
+        forward: as of `global_weights`; ``batch_size``, ``outlier_block``, ``progress`` as well.
         seed: of the draws, with ``use="resampling"``; the same in all processes.
 
     Raises:
         DPGuaranteeError: a differentially private optimizer.
-        TypeError, ValueError: an argument that is impossible, named with what is allowed.
+        TypeError, ValueError: another argument that is impossible.
 
     >>> import torch
     >>> from torch.utils.data import TensorDataset
@@ -104,36 +83,37 @@ class GlobalScheme:
         progress: bool = False,
         seed: int = 0,
     ) -> None:
-        local_scheme_of(optimizer)
-        refresh = check_choices(refresh, unit, use)
-        outlier_block = check_block(outlier_block)
-        self._model, criterion = model_and_criterion_of(optimizer, criterion)
+        self._model, criterion = _model_and_criterion_of(optimizer, criterion)
+        for name, value, allowed in (("unit", unit, ("epochs", "steps")), ("use", use, USES)):
+            if value not in allowed:
+                choices = ", ".join(map(repr, allowed))
+                raise ValueError(f"{name}={value!r}: expected one of {choices}")
         self.optimizer = optimizer
-        self.refresh = refresh
+        self.refresh = whole_number("refresh", refresh, 1, "a whole number >= 1 of epochs or steps")
         self.unit = unit
-        self.outlier_block = outlier_block
+        self.outlier_block = check_block(outlier_block)
         self.progress = progress
         self._reader = DatasetReader(loader, batch_size)
         self._losses_of = BatchLosses(self._model, criterion, forward)
+        rank, number = place()
+        rank = getattr(loader.sampler, "rank", rank)
+        number = getattr(loader.sampler, "num_replicas", number)
         self._sampler: ResamplingSampler | None = None
-        share = _rank_and_world_size(loader)
         if use == "resampling":
-            self._sampler = _uniform_sampler(self._reader.size, seed, share)
-        self._equal_on_ranks = {"refresh": refresh, "unit": unit, "use": use, "seed": seed}
-        self._equal_on_ranks["outlier_block"] = outlier_block
+            generator, even = torch.Generator().manual_seed(seed), torch.ones(self._reader.size)
+            self._sampler = ResamplingSampler(
+                even, generator=generator, rank=rank, world_size=number
+            )
+        self._equal_on_ranks = {"refresh": self.refresh, "unit": unit, "use": use, "seed": seed}
         # Renewed before a batch is drawn: resampling draws it by the weights.
         self.loader = ResumableLoader(
-            indexed_loader(loader, self._sampler), self._renew_if_due, share
+            indexed_loader(loader, self._sampler), self._renew_if_due, (rank, number)
         )
         self._held = HeldWeights(resampled=self._sampler is not None)
         self._batches = 0
         self._renewed_at = 0
         optimizer.scheme = self._held
         finalize(self, _restore_local_scheme, ref(optimizer), self._held).atexit = False
-
-    @property
-    def _local(self) -> LocalScheme:
-        return self.optimizer.local_scheme
 
     @property
     def record(self) -> StepRecord | None:
@@ -156,16 +136,10 @@ class GlobalScheme:
         self._held.indices = None  # a batch of the same size from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
-        """Say which samples the next batch holds, for loops with a loader of their own.
+        """Say which samples, (B,) int64, the next batch holds, in a loop with a loader of its own.
 
-        ``for indices, (x, y) in loader`` over an `IndexedDataset`, with this call first. Renews
-        the weights where that is due.
-
-        Args:
-            indices: (B,) int64, of the data set.
-
-        Raises:
-            RuntimeError: the scheme draws the batches itself.
+        ``for indices, (x, y) in loader`` over an `IndexedDataset`, with this call first. Renews the
+        weights where that is due. A RuntimeError where the scheme draws the batches itself.
         """
         if self._sampler is not None:
             raise RuntimeError(
@@ -176,11 +150,7 @@ class GlobalScheme:
         self._take(indices)
 
     def renew(self) -> StepRecord:
-        """Make new weights now, with the model as it is.
-
-        Raises:
-            ValueError: the data set has another length than it had, and batches are resampled.
-        """
+        """Make new weights now; a ValueError if a data set that is resampled has another length."""
         if self._sampler is not None and self._reader.size != len(self._sampler.weights):
             raise ValueError(
                 f"the data set has {self._reader.size} samples, and had "
@@ -188,17 +158,16 @@ class GlobalScheme:
                 'make a new GlobalScheme(..., use="resampling")'
             )
         chosen, processes = self.optimizer.scored_parameters(), self.optimizer.processes
-        replica = None if processes is None else processes.find()
         self._held.record = weigh_dataset(
             self._reader,
             self._losses_of,
-            self._model,
             self.optimizer.engine,
             chosen.__contains__,
-            self._local,
+            self.optimizer.local_scheme,
             outlier_block=self.outlier_block,
             progress=self.progress,
-            ranks=ranks_of(replica, self._model, self._reader, self._equal_on_ranks),
+            replica=None if processes is None else processes.find(),
+            equal_on_ranks=self._equal_on_ranks,
         )
         self._renewed_at = self._now()
         if self._sampler is not None:
@@ -212,13 +181,12 @@ class GlobalScheme:
     def state_dict(self) -> dict[str, Any]:
         """Everything to resume with, exactly, also in the middle of an epoch.
 
-        Save the states of model, optimizer and random numbers with it, as for any training. The
-        batches of a broken epoch are read again up to where it stopped, and dropped.
+        Save the states of model, optimizer and random numbers with it.
         """
         record = None
         if self.record is not None:
-            known = {f.name: getattr(self.record, f.name) for f in fields(self.record)}
-            record = {name: t for name, t in known.items() if t is None or isinstance(t, Tensor)}
+            known = vars(self.record).items()
+            record = {name: t for name, t in known if t is None or isinstance(t, Tensor)}
         return {
             "record": record,
             "batches": self._batches,
@@ -231,8 +199,8 @@ class GlobalScheme:
         """Take over a state of `state_dict`, for the same data set, loader and ``use``.
 
         Raises:
-            ValueError: weights of another data set, a state of the other ``use``, or of the
-                middle of another process's epoch; nothing has changed then.
+            ValueError: weights of another data set, a state of the other ``use``, or of the middle
+                of another process's epoch; nothing has changed.
         """
         record = state_dict["record"]
         if record is not None:
@@ -280,18 +248,39 @@ def _restore_local_scheme(of: ref[IRWOptimizer], held: HeldWeights) -> None:
         optimizer.scheme = optimizer.local_scheme
 
 
-def _rank_and_world_size(loader: DataLoader[Any]) -> tuple[int, int]:
-    """This process's rank, and how many there are: the loader's sampler says so, or the group."""
-    sampler, (rank, number) = loader.sampler, place()
-    return getattr(sampler, "rank", rank), getattr(sampler, "num_replicas", number)
-
-
-def _uniform_sampler(size: int, seed: int, share: tuple[int, int]) -> ResamplingSampler:
-    """Draws evenly until the first weights are there; a process draws its share."""
-    rank, world_size = share
-    return ResamplingSampler(
-        torch.ones(size),
-        generator=torch.Generator().manual_seed(seed),
-        rank=rank,
-        world_size=world_size,
-    )
+def _model_and_criterion_of(
+    optimizer: object, criterion: nn.Module | None
+) -> tuple[nn.Module, nn.Module]:
+    """The optimizer's model, and ``criterion`` or the optimizer's, if a scheme may take over."""
+    if "DPOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:
+        raise DPGuaranteeError(
+            f"optimizer is an Opacus {type(optimizer).__name__}: weights of a whole data set "
+            "depend on every sample and would void its guarantee; use "
+            "irw_optim.privacy.IRWPrivacyEngine().make_private(..., irw=IRWDPConfig()) instead"
+        )
+    if not isinstance(optimizer, IRWOptimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r}: expected an IRWOptimizer(..., model=model, criterion=...)"
+        )
+    if not isinstance(optimizer.scheme, LocalScheme):
+        raise ValueError(
+            "optimizer has a GlobalScheme already: call detach() on that one, or keep it"
+        )
+    if optimizer.accumulation_steps != 1:
+        raise ValueError(
+            f"optimizer has accumulation_steps={optimizer.accumulation_steps}: held weights are "
+            "renormalised in each backward pass; use accumulation_steps=1, which adds the passes up"
+        )
+    model = optimizer.engine.model
+    if model is None:
+        raise ValueError(
+            "optimizer has no model: expected IRWOptimizer(..., model=model), whose gradients "
+            "the weights are made of"
+        )
+    criterion = criterion or optimizer.criterion
+    if criterion is None:
+        raise ValueError(
+            "criterion=None and the optimizer has none: give the one that the losses come from, "
+            "for example GlobalScheme(..., criterion=torch.nn.CrossEntropyLoss())"
+        )
+    return model, criterion

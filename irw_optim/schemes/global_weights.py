@@ -1,7 +1,6 @@
 """Weights of a whole data set, in the memory of one batch and one gradient.
 
-The local scheme on a single batch of all N samples, whose per-sample gradients are run again
-whenever they are asked for::
+The local scheme on a single batch of all N samples, whose gradients are run again when needed::
 
     losses = G.losses()                          # pass 1: forward
     S      = worst_off(losses, alpha)
@@ -10,8 +9,8 @@ whenever they are asked for::
                                                  #         or the derivative along g_S forward
     w      = s.clamp(min=0) / s.clamp(min=0).sum()
 
-In units where forward, gradients of outputs and gradients of weights cost 1 each, that is
-1 + 3 alpha + 3, against 3 for an epoch of plain training.
+With forward, gradients of outputs and gradients of weights at 1 each, that is 1 + 3 alpha + 3,
+against 3 for an epoch of plain training.
 """
 
 from __future__ import annotations
@@ -22,23 +21,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from irw_optim.arguments import true_or_false
-from irw_optim.criterion import validate_criterion
-from irw_optim.distributed.replicas import replica_in
-from irw_optim.gradients.engine import Engine
-from irw_optim.gradients.selection import ScoreParameters, select_parameters
+from irw_optim.gradients.selection import ScoreParameters
 from irw_optim.metrics._inputs import ArrayLike
-from irw_optim.optimizer.options import described
-from irw_optim.schemes.batch_losses import BatchLosses, Forward
-from irw_optim.schemes.dataset_over_ranks import ranks_of
+from irw_optim.schemes.batch_losses import Forward
+from irw_optim.schemes.class_by_class import WithinClasses, class_codes
 from irw_optim.schemes.reading import DatasetReader
-from irw_optim.schemes.requirements import check_engine
-from irw_optim.schemes.weighing import weigh_dataset
-from irw_optim.schemes.within_classes import WithinClasses, class_codes
+from irw_optim.schemes.weighing import weigh_by
 from irw_optim.weighting import Alignment
 from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_options
-from irw_optim.weighting.record import StepRecord
 
 
 def global_weights(
@@ -63,22 +55,20 @@ def global_weights(
     """IRW weights of all N samples of a data set (arXiv 2411.03068, the global scheme).
 
     S is the worst-off alpha-fraction of the data set, and w_i is proportional to
-    max(0, <g_i, g_S>). The samples are read three times (those outside of S twice), nearly in the
-    order of the data set, with the model in eval mode: the weights depend, to rounding, neither on
-    the loader's shuffling and sampler nor on the batch size, unless a sample's loss depends on who
-    else is in its batch; that is logged as a warning. Mode, BatchNorm statistics, random
-    states and ``p.grad`` are as before afterwards.
+    max(0, <g_i, g_S>). The samples are read two or three times, nearly in the order of the data
+    set, with the model in eval mode: to rounding, the weights depend neither on the loader's
+    sampler nor on the batch size. A sample's loss that depends on who else is in its batch is
+    logged as a warning. Model, random states and ``p.grad`` are as before afterwards.
 
-    Given a DistributedDataParallel, its processes share the reading out between them, and each
-    gets all N weights, those of one process: a collective, which all of them call with the same
-    data set. Given the module inside, a process makes the weights by itself.
+    The processes of a DistributedDataParallel all call this with the same data set, share the
+    reading out between them, and get the weights of one process. Given the module inside, a process
+    makes them by itself.
 
     Args:
         model: gives the gradients; its parameters decide the device.
-        criterion: as of `IRWOptimizer`; a `PerSampleLoss` makes one of a function.
-        loader: over a map-style data set, with batches ``(inputs, target)`` as in
-            ``criterion(model(inputs), target)``, or any that ``forward`` understands. Random
-            augmentation in the data set differs from pass to pass: leave it out here.
+        criterion: as of `IRWOptimizer`.
+        loader: over a map-style data set, with batches ``(inputs, target)``, or any that
+            ``forward`` understands, without random augmentation.
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers: filter in gradient space, for example `DBSCANFilter` (IRWO), in blocks.
         score_parameters: as of `IRWOptimizer`: whose gradients make the scores.
@@ -86,14 +76,11 @@ def global_weights(
         center: beta >= 0; above 0, pass 2 covers the whole data set.
         class_balance: give every class of the data set the same total weight.
         within_classes: make S, the scores and the weights in each class by itself, and give every
-            class the same total weight: even weights in a class without a positive score. It
-            costs no more. ``outliers`` still compares the samples of all classes.
+            class the same total weight. ``outliers`` still compares the samples of all classes.
         labels: (N,) classes for ``within_classes``, of any kind; None takes the criterion's target.
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / N, or of each class alike.
-        batch_size: samples at once; None takes the loader's. Twice as many where no graph is
-            kept: for the losses, and where small batches are scored in forward mode.
-        outlier_block: samples that ``outliers`` compares with each other, at most; drawn at random
-            once, the same for every call with as many samples.
+        batch_size: samples at once; None takes the loader's. Twice as many where no graph is kept.
+        outlier_block: samples that ``outliers`` compares with each other, at most.
         forward: ``forward(model, batch)`` gives the criterion's arguments, for other batches.
         engine: as of `IRWOptimizer`.
 
@@ -102,9 +89,9 @@ def global_weights(
 
     Raises:
         TypeError: an argument of another type; an iterable data set.
-        ValueError: an option outside its range, or a loader that does not fit.
+        ValueError: an option outside its range, a loader that does not fit, or data sets or
+            options that differ between processes.
         FloatingPointError: losses or scores that are not finite, with the samples' indices.
-        ValueError: data sets of different lengths, or different options, in several processes.
 
     >>> import torch
     >>> from torch.utils.data import TensorDataset
@@ -131,41 +118,3 @@ def global_weights(
     return weigh_by(
         scheme, model, criterion, reader, score_parameters, progress, outlier_block, forward, engine
     ).weights
-
-
-def weigh_by(
-    scheme: LocalScheme,
-    model: nn.Module,
-    criterion: nn.Module,
-    reader: DatasetReader,
-    score_parameters: ScoreParameters = None,
-    progress: bool = True,
-    outlier_block: int = 256,
-    forward: Forward | None = None,
-    engine: str = "auto",
-) -> StepRecord:
-    """What a scheme decides for all samples of a data set; arguments as of `global_weights`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: expected a torch.nn.Module")
-    validate_criterion(criterion)
-    check_engine(engine)
-    scored = select_parameters(model, score_parameters)
-    options: dict[str, Any] = {"alpha": scheme.alpha, "mix": scheme.mix}
-    options |= {"class_balance": scheme.class_balance, "outliers": described(scheme.outliers)}
-    options |= {"within_classes": isinstance(scheme, WithinClasses), "rule": repr(scheme.rule)}
-    options["outlier_block"] = outlier_block
-    hooked = Engine(model, engine)
-    try:
-        return weigh_dataset(
-            reader,
-            BatchLosses(model, criterion, forward),
-            model,
-            hooked,
-            scored.__contains__,
-            scheme,
-            outlier_block=outlier_block,
-            progress=progress,
-            ranks=ranks_of(replica_in(model), model, reader, options),
-        )
-    finally:
-        hooked.remove_hooks()

@@ -19,9 +19,7 @@ from irw_optim.weighting.record import StepRecord
 class HeldWeights:
     """Takes the place of an optimizer's local scheme: the weights of the batch's own samples.
 
-    Args:
-        resampled: whether the batches are drawn in proportion to the weights, so that the step is
-            a plain one.
+    Batches that are ``resampled``, drawn in proportion to the weights, make plain steps.
     """
 
     needs_gradients = False
@@ -32,10 +30,7 @@ class HeldWeights:
         self.indices: Tensor | None = None
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None = None) -> StepRecord:
-        """The held weights of the batch's samples, renormalised to sum 1.
-
-        A batch in which nobody has a weight falls back to uniform ones, and its record says so.
-        """
+        """The held weights of the batch's samples, renormalised; uniform where nobody has any."""
         if self.resampled:
             return Averaging().decide(batch, rows)
         losses = batch.losses.detach()
@@ -56,12 +51,9 @@ class HeldWeights:
         )
 
     def over_ranks(self, ranks: Ranks) -> HeldWeights:
-        """What decides for the batch of all processes: every one holds all weights.
+        """What decides for the batch of all processes; errors as `decide`'s, on all of them alike.
 
-        So all it takes is who is in the batch, an all-gather of B indices.
-
-        Raises:
-            RuntimeError, ValueError, IndexError: as `decide`, on all processes alike.
+        Every one holds all weights: it takes an all-gather of B indices.
         """
         if self.resampled:
             return self
@@ -122,23 +114,7 @@ class HeldWeights:
 
 
 def check_sample_weights(weights: object, size: int | None = None) -> None:
-    """Refuse weights that are not those of this data set, or not usable at all.
-
-    Args:
-        weights: expected (N,), floating point, finite, non-negative, not all 0.
-        size: N; None takes any.
-
-    Raises:
-        TypeError: no floating-point tensor.
-        ValueError: another shape or length, NaN or infinity, negative entries, all 0.
-
-    >>> import torch
-    >>> check_sample_weights(torch.tensor([0.5, 0.5]), size=3)
-    Traceback (most recent call last):
-    ...
-    ValueError: weights has 2 entries but the data set has 3 samples: they are stale or belong to \
-another data set; make new ones with global_weights(...)
-    """
+    """Raise for weights, (N,), that are not of a data set of this ``size``, or are unusable."""
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights is {kind}: expected a floating-point tensor of shape (N,)")

@@ -15,11 +15,7 @@ def progress_bar(title: str, total: int, shown: bool) -> Iterator[Callable[..., 
     """Yield a function that advances a bar of ``total`` steps, and may say what goes on now.
 
     On a terminal it is a bar of rich's on stderr, where rich is installed; in a notebook one of the
-    browser's own, which needs no widgets. It is gone when the block ends.
-
-    >>> with progress_bar("scoring", total=10, shown=False) as advance:
-    ...     advance(10)
-    ...     advance(0, "scored")
+    browser's own, which needs no widgets.
     """
     if shown and in_a_notebook():
         with _in_the_browser(title, total) as advance:
@@ -45,20 +41,20 @@ def _in_the_browser(title: str, total: int) -> Iterator[Callable[..., None]]:
     from IPython.display import HTML, display
 
     done, drawn = 0, time.monotonic()
-    bar = display(HTML(_bar_html(title, 0, total)), display_id=True)
+
+    def html() -> HTML:
+        return HTML(f'<progress value="{done}" max="{total}"></progress> {escape(title)}')
+
+    bar = display(html(), display_id=True)
 
     def advance(number: int, now: str | None = None) -> None:
         nonlocal title, done, drawn
         title, done = now or title, done + number
         if now or time.monotonic() - drawn > 0.1:  # each drawing is a message to the browser
-            bar.update(HTML(_bar_html(title, done, total)))
+            bar.update(html())
             drawn = time.monotonic()
 
     try:
         yield advance
     finally:
         bar.update(HTML(""))
-
-
-def _bar_html(title: str, done: int, total: int) -> str:
-    return f'<progress value="{done}" max="{total}"></progress> {escape(title)}'

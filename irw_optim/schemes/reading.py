@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from irw_optim.schemes.collating import Rearranged, RefusedError, refuse_sorting
-from irw_optim.schemes.loaders import batch_size_of, check_loader, idle_copy, loader_like
+from irw_optim.arguments import as_whole
+from irw_optim.schemes.loaders import check_loader, idle_copy, loader_like
+from irw_optim.schemes.order import Arrangement, RefusedError, rearranged, refuse_sorting
 
 
 class IndexedDataset(Dataset[tuple[int, Any]]):
     """A map-style data set whose samples come with their index: ``data[i] == (i, dataset[i])``.
 
     A loader over it yields ``(indices, batch)``. `GlobalScheme` makes such a loader itself; this
-    is for loops with a loader of their own, which call `GlobalScheme.select`.
-
-    Args:
-        dataset: map-style, with a length.
-
-    Raises:
-        TypeError: an iterable data set, or one without a length.
+    is for loops with a loader of their own, which call `GlobalScheme.select`. A data set that is
+    iterable or without a length is a TypeError.
 
     >>> from torch.utils.data import TensorDataset
     >>> data = IndexedDataset(TensorDataset(torch.tensor([5.0, 6.0, 7.0])))
@@ -32,15 +29,14 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     >>> next(iter(DataLoader(data, batch_size=2)))
     [tensor([0, 1]), [tensor([5., 6.])]]
 
-    A ``collate_fn`` of your own that keeps the samples in their order goes on working on samples
-    without an index:
+    A ``collate_fn`` of your own that keeps the order of the samples need not know of indices:
 
     >>> loader = DataLoader(data, batch_size=2, collate_fn=data.collate(lambda samples: samples))
     >>> next(iter(loader))
     (tensor([0, 1]), [(tensor(5.),), (tensor(6.),)])
 
-    One that sorts, leaves out or repeats samples takes the pairs, and says what it did. A loader
-    like this one may be given to `GlobalScheme` and `irw_optim.schemes.global_weights` as well:
+    One that sorts, leaves out or repeats samples takes the pairs, and says what it did, also in a
+    loader that is given to `GlobalScheme` or `global_weights`:
 
     >>> def longest_first(pairs):
     ...     indices, samples = zip(*sorted(pairs, key=lambda pair: -pair[1][0]))
@@ -76,46 +72,32 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
 
 
 class IndexedCollate:
-    """Collates ``(index, sample)`` pairs into ``(indices, batch)``; a class, so that it pickles.
-
-    Args:
-        collate_fn: collates the samples, in their order.
-    """
+    """Collates ``(index, sample)`` pairs into ``(indices, batch)``, with a look at the order."""
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
         self.collate_fn = collate_fn
         self.uses = 0
 
     def __call__(self, pairs: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
-        """Collate the samples; ``indices`` is int64, (B,).
-
-        Raises:
-            ValueError: a ``collate_fn`` that makes the same batch of the samples in another order;
-                looked at in uses 1, 2, 4, ...
-        """
+        """Collate the samples; ``indices`` is int64, (B,)."""
         indices, samples = zip(*pairs, strict=True)
         self.uses += 1
-        if self.uses & (self.uses - 1) == 0 and self.collate_fn is not default_collate:
+        if _is_due(self.uses) and self.collate_fn is not default_collate:
             refuse_sorting(self.collate_fn, samples)
         return torch.tensor(indices, device="cpu"), self.collate_fn(list(samples))
 
 
-class _IndicesFirst:
-    """A ``collate_fn`` of ``(index, sample)`` pairs whose batches are looked at; it pickles."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
-        self.collate_fn = collate_fn
-
-    def __call__(self, pairs: list[Any]) -> tuple[Tensor, Any]:
-        return indices_and_batch(self.collate_fn(pairs))
+def _is_due(uses: int) -> bool:
+    """At uses 1, 2, 4, 8, ...: what keeps an order today may not for ever."""
+    return uses & (uses - 1) == 0
 
 
-def indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
-    """A batch of an `IndexedDataset` as indices, (B,) int64 on the CPU, and the rest.
+def _indices_first(collate_fn: Callable[[Any], Any], pairs: list[Any]) -> tuple[Tensor, Any]:
+    return _indices_and_batch(collate_fn(pairs))
 
-    Raises:
-        TypeError: it does not begin with indices.
-    """
+
+def _indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
+    """A batch of an `IndexedDataset` as indices, (B,) int64 on the CPU, and the rest."""
     if isinstance(batch, list | tuple) and len(batch) == 2:
         indices, rest = batch
         told = torch.as_tensor(indices) if isinstance(indices, Tensor | list | tuple) else None
@@ -129,15 +111,7 @@ def indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
 
 
 def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None) -> DataLoader[Any]:
-    """A loader of the same batches, in the same order, each with its indices in front.
-
-    Args:
-        loader: a plain DataLoader; its sampler and generator are shared, not copied.
-        sampler: takes the place of the loader's own.
-
-    Raises:
-        TypeError, ValueError: `check_loader`'s; a loader that does more than DataLoader does.
-    """
+    """A loader of the same batches, indices in front; sampler and generator are shared."""
     check_loader(loader)
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
@@ -147,7 +121,7 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
         )
     data, collate = loader.dataset, loader.collate_fn
     if isinstance(data, IndexedDataset):
-        collate = _IndicesFirst(collate)
+        collate = partial(_indices_first, collate)
     else:
         data, collate = IndexedDataset(data), IndexedCollate(collate)
     shape: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
@@ -167,19 +141,20 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
 class DatasetReader:
     """A loader's data set without the loader's order: no shuffling, no sampler, no drop_last.
 
-    Args:
-        loader: gives the data set, ``collate_fn``, the workers and the batch size. It is not
-            iterated, so that its sampler and generator stay where they are.
-        batch_size: samples read at once; None takes the loader's.
-
-    Raises:
-        TypeError, ValueError: `check_loader`'s, or a loader whose batch size is not known.
+    The loader is not iterated: its sampler and generator stay where they are.
     """
 
     def __init__(self, loader: DataLoader[Any], batch_size: int | None = None) -> None:
         check_loader(loader)
+        own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+        size = as_whole(own if batch_size is None else batch_size)
+        if size is None or size < 1:
+            raise ValueError(
+                f"batch_size={batch_size!r} with a loader of batch size {own!r}: expected the "
+                "number of samples to read at once, for example batch_size=256"
+            )
         self.loader = loader
-        self.batch_size = batch_size_of(loader, batch_size)
+        self.batch_size = size
         self.uses = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,9 +166,9 @@ class DatasetReader:
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
     def check_is_due(self) -> bool:
-        """At uses 1, 2, 4, 8, ...: what keeps an order today may not for ever."""
+        """Whether the order of the samples is to be looked at in this use."""
         self.uses += 1
-        return self.uses & (self.uses - 1) == 0
+        return _is_due(self.uses)
 
     @property
     def collates(self) -> bool:
@@ -203,17 +178,10 @@ class DatasetReader:
     def batches(
         self, samples: Tensor, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Any]]:
-        """Yield the collated batches of ``samples`` (dataset indices), piece by piece.
+        """Yield the batches of ``samples``, (n,) dataset indices on the CPU, in such pieces.
 
         Each with the places in ``samples`` of those that it holds, in its own order: that of the
         data set, unless the ``collate_fn`` of an `IndexedDataset` says otherwise.
-
-        Args:
-            samples: (n,) int64, on the CPU, each once.
-            sizes: lengths of the pieces, which sum to n; None for ``batch_size`` each.
-
-        Raises:
-            ValueError: a batch that does not hold each of its samples once.
         """
         if not len(samples):
             return
@@ -226,22 +194,13 @@ class DatasetReader:
             start += len(piece)
 
     def rearranged(
-        self, samples: Tensor, arrangements: Sequence[tuple[Sequence[int], int]]
+        self, samples: Tensor, arrangements: Sequence[Arrangement]
     ) -> Iterator[tuple[Tensor, Any]]:
-        """Yield batches of the same samples, read once, put together in several orders.
+        """Yield batches as `batches` does, of the same samples, read once, for each arrangement.
 
-        Args:
-            samples: (n,) int64, on the CPU, each once.
-            arrangements: for each batch, an order of the samples, and the seed of what
-                ``collate_fn`` draws.
-
-        Yields:
-            As `batches`: the places in ``samples``, and the batch.
-
-        Raises:
-            RefusedError: in place of a batch that ``collate_fn`` would not make.
+        A RefusedError is raised in place of a batch that ``collate_fn`` would not make.
         """
-        collate = Rearranged(self.loader.collate_fn, arrangements)
+        collate = partial(rearranged, self.loader.collate_fn, arrangements)
         (batches,) = self._loader([samples.tolist()], collate)
         for (order, _), batch in zip(arrangements, batches, strict=True):
             if isinstance(batch, RefusedError):
@@ -256,10 +215,10 @@ class DatasetReader:
         return loader_like(self.loader, self.loader.dataset, collate, **shape)
 
     def _places(self, piece: Tensor, batch: Any) -> tuple[Tensor, Any]:
-        """Where in the piece the samples of its batch are, and the batch as the model sees it."""
+        """Where in the piece the samples of its batch are, and the batch without its indices."""
         if not isinstance(self.loader.dataset, IndexedDataset):
             return torch.arange(len(piece), device="cpu"), batch
-        told, batch = indices_and_batch(batch)
+        told, batch = _indices_and_batch(batch)
         wanted, places = piece.sort()
         found, order = told.sort()
         if not torch.equal(wanted, found):

@@ -17,25 +17,21 @@ from irw_optim.schemes.held_weights import check_sample_weights
 class ResamplingSampler(Sampler[int]):
     """Draws dataset indices with probability proportional to their weights.
 
-    Every epoch has its own draws, set by the seed and the epoch's number alone, whatever else uses
-    random numbers. New ``weights`` count from the next index on, also in the middle of an epoch
-    (without replacement: from the next epoch on). A DataLoader with workers has up to
-    ``num_workers * prefetch_factor`` batches drawn in advance.
-
-    Over several processes there is one sequence of draws, and each takes its share of it: together
-    they draw what one process would.
+    Every epoch has its own draws, set by the seed and the epoch's number alone. New ``weights``
+    count from the next index on (without replacement: from the next epoch on); a DataLoader with
+    workers has up to ``num_workers * prefetch_factor`` batches drawn in advance. Several processes
+    together draw what one would.
 
     Args:
         weights: (N,) non-negative, not all 0; need not sum to 1.
         num_samples: draws an epoch, over all ranks; None takes N.
         replacement: whether a sample may come twice. Without it, the inclusion probabilities are
-            no longer proportional to the weights, and with ``num_samples=N`` the weights only
-            order the epoch.
+            not proportional to the weights, which with ``num_samples=N`` only order the epoch.
         generator: gives the seed, drawn from it once; None is seed 0. All ranks need equal seeds.
-        rank: of this process. As in DistributedSampler, rank r takes the draws r,
-            r + world_size, ... of the epoch, which is lengthened to a multiple.
-        world_size: number of processes. None for both takes those of the process group, where
-            there is one; 0 and 1 draw everything here.
+        rank: of this process, which takes the draws ``rank``, ``rank + world_size``, ... of the
+            epoch, lengthened to a multiple as in DistributedSampler.
+        world_size: number of processes. None for both takes the process group's, where there is
+            one; 0 and 1 draw everything here.
 
     Raises:
         TypeError: weights that are no floating-point tensor.
@@ -113,8 +109,7 @@ class ResamplingSampler(Sampler[int]):
     def resume_epoch(self) -> None:
         """Make the next iteration that of the epoch that was broken off.
 
-        It repeats the draws that were made, those for the batches that workers were still at
-        included: by the weights held now, they would come out differently. Then it goes on.
+        It first repeats the draws that were made: the weights held now would give others.
         """
         self.epoch -= 1
         self._repeated = self._drawn
@@ -132,14 +127,20 @@ class ResamplingSampler(Sampler[int]):
         self._drawn = state_dict["drawn"].tolist()
 
     def _hold(self, weights: Tensor) -> None:
-        if not self.replacement:
-            self._check_enough(weights)
-        self._weights = weights.detach().cpu()
+        weights = weights.detach().cpu()
+        possible, asked = int((weights > 0).sum()), self.num_samples * self.world_size
+        if not self.replacement and asked > possible:
+            raise ValueError(
+                f"num_samples={asked} without replacement, but only {possible} weights are "
+                "positive: expected no more draws than that, or replacement=True"
+            )
+        self._weights = weights
         # A mass of 0 leaves two equal entries, and the search skips the second: never drawn.
         self._cumulative = self._weights.double().cumsum(0)
 
     def _with_replacement(self, generator: torch.Generator, drawn: list[int]) -> Iterator[int]:
-        draws = self._of_this_rank(self._uniform(generator, self.num_samples * self.world_size))
+        draws = self._uniform(generator, self.num_samples * self.world_size)
+        draws = draws[self.rank :: self.world_size]
         yield from list(drawn)
         while len(drawn) < len(draws):
             cumulative = self._cumulative
@@ -159,18 +160,7 @@ class ResamplingSampler(Sampler[int]):
         # proportion to the weights left (Efraimidis and Spirakis 2006).
         arrivals = -torch.log1p(-self._uniform(generator, len(self.weights))) / self._weights
         total = self.num_samples * self.world_size
-        yield from self._of_this_rank(arrivals.argsort()[:total]).tolist()
+        yield from arrivals.argsort()[:total][self.rank :: self.world_size].tolist()
 
     def _uniform(self, generator: torch.Generator, number: int) -> Tensor:
         return torch.rand(number, generator=generator, dtype=torch.float64, device="cpu")
-
-    def _of_this_rank(self, draws: Tensor) -> Tensor:
-        return draws[self.rank :: self.world_size]
-
-    def _check_enough(self, weights: Tensor) -> None:
-        possible, asked = int((weights > 0).sum()), self.num_samples * self.world_size
-        if asked > possible:
-            raise ValueError(
-                f"num_samples={asked} without replacement, but only {possible} weights are "
-                "positive: expected no more draws than that, or replacement=True"
-            )

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from irw_optim import IRWOptimizer
-from irw_optim.gradients.layers import _precision
+from irw_optim.gradients.layers import _products
 
 DEVICE = torch.get_default_device().type
 B, LENGTH, WIDTH, CLASSES, ALPHA = 16, 8, 32, 4, 0.25
@@ -167,7 +167,7 @@ def test_products_in_half_precision_cost_no_more_than_the_model_in_it(make, monk
         losses = F.cross_entropy(model(x).float(), y, reduction="none")
     by_loop = reference.step(losses, model.parameters(), ALPHA)
     scores, weights, gradients = weighed(model, x, y)
-    monkeypatch.setattr(_precision, "stays", lambda tensor: False)
+    monkeypatch.setattr(_products, "stays", lambda tensor: False)
     _, wide, _ = weighed(model, x, y)
     twin = make().double()
     twin.load_state_dict({n: t.double() for n, t in model.state_dict().items()})

@@ -225,7 +225,7 @@ def test_some_of_the_rows_know_no_sum_of_all(caplog):
     losses_of = BatchLosses(model, nn.CrossEntropyLoss(), None)
     reader = DatasetReader(DataLoader(TensorDataset(x, y), batch_size=8))
     everything = (losses_of, Engine(model), set(trained(model)).__contains__, lambda _: None)
-    rows = dataset_gradients.DatasetGradients(reader, torch.arange(N), *everything)
+    rows = dataset_gradients.DatasetGradients(reader, *everything)
     direction = rows.combine(torch.ones(N, dtype=torch.float64))
     expected = rows.dot(direction)
     some = torch.arange(N) % 3 == 0

@@ -182,11 +182,12 @@ def test_batches_come_as_from_the_loader_itself():
     assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, plain, strict=True))
 
 
-def test_workers_and_collate_functions_are_the_loaders_own():
-    def flipped(samples):
-        x, y = torch.utils.data.default_collate(samples)
-        return -x, y
+def flipped(samples):
+    x, y = torch.utils.data.default_collate(samples)
+    return -x, y
 
+
+def test_workers_and_collate_functions_are_the_loaders_own():
     options = {"num_workers": 2, "collate_fn": flipped, "drop_last": True}
     training = Training(shuffle_seed=3, loader_options=options)
     batches = list(training.scheme)
@@ -461,7 +462,7 @@ def test_a_state_of_the_other_use_is_refused():
 
 def test_detach_gives_the_local_scheme_back():
     training = Training()
-    local = training.scheme._local
+    local = training.optimizer.local_scheme
     training.epochs(1)
     training.scheme.detach()
     assert training.optimizer.scheme is local
@@ -498,7 +499,7 @@ def test_impossible_options_are_refused_before_anything_changes(options, message
     training.scheme.detach()
     with pytest.raises((TypeError, ValueError), match=message):
         GlobalScheme(training.optimizer, training.loader, **options)
-    assert training.optimizer.scheme is training.scheme._local
+    assert training.optimizer.scheme is training.optimizer.local_scheme
 
 
 def test_a_plain_optimizer_is_refused():
