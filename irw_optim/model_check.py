@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
 from irw_optim.criterion.attached import check_unattached
-from irw_optim.distributed.shard_checks import check_whole
+from irw_optim.distributed.sharding import check_whole
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import as_vector

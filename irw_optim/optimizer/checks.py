@@ -54,7 +54,7 @@ def check_arguments(
     check_model(model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if (model is not None and is_sharded(model)) or any(map(is_shard, parameters)):
-        from irw_optim.distributed.shard_checks import check_sharding
+        from irw_optim.distributed.sharding import check_sharding
 
         check_sharding(
             model,
@@ -140,9 +140,10 @@ def check_model(model: Any) -> None:
                     "and call optimizer.step(losses=losses)"
                 )
     if several_processes():
-        from irw_optim.distributed.replicas import check_replicas_in
+        from irw_optim.distributed.replicas import check_replica, replicas_in
 
-        check_replicas_in(model)
+        for replica in replicas_in(model):
+            check_replica(replica)
 
 
 _SHARDED = {"FullyShardedDataParallel", "DeepSpeedEngine", "PipelineModule"}

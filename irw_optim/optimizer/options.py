@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from irw_optim.arguments import as_flag, as_whole, plain
+from irw_optim.arguments import plain, true_or_false, whole_number
 from irw_optim.weighting.local_scheme import NAMED, LocalScheme, rule_named
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_options
@@ -80,8 +80,7 @@ def check_each(options: Options) -> None:
     outliers, weighting, center = options.outliers, options.weighting, options.center
     check_alpha(options.alpha)
     check_options(center=center, mix=options.mix, warmup_steps=options.warmup_steps)
-    if as_flag(options.class_balance) is None:
-        raise TypeError(f"class_balance={options.class_balance!r}: expected True or False")
+    true_or_false("class_balance", options.class_balance)
     if isinstance(outliers, type):
         name = outliers.__name__
         raise TypeError(f"outliers={name} is a class: expected an instance, outliers={name}()")
@@ -100,18 +99,12 @@ def check_each(options: Options) -> None:
         raise TypeError(f"weighting={weighting!r}: expected a name or a callable")
     if center and weighting != "irw":
         raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
-    steps, worst_off = options.accumulation_steps, options.worst_off
-    if (passes := as_whole(steps)) is None:
-        raise TypeError(f"accumulation_steps={steps!r}: expected a whole number of backward passes")
-    if passes < 1:
+    together = "1 (weights inside each backward pass) or the number of passes weighed together"
+    whole_number("accumulation_steps", options.accumulation_steps, 1, together)
+    if options.worst_off not in WORST_OFF:
         raise ValueError(
-            f"accumulation_steps={steps!r}: expected 1 (weights inside each backward "
-            "pass) or the number of passes whose samples are weighed together"
-        )
-    if worst_off not in WORST_OFF:
-        raise ValueError(
-            f"worst_off={worst_off!r}: expected 'global' (of the batch of all processes) or "
-            "'local' (each process weighs its own batch)"
+            f"worst_off={options.worst_off!r}: expected 'global' (of the batch of all processes) "
+            "or 'local' (each process weighs its own batch)"
         )
 
 

@@ -125,9 +125,7 @@ class WeightedBackward(Renewed):
         leaves = scored if processes is None else processes.leaves_of(scored)
         detached = batch._replace(losses=losses.detach())
         loss = make(detached, captured, set(leaves).__contains__, weigher)
-        if processes is not None:
-            processes.prepare_reducer(loss)
-        elif self.other_terms.watching:
+        if processes is None and self.other_terms.watching:
             self.other_terms.watch(loss)
         return loss
 

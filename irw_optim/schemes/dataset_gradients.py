@@ -23,8 +23,8 @@ from torch import Tensor
 
 from irw_optim.backward.passes import Pass, as_one, elements_of, some_of
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.joining import join
 from irw_optim.distributed.ranks import Ranks
+from irw_optim.distributed.weigher import join
 from irw_optim.gradients.autodiff import backward_to
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import LossGradients
@@ -256,7 +256,7 @@ class DatasetOverRanks(DatasetGradients):
         # With fewer samples than processes, some read one that is not theirs, and drop its loss.
         read = positions if len(positions) else torch.zeros(1, dtype=torch.int64, device="cpu")
         own = some_of(DatasetGradients.losses(self.of(read)), slice(len(positions)))
-        return join([Pass(own, 1.0)], self.ranks).batch
+        return join([Pass(own, 1.0)], self.ranks)[0]
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w: each process sums over its part of those with a weight, an all-reduce of P."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import models
 import pytest
 import reference
 import torch
@@ -77,24 +79,23 @@ class Transformer(nn.Module):
 
 
 def mlp() -> nn.Module:
-    layers = (nn.Linear(WIDTH, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, CLASSES))
-    return nn.Sequential(nn.Flatten(), nn.Linear(LENGTH * WIDTH, WIDTH), nn.ReLU(), *layers)
+    layers = models.mlp(LENGTH * WIDTH, WIDTH, 24, 16, CLASSES, act=nn.ReLU)
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
-def convolutional() -> nn.Module:
+four_groups = partial(nn.GroupNorm, 4)
+
+
+def convolutional(norm: Callable[[int], nn.Module] = four_groups) -> nn.Module:
     return nn.Sequential(
-        nn.Conv1d(LENGTH, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(),
-        nn.Conv1d(16, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(),
+        nn.Conv1d(LENGTH, 16, 3), norm(16), nn.ReLU(),
+        nn.Conv1d(16, 16, 3), norm(16), nn.ReLU(),
         nn.Flatten(), nn.Linear(16 * (WIDTH - 4), CLASSES),
     )  # fmt: skip
 
 
 def with_batch_norm() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv1d(LENGTH, 16, 3), nn.BatchNorm1d(16), nn.ReLU(),
-        nn.Conv1d(16, 16, 3), nn.BatchNorm1d(16), nn.ReLU(),
-        nn.Flatten(), nn.Linear(16 * (WIDTH - 4), CLASSES),
-    )  # fmt: skip
+    return convolutional(nn.BatchNorm1d)
 
 
 def inputs() -> Tensor:
