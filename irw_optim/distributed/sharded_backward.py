@@ -15,9 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from irw_optim.backward.deferred import deferred_loss, seed_of
 from irw_optim.backward.passes import Pass
-from irw_optim.backward.weighted_loss import BatchPass, Weigher
+from irw_optim.backward.weighted_loss import BatchPass, Weigher, deferred_loss, seed_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.coverage import Covering
@@ -128,7 +127,7 @@ class _ShardedPass(BatchPass):
         missing: set[Tensor] = set()
         covering, due = None, False
         if len(batch.losses):
-            covering = batch.engine.covering(batch, sharded=True)
+            covering = batch.engine.covering(batch.losses, batch.graph, batch.leaves, sharded=True)
             missing, due = columns - covering.covered, covering.check_is_due()
         told = self.model.ranks.each(batch.losses.new_tensor([bool(missing), due]))
         anything_missing, check = told.amax(0).tolist()

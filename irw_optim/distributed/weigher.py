@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from irw_optim.backward.deferred import Deferred, deferred_loss
 from irw_optim.backward.passes import Pass
+from irw_optim.backward.weighted_loss import Deferred, deferred_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.gradients import GlobalGradients
 from irw_optim.distributed.joining import join

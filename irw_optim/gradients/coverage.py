@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.mixing import Batch
 
 
+@dataclass(eq=False)
 class Trust:
     """What comparisons have shown, for graphs in which the same operation may mix the samples.
 
@@ -26,40 +28,35 @@ class Trust:
         uses: how many graphs have relied on it.
     """
 
-    def __init__(self) -> None:
-        self.proven: set[Hashable] = set()
-        self.lost: set[Tensor] = set()
-        self.uses = 0
+    proven: set[Hashable] = field(default_factory=set)
+    lost: set[Tensor] = field(default_factory=set)
+    uses: int = 0
 
 
+@dataclass(eq=False)
 class Covering:
     """Which parameters the ghost products cover, and when to look whether they still do.
 
-    Args:
+    Attributes:
         covered: the parameters that only layers with a rule read.
         covers_all: whether those are all there is: nothing is left for autograd.
         mixed_by: the operation that may mix the samples; None where none can.
         reads: the ways of reading parameters.
         trust: what is known of these.
         alone: the parameters that nothing but covered layers read, as the graph shows.
+        reached: numbers of the layer calls that a gradient arrived at.
     """
 
-    def __init__(
-        self,
-        covered: set[Tensor],
-        covers_all: bool,
-        mixed_by: str | None,
-        reads: frozenset[Hashable],
-        trust: Trust,
-        alone: set[Tensor],
-    ) -> None:
-        self.alone = alone
-        self.covered = covered.difference(trust.lost)
-        self.covers_all = covers_all and len(self.covered) == len(covered)
-        self.mixed_by = mixed_by
-        self.reads = reads
-        self.trust = trust
-        self.reached: set[int] = set()
+    covered: set[Tensor]
+    covers_all: bool
+    mixed_by: str | None
+    reads: frozenset[Hashable]
+    trust: Trust
+    alone: set[Tensor]
+    reached: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.lose(self.trust.lost)
 
     @property
     def reason(self) -> str:
@@ -86,9 +83,9 @@ class Covering:
     def lose(self, parameters: Iterable[Tensor]) -> None:
         """Leave these parameters to autograd from now on."""
         lost = set(parameters)
-        self.trust.lost.update(lost)
+        self.trust.lost |= lost
         self.covers_all = self.covers_all and self.covered.isdisjoint(lost)
-        self.covered.difference_update(lost)
+        self.covered -= lost
 
 
 def kind_of(
@@ -122,7 +119,8 @@ def covering_of(
     layers = Counter(p for site in graph.sites for p in site.call.parameters.values())
     counted = dict(zip(graph.leaves, batch.reads, strict=False))
     alone = {p for p in covered if counted.get(p) == layers[p]}
-    return Covering(covered, covers_all and not sparse, batch.mixed_by, reads, trust, alone)
+    covers_all = covers_all and not sparse
+    return Covering(covered, covers_all, batch.mixed_by, reads, trust, alone)
 
 
 def _reads(graph: Graph, own: Sequence[Tensor], batch: Batch) -> list[Hashable]:

@@ -9,27 +9,12 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 from torch import nn
 
 from irw_optim.attachments import Attachment, Removable
-from irw_optim.gradients.compiling import is_compiled_module
 
 
 def silence_of(model: nn.Module | None) -> list[Attachment]:
     """Keeps Opacus' hooks quiet for as long as somebody holds it."""
     silenced = model is not None and hasattr(model, "hooks_enabled")
     return [OpacusSilenced.on(model)] if silenced else []  # type: ignore[arg-type]
-
-
-def needs_hooks(model: nn.Module) -> bool:
-    """Whether layers have to be seen as they are called.
-
-    Compiled, the graph does not show them; sharded, a rank without samples goes along by them.
-    """
-    return any(map(_is_compiled_or_sharded, model.modules()))
-
-
-def _is_compiled_or_sharded(module: nn.Module) -> bool:
-    return is_compiled_module(module) or any(
-        kind.__name__ == "FSDPModule" for kind in type(module).__mro__
-    )
 
 
 class OpacusSilenced(Attachment):

@@ -1,18 +1,23 @@
-"""The options of an optimizer: kept here alone, for who acts on them and who writes them down."""
+"""The options of an optimizer: kept here alone, and what of them an optimizer shows."""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from irw_optim.arguments import as_flag, as_whole, plain
-from irw_optim.weighting.local_scheme import NAMED, LocalScheme, rule_named
+from irw_optim.arguments import plain, true_or_false, whole_number
+from irw_optim.weighting.local_scheme import NAMED, LocalScheme, Scheme, rule_named
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_options
+from irw_optim.weighting.record import StepRecord
 from irw_optim.weighting.weights import Alignment, ScoreRule
+
+if TYPE_CHECKING:
+    from irw_optim.optimizer.weighted_backward import WeightedBackward
 
 logger = logging.getLogger("irw_optim")
 
@@ -41,7 +46,38 @@ class Options:
     worst_off: str = "global"
 
     def __post_init__(self) -> None:
-        check_each(self)
+        outliers, weighting, center = self.outliers, self.weighting, self.center
+        check_alpha(self.alpha)
+        check_options(center=center, mix=self.mix, warmup_steps=self.warmup_steps)
+        true_or_false("class_balance", self.class_balance)
+        if isinstance(outliers, type):
+            name = outliers.__name__
+            raise TypeError(f"outliers={name} is a class: expected an instance, outliers={name}()")
+        if outliers is not None and not callable(outliers):
+            raise TypeError(
+                f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter(), a "
+                "callable from the (B, B) Gram matrix to a bool mask (B,)"
+            )
+        if isinstance(weighting, str) and weighting not in NAMED:
+            raise ValueError(
+                f"weighting={weighting!r}: expected one of {', '.join(map(repr, NAMED))}, or a "
+                "callable (losses, gradients, worst_off) -> scores; IRWO is 'irw' with "
+                "outliers=DBSCANFilter()"
+            )
+        if not isinstance(weighting, str) and not callable(weighting):
+            raise TypeError(f"weighting={weighting!r}: expected a name or a callable")
+        if center and weighting != "irw":
+            raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
+        passes = (
+            "1 (weights inside each backward pass), or the number of passes whose samples are "
+            "weighed together"
+        )
+        whole_number("accumulation_steps", self.accumulation_steps, 1, passes)
+        if self.worst_off not in WORST_OFF:
+            raise ValueError(
+                f"worst_off={self.worst_off!r}: expected 'global' (of the batch of all processes) "
+                "or 'local' (each process weighs its own batch)"
+            )
         for field in fields(self):  # NumPy's numbers become Python's
             vars(self)[field.name] = plain(getattr(self, field.name))
 
@@ -71,50 +107,6 @@ class Options:
         return {field.name: described(getattr(self, field.name)) for field in fields(self)}
 
 
-def check_each(options: Options) -> None:
-    """Check the options, each by itself and with the others.
-
-    Raises:
-        TypeError, ValueError: naming the option, its value and what is allowed.
-    """
-    outliers, weighting, center = options.outliers, options.weighting, options.center
-    check_alpha(options.alpha)
-    check_options(center=center, mix=options.mix, warmup_steps=options.warmup_steps)
-    if as_flag(options.class_balance) is None:
-        raise TypeError(f"class_balance={options.class_balance!r}: expected True or False")
-    if isinstance(outliers, type):
-        name = outliers.__name__
-        raise TypeError(f"outliers={name} is a class: expected an instance, outliers={name}()")
-    if outliers is not None and not callable(outliers):
-        raise TypeError(
-            f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter(), a callable "
-            "from the (B, B) Gram matrix to a bool mask (B,)"
-        )
-    if isinstance(weighting, str) and weighting not in NAMED:
-        raise ValueError(
-            f"weighting={weighting!r}: expected one of {', '.join(map(repr, NAMED))}, or a "
-            "callable (losses, gradients, worst_off) -> scores; IRWO is 'irw' with "
-            "outliers=DBSCANFilter()"
-        )
-    if not isinstance(weighting, str) and not callable(weighting):
-        raise TypeError(f"weighting={weighting!r}: expected a name or a callable")
-    if center and weighting != "irw":
-        raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
-    steps, worst_off = options.accumulation_steps, options.worst_off
-    if (passes := as_whole(steps)) is None:
-        raise TypeError(f"accumulation_steps={steps!r}: expected a whole number of backward passes")
-    if passes < 1:
-        raise ValueError(
-            f"accumulation_steps={steps!r}: expected 1 (weights inside each backward "
-            "pass) or the number of passes whose samples are weighed together"
-        )
-    if worst_off not in WORST_OFF:
-        raise ValueError(
-            f"worst_off={worst_off!r}: expected 'global' (of the batch of all processes) or "
-            "'local' (each process weighs its own batch)"
-        )
-
-
 def described(value: Any) -> Any:
     """An option as plain data, which two runs write alike.
 
@@ -135,3 +127,92 @@ def report_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Non
                 "the checkpoint was made with %s=%r; training goes on with %r",
                 *(name, before[name], value),
             )
+
+
+def option(name: str) -> Any:
+    """An attribute of an optimizer that is one of its options, and may be set."""
+
+    def change(self: Any, value: Any) -> None:
+        self._weighted.options = replace(self._weighted.options, **{name: value})
+
+    return property(lambda self: getattr(self._weighted.options, name), change)
+
+
+def chosen_once(name: str, part: str) -> Any:
+    """An attribute that was decided when the optimizer was made."""
+
+    def refuse(self: Any, value: Any) -> None:
+        raise AttributeError(
+            f"{name}={described(getattr(self, name))!r} was chosen when the optimizer was made, "
+            f"and cannot be set to {described(value)!r}: call optimizer.detach(), and make a new "
+            "IRWOptimizer(optimizer.inner, ...) with what you want"
+        )
+
+    return property(lambda self: getattr(getattr(self, part), name), refuse)
+
+
+class Attributes:
+    """What of an `IRWOptimizer` can be looked at: its options, and how far it is.
+
+    Options that may change in mid-training are set here, and act from the next backward pass on.
+    """
+
+    _weighted: WeightedBackward
+
+    alpha = option("alpha")
+    outliers = option("outliers")
+    center = option("center")
+    class_balance = option("class_balance")
+    mix = option("mix")
+    warmup_steps = option("warmup_steps")
+    weighting = option("weighting")
+
+    score_parameters = chosen_once("score_parameters", "_options")
+    accumulation_steps = chosen_once("accumulation_steps", "_options")
+    worst_off = chosen_once("worst_off", "_options")
+    model = chosen_once("model", "engine")
+    criterion = chosen_once("criterion", "_weighted")
+    engine = chosen_once("engine", "_weighted")
+    processes = chosen_once("processes", "_weighted")
+
+    @property
+    def replicas(self) -> Any:
+        """The former name of `processes`."""
+        warnings.warn(
+            "optimizer.replicas is called optimizer.processes now, and is None in one process",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.processes
+
+    @property
+    def _options(self) -> Options:
+        return self._weighted.options
+
+    @property
+    def scheme(self) -> Scheme:
+        """Decides the weights; a `LocalScheme` that is set says new options."""
+        return self._weighted.scheme
+
+    @scheme.setter
+    def scheme(self, scheme: Scheme) -> None:
+        if isinstance(scheme, LocalScheme):
+            self._weighted.options = self._options.of(scheme)
+            self._weighted.held = None
+        else:
+            self._weighted.held = scheme
+
+    @property
+    def local_scheme(self) -> LocalScheme:
+        """Decides the weights inside a batch, as the options say."""
+        return self._options.local
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps on a weighted gradient; those that a scaler skipped do not count."""
+        return self._weighted.steps
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        """What the newest backward pass decided; None before the first."""
+        return self._weighted.last

@@ -69,7 +69,7 @@ def closure_step(weighted: WeightedBackward, closure: Callable[[], Any]) -> Any:
     inner = weighted.inner
     if not hasattr(inner, IN_ORDER[0]):
         return inner.step(lambda: weighted.evaluated(closure))
-    if weighted.progress.pending:  # by which the parameters move before the closure is called
+    if weighted.pending:  # by which the parameters move before the closure is called
         weighted.make_ready()
     inside = [o for o in optimizers_inside(inner) if o is not inner]
     if not inside:

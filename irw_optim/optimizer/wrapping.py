@@ -9,38 +9,12 @@ kept twice, since whoever registers one expects the optimizer it was registered 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from inspect import ismethod, signature
-from typing import Any, TypeVar
+from typing import Any
 
 from torch.optim import Optimizer
 
 from irw_optim.copies import Renewed
-
-_Step = TypeVar("_Step", bound=Callable[..., Any])
-
-
-def fires_own_hooks(step: _Step) -> _Step:
-    """Decorates a wrapper's ``step`` with the hooks that were registered on the wrapper.
-
-    torch would decorate it too, with the hooks and the profiler's marks that are global besides;
-    the inner optimizer's step has those already, and they must fire once.
-    """
-
-    @wraps(step)
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        self = args[0]
-        for pre_hook in tuple(self._optimizer_step_pre_hooks.values()):
-            changed = pre_hook(self, args, kwargs)
-            if changed is not None:
-                args, kwargs = changed
-        result = step(*args, **kwargs)
-        for post_hook in tuple(self._optimizer_step_post_hooks.values()):
-            post_hook(self, args, kwargs)
-        return result
-
-    hooked.hooked = True  # type: ignore[attr-defined]  # where torch looks whether to decorate
-    return hooked  # type: ignore[return-value]
 
 
 def one_of(part: str, name: str) -> Any:
@@ -111,14 +85,6 @@ class OptimizerWrapper(Renewed, Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self.inner!r}"
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the inner optimizer."""
-        self.inner.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
-        self.inner.zero_grad(set_to_none)
 
     # Checkpoints -----------------------------------------------------------------------------
 
