@@ -9,7 +9,7 @@ decides, and gives the gradient of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,10 @@ from irw_optim.backward.weighted_loss import (
     without_autocast,
 )
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.gradients.concatenated import ConcatenatedGradients
 from irw_optim.gradients.ghost import check_inputs
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.materialized import blocked_gram, widened
+from irw_optim.gradients.protocol import Direction, PerSampleGradients
 from irw_optim.torch_internals import is_walked_on, is_wanted
 
 
@@ -123,3 +123,63 @@ class _Member(BatchPass):
 
     def leave(self) -> None:
         """The others are still to come: the logical batch lets go of all."""
+
+
+class ConcatenatedGradients:
+    """The rows of several batches in their order: G = [G_1; G_2; ...].
+
+    A parameter that a batch did not use has rows of zeros there.
+
+    Args:
+        parts: the batches, by any engine.
+        like: of the device and the dtype that weights have.
+
+    >>> from irw_optim.gradients import MaterializedGradients
+    >>> weight = torch.zeros(1)
+    >>> G = ConcatenatedGradients([
+    ...     MaterializedGradients({weight: torch.tensor([[1.0], [2.0]])}),
+    ...     MaterializedGradients({weight: torch.tensor([[3.0]])}),
+    ... ], like=weight)
+    >>> G.combine(torch.ones(3))[weight], G.dot({weight: torch.ones(1)})
+    (tensor([6.]), tensor([1., 2., 3.]))
+    >>> G.gram()[2]
+    tensor([3., 6., 9.])
+    """
+
+    def __init__(self, parts: Iterable[PerSampleGradients], like: Tensor) -> None:
+        self.parts = list(parts)
+        self.sizes = [part.batch_size for part in self.parts]
+        self.batch_size = sum(self.sizes)
+        self.like = like
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """G^T w."""
+        total: dict[Tensor, Tensor] = {}
+        for part, some in zip(self.parts, weights.split(self.sizes), strict=True):
+            for p, gradient in part.combine(some).items():
+                total[p] = total[p] + gradient if p in total else gradient
+        return total
+
+    def dot(self, direction: Direction) -> Tensor:
+        """G v."""
+        return torch.cat([part.dot(direction) for part in self.parts])
+
+    def gram(self) -> Tensor:
+        """Across batches only the rows themselves meet: they are made a block at a time."""
+        zeros = self.combine(self.like.new_zeros(self.batch_size))
+
+        def rows(samples: slice) -> dict[Tensor, Tensor]:
+            each = [{**zeros, **self._row(i)} for i in range(self.batch_size)[samples]]
+            return {p: torch.stack([row[p] for row in each]) for p in zeros}
+
+        numbers = sum(t.numel() for t in zeros.values())
+        return blocked_gram(self.batch_size, numbers, rows)
+
+    def _row(self, sample: int) -> dict[Tensor, Tensor]:
+        part = 0
+        while sample >= self.sizes[part]:
+            sample -= self.sizes[part]
+            part += 1
+        one = self.like.new_zeros(self.sizes[part])
+        one[sample] = 1
+        return self.parts[part].combine(one)

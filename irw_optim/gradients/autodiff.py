@@ -17,6 +17,7 @@ from torch import Tensor
 
 from irw_optim.gradients.backward_passes import BackwardPasses
 from irw_optim.gradients.graph import walk
+from irw_optim.gradients.hooks import IN_CUDNN
 from irw_optim.gradients.materialized import (
     MaterializedGradients,
     as_vector,
@@ -26,7 +27,6 @@ from irw_optim.gradients.materialized import (
 )
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError
-from irw_optim.gradients.recurrent import IN_CUDNN
 from irw_optim.torch_internals import copies, squared_length
 
 logger = logging.getLogger("irw_optim")
@@ -71,6 +71,13 @@ class AutodiffGradients:
         return combined
 
     def dot(self, direction: Direction) -> Tensor:
+        return self._scores(direction, waits=True)
+
+    def align(self, coefficients: Tensor) -> Tensor:
+        """G (G^T c). On a device it is not waited for whether that `adds_up`."""
+        return self._scores(self.combine(coefficients), waits=self.losses.device.type == "cpu")
+
+    def _scores(self, direction: Direction, *, waits: bool) -> Tensor:
         if not self.batch_size:
             return widened(self.losses.detach())
         if not self.known.get("row_by_row"):
@@ -81,24 +88,14 @@ class AutodiffGradients:
                 self._go_row_by_row(str(error))
             else:
                 sides = self._both_sides(scores, mine)
+                if not waits:
+                    self.doubt = sides
+                    return scores
                 if sides is None or self.adds_up(sides.tolist()):
                     return scores
                 self._go_row_by_row(_OTHERWISE)
         rows = (self._row(i) for i in range(self.batch_size))
         return torch.stack([_inner(row, direction) for row in rows])
-
-    def align(self, coefficients: Tensor) -> Tensor:
-        """G (G^T c). On a device it is not waited for whether that `adds_up`."""
-        direction = self.combine(coefficients)
-        waits = self.losses.device.type != "cpu" and self.batch_size
-        if waits and not self.known.get("row_by_row"):
-            try:
-                scores = widened(self._push(direction))
-            except NoPushForwardError:
-                return self.dot(direction)
-            self.doubt = self._both_sides(scores, direction)
-            return scores
-        return self.dot(direction)
 
     def settle_doubt(self) -> None:
         """Take the scores row by row from now on."""

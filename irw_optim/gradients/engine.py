@@ -29,12 +29,11 @@ from irw_optim.gradients.compiling import (
 )
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
 from irw_optim.gradients.graph import Graph, walk
-from irw_optim.gradients.hooks import silence_of, weighed_by
+from irw_optim.gradients.hooks import IN_CUDNN, silence_of, weighed_by, without_cudnn
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.mixing import Batch, follow_batch, rows_that_entered
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import NOTHING_READ, Plan, read_around, read_in_a_pass
-from irw_optim.gradients.recurrent import IN_CUDNN, without_cudnn
 from irw_optim.processes import is_sharded_here
 
 logger = logging.getLogger("irw_optim")
@@ -72,8 +71,7 @@ class Engine(Renewed):
         """Know nothing of the model yet."""
         being_copied = self.model is not None and "_modules" not in vars(self.model)
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
-        self.has_layer_hooks = False
-        self.sees_fused = self.made_anew = False
+        self.has_layer_hooks = self.sees_fused = self.made_anew = False
         model = None if being_copied else self.model
         prepare(model)
         if model is not None:

@@ -95,13 +95,7 @@ def walk(losses: Tensor) -> Graph:
 
 
 def refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:
-    """Raise where a part of the graph is recomputed by a backward pass of its own.
-
-    Such a pass writes straight into ``p.grad``, and torch lets nobody ask for gradients through it.
-
-    Raises:
-        RuntimeError: activation checkpointing with ``use_reentrant=True``.
-    """
+    """Raise where a part is recomputed by a backward pass of its own, which nobody can ask."""
     if "CheckpointFunctionBackward" in {kind.__name__ for kind in set(map(type, nodes))}:
         raise RuntimeError(
             "torch.utils.checkpoint with use_reentrant=True: it adds to p.grad from inside the "

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
+import torch
 from torch import nn
 
 from irw_optim.attachments import Attachment, Removable
+from irw_optim.gradients.compiling import KeptOut, OnForward
 
 
 def silence_of(model: nn.Module | None) -> list[Attachment]:
@@ -46,3 +48,29 @@ def weighed_by(model: nn.Module) -> WeakSet[Any]:
 
 
 _WEIGHED_BY: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
+
+
+IN_CUDNN = "CudnnRnn"
+"""What autograd calls them."""
+
+
+class _OwnKernels(KeptOut):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.backends.cudnn.flags(enabled=not torch.is_grad_enabled()):
+            return self.__wrapped__(*args, **kwargs)
+
+
+class WithoutCudnn(OnForward):
+    """Has a recurrent layer take torch's own kernels while gradients are recorded.
+
+    cuDNN's backward pass has no derivative. Through torch's own, changes go forwards: a few plain
+    steps, and not one backward pass a sample.
+    """
+
+    stands_in = _OwnKernels
+
+
+def without_cudnn(model: nn.Module) -> list[Attachment]:
+    """Keep the recurrent layers that still use cuDNN from it, until nobody holds these."""
+    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    return [WithoutCudnn.on(layer) for layer in layers if WithoutCudnn.found_on(layer) is None]

@@ -114,9 +114,9 @@ class LossGradients:
         if covering.covers_all and covering.covered and not (check or check_hooks or hooks_change):
             self.uncovered = self.finished_by_autograd = []
             retain = keep_graph or bool(self.sharing or self.others)
-            known, sites = covering.reached, graph.sites
+            known = covering.reached
             self.ghost = ghost_gradients(
-                self.losses, sites, seed, retain_graph=retain, reached=known
+                self.losses, graph.sites, seed, retain_graph=retain, reached=known
             )
             if len(self.ghost.calls) != len(known):
                 covering.reached = self.ghost.reached
@@ -150,18 +150,14 @@ class LossGradients:
         """G with the columns of the chosen parameters."""
         if self.ghost is not None and not self.uncovered and all(map(parameters, self.leaves)):
             return self.ghost
+        chosen = list(filter(parameters, self.leaves))
         if self.engine.own is not None:
-            return self._by_own_engine(self.engine.own, [p for p in self.leaves if parameters(p)])
+            return self._by_own_engine(self.engine.own, chosen)
         parts: list[PerSampleGradients] = []
-        chosen = {p for p in self.leaves if parameters(p)}
-        rest = [p for p in self.uncovered if p in chosen]
-        if self.ghost is not None:
-            part = self.ghost.restricted_to(chosen)
-            if part.calls:
-                parts.append(part)
-        if rest:
-            known = self.engine.known
-            parts.append(AutodiffGradients(self.losses, rest, known, self.passes))
+        if self.ghost is not None and (part := self.ghost.restricted_to(set(chosen))).calls:
+            parts.append(part)
+        if rest := list(filter(parameters, self.uncovered)):
+            parts.append(AutodiffGradients(self.losses, rest, self.engine.known, self.passes))
         if not parts:
             raise RuntimeError(NOTHING_TO_SCORE)
         return parts[0] if len(parts) == 1 else StackedGradients(parts)
@@ -208,8 +204,7 @@ class LossGradients:
             factors: (B,).
             hooks_ran: whether hooks on activations run in another pass of this loss.
         """
-        passes = self.passes
-        back = passes.without_hooks if hooks_ran else passes.with_hooks
+        back = self.passes.without_hooks if hooks_ran else self.passes.with_hooks
         gradients = back(leaves, factors)
         return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
 

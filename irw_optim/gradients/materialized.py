@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.protocol import Direction, added
 
 MEMORY_BOUND = 64 * 2**20
 """Numbers that a block of `gram` may hold at once (256 MiB in float32)."""
@@ -88,19 +88,16 @@ class MaterializedGradients:
         return combined
 
     def dot(self, direction: Direction) -> Tensor:
-        products = [
-            as_matrix(widened(block)) @ as_vector(widened(direction[p]))
-            for p, block in self.rows.items()
-            if p in direction
-        ]
-        if not products:
+        chosen = [p for p in self.rows if p in direction]
+        if not chosen:
             return as_matrix(widened(next(iter(self.rows.values())))).new_zeros(self.batch_size)
-        return sum(products[1:], start=products[0])
+        return added(
+            as_matrix(widened(self.rows[p])) @ as_vector(widened(direction[p])) for p in chosen
+        )
 
     def gram(self) -> Tensor:
         blocks = [as_matrix(widened(block)) for block in self.rows.values()]
-        products = [block @ block.T for block in blocks]
-        return sum(products[1:], start=products[0])
+        return added(block @ block.T for block in blocks)
 
 
 def blocked_gram(
@@ -123,10 +120,9 @@ def blocked_gram(
             if j.start > i.start:
                 break
             right = left if i == j else rows(j)
-            products = [
+            product = added(
                 as_matrix(widened(g)) @ as_matrix(widened(right[p])).T for p, g in left.items()
-            ]
-            product = sum(products[1:], start=products[0])
+            )
             if gram is None:
                 gram = product.new_zeros(batch_size, batch_size)
             gram[i, j] = product

@@ -41,16 +41,13 @@ def compare(
     probe: Tensor,
     gradients: PerSampleGradients,
 ) -> dict[Tensor, float]:
-    """Compare G^T r with what a backward pass from <r, losses> gave, parameter by parameter.
+    """The relative error of each parameter for which G^T r is not the gradient of <r, losses>.
 
     Args:
         parameters: the leaves that ``gradients`` claims to cover.
         truth: the gradient of <r, losses> for each.
         probe: r, (B,).
         gradients: the products to check.
-
-    Returns:
-        The relative error of each parameter that disagrees.
     """
     claim = gradients.combine(probe)
     pairs = [

@@ -224,20 +224,11 @@ def check_reads_rows(engine: Engine) -> None:
 
 
 def check_unrecorded(parameters: Sequence[Tensor], model: nn.Module | None, passed: bool) -> bool:
-    """Check gradients of which no backward pass has left a record.
+    """Whether gradients that no backward pass has left a record of are more than zeros.
 
-    They may be taken aside, cleared and written back changed, as gradient surgery does: after a
-    weighted backward pass, whatever is in ``p.grad`` counts as made of it. Zeros pass: there is
-    nothing to weigh, and torch's functions for distributed checkpoints step on them to make an
-    optimizer's state.
-
-    Args:
-        parameters: whose gradients to step on.
-        model: for the message; None for none.
-        passed: whether a weighted backward pass ran since the last step.
-
-    Returns:
-        Whether there is anything but zeros.
+    They may be taken aside, cleared and written back changed, as gradient surgery does: where a
+    weighted backward pass has ``passed``, whatever is in ``p.grad`` counts as made of it. Zeros
+    pass: torch's functions for distributed checkpoints step on them to make an optimizer's state.
 
     Raises:
         RuntimeError: there is no gradient, or one that no weighted loss made.

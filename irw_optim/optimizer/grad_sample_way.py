@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.materialized import MaterializedGradients
-from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.processes import several_processes
 from irw_optim.weighting.ranges import check_losses
-from irw_optim.weighting.record import StepRecord
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
 _TOLERANCE_OF_HALF = 5e-2
 """Of the root mean square of the rows' norms; above what products in TF32 and in half lose."""
 
 
-def weigh_grad_samples(
-    parameters: Iterable[Tensor],
-    scored: Container[Tensor],
-    losses: Tensor,
-    labels: Tensor | None,
-    decide: Callable[[PerSampleLosses, PerSampleGradients], StepRecord],
-) -> None:
+def weigh_grad_samples(weighted: WeightedBackward, losses: Tensor, labels: Tensor | None) -> None:
     """Put the weighted sum of ``p.grad_sample`` into ``p.grad``.
 
     Args:
-        parameters: those that are updated.
-        scored: those whose gradients make the scores.
+        weighted: has the parameters, and decides.
         losses: (B,), of the batch that was backpropagated last.
         labels: (B,) classes, or None.
-        decide: the weights, from the losses and the rows.
 
     Raises:
         RuntimeError: a parameter without a ``grad_sample``, or with those of several passes, or
@@ -42,7 +32,7 @@ def weigh_grad_samples(
         TypeError, ValueError: losses that are no vector, or not of this batch.
     """
     check_losses(losses)
-    rows = MaterializedGradients.from_grad_sample(parameters)
+    rows = MaterializedGradients.from_grad_sample(weighted.parameters)
     if rows.batch_size != len(losses):
         raise ValueError(
             f"losses has {len(losses)} samples but p.grad_sample has {rows.batch_size}: "
@@ -51,9 +41,10 @@ def weigh_grad_samples(
     if not several_processes():  # whose gradients are averaged, and the rows not
         check_rows(rows.rows)
     batch = PerSampleLosses(losses.detach(), losses.detach().mean(), 1.0, labels)
-    record = decide(
-        batch, MaterializedGradients({p: g for p, g in rows.rows.items() if p in scored})
-    )
+    scored = set(weighted.scored)
+    chosen = MaterializedGradients({p: g for p, g in rows.rows.items() if p in scored})
+    record = weighted.scheme.decide(batch, chosen)
+    weighted.note(record)
     for parameter, gradient in rows.combine(record.weights).items():
         parameter.grad = gradient.to(parameter.dtype)
 

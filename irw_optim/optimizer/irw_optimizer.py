@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any, TypeVar
-from weakref import finalize, ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,16 +21,13 @@ from irw_optim.optimizer.checks import (
     check_reads_rows,
 )
 from irw_optim.optimizer.grad_sample_way import weigh_grad_samples
-from irw_optim.optimizer.options import Attributes, Options, described, report_differences
-from irw_optim.optimizer.own_steps import closure_step, own_step
+from irw_optim.optimizer.options import Options, described
+from irw_optim.optimizer.own_steps import closure_step
 from irw_optim.optimizer.weighted_backward import WeightedBackward
-from irw_optim.optimizer.wrapping import OptimizerWrapper
+from irw_optim.optimizer.wrapping import Hold, OptimizerWrapper
 from irw_optim.weighting import ScoreRule
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_losses
-
-logger = logging.getLogger("irw_optim")
-
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
@@ -59,7 +54,7 @@ def fires_own_hooks(step: _Step) -> _Step:
     return hooked  # type: ignore[return-value]
 
 
-class IRWOptimizer(Attributes, OptimizerWrapper):
+class IRWOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer so that it steps on sum_i w_i g_i instead of the average gradient.
 
     The weights favour the samples on which a step lowers the loss of the worst-off
@@ -129,8 +124,6 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
     (2, 1.0)
     """
 
-    SECTION = "irw"
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -150,16 +143,8 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         worst_off: str = "global",
     ) -> None:
         options = Options(
-            alpha,
-            outliers,
-            center,
-            class_balance,
-            mix,
-            warmup_steps,
-            described(score_parameters),
-            weighting,
-            accumulation_steps,
-            worst_off,
+            *(alpha, outliers, center, class_balance, mix, warmup_steps),
+            *(described(score_parameters), weighting, accumulation_steps, worst_off),
         )
         check_arguments(optimizer, model=model, criterion=criterion, engine=engine, options=options)
         chosen = None
@@ -170,14 +155,10 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
             undo.callback(hooked.remove_hooks)
             self._weighted = WeightedBackward(optimizer, hooked, options, chosen)
             undo.callback(self._weighted.release)
-            super().__init__(optimizer)
+            self.inner, self._hold = optimizer, Hold()
+            self.begin()
             self._weighted.attach(criterion)
             undo.pop_all()
-
-    def begin(self) -> None:
-        """Let go of model and criterion in the end: losses, which know them, may live longer."""
-        super().begin()
-        finalize(self, _release, ref(self._weighted)).atexit = False
 
     # What a torch optimizer does, and we do more -----------------------------------------------
 
@@ -193,22 +174,6 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         for parameter in self._weighted.parameters:
             if getattr(parameter, "grad_sample", None) is not None:
                 parameter.grad_sample = None  # type: ignore[attr-defined]
-
-    def own_state(self) -> dict[str, Any]:
-        """Under ``"irw"`` in the state dict: the steps taken, and the options for comparison."""
-        return {"steps": self.steps, **self._options.described()}
-
-    def load_own_state(self, own: dict[str, Any] | None) -> None:
-        """Go on from the steps of a checkpoint; options that differ are logged, and stay as now."""
-        if own is None:
-            logger.warning(
-                "the checkpoint is a plain optimizer's: its state is loaded, and steps, which "
-                "warmup_steps counts, stays at %d",
-                self.steps,
-            )
-            return
-        self._weighted.steps = own["steps"]
-        report_differences(own, self._options.described())
 
     # The three ways in -----------------------------------------------------------------------
 
@@ -267,8 +232,7 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
                 )
         if losses is not None:
             check_reads_rows(self.engine)
-            scored = self.scored_parameters()
-            weigh_grad_samples(parameters, scored, losses, labels, weighted.decide)
+            weigh_grad_samples(weighted, losses, labels)
             self.engine.warn_of_mixing(losses)
         if closure is None:
             weighted.make_ready(parameters)
@@ -292,13 +256,3 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
     def scored_parameters(self) -> set[Tensor]:
         """The parameters whose gradients make the scores."""
         return set(self._weighted.scored)
-
-    def around(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Steps under other names, as SAM's, are checked and counted as `step` is."""
-        return own_step(self, self._weighted, name, method)
-
-
-def _release(weighted: ref[WeightedBackward]) -> None:
-    alive = weighted()
-    if alive is not None:
-        alive.release()

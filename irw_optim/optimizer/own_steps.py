@@ -24,21 +24,16 @@ IN_ORDER = ("first_step", "second_step", "third_step")
 def own_step(
     optimizer: Any, weighted: WeightedBackward, name: str, method: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """A method of the inner optimizer, with what belongs to a step if it takes one.
-
-    Args:
-        optimizer: whose step it is for those who have hooked it.
-        weighted: knows the gradient at hand, and counts.
-        name: of the method.
-        method: bound to the inner optimizer.
-    """
+    """A method of the inner optimizer, with what belongs to a step of ours if it takes one."""
 
     @wraps(method)
     def stepping(*args: Any, **kwargs: Any) -> Any:
         inner = weighted.inner
-        if name in IN_ORDER and not _moves_back_first(inner, name) and weighted.has_gradient():
+        own = [step for step in IN_ORDER if hasattr(inner, step)]
+        counts = own[-1:] == [name]
+        # Where it is the second, parameters come back before an optimizer inside steps.
+        if name in own and not (counts and name == IN_ORDER[1]) and weighted.has_gradient():
             weighted.make_ready()
-        counts = name == _last_of(inner)
 
         def before() -> None:
             nonlocal counts
@@ -100,13 +95,3 @@ def before_a_step_of(optimizers: list[Any], call: Callable[[], None]) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _last_of(inner: Any) -> str | None:
-    own = [name for name in IN_ORDER if hasattr(inner, name)]
-    return own[-1] if own else None
-
-
-def _moves_back_first(inner: Any, name: str) -> bool:
-    """Whether parameters come back before an optimizer inside steps, which is checked then."""
-    return name == "second_step" and _last_of(inner) == name

@@ -18,7 +18,6 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.criterion.attached import AttachedCriterion
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
-from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.optimizer.checks import check_unrecorded, has_gradient
 from irw_optim.optimizer.options import Options
 from irw_optim.optimizer.other_terms import OtherTerms
@@ -170,12 +169,6 @@ class WeightedBackward(Renewed):
         elif self.other_terms.watching:
             self.other_terms.watch(loss)
         return loss
-
-    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
-        """The weights of a batch whose rows are at hand."""
-        record = self.scheme.decide(batch, rows)
-        self.note(record)
-        return record
 
     def note(self, record: StepRecord) -> None:
         """Take the record of a backward pass, just before it adds to ``p.grad``."""
