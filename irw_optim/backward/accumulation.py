@@ -1,10 +1,9 @@
 """A logical batch: the weights of several backward passes decided together.
 
-Gradient accumulation adds up physical batches because the whole one does not fit. S, the scores
-and the weights of the whole need G = [G_1; ...; G_k], and every product with G is a sum or a row
-of products with the G_j. So each backward pass only starts its batch: what it keeps is the layers'
-inputs and output gradients (for parameters that only autodiff covers, the graph). The k-th one
-decides, and gives the gradient of the whole.
+The whole batch has G = [G_1; ...; G_k], and every product with G is a sum or a row of products with
+the G_j. So each backward pass only starts its batch: it keeps the layers' inputs and output
+gradients (for parameters that only autodiff covers, the graph). The k-th one decides, and gives the
+gradient of the whole.
 """
 
 from __future__ import annotations
@@ -128,18 +127,13 @@ class _Member(BatchPass):
 class ConcatenatedGradients:
     """The rows of several batches in their order: G = [G_1; G_2; ...].
 
-    A parameter that a batch did not use has rows of zeros there.
-
-    Args:
-        parts: the batches, by any engine.
-        like: of the device and the dtype that weights have.
+    A parameter that a batch did not use has rows of zeros there. Weights have the device and the
+    dtype of ``like``.
 
     >>> from irw_optim.gradients import MaterializedGradients
     >>> weight = torch.zeros(1)
-    >>> G = ConcatenatedGradients([
-    ...     MaterializedGradients({weight: torch.tensor([[1.0], [2.0]])}),
-    ...     MaterializedGradients({weight: torch.tensor([[3.0]])}),
-    ... ], like=weight)
+    >>> rows = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]])]
+    >>> G = ConcatenatedGradients([MaterializedGradients({weight: r}) for r in rows], like=weight)
     >>> G.combine(torch.ones(3))[weight], G.dot({weight: torch.ones(1)})
     (tensor([6.]), tensor([1., 2., 3.]))
     >>> G.gram()[2]

@@ -41,12 +41,7 @@ class Weigher(Protocol):
 
 
 class OneProcess:
-    """Weighs the samples at hand.
-
-    Args:
-        scheme: decides the weights.
-        note: is told what was decided, when a backward pass runs.
-    """
+    """Weighs the samples at hand; ``note`` is told what was decided, when a backward pass runs."""
 
     def __init__(self, scheme: Scheme, note: Note) -> None:
         self.scheme = scheme
@@ -73,11 +68,7 @@ class OneProcess:
 
 
 class Deferred:
-    """What a loss does when its backward pass arrives: once, unless the graph is kept.
-
-    Attributes:
-        passed: whether it has happened.
-    """
+    """What a loss does when its backward pass arrives: once, unless the graph is kept."""
 
     ALREADY_PASSED = (
         "this loss was already backpropagated: its graph is gone; use "
@@ -85,15 +76,10 @@ class Deferred:
     )
     ERROR: ClassVar[type[Exception]] = RuntimeError
 
-    passed = False
+    passed = False  # whether it has happened
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
-        """The gradient of every leaf, for the gradient ``upstream`` of the scalar loss.
-
-        Args:
-            upstream: 0-dim.
-            keep_graph: whether another pass may follow.
-        """
+        """The gradient of every leaf, for that of the scalar loss; another pass may follow."""
         raise NotImplementedError
 
     def leave(self) -> None:
@@ -102,19 +88,12 @@ class Deferred:
 
 @dataclass(eq=False)
 class BatchPass(Deferred):
-    """The backward pass of one batch that is weighed.
+    """The backward pass of one batch that is weighed."""
 
-    Attributes:
-        batch: the per-sample losses, detached.
-        captured: their gradients.
-        scored: which leaves' gradients make the score.
-        weigher: chooses the factors when the gradients are known.
-    """
-
-    batch: PerSampleLosses
+    batch: PerSampleLosses  # detached
     captured: LossGradients
-    scored: Callable[[Tensor], bool]
-    weigher: Weigher
+    scored: Callable[[Tensor], bool]  # which leaves' gradients make the score
+    weigher: Weigher  # chooses the factors when the gradients are known
 
     def leave(self) -> None:
         """Nothing of the graph is held any longer."""
@@ -202,9 +181,8 @@ class _DeferredLoss(torch.autograd.Function):
 def seed_of(upstream: Tensor, batch: PerSampleLosses) -> Tensor:
     """The factor that every loss carries through its backward pass: that of the ordinary mean.
 
-    So hooks on activations hear gradients of the size that they expect, and half precision gets the
-    scale that was chosen for it (a gradient scaler's, 1/accumulation steps), which leaves the
-    weights alone; 0 would take the weights with it.
+    So hooks on activations hear gradients of the size that they expect, and half precision gets a
+    gradient scaler's scale. 0 would take the weights with it.
     """
     seed = upstream * (batch.scale / max(1, batch.losses.shape[0]))
     if seed.device.type == "cpu":  # looking at it waits for nothing there

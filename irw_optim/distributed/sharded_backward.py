@@ -23,7 +23,7 @@ from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.verification import Difference, difference, probe_of, wrong_among
+from irw_optim.gradients.verification import Difference, differences, probe_of, wrong_among
 
 WAY_OUT = (
     "choose score_parameters= without them (score_parameters='last' for the last layer), or train "
@@ -175,7 +175,7 @@ class _Comparison:
 
     def __call__(self, leaf: Tensor, truth: Tensor) -> None:
         claim = self.rows.restricted_to({leaf}).combine(self.probe).get(leaf)
-        self.found[leaf] = difference(leaf, truth, claim, self.rows)
+        self.found[leaf] = differences([leaf], [truth], [claim], self.rows)[0]
 
     def wrong(self, leaves: set[Tensor]) -> dict[Tensor, float]:
         for leaf in leaves - self.found.keys():

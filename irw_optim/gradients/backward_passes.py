@@ -33,20 +33,13 @@ HOOKS_CHANGE = "hooks change gradients"
 
 
 class BackwardPasses:
-    """From the losses to edges of their graph.
-
-    Args:
-        losses: (B,), with their graph.
-        graph: what leads to them.
-        known: what is remembered of the model.
-    """
+    """From the losses to edges of their graph; ``known`` is what is remembered of the model."""
 
     def __init__(self, losses: Tensor, graph: Graph, known: dict[str, bool]) -> None:
         self.losses = losses
         self.graph = graph
         self.known = known
-        self.hooks_ran = False
-        """Whether hooks have heard a pass of these losses."""
+        self.hooks_ran = False  # whether they have heard a pass of these losses
 
     def without_hooks(self, ends: Sequence[End], weights: Tensor) -> Sequence[Tensor | None]:
         """The gradient of <weights, losses> at some ends; hooks run where they change it."""
@@ -57,12 +50,7 @@ class BackwardPasses:
         return pull_back(self.losses, cotangent, found, self.graph.order)
 
     def push(self, direction: Direction) -> Tensor:
-        """How much every loss changes along a direction of the leaves: (B,).
-
-        Raises:
-            NoPushForwardError: an operation on the way can only be pulled back; or hooks change
-                gradients, of which the graph itself does not know.
-        """
+        """How much every loss changes along a direction of the leaves, (B,), if it can be told."""
         if self.known.get(HOOKS_CHANGE):
             raise NoPushForwardError("hooks on activations have a say in it")
         edges = self.graph.edges

@@ -2,8 +2,7 @@
 
 Two graphs are of one kind if the same layers and operations read the same parameters, and the same
 operation, if any, may mix the samples. What a comparison with autograd has shown for one holds for
-every other that reads its parameters likewise: blocks that are skipped at random, or experts that
-are chosen, make many kinds out of few ways of reading.
+every other that reads its parameters likewise: skipped blocks make many kinds out of few readings.
 """
 
 from __future__ import annotations
@@ -20,40 +19,24 @@ from irw_optim.gradients.mixing import Batch
 
 @dataclass(eq=False)
 class Trust:
-    """What comparisons have shown, for graphs in which the same operation may mix the samples.
+    """What comparisons have shown, for graphs in which the same operation may mix the samples."""
 
-    Attributes:
-        proven: ways of reading parameters that agreed with autograd.
-        lost: parameters on which autograd disagreed.
-        uses: how many graphs have relied on it.
-    """
-
-    proven: set[Hashable] = field(default_factory=set)
-    lost: set[Tensor] = field(default_factory=set)
-    uses: int = 0
+    proven: set[Hashable] = field(default_factory=set)  # ways of reading that agreed with autograd
+    lost: set[Tensor] = field(default_factory=set)  # parameters on which autograd disagreed
+    uses: int = 0  # graphs that have relied on it
 
 
 @dataclass(eq=False)
 class Covering:
-    """Which parameters the ghost products cover, and when to look whether they still do.
+    """Which parameters the ghost products cover, and when to look whether they still do."""
 
-    Attributes:
-        covered: the parameters that only layers with a rule read.
-        covers_all: whether those are all there is: nothing is left for autograd.
-        mixed_by: the operation that may mix the samples; None where none can.
-        reads: the ways of reading parameters.
-        trust: what is known of these.
-        alone: the parameters that nothing but covered layers read, as the graph shows.
-        reached: numbers of the layer calls that a gradient arrived at.
-    """
-
-    covered: set[Tensor]
-    covers_all: bool
-    mixed_by: str | None
-    reads: frozenset[Hashable]
-    trust: Trust
-    alone: set[Tensor]
-    reached: set[int] = field(default_factory=set)
+    covered: set[Tensor]  # the parameters that only layers with a rule read
+    covers_all: bool  # nothing is left for autograd
+    mixed_by: str | None  # the operation that may mix the samples; None where none can
+    reads: frozenset[Hashable]  # the ways of reading parameters
+    trust: Trust  # what is known of these
+    alone: set[Tensor]  # what nothing but covered layers read, as the graph shows
+    reached: set[int] = field(default_factory=set)  # numbers of calls that a gradient arrived at
 
     def __post_init__(self) -> None:
         self.lose(self.trust.lost)
@@ -88,23 +71,11 @@ class Covering:
         self.covered -= lost
 
 
-def kind_of(
-    graph: Graph, own: Sequence[Tensor], batch_size: int, batch: Batch
-) -> tuple[Hashable, ...]:
-    """Equal for graphs of one kind."""
-    return (
-        batch_size > 1,  # one sample alone does not show whether the forward mixes them
-        batch.mixed_by,
-        *_reads(graph, own, batch),
-        *map(id, own),
-    )
-
-
 def covering_of(
     graph: Graph,
     own: Sequence[Tensor],
-    batch_size: int,
     batch: Batch,
+    reads: Iterable[Hashable],
     trust: Trust,
 ) -> Covering:
     """Who covers what in a graph of a new kind."""
@@ -115,15 +86,14 @@ def covering_of(
     covered = inside.difference(outside).intersection(own)
     covers_all = covered.issuperset(own) and covered.issuperset(inside | outside)
     sparse = any(call.needs_autograd_combine for call, _, _ in graph.sites)
-    reads = frozenset((batch_size > 1, read) for read in _reads(graph, own, batch))
     layers = Counter(p for site in graph.sites for p in site.call.parameters.values())
     counted = dict(zip(graph.leaves, batch.reads, strict=False))
     alone = {p for p in covered if counted.get(p) == layers[p]}
     covers_all = covers_all and not sparse
-    return Covering(covered, covers_all, batch.mixed_by, reads, trust, alone)
+    return Covering(covered, covers_all, batch.mixed_by, frozenset(reads), trust, alone)
 
 
-def _reads(graph: Graph, own: Sequence[Tensor], batch: Batch) -> list[Hashable]:
+def reads_of(graph: Graph, own: Sequence[Tensor], batch: Batch) -> list[Hashable]:
     """The ways in which parameters are read: by which layers, and by how many operations."""
     by_layers: list[Hashable] = [
         (type(call), *call.arrangement(), *map(_name, call.parameters.values()))

@@ -27,8 +27,8 @@ from irw_optim.gradients.compiling import (
     may_be_of_compiled,
     prepare,
 )
-from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
-from irw_optim.gradients.graph import Graph, walk
+from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
+from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.hooks import IN_CUDNN, silence_of, weighed_by, without_cudnn
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.mixing import Batch, follow_batch, rows_that_entered
@@ -106,15 +106,14 @@ class Engine(Renewed):
         one_product: bool = False,
         sharded: bool = False,
     ) -> Covering:
-        """Bring the batch of each layer call of a graph in front; what is known of its kind.
+        """Find the layer calls of a graph, with the batch in front; what is known of its kind.
 
         Args:
             losses: (B,), with their graph.
             graph: gets the layer calls.
             own: the model's leaves.
             one_product: whether a single G (G^T c) is all that the scores need of G.
-            sharded: whether values are freed after use: layers are then those that hooks have seen,
-                and what they do not cover is for the caller to say.
+            sharded: whether values are freed after use: only hooks have seen the layers then.
         """
         plan = self.plans.get(graph.kind)
         self.unfamiliar = plan is None
@@ -137,11 +136,13 @@ class Engine(Renewed):
         elif size > 1:
             self._look_closer(graph)
         graph.sites = arranged(graph, batch, size)
-        kind = kind_of(graph, own, size, batch)
+        # One sample alone does not show whether the forward mixes them.
+        reads = [(size > 1, read) for read in reads_of(graph, own, batch)]
+        kind = (size > 1, batch.mixed_by, *reads, *map(id, own))
         covering = self.coverings.get(kind)
         if covering is None:
             trust = self.trust.setdefault((size > 1, batch.mixed_by), Trust())
-            covering = covering_of(graph, own, size, batch, trust)
+            covering = covering_of(graph, own, batch, reads, trust)
             if size > 1:
                 _remember(self.coverings, kind, covering)
                 if found is NOTHING_READ:
@@ -203,16 +204,6 @@ class Engine(Renewed):
         trained = {p for p in model.parameters() if p.requires_grad}
         newest = next(reversed(self.coverings.values()))
         return keep_out_around(model, trained - newest.covered)
-
-    def warn_of_mixing(self, losses: Tensor) -> None:
-        """Say where samples may meet, for rows that somebody else made from these losses, (B,)."""
-        if losses.grad_fn is None or len(losses) < 2:
-            self.tell(logging.INFO, "rows", texts.ROWS_AS_THEY_ARE)
-            return
-        batch = follow_batch(losses, walk(losses))
-        if batch.mixed_by is not None or batch.computes_shared:
-            where = batch.mixed_by or "what is computed for all samples together"
-            self.tell(logging.WARNING, "rows", texts.rows_may_meet(where))
 
     def hook_check_is_due(self, graph: Graph) -> bool:
         """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""

@@ -123,14 +123,10 @@ def ghost_gradients(
     Args:
         losses: (B,).
         sites: the layer calls to cover.
-        seed: 0-dim; multiplies the losses for the pass, so that half-precision gradients keep
-            the scale that a gradient scaler chose for them.
+        seed: 0-dim, a factor on the losses: that of a gradient scaler, for half precision.
         retain_graph: whether something else still needs the graph.
         reached: numbers of the sites at which a gradient arrived in an earlier pass like this.
         backward: the pass to take, to edges of the graph; None for autograd's own.
-
-    Raises:
-        RuntimeError: a layer's input was changed in place after the layer read it.
     """
     calls: list[LayerCall | None] = [None] * len(sites)
     asked: list[tuple[int, CallSite, bool]] = []

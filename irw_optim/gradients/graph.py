@@ -24,23 +24,14 @@ class CallSite(NamedTuple):
 
 @dataclass(eq=False)
 class Graph:
-    """What leads to a vector of losses.
+    """What leads to a vector of losses."""
 
-    Attributes:
-        leaves: what gradients are accumulated in.
-        leaf_nodes: the nodes that accumulate them.
-        order: the nodes in between, each before those it reads from.
-        wiring: who reads from whom, as numbers: equal for graphs that are wired alike.
-        sites: layer calls, as far as they are known.
-        kind: equal for graphs in which everything is at the same places.
-    """
-
-    leaves: list[Tensor]
-    leaf_nodes: list[Node]
-    order: list[Node]
-    wiring: tuple[int | tuple[int, int], ...]
-    sites: list[CallSite] = field(default_factory=list)
-    kind: Hashable = None
+    leaves: list[Tensor]  # what gradients are accumulated in
+    leaf_nodes: list[Node]  # what accumulates them
+    order: list[Node]  # the nodes in between, each before those it reads from
+    wiring: tuple[int | tuple[int, int], ...]  # who reads from whom, as numbers
+    sites: list[CallSite] = field(default_factory=list)  # layer calls, as far as they are known
+    kind: Hashable = None  # equal for graphs in which everything is at the same places
 
     @cached_property
     def nodes(self) -> dict[Node, int]:

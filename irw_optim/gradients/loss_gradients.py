@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from irw_optim.gradients import texts
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses
 from irw_optim.gradients.capture import forget_calls, sites_noted
@@ -47,14 +46,6 @@ class LossGradients:
         losses: (B,), with their graph.
         owns: tells, of the leaves, the model's (and more, perhaps); None for all.
         one_product: whether a single G (G^T c) is all that is asked of G.
-
-    Attributes:
-        graph: what leads to the losses.
-        leaves: those of the model.
-        others: inputs, and parameters of other networks: their gradient is the plain one.
-        uncovered: leaves that the ghost products do not cover.
-        apart: whether the graph proves that no sample reads another; known once `start` has run.
-        sharing: other losses whose graph has nodes in common.
     """
 
     def __init__(
@@ -73,14 +64,14 @@ class LossGradients:
         if engine.has_layer_hooks:
             graph.sites = sites_noted(graph.order)
             engine.sees_fused = any(map(is_compiled, graph.order))
-        self.leaves: list[Tensor] = graph.leaves
-        self.others: list[Tensor] = []
+        self.leaves: list[Tensor] = graph.leaves  # those of the model
+        self.others: list[Tensor] = []  # inputs, other networks: their gradient is the plain one
         own = None if owns is None else owns(graph.leaves)
         if own is not None and not own.issuperset(graph.leaves):
             self.leaves = [leaf for leaf in graph.leaves if leaf in own]
             self.others = [leaf for leaf in graph.leaves if leaf not in own]
         self.one_product = one_product
-        self.apart = False
+        self.apart = False  # whether the graph proves, in `start`, that no sample reads another
         self.uncovered = self.finished_by_autograd = self.leaves
         self.ghost: GhostGradients | None = None
         graph.kind = (*fingerprint(losses, graph), one_product, *map(id, self.leaves))
@@ -96,14 +87,21 @@ class LossGradients:
                     self.sharing.add(other)
             WAITING.add(self)
         if len(self.sharing) == MANY_LOSSES:
-            engine.tell(logging.WARNING, "many losses", texts.many_losses(MANY_LOSSES + 1))
+            engine.tell(
+                logging.WARNING,
+                "many losses",
+                f"{MANY_LOSSES + 1} losses lead through one graph, such as those of time steps: "
+                "each is a batch of its own, with its own worst-off samples and weights, and goes "
+                "back through all of the graph, so that the cost is quadratic in their number. For "
+                "one batch of sequences, in one backward pass, add up the losses of each sample: "
+                "optimizer.backward(torch.stack(losses).mean(0)) with losses of shape (B,) from "
+                'reduction="none"',
+            )
 
     def start(self, seed: Tensor, keep_graph: bool) -> None:
         """The backward pass to the layers' outputs, with its check where one is due.
 
-        Args:
-            seed: 0-dim, not zero; what the losses carry through it.
-            keep_graph: whether somebody else will still walk the graph.
+        The losses carry the ``seed`` through it, 0-dim and not zero.
         """
         size, engine, graph = self.losses.shape[0], self.engine, self.graph
         covering = engine.covering(self.losses, graph, self.leaves, one_product=self.one_product)
@@ -165,8 +163,7 @@ class LossGradients:
     def weighted_sum(self, weights: Tensor, keep_graph: bool) -> dict[Tensor, Tensor]:
         """Sum of w_i times the gradient of loss i, for every leaf of the model that has one.
 
-        This may be the last use: layers that only autograd can finish, and uncovered leaves, take
-        one more backward pass.
+        Layers that only autograd can finish, and uncovered leaves, take one more backward pass.
         """
         total: dict[Tensor, Tensor] = {}
         rest = self.finished_by_autograd
@@ -199,10 +196,7 @@ class LossGradients:
     ) -> dict[Tensor, Tensor]:
         """Sum of factor_i times the gradient of loss i, by ordinary autograd, for any leaves.
 
-        Args:
-            leaves: of the graph.
-            factors: (B,).
-            hooks_ran: whether hooks on activations run in another pass of this loss.
+        Hooks on activations hear it, unless they run in another pass of this loss.
         """
         back = self.passes.without_hooks if hooks_ran else self.passes.with_hooks
         gradients = back(leaves, factors)

@@ -51,8 +51,7 @@ class MaterializedGradients:
         """Read ``p.grad_sample`` as Opacus' GradSampleModule or GradSampleHooks left it.
 
         Raises:
-            RuntimeError: no parameter has a ``grad_sample``, some trainable one lacks it although
-                it has a gradient, or there are those of several backward passes.
+            RuntimeError: a parameter lacks it, or has those of several backward passes.
         """
         rows: dict[Tensor, Tensor] = {}
         for parameter in parameters:
@@ -105,11 +104,8 @@ def blocked_gram(
 ) -> Tensor:
     """G G^T from rows that are made a block of samples at a time.
 
-    Args:
-        batch_size: B.
-        numbers: P, numbers in a row; two blocks of rows stay below `MEMORY_BOUND`.
-        rows: ``rows(samples) -> {parameter: (b, *p.shape)}``, called again for every pair of
-            blocks rather than kept.
+    Two blocks of rows, of so many ``numbers`` each, stay below `MEMORY_BOUND`; for every pair of
+    blocks ``rows(samples) -> {parameter: (b, *p.shape)}`` is called again rather than kept.
     """
     step = max(1, min(batch_size, MEMORY_BOUND // max(1, 2 * numbers)))
     blocks = [slice(start, min(start + step, batch_size)) for start in range(0, batch_size, step)]

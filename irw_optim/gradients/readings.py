@@ -23,7 +23,8 @@ from irw_optim.gradients.layers import FIRST, LayerCall, Layout
 from irw_optim.gradients.mixing import Batch, follow_batch
 from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
 from irw_optim.gradients.nodes import base_name
-from irw_optim.gradients.unheard import in_a_pass, unless_recomputed
+from irw_optim.gradients.recomputation import unless_recomputed
+from irw_optim.gradients.unheard import in_a_pass
 
 _Value = TypeVar("_Value")
 

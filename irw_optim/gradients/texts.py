@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-ROWS_AS_THEY_ARE = (
-    "Opacus' rows are taken as they are: only a forward that does not mix the samples "
-    "of a batch has exact ones, and losses without their graph do not show it; "
-    "irw_optim.verify(model, ...) on the plain model does"
-)
-
 RECOMPUTED = (
     "activation checkpointing: scores are pushed forward, exact and in the memory of the plain "
     'step, for about two and a half of its time; engine="ghost" takes the products instead, in '
     "one and a half of its time, and in the memory of a step without checkpointing"
 )
-
-
-def many_losses(count: int) -> str:
-    """Of losses that lead through one graph, such as those of time steps."""
-    return (
-        f"{count} losses lead through one graph, such as those of time steps: "
-        "each is a batch of its own, with its own worst-off samples and weights, and goes "
-        "back through all of the graph, so that the cost is quadratic in their number. For "
-        "one batch of sequences, in one backward pass, add up the losses of each sample: "
-        "optimizer.backward(torch.stack(losses).mean(0)) with losses of shape (B,) from "
-        'reduction="none"'
-    )
-
-
-def rows_may_meet(where: str) -> str:
-    """Of rows that somebody else made, in a forward that may mix the samples."""
-    return (
-        f"samples may meet in the forward (at {where}), and then Opacus' rows are not the "
-        "gradients of single losses: irw_optim.verify(model, ...) on the plain model "
-        "tells; IRWOptimizer(..., model=model, criterion=criterion) is exact there, too"
-    )
 
 
 def parts(losses: int, rows: int) -> str:

@@ -16,17 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
-from torch.overrides import TorchFunctionMode
 
 from irw_optim.gradients.nodes import pull
 from irw_optim.gradients.pushforward import push_through
-
-_Value = TypeVar("_Value")
 
 
 def pull_back(
@@ -163,45 +160,3 @@ class _Pass:
     def _take(self, node: Node, gradients: list[Tensor | None]) -> None:
         for output, number in self.wanted.get(node, ()):
             self.found[number] = gradients[output]
-
-
-def unless_recomputed(look: Callable[[], _Value], otherwise: _Value) -> Callable[[], _Value]:
-    """The look, or something else where it would have a part of the forward computed again.
-
-    Who chose activation checkpointing pays time for memory, and gets the memory: the ghost products
-    need the inputs of all layers at once, which is all that was spared.
-
-    Args:
-        look: reads what nodes saved, without gradients.
-        otherwise: what is found then.
-    """
-
-    def careful() -> _Value:
-        try:
-            with _NoRecomputation():
-                return look()
-        except _RecomputedError:
-            return otherwise
-
-    return careful
-
-
-class _RecomputedError(Exception):
-    """A part of the forward began to be computed again."""
-
-
-_MAKE_NOTHING = frozenset(
-    {Tensor.view, Tensor.unsqueeze, Tensor.__getitem__, torch._C._set_grad_enabled}
-)
-"""Of these a look may take some with gradients: a view tells what it is a view of."""
-
-
-class _NoRecomputation(TorchFunctionMode):
-    """Stops a recomputation where it makes a tensor: it wants gradients, and a look does not."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if torch.is_grad_enabled() and function not in _MAKE_NOTHING:
-            raise _RecomputedError
-        return function(*args, **(kwargs or {}))

@@ -19,13 +19,7 @@ from irw_optim.processes import is_shard, is_sharded, several_processes
 def check_arguments(
     optimizer: Any, *, model: Any, criterion: Any, engine: object, options: Options
 ) -> None:
-    """Check the arguments of `IRWOptimizer` with each other; `Options` has checked its own.
-
-    Raises:
-        TypeError, ValueError: naming the argument, its value and what is allowed.
-        NotImplementedError: a model spread over devices.
-        DPGuaranteeError: a differentially private optimizer.
-    """
+    """Check the arguments of `IRWOptimizer` with each other; `Options` has checked its own."""
     check_inner(optimizer)
     if engine not in ENGINES and not callable(engine):
         raise ValueError(
@@ -224,15 +218,11 @@ def check_reads_rows(engine: Engine) -> None:
 
 
 def check_unrecorded(parameters: Sequence[Tensor], model: nn.Module | None, passed: bool) -> bool:
-    """Whether gradients that no backward pass has left a record of are more than zeros.
+    """Whether gradients without a record are more than zeros; raise if they were not weighted.
 
     They may be taken aside, cleared and written back changed, as gradient surgery does: where a
     weighted backward pass has ``passed``, whatever is in ``p.grad`` counts as made of it. Zeros
     pass: torch's functions for distributed checkpoints step on them to make an optimizer's state.
-
-    Raises:
-        RuntimeError: there is no gradient, or one that no weighted loss made.
-        FloatingPointError: one that is not finite.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:

@@ -233,7 +233,6 @@ class IRWOptimizer(OptimizerWrapper):
         if losses is not None:
             check_reads_rows(self.engine)
             weigh_grad_samples(weighted, losses, labels)
-            self.engine.warn_of_mixing(losses)
         if closure is None:
             weighted.make_ready(parameters)
             result = self.inner.step()

@@ -20,9 +20,6 @@ class Options:
     """What an `IRWOptimizer` was asked for; its arguments of the same names say more.
 
     `score_parameters` is kept as a checkpoint describes it: what it chose is chosen.
-
-    Raises:
-        TypeError, ValueError: impossible ones, alone or with each other.
     """
 
     alpha: float
@@ -59,11 +56,8 @@ class Options:
             raise TypeError(f"weighting={weighting!r}: expected a name or a callable")
         if center and weighting != "irw":
             raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
-        passes = (
-            "1 (weights inside each backward pass), or the number of passes whose samples are "
-            "weighed together"
-        )
-        whole_number("accumulation_steps", self.accumulation_steps, 1, passes)
+        together = "1 (weights inside each backward pass) or the number of passes weighed together"
+        whole_number("accumulation_steps", self.accumulation_steps, 1, together)
         if self.worst_off not in WORST_OFF:
             raise ValueError(
                 f"worst_off={self.worst_off!r}: expected 'global' (of the batch of all processes) "

@@ -25,20 +25,12 @@ NOTED_FROM = 1e-3
 
 
 class OtherTerms:
-    """Watches one backward pass, whichever losses it comes from.
-
-    Attributes:
-        watching: until it is known whether there are others.
-    """
+    """Watches one backward pass, whichever losses it comes from."""
 
     def __init__(self) -> None:
-        self.watching = True
-        self._forget()
-
-    def _forget(self) -> None:
+        self.watching = True  # until it is known whether there are others
         self._weighted: dict[Tensor, Tensor] = {}
         self._before: dict[Tensor, Tensor | None] = {}
-        self._queued = False
 
     def watch(self, loss: Tensor) -> None:
         """Be told what a weighted loss gives its leaves."""
@@ -50,8 +42,7 @@ class OtherTerms:
 
     def _begin(self, _: object) -> None:
         """A weighted loss is reached by a backward pass, at whose end to compare."""
-        if self.watching and not self._queued:
-            self._queued = True
+        if self.watching:
             at_the_end_of_backward(self._compare)
 
     def _note(
@@ -72,7 +63,7 @@ class OtherTerms:
 
     def _compare(self) -> None:
         weighted, before = self._weighted, self._before
-        self._forget()
+        self._weighted, self._before = {}, {}
         if not weighted:
             return
         self.watching = False

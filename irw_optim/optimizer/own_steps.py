@@ -1,9 +1,8 @@
 """Steps that an inner optimizer has beside `step`: two or three of them, as in every SAM.
 
 ``first_step`` moves the parameters by the gradient at hand, ``second_step`` moves them back and
-lets an optimizer inside step on the gradient of a second pass. Both passes are weighted. What is
-asked of a gradient before `step` is asked before these, and the last of them is the step that
-counts; so is whatever other method lets an optimizer inside step.
+lets an optimizer inside step on the gradient of a second pass. Both gradients are checked as before
+`step`. The last of them counts, as does whatever other method lets an optimizer inside step.
 """
 
 from __future__ import annotations

@@ -34,24 +34,7 @@ if TYPE_CHECKING:
 
 
 class WeightedBackward(Renewed):
-    """Takes the losses of every backward pass, and knows what was decided for them.
-
-    Args:
-        inner: whose parameters are updated.
-        engine: gives the per-sample gradients.
-        options: how.
-        chosen: the parameters whose gradients make the scores; None for all.
-
-    Attributes:
-        held: stands in for the options' scheme, where weights are held over many steps.
-        attached: takes the criterion's losses; None without one.
-        steps: optimizer steps that were taken on a weighted gradient.
-        last: the newest record.
-        discarded: gradients that were cleared since one was stepped on here.
-        pending: the records of what is in ``p.grad`` now; copies of parameters have no gradient.
-        passed: whether a weighted backward pass ran since the last step.
-        logical: passes that wait for others.
-    """
+    """Takes the losses of every backward pass, and knows what was decided for them."""
 
     PASSING = ("attached", "pending", "passed", "ready", "logical", "other_terms", "_own")
 
@@ -61,11 +44,11 @@ class WeightedBackward(Renewed):
         self.inner = inner
         self.engine = engine
         self.options = options
-        self.chosen = chosen
-        self.held: Scheme | None = None
-        self.steps = 0
+        self.chosen = chosen  # the parameters whose gradients make the scores; None for all
+        self.held: Scheme | None = None  # in place of the options', where weights last many steps
+        self.steps = 0  # of the optimizer, on a weighted gradient
         self.last: StepRecord | None = None
-        self.discarded = 0
+        self.discarded = 0  # gradients that were cleared since one was stepped on here
         self._processes: Processes | None = None
         self._given: nn.Module | None = None
         self.begin()
@@ -74,8 +57,8 @@ class WeightedBackward(Renewed):
 
     def begin(self) -> None:
         """Nothing is in ``p.grad``, and no pass waits for others."""
-        self.pending: list[StepRecord] = []
-        self.passed = self.ready = False
+        self.pending: list[StepRecord] = []  # of what is in ``p.grad``
+        self.passed = self.ready = False  # a backward pass has; with a gradient but no record
         self.logical: LogicalBatch | None = None
         self.other_terms = OtherTerms()
         self._own: set[Tensor] = set()
@@ -122,11 +105,9 @@ class WeightedBackward(Renewed):
         return parameters if chosen is None else [p for p in parameters if p in chosen]
 
     def loss(self, batch: PerSampleLosses, *, of_the_model: bool = False) -> Tensor:
-        """The criterion's value, carrying the weighted gradient.
+        """The criterion's value, carrying the weighted gradient of losses with their graph.
 
-        Args:
-            batch: per-sample losses with their graph.
-            of_the_model: whether losses of something else are a mistake; else they are left alone.
+        Losses of something else are left alone, unless they have to be ``of_the_model``.
         """
         losses = batch.losses
         if not losses.requires_grad:
@@ -193,12 +174,7 @@ class WeightedBackward(Renewed):
         return waiting or any(p.grad is not None for p in self.parameters)
 
     def make_ready(self, parameters: Sequence[Tensor] | None = None) -> None:
-        """Raise unless the gradient of the parameters is one that the inner optimizer may use.
-
-        Raises:
-            RuntimeError: there is no gradient, or one that no weighted loss made.
-            FloatingPointError: a loss or a score is not finite.
-        """
+        """Raise unless the gradient of the parameters was weighted, and is finite."""
         if self.logical is not None:
             self.finish()
         if getattr(self.inner, "found_inf", None) is not None:

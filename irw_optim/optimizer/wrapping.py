@@ -1,9 +1,7 @@
-"""An optimizer around another one, of which everything stays where it was.
+"""An optimizer around another one: groups, state and defaults are the inner one's.
 
-torch's own `Optimizer` constructor would give a wrapper groups, state and hook tables of its own,
-which a scheduler or a checkpoint then changes in one place and the step reads in another. Here
-there is one of each thing: groups, state and defaults are the inner optimizer's. Only hooks are
-kept twice, since whoever registers one expects the optimizer it was registered on.
+With torch's own constructor a scheduler or a checkpoint would change the wrapper's, and the step
+read the others. Only hooks are kept twice: each fires on the optimizer it was registered on.
 """
 
 from __future__ import annotations
