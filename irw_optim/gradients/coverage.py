@@ -48,17 +48,6 @@ class Covering:
             return f"samples may meet in the forward (at {self.mixed_by})"
         return "an operation reads them of which no quick products are known"
 
-    def check_is_due(self) -> bool:
-        """Where samples may mix always; else at what is new, and at uses 1, 2, 4, 8, ...
-
-        A forward that cannot mix is proven not to by its graph. That a layer's rule is right, and
-        that autograd sees what it sees, is sampled.
-        """
-        trust = self.trust
-        trust.uses += 1
-        seldom = trust.uses & (trust.uses - 1) == 0
-        return self.mixed_by is not None or seldom or not self.reads <= trust.proven
-
     def agree(self) -> None:
         """Take note that autograd agreed."""
         self.trust.proven |= self.reads

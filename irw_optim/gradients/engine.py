@@ -205,6 +205,17 @@ class Engine(Renewed):
         newest = next(reversed(self.coverings.values()))
         return keep_out_around(model, trained - newest.covered)
 
+    def check_is_due(self, covering: Covering) -> bool:
+        """Where samples may mix always; else at what is new, and at uses 1, 2, 4, 8, ...
+
+        A forward that cannot mix is proven not to by its graph. That a layer's rule is right, and
+        that autograd sees what it sees, is sampled.
+        """
+        trust = covering.trust
+        trust.uses += 1
+        seldom = trust.uses & (trust.uses - 1) == 0
+        return covering.mixed_by is not None or seldom or not covering.reads <= trust.proven
+
     def hook_check_is_due(self, graph: Graph) -> bool:
         """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
         self.uses += 1

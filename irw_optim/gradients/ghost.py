@@ -217,13 +217,9 @@ def _sharing_parameters(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:
         return [[call] for call in calls]
     groups: list[tuple[set[Tensor], list[LayerCall]]] = []
     for call in calls:
-        parameters, members = set(call.parameters.values()), [call]
-        apart = []
-        for group in groups:
-            if parameters.isdisjoint(group[0]):
-                apart.append(group)
-            else:
-                parameters |= group[0]
-                members = group[1] + members
-        groups = [*apart, (parameters, members)]
+        own = set(call.parameters.values())
+        meeting = [group for group in groups if not own.isdisjoint(group[0])]
+        groups = [group for group in groups if own.isdisjoint(group[0])]
+        members = [member for _, some in meeting for member in some]
+        groups.append((own.union(*(known for known, _ in meeting)), [*members, call]))
     return [members for _, members in groups]

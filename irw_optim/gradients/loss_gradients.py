@@ -107,7 +107,7 @@ class LossGradients:
         covering = engine.covering(self.losses, graph, self.leaves, one_product=self.one_product)
         self.apart = covering.mixed_by is None and size > 1
         check_hooks = bool(size) and engine.hook_check_is_due(graph)
-        check = bool(size and covering.covered) and covering.check_is_due()
+        check = bool(size and covering.covered) and engine.check_is_due(covering)
         hooks_change = engine.known.get(HOOKS_CHANGE)
         if covering.covers_all and covering.covered and not (check or check_hooks or hooks_change):
             self.uncovered = self.finished_by_autograd = []

@@ -80,7 +80,7 @@ def test_the_way_of_a_plain_step():
     assert not [file for file in files if file.parts[0] in RARE]
     assert 20 < len(met) <= 110
     assert len(set(met)) <= 80
-    assert len(files) <= 25
+    assert len(files) <= 24
 
 
 def test_what_a_plain_training_loads():
