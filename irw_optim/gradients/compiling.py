@@ -99,6 +99,18 @@ class Uncompiled(OnForward):
     stands_in = KeptOut
 
 
+KEPT_OUT = (
+    "torch.compile leaves this model alone from now on: what it fuses has parameters without quick "
+    "products, and would take one backward pass a sample. Uncompiled, the graph shows how they are "
+    "used. See 'torch.compile' in the documentation of models"
+)
+
+KEPT_OUT_AROUND = (
+    "torch.compile leaves the modules alone in which parameters have no quick products; what these "
+    "modules call is still compiled"
+)
+
+
 def keep_out(model: nn.Module) -> list[Attachment]:
     """Keep a model out of it, and what is compiled inside by itself, until nobody holds these."""
     torch.compiler.reset()

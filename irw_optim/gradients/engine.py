@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
-from irw_optim.gradients import texts
 from irw_optim.gradients.capture import hook_layers
 from irw_optim.gradients.compiling import (
+    KEPT_OUT,
+    KEPT_OUT_AROUND,
     compile_anew,
     is_compiled,
     is_compiled_module,
@@ -29,7 +30,7 @@ from irw_optim.gradients.compiling import (
 )
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
 from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.hooks import IN_CUDNN, silence_of, weighed_by, without_cudnn
+from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, silence_of, weighed_by, without_cudnn
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.mixing import Batch, follow_batch, rows_that_entered
 from irw_optim.gradients.protocol import PerSampleGradients
@@ -133,8 +134,11 @@ class Engine(Renewed):
             graph.sites = found[1]
         elif not sharded and size > 1 and self._goes_forwards(batch, graph):
             graph.sites = []
-        elif size > 1:
-            self._look_closer(graph)
+        elif size > 1 and not self.has_layer_hooks:  # the graph does not show them
+            self.add_layer_hooks()
+            if any(map(is_compiled, graph.order)):
+                compile_anew(graph.order)
+                self.made_anew = True
         graph.sites = arranged(graph, batch, size)
         # One sample alone does not show whether the forward mixes them.
         reads = [(size > 1, read) for read in reads_of(graph, own, batch)]
@@ -146,11 +150,11 @@ class Engine(Renewed):
             if size > 1:
                 _remember(self.coverings, kind, covering)
                 if found is NOTHING_READ:
-                    self.tell(logging.INFO, "recomputed", texts.RECOMPUTED)
+                    self.tell(logging.INFO, "recomputed", _RECOMPUTED)
                 elif not sharded:
                     self._report(covering, own)
                 if not sharded and (rows := rows_that_entered(graph, batch, size)):
-                    self.tell(logging.WARNING, "parts", texts.parts(size, rows))
+                    self.tell(logging.WARNING, "parts", _PARTS.format(losses=size, rows=rows))
         if found is not None:
             _remember(self.plans, graph.kind, Plan.of(found[0], graph, covering))
         return covering
@@ -163,21 +167,8 @@ class Engine(Renewed):
             return True
         return not (self.known.get("row_by_row") or any(map(is_compiled, graph.order)))
 
-    def _look_closer(self, graph: Graph) -> None:
-        """From now on see layers as they are called, where the graph does not show them."""
-        if self.has_layer_hooks:
-            return
-        self.add_layer_hooks()
-        if any(map(is_compiled, graph.order)):
-            compile_anew(graph.order)
-            self.made_anew = True
-
     def left(self) -> None:
-        """A backward pass that went row by row is over: is the next forward another?
-
-        Compiled code hides its operations, and cuDNN's recurrent kernels have no second derivative.
-        Without them the graph has what changes go forwards through.
-        """
+        """After a pass row by row: have the next forward show what compiled code or cuDNN hid."""
         model = self.model
         if model is None:
             return
@@ -185,13 +176,13 @@ class Engine(Renewed):
             self.made_anew = False
         elif self.sees_fused and (around := self._kept_out_around_uncovered(model)):
             self.hooks = [*(self.hooks or ()), *around]
-            self.tell(logging.INFO, "kept out around", texts.KEPT_OUT_AROUND)
+            self.tell(logging.INFO, "kept out around", KEPT_OUT_AROUND)
         elif self.sees_fused:
             self.hooks, self.has_layer_hooks = [*silence_of(model), *keep_out(model)], False
-            self.tell(logging.WARNING, "kept out", texts.KEPT_OUT)
+            self.tell(logging.WARNING, "kept out", KEPT_OUT)
         elif self.known.pop(IN_CUDNN, False) and (layers := without_cudnn(model)):
             self.hooks = [*(self.hooks or ()), *layers]
-            self.tell(logging.INFO, "cuDNN", texts.WITHOUT_CUDNN)
+            self.tell(logging.INFO, "cuDNN", WITHOUT_CUDNN)
         else:
             return
         del self.known["row_by_row"]
@@ -208,8 +199,7 @@ class Engine(Renewed):
     def check_is_due(self, covering: Covering) -> bool:
         """Where samples may mix always; else at what is new, and at uses 1, 2, 4, 8, ...
 
-        A forward that cannot mix is proven not to by its graph. That a layer's rule is right, and
-        that autograd sees what it sees, is sampled.
+        That a forward does not mix is proven by its graph; that rules are right is sampled.
         """
         trust = covering.trust
         trust.uses += 1
@@ -294,3 +284,16 @@ def _remember(known: dict[Hashable, _Value], key: Hashable, value: _Value) -> No
     if len(known) >= KNOWN_GRAPHS:
         known.clear()
     known[key] = value
+
+
+_RECOMPUTED = (
+    "activation checkpointing: scores are pushed forward, exact and in the memory of the plain "
+    'step, for about two and a half of its time; engine="ghost" takes the products instead, in '
+    "one and a half of its time, and in the memory of a step without checkpointing"
+)
+_PARTS = (
+    "{losses} losses come from {rows} rows that entered the model: each loss counts as a sample of "
+    "its own, as a token does where a language model's loss is flattened. For {rows} sequences, "
+    "call optimizer.backward(losses) with losses of shape ({rows},): criterion(logits, targets) "
+    'with reduction="none", then .view({rows}, -1).mean(1)'
+)

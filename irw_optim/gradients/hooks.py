@@ -70,6 +70,12 @@ class WithoutCudnn(OnForward):
     stands_in = _OwnKernels
 
 
+WITHOUT_CUDNN = (
+    "recurrent layers take torch's own kernels from now on, through which changes go forwards: the "
+    "gradient of cuDNN's cannot be differentiated, and would take one backward pass a sample"
+)
+
+
 def without_cudnn(model: nn.Module) -> list[Attachment]:
     """Keep the recurrent layers that still use cuDNN from it, until nobody holds these."""
     layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]

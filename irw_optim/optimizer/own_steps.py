@@ -60,14 +60,20 @@ def closure_step(weighted: WeightedBackward, closure: Callable[[], Any]) -> Any:
             f"closure is a {type(closure).__name__}: expected a function that returns the loss, "
             "step() after loss.backward(), or step(losses=losses) with Opacus' per-sample gradients"
         )
-    inner = weighted.inner
-    if not hasattr(inner, IN_ORDER[0]):
-        return inner.step(lambda: weighted.evaluated(closure))
-    if weighted.pending:  # by which the parameters move before the closure is called
-        weighted.make_ready()
-    inside = [o for o in optimizers_inside(inner) if o is not inner]
+    inner, inside = weighted.inner, list[Any]()
+    if hasattr(inner, IN_ORDER[0]):
+        if weighted.pending:  # by which the parameters move before the closure is called
+            weighted.make_ready()
+        inside = [o for o in optimizers_inside(inner) if o is not inner]
+
+    def evaluated() -> Any:
+        loss = closure()
+        if loss is not None or weighted.pending:  # a training step may skip its batch
+            weighted.make_ready()
+        return loss
+
     if not inside:
-        return inner.step(lambda: weighted.evaluated(closure))
+        return inner.step(evaluated)
 
     def before() -> None:
         if weighted.has_gradient():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -190,13 +190,6 @@ class WeightedBackward(Renewed):
                     f"the losses or gradients of {len(broken)} samples are not finite (batch "
                     f"indices {shown}): nothing was updated; look at optimizer.last_step.losses"
                 )
-
-    def evaluated(self, closure: Callable[[], Any]) -> Any:
-        """What a closure returns, with its gradient made ready."""
-        loss = closure()
-        if loss is not None or self.pending:  # a training step may skip its batch
-            self.make_ready()
-        return loss
 
     def step_taken(self) -> None:
         """Count the step, unless it was skipped or no step on a weighted gradient."""
