@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, ClassVar, Protocol
 
@@ -76,6 +76,7 @@ class Deferred:
     )
     ERROR: ClassVar[type[Exception]] = RuntimeError
 
+    captured: LossGradients | None = None  # held until the pass is over
     passed = False  # whether it has happened
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
@@ -84,6 +85,8 @@ class Deferred:
 
     def leave(self) -> None:
         """The pass is over."""
+        if self.captured is not None:
+            self.captured.close()
 
 
 @dataclass(eq=False)
@@ -91,13 +94,9 @@ class BatchPass(Deferred):
     """The backward pass of one batch that is weighed."""
 
     batch: PerSampleLosses  # detached
-    captured: LossGradients
+    captured: LossGradients = field()
     scored: Callable[[Tensor], bool]  # which leaves' gradients make the score
     weigher: Weigher  # chooses the factors when the gradients are known
-
-    def leave(self) -> None:
-        """Nothing of the graph is held any longer."""
-        self.captured.close()
 
 
 @dataclass(eq=False)

@@ -127,7 +127,7 @@ class _ShardedPass(BatchPass):
         missing: set[Tensor] = set()
         covering, due = None, False
         if len(batch.losses):
-            covering = batch.engine.covering(batch.losses, batch.graph, batch.leaves, sharded=True)
+            covering = batch.engine.covering(batch, sharded=True)
             missing, due = columns - covering.covered, batch.engine.check_is_due(covering)
         told = self.model.ranks.each(batch.losses.new_tensor([bool(missing), due]))
         anything_missing, check = told.amax(0).tolist()

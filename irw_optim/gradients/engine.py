@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,15 @@ OwnEngine = Callable[[Tensor, Sequence[Tensor]], PerSampleGradients]
 """``own(losses, parameters)`` gives the gradients of single losses, which have their graph yet."""
 
 ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
+
+
+class Losses(Protocol):
+    """Those of a batch, (B,), and what leads to them."""
+
+    losses: Tensor
+    graph: Graph
+    leaves: list[Tensor]  # the model's
+    one_product: bool  # whether a single G (G^T c) is all that is asked of G
 
 
 class Engine(Renewed):
@@ -98,62 +107,51 @@ class Engine(Renewed):
             self.has_layer_hooks = True
             self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
 
-    def covering(
-        self,
-        losses: Tensor,
-        graph: Graph,
-        own: Sequence[Tensor],
-        *,
-        one_product: bool = False,
-        sharded: bool = False,
-    ) -> Covering:
+    def covering(self, batch: Losses, *, sharded: bool = False) -> Covering:
         """Find the layer calls of a graph, with the batch in front; what is known of its kind.
 
-        Args:
-            losses: (B,), with their graph.
-            graph: gets the layer calls.
-            own: the model's leaves.
-            one_product: whether a single G (G^T c) is all that the scores need of G.
-            sharded: whether values are freed after use: only hooks have seen the layers then.
+        Where values are freed after use (``sharded``), only hooks have seen the layers.
         """
+        losses, graph, own = batch.losses, batch.graph, batch.leaves
         plan = self.plans.get(graph.kind)
         self.unfamiliar = plan is None
         if plan is not None and (sites := plan.sites(graph, losses)) is not None:
             graph.sites = sites
             return plan.covering
         size = losses.shape[0]
-        batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
-        found = None
-        if batch.followed and not sharded:
-            spares = one_product and self.kind == "auto"
-            found = read_in_a_pass(losses, graph, batch, own, spares_memory=spares)
-        elif self.sees_fused and batch.mixed_by and not sharded:
+        at, found = Batch(None), None
+        if self.kind != "autodiff" and size > 1:
+            at = follow_batch(losses, graph)
+        if at.followed and not sharded:
+            spares = batch.one_product and self.kind == "auto"
+            found = read_in_a_pass(losses, graph, at, own, spares_memory=spares)
+        elif self.sees_fused and at.mixed_by and not sharded:
             around, found = read_around(losses, graph, own, may_be_of_compiled)
-            batch = batch if found is None else around
+            at = at if found is None else around
         if found is not None:
             graph.sites = found[1]
-        elif not sharded and size > 1 and self._goes_forwards(batch, graph):
+        elif not sharded and size > 1 and self._goes_forwards(at, graph):
             graph.sites = []
         elif size > 1 and not self.has_layer_hooks:  # the graph does not show them
             self.add_layer_hooks()
             if any(map(is_compiled, graph.order)):
                 compile_anew(graph.order)
                 self.made_anew = True
-        graph.sites = arranged(graph, batch, size)
+        graph.sites = arranged(graph, at, size)
         # One sample alone does not show whether the forward mixes them.
-        reads = [(size > 1, read) for read in reads_of(graph, own, batch)]
-        kind = (size > 1, batch.mixed_by, *reads, *map(id, own))
+        reads = [(size > 1, read) for read in reads_of(graph, own, at)]
+        kind = (size > 1, at.mixed_by, *reads, *map(id, own))
         covering = self.coverings.get(kind)
         if covering is None:
-            trust = self.trust.setdefault((size > 1, batch.mixed_by), Trust())
-            covering = covering_of(graph, own, batch, reads, trust)
+            trust = self.trust.setdefault((size > 1, at.mixed_by), Trust())
+            covering = covering_of(graph, own, at, reads, trust)
             if size > 1:
                 _remember(self.coverings, kind, covering)
                 if found is NOTHING_READ:
                     self.tell(logging.INFO, "recomputed", _RECOMPUTED)
                 elif not sharded:
                     self._report(covering, own)
-                if not sharded and (rows := rows_that_entered(graph, batch, size)):
+                if not sharded and (rows := rows_that_entered(graph, at, size)):
                     self.tell(logging.WARNING, "parts", _PARTS.format(losses=size, rows=rows))
         if found is not None:
             _remember(self.plans, graph.kind, Plan.of(found[0], graph, covering))

@@ -104,7 +104,7 @@ class LossGradients:
         The losses carry the ``seed`` through it, 0-dim and not zero.
         """
         size, engine, graph = self.losses.shape[0], self.engine, self.graph
-        covering = engine.covering(self.losses, graph, self.leaves, one_product=self.one_product)
+        covering = engine.covering(self)
         self.apart = covering.mixed_by is None and size > 1
         check_hooks = bool(size) and engine.hook_check_is_due(graph)
         check = bool(size and covering.covered) and engine.check_is_due(covering)

@@ -140,9 +140,8 @@ class _Arrival(Deferred):
         return [None]
 
     def leave(self) -> None:
-        if self.captured is not None:
-            self.captured.close()
-            self.captured = None
+        super().leave()
+        self.captured = None
 
 
 class GhostRows:

@@ -202,6 +202,6 @@ def test_a_parameter_that_only_one_call_of_two_accounts_for():
     model = made("expanded over tokens", (5, 3, 4))
     optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.1), alpha=0.3, model=model)
     captured = LossGradients(optimizer.engine, losses_of(model))
-    optimizer.engine.covering(captured.losses, captured.graph, captured.leaves)
+    optimizer.engine.covering(captured)
     parameters = [p for site in captured.graph.sites for p in site.call.parameters.values()]
     assert sum(p is model.p for p in parameters) == 1
