@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from irw_optim.backward.deferred import deferred_loss, seed_of
-from irw_optim.backward.weighted_loss import Weigher
+from irw_optim.backward.weighted_loss import Weigher, deferred_loss, seed_of
 from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
@@ -30,7 +29,7 @@ from irw_optim.distributed.weigher import FactorsOfLosses, OverRanks
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.verification import Difference, difference, probe_of, wrong_among
+from irw_optim.gradients.verification import Difference, differences, probe_of, wrong_among
 from irw_optim.processes import is_sharded
 from irw_optim.torch_internals import gradients_at
 
@@ -106,7 +105,7 @@ class ShardedPass(FactorsOfLosses):
         covering, due = None, False
         if len(batch.losses):
             covering = batch.engine.covering(batch, sharded=True)
-            missing, due = columns - covering.covered, covering.check_is_due()
+            missing, due = columns - covering.covered, self.captured.engine.check_is_due(covering)
         told = self.ranks.each(batch.losses.new_tensor([bool(missing), due]))
         anything_missing, check = told.amax(0).tolist()
         if anything_missing:
@@ -125,7 +124,7 @@ class ShardedPass(FactorsOfLosses):
         def compare(leaf: Tensor) -> None:
             truth = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             claim = rows.restricted_to({leaf}).combine(probe).get(leaf)
-            found[leaf] = difference(leaf, truth, claim, rows)
+            (found[leaf],) = differences([leaf], [truth], [claim], rows)
             leaf.grad = None
 
         with ExitStack() as undo:

@@ -9,9 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from irw_optim.backward.deferred import Deferred, deferred_loss
 from irw_optim.backward.passes import Pass, counts_of, elements_of
-from irw_optim.backward.weighted_loss import Weigher
+from irw_optim.backward.weighted_loss import Deferred, Weigher, deferred_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.gradients import GlobalGradients, LayerwiseGradients
 from irw_optim.distributed.ranks import Ranks

@@ -11,7 +11,7 @@ computes a part again once, and so changes them once more; so do all passes of o
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import torch
@@ -22,6 +22,9 @@ _Value = TypeVar("_Value")
 
 RECOMPUTES = "a backward pass changes buffers"
 """What an `Engine` remembers of its model."""
+
+NOTHING = nullcontext()
+"""Around a pass that computes nothing again."""
 
 
 def unless_recomputed(look: Callable[[], _Value], otherwise: _Value) -> Callable[[], _Value]:
