@@ -82,7 +82,6 @@ def _network() -> nn.Module:
 
 
 def _counted(rank: int) -> dict[str, list[tuple[str, int]]]:
-    """Collectives and their numbers, by way."""
     return {way: _messages_of(irw) for way, irw in WAYS.items()}
 
 

@@ -60,12 +60,9 @@ def with_signs(found: Trained) -> dict[str, float]:
     cell = min((cell for cell in told.cells if cell.counted), key=lambda cell: cell.accuracy)
     numbers = {"score without groups": told.score, "cell": cell.accuracy, "cell size": cell.samples}
     for part, least, data, said in _judged(found):
-        right = (said.argmax(1) == data.y).double()
-        numbers[f"{part} accuracy"] = float(right.mean())
-        for grouping, codes in data.groups.items():
-            sizes = codes.bincount()
-            accuracies = codes.bincount(right)[sizes >= least] / sizes[sizes >= least]
-            numbers[f"{part} worst {grouping}"] = float(accuracies.min())
+        for name, value in evaluate(said, data, None, least).items():
+            if name == "accuracy" or name.startswith("worst "):
+                numbers[f"{part} {name}"] = value
     labels = found.parts[0].y
     rare = int(labels.bincount().argmin())
     for name, part in (("training", 0), ("test", 2)):

@@ -25,14 +25,7 @@ from benchmarks.evidence.analysis import (
     targets,
 )
 from benchmarks.evidence.grid import CLASS_BY_CLASS, EARLY_LOSSES, FIXED, ON_CLEAN
-from benchmarks.evidence.tables import (
-    cost,
-    flips,
-    settings_table,
-    share,
-    spread,
-    titles,
-)
+from benchmarks.evidence.tables import cost, flips, settings_table, share, spread, titles
 from benchmarks.report import table
 
 AIM = 0.8

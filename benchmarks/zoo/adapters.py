@@ -32,12 +32,7 @@ def adapted(method: str, **options: Any) -> nn.Module:
 
 def adapter(name: str, method: str, **options: Any) -> Entry:
     return Entry(
-        name,
-        "PEFT",
-        16,
-        lambda: adapted(method, **options),
-        texts(LENGTH, WORDS),
-        per_sequence,
+        name, "PEFT", 16, lambda: adapted(method, **options), texts(LENGTH, WORDS), per_sequence
     )
 
 

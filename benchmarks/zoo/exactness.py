@@ -66,11 +66,7 @@ def errors(entry: Entry, size: int) -> dict[str, float | int]:
         torch.manual_seed(2)
         ours.backward()
     weights_error, gradient_error = differences(ours, expected_weights, expected)
-    return {
-        "exact_size": size,
-        "weights_error": weights_error,
-        "gradient_error": gradient_error,
-    }
+    return {"exact_size": size, "weights_error": weights_error, "gradient_error": gradient_error}
 
 
 def differences(ours: Loop, weights: Tensor, gradients: list[Tensor]) -> tuple[float, float]:

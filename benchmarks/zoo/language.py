@@ -47,10 +47,7 @@ class GPTBlock(nn.Module):
         self.norm1, self.attention = LayerNorm(width), CausalAttention(width, heads, dropout)
         self.norm2 = LayerNorm(width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width),
-            nn.GELU(),
-            nn.Linear(4 * width, width),
-            nn.Dropout(dropout),
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -203,10 +203,7 @@ class PreActivation(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList([nn.GroupNorm(4, inputs), nn.GroupNorm(4, outputs)])
         self.convs = nn.ModuleList(
-            [
-                StandardConv(inputs, outputs, 3, stride, 1),
-                StandardConv(outputs, outputs, 3, 1, 1),
-            ]
+            [StandardConv(inputs, outputs, 3, stride, 1), StandardConv(outputs, outputs, 3, 1, 1)]
         )
         self.skip = StandardConv(inputs, outputs, 1, stride) if stride > 1 else None
 
