@@ -140,8 +140,7 @@ def check(steps: int = 20) -> float:
 
 
 def main(given: list[str]) -> None:
-    against = {"action": "store_true", "help": "against two real processes"}
-    chosen = report.options(__doc__, given, check=against)
+    chosen = report.options(__doc__, given, check="against two real processes")
     if chosen.check:
         print(f"largest difference of a parameter after 20 steps: {check():.1e}")
         return

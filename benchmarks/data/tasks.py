@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.data import planted, unseen
-from benchmarks.data.files import find
-from benchmarks.data.sources import SOURCES, Samples, split
+from benchmarks.data.sources import SOURCES, Samples, find, split
 
 Parts = tuple[Samples, Samples, Samples]
 

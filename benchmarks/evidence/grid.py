@@ -76,7 +76,7 @@ def early_losses(mix: float, early: float) -> Setting:
 FIXED = class_by_class(0.5, 0.5, 0.1).name
 ON_CLEAN = class_by_class(0.5, 0.5, 0.2).name
 """The setting for all data sets, found by `searched` on seeds of its own; and what clean labels by
-themselves would have chosen. See `single`."""
+themselves would have chosen. See `tables`."""
 
 
 def without_groups() -> Iterator[Setting]:
