@@ -28,14 +28,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Samples:
-    """N samples.
-
-    Attributes:
-        x: (N, F) float32.
-        y: (N,) int64 classes from 0.
-        groups: for each grouping the number of each sample's group, (N,) int64.
-        names: for each grouping what the numbers mean.
-    """
+    """N samples: x (N, F), classes y (N,), by grouping the numbers (N,) and names of the groups."""
 
     x: Tensor
     y: Tensor
@@ -81,13 +74,8 @@ class Sizes:
 class Source:
     """A data set as it was read, N rows.
 
-    Attributes:
-        features: the columns to predict from.
-        numbers: those of them that are numbers; the others are categories.
-        label: (N,) classes from 0.
-        sensitive: the columns that make groups.
-        groupings: columns of ``sensitive`` and "label", by the name of the grouping.
-        sizes: of its parts, unless `split` is told others.
+    Features that are no ``numbers`` are categories. A grouping names columns of ``sensitive``, and
+    "label". `split` makes parts of these sizes, unless it is told others.
     """
 
     features: pd.DataFrame

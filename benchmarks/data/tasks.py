@@ -18,11 +18,8 @@ Parts = tuple[Samples, Samples, Samples]
 class Task:
     """One data set and what is asked of it.
 
-    Attributes:
-        protected: the grouping by people, or by what was planted.
-        targets: the groupings with headroom.
-        table: the file it needs; None for data that scikit-learn brings along.
-        title: its name in tables.
+    ``protected`` is the grouping by people or by what was planted, ``targets`` have headroom, and
+    ``table`` is the file it needs; None for data that scikit-learn brings along.
     """
 
     name: str

@@ -31,10 +31,8 @@ SMALLEST = {"validation": 5, "test": 40}
 class Trained(NamedTuple):
     """What a trained model says of the three parts, and what is needed to judge it.
 
-    Attributes:
-        logits: of each part, (N, classes).
-        held: the weights that the training batches were drawn by, (N,), if they were held.
-        cluster: of each validation sample, (N,).
+    ``held`` are the weights that the training batches were drawn by, (N,), if they were held, and
+    ``cluster`` is of the validation part.
     """
 
     task: Task
@@ -90,12 +88,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy, the worst group of each grouping, MAD and TAD of the protected one, the losses.
 
-    Args:
-        logits: (N, classes).
-        data: whose they are.
-        protected: the grouping for MAD and TAD; None for neither.
-        smallest: the samples that a group needs to count.
-        tail: the share of the losses in "tail loss".
+    A group of fewer than ``smallest`` samples does not count; "tail loss" is of a share ``tail``.
     """
     predicted, true = logits.argmax(1).numpy(), data.y.numpy()
     losses = F.cross_entropy(logits, data.y, reduction="none").numpy()
