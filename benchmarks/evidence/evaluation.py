@@ -104,9 +104,9 @@ def evaluate(
     return found | {"tail loss": worst_alpha_loss(losses, tail)}
 
 
-def clusters(x: Tensor, starts: int = 4) -> np.ndarray:
+def clusters(x: Tensor) -> np.ndarray:
     """Four k-means clusters of inputs, (N,): they stand in for groups nobody knows."""
-    return KMeans(4, n_init=starts, random_state=0).fit(x.numpy()).labels_
+    return KMeans(4, n_init=4, random_state=0).fit(x.numpy()).labels_
 
 
 def cells(found: Trained) -> ClusterAccuracy:

@@ -20,7 +20,6 @@ from benchmarks.evidence.analysis import (
     Target,
     best,
     mean_change,
-    noisy_targets,
     of,
     protected,
     targets,
@@ -34,7 +33,8 @@ from benchmarks.evidence.tables import METHODS, marked, percent
 def fragments(folder: Path = RESULTS) -> dict[str, str]:
     """Every generated text by the name of its file."""
     found, verdicts, people = targets(folder), claims(folder), protected(folder)
-    texts = {
+    search, slow = (folder.with_name(f"fairness_{kind}") for kind in ("search", "slow"))
+    return {
         "headroom.md": tables.headroom_table(folder),
         "protected.md": tables.protected_table(folder),
         "confirmed.md": tables.confirmed(found),
@@ -44,16 +44,11 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
         "seeds.md": about_the_runs(found),
         "facts_headroom.md": headroom_in_words(people, found),
         "facts_not.md": by_groups_of_people(people),
+        "noise.md": tables.noise_table(folder, NOISES),
+        "search.md": tables.search_table(search),
+        "slow.md": tables.headroom_table(slow),
+        "slow_confirmed.md": tables.confirmed(targets(slow)),
     }
-    if noisy_targets(folder, max(NOISES)):
-        texts["noise.md"] = tables.noise_table(folder, NOISES)
-    search, slow = (folder.with_name(f"fairness_{kind}") for kind in ("search", "slow"))
-    if search.exists():
-        texts["search.md"] = tables.search_table(search)
-    if slow.exists():
-        texts["slow.md"] = tables.headroom_table(slow)
-        texts["slow_confirmed.md"] = tables.confirmed(targets(slow))
-    return texts
 
 
 def about_the_runs(found: list[Target]) -> str:
@@ -153,30 +148,21 @@ def _dot(axis: Any, found: Estimate, y: float, look: Look, left: float | None) -
 
 # What they show -------------------------------------------------------------------------------
 
-KINDS = {"developed on": BLUE, "unseen": ORANGE}
-
 
 def headroom(seen: Path, unseen_runs: Path) -> None:
     """What training that knows the groups gains, target by target."""
+    looks = {"developed on": BLUE, "unseen": ORANGE}
 
-    def block(found: Sequence[Target], kind: str) -> list[Row]:
-        return [Row(t.title, {kind: t.headroom()}) for t in found]
-
-    people = block(protected(seen), "developed on") + block(unseen.alone(unseen_runs), "unseen")
-    others = block(targets(seen), "developed on")
-    others += block(targets(unseen_runs, tasks=unseen.UNSEEN), "unseen")
-
-    def by_size(rows: Sequence[Row]) -> list[Row]:
+    def by_size(*found: Sequence[Target]) -> list[Row]:
+        both = zip(looks, found, strict=True)
+        rows = [Row(t.title, {kind: t.headroom()}) for kind, own in both for t in own]
         return sorted(rows, key=lambda row: -next(iter(row.dots.values())).mean)
 
-    rows = [Row("Groups of people alone"), *by_size(people)]
-    rows += [Row("Label × group, shortcuts"), *by_size(others)]
-    dots(
-        "headroom.png",
-        rows,
-        KINDS,
-        "Headroom: what training that is told the groups\ngains for the worst one, in points",
-    )
+    others = targets(seen), targets(unseen_runs, tasks=unseen.UNSEEN)
+    rows = [Row("Groups of people alone"), *by_size(protected(seen), unseen.alone(unseen_runs))]
+    rows += [Row("Label × group, shortcuts"), *by_size(*others)]
+    says = "Headroom: what training that is told the groups\ngains for the worst one, in points"
+    dots("headroom.png", rows, looks, says)
 
 
 def prices(folder: Path) -> None:
@@ -188,12 +174,8 @@ def prices(folder: Path) -> None:
         pick = of(setting)
         both = mean_change(natural, pick, ACCURACY), mean_change(people, pick)
         rows.append(Row(name, dict(zip(looks, both, strict=True))))
-    dots(
-        "prices.png",
-        rows,
-        looks,
-        "What a remedy takes, on unseen data:\nchange against plain training, in points",
-    )
+    says = "What a remedy takes, on unseen data:\nchange against plain training, in points"
+    dots("prices.png", rows, looks, says)
 
 
 def where(found: Sequence[Target]) -> None:
@@ -210,34 +192,22 @@ def where(found: Sequence[Target]) -> None:
         for t in found
     ]
     rows.sort(key=lambda row: -row.dots["two stages"].mean)
-    dots(
-        "where.png",
-        rows,
-        looks,
-        "The worst group of each unseen target,\nagainst class balancing, in points",
-        left=-52,
-        legend=3,
-    )
+    says = "The worst group of each unseen target,\nagainst class balancing, in points"
+    dots("where.png", rows, looks, says, left=-52, legend=3)
 
 
 def wrong_labels(folder: Path, noises: Sequence[float]) -> None:
     """What remedies gain as more labels are wrong."""
     found = tables.with_most_flips(folder, noises)
-    kinds = dict(
-        zip((f"{n:.0%} wrong" for n in noises), (BLUE, GREEN, PURPLE, ORANGE), strict=True)
-    )
+    looks = (BLUE, GREEN, PURPLE, ORANGE)
+    kinds = {f"{n:.0%} wrong": look for n, look in zip(noises, looks, strict=True)}
     rows = []
     for name in tables.with_flips(found):
         changes = [mean_change(some, best(name)) for some in found]
         rows.append(Row(name, dict(zip(kinds, changes, strict=True))))
     rows.sort(key=lambda row: -list(row.dots.values())[-1].mean)
-    dots(
-        "wrong_labels.png",
-        rows,
-        kinds,
-        "The worst group with wrong labels in training,\nagainst plain training, in points",
-        legend=4,
-    )
+    says = "The worst group with wrong labels in training,\nagainst plain training, in points"
+    dots("wrong_labels.png", rows, kinds, says, legend=4)
 
 
 def draw() -> None:

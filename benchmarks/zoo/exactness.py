@@ -119,8 +119,5 @@ def _largest(difference: Tensor) -> float:
 
 def in_double(batch: Batch) -> Batch:
     """What a model in float64 is called with."""
-    inputs, target = (
-        tuple(t.double() if t.is_floating_point() else t for t in part)
-        for part in (batch[0], (batch[1],))
-    )
-    return inputs, target[0]
+    *inputs, target = (t.double() if t.is_floating_point() else t for t in (*batch[0], batch[1]))
+    return tuple(inputs), target
