@@ -2,7 +2,6 @@
 
     results/<name>.csv     first line: the command, versions and settings, as JSON behind a "#"
     results/<table>.md     what the documentation includes
-    docs/figures/          drawn from the same rows
 
 A column "± x" is the spread of the column "x": standard deviation over seeds, or what the
 benchmark says. No number on a page is typed by hand, and tests compare pages with stored rows.
@@ -45,9 +44,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def command(package: str, names: Sequence[str], doc: str | None) -> None:
     """``python -m <package> <name> ...`` runs the `entry` of ``<package>.<name>``."""
-    parser = argparse.ArgumentParser(description=str(doc).strip().split("\n")[0])
-    parser.add_argument("what", choices=names)
-    chosen = parser.parse_args(sys.argv[1:2]).what
+    chosen = arguments(doc, sys.argv[1:2], part={"choices": names}).part
     torch.set_num_threads(1)
     entry(import_module(f"{package}.{chosen}"))(sys.argv[2:])
 
@@ -59,7 +56,7 @@ def entry(module: Any) -> Callable[[Sequence[str]], None]:
 
 def arguments(doc: str | None, given: Sequence[str] | None, **more: Any) -> argparse.Namespace:
     """An argument for each keyword, as `add_argument` takes it; a text makes a flag."""
-    parser = argparse.ArgumentParser(description=str(doc).split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(doc).strip().split("\n")[0])
     for name, how in more.items():
         keywords = {"action": "store_true", "help": how} if isinstance(how, str) else how
         parser.add_argument(name if name == "part" else f"--{name.replace('_', '-')}", **keywords)
@@ -218,11 +215,6 @@ def summarised(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return means.join(spreads).reset_index()
 
 
-def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Mean of the differences over seeds, and half the width of its 95 % t-interval."""
-    return interval(np.asarray(values, float) - np.asarray(others, float))
-
-
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean of independent values, and half the width of its 95 % t-interval; NaN for one value."""
     from scipy import stats
@@ -238,7 +230,7 @@ def paired_text(
     values: Sequence[float], others: Sequence[float], digits: int = 1, scale: float = 100
 ) -> str:
     """The paired difference with its sign and interval; in points by default."""
-    mean, half = paired(values, others)
+    mean, half = interval(np.asarray(values, float) - np.asarray(others, float))
     text = f"{scale * mean:+.{digits}f}"
     return text if math.isnan(half) else f"{text} ± {scale * half:.{digits}f}"
 
@@ -256,13 +248,10 @@ def figure(
     legend: int = 5,
     **more: Any,
 ) -> Iterator:
-    """Axes, (rows, columns), of a figure that is written at the end.
-
-    Args:
-        legend: how many of its entries stand side by side.
-    """
+    """Axes, (rows, columns), of a figure that is written at the end; ``legend`` entries a line."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from PIL import Image
 
     look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     look["axes.prop_cycle"] = mpl.cycler(color=COLOURS)
@@ -276,17 +265,9 @@ def figure(
             drawn.legend(handles, labels, loc="outside lower center", ncols=legend, **look)
         if name.endswith(".svg"):
             drawn.savefig(FIGURES / name, metadata={"Date": None})
-        else:
-            save_small(drawn, FIGURES / name, dpi)
-
-
-def save_small(drawn: Any, path: Path, dpi: int) -> None:
-    """A PNG of few colours, which takes a third of the bytes."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    drawn.savefig(file, dpi=dpi)
-    Image.open(file).convert("RGB").quantize(64).save(path, optimize=True)
+        else:  # of few colours, which takes a third of the bytes
+            drawn.savefig(file := io.BytesIO(), dpi=dpi)
+            Image.open(file).convert("RGB").quantize(64).save(FIGURES / name, optimize=True)
 
 
 def ticks(axis: Any, places: Sequence[float], labels: Sequence[Any] | None = None) -> None:
@@ -301,12 +282,7 @@ def ticks(axis: Any, places: Sequence[float], labels: Sequence[Any] | None = Non
 def time_ratios(
     base: Callable[[], object], *actions: Callable[[], object], rounds: int, clock: Any = None
 ) -> tuple[float, list[list[float]]]:
-    """What actions take in units of ``base``, round by round: neighbours in time are compared.
-
-    Returns:
-        Median seconds (of CPU, unless another clock is given) of ``base``, and for each action its
-        ratio in every round.
-    """
+    """Median seconds (of CPU) of ``base``, and each action's ratio to it in every round."""
     clock = clock or time.process_time
 
     def taken(action: Callable[[], object]) -> float:

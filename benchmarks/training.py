@@ -64,8 +64,7 @@ class Trainer(NamedTuple):
 class Method(Protocol):
     """One way to train."""
 
-    def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
-        """Get ready to train the model on the data."""
+    def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer: ...
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ def _sgd(model: nn.Module) -> torch.optim.SGD:
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """An ordinary step of SGD."""
     return partial(step, model, nn.CrossEntropyLoss(), _sgd(model), x, y)
 
 
@@ -113,7 +112,6 @@ def torchjd(model: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def backpack(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """Materialised rows by BackPACK."""
     from backpack import backpack as collecting
     from backpack import extend
     from backpack.extensions import BatchGrad

@@ -42,14 +42,10 @@ class Message(NamedTuple):
 def messages(
     way: str, parameters: int, batch: int, factors: list[int], outline: int = 500
 ) -> list[Message]:
-    """What every process sends in a step.
+    """What every process sends in a step with ``batch`` samples of its own, in one of `WAYS`.
 
-    Args:
-        way: one of `WAYS`.
-        parameters: P, all of them float32.
-        batch: samples of one process.
-        factors: for IRWO, the numbers of one sample's layer inputs and output gradients.
-        outline: for IRWO, the bytes in which the processes say that their layers are alike.
+    IRWO's ``factors`` are the numbers of one sample's layer inputs and output gradients, and its
+    ``outline`` the bytes in which the processes say that their layers are alike.
     """
     losses = Message("all_gather", HEADER + 3 * batch, 8)  # with label and count
     update = Message("all_reduce", parameters)
@@ -82,7 +78,6 @@ def _network() -> nn.Module:
 
 
 def _counted(rank: int) -> dict[str, list[tuple[str, int]]]:
-    """Collectives and their numbers, by way."""
     return {way: _messages_of(irw) for way, irw in WAYS.items()}
 
 

@@ -193,12 +193,10 @@ Pick = Callable[[Target], pd.DataFrame]
 
 
 def of(setting: str) -> Pick:
-    """The runs of one setting."""
     return lambda t: t.setting(setting)
 
 
 def best(methods: str | tuple[str, ...], by: str = WITHOUT) -> Pick:
-    """The runs of `Target.chosen`."""
     return lambda t: t.chosen(methods, by)
 
 

@@ -36,15 +36,10 @@ WARM = 1 / 3
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train and to decide.
+    """One way to train and to decide, with a name of its own among those of its method.
 
-    Attributes:
-        method: whose it is.
-        name: of the setting; unique.
-        how: trains.
-        told: the grouping whose groups it is told; "" for none.
-        moved: strength with which the decision threshold is moved afterwards.
-        steps: the share of the recipe's steps that it takes.
+    It may be ``told`` the groups of a grouping, have its decision threshold ``moved`` by some
+    strength, and take a share of the recipe's ``steps``.
     """
 
     method: str
@@ -76,7 +71,7 @@ def early_losses(mix: float, early: float) -> Setting:
 FIXED = class_by_class(0.5, 0.5, 0.1).name
 ON_CLEAN = class_by_class(0.5, 0.5, 0.2).name
 """The setting for all data sets, found by `searched` on seeds of its own; and what clean labels by
-themselves would have chosen. See `single`."""
+themselves would have chosen. See `tables`."""
 
 
 def without_groups() -> Iterator[Setting]:

@@ -22,12 +22,7 @@ import torch
 from benchmarks import report
 from benchmarks.data.sources import Samples, Sizes, Source, adult, split
 from benchmarks.methods.intrinsic import Intrinsic
-from benchmarks.methods.objectives import (
-    class_balanced,
-    group_balanced,
-    group_dro,
-    plain,
-)
+from benchmarks.methods.objectives import class_balanced, group_balanced, group_dro, plain
 from benchmarks.models import outputs_of
 from benchmarks.training import Method, Recipe, cross_entropy, train
 

@@ -266,7 +266,7 @@ def main(given: Sequence[str]) -> None:
         tasks={**several, "choices": UNSEEN | SEEN, "default": list(UNSEEN | SEEN)},
         seeds={**several, "type": int, "default": range(1000, 1010)},
         noise={**several, "type": float, "default": (CLEAN, FLIPS)},
-        again={"action": "store_true", "help": "texts and figure of stored results"},
+        again="texts and figure of stored results",
     )
     tasks = [(UNSEEN | SEEN)[name] for name in chosen.tasks]
     for noise in () if chosen.again else chosen.noise:

@@ -29,12 +29,7 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ByObjective:
-    """Trains on an objective, made for the data at hand.
-
-    Attributes:
-        objective: makes it; is given the data and the recipe.
-        sampling: weights to draw the batches by, (N,); None shuffles.
-    """
+    """Trains on an objective made for the data, on batches drawn by weights, (N,), or shuffled."""
 
     objective: Callable[[Samples, Recipe], Objective]
     sampling: Callable[[Samples], Tensor] | None = None

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from benchmarks import report
 from benchmarks.data.memory import adult, batches, loader
@@ -46,7 +47,7 @@ WAYS = ("resampling", "reweighting", "normalised")
 
 
 def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).double()
+    return parameters_to_vector(model.parameters()).detach().double()
 
 
 class Moments(NamedTuple):

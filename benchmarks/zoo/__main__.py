@@ -28,7 +28,6 @@ LONGEST = 600
 
 
 def main() -> None:
-    """Run the benchmark, or one entry of it."""
     chosen = report.arguments(
         __doc__,
         None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -19,13 +18,9 @@ from benchmarks.zoo.measuring import cost
 
 
 def alone(entry: Entry, module: str, arguments: Sequence[str], longest: int) -> dict[str, Any]:
-    """What a command prints as its last line, in JSON; one that fails is a row with its error.
+    """What ``python -m module`` prints as its last line, in JSON, within ``longest`` seconds.
 
-    Args:
-        entry: what is measured.
-        module: as after ``python -m``.
-        arguments: of the command.
-        longest: seconds until it counts as failed.
+    One that fails is a row with its error.
     """
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
@@ -40,28 +35,13 @@ def alone(entry: Entry, module: str, arguments: Sequence[str], longest: int) -> 
     return {"name": entry.name, "family": entry.family, "fails": reason}
 
 
-class Heard(logging.Handler):
-    """Keeps what the library has to say, each text once."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: dict[str, None] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts[record.getMessage()[:200]] = None
-
-
 def measured(entry: Entry, size: int, seconds: float, exact: bool) -> dict[str, Any]:
     """What is found of one entry in this process, or why it fails."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    heard = Heard()
-    logging.getLogger("irw_optim").addHandler(heard)
     found: dict[str, Any] = {"name": entry.name, "family": entry.family}
     try:
         found |= cost(entry, size, seconds)
-        if heard.texts:
-            found["said"] = list(heard.texts)
         if exact:
             found |= errors(entry, size)
     except Exception as error:

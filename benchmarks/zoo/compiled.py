@@ -39,7 +39,6 @@ RESULTS = report.RESULTS / "zoo_compiled.json"
 
 
 def main() -> None:
-    """Run the benchmark, or one entry of it."""
     chosen = report.arguments(
         __doc__,
         None,
@@ -72,7 +71,6 @@ def store(found: dict[str, Any]) -> None:
 
 
 def looked_at(entry: Entry, backend: str, order: str) -> dict[str, Any]:
-    """What is found of one entry."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -148,7 +146,6 @@ class Counted(logging.Handler):
         self.limits += "recompile_limit" in record.getMessage()
 
     def epoch_ends(self) -> None:
-        """Take note of what was compiled in it."""
         self.ends.append(self.counters["frames"]["total"])
 
     def found(self) -> dict[str, Any]:

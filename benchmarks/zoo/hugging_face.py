@@ -42,14 +42,7 @@ class Logits(nn.Module):
 
 
 def library(task: str, family: str, *names: str, **options: Any) -> Callable[[], nn.Module]:
-    """How to make a model.
-
-    Args:
-        task: the library's class is AutoModelFor<task>.
-        family: the library's class is <family>Config.
-        names: of the inputs.
-        options: of the configuration.
-    """
+    """How to make AutoModelFor<task> from <family>Config with options; names are the inputs'."""
 
     def make() -> nn.Module:
         import transformers

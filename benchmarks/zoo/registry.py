@@ -25,11 +25,6 @@ GROWING = ("ViT, class token", "BEiT, bias tables", "LSTM", "MobileNetV3, hard-s
 
 
 def named(name: str) -> Entry:
-    """The entry of this name.
-
-    Raises:
-        KeyError: there is none.
-    """
     for entry in ENTRIES:
         if entry.name == name:
             return entry

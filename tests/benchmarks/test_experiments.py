@@ -49,9 +49,10 @@ def test_spreads_and_paired_differences():
     assert report.spread([1.0, 3.0], 1) == "2.0 ± 1.4"
     assert report.spread([None, 1.0, math.nan]) == "1.00"
     assert report.spread([None]) == "–"
-    mean, half = report.paired([0.3, 0.5, 0.4], [0.2, 0.2, 0.2])
+    mean, half = report.interval([0.1, 0.3, 0.2])
     assert mean == pytest.approx(0.2)
     assert half == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-5)
+    assert report.paired_text([0.3, 0.5, 0.4], [0.2, 0.2, 0.2]) == "+20.0 ± 24.8"
 
 
 def test_what_is_stored_is_read_back(tmp_path, monkeypatch):

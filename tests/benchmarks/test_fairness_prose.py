@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.data.tasks import TASKS
-from benchmarks.evidence import signs, single, unseen
+from benchmarks.evidence import signs, tables, unseen
 from benchmarks.evidence.analysis import (
     WITH,
     WITHOUT,
@@ -16,6 +16,7 @@ from benchmarks.evidence.analysis import (
     noisy_targets,
     of,
     protected,
+    read,
     recovered_by_seed,
     target,
     targets,
@@ -129,11 +130,11 @@ class TestOneSetting:
         return recovered_by_seed(found, of(setting))
 
     def test_was_chosen_by_the_score_without_groups_on_seeds_of_its_own(self):
-        assert single.choice(RESULTS_SEARCH) == FIXED
-        assert single.choice(RESULTS_SEARCH, noises=[0.0]) == ON_CLEAN
-        assert single.choice(RESULTS_SEARCH, EARLY_LOSSES) == single.CONTROL
+        assert tables.choice(RESULTS_SEARCH) == FIXED
+        assert tables.choice(RESULTS_SEARCH, noises=[0.0]) == ON_CLEAN
+        assert tables.choice(RESULTS_SEARCH, EARLY_LOSSES) == tables.CONTROL
         for task in {t.task for t in targets(RESULTS_SEARCH)}:
-            search, shown = (single.read(folder, task) for folder in (RESULTS_SEARCH, RESULTS))
+            search, shown = (read(folder, task) for folder in (RESULTS_SEARCH, RESULTS))
             assert not set(search["seed"]) & set(shown["seed"])
             assert {setting.name for setting in searched(TASKS[task])} <= set(search["setting"])
 
@@ -144,17 +145,17 @@ class TestOneSetting:
             for s in searched(TASKS["adult"])
             if s.method in (CLASS_BY_CLASS, EARLY_LOSSES)
         ]
-        assert np.mean(np.array(found) > single.AIM) > 0.8
+        assert np.mean(np.array(found) > tables.AIM) > 0.8
         assert min(found) > 0.7
 
     def test_reaches_the_aim_on_the_other_seeds(self, five):
-        assert estimate(self.recovered(five, FIXED)).low >= single.AIM
-        assert estimate(self.recovered(five, ON_CLEAN)).mean >= single.AIM
+        assert estimate(self.recovered(five, FIXED)).low >= tables.AIM
+        assert estimate(self.recovered(five, ON_CLEAN)).mean >= tables.AIM
 
     def test_does_not_carry_over_to_the_slow_recipe_and_the_longer_first_training_does(self):
         slow = first_five(targets(RESULTS_SLOW))
-        assert estimate(self.recovered(slow, FIXED)).high < single.AIM
-        assert estimate(self.recovered(slow, ON_CLEAN)).low >= single.AIM
+        assert estimate(self.recovered(slow, FIXED)).high < tables.AIM
+        assert estimate(self.recovered(slow, ON_CLEAN)).low >= tables.AIM
 
         def score(setting):
             return np.mean([t.setting(setting)["score without groups"].mean() for t in slow])
@@ -170,7 +171,7 @@ class TestOneSetting:
                 assert self.recovered(five, setting).mean() < ours.mean(), setting
 
     def test_the_loss_in_place_of_the_score_recovers_as_much(self, five):
-        ours, control = (self.recovered(five, name) for name in (FIXED, single.SAME_BY_LOSS))
+        ours, control = (self.recovered(five, name) for name in (FIXED, tables.SAME_BY_LOSS))
         assert estimate(ours - control).verdict == "no clear difference"
         assert abs(float(np.mean(ours - control))) < 0.05
 
@@ -180,7 +181,7 @@ class TestOneSetting:
         def worst(setting):
             return np.mean([t.setting(setting)[t.worst].mean() for t in noisy])
 
-        assert worst(FIXED) < worst(single.SAME_BY_LOSS)
+        assert worst(FIXED) < worst(tables.SAME_BY_LOSS)
         assert worst(FIXED) < worst("class-balanced")
         price, balanced = (
             np.mean(

@@ -81,10 +81,10 @@ def _largest_in_windows(node: Any, change: Tensor) -> Tensor:
     return change.flatten(-2).gather(-1, where.flatten(-2)).view(where.shape)
 
 
-def _softmax(node: Any, change: Tensor) -> Tensor:
-    result: Tensor = node._saved_result
-    change = result * change.to(result.dtype)
-    return change - result * change.sum(saved(node, "dim"), keepdim=True)
+def _softmax(node: Any, tangents: Tangents) -> Tensor | None:
+    """J is symmetric, if it does not widen: the node's pull is its push."""
+    widens = read_by(node, 0).dtype != node._input_metadata[0].dtype
+    return None if widens else diagonal(node, tangents)
 
 
 def _log_softmax(node: Any, change: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ RULES: dict[str, ForwardRule] = {
     "Sum": _reduced("sum"),
     "Mean": _reduced("mean"),
     "MaxPool2DWithIndices": of_one(_largest_in_windows),
-    "Softmax SafeSoftmax": of_one(_softmax),
+    "Softmax SafeSoftmax": _softmax,
     "LogSoftmax": of_one(_log_softmax),
     "Add Sub": _sum,
     "Mul": _product,
