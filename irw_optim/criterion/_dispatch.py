@@ -83,7 +83,21 @@ def per_sample_losses(
 
 
 def validate_criterion(criterion: nn.Module) -> Rule:
-    """The rule of a criterion; raises for what can be seen to be impossible before a call."""
+    """The rule of a criterion; raises for what can be seen to be impossible before a call.
+
+    Args:
+        criterion: for :func:`per_sample_losses`.
+
+    Raises:
+        TypeError: no ``nn.Module``, compiled, or without a reduction.
+        ValueError: its reduction is ``"none"`` or unknown.
+
+    >>> _ = validate_criterion(nn.MSELoss())
+    >>> validate_criterion(nn.MSELoss(reduction="none"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: criterion MSELoss has reduction='none', which leaves ...
+    """
     if isinstance(criterion, type):
         name = criterion.__name__
         raise TypeError(

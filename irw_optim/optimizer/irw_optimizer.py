@@ -163,7 +163,11 @@ class IRWOptimizer(OptimizerWrapper):
     # What a torch optimizer does, and we do more -----------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the inner optimizer; a ValueError if it is not the model's."""
+        """Add a group to the inner optimizer.
+
+        Raises:
+            ValueError: parameters that are not the model's; nothing has changed then.
+        """
         known = self._weighted.parameters
         self.inner.add_param_group(check_group(param_group, known, self.model, self.criterion))
 

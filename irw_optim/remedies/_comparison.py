@@ -98,7 +98,8 @@ class Comparison:
     def by_group(self, groups: Any) -> pd.DataFrame:
         """Accuracy of every group under every remedy, mean over the seeds, and its people.
 
-        Any grouping of the validation data will do; columns are intersected.
+        Args:
+            groups: of the validation data, any grouping of it; columns are intersected.
         """
         import pandas as pd
 

@@ -36,6 +36,10 @@ def worst_off_count(size: int, alpha: float) -> int:
 
     An exact product is not rounded up: ``math.ceil(0.07 * 100)`` is 8, and the share meant is 7.
 
+    Args:
+        size: number of samples.
+        alpha: share in (0, 1].
+
     >>> worst_off_count(100, 0.07), worst_off_count(64, 0.2), worst_off_count(3, 0.01)
     (7, 13, 1)
     """

@@ -160,6 +160,7 @@ class LayerCall:
         return self.layout is not None
 
     def settle(self, layout: Layout | None, batch_size: int) -> None:
+        """Bring the batch to the first dimension of the input; None where there is none."""
         self.layout = layout
         self.batch_size = batch_size
         if layout is None or layout is FIRST:
@@ -172,10 +173,11 @@ class LayerCall:
         return self.layout, self.recorded.ndim
 
     def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
-        """The call as if each sample had made it, where it has no batch, with that in ``dim``."""
+        """The call as if each sample had made it, where it has no batch; put into ``dim``."""
         return None
 
     def set_output_gradient(self, gradient: Tensor) -> None:
+        """Take b; the products are defined from then on."""
         layout = self.layout
         if layout is not None and layout is not FIRST:
             gradient = layout.bring(gradient, self.batch_size)
@@ -206,6 +208,7 @@ class LayerCall:
 
     @property
     def precision(self) -> torch.dtype:
+        """The dtype in which the gradient arrived."""
         return self.output_gradient.dtype
 
     def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
