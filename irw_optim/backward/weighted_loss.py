@@ -49,15 +49,15 @@ class OneProcess:
 
     def coefficients(self, passes: Sequence[Pass], rows: PerSampleGradients) -> Tensor:
         """Weights times length: the ordinary gradient is sum_j factor_j mean_j."""
-        if len(passes) == 1:
-            ((batch, factor),) = passes
-            record = self.scheme.decide(batch, rows)
-            self.note(record)
-            plain_mean = isinstance(batch.scale, float) and batch.scale == 1.0
-            return record.weights * (factor if plain_mean else factor * batch.scale)
-        record = self.scheme.decide(as_one(passes), rows)
+        batch, length = passes[0]
+        if len(passes) > 1:
+            length = sum(factor * some.scale for some, factor in passes)
+            batch = as_one(passes)
+        elif not (isinstance(batch.scale, float) and batch.scale == 1.0):
+            length = length * batch.scale
+        record = self.scheme.decide(batch, rows)
         self.note(record)
-        return record.weights * sum(factor * batch.scale for batch, factor in passes)
+        return record.weights * length
 
     def loss(self, batch: PerSampleLosses) -> Tensor:
         """Where the weights are known before backward, ordinary autograd does the rest."""
