@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -115,17 +116,6 @@ def small_mlp(batch: int) -> Work:
     return Work(name, lambda: mlp(100, 64, 32, 2), lambda: torch.randn(batch, 100), 2, inner)
 
 
-def wide_mlp() -> Work:
-    widths = (512, 1024, 1024, 512, 2)
-    name = "MLP 512-1024-1024-512-2, B = 256"
-    return Work(name, lambda: mlp(*widths), lambda: torch.randn(256, 512), 2)
-
-
-def images() -> Work:
-    name = "CNN, 3 conv + GroupNorm, 32x32, B = 64"
-    return Work(name, cnn, lambda: torch.randn(64, 3, 32, 32), 10)
-
-
 def transformer(width: int, length: int, layers: int, batch: int) -> Work:
     """A transformer classifier."""
     return Work(
@@ -136,5 +126,12 @@ def transformer(width: int, length: int, layers: int, batch: int) -> Work:
     )
 
 
-TABLE = [small_mlp(64), small_mlp(1024), wide_mlp(), images(), transformer(256, 64, 4, 16)]
+_WIDTHS = (512, 1024, 1024, 512, 2)
+TABLE = [
+    *map(small_mlp, (64, 1024)),
+    Work(f"MLP {'-'.join(map(str, _WIDTHS))}, B = 256", partial(mlp, *_WIDTHS),
+         lambda: torch.randn(256, 512), 2),
+    Work("CNN, 3 conv + GroupNorm, 32x32, B = 64", cnn, lambda: torch.randn(64, 3, 32, 32), 10),
+    transformer(256, 64, 4, 16),
+]  # fmt: skip
 BATCHES, LENGTHS = [64, 256, 1024, 4096, 16384], [64, 128, 256, 512, 1024]

@@ -2,7 +2,6 @@
 
     results/<name>.csv     first line: the command, versions and settings, as JSON behind a "#"
     results/<table>.md     what the documentation includes
-    docs/figures/          drawn from the same rows
 
 A column "± x" is the spread of the column "x": standard deviation over seeds, or what the
 benchmark says. No number on a page is typed by hand, and tests compare pages with stored rows.
@@ -21,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -43,21 +43,29 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def command(package: str, names: Sequence[str], doc: str | None) -> None:
-    """``python -m <package> <name> ...`` runs ``<package>.<name>.main(the rest)``."""
-    parser = argparse.ArgumentParser(description=str(doc).strip().split("\n")[0])
-    parser.add_argument("what", choices=names)
-    chosen = parser.parse_args(sys.argv[1:2]).what
+    """``python -m <package> <name> ...`` runs the `entry` of ``<package>.<name>``."""
+    chosen = arguments(doc, sys.argv[1:2], part={"choices": names}).part
     torch.set_num_threads(1)
-    import_module(f"{package}.{chosen}").main(sys.argv[2:])
+    entry(import_module(f"{package}.{chosen}"))(sys.argv[2:])
 
 
-def options(doc: str | None, given: Sequence[str], **more: dict[str, Any]) -> argparse.Namespace:
-    """``--fast``, and an argument for each keyword, as `add_argument` takes it."""
-    parser = argparse.ArgumentParser(description=str(doc).split("\n")[0])
-    parser.add_argument("--fast", action="store_true", help="a look in seconds; nothing is stored")
-    for name, keywords in more.items():
+def entry(module: Any) -> Callable[[Sequence[str]], None]:
+    """Its ``main``, or what `publish` makes of its ``run(fast)``, ``texts`` and ``draw``."""
+    return getattr(module, "main", None) or partial(publish, module)
+
+
+def arguments(doc: str | None, given: Sequence[str] | None, **more: Any) -> argparse.Namespace:
+    """An argument for each keyword, as `add_argument` takes it; a text makes a flag."""
+    parser = argparse.ArgumentParser(description=str(doc).strip().split("\n")[0])
+    for name, how in more.items():
+        keywords = {"action": "store_true", "help": how} if isinstance(how, str) else how
         parser.add_argument(name if name == "part" else f"--{name.replace('_', '-')}", **keywords)
     return parser.parse_args(given)
+
+
+def options(doc: str | None, given: Sequence[str] | None, **more: Any) -> argparse.Namespace:
+    """`arguments`, and ``--fast``."""
+    return arguments(doc, given, fast="a look in seconds; nothing is stored", **more)
 
 
 # Storing --------------------------------------------------------------------------------------
@@ -68,19 +76,24 @@ def header(**settings: Any) -> dict[str, Any]:
     module = Path(sys.argv[0]).resolve().with_suffix("")
     parts = module.relative_to(ROOT).parts if module.is_relative_to(ROOT) else (module.name,)
     name = ".".join(parts).removesuffix(".__main__")
-    cpu = [line for line in _cpu_info() if line.startswith("model name")]
     return {
         "command": shlex.join(["python", "-m", name, *sys.argv[1:]]),
-        "machine": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
+        "machine": processor(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         **settings,
     }
 
 
-def _cpu_info() -> list[str]:
+def versions() -> str:
+    return f"torch {version('torch')}, Python {platform.python_version()}"
+
+
+def processor() -> str:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor()])[0]
 
 
 def store(name: str, rows: Iterable[dict[str, Any]] | pd.DataFrame, **settings: Any) -> None:
@@ -101,10 +114,10 @@ def stored(name: str) -> pd.DataFrame:
     return frame
 
 
-def save(name: str, rows: Any, fast: bool, shown: Sequence[str] | None = None, **more: Any) -> None:
-    """Print one table; unless ``fast``, write it, and its rows."""
+def save(name: str, rows: Any, fast: bool, text: str = "", **more: Any) -> None:
+    """Print a table, of the rows unless ``text`` is given; if not ``fast``, write it, and them."""
     frame = pd.DataFrame(rows)
-    text = markdown(frame if shown is None else frame[list(shown)])
+    text = text or markdown(frame)
     print("\n" + text)
     if not fast:
         store(name, frame, **more)
@@ -120,8 +133,7 @@ def publish(experiment: Any, given: Sequence[str]) -> None:
 
     ``run`` returns rows and settings; ``--again`` makes texts and figures of what is stored.
     """
-    more = {"again": {"action": "store_true", "help": "texts and figures of stored results"}}
-    chosen = options(experiment.__doc__, given, **more)
+    chosen = options(experiment.__doc__, given, again="texts and figures of stored results")
     name = experiment.__name__.rpartition(".")[2]
     if chosen.again:
         frame = stored(name)
@@ -153,7 +165,7 @@ def table(
     | --- | ---: |
     | a | 1 |
     """
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in (head, *lines)]
+    rows = [[c.replace("|", r"\|").replace("\n", " ") for c in row] for row in (head, *lines)]
     texts = texts or [True, *[False] * (len(head) - 1)]
     rows.insert(1, ["---" if text else "---:" for text in texts])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
@@ -203,11 +215,6 @@ def summarised(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return means.join(spreads).reset_index()
 
 
-def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Mean of the differences over seeds, and half the width of its 95 % t-interval."""
-    return interval(np.asarray(values, float) - np.asarray(others, float))
-
-
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean of independent values, and half the width of its 95 % t-interval; NaN for one value."""
     from scipy import stats
@@ -223,7 +230,7 @@ def paired_text(
     values: Sequence[float], others: Sequence[float], digits: int = 1, scale: float = 100
 ) -> str:
     """The paired difference with its sign and interval; in points by default."""
-    mean, half = paired(values, others)
+    mean, half = interval(np.asarray(values, float) - np.asarray(others, float))
     text = f"{scale * mean:+.{digits}f}"
     return text if math.isnan(half) else f"{text} ± {scale * half:.{digits}f}"
 
@@ -241,13 +248,10 @@ def figure(
     legend: int = 5,
     **more: Any,
 ) -> Iterator:
-    """Axes, (rows, columns), of a figure that is written at the end.
-
-    Args:
-        legend: how many of its entries stand side by side.
-    """
+    """Axes, (rows, columns), of a figure that is written at the end; ``legend`` entries a line."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from PIL import Image
 
     look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     look["axes.prop_cycle"] = mpl.cycler(color=COLOURS)
@@ -261,17 +265,9 @@ def figure(
             drawn.legend(handles, labels, loc="outside lower center", ncols=legend, **look)
         if name.endswith(".svg"):
             drawn.savefig(FIGURES / name, metadata={"Date": None})
-        else:
-            save_small(drawn, FIGURES / name, dpi)
-
-
-def save_small(drawn: Any, path: Path, dpi: int) -> None:
-    """A PNG of few colours, which takes a third of the bytes."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    drawn.savefig(file, dpi=dpi)
-    Image.open(file).convert("RGB").quantize(64).save(path, optimize=True)
+        else:  # of few colours, which takes a third of the bytes
+            drawn.savefig(file := io.BytesIO(), dpi=dpi)
+            Image.open(file).convert("RGB").quantize(64).save(FIGURES / name, optimize=True)
 
 
 def ticks(axis: Any, places: Sequence[float], labels: Sequence[Any] | None = None) -> None:
@@ -286,12 +282,7 @@ def ticks(axis: Any, places: Sequence[float], labels: Sequence[Any] | None = Non
 def time_ratios(
     base: Callable[[], object], *actions: Callable[[], object], rounds: int, clock: Any = None
 ) -> tuple[float, list[list[float]]]:
-    """What actions take in units of ``base``, round by round: neighbours in time are compared.
-
-    Returns:
-        Median seconds (of CPU, unless another clock is given) of ``base``, and for each action its
-        ratio in every round.
-    """
+    """Median seconds (of CPU) of ``base``, and each action's ratio to it in every round."""
     clock = clock or time.process_time
 
     def taken(action: Callable[[], object]) -> float:

@@ -64,13 +64,21 @@ class Trainer(NamedTuple):
 class Method(Protocol):
     """One way to train."""
 
-    def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
-        """Get ready to train the model on the data."""
+    def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer: ...
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """A loss a sample, (B,)."""
     return F.cross_entropy(logits, y, reduction="none")
+
+
+def step(
+    model: nn.Module, criterion: Loss, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+) -> None:
+    """An ordinary step."""
+    optimizer.zero_grad()
+    criterion(model(x), y).backward()
+    optimizer.step()
 
 
 def take_steps(

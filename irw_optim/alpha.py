@@ -8,9 +8,8 @@ drawn uniformly from all. Nobody's answer gives them away, and the shares can st
     IRWOptimizer(..., alpha=survey.lower_bound)          # (ln 3, 0)-differentially private
 
 The scheme is Warner's (1965), with several groups that of Kairouz, Bonawitz and Ramage (2016).
-With truth probability p and m groups of shares pi_k, answer k is given with probability::
-
-    rho_k = p pi_k + (1 - p) / m          and so          pi_k = (rho_k - (1 - p) / m) / p
+With truth probability p and m groups of shares pi_k, answer k is given with probability
+rho_k = p pi_k + (1 - p) / m.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Vector: TypeAlias = npt.NDArray[np.float64]
 
 
 class AlphaEstimate(NamedTuple):
-    """What a survey by randomised response says of the group shares; see `estimate_alpha`.
+    """What `estimate_alpha` finds.
 
     Attributes:
         alpha: estimated share of the smallest group, min_k of ``proportions``.
@@ -66,17 +65,16 @@ def randomized_response(
     people counts, let them flip real coins, or draw from the operating system's randomness.
 
     Args:
-        groups: (N,) true groups, whole numbers in 0 ... ``num_groups`` - 1.
+        groups: (N,) true groups, whole numbers in 0 ... m - 1.
         num_groups: m >= 2.
         truth_probability: p in [0, 1].
-        generator: source of randomness, on the device of ``groups``; torch's own if None.
+        generator: on the device of ``groups``; torch's own if None.
 
     Returns:
         (N,) int64 on the device of ``groups``.
 
     Raises:
-        TypeError: an argument of another type, groups that are no whole numbers included.
-        ValueError: an argument outside its range, or a group that is not among the m.
+        TypeError, ValueError: an argument of another type, or outside its range.
 
     >>> groups = torch.zeros(100_000, dtype=torch.int64)
     >>> generator = torch.Generator().manual_seed(0)
@@ -96,10 +94,8 @@ def randomized_response(
 def privacy_of(truth_probability: float, num_groups: int) -> float:
     """The epsilon of one answer's (epsilon, 0)-differential privacy: ln(1 + p m / (1 - p)).
 
-    An answer has probability p + (1 - p)/m if it is true and (1 - p)/m if it is not. Between any
-    two groups a person might belong to, the probability of any answer changes at most by the
-    factor [p + (1 - p)/m] / [(1 - p)/m] = 1 + p m / (1 - p), and for some answer by just that. Who
-    is asked twice, with fresh coins, has spent it twice.
+    An answer has probability p + (1 - p)/m if it is true and (1 - p)/m if it is not; epsilon is the
+    logarithm of their ratio. Who is asked twice, with fresh coins, has spent it twice.
 
     Args:
         truth_probability: p in [0, 1].
@@ -109,8 +105,7 @@ def privacy_of(truth_probability: float, num_groups: int) -> float:
         epsilon >= 0; 0 if nobody tells the truth, infinity if everybody does.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: an argument outside its range.
+        TypeError, ValueError: an argument of another type, or outside its range.
 
     >>> round(privacy_of(0.5, num_groups=2), 6), round(math.log(3), 6)
     (1.098612, 1.098612)
@@ -128,35 +123,26 @@ def estimate_alpha(
 ) -> AlphaEstimate:
     """The shares of the groups, and the alpha to train with, from people's randomised answers.
 
-    Proportions: with r_k the share of answer k, (r_k - (1 - p)/m) / p is an unbiased estimate of
-    pi_k. These sum to 1 but may be negative; `project_onto_simplex` mends that, at the price of a
-    bias where a share is within a few standard errors of 0. The least of several estimates is
-    biased downwards, the more so the closer the smallest groups are in size.
+    With r_k the share of answer k, (r_k - (1 - p)/m) / p is an unbiased estimate of pi_k. These
+    sum to 1 but may be negative; `project_onto_simplex` mends that, at the price of a bias where a
+    share is within a few standard errors of 0. The least of several estimates is biased downwards.
 
-    Intervals: the N answers are independent, so the count of answer k is Binomial(N, rho_k), and
-    Clopper and Pearson's interval contains rho_k with probability ``confidence`` at least, at every
-    N and rho_k. pi_k is increasing in rho_k, so the interval's ends go through the same formula;
-    cutting them at 0 and 1 leaves out no possible share. (If the groups of these N people are
-    themselves the population, the count varies less than a binomial one does, and the interval
-    covers more.)
+    The intervals are Clopper and Pearson's of Binomial(N, rho_k), whose ends go through the same
+    formula, which is increasing, and are cut at 0 and 1.
 
-    Lower bound: the least of the one-sided bounds L_k at ``confidence``. No correction for several
-    groups is needed: with k* the truly smallest group, min_k L_k <= L_k*, and L_k* exceeds
-    min_k pi_k = pi_k* with probability 1 - ``confidence`` at most.
+    The lower bound is the least of the one-sided bounds L_k at ``confidence``. No correction for
+    several groups is needed: with k* the truly smallest group, min_k L_k <= L_k*, which exceeds
+    pi_k* with probability 1 - ``confidence`` at most.
 
     Args:
-        responses: (N,) answers, whole numbers in 0 ... ``num_groups`` - 1.
+        responses: (N,) answers, N >= 1, whole numbers in 0 ... m - 1.
         num_groups: m >= 2: the groups that people could answer with, also those that nobody named.
             A group without members makes alpha 0: leave it out before people are asked.
         truth_probability: p in (0, 1], as people were told.
         confidence: in (0, 1).
 
-    Returns:
-        Proportions, intervals, alpha and its lower bound.
-
     Raises:
-        TypeError: an argument of another type, answers that are no whole numbers included.
-        ValueError: an argument outside its range, no answers, or one that is not among the m.
+        TypeError, ValueError: an argument of another type, or outside its range.
 
     >>> answers = [0] * 650 + [1] * 350  # of 1000 people; with p = 1/2 a quarter is chance
     >>> survey = estimate_alpha(answers, num_groups=2)
@@ -192,16 +178,10 @@ def estimate_alpha(
 
 
 def project_onto_simplex(point: npt.ArrayLike) -> Vector:
-    """The closest point, in Euclidean distance, of non-negative coordinates that sum to 1.
+    """The closest point to (m,) numbers, in Euclidean distance, that is >= 0 and sums to 1.
 
     It is max(0, v - t) with the t that makes the sum 1; sorting v tells which coordinates stay
     positive (Duchi, Shalev-Shwartz, Singer and Chandra 2008, figure 1).
-
-    Args:
-        point: (m,), finite, m >= 1.
-
-    Returns:
-        (m,) float64.
 
     >>> project_onto_simplex([0.75, 0.75, -0.5]).tolist()
     [0.5, 0.5, 0.0]
@@ -250,8 +230,7 @@ def _check_probability(name: str, value: object, allowed: str) -> float:
     message = f"{name}={value!r}: expected a number in {allowed}"
     if (number := as_real(value)) is None:
         raise TypeError(message)
-    too_low = number < 0 or (number == 0 and allowed[0] == "(")
-    too_high = number > 1 or (number == 1 and allowed[-1] == ")")
-    if too_low or too_high or math.isnan(number):
+    excluded = {end for end, bracket in ((0, allowed[0]), (1, allowed[-1])) if bracket in "()"}
+    if not 0 <= number <= 1 or number in excluded:  # true for NaN
         raise ValueError(message)
     return number

@@ -59,15 +59,8 @@ def as_whole(value: object) -> int | None:
 def whole_number(name: str, value: object, least: int, expected: str = "") -> int:
     """The whole number >= ``least`` that an argument is, or an error that names it.
 
-    Args:
-        name: of the argument.
-        value: what was given.
-        least: the smallest that is allowed.
-        expected: what was, in words; "" for the bare bound.
-
-    Raises:
-        TypeError: no whole number.
-        ValueError: a smaller one.
+    A TypeError for what is no whole number, a ValueError for a smaller one; ``expected`` says in
+    words what was.
 
     >>> whole_number("every", 0, least=1)
     Traceback (most recent call last):
@@ -82,25 +75,38 @@ def whole_number(name: str, value: object, least: int, expected: str = "") -> in
     return number
 
 
-def as_flag(value: object) -> bool | None:
-    """True or False; None for all else, 0 and 1 included.
+def real_number(name: str, value: object, interval: str, meaning: str = "") -> float:
+    """The number in an interval that an argument is, or an error that names it.
 
-    >>> import numpy as np
-    >>> as_flag(np.False_), as_flag(1)
-    (False, None)
+    The interval is given as it is written, ``"(0, 1]"`` or ``"[0, inf)"``. A TypeError for what is
+    no number, a ValueError for one outside and for NaN.
+
+    >>> real_number("mix", 1.5, "[0, 1]", "the share of plain averaging")
+    Traceback (most recent call last):
+    ...
+    ValueError: mix=1.5: expected a number in [0, 1], the share of plain averaging
     """
-    flag = plain(value)
-    return flag if isinstance(flag, bool) else None
+    message = f"{name}={value!r}: expected a number in {interval}"
+    message += f", {meaning}" if meaning else ""
+    if (number := as_real(value)) is None:
+        raise TypeError(message)
+    low, high = map(float, interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if not (above and below):
+        raise ValueError(message)
+    return number
 
 
 def true_or_false(name: str, value: object) -> bool:
-    """The truth value that an argument is, or a TypeError that names it.
+    """True or False, or a TypeError that names the argument; 0 and 1 are neither.
 
     >>> true_or_false("class_balance", 1)
     Traceback (most recent call last):
     ...
     TypeError: class_balance=1: expected True or False
     """
-    if (flag := as_flag(value)) is None:
+    flag = plain(value)
+    if not isinstance(flag, bool):
         raise TypeError(f"{name}={value!r}: expected True or False")
     return flag

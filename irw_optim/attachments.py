@@ -1,8 +1,7 @@
 """What is put on modules that belong to somebody else, and how it comes off again.
 
-An attachment is on a module once, whoever needs it, and for as long as somebody holds it: the
-owners are counted by Python itself. Copies and pickles of the module are without it, and load where
-this package is not installed.
+An attachment is on a module once, for as long as somebody holds it: the owners are counted by
+Python itself. Copies and pickles of the module are without it.
 """
 
 from __future__ import annotations
@@ -31,11 +30,7 @@ Removable = RemovableHandle | Change
 
 
 class Attachment:
-    """Something on a module, until nobody holds this object any longer.
-
-    Args:
-        module: attached in place.
-    """
+    """Something on a module, until nobody holds this object any longer."""
 
     def __init__(self, module: nn.Module) -> None:
         self.handles: list[Removable] = []
@@ -45,7 +40,7 @@ class Attachment:
             self.plain_copies = None if isinstance(self, PlainCopies) else PlainCopies.on(module)
             for handle in self.put_on(module):
                 self.handles.append(handle)
-            _there(module)[type(self)] = self
+            _THERE.setdefault(module, WeakValueDictionary())[type(self)] = self
         except BaseException:
             self.remove()
             self.plain_copies = None  # the traceback holds this object
@@ -59,8 +54,8 @@ class Attachment:
     @classmethod
     def found_on(cls: type[_Attached], module: nn.Module) -> _Attached | None:
         """The one that is there, if one is."""
-        there = _THERE.get(module)
-        found: Any = None if there is None else there.get(cls)
+        there: Any = _THERE.get(module, {})
+        found: Any = there.get(cls)
         return found if found is not None and found.remove.alive else None
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
@@ -70,10 +65,6 @@ class Attachment:
 
 _THERE: WeakKeyDictionary[nn.Module, WeakValueDictionary[type, Attachment]] = WeakKeyDictionary()
 """What is on which module, by kind."""
-
-
-def _there(module: nn.Module) -> WeakValueDictionary[type, Attachment]:
-    return _THERE.setdefault(module, WeakValueDictionary())
 
 
 def remove_all(handles: list[Removable]) -> None:
@@ -89,6 +80,20 @@ class Replacement:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self  # on its way into a copy that is cleaned at once
+
+
+class OfModule(Replacement):
+    """One that knows its module, and does not keep it alive."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose it is."""
+        module = self._module()
+        assert module is not None, "called by nobody else"
+        return module
 
 
 def replace_on(module: nn.Module, name: str, replacement: Replacement) -> Change:
@@ -131,28 +136,20 @@ class PlainCopies(Attachment):
             yield replace_on(module, "__deepcopy__", _Deepcopy(module))
 
 
-class _Reduce(Replacement):
-    def __init__(self, module: nn.Module) -> None:
-        self.module = ref(module)
-
+class _Reduce(OfModule):
     def __call__(self, protocol: Any) -> Any:
-        module = self.module()
-        assert module is not None, "called by nobody else"
+        module = self.module
         return _cleaned(type(module).__reduce_ex__(module, protocol), module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Where the class was changed since, and copies the ``__dict__`` as it is."""
-        twin = memo.get(id(self.module()))
+        twin = memo.get(id(self._module()))
         return self if twin is None else _Reduce(twin)
 
 
-class _Deepcopy(Replacement):
-    def __init__(self, module: nn.Module) -> None:
-        self.module = ref(module)
-
+class _Deepcopy(OfModule):
     def __call__(self, memo: dict[int, Any]) -> Any:
-        module = self.module()
-        assert module is not None, "called by nobody else"
+        module = self.module
         twin = type(module).__deepcopy__(module, memo)  # type: ignore[attr-defined]
         if twin is not module:
             twin.__dict__ = _cleaned(vars(twin), module)
@@ -165,14 +162,14 @@ def _cleaned(reduced: Any, module: nn.Module) -> Any:
         return tuple(_cleaned(part, module) for part in reduced)
     if type(reduced) is not dict or "_forward_hooks" not in reduced:
         return reduced
-    handles = [handle for attached in _there(module).values() for handle in attached.handles]
-    hooks: set[int] = set()
     state = dict(reduced)
-    for handle in handles:
-        if isinstance(handle, RemovableHandle):
-            hooks.add(handle.id)
-        else:
-            handle.clean(state)
+    hooks: set[int] = set()
+    for attached in _THERE.get(module, {}).values():
+        for handle in attached.handles:
+            if isinstance(handle, RemovableHandle):
+                hooks.add(handle.id)
+            else:
+                handle.clean(state)
     for name, table in state.items():
         if "hooks" in name and isinstance(table, dict) and not hooks.isdisjoint(table):
             state[name] = type(table)((k, v) for k, v in table.items() if k not in hooks)

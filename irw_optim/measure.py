@@ -20,11 +20,8 @@ def median_seconds(
 ) -> list[float]:
     """Median time of each step, taken in turns so that a slower machine slows all alike.
 
-    Args:
-        steps: what to time.
-        repeats: rounds; each step is warmed up by one more.
-        inner: calls a round, for steps too short to time alone.
-        device: where the steps run; None is a GPU where there is one.
+    There are ``repeats`` rounds after one to warm up, of ``inner`` calls for steps too short to
+    time alone. They run on ``device``; None is a GPU where there is one.
     """
     device = _given_or_found(device)
     times: list[list[float]] = [[] for _ in steps]
@@ -43,9 +40,7 @@ def median_seconds(
 def peak_bytes(step: Step, device: torch.device | str | None = None) -> int:
     """The most bytes of tensors that one call of the step holds at once, beyond what stays.
 
-    Args:
-        step: what to measure.
-        device: whose memory; None is a GPU's where there is one.
+    It is the memory of ``device``; None is a GPU where there is one.
     """
     device = _given_or_found(device)
     step()

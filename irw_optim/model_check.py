@@ -1,12 +1,12 @@
 """`verify`: is the optimizer exact on this model, and what does it cost?
 
-The first thing to call on a new model. One batch, compared with a loop of plain autograd over its
-samples; the model, its buffers, gradients and every source of chance are left as they were.
+One batch, compared with a loop of plain autograd over its samples; the model, its buffers,
+gradients and every source of chance are left as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from math import nan
@@ -19,18 +19,17 @@ from torch.utils.data import DataLoader
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
 from irw_optim.criterion.attached import check_unattached
-from irw_optim.distributed.shard_checks import check_whole
+from irw_optim.distributed.sharding import check_whole
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import as_vector
 from irw_optim.measure import median_seconds, peak_bytes
+from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.optimizer.checks import check_model
 from irw_optim.restored import restored
-from irw_optim.tables import html_table
 from irw_optim.weighting import Alignment, weigh
 from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.record import StepRecord
 from irw_optim.weighting.weights import Weights
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -42,7 +41,7 @@ class Verification:
     """What `verify` found; print it.
 
     Attributes:
-        engines: for each module that owns trainable parameters, ``"ghost"`` or ``"autodiff"``.
+        engines: ``"ghost"`` or ``"autodiff"`` for each module that owns trainable parameters.
         errors: relative error of ``scores``, ``weights`` and ``gradient`` against the loop.
         tolerance: what counts as equal in the dtype of the losses.
         time_ratio: median time of a step over that of a plain step.
@@ -74,7 +73,7 @@ class Verification:
     def __str__(self) -> str:
         width = max(len("module"), *(len(name) for name in self.engines))
         lines = [self.verdict, *(f"  {line}" for line in self._advice()), ""]
-        lines += [f"{'module':<{width}}  engine"]
+        lines.append(f"{'module':<{width}}  engine")
         lines += [f"{name:<{width}}  {engine}" for name, engine in self.engines.items()]
         lines += ["", "relative error against a loop of plain autograd over the samples"]
         lines += [f"  {name:<9} {error:.1e}" for name, error in self.errors.items()]
@@ -82,14 +81,10 @@ class Verification:
 
     def _repr_html_(self) -> str:
         errors = [(name, f"{error:.1e}") for name, error in self.errors.items()]
-        paragraphs = [self.verdict, *self._advice()]
-        return "".join(
-            [
-                *(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs),
-                html_table(("module", "engine"), self.engines.items()),
-                html_table(("against a loop over the samples", "relative error"), errors),
-            ]
-        )
+        said = "".join(f"<p>{escape(line)}</p>" for line in (self.verdict, *self._advice()))
+        engines = html_table(("module", "engine"), self.engines.items())
+        header = ("against a loop over the samples", "relative error")
+        return said + engines + html_table(header, errors)
 
     def _advice(self) -> list[str]:
         """Which parameters go the slow way, what that costs, and how to make them quick."""
@@ -179,7 +174,15 @@ def verify(
             engine=engine,
         )
         try:
-            record, gradients = _weighted_step(optimizer, batch)
+            with restored(model, criterion):
+                batch.step()
+                gradients: dict[Tensor, Tensor | None] = {p: p.grad for p in batch.parameters}
+            record = optimizer.last_step
+            if record is None:
+                raise RuntimeError(
+                    "the criterion made no weighted gradient: expected the model in train mode and "
+                    "a loss that depends on its parameters"
+                )
             covered = optimizer.engine.covered_parameters()
             reason = "; ".join({c.reason for c in optimizer.engine.coverings.values()})
             by_rows = optimizer.engine.known.get("row_by_row", False)
@@ -187,15 +190,18 @@ def verify(
         finally:
             optimizer.detach()
         plain_time, plain_memory = batch.cost(repeats)
-    truth, expected, losses = _by_loop(batch, alpha, outliers)
+    with restored(model, criterion):
+        truth, expected, losses = _by_loop(batch, alpha, outliers)
     with restored(model, criterion):
         again = batch.losses().losses.detach()
-    pairs = [(gradients[p], g) for p, g in expected.items()]
-    found = [torch.zeros_like(g) if f is None else f.to_dense() for f, g in pairs]
+    found = [
+        torch.zeros_like(g) if (own := gradients[p]) is None else own.to_dense()
+        for p, g in expected.items()
+    ]
     errors = {
         "scores": _relative(record.scores, truth.scores),
         "weights": _relative(record.weights, truth.weights),
-        "gradient": _relative(_flat(found), _flat(list(expected.values()))),
+        "gradient": _relative(_flat(found), _flat(expected.values())),
     }
     lowest = {t.dtype.to_real() for t in (losses, *batch.parameters)}
     tolerance = max(_TOLERANCE.get(d, _TOLERANCE_OF_HALF) for d in lowest)
@@ -216,16 +222,14 @@ class _Batch:
     """One batch, and what is done with it: every pass starts from the same inputs."""
 
     def __init__(self, model: nn.Module, inputs: Any, targets: Any, criterion: nn.Module) -> None:
-        self.model = model
-        self.inputs = inputs
-        self.targets = targets
-        self.criterion = criterion
+        self.model, self.targets, self.criterion = model, targets, criterion
+        self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
 
     def output(self) -> Any:
-        given = dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs
-        fresh = tree_map(_copy, given)
+        # A forward may change its input in place, and meets it again here.
+        fresh = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, self.inputs)
         if isinstance(fresh, dict):
             return self.model(**fresh)
         return self.model(*fresh) if isinstance(fresh, tuple) else self.model(fresh)
@@ -243,44 +247,23 @@ class _Batch:
         return seconds, peak_bytes(self.step, self.device)
 
 
-def _weighted_step(
-    optimizer: IRWOptimizer, batch: _Batch
-) -> tuple[StepRecord, dict[Tensor, Tensor | None]]:
-    with restored(batch.model, batch.criterion):
-        batch.step()
-        gradients: dict[Tensor, Tensor | None] = {p: p.grad for p in batch.parameters}
-    if optimizer.last_step is None:
-        raise RuntimeError(
-            "the criterion made no weighted gradient: expected the model in train mode and "
-            "a loss that depends on its parameters"
-        )
-    return optimizer.last_step, gradients
-
-
 def _by_loop(
     batch: _Batch, alpha: float, outliers: OutlierFilter | None
 ) -> tuple[Weights, dict[Tensor, Tensor], Tensor]:
     """The weights, the weighted gradient and the losses by plain autograd, sample by sample."""
-    with restored(batch.model, batch.criterion):
-        samples = batch.losses()
-        reached = set(walk(samples.losses).leaves)
-        scored = [p for p in batch.parameters if p in reached]
-        rows = AutodiffGradients(samples.losses, scored, {"row_by_row": True})
-        losses = samples.losses.detach()
-        truth = weigh(losses, rows, alpha, Alignment(), outliers=outliers)
-        return truth, rows.combine(truth.weights * samples.scale), losses
-
-
-def _copy(value: Any) -> Any:
-    """A forward may change its input in place, and meets it again here."""
-    return value.clone() if isinstance(value, Tensor) else value
+    samples = batch.losses()
+    losses, reached = samples.losses.detach(), set(walk(samples.losses).leaves)
+    scored = [p for p in batch.parameters if p in reached]
+    rows = AutodiffGradients(samples.losses, scored, {"row_by_row": True})
+    truth = weigh(losses, rows, alpha, Alignment(), outliers=outliers)
+    return truth, rows.combine(truth.weights * samples.scale), losses
 
 
 def _ratio(measured: float, plain: float) -> float:
     return measured / plain if plain else nan
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([as_vector(t) for t in tensors])
 
 

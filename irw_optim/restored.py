@@ -1,8 +1,8 @@
 """Passes through a model that leave no trace: what a forward may change, as it was before.
 
-A fair comparison of two passes starts both from one state: buffers and gradients, what the modules
-keep in attributes of their own (a counter, a running mean), and every source of chance in reach
-(torch's generators, ``random``, NumPy, generators that a module holds).
+That is buffers and gradients, what the modules keep in attributes of their own (a counter, a
+running mean), and every source of chance in reach (torch's generators, ``random``, NumPy,
+generators that a module holds).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -27,20 +28,14 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 
 @contextmanager
 def restored(*modules: nn.Module) -> Iterator[None]:
-    """Put back, after the block, what a pass through these modules may change.
-
-    Args:
-        *modules: the model, and the criterion.
-    """
+    """Put back, after the block, what a pass through these modules may change."""
     parameters = [p for module in modules for p in module.parameters()]
-    gradients = [(p, p.grad) for p in parameters]
-    undo = [action for module in modules for action in undo_state(module)]
+    undo: list[Undo] = [partial(setattr, p, "grad", p.grad) for p in parameters]
+    undo += [action for module in modules for action in undo_state(module)]
     with randomness_restored(p.device for p in parameters):
         try:
             yield
         finally:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
             for action in undo:
                 action()
 
@@ -53,38 +48,32 @@ def randomness_restored(
 
     Args:
         devices: those whose generators are put back besides the CPU's.
-        numpy: whether NumPy's is among them; its state takes long to save.
-
-    Yields:
-        NumPy's state, or None.
+        numpy: whether NumPy's is among them; its state takes long to save, and is yielded.
     """
-    of_python, of_torch = random.getstate(), torch.get_rng_state()
+    undo: list[Undo] = [
+        partial(random.setstate, random.getstate()),
+        partial(torch.set_rng_state, torch.get_rng_state()),
+    ]
     of_numpy = np.random.get_state() if numpy else None
-    of_devices: list[tuple[Any, Tensor, torch.device]] = []
+    if of_numpy is not None:
+        undo.append(partial(np.random.set_state, of_numpy))
     for device in set(devices):
         if device.type not in ("cpu", "meta"):
             module: Any = torch.get_device_module(device)
-            of_devices.append((module, module.get_rng_state(device), device))
+            undo.append(partial(module.set_rng_state, module.get_rng_state(device), device))
     try:
         yield of_numpy
     finally:
-        random.setstate(of_python)
-        torch.set_rng_state(of_torch)
-        if of_numpy is not None:
-            np.random.set_state(of_numpy)
-        for module, state, device in of_devices:
-            module.set_rng_state(state, device)
+        for action in undo:
+            action()
 
 
 def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]:
     """What puts back the buffers and attributes of a module and of the modules in it.
 
     Goes into the lists, dicts, sets, tensors, generators and plain objects that attributes name.
-
-    Args:
-        module: nothing of it is changed now.
-        by_version: write to a tensor only if autograd counted a change of it: an earlier graph may
-            need it as it is. Changes by ``running_mean`` and ``.data`` are not counted.
+    With ``by_version`` a tensor is written to only if autograd counted a change of it: an earlier
+    graph may need it as it is. Changes by ``running_mean`` and ``.data`` are not counted.
     """
     for part in module.modules():
         attributes = vars(part)
@@ -101,24 +90,17 @@ def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]
 
 def _undo_inside(value: Any) -> Undo | None:
     """How to restore what can change inside an attribute; None where nothing is known to."""
-    if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return lambda: value.set_state(state)
+    if isinstance(value, torch.Generator | np.random.RandomState):
+        state: Any = value.get_state()
+        return partial(value.set_state, state)
     if isinstance(value, np.random.Generator):
-        bits = value.bit_generator
-        bit_state = bits.state
-        return lambda: setattr(bits, "state", bit_state)
-    if isinstance(value, np.random.RandomState):
-        old = value.get_state()
-        return lambda: value.set_state(old)
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if isinstance(value, random.Random):
-        before = value.getstate()
-        return lambda: value.setstate(before)
+        return partial(value.setstate, value.getstate())
     if isinstance(value, dict):
         return _undo_dict(value)
     if isinstance(value, list | deque | set):
-        content = copy(value)
-        return lambda: _refill(value, content)
+        return partial(_refill, value, copy(value))
     if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType):
         return _undo_dict(vars(value))
     return None

@@ -142,9 +142,7 @@ def compiled_again(
 
 
 class _Here(threading.local):
-    """The compiler that waits in this thread, if one does."""
-
-    compiler: Any = None
+    compiler: Any = None  # that waits in this thread
 
 
 _HERE = _Here()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from models import Recurrent
 from torch import Tensor, nn
 
 
@@ -78,17 +79,8 @@ class UNet(nn.Module):
         return self.leave(torch.cat([across, self.up(self.down(across))], 1))
 
 
-class Recurrent(nn.Module):
-    """Embedding, a recurrent layer, the last state."""
-
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(12, 6)
-        self.recurrent = kind(6, 5, batch_first=True)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.recurrent(self.tokens(tokens))[0][:, -1])
+def recurrent(kind: type[nn.RNNBase]) -> nn.Module:
+    return nn.Sequential(nn.Embedding(12, 6), Recurrent(kind(6, 5, batch_first=True), 3))
 
 
 class TabularTransformer(nn.Module):
@@ -164,8 +156,8 @@ def pixels() -> Tensor:
 ARCHITECTURES: dict[str, Any] = {
     "ResNet with BatchNorm": Architecture(resnet, images, classes),
     "U-Net, loss per pixel": Architecture(UNet, images, pixels),
-    "LSTM": Architecture(lambda: Recurrent(nn.LSTM), tokens, classes),
-    "GRU": Architecture(lambda: Recurrent(nn.GRU), tokens, classes),
+    "LSTM": Architecture(lambda: recurrent(nn.LSTM), tokens, classes),
+    "GRU": Architecture(lambda: recurrent(nn.GRU), tokens, classes),
     "tabular transformer": Architecture(TabularTransformer, lambda: torch.randn(5, 5), classes),
     "BERT": Architecture(bert, tokens, classes),
     "GPT-2": Architecture(gpt2, tokens, classes),

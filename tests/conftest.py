@@ -1,6 +1,7 @@
 """What every test starts from: the same seeds, one thread, its own log, and no other warnings."""
 
 import logging
+import multiprocessing
 import os
 import sys
 from importlib.util import find_spec
@@ -21,6 +22,9 @@ collect_ignore += [] if find_spec("pandas") else ["benchmarks"]
 
 # Tiny tensors: a second thread only costs. `make test-machines` tries two.
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
+
+# Where a loader's workers come from a fork server (Python 3.14), it imports once for all of them.
+multiprocessing.set_forkserver_preload(["irw_optim"])
 
 # The same examples in every run, and no clock: a test fails for what the code does.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -199,7 +200,7 @@ def test_the_gpu_of_the_model_is_the_one_that_is_asked(monkeypatch):
 
 def test_the_verdict_comes_first_and_says_how_to_be_quick():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    model = mlp(6, 5, 3, norm=nn.BatchNorm1d, act=None)
     report = verify(model, *batch(), nn.CrossEntropyLoss(), repeats=1)
     verdict, advice, *_ = str(report).splitlines()
     assert verdict.startswith("EXACT")

@@ -19,16 +19,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks import report
 from benchmarks.cost.traffic import in_two_processes
 from benchmarks.data.memory import adult
 from benchmarks.data.sources import Samples
+from benchmarks.evidence.evaluation import evaluate
 from benchmarks.models import mlp, outputs_of
-from benchmarks.training import cross_entropy
 from irw_optim import IRWOptimizer
-from irw_optim.metrics import worst_alpha_loss, worst_group_accuracy
 
 ALPHA, BATCH_SIZE, RANKS, COMPARE_EVERY = 0.3, 256, (2, 4, 8), 16
 
@@ -74,9 +74,6 @@ class Training:
         common = float((members & other_members).sum() / members.sum())
         return float(torch.minimum(weights, other_weights).sum()), common
 
-    def parameters(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
-
 
 def run(
     train: Samples, test: Samples, ranks: int, by_label: bool, seed: int, epochs: int
@@ -92,16 +89,10 @@ def run(
             training.optimizer.step()
             decay.step()
             steps += 1
-    logits = outputs_of(training.model, test.x)
-    predicted, cells = logits.argmax(1), test.groups["label x sex"]
+    found = evaluate(outputs_of(training.model, test.x), test, None, smallest=1, tail=ALPHA)
     weight, members = (torch.tensor(compared).mean(0) if compared else torch.ones(2)).tolist()
-    return {
-        "accuracy": float((predicted == test.y).float().mean()),
-        "worst label x sex": worst_group_accuracy(test.y, predicted, cells),
-        "tail loss": worst_alpha_loss(cross_entropy(logits, test.y), ALPHA),
-        "weight in common": weight,
-        "S in common": members,
-    }
+    shown = {name: found[name] for name in ("accuracy", "worst label x sex", "tail loss")}
+    return shown | {"weight in common": weight, "S in common": members}
 
 
 def table(seeds: int, epochs: int) -> list[dict[str, Any]]:
@@ -131,7 +122,7 @@ def _parameters(rank: int, steps: int) -> Tensor:
     for passes in islice(shards(train, 2, False, seed=0), steps):
         training.gradient([passes[rank]])
         training.optimizer.step()
-    return training.parameters()
+    return parameters_to_vector(training.model.parameters()).detach()
 
 
 def check(steps: int = 20) -> float:
@@ -143,12 +134,13 @@ def check(steps: int = 20) -> float:
         training.gradient(passes)
         training.optimizer.step()
     assert torch.equal(*apart), "the processes' parameters differ"
-    return float((apart[0] - training.parameters()).abs().max())
+    return float(
+        (apart[0] - parameters_to_vector(training.model.parameters())).abs().max().detach()
+    )
 
 
 def main(given: list[str]) -> None:
-    against = {"action": "store_true", "help": "against two real processes"}
-    chosen = report.options(__doc__, given, check=against)
+    chosen = report.options(__doc__, given, check="against two real processes")
     if chosen.check:
         print(f"largest difference of a parameter after 20 steps: {check():.1e}")
         return

@@ -7,6 +7,7 @@ of one batch exactly, and lets SGD step. Each returns a function that does one s
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.training import cross_entropy as losses_of
+from benchmarks.training import step
 from irw_optim import DBSCANFilter, IRWOptimizer, irw_weights
 from irw_optim.gradients import MaterializedGradients
 
@@ -23,12 +25,12 @@ ALPHA = 0.2
 
 
 def stepping(optimizer: torch.optim.Optimizer, backward: Callable[[], object]) -> Step:
-    def step() -> None:
+    def taken() -> None:
         optimizer.zero_grad()
         backward()
         optimizer.step()
 
-    return step
+    return taken
 
 
 def _sgd(model: nn.Module) -> torch.optim.SGD:
@@ -36,9 +38,7 @@ def _sgd(model: nn.Module) -> torch.optim.SGD:
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """An ordinary step of SGD."""
-    criterion = nn.CrossEntropyLoss()
-    return stepping(_sgd(model), lambda: criterion(model(x), y).backward())
+    return partial(step, model, nn.CrossEntropyLoss(), _sgd(model), x, y)
 
 
 def ours(**options: Any) -> Method:
@@ -48,7 +48,7 @@ def ours(**options: Any) -> Method:
         criterion = nn.CrossEntropyLoss()
         shared = {"alpha": ALPHA, "model": model, "criterion": criterion}
         optimizer = IRWOptimizer(_sgd(model), **shared, **options)
-        return stepping(optimizer, lambda: criterion(model(x), y).backward())
+        return partial(step, model, criterion, optimizer, x, y)
 
     return method
 
@@ -65,13 +65,13 @@ def opacus(**options: Any) -> Method:
         wrapped = GradSampleModule(model, **options)
         optimizer = IRWOptimizer(_sgd(wrapped), alpha=ALPHA)
 
-        def step() -> None:
+        def taken() -> None:
             optimizer.zero_grad()
             losses = losses_of(wrapped(x), y)
             losses.mean().backward()
             optimizer.step(losses=losses)
 
-        return step
+        return taken
 
     return method
 
@@ -112,7 +112,6 @@ def torchjd(model: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def backpack(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """Materialised rows by BackPACK."""
     from backpack import backpack as collecting
     from backpack import extend
     from backpack.extensions import BatchGrad

@@ -14,6 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import report
 from benchmarks.models import mlp
+from benchmarks.training import step
 from irw_optim.privacy import IRWDPConfig, IRWPrivacyEngine
 
 CLASSES = 10
@@ -106,13 +108,7 @@ def step_of(way: str, build: Callable[[], nn.Module], x: Tensor, y: Tensor) -> C
         )
         if mode == "ghost" and engine is PrivacyEngine:
             criterion = returned[0]
-
-    def step() -> None:
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-
-    return step
+    return partial(step, model, criterion, optimizer, x, y)
 
 
 def main(given: list[str]) -> None:
@@ -125,18 +121,15 @@ def main(given: list[str]) -> None:
         y = torch.randint(CLASSES, (len(x),))
         steps = {way: step_of(way, build, x, y) for way in WAYS}
         reference, *ways = steps
-        quick = [way for way in ways if "grad_sample" not in way]
-        slow = [way for way in ways if "grad_sample" in way]
-        for way in (reference, *quick):
-            for _ in range(4):
-                steps[way]()
         parameters = sum(p.numel() for p in build().parameters())
         print(f"\n{name}, {parameters:,} parameters")
-        # A tenth of the rounds for those that materialise.
-        for those, number in ((quick, rounds), (slow, max(2, rounds // 10))):
-            actions = [steps[way] for way in those]
-            clock = {"rounds": number, "clock": time.perf_counter}
-            seconds, ratios = report.time_ratios(steps[reference], *actions, **clock)
+        for slow in (False, True):  # a tenth of the rounds for those that materialise
+            those = [way for way in ways if ("grad_sample" in way) == slow]
+            actions = [steps[way] for way in (reference, *those)]
+            for action in actions * (0 if slow else 4):
+                action()
+            number = max(2, rounds // 10) if slow else rounds
+            seconds, ratios = report.time_ratios(*actions, rounds=number, clock=time.perf_counter)
             print(f"  {reference} {1e3 * seconds:.1f} ms a step")
             for way, own in zip(those, ratios, strict=True):
                 low, median, high = statistics.quantiles(own, n=4)

@@ -27,6 +27,7 @@ from benchmarks import report
 from benchmarks.data.memory import adult, adult_tokens, loader
 from benchmarks.data.sources import Samples
 from benchmarks.models import Transformer, mlp, small_cnn
+from benchmarks.training import step
 from irw_optim import IRWOptimizer
 from irw_optim.schemes import GlobalScheme, global_weights
 
@@ -42,9 +43,7 @@ def renewals(
 
     def plain_epoch() -> None:
         for x, y in data:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(plain_model(x), y).backward()
-            optimizer.step()
+            step(plain_model, nn.functional.cross_entropy, optimizer, x, y)
 
     schemes = []
     for factor in AT_ONCE:

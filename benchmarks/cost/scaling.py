@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import report
 from benchmarks.cost import traffic
@@ -28,15 +28,12 @@ WEIGHING = 1.5
 """An IRW step's computation over a plain one's: of larger models on a CPU (docs/performance.md)."""
 
 
-@dataclass(frozen=True)
-class Network:
-    """Bandwidths in bytes a second and direction."""
+class Network(NamedTuple):
+    """Bandwidths in bytes a second and direction: of a GPU in its node, and of a node's eight."""
 
     name: str
     within: float
-    """Of a GPU, inside its node."""
     between: float
-    """Of a node with its eight GPUs, to the others."""
 
 
 NETWORKS = (

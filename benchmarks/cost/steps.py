@@ -8,11 +8,12 @@ Ratios of medians within one run: results/step_cost_<device>.csv and .md, and a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
 from benchmarks import report
 from benchmarks.cost.neighbours import ALPHA, METHODS, Step
@@ -22,70 +23,97 @@ from irw_optim.measure import median_seconds, peak_bytes
 COLUMNS = ("work", "method", "milliseconds", "time", "memory", "fails")
 
 
+Makers = Mapping[str, Callable[[], Step]]
+"""By method, what makes its step."""
+
+
+def makers(
+    work: Work,
+    methods: Sequence[str],
+    device: torch.device,
+    changed: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> Makers:
+    """Steps of a piece of work, whose model may be changed first."""
+    x, y = (t.to(device) for t in work.batch())
+    return {m: lambda m=m: METHODS[m](changed(work.build().to(device)), x, y) for m in methods}
+
+
+def ready(makers: Makers) -> tuple[dict[str, Step], dict[str, str]]:
+    """By method: steps past the library's checks at uses 1, 2, 4 and 8, or why it does not run."""
+    steps: dict[str, Step] = {}
+    fails: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            step = make()
+            for _ in range(9 if name.startswith("ours") else 2):
+                step()
+            steps[name] = step
+        except Exception as error:
+            fails[name] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+    return steps, fails
+
+
 def measure(
     work: Work, names: Sequence[str], device: torch.device, repeats: int
 ) -> Iterator[dict[str, Any]]:
     """Time and peak memory of each method as ratios to a plain step; or why it does not run."""
-    x, y = (t.to(device) for t in work.batch())
-    steps: dict[str, Step] = {}
-    for name in ("plain", *(n for n in names if n != "plain")):
-        try:
-            step = METHODS[name](work.build().to(device), x, y)
-            for _ in range(9 if name.startswith("ours") else 1):  # past checks at 1, 2, 4, 8
-                step()
-            steps[name] = step
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}".splitlines()[0][:90]
-            yield {"work": work.name, "method": name, "fails": text}
+    steps, fails = ready(makers(work, ("plain", *(n for n in names if n != "plain")), device))
+    for name, reason in fails.items():
+        yield {"work": work.name, "method": name, "fails": reason}
     seconds = median_seconds(list(steps.values()), repeats, work.inner)
-    held = sum(t.numel() * t.element_size() for t in (*work.build().parameters(), x))
+    tensors = (*work.build().parameters(), work.batch()[0])
+    held = sum(t.numel() * t.element_size() for t in tensors)
     memory = [held + peak_bytes(step) for step in steps.values()]
     for name, taken, most in zip(steps, seconds, memory, strict=True):
         row = {"work": work.name, "method": name, "milliseconds": taken * 1e3}
         yield row | {"time": taken / seconds[0], "memory": most / memory[0]}
 
 
-def as_markdown(frame: pd.DataFrame) -> str:
-    """Time and memory as multiples of a plain step, one row a piece of work."""
-    shown = [name for name in METHODS if name in set(frame["method"]) - {"plain"}]
+def table(
+    frame: pd.DataFrame,
+    keys: Sequence[str],
+    methods: Sequence[str],
+    text: Callable[[dict[str, Any] | None, str], str],
+    note: str,
+) -> str:
+    """A line for each of the keys, a text for each method; below it what does not run, and why."""
     lines = []
-    for work, own in frame.groupby("work", sort=False):
+    for names, own in frame.groupby(list(keys), sort=False):
         cells = own.set_index("method").to_dict("index")
-        texts = [_text(cells[name]) for name in shown]
-        lines.append([work, f"{cells['plain']['milliseconds']:.2f} ms", *texts])
-    note = "\nTime / peak memory of tensors, as multiples of a plain step in the same run.\n"
+        lines.append([*names, *(text(cells.get(method), method) for method in methods)])
     failed = frame.dropna(subset="fails")
     reasons = sorted(set(failed["method"] + ": " + failed["fails"]))
-    return (
-        report.table(["work", "plain", *shown], lines)
-        + note
-        + "".join(f"- does not run: {reason}\n" for reason in reasons)
-    )
+    fails = "".join(f"- does not run: {reason}\n" for reason in reasons)
+    return report.table([*keys, *methods], lines) + note + fails
 
 
-def _text(cell: dict[str, Any]) -> str:
-    return "does not run" if pd.isna(cell["time"]) else f"{cell['time']:.2f} / {cell['memory']:.2f}"
+def as_markdown(frame: pd.DataFrame) -> str:
+    """Time and memory as multiples of a plain step, one row a piece of work."""
+
+    def text(cell: dict[str, Any] | None, method: str) -> str:
+        if cell is None or pd.isna(cell["time"]):
+            return "does not run"
+        if method == "plain":
+            return f"{cell['milliseconds']:.2f} ms"
+        return f"{cell['time']:.2f} / {cell['memory']:.2f}"
+
+    shown = [name for name in METHODS if name in set(frame["method"])]
+    note = "\nTime / peak memory of tensors, as multiples of a plain step in the same run.\n"
+    return table(frame, ["work"], shown, text, note)
 
 
 def growth(device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     """Milliseconds and megabytes of a step, plain and ours, as the batch or the length grows."""
     batches = [(small_mlp(size), size, repeats) for size in BATCHES]
     lengths = [(transformer(64, size, 2, 8), size, max(3, repeats // 3)) for size in LENGTHS]
-    for along, works in {
-        "batch size, small MLP": batches,
-        "length, small transformer": lengths,
-    }.items():
-        for work, size, rounds in works:
-            x, y = (t.to(device) for t in work.batch())
-            names = ("plain", "ours, ghost")
-            steps = [METHODS[name](work.build().to(device), x, y) for name in names]
-            for _ in range(9):
-                steps[1]()
-            seconds = median_seconds(steps, rounds, work.inner)
-            for name, step, taken in zip(names, steps, seconds, strict=True):
-                row = {"along": along, "size": size, "method": name, "ms": taken * 1e3}
-                yield row | {"MB": peak_bytes(step) / 1e6}
-            print(f"{work.name:45s} {[round(1e3 * taken, 2) for taken in seconds]} ms", flush=True)
+    along = {"batch size, small MLP": batches, "length, small transformer": lengths}
+    for name, (work, size, rounds) in ((name, one) for name, own in along.items() for one in own):
+        steps, _ = ready(makers(work, ("plain", "ours, ghost"), device))
+        seconds = median_seconds(list(steps.values()), rounds, work.inner)
+        for (method, step), taken in zip(steps.items(), seconds, strict=True):
+            row = {"along": name, "size": size, "method": method, "ms": taken * 1e3}
+            yield row | {"MB": peak_bytes(step) / 1e6}
+        print(f"{work.name:45s} {[round(1e3 * taken, 2) for taken in seconds]} ms", flush=True)
 
 
 def draw(frame: pd.DataFrame, name: str) -> None:
@@ -117,16 +145,12 @@ def main(given: list[str]) -> None:
         rows += measure(work, names, device, repeats)
         print(work.name, flush=True)
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    text = as_markdown(frame)
-    print("\n" + text)
-    if not chosen.fast and not chosen.only:
-        about = report.header()
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else about["machine"]
-        versions = f"torch {about['versions']['torch']}, Python {about['versions']['python']}"
-        line = f"{machine}, {chosen.threads} threads, {versions}, alpha {ALPHA}"
-        name = f"step_cost_{device.type}"
-        report.store(name, frame, machine=machine)
-        report.write(name, f"{line}\n\n{text}")
+    cuda = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if cuda else report.processor()
+    line = f"{machine}, {chosen.threads} threads, {report.versions()}, alpha {ALPHA}"
+    name, looked = f"step_cost_{device.type}", chosen.fast or chosen.only
+    report.save(name, frame, looked, f"{line}\n\n{as_markdown(frame)}", machine=machine)
+    if not looked:
         curves = pd.DataFrame(growth(device, repeats))
         report.store(f"{name}_growth", curves, machine=machine)
         draw(curves, f"{name}.png")

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.training import step
 from irw_optim import DBSCANFilter, IRWOptimizer
 
 HEADER = 7  # samples, labels?, counts?, passes, and of one pass: elements, divisor, factor
@@ -41,14 +42,10 @@ class Message(NamedTuple):
 def messages(
     way: str, parameters: int, batch: int, factors: list[int], outline: int = 500
 ) -> list[Message]:
-    """What every process sends in a step.
+    """What every process sends in a step with ``batch`` samples of its own, in one of `WAYS`.
 
-    Args:
-        way: one of `WAYS`.
-        parameters: P, all of them float32.
-        batch: samples of one process.
-        factors: for IRWO, the numbers of one sample's layer inputs and output gradients.
-        outline: for IRWO, the bytes in which the processes say that their layers are alike.
+    IRWO's ``factors`` are the numbers of one sample's layer inputs and output gradients, and its
+    ``outline`` the bytes in which the processes say that their layers are alike.
     """
     losses = Message("all_gather", HEADER + 3 * batch, 8)  # with label and count
     update = Message("all_reduce", parameters)
@@ -81,7 +78,6 @@ def _network() -> nn.Module:
 
 
 def _counted(rank: int) -> dict[str, list[tuple[str, int]]]:
-    """Collectives and their numbers, by way."""
     return {way: _messages_of(irw) for way, irw in WAYS.items()}
 
 
@@ -91,16 +87,9 @@ def _messages_of(irw: dict[str, Any] | None) -> list[tuple[str, int]]:
     if irw is not None:
         optimizer = IRWOptimizer(optimizer, alpha=0.2, model=model, criterion=criterion, **irw)
     x, y = torch.randn(BATCH, FEATURES), torch.arange(BATCH) % CLASSES
-
-    def step() -> None:
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-
-    for _ in range(2):  # which set things up
-        step()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        step()
+    for _ in range(3):  # the first two set things up
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+            step(model, criterion, optimizer, x, y)
     sent = [event for event in recorded.events() if event.name.startswith("gloo:")]
     return [(event.name.removeprefix("gloo:"), event.input_shapes[0][0]) for event in sent]
 

@@ -12,8 +12,7 @@ from adult_data import CATEGORIES, NUMBERS, load_adult
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.data.files import read
-from benchmarks.data.sources import Samples
+from benchmarks.data.sources import Samples, read
 
 
 def adult() -> tuple[Samples, Samples]:

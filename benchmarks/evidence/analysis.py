@@ -9,8 +9,9 @@ is compared are paired differences, with t intervals over the seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def read(folder: Path, task: str) -> pd.DataFrame:
     return table.drop_duplicates(["noise", "seed", "setting"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """A grouping of a task's people whose worst-off group is looked at.
 
@@ -108,12 +109,11 @@ class Target:
         `WITH` takes the worst group's validation accuracy, `WITHOUT` the worst accuracies over
         label x cluster and over the classes (`irw_optim.metrics`).
         """
-        methods = (methods,) if isinstance(methods, str) else methods
-        rows = self.runs[self.runs["method"].isin(methods)]
-        rows = rows[rows["told"].isin(["", self.grouping])]
-        seen = f"validation worst {self.grouping}" if by == WITH else "score without groups"
-        best = rows.groupby("seed")[seen].idxmax()
-        return rows.loc[best].set_index("seed").sort_index()
+        return _chosen(self, (methods,) if isinstance(methods, str) else methods, by)
+
+    def setting(self, name: str) -> pd.DataFrame:
+        """The runs of one setting, indexed by seed."""
+        return self.runs[self.runs["setting"] == name].set_index("seed").sort_index()
 
     def plain(self) -> pd.DataFrame:
         return self.chosen(PLAIN, WITH)
@@ -137,6 +137,15 @@ class Target:
     def difference(self, one: pd.DataFrame, other: pd.DataFrame, metric: str) -> Estimate:
         """Paired by seed."""
         return estimate(one[metric] - other[metric])
+
+
+@cache
+def _chosen(found: Target, methods: tuple[str, ...], by: str) -> pd.DataFrame:
+    rows = found.runs[found.runs["method"].isin(methods)]
+    rows = rows[rows["told"].isin(["", found.grouping])]
+    seen = f"validation worst {found.grouping}" if by == WITH else "score without groups"
+    best = rows.groupby("seed")[seen].idxmax()
+    return rows.loc[best].set_index("seed").sort_index()
 
 
 def target(folder: Path, task: str, grouping: str, noise: float = 0.0) -> Target:
@@ -177,48 +186,33 @@ def noisy_targets(folder: Path, noise: float) -> list[Target]:
     return first_five(targets(folder, noise))
 
 
-# Over several targets: the runs of each one in ``rows``, one a seed ------------------------------
+# Over several targets, each with its picked runs, one a seed --------------------------------------
+
+Pick = Callable[[Target], pd.DataFrame]
+"""`Target.plain`, `Target.oracle`, or what `of` and `best` make."""
 
 
-def chosen(found: Sequence[Target], methods: str | tuple[str, ...], by: str) -> list[pd.DataFrame]:
-    return [t.chosen(methods, by) for t in found]
+def of(setting: str) -> Pick:
+    return lambda t: t.setting(setting)
 
 
-def with_setting(found: Target, setting: str) -> pd.DataFrame:
-    """The runs of one setting, indexed by seed."""
-    return found.runs[found.runs["setting"] == setting].set_index("seed").sort_index()
+def best(methods: str | tuple[str, ...], by: str = WITHOUT) -> Pick:
+    return lambda t: t.chosen(methods, by)
 
 
-def of_setting(found: Sequence[Target], setting: str) -> list[pd.DataFrame]:
-    return [with_setting(t, setting) for t in found]
-
-
-def recovered_by_seed(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> np.ndarray:
+def recovered_by_seed(found: Sequence[Target], pick: Pick) -> np.ndarray:
     """For each seed its term of the mean recovered: two methods' terms are paired."""
-    return np.mean([t.terms(runs) for t, runs in zip(found, rows, strict=True)], axis=0)
+    return np.mean([t.terms(pick(t)) for t in found], axis=0)
 
 
-def mean_recovered(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> Estimate:
+def mean_recovered(found: Sequence[Target], pick: Pick) -> Estimate:
     """The mean over targets of the headroom recovered."""
-    return estimate(recovered_by_seed(found, rows))
-
-
-def mean_difference(
-    found: Sequence[Target],
-    rows: Sequence[pd.DataFrame],
-    others: Sequence[pd.DataFrame],
-    metric: str = "",
-) -> Estimate:
-    """In the worst group's accuracy, or in a metric: mean over the targets, paired by seed."""
-    changes = [
-        np.asarray(one[metric or t.worst]) - np.asarray(other[metric or t.worst])
-        for t, one, other in zip(found, rows, others, strict=True)
-    ]
-    return estimate(np.mean(changes, axis=0))
+    return estimate(recovered_by_seed(found, pick))
 
 
 def mean_change(
-    found: Sequence[Target], rows: Sequence[pd.DataFrame], metric: str = ""
+    found: Sequence[Target], pick: Pick, metric: str = "", other: Pick = Target.plain
 ) -> Estimate:
-    """`mean_difference` from plain training."""
-    return mean_difference(found, rows, [t.plain() for t in found], metric)
+    """From plain training, in the worst group's accuracy: mean over targets, paired by seed."""
+    changes = [np.asarray(pick(t)[metric or t.worst] - other(t)[metric or t.worst]) for t in found]
+    return estimate(np.mean(changes, axis=0))

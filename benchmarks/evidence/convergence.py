@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import sys
 from typing import Any
 
 import pandas as pd
@@ -212,7 +211,3 @@ def draw(frame: pd.DataFrame) -> None:
                 axis.fill_between(steps, own.min(), own.max(), color=colour, alpha=0.15, lw=0)
             axis.set(title=f"{data}, α = {alpha}", xlabel="steps")
         axes[0].set_ylabel("worst-off loss − its optimum")
-
-
-def main(given: list[str]) -> None:
-    report.publish(sys.modules[__name__], given)

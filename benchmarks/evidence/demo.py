@@ -163,7 +163,3 @@ def _dots(axis: Any, frame: pd.DataFrame, rows: dict[str, str], scale: float) ->
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color="#e4e4e4", zorder=0)
     axis.set_axisbelow(True)
-
-
-def main(given: Sequence[str]) -> None:
-    report.publish(sys.modules[__name__], given)

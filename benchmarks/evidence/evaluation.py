@@ -31,10 +31,8 @@ SMALLEST = {"validation": 5, "test": 40}
 class Trained(NamedTuple):
     """What a trained model says of the three parts, and what is needed to judge it.
 
-    Attributes:
-        logits: of each part, (N, classes).
-        held: the weights that the training batches were drawn by, (N,), if they were held.
-        cluster: of each validation sample, (N,).
+    ``held`` are the weights that the training batches were drawn by, (N,), if they were held, and
+    ``cluster`` is of the validation part.
     """
 
     task: Task
@@ -60,12 +58,9 @@ def with_signs(found: Trained) -> dict[str, float]:
     cell = min((cell for cell in told.cells if cell.counted), key=lambda cell: cell.accuracy)
     numbers = {"score without groups": told.score, "cell": cell.accuracy, "cell size": cell.samples}
     for part, least, data, said in _judged(found):
-        right = (said.argmax(1) == data.y).double()
-        numbers[f"{part} accuracy"] = float(right.mean())
-        for grouping, codes in data.groups.items():
-            sizes = codes.bincount()
-            accuracies = codes.bincount(right)[sizes >= least] / sizes[sizes >= least]
-            numbers[f"{part} worst {grouping}"] = float(accuracies.min())
+        for name, value in evaluate(said, data, None, least).items():
+            if name == "accuracy" or name.startswith("worst "):
+                numbers[f"{part} {name}"] = value
     labels = found.parts[0].y
     rare = int(labels.bincount().argmin())
     for name, part in (("training", 0), ("test", 2)):
@@ -93,12 +88,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy, the worst group of each grouping, MAD and TAD of the protected one, the losses.
 
-    Args:
-        logits: (N, classes).
-        data: whose they are.
-        protected: the grouping for MAD and TAD; None for neither.
-        smallest: the samples that a group needs to count.
-        tail: the share of the losses in "tail loss".
+    A group of fewer than ``smallest`` samples does not count; "tail loss" is of a share ``tail``.
     """
     predicted, true = logits.argmax(1).numpy(), data.y.numpy()
     losses = F.cross_entropy(logits, data.y, reduction="none").numpy()
@@ -114,9 +104,9 @@ def evaluate(
     return found | {"tail loss": worst_alpha_loss(losses, tail)}
 
 
-def clusters(x: Tensor, starts: int = 4) -> np.ndarray:
+def clusters(x: Tensor) -> np.ndarray:
     """Four k-means clusters of inputs, (N,): they stand in for groups nobody knows."""
-    return KMeans(4, n_init=starts, random_state=0).fit(x.numpy()).labels_
+    return KMeans(4, n_init=4, random_state=0).fit(x.numpy()).labels_
 
 
 def cells(found: Trained) -> ClusterAccuracy:

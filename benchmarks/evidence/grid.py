@@ -16,7 +16,6 @@ from benchmarks.methods.objectives import (
     arl,
     chi_square,
     class_balanced,
-    cvar,
     group_balanced,
     group_dro,
     plain,
@@ -37,15 +36,10 @@ WARM = 1 / 3
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train and to decide.
+    """One way to train and to decide, with a name of its own among those of its method.
 
-    Attributes:
-        method: whose it is.
-        name: of the setting; unique.
-        how: trains.
-        told: the grouping whose groups it is told; "" for none.
-        moved: strength with which the decision threshold is moved afterwards.
-        steps: the share of the recipe's steps that it takes.
+    It may be ``told`` the groups of a grouping, have its decision threshold ``moved`` by some
+    strength, and take a share of the recipe's ``steps``.
     """
 
     method: str
@@ -77,7 +71,7 @@ def early_losses(mix: float, early: float) -> Setting:
 FIXED = class_by_class(0.5, 0.5, 0.1).name
 ON_CLEAN = class_by_class(0.5, 0.5, 0.2).name
 """The setting for all data sets, found by `searched` on seeds of its own; and what clean labels by
-themselves would have chosen. See `single`."""
+themselves would have chosen. See `tables`."""
 
 
 def without_groups() -> Iterator[Setting]:
@@ -87,8 +81,7 @@ def without_groups() -> Iterator[Setting]:
         yield Setting(MOVED, f"{MOVED}: {strength:g}", plain(), moved=strength)
     yield Setting("class-balanced", "class-balanced", class_balanced())
     for mix in (0.0, 0.5):
-        method = "CVaR, warm-up"
-        yield Setting(method, f"{method}: α 0.3, mix {mix:g}", cvar(0.3, WARM, mix))
+        yield irw("CVaR, warm-up", 0.3, WARM, weighting="cvar", mix=mix)
     yield Setting("χ²-DRO, warm-up", "χ²-DRO, warm-up: α 0.5", chi_square(0.5, WARM))
     for lr in (0.01, 0.1):
         yield Setting("ARL", f"ARL: lr {lr:g}", arl(lr))

@@ -11,7 +11,6 @@ The oracles are told the groups: they draw every group equally often, or take Gr
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,13 +22,7 @@ import torch
 from benchmarks import report
 from benchmarks.data.sources import Samples, Sizes, Source, adult, split
 from benchmarks.methods.intrinsic import Intrinsic
-from benchmarks.methods.objectives import (
-    class_balanced,
-    cvar,
-    group_balanced,
-    group_dro,
-    plain,
-)
+from benchmarks.methods.objectives import class_balanced, group_balanced, group_dro, plain
 from benchmarks.models import outputs_of
 from benchmarks.training import Method, Recipe, cross_entropy, train
 
@@ -45,7 +38,7 @@ GROUPINGS = {
 METHODS: dict[str, Callable[[], Method]] = {
     "plain": plain,
     "class-balanced": class_balanced,
-    "CVaR": lambda: cvar(ALPHA),
+    "CVaR": lambda: Intrinsic(ALPHA, 0.0, {"weighting": "cvar"}),
     "IRW": lambda: Intrinsic(ALPHA),
     "IRW, warm-up, mix .5": lambda: Intrinsic(ALPHA, 1 / 3, {"mix": 0.5}),
     "IRW, warm-up, center 1": lambda: Intrinsic(ALPHA, 1 / 3, {"center": 1.0}),
@@ -182,7 +175,3 @@ def draw(frame: pd.DataFrame) -> None:
             axis.tick_params(axis="x", rotation=60)
             axis.set(title=title, xlabel="age")
         axes[0].set_ylabel("accuracy, %")
-
-
-def main(given: list[str]) -> None:
-    report.publish(sys.modules[__name__], given)

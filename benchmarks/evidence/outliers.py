@@ -16,7 +16,6 @@ a group's clean samples. The test part is never corrupted.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -214,7 +213,3 @@ def draw(frame: pd.DataFrame) -> None:
                     axis.bar(where, heights, 0.15, yerr=errors, color=colour, label=method)
                 report.ticks(axis, range(len(labels)), labels)
                 axis.set(title=f"{name}: {key}, %")
-
-
-def main(given: list[str]) -> None:
-    report.publish(sys.modules[__name__], given)

@@ -2,28 +2,30 @@
 
     python -m benchmarks.evidence report
 
-`fragments` is the whole text; a test compares it with the files, so that no number can drift.
+`fragments` is the whole text; a test compares it with the files, so that no number can drift. In
+the dot plots filled markers are means with an interval that excludes 0, hollow ones the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from benchmarks.evidence import pictures, tables
+from benchmarks import report
+from benchmarks.evidence import tables, unseen
 from benchmarks.evidence.analysis import (
     ACCURACY,
-    WITHOUT,
+    Estimate,
     Target,
-    chosen,
+    best,
     mean_change,
-    noisy_targets,
+    of,
     protected,
     targets,
 )
 from benchmarks.evidence.claims import claims
 from benchmarks.evidence.grid import PLAIN
-from benchmarks.evidence.single import confirmed, search_table
 from benchmarks.evidence.sweep import NOISES, RESULTS
 from benchmarks.evidence.tables import METHODS, marked, percent
 
@@ -31,26 +33,22 @@ from benchmarks.evidence.tables import METHODS, marked, percent
 def fragments(folder: Path = RESULTS) -> dict[str, str]:
     """Every generated text by the name of its file."""
     found, verdicts, people = targets(folder), claims(folder), protected(folder)
-    texts = {
+    search, slow = (folder.with_name(f"fairness_{kind}") for kind in ("search", "slow"))
+    return {
         "headroom.md": tables.headroom_table(folder),
         "protected.md": tables.protected_table(folder),
-        "confirmed.md": confirmed(found),
+        "confirmed.md": tables.confirmed(found),
         "claims.md": "".join(claim.markdown() for claim in verdicts),
         "summary.md": "| claim | verdict |\n| --- | --- |\n"
         + "".join(f"| {claim.says} | {claim.verdict} |\n" for claim in verdicts),
         "seeds.md": about_the_runs(found),
-        "facts_headroom.md": headroom(people, found),
+        "facts_headroom.md": headroom_in_words(people, found),
         "facts_not.md": by_groups_of_people(people),
+        "noise.md": tables.noise_table(folder, NOISES),
+        "search.md": tables.search_table(search),
+        "slow.md": tables.headroom_table(slow),
+        "slow_confirmed.md": tables.confirmed(targets(slow)),
     }
-    if noisy_targets(folder, max(NOISES)):
-        texts["noise.md"] = tables.noise_table(folder, NOISES)
-    search, slow = (folder.with_name(f"fairness_{kind}") for kind in ("search", "slow"))
-    if search.exists():
-        texts["search.md"] = search_table(search)
-    if slow.exists():
-        texts["slow.md"] = tables.headroom_table(slow)
-        texts["slow_confirmed.md"] = confirmed(targets(slow))
-    return texts
 
 
 def about_the_runs(found: list[Target]) -> str:
@@ -62,7 +60,7 @@ def about_the_runs(found: list[Target]) -> str:
     return f"Seeds. {said}.\n\nAccuracy of plain training, in %: {plain}.\n"
 
 
-def headroom(people: Sequence[Target], with_label: Sequence[Target]) -> str:
+def headroom_in_words(people: Sequence[Target], with_label: Sequence[Target]) -> str:
     """What an oracle gains, in points."""
     text = ""
     for kind, found in (("Groups of people", people), ("Other groups", with_label)):
@@ -73,19 +71,155 @@ def headroom(people: Sequence[Target], with_label: Sequence[Target]) -> str:
 
 def by_groups_of_people(found: Sequence[Target]) -> str:
     """The best and the worst method on groups of people."""
-    changes = {m: mean_change(found, chosen(found, m, WITHOUT)) for m in METHODS if m != PLAIN}
-    best = max(changes, key=lambda m: changes[m].mean)
+    changes = {m: mean_change(found, best(m)) for m in METHODS if m != PLAIN}
+    ahead = max(changes, key=lambda m: changes[m].mean)
     clearly = sum(change.verdict == "higher" for change in changes.values())
     return (
         f"- **No better service of groups of people** where the oracle finds no headroom: over "
         f"{len(found)} data sets, {clearly} of {len(changes)} methods clearly raised the worst "
-        f"group of people; the best on average, {best}, changed it by {marked(changes[best])} "
+        f"group of people; the best on average, {ahead}, changed it by {marked(changes[ahead])} "
         f"points, IRW as in the paper by {marked(changes['IRW'])}.\n"
     )
+
+
+# Figures --------------------------------------------------------------------------------------
+
+
+class Look(NamedTuple):
+    """Of one kind of dot, by colour (of Okabe and Ito's) and by shape."""
+
+    colour: str
+    marker: str
+
+
+BLUE, ORANGE, GREEN = Look("#0072B2", "o"), Look("#D55E00", "s"), Look("#009E73", "^")
+PURPLE = Look("#CC79A7", "D")
+WIDTH = 4.6
+"""Inches: what a telephone shows without making the letters small."""
+
+
+class Row(NamedTuple):
+    """A line of a dot plot; without dots it is a heading."""
+
+    name: str
+    dots: Mapping[str, Estimate] = {}
+
+
+def dots(
+    name: str,
+    rows: Sequence[Row],
+    looks: Mapping[str, Look],
+    says: str,
+    left: float | None = None,
+    legend: int = 2,
+) -> None:
+    """Means with their intervals, in points; those beyond ``left`` stand at it as arrows."""
+    height = 1.0 + sum(0.1 + 0.11 * max(1, len(row.dots)) for row in rows)
+    step = 1 / (len(looks) + 0.8)
+    with report.figure(name, 1, 1, (WIDTH, height), 180, legend) as ((axis,),):
+        for place, row in enumerate(rows):
+            if place:
+                axis.axhline(place - 0.5, color="#e4e4e4", lw=0.6, zorder=0)
+            for beside, (kind, found) in enumerate(row.dots.items()):
+                offset = step * (beside - (len(row.dots) - 1) / 2)
+                _dot(axis, found, place + offset, looks[kind], left)
+        axis.axvline(0, color="black", lw=0.8, zorder=0)
+        axis.set_yticks(range(len(rows)), [row.name for row in rows])
+        for label, row in zip(axis.get_yticklabels(), rows, strict=True):
+            label.set_fontweight("normal" if row.dots else "bold")
+        axis.tick_params(axis="y", length=0)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.figure.suptitle(says, fontsize=9.5, fontweight="bold")
+        for kind, look in looks.items():
+            axis.plot([], [], ls="", color=look.colour, marker=look.marker, label=kind)
+
+
+def _dot(axis: Any, found: Estimate, y: float, look: Look, left: float | None) -> None:
+    mean, half = 100 * found.mean, 100 * found.half
+    if left is not None and mean < left:
+        axis.plot(left, y, "<", color=look.colour, ms=4.5)
+        axis.annotate(f"{mean:.0f}".replace("-", "−"), (left, y), (5, 0), va="center", fontsize=7,
+                      textcoords="offset points", color=look.colour)  # fmt: skip
+        return
+    clear = found.verdict != "no clear difference"
+    axis.errorbar(mean, y, xerr=half, fmt=look.marker, ms=4.5, color=look.colour, elinewidth=1.2,
+                  markerfacecolor=look.colour if clear else "white")  # fmt: skip
+
+
+# What they show -------------------------------------------------------------------------------
+
+
+def headroom(seen: Path, unseen_runs: Path) -> None:
+    """What training that knows the groups gains, target by target."""
+    looks = {"developed on": BLUE, "unseen": ORANGE}
+
+    def by_size(*found: Sequence[Target]) -> list[Row]:
+        both = zip(looks, found, strict=True)
+        rows = [Row(t.title, {kind: t.headroom()}) for kind, own in both for t in own]
+        return sorted(rows, key=lambda row: -next(iter(row.dots.values())).mean)
+
+    others = targets(seen), targets(unseen_runs, tasks=unseen.UNSEEN)
+    rows = [Row("Groups of people alone"), *by_size(protected(seen), unseen.alone(unseen_runs))]
+    rows += [Row("Label × group, shortcuts"), *by_size(*others)]
+    says = "Headroom: what training that is told the groups\ngains for the worst one, in points"
+    dots("headroom.png", rows, looks, says)
+
+
+def prices(folder: Path) -> None:
+    """What remedies take from accuracy, and from the worst group of people alone."""
+    looks = {"accuracy of everybody": BLUE, "worst group of people alone": ORANGE}
+    natural, people = unseen.natural(folder), unseen.alone(folder)
+    rows = []
+    for name, setting in unseen.REMEDIES.items():
+        pick = of(setting)
+        both = mean_change(natural, pick, ACCURACY), mean_change(people, pick)
+        rows.append(Row(name, dict(zip(looks, both, strict=True))))
+    says = "What a remedy takes, on unseen data:\nchange against plain training, in points"
+    dots("prices.png", rows, looks, says)
+
+
+def where(found: Sequence[Target]) -> None:
+    """Two stages and others against class balancing, target by target."""
+    looks = {"two stages": BLUE, "control (losses)": GREEN, "IRW": ORANGE}
+    names = ("two stages, a fifth", "control (losses), a fifth", "IRW, as in the paper")
+
+    def against(t: Target, name: str) -> Estimate:
+        own, balanced = t.setting(unseen.REMEDIES[name]), t.setting(unseen.BALANCED)
+        return t.difference(own, balanced, t.worst)
+
+    rows = [
+        Row(t.title, {kind: against(t, name) for kind, name in zip(looks, names, strict=True)})
+        for t in found
+    ]
+    rows.sort(key=lambda row: -row.dots["two stages"].mean)
+    says = "The worst group of each unseen target,\nagainst class balancing, in points"
+    dots("where.png", rows, looks, says, left=-52, legend=3)
+
+
+def wrong_labels(folder: Path, noises: Sequence[float]) -> None:
+    """What remedies gain as more labels are wrong."""
+    found = tables.with_most_flips(folder, noises)
+    looks = (BLUE, GREEN, PURPLE, ORANGE)
+    kinds = {f"{n:.0%} wrong": look for n, look in zip(noises, looks, strict=True)}
+    rows = []
+    for name in tables.with_flips(found):
+        changes = [mean_change(some, best(name)) for some in found]
+        rows.append(Row(name, dict(zip(kinds, changes, strict=True))))
+    rows.sort(key=lambda row: -list(row.dots.values())[-1].mean)
+    says = "The worst group with wrong labels in training,\nagainst plain training, in points"
+    dots("wrong_labels.png", rows, kinds, says, legend=4)
+
+
+def draw() -> None:
+    """All of them, from what is stored."""
+    headroom(RESULTS, unseen.RESULTS)
+    prices(unseen.RESULTS)
+    where(unseen.with_headroom(unseen.RESULTS))
+    wrong_labels(RESULTS, NOISES)
 
 
 def main(given: Sequence[str]) -> None:
     for name, text in fragments().items():
         (RESULTS / name).write_text(text, encoding="utf-8")
         print(RESULTS / name)
-    pictures.draw()
+    draw()

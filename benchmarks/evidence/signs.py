@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from benchmarks.evidence.analysis import Target, estimate, with_setting
+from benchmarks.evidence.analysis import Pick, Target, estimate
 from benchmarks.evidence.grid import PLAIN
 from benchmarks.evidence.tables import marked, spread
 from benchmarks.report import table
@@ -40,7 +40,7 @@ def hurts(found: Sequence[Target], ours: str, other: str) -> str:
     """Worst group against class balancing where a sign is seen, and where it is not."""
     rows = []
     for t in found:
-        one, two = with_setting(t, ours), with_setting(t, other)
+        one, two = t.setting(ours), t.setting(other)
         shown = {name: sign(one, two) for name, sign in SIGNS.items()}
         rows.append(pd.DataFrame({"change": one[t.worst] - two[t.worst], **shown}))
     runs = pd.concat(rows)
@@ -67,16 +67,21 @@ def choice(found: Sequence[Target], remedies: Mapping[str, str]) -> str:
             for _, own in runs.groupby("seed")
         ]
         cells = [spread(estimate([rank[0, place] for rank in ranks])) for place in (1, 2)]
-        lines.append([t.title, *cells, spread(t.recovered(by_score(t, remedies.values())))])
+        lines.append([t.title, *cells, spread(t.recovered(by_score(remedies.values())(t)))])
     head = ["", "rank correlation: score", "validation accuracy"]
     return table([*head, "headroom recovered by the choice"], lines)
 
 
-def by_score(found: Target, settings: Iterable[str]) -> pd.DataFrame:
+def by_score(settings: Iterable[str]) -> Pick:
     """For each seed the run that the score without groups prefers, plain training among them."""
-    runs = found.runs[found.runs["setting"].isin([PLAIN, *settings])]
-    best = runs.groupby("seed")["score without groups"].idxmax()
-    return runs.loc[best].set_index("seed").sort_index()
+    names = [PLAIN, *settings]
+
+    def pick(found: Target) -> pd.DataFrame:
+        runs = found.runs[found.runs["setting"].isin(names)]
+        best = runs.groupby("seed")["score without groups"].idxmax()
+        return runs.loc[best].set_index("seed").sort_index()
+
+    return pick
 
 
 def within_noise(found: Sequence[Target], remedies: Mapping[str, str]) -> str:
@@ -95,7 +100,7 @@ def within_noise(found: Sequence[Target], remedies: Mapping[str, str]) -> str:
 
 def by_run(found: Target, setting: str) -> pd.DataFrame:
     """What the two accuracies say of each run, by their binomial errors."""
-    ours, plain = with_setting(found, setting), found.plain()
+    ours, plain = found.setting(setting), found.plain()
     variance = sum(r["cell"] * (1 - r["cell"]) / r["cell size"] for r in (ours, plain))
     difference, noise = ours["cell"] - plain["cell"], 1.96 * np.sqrt(variance)
     said = np.where(difference.abs() <= noise, 0, np.sign(difference))
@@ -104,7 +109,7 @@ def by_run(found: Target, setting: str) -> pd.DataFrame:
 
 def by_target(found: Target, setting: str) -> pd.DataFrame:
     """What the seeds together say."""
-    ours, plain = with_setting(found, setting), found.plain()
+    ours, plain = found.setting(setting), found.plain()
     difference = estimate(ours["cell"] - plain["cell"])
     said = {"higher": 1, "lower": -1}.get(difference.verdict, 0)
     change = (ours[found.worst] - plain[found.worst]).mean()

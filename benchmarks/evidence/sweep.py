@@ -107,8 +107,8 @@ def main(given: Sequence[str]) -> None:
         tasks={**several, "choices": TASKS, "default": list(TASKS)},
         seeds={**several, "type": int, "help": "0 to 4; with --search 100 to 102"},
         noise={**several, "type": float, "default": NOISES},
-        slow={"action": "store_true", "help": "the slow recipe, fewer methods"},
-        search={"action": "store_true", "help": "for one setting for all data sets"},
+        slow="the slow recipe, fewer methods",
+        search="for one setting for all data sets",
     )
     for name in chosen.tasks:
         if not TASKS[name].available:

@@ -11,24 +11,24 @@ shortcuts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from benchmarks import report
 from benchmarks.data.tasks import TASKS, UNSEEN
 from benchmarks.evidence.analysis import (
     FIRST_FIVE,
+    Pick,
     Target,
     estimate,
     first_five,
     mean_change,
     mean_recovered,
-    of_setting,
+    of,
     recovered_by_seed,
     targets,
-    with_setting,
 )
 from benchmarks.evidence.evaluation import with_signs
 from benchmarks.evidence.grid import CENTRED, HALF, TRUSTED, class_by_class, early_losses, unseen
@@ -61,6 +61,7 @@ REMEDIES = {
 CHOICES = {"any of them": REMEDIES.values(), "balanced or two stages": (BALANCED, FIFTH)}
 
 
+@cache
 def seen(folder: Path, noise: float = CLEAN) -> list[Target]:
     return first_five(targets(folder, noise, SEEN))
 
@@ -69,6 +70,7 @@ def natural(folder: Path, noise: float = CLEAN) -> list[Target]:
     return [t for t in with_headroom(folder, noise) if not t.task.startswith("coloured")]
 
 
+@cache
 def with_headroom(folder: Path, noise: float = CLEAN) -> list[Target]:
     """The same targets whatever the noise."""
     clean = targets(folder, CLEAN, UNSEEN)
@@ -96,21 +98,17 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
     }
 
 
-def worth(found: Sequence[Target], setting: str) -> str:
+def worth(found: Sequence[Target], pick: Pick) -> str:
     """Share of the headroom; points of the worst group, and of accuracy."""
-    return _worth(found, of_setting(found, setting))
-
-
-def _worth(found: Sequence[Target], rows: Sequence[pd.DataFrame]) -> str:
-    group = points(mean_change(found, rows).mean)
-    return f"{spread(mean_recovered(found, rows))}; {group}, {cost(found, rows)}"
+    group = points(mean_change(found, pick).mean)
+    return f"{spread(mean_recovered(found, pick))}; {group}, {cost(found, pick)}"
 
 
 def summary(folder: Path) -> str:
     """The table of the first page."""
     sets = (seen(folder), natural(folder), natural(folder, FLIPS))
     names = [name for name in REMEDIES if not name.endswith("tenth")][:6]
-    lines = [[name, *(worth(found, REMEDIES[name]) for found in sets)] for name in names]
+    lines = [[name, *(worth(found, of(REMEDIES[name])) for found in sets)] for name in names]
     head = ["share of the headroom; points of the worst group, of accuracy"]
     head += [f"the {len(sets[0])} targets of development", f"{len(sets[1])} unseen targets"]
     return report.table([*head, "unseen, a tenth of the labels wrong"], lines)
@@ -122,14 +120,11 @@ def means(folder: Path) -> str:
     sets["with planted shortcuts"] = with_headroom(folder)
     sets["development, a tenth flipped"] = seen(folder, FLIPS)
     sets["natural, unseen, a tenth flipped"] = natural(folder, FLIPS)
+    picks = {name: of(setting) for name, setting in REMEDIES.items()}
+    picks |= {f"*the score's choice: {said}*": by_score(own) for said, own in CHOICES.items()}
     lines = [
-        [name, *(worth(found, setting) for found in sets.values())]
-        for name, setting in REMEDIES.items()
+        [name, *(worth(found, pick) for found in sets.values())] for name, pick in picks.items()
     ]
-    for said, names in CHOICES.items():
-        picked = ([by_score(t, names) for t in found] for found in sets.values())
-        cells = [_worth(*pair) for pair in zip(sets.values(), picked, strict=True)]
-        lines.append([f"*the score's choice: {said}*", *cells])
     table = report.table(["", *(f"{name} ({len(own)})" for name, own in sets.items())], lines)
     clean, flipped = (len(natural(folder, noise)[0].plain()) for noise in (CLEAN, FLIPS))
     return f"{table}\nSeeds: {clean} without flips, {flipped} with them.\n"
@@ -141,18 +136,16 @@ def shares(found: Sequence[Target]) -> str:
     for t in found:
         ends = " → ".join(percent(runs[t.worst].mean()) for runs in (t.plain(), t.oracle()))
         small = not t.headroom().mean > LEAST_HEADROOM
-        cells = [
-            "" if small else spread(t.recovered(with_setting(t, s))) for s in REMEDIES.values()
-        ]
+        cells = ["" if small else spread(t.recovered(t.setting(s))) for s in REMEDIES.values()]
         lines.append([t.title, ends, *cells])
     return report.table(["", "plain → oracle, %", *REMEDIES], lines)
 
 
 def paired(found: Sequence[Target]) -> str:
     """Two stages against the rest."""
-    ours = recovered_by_seed(found, of_setting(found, FIFTH))
+    ours = recovered_by_seed(found, of(FIFTH))
     cells = "; ".join(
-        f"{name} {spread(estimate(ours - recovered_by_seed(found, of_setting(found, setting))))}"
+        f"{name} {spread(estimate(ours - recovered_by_seed(found, of(setting))))}"
         for name, setting in REMEDIES.items()
         if setting != FIFTH
     )
@@ -167,7 +160,7 @@ def where(found: Sequence[Target]) -> str:
         [
             t.title,
             *(
-                marked(t.difference(with_setting(t, s), with_setting(t, BALANCED), t.worst))
+                marked(t.difference(t.setting(s), t.setting(BALANCED), t.worst))
                 for s in (REMEDIES[form] for form in forms)
             ),
         ]
@@ -190,8 +183,7 @@ def people(folder: Path) -> str:
     """What the groups of people alone gain and lose."""
     found = alone(folder)
     changes = "; ".join(
-        f"{name} {marked(mean_change(found, of_setting(found, setting)))}"
-        for name, setting in REMEDIES.items()
+        f"{name} {marked(mean_change(found, of(setting)))}" for name, setting in REMEDIES.items()
     )
     oracle = " to ".join(points(f([t.headroom().mean for t in found])) for f in (min, max))
     return (
@@ -207,10 +199,10 @@ def smaller_s(folder: Path) -> str:
     for name, found in {"development": seen(folder), "natural, unseen": natural(folder)}.items():
         for said, early in (("a fifth", 0.2), ("a tenth", 0.1)):
             names = (class_by_class(0.2, 0.5, early).name, class_by_class(0.5, 0.5, early).name)
-            settings = (*names, early_losses(0.5, early).name)
-            terms = [recovered_by_seed(found, of_setting(found, s)) for s in settings]
+            picks = [of(setting) for setting in (*names, early_losses(0.5, early).name)]
+            terms = [recovered_by_seed(found, pick) for pick in picks]
             differences = [spread(estimate(terms[0] - other)) for other in terms[1:]]
-            lines.append([f"{name}, {said}", *(worth(found, s) for s in settings), *differences])
+            lines.append([f"{name}, {said}", *(worth(found, pick) for pick in picks), *differences])
     head = ["", "α .2", "α .5", "control (losses)", "α .2 minus α .5", "α .2 minus control"]
     return report.table(head, lines)
 
@@ -221,11 +213,11 @@ def trust(folder: Path) -> str:
     settings |= {"two stages, × trust": TRUSTED_FIFTH}
     settings |= {"control (losses), a fifth": LOSSES, "control (losses), × trust": TRUSTED_LOSSES}
     sets = {
-        f"{kind}{said}": of(folder, noise)
-        for kind, of in (("development", seen), ("natural, unseen", natural))
+        f"{kind}{said}": read(folder, noise)
+        for kind, read in (("development", seen), ("natural, unseen", natural))
         for said, noise in (("", CLEAN), (", a tenth flipped", FLIPS))
     }
-    lines = [[n, *(worth(found, s) for found in sets.values())] for n, s in settings.items()]
+    lines = [[n, *(worth(found, of(s)) for found in sets.values())] for n, s in settings.items()]
     return report.table(["", *sets], lines)
 
 
@@ -241,9 +233,9 @@ def draw(folder: Path = RESULTS) -> None:
         found = zip(LOOKS.items(), (seen(folder), natural(folder)), (0.19, -0.19), strict=True)
         for (label, (colour, mark)), own, offset in found:
             for row, name in enumerate(names):
-                rows = of_setting(own, REMEDIES[name])
-                mean = mean_recovered(own, rows)
-                each = [t.recovered(r).mean for t, r in zip(own, rows, strict=True)]
+                pick = of(REMEDIES[name])
+                mean = mean_recovered(own, pick)
+                each = [t.recovered(pick(t)).mean for t in own]
                 look = {"color": colour, "ls": ""}
                 places = np.full(len(each), row + offset)
                 axis.plot(np.clip(each, -0.9, 1.4), places, marker="|", ms=7, alpha=0.5, **look)
@@ -274,7 +266,7 @@ def main(given: Sequence[str]) -> None:
         tasks={**several, "choices": UNSEEN | SEEN, "default": list(UNSEEN | SEEN)},
         seeds={**several, "type": int, "default": range(1000, 1010)},
         noise={**several, "type": float, "default": (CLEAN, FLIPS)},
-        again={"action": "store_true", "help": "texts and figure of stored results"},
+        again="texts and figure of stored results",
     )
     tasks = [(UNSEEN | SEEN)[name] for name in chosen.tasks]
     for noise in () if chosen.again else chosen.noise:

@@ -14,15 +14,22 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from torch import Tensor, nn
 
 from benchmarks import report
-from benchmarks.gpu.counting import kernels, syncs
-from benchmarks.gpu.work import OURS, Row, rows
+from benchmarks.cost.neighbours import ALPHA
+from benchmarks.cost.steps import Makers, makers, ready, table
+from benchmarks.models import TABLE
+from benchmarks.zoo.entry import Entry
+from benchmarks.zoo.measuring import Loop
+from benchmarks.zoo.registry import named
 from irw_optim.measure import Step, median_seconds, peak_bytes
 
 NO_CARD = (
@@ -35,8 +42,6 @@ LONGEST_TESTS = 150
 """Seconds that the tests may take of the whole."""
 
 COLUMNS = ("work", "setting", "method", "ms", "time", "MB", "memory", "syncs", "kernels", "fails")
-PAST_CHECKS = 9
-"""Steps before the first that is measured: the library checks itself at 1, 2, 4 and 8."""
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -58,18 +63,15 @@ def main(given: Sequence[str] | None = None) -> None:
     wanted = list(rows(device))[:1] if chosen.fast else rows(device)
     frame = pd.DataFrame(measured_until(end, wanted, device, repeats), columns=COLUMNS)
     text = f"{card(device)}, torch {torch.__version__}\n\n{as_markdown(frame)}"
-    print("\n" + text)
-    if not chosen.fast:
-        name = "gpu_" + re.sub(r"\W+", "_", card(device)).strip("_").lower()
-        report.store(name, frame, machine=card(device))
-        report.write(name, text)
+    name = "gpu_" + re.sub(r"\W+", "_", card(device)).strip("_").lower()
+    report.save(name, frame, chosen.fast, text, machine=card(device))
 
 
 def card(device: torch.device) -> str:
     """Its name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return str(report.header()["machine"])
+    return report.processor()
 
 
 def tested(device: torch.device) -> str:
@@ -103,31 +105,21 @@ def measured_until(
 
 def measured(row: Row, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     """Time, memory, waits and kernels of each method; or why it does not run."""
-    steps: dict[str, Step] = {}
-    for method, make in row.makers.items():
-        try:
-            step = make()
-            for _ in range(PAST_CHECKS if method == OURS else 2):
-                step()
-            steps[method] = step
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:90]
-            yield {"work": row.work, "setting": row.setting, "method": method, "fails": reason}
+    steps, fails = ready(row.makers)
+    about = {"work": row.work, "setting": row.setting}
+    for method, reason in fails.items():
+        yield about | {"method": method, "fails": reason}
     if "plain" not in steps:
         return
-    seconds = dict(
-        zip(steps, median_seconds(list(steps.values()), repeats, device=device), strict=True)
-    )
-    memory = {method: peak_bytes(step, device) for method, step in steps.items()}
-    for method, step in steps.items():
-        yield {
-            "work": row.work,
-            "setting": row.setting,
+    seconds = median_seconds(list(steps.values()), repeats, device=device)
+    memory = [peak_bytes(step, device) for step in steps.values()]
+    for (method, step), taken, most in zip(steps.items(), seconds, memory, strict=True):
+        yield about | {
             "method": method,
-            "ms": seconds[method] * 1e3,
-            "time": seconds[method] / seconds["plain"],
-            "MB": memory[method] / 1e6,
-            "memory": memory[method] / max(1, memory["plain"]),
+            "ms": taken * 1e3,
+            "time": taken / seconds[0],
+            "MB": most / 1e6,
+            "memory": most / max(1, memory[0]),
             "syncs": syncs(step, device),
             "kernels": kernels(step, device),
         }
@@ -135,20 +127,13 @@ def measured(row: Row, device: torch.device, repeats: int) -> Iterator[dict[str,
 
 def as_markdown(frame: pd.DataFrame) -> str:
     """A line for every model and setting."""
-    methods = [name for name in dict.fromkeys(frame["method"]) if name != "plain"]
-    lines = []
-    for (work, setting), own in frame.groupby(["work", "setting"], sort=False):
-        cells = own.set_index("method").to_dict("index")
-        texts = [_text(cells.get(method), method) for method in ("plain", *methods)]
-        lines.append([work, setting, *texts])
+    methods = dict.fromkeys(("plain", *frame["method"]))
     note = (
         "\nTime / peak memory of what a step adds, as multiples of a plain step in the same run "
         "(of the plain step itself: ms / MB) / waits for the device / kernels.\n"
     )
-    failed = frame.dropna(subset="fails")
-    reasons = sorted(set(failed["work"] + ", " + failed["method"] + ": " + failed["fails"]))
-    table = report.table(["work", "setting", "plain", *methods], lines)
-    return table + note + "".join(f"- does not run: {reason}\n" for reason in reasons)
+    named = frame.assign(fails=frame["work"] + ": " + frame["fails"])
+    return table(named, ["work", "setting"], list(methods), _text, note)
 
 
 def _text(cell: dict[str, Any] | None, method: str) -> str:
@@ -159,10 +144,111 @@ def _text(cell: dict[str, Any] | None, method: str) -> str:
     time_and_memory = f"{cell['time']:.2f} / {cell['memory']:.2f}"
     if method == "plain":
         time_and_memory = f"{cell['ms']:.2f} / {cell['MB']:.0f}"
-    counted = [cell["syncs"], cell["kernels"]]
-    return time_and_memory + "".join(
-        f" / {number:.0f}" for number in counted if not pd.isna(number)
-    )
+    counted = [number for number in (cell["syncs"], cell["kernels"]) if not pd.isna(number)]
+    return time_and_memory + "".join(f" / {number:.0f}" for number in counted)
+
+
+# What is measured -----------------------------------------------------------------------------
+
+OURS = "ours, ghost"
+EVERYBODY = ("plain", OURS, "Opacus hooks", "torch.func")
+ZOO = ("nanoGPT", "ViT, class token", "ResNet-18", "ConvNeXt", "BERT", "Llama", "LSTM", "LoRA")
+"""Measured eager, against a plain step."""
+
+
+class InAutocast(nn.Module):
+    """A model whose forward runs in bfloat16 where autocast has it so; its output is float32."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.device = model, device.type
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            return self.model(x).float()
+
+
+class Row(NamedTuple):
+    """A model's name, its setting (eager, autocast or compiled), and ways to step, plain first."""
+
+    work: str
+    setting: str
+    makers: Makers
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+def rows(device: torch.device) -> Iterator[Row]:
+    """All that is measured, what matters most first."""
+    for work in TABLE:
+        yield Row(work.name, "eager", makers(work, EVERYBODY, device))
+    in_autocast = partial(InAutocast, device=device)
+    for work in TABLE:
+        yield Row(work.name, "autocast", makers(work, EVERYBODY[:3], device, in_autocast))
+    for name in ZOO:
+        yield Row(name, "eager", _of_the_zoo(named(name), device))
+    for work in TABLE[-2:]:  # a compiler takes long, and leaves no rows for others to take
+        yield Row(work.name, "compiled", makers(work, EVERYBODY[:2], device, _compiled))
+
+
+def _of_the_zoo(entry: Entry, device: torch.device) -> Makers:
+    def maker(alpha: float | None) -> Callable[[], Step]:
+        def make() -> Step:
+            inputs, target = entry.draw()
+            batch = (tuple(t.to(device) for t in inputs), target.to(device))
+            return Loop.of(entry, entry.make().to(device), batch, alpha).step
+
+        return make
+
+    return {"plain": maker(None), OURS: maker(ALPHA)}
+
+
+# Counting -------------------------------------------------------------------------------------
+
+WAITS = "synchronizing CUDA operation"
+"""What torch's warning says, in its sync debug mode."""
+
+COPIES = ("Memcpy", "Memset")
+
+
+def syncs(step: Step, device: torch.device) -> int | None:
+    """How often the host waits in one call; None where nothing tells."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        return warned(step)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def warned(step: Step) -> int:
+    """How many warnings of a wait one call gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    return sum(WAITS in str(warning.message) for warning in caught)
+
+
+def kernels(step: Step, device: torch.device) -> int | None:
+    """How many kernels one call starts; None where there are none."""
+    if device.type != "cuda":
+        return None
+    both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=both) as profile:
+        step()
+        torch.cuda.synchronize(device)
+    return on_device(profile.events())
+
+
+def on_device(events: Iterable[Any]) -> int:
+    """How many of a profiler's events are kernels, and no copies."""
+    ran = (event for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not event.name.startswith(COPIES) for event in ran)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,7 @@ class Global:
     """The global scheme: weights of all samples, renewed every epoch as in the paper."""
 
     local: Intrinsic
-    use: str = "reweighting"
-    refresh: int = 1
-    unit: str = "epochs"
+    use: str
 
     def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
         optimizer = self.local.optimizer(model, recipe, criterion=nn.CrossEntropyLoss())
@@ -68,8 +66,6 @@ class Global:
         scheme = GlobalScheme(
             optimizer,
             positions,
-            refresh=self.refresh,
-            unit=self.unit,
             use=self.use,
             forward=lambda network, index: (network(data.x[index]), data.y[index]),
             batch_size=4096,

@@ -2,7 +2,6 @@
 
     plain             mean_i l_i
     class-balanced    mean_i l_i / (C p_{y_i})
-    CVaR              mean of the ceil(alpha B) largest l_i
     chi-square DRO    min_eta  c sqrt(mean_i max(0, l_i - eta)^2) + eta
     ARL               mean_i lambda_i l_i,  lambda_i = 1 + B f(x_i, y_i) / sum_j f(x_j, y_j)
     GroupDRO          sum_g q_g mean_{i in g} l_i,  q_g <- q_g exp(step * mean_{i in g} l_i)
@@ -23,7 +22,6 @@ from torch.nn import functional as F
 from benchmarks.data.memory import drawn, shuffled
 from benchmarks.data.sources import Samples
 from benchmarks.training import Recipe, Trainer
-from irw_optim import worst_off
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """From the losses of a batch, (B,), and the samples' indices, (B,), to a number."""
@@ -31,12 +29,7 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ByObjective:
-    """Trains on an objective, made for the data at hand.
-
-    Attributes:
-        objective: makes it; is given the data and the recipe.
-        sampling: weights to draw the batches by, (N,); None shuffles.
-    """
+    """Trains on an objective made for the data, on batches drawn by weights, (N,), or shuffled."""
 
     objective: Callable[[Samples, Recipe], Objective]
     sampling: Callable[[Samples], Tensor] | None = None
@@ -76,18 +69,6 @@ def class_balanced(strength: float = 1.0) -> ByObjective:
         weight = data.y.bincount().float().pow(-strength)
         weight = weight / weight[data.y].mean()
         return lambda losses, index: (weight[data.y[index]] * losses).mean()
-
-    return ByObjective(make)
-
-
-def cvar(alpha: float, warm_up: float = 0.0, mix: float = 0.0) -> ByObjective:
-    """Mean of the worst losses of a batch (Rockafellar, Uryasev 2000), after plain training."""
-
-    def make(data: Samples, recipe: Recipe) -> Objective:
-        def objective(losses: Tensor, index: Tensor) -> Tensor:
-            return (1 - mix) * losses[worst_off(losses, alpha)].mean() + mix * losses.mean()
-
-        return after_warm_up(objective, warm_up, recipe)
 
     return ByObjective(make)
 

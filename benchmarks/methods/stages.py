@@ -53,13 +53,7 @@ def on_draws(model: nn.Module, weights: Tensor, recipe: Recipe, seed: int) -> Tr
 
 @dataclass(frozen=True)
 class JTT:
-    """Just train twice (Liu et al. 2021).
-
-    Attributes:
-        early: the first training's share of the steps.
-        times: how often its errors are drawn.
-        class_balance: draw every class equally often; the paper does not.
-    """
+    """Just train twice (Liu et al. 2021); the paper does not draw every class equally often."""
 
     early: float
     times: float
@@ -75,14 +69,7 @@ class JTT:
 
 @dataclass(frozen=True)
 class ClassByClass:
-    """Draws by weights that an early model gives each class by itself.
-
-    Attributes:
-        weighing: makes the weights of one class.
-        early: the first training's share of the steps.
-        mix: the share of each class's weight that is spread evenly.
-        trusted: multiply the weights by how probable their labels are, see `trust`.
-    """
+    """Draws by `class_by_class` weights of an early model, times `trust` where that is asked."""
 
     weighing: Weighing
     early: float
@@ -105,12 +92,7 @@ def class_by_class(
 ) -> Tensor:
     """Weights of all samples, (N,): those of each class by itself, of sum 1 each.
 
-    Args:
-        weighing: makes the weights of one class; even ones where all of them are 0.
-        model: the early one.
-        data: N samples.
-        mix: the share of each class's weight that is spread evenly.
-        trusted: factors of the weights, (N,).
+    They are even where all of a class would be 0; ``mix`` is the share that is spread evenly.
     """
     weights = torch.zeros(len(data))
     for label in data.y.unique():
@@ -153,12 +135,9 @@ def trust(data: Samples, recipe: Recipe, seed: int) -> Tensor:
 class InClasses:
     """IRW with S in each class, class_balance, and a floor under the weights.
 
-    Attributes:
-        alpha: share of each class that makes S.
-        early: S is what a class-balanced model was worst at after that share of the steps, and is
-            held; 0 for the worst of each batch as it comes.
-        center: as of `IRWOptimizer`.
-        floor: what a sample without a positive score weighs, in mean weights of its class.
+    S is the worst ``alpha`` of each batch as it comes; given a share ``early`` of the steps, it is
+    what a class-balanced model was worst at after them, and is held. A sample without a positive
+    score weighs ``floor`` mean weights of its class.
     """
 
     alpha: float

@@ -20,7 +20,6 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -28,10 +27,10 @@ from torch import Tensor, nn
 from benchmarks import report
 from benchmarks.data.memory import OFFICIAL, batches, loader
 from benchmarks.data.sources import Samples
-from benchmarks.evidence.evaluation import clusters, evaluate
+from benchmarks.evidence.evaluation import evaluate
 from benchmarks.models import mlp, outputs_of
+from benchmarks.training import step
 from irw_optim import DBSCANFilter, IRWOptimizer
-from irw_optim.metrics import worst_cell_accuracy
 from irw_optim.schemes import GlobalScheme
 
 BATCH, IRW = 128, {"alpha": 0.3}
@@ -129,9 +128,7 @@ def train(model: nn.Module, data: Samples, setting: Setting, epochs: int, seed: 
             if source is not None and source.record is not seen:
                 seen = source.record
                 shares.append(float(source.weights[data.y == 1].sum()))
-            optimizer.zero_grad()
-            criterion(model(x), y).backward()
-            optimizer.step()
+            step(model, criterion, optimizer, x, y)
     optimizer.detach()
     return shares
 
@@ -157,10 +154,7 @@ def measures(outputs: Tensor, data: Samples) -> dict[str, float]:
     return {name: value for name, value in found.items() if name != "VAR"}
 
 
-def run(
-    setting: Setting, data: Samples, test: Samples, cluster: np.ndarray, epochs: int, seed: int
-) -> dict[str, Any]:
-    """One training; what can be seen without groups is of the half that is not judged."""
+def run(setting: Setting, data: Samples, test: Samples, epochs: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = mlp(data.x.shape[1], 64, 32, 2)
     shares = train(model, data, setting, epochs, seed)
@@ -170,26 +164,18 @@ def run(
     if setting.moved_threshold:
         outputs = moved(outputs, outputs[shown], test.y[shown])
     row = {"setting": setting.name, "seed": seed, **measures(outputs[judged], test[judged])}
-    wrong = outputs_of(model, data.x).argmax(1) != data.y
-    row["training error"] = float(wrong.double().mean())
-    cells = worst_cell_accuracy(test.y[shown], outputs[shown].argmax(1), cluster[shown.numpy()])
-    visible = measures(outputs[shown], test[shown])
-    seen = {"label x cluster": cells.score, "worst cell": cells.worst_cell}
-    seen |= {k: visible[k] for k in ("accuracy", "worst class", "mean loss", "tail loss")}
-    row |= {f"visible {name}": value for name, value in seen.items()}
     if shares:
-        row["renewals"] = len(shares)
         row["class flips"] = sum((a > 0.5) != (b > 0.5) for a, b in itertools.pairwise(shares))
         row["heavier class"] = sum(max(s, 1 - s) for s in shares) / len(shares)
     return row
 
 
 def table_of(frame: pd.DataFrame, part: str) -> str:
-    hidden = ["mean loss", "training error", "renewals", *(c for c in frame if "visible" in c)]
-    if part == "held":  # balanced classes have no heavier one
-        hidden += ["class flips", "heavier class"]
-    shown = frame.drop(columns=hidden, errors="ignore")
-    return report.markdown(report.summarised(shown, ["setting"]))
+    names = {"setting", "seed", "accuracy", "tail loss"}
+    if part != "held":  # balanced classes have no heavier one
+        names |= {"class flips", "heavier class"}
+    shown = [c for c in frame if c in names or c.startswith("worst ")]
+    return report.markdown(report.summarised(frame[shown], ["setting"]))
 
 
 def main(given: list[str]) -> None:
@@ -202,7 +188,6 @@ def main(given: list[str]) -> None:
         flips={"type": float, "default": 0.0, "help": "share of training labels turned"},
     )
     people, test = OFFICIAL[chosen.data]()
-    cluster = clusters(test.x, starts=10).astype("int64")
     samples, epochs, seeds = (1_000, 1, 1) if chosen.fast else (8_000, 8, chosen.seeds)
     smallest = {
         name: round(float(codes.bincount().min()) / len(codes), 3)
@@ -220,12 +205,9 @@ def main(given: list[str]) -> None:
     for seed in range(seeds):
         data = with_flips(people.shuffled(seed)[:samples], chosen.flips, seed)
         for setting in settings:
-            rows.append(run(setting, data, test, cluster, epochs, seed))
+            rows.append(run(setting, data, test, epochs, seed))
             print(seed, setting.name, round(rows[-1]["accuracy"], 3), flush=True)
-    text = table_of(pd.DataFrame(rows), chosen.part)
-    print("\n" + text)
-    if not chosen.fast:
-        flips = f"_flips_{chosen.flips}" if chosen.flips else ""
-        name = f"schemes_choosing_{chosen.part}_{chosen.data}{flips}"
-        report.store(name, rows, samples=samples, epochs=epochs, smallest_shares=smallest)
-        report.write(name, text)
+    flips = f"_flips_{chosen.flips}" if chosen.flips else ""
+    name = f"schemes_choosing_{chosen.part}_{chosen.data}{flips}"
+    settings = {"samples": samples, "epochs": epochs, "smallest_shares": smallest}
+    report.save(name, rows, chosen.fast, table_of(pd.DataFrame(rows), chosen.part), **settings)

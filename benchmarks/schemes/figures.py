@@ -49,11 +49,10 @@ def held() -> None:
             for setting, style in (("local", "-"), ("plain", ":")):
                 axis.axhline(100 * rows.loc[setting, CELL], color="black", ls=style, label=setting)
             for use, beside, marker in (("reweighting", 1.0, "o"), ("resampling", 1.06, "s")):
-                steps = rows.index.str.extract(rf"global, {use}, every (\d+) steps")[0].astype(
-                    float
+                held = rows.index.to_series().str.extract(
+                    rf"{use}, every (\d+) steps", expand=False
                 )
-                steps.index = rows.index
-                own = steps.notna()
+                steps, own = held.astype(float), held.notna()
                 line(axis, beside * steps[own], rows[own], CELL, label=use, marker=marker)
             axis.set(xscale="log", xlabel="steps that the weights are held", title=title)
             report.ticks(axis, sorted(steps[own].astype(int)))

@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from benchmarks import report
 from benchmarks.data.memory import adult, batches, loader
 from benchmarks.data.sources import Samples
 from benchmarks.models import mlp, per_sample_gradients
-from benchmarks.training import cross_entropy
+from benchmarks.training import cross_entropy, step
 from irw_optim.schemes import ResamplingSampler, global_weights
 
 ALPHA, SIZE, STEPS = 0.3, 128, (1, 10)
@@ -46,7 +47,7 @@ WAYS = ("resampling", "reweighting", "normalised")
 
 
 def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).double()
+    return parameters_to_vector(model.parameters()).detach().double()
 
 
 class Moments(NamedTuple):
@@ -86,14 +87,14 @@ def displacements(
     generator, start = torch.Generator().manual_seed(2), flat(model)
     moved: dict[int, list[Tensor]] = {steps: [] for steps in STEPS}
     for _ in range(draws):
-        for step in range(1, max(STEPS) + 1):
+        for update in range(1, max(STEPS) + 1):
             samples, factors = draw(way, weights, sampler, generator)
             losses = cross_entropy(model(data.x[samples]), data.y[samples])
             optimizer.zero_grad()
             (factors * losses).sum().backward()
             optimizer.step()
-            if step in moved:
-                moved[step].append(flat(model) - start)
+            if update in moved:
+                moved[update].append(flat(model) - start)
         model.load_state_dict(state[0])
         optimizer.load_state_dict(copy.deepcopy(state[1]))
     return {steps: Moments.of(torch.stack(vectors)) for steps, vectors in moved.items()}
@@ -115,9 +116,7 @@ def in_closed_form(model: nn.Module, data: Samples, weights: Tensor) -> dict[str
 
 def plain_steps(model: nn.Module, optimizer: Any, data: Samples, number: int | None, seed: int):
     for x, y in islice(batches(data, SIZE, seed=seed), number):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        step(model, nn.functional.cross_entropy, optimizer, x, y)
 
 
 def row_of(name: str, steps: int, moments: dict[str, Moments], draws: int) -> dict[str, Any]:

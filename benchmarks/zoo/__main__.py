@@ -10,21 +10,16 @@ Each model has a process of its own, with one thread; one that fails is a row wi
 
 from __future__ import annotations
 
-import argparse
-import platform
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
-
-from benchmarks.report import FIGURES
-from benchmarks.zoo.alone import alone, as_json
+from benchmarks import report
+from benchmarks.zoo.alone import alone, as_json, measured
 from benchmarks.zoo.entry import Entry
-from benchmarks.zoo.picture import draw, stored
 from benchmarks.zoo.registry import ENTRIES, GROWING, named
-from benchmarks.zoo.report import as_markdown, growth_as_markdown, summary
+from benchmarks.zoo.report import as_markdown, draw, growth_as_markdown, summary
 
 SIZES = (16, 64, 256)
 SECONDS, QUICK_SECONDS = 3.0, 0.6
@@ -33,82 +28,58 @@ LONGEST = 600
 
 
 def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="these entries; nothing is stored"
+    chosen = report.arguments(
+        __doc__,
+        None,
+        only={"nargs": "+", "metavar": "NAME", "help": "these entries; nothing is stored"},
+        family={"help": "entries of this family; nothing is stored"},
+        list="show the entries and stop",
+        quick="few pairs of steps; nothing is stored",
+        no_exact="without the loop in float64",
+        growth="the ratio at B = 16, 64, 256",
+        again="the figure of stored results",
+        out={"type": Path, "default": report.RESULTS},
+        one={"metavar": "NAME", "help": "in this process; prints JSON"},
+        size={"type": int, "help": "B of that one"},
     )
-    parser.add_argument("--family", help="entries of this family; nothing is stored")
-    parser.add_argument("--list", action="store_true", help="show the entries and stop")
-    parser.add_argument(
-        "--quick", action="store_true", help="few pairs of steps; nothing is stored"
-    )
-    parser.add_argument("--no-exact", action="store_true", help="without the loop in float64")
-    parser.add_argument("--growth", action="store_true", help="the ratio at B = 16, 64, 256")
-    parser.add_argument("--again", action="store_true", help="the figure of stored results")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
-    entries = _chosen(options.only, options.family)
-    if options.list:
+    seconds = QUICK_SECONDS if chosen.quick else SECONDS
+    if chosen.one:
+        entry = named(chosen.one)
+        size = chosen.size or entry.size
+        print(json.dumps(measured(entry, size, seconds, exact=not chosen.no_exact)))
+        return
+    if chosen.again:
+        models = json.loads((chosen.out / "zoo.json").read_text())["models"]
+        draw([found for found in models if "time" in found])
+        return
+    entries = _chosen(chosen.only, chosen.family)
+    flags = ["--quick"] * chosen.quick + ["--no-exact"] * (chosen.no_exact or chosen.growth)
+    if chosen.list:
         print("\n".join(f"{e.family:24s} B = {e.size:<5d} {e.name}" for e in entries))
-        return
-    if options.again:
-        draw(stored(options.out / "zoo.json"), FIGURES / "zoo.png")
-        return
-    seconds = QUICK_SECONDS if options.quick else SECONDS
-    if options.growth:
-        _grow(seconds, options.out, store=not options.quick)
-        return
-    found = measure([(entry, entry.size) for entry in entries], seconds, not options.no_exact)
-    text = "\n".join([machine(), "", as_markdown(found)])
-    print(text)
-    if options.quick or options.only or options.family:
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    measured = [f for f in found if "time" in f]
-    result = {
-        "machine": machine(),
-        "summary": summary(measured),
-        "models": list(map(rounded, found)),
-    }
-    _store(options.out / "zoo", text, result)
-    draw(measured, FIGURES / "zoo.png")
+    elif chosen.growth:
+        found = measure([(named(name), size) for name in GROWING for size in SIZES], flags)
+        growth = {name: [f for f in found if f["name"] == name] for name in GROWING}
+        curves = {name: list(map(rounded, points)) for name, points in growth.items()}
+        text, path = growth_as_markdown(growth), chosen.out / "zoo_growth"
+        _show(text, {"growth": curves}, None if chosen.quick else path)
+    else:
+        found = measure([(entry, entry.size) for entry in entries], flags)
+        whole = not (chosen.quick or chosen.only or chosen.family)
+        drawn = [f for f in found if "time" in f]
+        result = {"summary": summary(drawn), "models": list(map(rounded, found))}
+        _show(as_markdown(found), result, chosen.out / "zoo" if whole else None)
+        if whole:
+            draw(drawn)
 
 
-def measure(work: Sequence[tuple[Entry, int]], seconds: float, exact: bool) -> list[dict[str, Any]]:
-    """What each entry costs at its batch size, one after the other."""
+def measure(work: Sequence[tuple[Entry, int]], flags: Sequence[str]) -> list[dict[str, Any]]:
+    """What each entry costs at its batch size, one after the other, each in a fresh process."""
     found = []
-    columns = (
-        *Progress.get_default_columns(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[now]}"),
-    )
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("models", total=len(work), now="")
-        for entry, size in work:
-            progress.update(task, now=entry.name)
-            found.append(one(entry, size, seconds, exact))
-            progress.console.print(_line(found[-1]), highlight=False, markup=False, soft_wrap=True)
-            progress.advance(task)
+    for number, (entry, size) in enumerate(work, 1):
+        arguments = ["--one", entry.name, "--size", str(size), *flags]
+        found.append({"size": size} | alone(entry, "benchmarks.zoo", arguments, LONGEST))
+        print(f"{number:3d}/{len(work)} {_line(found[-1])}", flush=True)
     return found
-
-
-def one(entry: Entry, size: int, seconds: float, exact: bool) -> dict[str, Any]:
-    """Measure one entry in a fresh process."""
-    arguments = [entry.name, "--size", str(size), "--seconds", str(seconds)]
-    arguments += [] if exact else ["--no-exact"]
-    return {"size": size} | alone(entry, "benchmarks.zoo.one", arguments, LONGEST)
-
-
-def machine() -> str:
-    """What it ran on."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{(names or [platform.processor()])[0]}, 1 thread, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, alpha 0.2"
-    )
 
 
 def rounded(found: dict[str, Any]) -> dict[str, Any]:
@@ -127,22 +98,15 @@ def _chosen(names: list[str] | None, family: str | None) -> list[Entry]:
     return [entry for entry in entries if family in (None, entry.family)]
 
 
-def _grow(seconds: float, out: Path, store: bool) -> None:
-    work = [(named(name), size) for name in GROWING for size in SIZES]
-    found = measure(work, seconds, exact=False)
-    growth = {name: [f for f in found if f["name"] == name] for name in GROWING}
-    text = "\n".join([machine(), "", growth_as_markdown(growth)])
+def _show(table: str, result: dict[str, Any], path: Path | None) -> None:
+    machine = f"{report.processor()}, 1 thread, {report.versions()}, alpha 0.2"
+    text = f"{machine}\n\n{table}"
     print(text)
-    if store:
-        out.mkdir(parents=True, exist_ok=True)
-        curves = {name: list(map(rounded, points)) for name, points in growth.items()}
-        _store(out / "zoo_growth", text, {"machine": machine(), "growth": curves})
-
-
-def _store(path: Path, text: str, result: dict[str, Any]) -> None:
-    path.with_suffix(".md").write_text(text + "\n")
-    path.with_suffix(".json").write_text(as_json(result) + "\n")
-    print(f"written to {path}.md and .json")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".md").write_text(text)
+        path.with_suffix(".json").write_text(as_json({"machine": machine} | result))
+        print(f"written to {path}.md and .json")
 
 
 def _line(found: dict[str, Any]) -> str:

@@ -21,24 +21,17 @@ class Adapted(nn.Module):
         return self.model(input_ids=tokens).logits[:, -tokens.shape[1] :]
 
 
-def adapted(method: str, **options: Any) -> nn.Module:
-    """The base model with an adapter; `method` names PEFT's class of a configuration."""
-    import peft
-
-    base = library("CausalLM", "Llama", "input_ids", **(SIZES | FEW_HEADS))().model
-    config = getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", **options)
-    return Adapted(peft.get_peft_model(base, config))
-
-
 def adapter(name: str, method: str, **options: Any) -> Entry:
-    return Entry(
-        name,
-        "PEFT",
-        16,
-        lambda: adapted(method, **options),
-        texts(LENGTH, WORDS),
-        per_sequence,
-    )
+    """The base model with an adapter; `method` names PEFT's class of a configuration."""
+
+    def adapted() -> nn.Module:
+        import peft
+
+        base = library("CausalLM", "Llama", "input_ids", **(SIZES | FEW_HEADS))().model
+        config = getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", **options)
+        return Adapted(peft.get_peft_model(base, config))
+
+    return Entry(name, "PEFT", 16, adapted, texts(LENGTH, WORDS), per_sequence)
 
 
 ON = {"target_modules": ["q_proj", "v_proj"]}

@@ -6,37 +6,47 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from benchmarks.zoo.entry import Entry
+from benchmarks.zoo.exactness import errors
+from benchmarks.zoo.measuring import cost
 
 
 def alone(entry: Entry, module: str, arguments: Sequence[str], longest: int) -> dict[str, Any]:
-    """What a command prints as its last line, in JSON; one that fails is a row with its error.
+    """What ``python -m module`` prints as its last line, in JSON, within ``longest`` seconds.
 
-    Args:
-        entry: what is measured.
-        module: as after ``python -m``.
-        arguments: of the command.
-        longest: seconds until it counts as failed.
+    One that fails is a row with its error.
     """
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    told = {"env": os.environ | threads, "capture_output": True, "text": True}
     try:
-        finished = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            env=os.environ | threads,
-            capture_output=True,
-            text=True,
-            timeout=longest,
-            check=False,
-        )
+        finished = subprocess.run(command, timeout=longest, check=False, **told)
         return json.loads(finished.stdout.splitlines()[-1])  # type: ignore[no-any-return]
     except subprocess.TimeoutExpired:
         reason = f"took more than {longest} s"
     except (IndexError, json.JSONDecodeError):
         reason = f"ended with {finished.returncode}: {finished.stderr.strip()[-200:]}"
     return {"name": entry.name, "family": entry.family, "fails": reason}
+
+
+def measured(entry: Entry, size: int, seconds: float, exact: bool) -> dict[str, Any]:
+    """What is found of one entry in this process, or why it fails."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {"name": entry.name, "family": entry.family}
+    try:
+        found |= cost(entry, size, seconds)
+        if exact:
+            found |= errors(entry, size)
+    except Exception as error:
+        found["fails"] = f"{type(error).__name__}: {error}"[:300]
+    return found
 
 
 def as_json(result: dict[str, Any]) -> str:
@@ -47,4 +57,4 @@ def as_json(result: dict[str, Any]) -> str:
         if isinstance(value, list):
             text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
         parts.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}"
+    return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -4,26 +4,26 @@
     python -m benchmarks.zoo.compiled --backend inductor --order after --only nanoGPT LSTM
 
 Three epochs of two batches and a shorter last one, in float64; every step is compared with a loop
-of plain autograd over the losses. Each model has a process of its own. What is found of a model
+of plain autograd over the losses. The model is compiled before the optimizer comes, after it, or
+"in place": by `model.compile()`, before. Each model has a process of its own. What is found of it
 replaces its row for that backend and order in the stored file: a run may be stopped and taken up.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import warnings
 from dataclasses import replace
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks import report
 from benchmarks.cost.neighbours import ALPHA
 from benchmarks.zoo.alone import alone, as_json
-from benchmarks.zoo.compiled_report import as_markdown, summary
 from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.exactness import differences, in_double, reference
 from benchmarks.zoo.measuring import Loop
@@ -35,48 +35,42 @@ EPOCHS = 3
 LONGEST = 240
 """Seconds after which a model counts as failed."""
 
-BACKENDS = ("aot_eager", "inductor")
-ORDERS = ("before", "after", "in place")
-"""The model is compiled before the optimizer comes, after it, or by `model.compile()` before."""
-
-RESULTS = Path(__file__).parents[1] / "results" / "zoo_compiled"
+RESULTS = report.RESULTS / "zoo_compiled.json"
 
 
 def main() -> None:
-    """Run the benchmark, or one entry of it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backend", choices=BACKENDS, default="aot_eager")
-    parser.add_argument("--order", choices=ORDERS, default="before")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these entries")
-    parser.add_argument("--one", metavar="NAME", help="in this process; nothing is stored")
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(looked_at(named(options.one), options.backend, options.order)))
+    chosen = report.arguments(
+        __doc__,
+        None,
+        backend={"choices": ("aot_eager", "inductor"), "default": "aot_eager"},
+        order={"choices": ("before", "after", "in place"), "default": "before"},
+        only={"nargs": "+", "metavar": "NAME", "help": "these entries"},
+        one={"metavar": "NAME", "help": "in this process; nothing is stored"},
+    )
+    if chosen.one:
+        print(json.dumps(looked_at(named(chosen.one), chosen.backend, chosen.order)))
         return
-    entries = ENTRIES if options.only is None else [named(name) for name in options.only]
-    for entry in entries:
-        how = ["--backend", options.backend, "--order", options.order]
+    for entry in ENTRIES if chosen.only is None else map(named, chosen.only):
+        how = ["--backend", chosen.backend, "--order", chosen.order]
         found = alone(entry, "benchmarks.zoo.compiled", ["--one", entry.name, *how], LONGEST)
-        found |= {"name": entry.name, "backend": options.backend, "order": options.order}
+        found |= {"name": entry.name, "backend": chosen.backend, "order": chosen.order}
         print(found, flush=True)
         store(found)
 
 
 def store(found: dict[str, Any]) -> None:
     """Replace the row of one model, and make the table anew."""
-    path = RESULTS.with_suffix(".json")
-    rows = json.loads(path.read_text())["models"] if path.exists() else []
+    rows = json.loads(RESULTS.read_text())["models"] if RESULTS.exists() else []
     key = ("name", "backend", "order")
     rows = [row for row in rows if [row[k] for k in key] != [found[k] for k in key]]
     place = {entry.name: number for number, entry in enumerate(ENTRIES)}
     rows = sorted([*rows, found], key=lambda r: (r["backend"], r["order"], place[r["name"]]))
-    path.write_text(as_json({"models": rows}) + "\n")
-    RESULTS.with_suffix(".md").write_text(as_markdown(rows) + "\n")
-    RESULTS.with_name(f"{RESULTS.name}_summary.md").write_text(summary(rows) + "\n")
+    RESULTS.write_text(as_json({"models": rows}))
+    report.write(RESULTS.stem, as_markdown(rows))
+    report.write(f"{RESULTS.stem}_summary", summary(rows))
 
 
 def looked_at(entry: Entry, backend: str, order: str) -> dict[str, Any]:
-    """What is found of one entry."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -152,7 +146,6 @@ class Counted(logging.Handler):
         self.limits += "recompile_limit" in record.getMessage()
 
     def epoch_ends(self) -> None:
-        """Take note of what was compiled in it."""
         self.ends.append(self.counters["frames"]["total"])
 
     def found(self) -> dict[str, Any]:
@@ -163,6 +156,93 @@ class Counted(logging.Handler):
             "compiled_in_epochs": [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)],
             "limits": self.limits,
         }
+
+
+# The table ------------------------------------------------------------------------------------
+
+Found = dict[str, Any]
+
+EXACT, EXACT_IN_FLOAT32 = 1e-10, 1e-5
+"""The error that a row may have; the second where the model itself computes in float32."""
+
+EXPLANATION = (
+    "Three epochs of batches of 5, 5 and 3 samples. Breaks and compiled regions: as torch counts "
+    "them, for both batch sizes together, before and after a model is left alone. Error: the "
+    "largest one of weights and gradients in all steps, against a loop of plain autograd in "
+    "float64; * where the model itself computes in float32.\n"
+)
+
+FUSED, NOTHING, LEFT = "fused between the layers", "nothing compiled", "left uncompiled"
+
+COLUMNS = (
+    "backend", "compiled", "models", "compile plainly", "exact", "fused", "nothing compiled",
+    "left uncompiled", "over 2 more breaks a layer", "anew in epoch 3",
+    "at torch's limit (plainly)",
+)  # fmt: skip
+
+
+def as_markdown(rows: list[Found]) -> str:
+    """A row for each model, backend and order."""
+    columns = ("model", "compiled", "layers", "breaks, regions: plain", "ours", "error", "way")
+    return report.table(columns, map(_row, rows), [True] * len(columns)) + "\n" + EXPLANATION
+
+
+def summary(rows: list[Found]) -> str:
+    """A row for each backend and order."""
+    groups = [_counts(key, list(group)) for key, group in groupby(rows, _way)]
+    return report.table(COLUMNS, groups, [True] * len(COLUMNS))
+
+
+def is_exact(row: Found) -> bool:
+    """Whether every step equals the loop's."""
+    bound = EXACT_IN_FLOAT32 if row.get("float32") else EXACT
+    return "fails" not in _part(row, "ours") and row["ours"]["error"] <= bound
+
+
+def way_of(row: Found) -> str:
+    """What torch.compile is left with."""
+    ours = _part(row, "ours")
+    if "fails" in ours:
+        return f"fails: {ours['fails'][:80]}"
+    if ours["left_uncompiled"]:
+        return LEFT
+    whole = row["order"] == "after"  # the first step compiles all in one, and is alone with it
+    return FUSED if ours["graphs"] > whole else NOTHING
+
+
+def _part(row: Found, what: str) -> Found:
+    return row.get(what) or {"fails": row.get("fails", "not measured")}
+
+
+def _way(row: Found) -> tuple[str, str]:
+    return row["backend"], row["order"]
+
+
+def _counts(key: tuple[str, str], rows: list[Found]) -> list[str]:
+    plain, ours = ([_part(row, what) for row in rows] for what in ("plain", "ours"))
+    ways = [way_of(row) for row in rows]
+    added = [o.get("breaks", 0) - p.get("breaks", 0) for o, p in zip(ours, plain, strict=True)]
+    limits = [sum(part.get("limits", 0) > 0 for part in parts) for parts in (ours, plain)]
+    numbers = [
+        len(rows),
+        sum("fails" not in part for part in plain),
+        sum(map(is_exact, rows)),
+        *map(ways.count, (FUSED, NOTHING, LEFT)),
+        sum(n > 2 * row.get("layers", 0) for n, row in zip(added, rows, strict=True)),
+        sum(part.get("compiled_in_epochs", [0])[-1] > 0 for part in ours),
+    ]
+    return [*key, *map(str, numbers), f"{limits[0]} ({limits[1]})"]
+
+
+def _row(row: Found) -> list[str]:
+    counts = [
+        "" if "fails" in part else f"{part['breaks']}, {part['graphs']}"
+        for part in (_part(row, "plain"), _part(row, "ours"))
+    ]
+    error = _part(row, "ours").get("error")
+    text = "" if error is None else f"{error:.0e}" + "*" * row.get("float32", False)
+    layers = str(row.get("layers", ""))
+    return [row["name"], ", ".join(_way(row)), layers, *counts, text, way_of(row)]
 
 
 if __name__ == "__main__":

@@ -66,11 +66,7 @@ def errors(entry: Entry, size: int) -> dict[str, float | int]:
         torch.manual_seed(2)
         ours.backward()
     weights_error, gradient_error = differences(ours, expected_weights, expected)
-    return {
-        "exact_size": size,
-        "weights_error": weights_error,
-        "gradient_error": gradient_error,
-    }
+    return {"exact_size": size, "weights_error": weights_error, "gradient_error": gradient_error}
 
 
 def differences(ours: Loop, weights: Tensor, gradients: list[Tensor]) -> tuple[float, float]:
@@ -123,8 +119,5 @@ def _largest(difference: Tensor) -> float:
 
 def in_double(batch: Batch) -> Batch:
     """What a model in float64 is called with."""
-    inputs, target = (
-        tuple(t.double() if t.is_floating_point() else t for t in part)
-        for part in (batch[0], (batch[1],))
-    )
-    return inputs, target[0]
+    *inputs, target = (t.double() if t.is_floating_point() else t for t in (*batch[0], batch[1]))
+    return tuple(inputs), target

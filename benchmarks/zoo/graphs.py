@@ -35,21 +35,16 @@ class GCNLayer(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.linear, self.bias = (
-            nn.Linear(inputs, outputs, bias=False),
-            nn.Parameter(torch.zeros(outputs)),
-        )
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         source, target = edges
         degree = x.new_ones(len(x)).index_add(0, target, x.new_ones(len(target)))
         scale = (degree[source] * degree[target]).rsqrt()
         x = self.linear(x)
-        return (
-            x / degree[:, None]
-            + torch.zeros_like(x).index_add(0, target, x[source] * scale[:, None])
-            + self.bias
-        )
+        around = torch.zeros_like(x).index_add(0, target, x[source] * scale[:, None])
+        return x / degree[:, None] + around + self.bias
 
 
 class GINLayer(nn.Module):
@@ -58,18 +53,13 @@ class GINLayer(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.own = nn.Parameter(torch.zeros(()))
-        self.mlp = nn.Sequential(
-            nn.Linear(inputs, outputs),
-            nn.BatchNorm1d(outputs),
-            nn.ReLU(),
-            nn.Linear(outputs, outputs),
-        )
+        first, last = nn.Linear(inputs, outputs), nn.Linear(outputs, outputs)
+        self.mlp = nn.Sequential(first, nn.BatchNorm1d(outputs), nn.ReLU(), last)
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         source, target = edges
-        around = torch.zeros_like(x).scatter_add(
-            0, target[:, None].expand(-1, x.shape[1]), x[source]
-        )
+        index = target[:, None].expand(-1, x.shape[1])
+        around = torch.zeros_like(x).scatter_add(0, index, x[source])
         return self.mlp((1 + self.own) * x + around)
 
 
@@ -130,10 +120,8 @@ class SchNet(nn.Module):
         super().__init__()
         self.atoms = nn.Embedding(10, width)
         self.filters = nn.ModuleList(
-            [
-                nn.Sequential(nn.Linear(16, width), nn.Softplus(), nn.Linear(width, width))
-                for _ in range(depth)
-            ]
+            nn.Sequential(nn.Linear(16, width), nn.Softplus(), nn.Linear(width, width))
+            for _ in range(depth)
         )
         self.updates = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
         self.head = nn.Linear(width, 1)

@@ -6,7 +6,8 @@ Parameters are random; dropout is what the family's configuration says.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +17,16 @@ from benchmarks.zoo.entry import Batch, Entry, images, per_sequence, texts, wave
 WORDS, WIDTH, LENGTH = 500, 96, 32
 
 SIZES: dict[str, Any] = {
-    "vocab_size": WORDS,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 3 * WIDTH,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
+    "vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 3 * WIDTH, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
 """What most families call their sizes."""
 
 GPT_SIZES: dict[str, Any] = {
-    "vocab_size": WORDS,
-    "n_embd": WIDTH,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
+    "vocab_size": WORDS, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 64,
+    "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
 
 
 class Logits(nn.Module):
@@ -52,14 +42,7 @@ class Logits(nn.Module):
 
 
 def library(task: str, family: str, *names: str, **options: Any) -> Callable[[], nn.Module]:
-    """How to make a model.
-
-    Args:
-        task: the library's class is AutoModelFor<task>.
-        family: the library's class is <family>Config.
-        names: of the inputs.
-        options: of the configuration.
-    """
+    """How to make AutoModelFor<task> from <family>Config with options; names are the inputs'."""
 
     def make() -> nn.Module:
         import transformers
@@ -85,109 +68,72 @@ def pairs(size: int) -> Batch:
     return (source, target), following
 
 
-def reader(name: str, family: str, size: int = 16, **options: Any) -> Entry:
-    """A classifier of sentences."""
-    make = library(
-        "SequenceClassification", family, "input_ids", "attention_mask", **(SIZES | options)
-    )
-    return Entry(name, "transformers, text", size, make, masked_sentences)
+def sounds(size: int) -> Batch:
+    (x,), y = waves(1600)(size)
+    return (x.squeeze(1),), y
 
 
-def writer(name: str, family: str, sizes: dict[str, Any] = SIZES, **options: Any) -> Entry:
-    """A language model."""
-    make = library("CausalLM", family, "input_ids", **(sizes | options))
-    return Entry(name, "transformers, text", 16, make, texts(LENGTH, WORDS), per_sequence)
+class Kind(NamedTuple):
+    """What entries of one kind share: field, task, names and batch of the inputs, losses, sizes."""
+
+    field: str
+    task: str
+    names: tuple[str, ...]
+    batch: Callable[[int], Batch]
+    losses: Callable[[Tensor, Tensor], Tensor] | None
+    sizes: dict[str, Any]
 
 
-def translator(name: str, family: str, **options: Any) -> Entry:
-    """An encoder and a decoder."""
-    names = ("input_ids", "decoder_input_ids")
-    make = library("Seq2SeqLM", family, *names, vocab_size=WORDS, **options)
-    return Entry(name, "transformers, text", 16, make, pairs, per_sequence)
+def entry(kind: Kind, name: str, family: str, size: int = 16, **options: Any) -> Entry:
+    make = library(kind.task, family, *kind.names, **(kind.sizes | options))
+    return Entry(name, f"transformers, {kind.field}", size, make, kind.batch, kind.losses)
 
 
-def viewer(name: str, family: str, side: int = 32, size: int = 16, **options: Any) -> Entry:
-    """A classifier of pictures."""
-    options = {"num_labels": 10, **options}
-    make = library("ImageClassification", family, "pixel_values", **options)
-    return Entry(name, "transformers, vision", size, make, images(side))
+def viewer(name: str, family: str, side: int = 32, **options: Any) -> Entry:
+    return entry(VIEWER._replace(batch=images(side)), name, family, **options)
 
 
-def listener(
-    name: str, family: str, batch: Callable[[int], Batch], input: str, **options: Any
-) -> Entry:
-    """A classifier of sounds."""
-    make = library("AudioClassification", family, input, num_labels=10, **options)
-    return Entry(name, "transformers, audio", 16, make, batch)
-
-
-def sounds(length: int) -> Callable[[int], Batch]:
-    def draw(size: int) -> Batch:
-        (x,), y = waves(length)(size)
-        return (x.squeeze(1),), y
-
-    return draw
-
-
-def bands(count: int, length: int) -> Callable[[int], Batch]:
-    """Spectrograms (B, bands, length)."""
-    return waves(length, channels=count)
-
+MASKED = ("input_ids", "attention_mask")
+READER = Kind("text", "SequenceClassification", MASKED, masked_sentences, None, SIZES)
+WRITER = Kind("text", "CausalLM", ("input_ids",), texts(LENGTH, WORDS), per_sequence, SIZES)
+GPT = WRITER._replace(sizes=GPT_SIZES)
+TRANSLATOR = Kind("text", "Seq2SeqLM", ("input_ids", "decoder_input_ids"), pairs, per_sequence,
+                  {"vocab_size": WORDS})  # fmt: skip
+VIEWER = Kind("vision", "ImageClassification", ("pixel_values",), images(32), None,
+              {"num_labels": 10})  # fmt: skip
+LISTENER = Kind("audio", "AudioClassification", ("input_values",), sounds, None,
+                {"num_labels": 10})  # fmt: skip
+reader, writer, translator, listener = (
+    partial(entry, kind) for kind in (READER, WRITER, TRANSLATOR, LISTENER)
+)
 
 FEW_HEADS = {"num_key_value_heads": 2}
-PATCHES = {
-    "image_size": 32,
-    "patch_size": 4,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 3 * WIDTH,
-}
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
+PATCHES = {"image_size": 32, "patch_size": 4, "hidden_size": WIDTH, **LAYERS,
+           "intermediate_size": 3 * WIDTH}  # fmt: skip
+WINDOWS = {"image_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32,
+           "depths": [2, 2], "num_heads": [2, 4]}  # fmt: skip
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
 BART_SIZES = {
-    "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 256,
-    "decoder_ffn_dim": 256,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": 1,
-}
+    **{f"{part}_layers": 2 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 256 for part in ("encoder", "decoder")},
+    "d_model": 64, "max_position_embeddings": 64, **SPECIAL, "forced_eos_token_id": 1,
+}  # fmt: skip
 SOUND_SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 192,
-    "conv_dim": (32, 32, 32),
-    "conv_stride": (5, 4, 2),
-    "conv_kernel": (10, 8, 4),
-    "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-    "classifier_proj_size": 32,
-    "layerdrop": 0.0,
-    "apply_spec_augment": False,
-}
+    "hidden_size": 64, **LAYERS, "intermediate_size": 192, "conv_dim": (32, 32, 32),
+    "conv_stride": (5, 4, 2), "conv_kernel": (10, 8, 4), "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "classifier_proj_size": 32,
+    "layerdrop": 0.0, "apply_spec_augment": False,
+}  # fmt: skip
 
 TEXT = [
     reader("BERT", "Bert"),
     reader("RoBERTa", "Roberta", max_position_embeddings=66),
     reader("DistilBERT", "DistilBert", dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=3 * WIDTH),
-    reader(
-        "DeBERTa-v2",
-        "DebertaV2",
-        relative_attention=True,
-        position_buckets=16,
-        pos_att_type=["p2c", "c2p"],
-        share_att_key=True,
-        norm_rel_ebd="layer_norm",
-        position_biased_input=False,
-    ),
+    reader("DeBERTa-v2", "DebertaV2", relative_attention=True, position_buckets=16,
+           pos_att_type=["p2c", "c2p"], share_att_key=True, norm_rel_ebd="layer_norm",
+           position_biased_input=False),
     reader("ELECTRA", "Electra", embedding_size=48),
     reader("ALBERT", "Albert", embedding_size=48),
     reader("MPNet", "MPNet", max_position_embeddings=66),
@@ -196,14 +142,11 @@ TEXT = [
     reader("RoFormer", "RoFormer", embedding_size=WIDTH),
     reader("ConvBERT", "ConvBert", embedding_size=WIDTH),
     reader("SqueezeBERT", "SqueezeBert", embedding_size=WIDTH),
-    Entry("Funnel", "transformers, text", 16,
-          library("SequenceClassification", "Funnel", "input_ids", "attention_mask",
-                  vocab_size=WORDS, d_model=64, n_head=4, d_head=16, d_inner=192,
-                  block_sizes=[1, 1]),
-          masked_sentences),
-    writer("GPT-2", "GPT2", GPT_SIZES),
+    entry(READER._replace(sizes={}), "Funnel", "Funnel", vocab_size=WORDS, d_model=64, n_head=4,
+          d_head=16, d_inner=192, block_sizes=[1, 1]),
+    entry(GPT, "GPT-2", "GPT2"),
     writer("GPT-NeoX", "GPTNeoX"),
-    writer("GPT-J", "GPTJ", GPT_SIZES, rotary_dim=8),
+    entry(GPT, "GPT-J", "GPTJ", rotary_dim=8),
     writer("OPT", "OPT", ffn_dim=3 * WIDTH, word_embed_proj_dim=WIDTH),
     writer("BLOOM", "Bloom", n_layer=2, n_head=4),
     writer("Llama", "Llama", **FEW_HEADS),
@@ -230,18 +173,8 @@ VISION = [
     viewer("BEiT of transformers", "Beit", **PATCHES, use_relative_position_bias=True),
     viewer("Data2Vec", "Data2VecVision", **PATCHES, use_shared_relative_position_bias=True),
     viewer("DINOv2", "Dinov2", **PATCHES),
-    viewer(
-        "Swin of transformers",
-        "Swin",
-        image_size=32,
-        patch_size=2,
-        window_size=4,
-        embed_dim=32,
-        depths=[2, 2],
-        num_heads=[2, 4],
-    ),
-    viewer("SwinV2", "Swinv2", image_size=32, patch_size=2, window_size=4, embed_dim=32,
-           depths=[2, 2], num_heads=[2, 4]),
+    viewer("Swin of transformers", "Swin", **WINDOWS),
+    viewer("SwinV2", "Swinv2", **WINDOWS),
     viewer("ConvNeXt of transformers", "ConvNext", hidden_sizes=[32, 64, 64, 64],
            depths=[2, 2, 1, 1], patch_size=2),
     viewer("ConvNeXt-V2", "ConvNextV2", hidden_sizes=[32, 64, 64, 64],
@@ -268,19 +201,16 @@ VISION = [
 ]  # fmt: skip
 
 AUDIO = [
-    listener("Wav2Vec2", "Wav2Vec2", sounds(1600), "input_values", **SOUND_SIZES),
-    listener("Hubert", "Hubert", sounds(1600), "input_values", **SOUND_SIZES),
-    listener("WavLM", "WavLM", sounds(1600), "input_values", **SOUND_SIZES),
-    listener("Whisper encoder", "Whisper", bands(16, 80), "input_features", d_model=64,
-             encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=192, num_mel_bins=16,
-             max_source_positions=40, decoder_layers=1, decoder_attention_heads=4,
-             decoder_ffn_dim=64, vocab_size=WORDS, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-             decoder_start_token_id=1),
-    listener("Audio spectrogram transformer", "AST",
-             lambda size: ((torch.randn(size, 64, 32),), torch.randint(10, (size,))),
-             "input_values", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-             intermediate_size=192, max_length=64, num_mel_bins=32, patch_size=8,
-             frequency_stride=8, time_stride=8),
+    listener("Wav2Vec2", "Wav2Vec2", **SOUND_SIZES),
+    listener("Hubert", "Hubert", **SOUND_SIZES),
+    listener("WavLM", "WavLM", **SOUND_SIZES),
+    entry(LISTENER._replace(names=("input_features",), batch=waves(80, channels=16)),
+          "Whisper encoder", "Whisper", d_model=64, encoder_layers=2, encoder_attention_heads=4,
+          encoder_ffn_dim=192, num_mel_bins=16, max_source_positions=40, decoder_layers=1,
+          decoder_attention_heads=4, decoder_ffn_dim=64, vocab_size=WORDS, **SPECIAL),
+    entry(LISTENER._replace(batch=waves(32, channels=64)), "Audio spectrogram transformer", "AST",
+          hidden_size=64, **LAYERS, intermediate_size=192, max_length=64, num_mel_bins=32,
+          patch_size=8, frequency_stride=8, time_stride=8),
 ]  # fmt: skip
 
 ENTRIES = [*TEXT, *VISION, *AUDIO]

@@ -47,10 +47,7 @@ class GPTBlock(nn.Module):
         self.norm1, self.attention = LayerNorm(width), CausalAttention(width, heads, dropout)
         self.norm2 = LayerNorm(width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width),
-            nn.GELU(),
-            nn.Linear(4 * width, width),
-            nn.Dropout(dropout),
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,10 +226,6 @@ def translations(size: int) -> Batch:
     return (source, target), following
 
 
-def bag_of_words() -> nn.Sequential:
-    return nn.Sequential(nn.EmbeddingBag(500, 32), nn.Linear(32, 2))
-
-
 ENTRIES = [
     Entry("nanoGPT", "language", 16, lambda: GPT(0.0), texts(48), per_sequence),
     Entry("nanoGPT, dropout", "language", 16, lambda: GPT(0.1), texts(48), per_sequence),
@@ -241,23 +234,14 @@ ENTRIES = [
     Entry("RNN", "language", 32, lambda: Recurrent(nn.RNN), sentences(32)),
     Entry("LSTM", "language", 32, lambda: Recurrent(nn.LSTM), sentences(32)),
     Entry("GRU", "language", 32, lambda: Recurrent(nn.GRU), sentences(32)),
-    Entry(
-        "LSTM, two layers, both ways",
-        "language",
-        16,
-        lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True),
-        sentences(24),
-    ),
+    Entry("LSTM, two layers, both ways", "language", 16,
+          lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), sentences(24)),
     Entry("LSTM, packed", "language", 16, lambda: Packed(nn.LSTM), uneven(32)),
-    Entry(
-        "GRU, packed, both ways",
-        "language",
-        16,
-        lambda: Packed(nn.GRU, bidirectional=True),
-        uneven(32),
-    ),
+    Entry("GRU, packed, both ways", "language", 16,
+          lambda: Packed(nn.GRU, bidirectional=True), uneven(32)),
     Entry("LSTM language model, tied", "language", 16, TiedLSTM, texts(24), per_sequence),
     Entry("LSTM, attention", "language", 32, AttentiveLSTM, sentences(24)),
     Entry("TextCNN", "language", 32, TextCNN, sentences(48)),
-    Entry("Bag of words", "language", 32, bag_of_words, sentences(32)),
-]
+    Entry("Bag of words", "language", 32,
+          lambda: nn.Sequential(nn.EmbeddingBag(500, 32), nn.Linear(32, 2)), sentences(32)),
+]  # fmt: skip

@@ -67,13 +67,7 @@ class Loop:
 
 
 def cost(entry: Entry, size: int, seconds: float) -> dict[str, float | str | bool]:
-    """What one entry costs at one batch size.
-
-    Args:
-        entry: the model.
-        size: B.
-        seconds: to spend on the pairs of steps.
-    """
+    """What one entry costs at one batch size, by so many seconds of pairs of steps."""
     batch = entry.draw(size)
     plain, ours = (Loop.of(entry, entry.make(), batch, alpha) for alpha in (None, ALPHA))
     for _ in range(WARM_UP):

@@ -16,29 +16,15 @@ from benchmarks.zoo import (
 )
 from benchmarks.zoo.entry import Entry
 
-ENTRIES: list[Entry] = [
-    *vision_residual.ENTRIES,
-    *vision_mobile.ENTRIES,
-    *vision_attention.ENTRIES,
-    *language.ENTRIES,
-    *series.ENTRIES,
-    *graphs.ENTRIES,
-    *tabular.ENTRIES,
-    *perceptrons.ENTRIES,
-    *hugging_face.ENTRIES,
-    *adapters.ENTRIES,
-]
+_FAMILIES = (vision_residual, vision_mobile, vision_attention, language, series, graphs, tabular)
+_FAMILIES += (perceptrons, hugging_face, adapters)
+ENTRIES: list[Entry] = [entry for family in _FAMILIES for entry in family.ENTRIES]
 
 GROWING = ("ViT, class token", "BEiT, bias tables", "LSTM", "MobileNetV3, hard-swish")
 """Entries whose ratio is taken at several batch sizes."""
 
 
 def named(name: str) -> Entry:
-    """The entry of this name.
-
-    Raises:
-        KeyError: there is none.
-    """
     for entry in ENTRIES:
         if entry.name == name:
             return entry

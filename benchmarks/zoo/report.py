@@ -1,9 +1,11 @@
-"""The table of the zoo, sorted by cost, and its summary."""
+"""The table of the zoo, sorted by cost, its summary, and a picture of how the cost is spread."""
 
 from __future__ import annotations
 
 from statistics import median, quantiles
 from typing import Any
+
+from benchmarks import report
 
 Found = dict[str, Any]
 
@@ -14,48 +16,32 @@ EXPLANATION = (
     "Time (of the processor) and peak memory: multiples of a plain step in the same run, one "
     "thread. Error: the larger one of weights and gradient against a loop of plain autograd in "
     "float64. Path: the share of the numbers in parameters that have quick products, and what the "
-    "rest goes by."
+    "rest goes by.\n"
 )
 
 
 def as_markdown(found: list[Found]) -> str:
     """Summary and table; entries that failed stand at the end with their error."""
     measured = sorted((f for f in found if "time" in f), key=lambda f: -f["time"])
-    lines = [
-        *_summary(measured),
-        "",
-        "<!-- each model, which the page folds -->",
-        "",
-        "| model | B | plain, ms | time | memory | error | path |",
-        "|---|---:|---:|---:|---:|---:|---|",
-        *map(_row, measured),
-        *(
-            f"| {f['name']} | | | | | | fails: {_cell(f['fails'])} |"
-            for f in found
-            if "time" not in f
-        ),
-        "",
-        EXPLANATION,
-    ]
-    return "\n".join(lines)
+    lines = [[f["name"], *[""] * 5, f"fails: {f['fails'][:120]}"] for f in found if "time" not in f]
+    head = ["model", "B", "plain, ms", "time", "memory", "error", "path"]
+    texts = [True, *[False] * 5, True]
+    table = report.table(head, [*map(_row, measured), *lines], texts)
+    folded = "<!-- each model, which the page folds -->"
+    return "\n".join([_summary(measured), folded, "", table, EXPLANATION])
 
 
 def growth_as_markdown(growth: dict[str, list[Found]]) -> str:
     """Time / memory at several batch sizes, one row a model, and how far the times are apart."""
     sizes = sorted({f["size"] for found in growth.values() for f in found})
-    lines = [
-        "| growth with B | "
-        + " | ".join(f"B = {size}" for size in sizes)
-        + " | dearest / cheapest |",
-        "|---|" + "---:|" * (len(sizes) + 1),
-    ]
+    lines = []
     for name, found in growth.items():
         cells = {f["size"]: f"{f['time']:.2f} / {f['memory']:.2f}" for f in found if "time" in f}
         times = [f["time"] for f in found if "time" in f]
         ratio = f"{max(times) / min(times):.2f}" if times else ""
-        row = [*(cells.get(size, "fails") for size in sizes), ratio]
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(cells.get(size, "fails") for size in sizes), ratio])
+    head = ["growth with B", *(f"B = {size}" for size in sizes), "dearest / cheapest"]
+    return report.table(head, lines)
 
 
 def summary(measured: list[Found]) -> dict[str, dict[str, Any]]:
@@ -82,33 +68,47 @@ def _spread(values: list[float]) -> list[float]:
     return [round(v, 3) for v in (median(values), nine_tenths, max(values))]
 
 
-def _summary(measured: list[Found]) -> list[str]:
-    lines = [
-        "| models, by their plain step | number | time: median / nine tenths / worst | memory |",
-        "|---|---:|---|---|",
-    ]
+def _summary(measured: list[Found]) -> str:
+    lines = []
     for name, group in summary(measured).items():
-        time, memory = (" / ".join(f"{v:.2f}" for v in group[w]) for w in ("time", "memory"))
-        lines.append(f"| {name} | {group['models']} | {time} | {memory} |")
-    checked = [f for f in measured if "weights_error" in f]
-    if checked:
-        exact = sum(_error(f) <= EXACT for f in checked)
-        lines += ["", f"Exact to {EXACT:g} in float64: {exact} of {len(checked)}."]
-    return lines
+        both = (" / ".join(f"{v:.2f}" for v in group[what]) for what in ("time", "memory"))
+        lines.append([name, str(group["models"]), *both])
+    head = ["models, by their plain step", "number", "time: median / nine tenths / worst", "memory"]
+    table = report.table(head, lines, [True, False, True, True])
+    checked = [_error(f) <= EXACT for f in measured if "weights_error" in f]
+    if not checked:
+        return table
+    return f"{table}\nExact to {EXACT:g} in float64: {sum(checked)} of {len(checked)}.\n"
 
 
 def _error(found: Found) -> float:
     return max(found["weights_error"], found["gradient_error"])
 
 
-def _row(found: Found) -> str:
+def _row(found: Found) -> list[str]:
+    ratios = [f"{found[what]:.2f}" for what in ("milliseconds", "time", "memory")]
     error = f"{_error(found):.0e}" if "weights_error" in found else ""
-    path = found["path"] + (f"; fails: {_cell(found['fails'])}" if "fails" in found else "")
-    return (
-        f"| {found['name']} | {found['size']} | {found['milliseconds']:.2f} "
-        f"| {found['time']:.2f} | {found['memory']:.2f} | {error} | {path} |"
-    )
+    path = found["path"] + (f"; fails: {found['fails'][:120]}" if "fails" in found else "")
+    return [found["name"], str(found["size"]), *ratios, error, path]
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ")[:120]
+def draw(found: list[Found]) -> None:
+    """Sorted dots of time and memory, multiples of a plain step."""
+    with report.figure("zoo.png", 1, 1, (4.8, 3.3), dpi=180) as ((axes,),):
+        for what, color, marker in (("time", "#0072B2", "o"), ("memory", "#D55E00", "^")):
+            values = sorted(f[what] for f in found if what in f)
+            share = [100 * (i + 0.5) / len(values) for i in range(len(values))]
+            look = {"color": color, "markersize": 3, "alpha": 0.8}
+            axes.plot(share, values, marker, label=f"{what}, median {median(values):.2f}", **look)
+        axes.axhline(1, color="0.4", linewidth=1)
+        look = {"ha": "right", "color": "0.3", "fontsize": 8}
+        axes.annotate("a plain step", (100, 1), (0, -10), textcoords="offset points", **look)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.85)
+        ticks = [t for t in (1, 1.5, 2, 3, 5, 10, 20, 50) if t <= axes.get_ylim()[1]]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
+        title = f"What a step costs on {len(values)} models,\nas a multiple of a plain step"
+        axes.set_title(title, fontsize=9.5, fontweight="bold")
+        axes.set(xlabel="share of the models, cheapest first, in %", xlim=(0, 100))
+        axes.grid(axis="y", color="0.9")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from benchmarks.models import mlp
 from benchmarks.zoo.entry import Batch, Entry, squared, waves
 
 
@@ -98,13 +99,8 @@ class Inception(nn.Module):
 
 
 def inception_time() -> nn.Sequential:
-    return nn.Sequential(
-        Inception(1, 12),
-        Inception(48, 12),
-        nn.AdaptiveAvgPool1d(1),
-        nn.Flatten(),
-        nn.Linear(48, 10),
-    )
+    blocks = Inception(1, 12), Inception(48, 12)
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(48, 10))
 
 
 class SpectralNet(nn.Module):
@@ -130,15 +126,8 @@ class Forecaster(nn.Module):
     def __init__(self, past: int = 96, future: int = 24, width: int = 128) -> None:
         super().__init__()
         self.past = past
-        self.blocks = nn.ModuleList(
-            [
-                nn.Sequential(
-                    nn.Linear(past, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
-                    nn.Linear(width, past + future),
-                )
-                for _ in range(3)
-            ]
-        )  # fmt: skip
+        widths = (past, width, width, past + future)
+        self.blocks = nn.ModuleList(mlp(*widths) for _ in range(3))
 
     def forward(self, series: Tensor) -> Tensor:
         total = 0

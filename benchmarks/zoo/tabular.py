@@ -108,10 +108,8 @@ class GLU(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.linear, self.norm = (
-            nn.Linear(inputs, 2 * outputs, bias=False),
-            GhostBatchNorm(2 * outputs),
-        )
+        self.linear = nn.Linear(inputs, 2 * outputs, bias=False)
+        self.norm = GhostBatchNorm(2 * outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.glu(self.norm(self.linear(x)))
@@ -125,10 +123,8 @@ class TabNet(nn.Module):
         self.norm, self.shared = nn.BatchNorm1d(FEATURES), GLU(FEATURES, width)
         self.units = nn.ModuleList([GLU(width, width) for _ in range(steps)])
         self.masks = nn.ModuleList(
-            [
-                nn.Sequential(nn.Linear(width, FEATURES), GhostBatchNorm(FEATURES))
-                for _ in range(steps)
-            ]
+            nn.Sequential(nn.Linear(width, FEATURES), GhostBatchNorm(FEATURES))
+            for _ in range(steps)
         )
         self.head = nn.Linear(width, 2)
 
@@ -237,13 +233,8 @@ class Experts(nn.Module):
 
 ENTRIES = [
     Entry("PLR embeddings", "tabular", 64, lambda: embedded(Periodic()), rows(FEATURES)),
-    Entry(
-        "Piecewise-linear embeddings",
-        "tabular",
-        64,
-        lambda: embedded(PiecewiseLinear()),
-        rows(FEATURES),
-    ),
+    Entry("Piecewise-linear embeddings", "tabular", 64,
+          lambda: embedded(PiecewiseLinear()), rows(FEATURES)),
     Entry("FT-Transformer", "tabular", 32, FTTransformer, rows(FEATURES)),
     Entry("SAINT, rows meet", "tabular", 32, Saint, rows(FEATURES)),
     Entry("TabNet, ghost BatchNorm", "tabular", 64, TabNet, rows(FEATURES)),
@@ -252,4 +243,4 @@ ENTRIES = [
     Entry("TabM, shared ensemble", "tabular", 64, Ensemble, rows(FEATURES)),
     Entry("DCN, categories", "tabular", 64, Cross, numbers_and_categories),
     Entry("Mixture of experts", "tabular", 64, Experts, rows(FEATURES)),
-]
+]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,17 +110,8 @@ class ViT(nn.Module):
         return sum(head(x[:, i]) for i, head in enumerate(self.heads)) / len(self.heads)
 
 
-def vit(tokens: int = 1, depth: int = 3, width: int = 96) -> ViT:
-    blocks = [Block(width, Attention(width, 4), mlp(width)) for _ in range(depth)]
-    return ViT(blocks, width, tokens)
-
-
-def beit(depth: int = 3, width: int = 96) -> ViT:
-    blocks = [
-        Block(width, Attention(width, 4, window=8, token=True), mlp(width), scale=0.1)
-        for _ in range(depth)
-    ]
-    return ViT(blocks, width)
+def vit(tokens: int = 1, scale: float = 0, **bias: Any) -> ViT:
+    return ViT([Block(96, Attention(96, 4, **bias), mlp(96), scale) for _ in range(3)], 96, tokens)
 
 
 class RotaryAttention(nn.Module):
@@ -156,10 +149,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.norm(F.silu(self.gate(x)) * self.value(x)))
-
-
-def eva(depth: int = 3, width: int = 96) -> ViT:
-    return ViT([Block(width, RotaryAttention(width, 4), SwiGLU(width, 256)) for _ in range(depth)])
 
 
 class Windows(nn.Module):
@@ -245,10 +234,6 @@ class MixerBlock(nn.Module):
         return x + self.along(self.norm2(x))
 
 
-def mixer() -> ViT:
-    return ViT([MixerBlock(96, 64) for _ in range(4)], tokens=0)
-
-
 class PoolBlock(nn.Module):
     """PoolFormer: a mean over the neighbours in place of attention."""
 
@@ -264,17 +249,19 @@ class PoolBlock(nn.Module):
         return x + self.scales[1] * self.narrow(F.gelu(self.widen(self.norm2(x))))
 
 
-def poolformer() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 64, 4, 4), *(PoolBlock(64) for _ in range(4)), head(64))
-
-
 ENTRIES = [
     Entry("ViT, class token", "vision", 16, vit, images(32)),
     Entry("DeiT, two tokens", "vision", 16, lambda: vit(tokens=2), images(32)),
-    Entry("BEiT, bias tables", "vision", 16, beit, images(32)),
-    Entry("EVA, rotary, SwiGLU", "vision", 16, eva, images(32)),
+    Entry("BEiT, bias tables", "vision", 16,
+          lambda: vit(scale=0.1, window=8, token=True), images(32)),
+    Entry("EVA, rotary, SwiGLU", "vision", 16,
+          lambda: ViT([Block(96, RotaryAttention(96, 4), SwiGLU(96, 256)) for _ in range(3)]),
+          images(32)),
     Entry("Swin, bias tables", "vision", 16, Swin, images(32)),
     Entry("ConvNeXt", "vision", 16, convnext, images(32)),
-    Entry("MLP-Mixer", "vision", 16, mixer, images(32)),
-    Entry("PoolFormer", "vision", 16, poolformer, images(32)),
-]
+    Entry("MLP-Mixer", "vision", 16,
+          lambda: ViT([MixerBlock(96, 64) for _ in range(4)], tokens=0), images(32)),
+    Entry("PoolFormer", "vision", 16,
+          lambda: nn.Sequential(
+              nn.Conv2d(3, 64, 4, 4), *(PoolBlock(64) for _ in range(4)), head(64)), images(32)),
+]  # fmt: skip

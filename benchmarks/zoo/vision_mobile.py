@@ -53,27 +53,17 @@ def _stages(stem: nn.Module, blocks: list[nn.Module], width: int, act: nn.Module
     return nn.Sequential(conv(3, 16), nn.BatchNorm2d(16), stem, *blocks, *last, head(4 * width))
 
 
-def mobilenet_v2() -> nn.Sequential:
-    act = nn.ReLU6
-    blocks = [Inverted(16, 16, 1, act), Inverted(16, 24, 2, act), Inverted(24, 24, 1, act),
-              Inverted(24, 32, 2, act), Inverted(32, 32, 1, act)]  # fmt: skip
-    return _stages(act(), blocks, 32, act())
-
-
-def mobilenet_v3() -> nn.Sequential:
-    relu, hard, gate = nn.ReLU, nn.Hardswish, HardExcite
-    blocks = [Inverted(16, 16, 1, relu), Inverted(16, 24, 2, relu, gate),
-              Inverted(24, 24, 1, hard, gate, kernel=5), Inverted(24, 40, 2, hard, gate),
-              Inverted(40, 40, 1, hard, gate)]  # fmt: skip
-    return _stages(hard(), blocks, 40, hard())
-
-
-def efficientnet() -> nn.Sequential:
-    act, gate = nn.SiLU, SqueezeExcite
-    blocks = [Inverted(16, 16, 1, act, gate), Inverted(16, 24, 2, act, gate),
-              Inverted(24, 24, 1, act, gate, kernel=5), Inverted(24, 40, 2, act, gate),
-              Inverted(40, 40, 1, act, gate)]  # fmt: skip
-    return _stages(act(), blocks, 40, act())
+def inverted(
+    width: int,
+    acts: list[type[nn.Module]],
+    gates: list[type[nn.Module] | None],
+    kernels: tuple[int, ...] = (3, 3, 5, 3, 3),
+) -> nn.Sequential:
+    """MobileNets and EfficientNet: five blocks, each with its activation, gate and kernel."""
+    shapes = [(16, 16, 1), (16, 24, 2), (24, 24, 1), (24, width, 2), (width, width, 1)]
+    each = zip(shapes, acts, gates, kernels, strict=True)
+    blocks = [Inverted(*shape, act, gate, kernel=k) for shape, act, gate, k in each]
+    return _stages(acts[-1](), blocks, width, acts[-1]())
 
 
 class Ghost(nn.Module):
@@ -163,10 +153,14 @@ def squeezenet() -> nn.Sequential:
 
 
 ENTRIES = [
-    Entry("MobileNetV2", "vision", 16, mobilenet_v2, images(24)),
-    Entry("MobileNetV3, hard-swish", "vision", 16, mobilenet_v3, images(24)),
-    Entry("EfficientNet, squeeze-excite", "vision", 16, efficientnet, images(24)),
+    Entry("MobileNetV2", "vision", 16,
+          lambda: inverted(32, [nn.ReLU6] * 5, [None] * 5, (3,) * 5), images(24)),
+    Entry("MobileNetV3, hard-swish", "vision", 16,
+          lambda: inverted(40, [nn.ReLU] * 2 + [nn.Hardswish] * 3, [None] + [HardExcite] * 4),
+          images(24)),
+    Entry("EfficientNet, squeeze-excite", "vision", 16,
+          lambda: inverted(40, [nn.SiLU] * 5, [SqueezeExcite] * 5), images(24)),
     Entry("GhostNet", "vision", 16, ghostnet, images(32)),
     Entry("ShuffleNetV2", "vision", 16, shufflenet, images(32)),
     Entry("SqueezeNet", "vision", 16, squeezenet, images(32)),
-]
+]  # fmt: skip

@@ -70,18 +70,6 @@ def resnet(
     return nn.Sequential(*layers, head(inputs))
 
 
-def resnet18() -> nn.Sequential:
-    return resnet(basic, [2, 2, 2, 2], [16, 32, 64, 128], 16)
-
-
-def resnet50() -> nn.Sequential:
-    return resnet(bottleneck, [3, 4, 6, 3], [64, 128, 256, 512], 16)
-
-
-def wide_resnet() -> nn.Sequential:
-    return resnet(basic, [1, 1, 1], [32, 64, 128], 16)
-
-
 def group_norm_resnet() -> nn.Sequential:
     def block(inputs: int, outputs: int, stride: int) -> Residual:
         made = basic(inputs, outputs, stride, lambda width: nn.GroupNorm(4, width))
@@ -157,12 +145,8 @@ class UNet(nn.Module):
 
         self.down = nn.ModuleList([twice(3, width), twice(width, 2 * width)])
         self.bottom = twice(2 * width, 4 * width)
-        self.lift = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(4 * width, 2 * width, 2, 2),
-                nn.ConvTranspose2d(2 * width, width, 2, 2),
-            ]
-        )
+        wider = (4 * width, 2 * width)
+        self.lift = nn.ModuleList(nn.ConvTranspose2d(w, w // 2, 2, 2) for w in wider)
         self.up = nn.ModuleList([twice(4 * width, 2 * width), twice(2 * width, width)])
         self.classify = nn.Conv2d(width, classes, 1)
 
@@ -203,10 +187,7 @@ class PreActivation(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList([nn.GroupNorm(4, inputs), nn.GroupNorm(4, outputs)])
         self.convs = nn.ModuleList(
-            [
-                StandardConv(inputs, outputs, 3, stride, 1),
-                StandardConv(outputs, outputs, 3, 1, 1),
-            ]
+            [StandardConv(inputs, outputs, 3, stride, 1), StandardConv(outputs, outputs, 3, 1, 1)]
         )
         self.skip = StandardConv(inputs, outputs, 1, stride) if stride > 1 else None
 
@@ -264,9 +245,12 @@ def vgg() -> nn.Sequential:
 
 
 ENTRIES = [
-    Entry("ResNet-18", "vision", 16, resnet18, images(32)),
-    Entry("ResNet-50", "vision", 16, resnet50, images(24)),
-    Entry("WideResNet", "vision", 16, wide_resnet, images(32)),
+    Entry("ResNet-18", "vision", 16,
+          lambda: resnet(basic, [2, 2, 2, 2], [16, 32, 64, 128], 16), images(32)),
+    Entry("ResNet-50", "vision", 16,
+          lambda: resnet(bottleneck, [3, 4, 6, 3], [64, 128, 256, 512], 16), images(24)),
+    Entry("WideResNet", "vision", 16,
+          lambda: resnet(basic, [1, 1, 1], [32, 64, 128], 16), images(32)),
     Entry("ResNet, GroupNorm", "vision", 16, group_norm_resnet, images(32)),
     Entry("ResNetV2, standardised weights", "vision", 16, resnet_v2, images(32)),
     Entry("NFNet", "vision", 16, nfnet, images(32)),
@@ -274,4 +258,4 @@ ENTRIES = [
     Entry("DenseNet", "vision", 16, densenet, images(24)),
     Entry("U-Net", "vision", 16, UNet, pixels, per_picture),
     Entry("VGG, BatchNorm", "vision", 16, vgg, images(32)),
-]
+]  # fmt: skip

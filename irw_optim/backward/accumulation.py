@@ -1,37 +1,38 @@
 """A logical batch: the weights of several backward passes decided together.
 
-Gradient accumulation adds up physical batches because the whole one does not fit. S, the scores
-and the weights of the whole need G = [G_1; ...; G_k], and every product with G is a sum or a row
-of products with the G_j. So each backward pass only starts its batch: what it keeps is the layers'
-inputs and output gradients (for parameters that only autodiff covers, the graph). The k-th one
-decides, and gives the gradient of the whole.
+The whole batch has G = [G_1; ...; G_k], and every product with G is a sum or a row of products with
+the G_j. So each backward pass only starts its batch: it keeps the layers' inputs and output
+gradients (for parameters that only autodiff covers, the graph). The k-th one decides, and gives the
+gradient of the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from irw_optim.backward.deferred import deferred_loss, seed_of, without_autocast
 from irw_optim.backward.passes import Pass
-from irw_optim.backward.weighted_loss import BatchPass, Weigher
+from irw_optim.backward.weighted_loss import (
+    BatchPass,
+    Weigher,
+    deferred_loss,
+    seed_of,
+    without_autocast,
+)
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.gradients.concatenated import ConcatenatedGradients
 from irw_optim.gradients.ghost import check_inputs
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.materialized import widened
-from irw_optim.torch_internals import is_wanted
+from irw_optim.gradients.materialized import blocked_gram, widened
+from irw_optim.gradients.protocol import Direction, PerSampleGradients
+from irw_optim.torch_internals import is_walked_on, is_wanted
 
 
 class LogicalBatch:
-    """Backward passes that wait for each other.
-
-    Args:
-        size: number of backward passes that make the batch, k.
-    """
+    """``size`` backward passes, which wait for each other."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -44,44 +45,34 @@ class LogicalBatch:
         scored: Callable[[Tensor], bool],
         weigher: Weigher,
     ) -> Tensor:
-        """The criterion's value; the backward pass of the k-th gives the gradient of all k.
-
-        Args:
-            batch: per-sample losses of one physical batch, detached.
-            captured: their gradients.
-            scored: which parameters make the scores.
-            weigher: gives the factor on every loss's gradient, from all passes and their rows.
-        """
+        """The criterion's value for one physical batch; see `weighted_loss`."""
         # Not the leaves: hooks on parameters would be called in passes that give no gradient.
         anchor = torch.zeros_like(batch.value).requires_grad_()
-        member = _Member(self, batch, captured, scored, weigher, get_gradient_edge(anchor))
+        member = _Member(batch, captured, scored, weigher, self, get_gradient_edge(anchor))
         return deferred_loss(batch.value, member, [anchor, *captured.others])
 
     def finish(self) -> None:
         """Decide with the members there are, and add the gradient to ``p.grad``."""
-        if self.members:
-            with without_autocast(self.members[0].batch.losses.device.type):
-                total = self.gradient()
-            # As a backward pass does it, so that hooks on the leaves are called.
-            torch.autograd.backward(list(total), list(total.values()))
-
-    def gradient(self) -> dict[Tensor, Tensor]:
-        """The gradient of the whole batch, for every leaf; the members are let go."""
         members = self.members
+        if not members:
+            return
+        losses, total = members[0].batch.losses, dict[Tensor, Tensor]()
         try:
-            rows = ConcatenatedGradients(
-                [member.captured.rows(member.scored) for member in members],
-                like=widened(members[0].batch.losses),
-            )
-            passes = [Pass(member.batch, member.factor) for member in members]
-            coefficients = members[-1].weigher.coefficients(passes, rows)
-            total: dict[Tensor, Tensor] = {}
-            for member, some in zip(members, coefficients.split(rows.sizes), strict=True):
-                for leaf, gradient in member.weighted_sum(some).items():
-                    total[leaf] = total[leaf] + gradient if leaf in total else gradient
-            return total
+            with without_autocast(losses.device.type):
+                parts = [member.captured.rows(member.scored) for member in members]
+                rows = ConcatenatedGradients(parts, like=widened(losses))
+                passes = [Pass(member.batch, member.factor) for member in members]
+                factors = members[-1].weigher.coefficients(passes, rows)
+                for member, some in zip(members, factors.split(rows.sizes), strict=True):
+                    captured = member.captured
+                    if captured.ghost is not None:
+                        check_inputs(captured.ghost.calls)
+                    for leaf, gradient in captured.weighted_sum(some, keep_graph=False).items():
+                        total[leaf] = total[leaf] + gradient if leaf in total else gradient
         finally:
             self.clear()
+        # As a backward pass does it, so that hooks on the leaves are called.
+        torch.autograd.backward(list(total), list(total.values()))
 
     def clear(self) -> None:
         """Let go of what was kept."""
@@ -90,6 +81,7 @@ class LogicalBatch:
         self.members = []
 
 
+@dataclass(eq=False)
 class _Member(BatchPass):
     """One physical batch, from its forward to the end of the logical one."""
 
@@ -98,56 +90,90 @@ class _Member(BatchPass):
         "expected one backward() for each loss, or IRWOptimizer without accumulation_steps"
     )
 
-    def __init__(
-        self,
-        logical: LogicalBatch,
-        batch: PerSampleLosses,
-        captured: LossGradients,
-        scored: Callable[[Tensor], bool],
-        weigher: Weigher,
-        anchor: GradientEdge,
-    ) -> None:
-        super().__init__(batch, captured, scored, weigher)
-        self.anchor = anchor
-        self.logical = logical
-        self.factor: Tensor | float = 0.0
+    logical: LogicalBatch
+    anchor: GradientEdge
+    factor: Tensor | float = 0.0
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
         """Start this batch; the k-th pass adds the gradient of the whole to ``p.grad``."""
-        captured = self.captured
-        others = [leaf for leaf in captured.others if captured.is_wanted(leaf)]
+        captured, logical = self.captured, self.logical
+        others = list(filter(captured.is_wanted, captured.others))
         weighted = is_wanted(self.anchor.node)
         if weighted:
-            self._start(upstream, keep_graph)
+            self.passed = True
+            walked = is_walked_on(captured.graph.order)
+            captured.start(seed_of(upstream, self.batch), keep_graph or walked)
+            if walked and not keep_graph and captured.finished_by_autograd:
+                captured.close()
+                raise RuntimeError(
+                    "the total loss has another term that goes through the model's graph, and "
+                    "some parameters need that graph until the logical batch is complete: use "
+                    "backward(retain_graph=True), or IRWOptimizer without accumulation_steps"
+                )
+            self.factor = upstream
+            logical.members.append(self)
         plain = {}
         if others:
             factors = upstream * self.batch.ordinary_factors()
             plain = captured.plain_sum(others, factors, hooks_ran=weighted)
-        if weighted and len(self.logical.members) == self.logical.size:
-            self.logical.finish()
-        return [None, *[plain.get(leaf) for leaf in captured.others]]
-
-    def _start(self, upstream: Tensor, keep_graph: bool) -> None:
-        captured = self.captured
-        self.passed = True
-        walked = captured.is_walked_on()
-        captured.start(seed_of(upstream, self.batch), keep_graph or walked)
-        if walked and not keep_graph and captured.finished_by_autograd:
-            captured.close()
-            raise RuntimeError(
-                "the total loss has another term that goes through the model's graph, and "
-                "some parameters need that graph until the logical batch is complete: use "
-                "backward(retain_graph=True), or IRWOptimizer without accumulation_steps"
-            )
-        self.factor = upstream
-        self.logical.members.append(self)
+        if weighted and len(logical.members) == logical.size:
+            logical.finish()
+        return [None, *map(plain.get, captured.others)]
 
     def leave(self) -> None:
         """The others are still to come: the logical batch lets go of all."""
 
-    def weighted_sum(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """Sum of w_i times the gradient of loss i, by leaf."""
-        captured = self.captured
-        if captured.ghost is not None:
-            check_inputs(captured.ghost.calls)
-        return captured.weighted_sum(weights, keep_graph=False)
+
+class ConcatenatedGradients:
+    """The rows of several batches in their order: G = [G_1; G_2; ...].
+
+    A parameter that a batch did not use has rows of zeros there. Weights have the device and the
+    dtype of ``like``.
+
+    >>> from irw_optim.gradients import MaterializedGradients
+    >>> weight = torch.zeros(1)
+    >>> rows = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]])]
+    >>> G = ConcatenatedGradients([MaterializedGradients({weight: r}) for r in rows], like=weight)
+    >>> G.combine(torch.ones(3))[weight], G.dot({weight: torch.ones(1)})
+    (tensor([6.]), tensor([1., 2., 3.]))
+    >>> G.gram()[2]
+    tensor([3., 6., 9.])
+    """
+
+    def __init__(self, parts: Iterable[PerSampleGradients], like: Tensor) -> None:
+        self.parts = list(parts)
+        self.sizes = [part.batch_size for part in self.parts]
+        self.batch_size = sum(self.sizes)
+        self.like = like
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """G^T w."""
+        total: dict[Tensor, Tensor] = {}
+        for part, some in zip(self.parts, weights.split(self.sizes), strict=True):
+            for p, gradient in part.combine(some).items():
+                total[p] = total[p] + gradient if p in total else gradient
+        return total
+
+    def dot(self, direction: Direction) -> Tensor:
+        """G v."""
+        return torch.cat([part.dot(direction) for part in self.parts])
+
+    def gram(self) -> Tensor:
+        """Across batches only the rows themselves meet: they are made a block at a time."""
+        zeros = self.combine(self.like.new_zeros(self.batch_size))
+
+        def rows(samples: slice) -> dict[Tensor, Tensor]:
+            each = [{**zeros, **self._row(i)} for i in range(self.batch_size)[samples]]
+            return {p: torch.stack([row[p] for row in each]) for p in zeros}
+
+        numbers = sum(t.numel() for t in zeros.values())
+        return blocked_gram(self.batch_size, numbers, rows)
+
+    def _row(self, sample: int) -> dict[Tensor, Tensor]:
+        part = 0
+        while sample >= self.sizes[part]:
+            sample -= self.sizes[part]
+            part += 1
+        one = self.like.new_zeros(self.sizes[part])
+        one[sample] = 1
+        return self.parts[part].combine(one)

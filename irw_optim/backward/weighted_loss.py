@@ -1,4 +1,4 @@
-"""From a batch of losses to the scalar that carries the weighted gradient.
+"""From a batch of losses to a scalar whose gradient is made when the backward pass arrives at it.
 
 A scheme decides the weights of a batch. A `Weigher` knows what the batch is (that of one backward
 pass, of several, or of all processes) and how long the step: what it gives is the factor on the
@@ -7,16 +7,20 @@ gradient of every loss at hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
-from irw_optim.backward.deferred import Deferred, deferred_loss, seed_of
 from irw_optim.backward.passes import Pass, as_one
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.torch_internals import graph_is_kept, is_walked_on
 from irw_optim.weighting.local_scheme import NoRows, Scheme
 from irw_optim.weighting.record import StepRecord
 
@@ -37,12 +41,7 @@ class Weigher(Protocol):
 
 
 class OneProcess:
-    """Weighs the samples at hand.
-
-    Args:
-        scheme: decides the weights.
-        note: is told what was decided, when a backward pass runs.
-    """
+    """Weighs the samples at hand; ``note`` is told what was decided, when a backward pass runs."""
 
     def __init__(self, scheme: Scheme, note: Note) -> None:
         self.scheme = scheme
@@ -50,12 +49,14 @@ class OneProcess:
 
     def coefficients(self, passes: Sequence[Pass], rows: PerSampleGradients) -> Tensor:
         """Weights times length: the ordinary gradient is sum_j factor_j mean_j."""
-        record = self.scheme.decide(as_one(passes), rows)
-        self.note(record)
         if len(passes) == 1:
             ((batch, factor),) = passes
+            record = self.scheme.decide(batch, rows)
+            self.note(record)
             plain_mean = isinstance(batch.scale, float) and batch.scale == 1.0
             return record.weights * (factor if plain_mean else factor * batch.scale)
+        record = self.scheme.decide(as_one(passes), rows)
+        self.note(record)
         return record.weights * sum(factor * batch.scale for batch, factor in passes)
 
     def loss(self, batch: PerSampleLosses) -> Tensor:
@@ -66,54 +67,43 @@ class OneProcess:
         return loss
 
 
-def weighted_loss(
-    batch: PerSampleLosses,
-    captured: LossGradients,
-    scored: Callable[[Tensor], bool],
-    weigher: Weigher,
-) -> Tensor:
-    """The criterion's value, whose gradient is ``sum_i c_i grad(loss_i)``.
+class Deferred:
+    """What a loss does when its backward pass arrives: once, unless the graph is kept."""
 
-    That of what is not the model's (inputs, other networks) is the ordinary one.
+    ALREADY_PASSED = (
+        "this loss was already backpropagated: its graph is gone; use "
+        "loss.backward(retain_graph=True) the first time"
+    )
+    ERROR: ClassVar[type[Exception]] = RuntimeError
 
-    Args:
-        batch: the per-sample losses, detached.
-        captured: their gradients.
-        scored: which parameters' gradients make the score.
-        weigher: chooses the factors c when the gradients are known.
-    """
-    weighted = WeightedPass(batch, captured, scored, weigher)
-    weighted.leaves = (*captured.leaves, *captured.others)
-    return deferred_loss(batch.value, weighted, weighted.leaves)
+    captured: LossGradients | None = None  # held until the pass is over
+    passed = False  # whether it has happened
+
+    def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
+        """The gradient of every leaf, for that of the scalar loss; another pass may follow."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """The pass is over."""
+        if self.captured is not None:
+            self.captured.close()
 
 
+@dataclass(eq=False)
 class BatchPass(Deferred):
-    """The backward pass of one batch that is weighed.
+    """The backward pass of one batch that is weighed."""
 
-    Args:
-        batch: the per-sample losses, detached.
-        captured: their gradients.
-        scored: which leaves' gradients make the score.
-        weigher: chooses the factors.
-    """
-
-    captured: LossGradients
-
-    def __init__(
-        self,
-        batch: PerSampleLosses,
-        captured: LossGradients,
-        scored: Callable[[Tensor], bool],
-        weigher: Weigher,
-    ) -> None:
-        self.captured = captured
-        self.batch = batch
-        self.scored = scored
-        self.weigher = weigher
+    batch: PerSampleLosses  # detached
+    captured: LossGradients = field()
+    scored: Callable[[Tensor], bool]  # which leaves' gradients make the score
+    weigher: Weigher  # chooses the factors when the gradients are known
 
 
+@dataclass(eq=False)
 class WeightedPass(BatchPass):
-    """One that is weighed by itself, and gives the leaves their gradients."""
+    """One that is weighed by itself."""
+
+    leaves: Sequence[Tensor]
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
         """Weigh, and sum up."""
@@ -121,7 +111,7 @@ class WeightedPass(BatchPass):
         total: dict[Tensor, Tensor] = {}
         others = captured.others and list(filter(captured.is_wanted, captured.others))
         weighted = not others or any(map(captured.is_wanted, captured.leaves))
-        keep_graph = keep_graph or captured.is_walked_on()
+        keep_graph = keep_graph or is_walked_on(captured.graph.order)
         if weighted:
             captured.start(seed_of(upstream, batch), keep_graph)
         if others:
@@ -133,6 +123,82 @@ class WeightedPass(BatchPass):
             del rows  # which may hold g_S
             total |= captured.weighted_sum(weights, keep_graph)
         return list(map(total.get, self.leaves))
+
+
+def weighted_loss(
+    batch: PerSampleLosses,
+    captured: LossGradients,
+    scored: Callable[[Tensor], bool],
+    weigher: Weigher,
+) -> Tensor:
+    """The criterion's value, whose gradient is ``sum_i c_i grad(loss_i)``.
+
+    That of what is not the model's (inputs, other networks) is the ordinary one.
+    """
+    leaves = (*captured.leaves, *captured.others)
+    weighted = WeightedPass(batch, captured, scored, weigher, leaves)
+    return _DeferredLoss.apply(batch.value, weighted, *leaves)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def deferred_loss(value: Tensor, deferred: Deferred, leaves: Iterable[Tensor]) -> Tensor:
+    """A scalar with the given value, whose gradients of the leaves are deferred.
+
+    So whatever listens to autograd (gradient accumulation, hooks on parameters,
+    DistributedDataParallel) hears the weighted gradient as it would the ordinary one.
+    """
+    return _DeferredLoss.apply(value, deferred, *leaves)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _DeferredLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, deferred: Deferred, *leaves: Tensor) -> Tensor:
+        ctx.deferred = deferred
+        return value.detach()  # another tensor: its graph is that of the loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        deferred: Deferred = ctx.deferred
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backward(create_graph=True) was called on a weighted loss: its gradient cannot be "
+                "differentiated again, since the weights are constants of the step; leave "
+                "create_graph out (optimizers that need curvature, such as AdaHessian and SophiaH, "
+                "cannot be inside IRWOptimizer)"
+            )
+        if deferred.passed:
+            raise deferred.ERROR(deferred.ALREADY_PASSED)
+        keep_graph = graph_is_kept()
+        try:
+            with without_autocast(upstream.device.type):
+                return None, None, *deferred.arrive(upstream, keep_graph)
+        finally:
+            if not keep_graph:
+                deferred.passed = True
+                deferred.leave()
+
+
+def seed_of(upstream: Tensor, batch: PerSampleLosses) -> Tensor:
+    """The factor that every loss carries through its backward pass: that of the ordinary mean.
+
+    So hooks on activations hear gradients of the size that they expect, and half precision gets a
+    gradient scaler's scale. 0 would take the weights with it.
+    """
+    seed = upstream * (batch.scale / max(1, batch.losses.shape[0]))
+    if seed.device.type == "cpu":  # looking at it waits for nothing there
+        value = seed.item()
+        return seed if value and isfinite(value) else torch.ones_like(seed)
+    seed = seed.nan_to_num(1.0, posinf=1.0, neginf=1.0)
+    return seed.masked_fill_(seed == 0, 1.0)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Products are taken in the precision that the tensors have, or better."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 def ordinary_loss(batch: PerSampleLosses) -> Tensor:

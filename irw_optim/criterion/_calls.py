@@ -34,11 +34,10 @@ def value_of_its_own(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     """What the criterion itself returns, detached; the next call finds all as this one did.
 
     Gradients stay enabled: a criterion may differentiate on its way (a penalty on a gradient).
-    Whether it draws from NumPy is looked at at uses 1, 2, 4, 8, ..., until it has: to save and
-    restore that state takes longer than all the rest.
+    Whether it draws from NumPy is looked at now and then, until it has: to save and restore that
+    state takes longer than all the rest.
     """
-    uses = _uses[criterion] = _uses.get(criterion, 0) + 1
-    looks = criterion in _draw_from_numpy or not uses & (uses - 1)
+    looks = is_due(criterion, _uses) or criterion in _draw_from_numpy
     with rehearsal(criterion, (*args, *kwargs.values()), numpy=looks) as saved:
         own = forward_of(criterion)(*args, **kwargs)
         if saved is not None and not _same(saved, np.random.get_state()):
@@ -48,6 +47,12 @@ def value_of_its_own(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 _uses: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _draw_from_numpy: WeakSet[nn.Module] = WeakSet()
+
+
+def is_due(criterion: nn.Module, uses: WeakKeyDictionary[nn.Module, int]) -> bool:
+    """Counts a use, and tells whether it is the 1st, 2nd, 4th, 8th, ..."""
+    count = uses[criterion] = uses.get(criterion, 0) + 1
+    return not count & (count - 1)
 
 
 def forward_of(criterion: nn.Module) -> Callable[..., Any]:
@@ -63,11 +68,7 @@ def rehearsal(
 
     Attributes are restored, with what is in the lists, dicts, tensors, random generators and plain
     objects that they name. What a criterion changes elsewhere (a file, a global) stays changed.
-
-    Args:
-        criterion: What is called inside.
-        arguments: What it is called with.
-        numpy: Whether the state of NumPy's global generator is among them; it is what is yielded.
+    With ``numpy``, the state of NumPy's global generator is among them, and is what is yielded.
     """
     undo = list(undo_state(criterion, by_version=True))
     devices = {a.device for a in arguments if isinstance(a, Tensor)}

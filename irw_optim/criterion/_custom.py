@@ -1,16 +1,22 @@
-"""Criteria that are the user's own: a function of per-sample losses, or a module."""
+"""Criteria that are the user's own: a function of per-sample losses, or a module, checked.
+
+A criterion that reduces over the batch itself (a Dice loss with ``batch=True``) returns one number
+a class; with as many classes as samples nothing about the shape is odd. So the samples change
+places: losses that are theirs go along, a sum over the batch stays as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from irw_optim.criterion._calls import forward_of, rehearsal, unreduced
-from irw_optim.criterion._folding import PerSampleLosses
-from irw_optim.criterion._rules import plain, rule_for
+from irw_optim.criterion._calls import forward_of, is_due, rehearsal, unreduced
+from irw_optim.criterion._rules import RULES, PerSampleLosses, Rule, plain
 
 _SHAPE = "one loss per sample, of shape (B,) or (B, ...)"
 
@@ -64,7 +70,7 @@ class PerSampleLoss(nn.Module):
         return f"{name}, reduction={self.reduction!r}"
 
 
-rule_for(PerSampleLoss, trusted=False)(plain)
+RULES[PerSampleLoss] = Rule(plain, trusted=False)
 
 
 def with_own_value(
@@ -75,21 +81,13 @@ def with_own_value(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> PerSampleLosses:
-    """The losses of a module that is not torch's, with the value that the module itself returns.
+    """The losses of a module that is not torch's, with the value ``own`` that itself returns.
 
     Its value must be the mean or the sum that it claims, at every call: a mean that is weighted
     (over a mask, say), or a penalty added on top, would otherwise go unnoticed.
 
-    Args:
-        criterion: The module.
-        own: What it returned for the same call.
-        result: The losses, folded.
-        elements: What they were folded from.
-        args: What the criterion was called with.
-        kwargs: What the criterion was called with.
-
     Raises:
-        ValueError: If the criterion's own value is another one.
+        ValueError: If it is another one than that of the elements, of which `result` was folded.
     """
     if isinstance(own, Tensor) and own.dim() == 0:
         if _agree(criterion, own, elements):
@@ -131,12 +129,7 @@ def _is_another_draw(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def check_elements(criterion: nn.Module, elements: object) -> None:
-    """Checks that what a custom criterion computes is one loss, or a row of them, per sample.
-
-    Raises:
-        TypeError: If it is not a tensor of floating-point numbers.
-        ValueError: If it is a single number.
-    """
+    """Checks that a custom criterion computes floating-point numbers, one or a row per sample."""
     name = type(criterion).__name__
     if not (isinstance(elements, Tensor) and elements.is_floating_point()):
         got = elements.dtype if isinstance(elements, Tensor) else type(elements).__name__
@@ -157,19 +150,112 @@ def check_leading_dimension(
     """Checks that the losses have the leading dimension of one of the call's tensors, if any.
 
     Beside a prediction, vectors of numbers do not count: weights of the classes are no samples.
-
-    Raises:
-        ValueError: If they have not.
     """
     tensors = [a for a in arguments if isinstance(a, Tensor) and a.dim()]
-    if any(t.requires_grad for t in tensors):
-        tensors = [
-            t for t in tensors if t.requires_grad or t.dim() > 1 or not t.is_floating_point()
-        ]
-    sizes = {t.shape[0] for t in tensors}
+    predicted = any(t.requires_grad for t in tensors)
+    sizes = {len(t) for t in tensors if not (predicted and _may_be_of_classes(t))}
     if sizes and elements.shape[0] not in sizes:
         raise ValueError(
             f"{type(criterion).__name__} returned losses of shape {tuple(elements.shape)}, but its "
             f"arguments have leading dimensions {sorted(sizes)}: return {_SHAPE}, or give "
             "per_sample_losses(..., batch_size=B) to fold them"
         )
+
+
+_checked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+_FAR_CLOSER = 0.1
+"""How much closer to one of two expectations than these are to each other, to decide for it."""
+
+
+def check_rows_are_samples(
+    criterion: nn.Module,
+    elements: Tensor,
+    batch: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Checks at uses 1, 2, 4, 8, ... that the losses go along when the samples change places.
+
+    Where that cannot be told, because the criterion raises, draws numbers, or has no two losses
+    that differ, nothing is said.
+    """
+    if not is_due(criterion, _checked):
+        return
+    # As many calls whatever the numbers are: a criterion may gather from other processes.
+    calls = [_called_again(criterion, args, kwargs, m) for m in _moves(len(elements), batch)]
+    if batch < 2:
+        return
+    elements = elements.detach()
+    along = elements.roll(len(elements) // batch, 0)
+    near = _FAR_CLOSER * _distance(elements, along)
+    moved = [other for other in calls if other is not None and other.shape == elements.shape]
+    if any(_distance(other, along) <= near for other in moved):
+        return
+    if any(_distance(other, elements) <= near for other in moved):
+        raise ValueError(
+            f"{type(criterion).__name__} returned losses of shape {tuple(elements.shape)} that "
+            "stay as they are when the samples of the batch change places: they are not one loss "
+            "per sample, but reduced over the batch (as by the batch=True of a Dice loss). Return "
+            "losses of shape (B,) or (B, ...), from a function as PerSampleLoss(fn), or call "
+            "optimizer.backward(losses) with losses of shape (B,)"
+        )
+
+
+def _moves(rows: int, batch: int) -> list[Callable[[object], object]]:
+    """Everything that has a row a sample goes along; or all but what may be a number a class."""
+
+    def move(value: object) -> object:
+        if isinstance(value, Tensor):
+            if not value.dim() or len(value) not in (rows, batch):
+                return value
+            return value.detach().roll(len(value) // max(1, batch), 0)
+        if not isinstance(value, list | tuple) or len(value) != batch:
+            return None
+        batches = any(isinstance(v, Tensor) and v.dim() and len(v) == batch for v in value)
+        return None if batches else [value[-1], *value[:-1]]
+
+    def move_samples(value: object) -> object:
+        return value if isinstance(value, Tensor) and _may_be_of_classes(value) else move(value)
+
+    return [move, move_samples]
+
+
+def _may_be_of_classes(tensor: Tensor) -> bool:
+    """Whether it may hold one number a class."""
+    return tensor.dim() == 1 and tensor.is_floating_point() and not tensor.requires_grad
+
+
+def _mapped(value: Any, move: Callable[[object], object]) -> Any:
+    """The value with `move` applied to every tensor, and to every list that is one of samples."""
+    moved = move(value)
+    if moved is not None:
+        return moved
+    if isinstance(value, Mapping):
+        return type(value)({name: _mapped(v, move) for name, v in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, list | tuple):
+        parts = [_mapped(v, move) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _called_again(
+    criterion: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    move: Callable[[object], object],
+) -> Tensor | None:
+    """The elements for other arguments; None where the criterion cannot be called with them."""
+    with rehearsal(criterion, (*args, *kwargs.values())), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.no_grad():
+                return unreduced(criterion, _mapped(args, move), _mapped(kwargs, move))
+        except Exception:  # whatever another's code raises: it says nothing about the samples
+            return None
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    """The largest difference; none between infinite numbers that are equal."""
+    difference = (left - right).masked_fill(left == right, 0)
+    return float(difference.abs().max()) if left.numel() else 0.0

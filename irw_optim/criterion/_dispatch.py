@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.criterion._calls import unreduced, value_of_its_own
-from irw_optim.criterion._custom import check_elements, check_leading_dimension, with_own_value
-from irw_optim.criterion._folding import PerSampleLosses
-from irw_optim.criterion._rules import Rule, find_rule, plain
-from irw_optim.criterion._samples import check_rows_are_samples
+from irw_optim.criterion._custom import (
+    check_elements,
+    check_leading_dimension,
+    check_rows_are_samples,
+    with_own_value,
+)
+from irw_optim.criterion._rules import PerSampleLosses, Rule, find_rule, plain
 
 _CUSTOM = Rule(plain, trusted=False)
 _WAYS_OUT = (
@@ -60,7 +63,7 @@ def per_sample_losses(
         >>> batch.value, batch.scale
         (tensor(0.4100), 1.0)
     """
-    rule = _usable_rule(criterion)
+    rule = validate_criterion(criterion)
     own = value_of_its_own(criterion, args, kwargs) if rule is _CUSTOM else None
     elements = unreduced(criterion, args, kwargs)
     if not rule.trusted:
@@ -79,29 +82,22 @@ def per_sample_losses(
     return with_own_value(criterion, own, result, elements, args, kwargs)
 
 
-def validate_criterion(criterion: nn.Module) -> None:
-    """Raises for what can be seen to be impossible before the criterion is called.
+def validate_criterion(criterion: nn.Module) -> Rule:
+    """The rule of a criterion; raises for what can be seen to be impossible before a call.
 
     Args:
-        criterion: A criterion for :func:`per_sample_losses`.
+        criterion: for :func:`per_sample_losses`.
 
     Raises:
-        TypeError: If it is no ``nn.Module``, is compiled, or has no reduction.
-        ValueError: If its reduction is ``"none"`` or unknown.
+        TypeError: no ``nn.Module``, compiled, or without a reduction.
+        ValueError: its reduction is ``"none"`` or unknown.
 
-    Example:
-        >>> import torch
-        >>> from irw_optim.criterion import validate_criterion
-        >>> validate_criterion(torch.nn.MSELoss())
-        >>> validate_criterion(torch.nn.MSELoss(reduction="none"))  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: criterion MSELoss has reduction='none', which leaves ...
+    >>> _ = validate_criterion(nn.MSELoss())
+    >>> validate_criterion(nn.MSELoss(reduction="none"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: criterion MSELoss has reduction='none', which leaves ...
     """
-    _usable_rule(criterion)
-
-
-def _usable_rule(criterion: nn.Module) -> Rule:
     if isinstance(criterion, type):
         name = criterion.__name__
         raise TypeError(

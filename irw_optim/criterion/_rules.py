@@ -1,11 +1,7 @@
-"""What each loss does between its elements and its value: one short rule per kind of loss.
+"""From a criterion's unreduced elements to one loss per sample: one short rule per kind of loss.
 
-A rule gets the criterion, its unreduced elements (B·k, ...), the number of samples and the
-arguments of the call. To add one::
-
-    @rule_for(MyLoss)
-    def _my_loss(criterion, elements, batch, input, target):
-        return fold(elements, batch, criterion.reduction, normaliser=...)
+A rule gets the criterion, its elements (B·k, ...), the number of samples and the arguments of the
+call, and folds the elements; `RULES` says which kind has which.
 """
 
 from __future__ import annotations
@@ -17,38 +13,134 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.criterion._calls import forward_of
-from irw_optim.criterion._folding import PerSampleLosses, flat, fold
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class PerSampleLosses(NamedTuple):
+    """The losses of the B samples of a batch and how they make up the criterion's value.
+
+    The ordinary gradient is ``scale * Σ_i (n_i / Σ n) ∇ℓ_i`` with n = ``counts``, or all alike. A
+    weighting puts weights that sum to 1 in the place of n / Σ n.
+
+    Attributes:
+        losses: ℓ, shape (B,), differentiable: the mean of each sample's own valid elements, class
+            weights included; 0 with gradient 0 where a sample has none.
+        value: What the criterion itself returns: a detached scalar of the losses' dtype.
+        scale: Detached. 1 for the plain mean, Σn / Σc for torch's mean with class weights c,
+            Σn for the sum, the number of elements of a sample for KLDivLoss' ``batchmean``.
+        labels: Class of each sample, int64 of shape (B,), if the target is one class per sample,
+            else None. Ignored samples keep the criterion's ``ignore_index`` as their label.
+        counts: n, valid elements of each sample, int64 of shape (B,), or None if all samples are
+            known to have equally many. ``counts == 0`` marks the samples that are ignored
+            altogether: they are part of no mean.
+        elements: Σn, or None if every sample is one element. With `scale` it makes the value of
+            several batches together: a mean divides by the sum of their ``elements / scale``.
+        summed: Whether the value is the sum.
+    """
+
+    losses: Tensor
+    value: Tensor
+    scale: Tensor | float
+    labels: Tensor | None = None
+    counts: Tensor | None = None
+    elements: Tensor | float | None = None
+    summed: bool = False
+
+    def ordinary_factors(self) -> Tensor:
+        """What the ordinary gradient multiplies each loss's gradient with: (B,), detached."""
+        losses = self.losses.detach()
+        if self.counts is None:
+            return torch.full_like(losses, 1 / max(1, len(losses))) * self.scale
+        counts = self.counts.to(losses.dtype)
+        return counts / counts.sum().clamp(min=1) * self.scale
+
+
+def fold(
+    elements: Tensor,
+    batch: int,
+    reduction: str,
+    *,
+    valid: Tensor | None = None,
+    normaliser: Tensor | float | None = None,
+    labels: Tensor | None = None,
+) -> PerSampleLosses:
+    """Means over each sample's valid elements, and the value of torch's reduction, without a wait.
+
+    Args:
+        elements: Unreduced losses, shape (batch · k, ...), row-major; 0 where not valid.
+        batch: Number of samples B.
+        reduction: ``"sum"``; anything else divides the sum by the normaliser.
+        valid: Which elements count, shape of `elements`; None for all.
+        normaliser: What the mean divides the sum by, if not the number of valid elements.
+        labels: Passed on.
+    """
+    detached = elements.detach()
+    if valid is None:
+        losses, counts = _row_means(elements, batch), None
+        total: Tensor | int = elements.numel()
+    else:
+        losses, counts = _valid_row_means(elements, valid, batch)
+        total = torch.count_nonzero(valid)
+
+    scale: Tensor | float = 1.0
+    if reduction == "sum":
+        value = detached.sum()
+        scale = float(total) if isinstance(total, int) else total.to(_wide(elements))
+    elif normaliser is not None:
+        value = _quotient(detached, normaliser)
+        if isinstance(normaliser, Tensor) or normaliser:  # Python's 0/0 raises
+            scale = total / normaliser
+        if isinstance(scale, Tensor):
+            # 0/0, all ignored: torch's value is NaN and its gradient 0, as any number leaves it.
+            scale = scale.nan_to_num(1.0, posinf=float("inf"))
+    else:
+        value = detached.mean() if valid is None else _quotient(detached, total)
+    return PerSampleLosses(losses, value, scale, labels, counts, total, reduction == "sum")
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is 1-D already: a view costs time and a node in the graph."""
+    return tensor if tensor.dim() == 1 else tensor.reshape(-1)
+
+
+def _row_means(elements: Tensor, batch: int) -> Tensor:
+    if elements.numel() == batch:
+        return elements if elements.dim() == 1 else flat(elements)
+    rows = elements.reshape(batch, -1)
+    return rows.mean(1) if rows.shape[1] else rows.sum(1)  # the mean of nothing would be NaN
+
+
+def _valid_row_means(elements: Tensor, valid: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    if elements.numel() == batch:
+        return flat(elements), flat(valid).long()
+    counts = valid.reshape(batch, -1).sum(1)
+    return _quotient(elements.reshape(batch, -1), counts.clamp(min=1), 1), counts
+
+
+def _quotient(elements: Tensor, divisor: Tensor | float, *dim: int) -> Tensor:
+    if elements.dtype not in _HALVES:
+        return elements.sum(dim or None) / divisor
+    # Their sum can overflow, or drop small terms, where the quotient does neither.
+    return (elements.sum(dim or None, dtype=torch.float32) / divisor).to(elements.dtype)
+
+
+def _wide(elements: Tensor) -> torch.dtype:
+    return torch.float32 if elements.dtype in _HALVES else elements.dtype
+
 
 Compute: TypeAlias = Callable[..., PerSampleLosses]
 
 
 class Rule(NamedTuple):
-    """How a kind of criterion gets from elements to its value.
+    """How a kind of criterion gets from elements to its value, by the reductions that it has.
 
-    Attributes:
-        compute: (criterion, elements, batch, *args, **kwargs) -> PerSampleLosses.
-        reductions: Those it has, ``"none"`` apart.
-        trusted: Whether its elements are known to be one row or more a sample.
+    It is trusted where its elements are known to be one row or more a sample.
     """
 
     compute: Compute
     reductions: tuple[str, ...] = ("mean", "sum")
     trusted: bool = True
-
-
-RULES: dict[type[nn.Module], Rule] = {}
-
-
-def rule_for(
-    *kinds: type[nn.Module], reductions: tuple[str, ...] = ("mean", "sum"), trusted: bool = True
-) -> Callable[[Compute], Compute]:
-    """Registers the decorated rule for the given kinds of criterion."""
-
-    def register(compute: Compute) -> Compute:
-        RULES.update((kind, Rule(compute, reductions, trusted)) for kind in kinds)
-        return compute
-
-    return register
 
 
 def find_rule(criterion: nn.Module) -> Rule | None:
@@ -67,51 +159,23 @@ def find_rule(criterion: nn.Module) -> Rule | None:
     return None
 
 
-@rule_for(
-    nn.CosineEmbeddingLoss,
-    nn.GaussianNLLLoss,
-    nn.HingeEmbeddingLoss,
-    nn.HuberLoss,
-    nn.L1Loss,
-    nn.MarginRankingLoss,
-    nn.MSELoss,
-    nn.MultiLabelMarginLoss,
-    nn.MultiLabelSoftMarginLoss,
-    nn.PoissonNLLLoss,
-    nn.SmoothL1Loss,
-    nn.TripletMarginLoss,
-    nn.TripletMarginWithDistanceLoss,
-)
 def plain(criterion: Any, elements: Tensor, batch: int, *_: Any, **__: Any) -> PerSampleLosses:
     """The mean or the sum of all elements."""
     return fold(elements, batch, criterion.reduction)
 
 
-@rule_for(nn.BCELoss, nn.BCEWithLogitsLoss)
-def _binary(
-    criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
-) -> PerSampleLosses:
-    labels = _labels(target, batch, threshold=0.5)
-    return fold(elements, batch, criterion.reduction, labels=labels)
+def labelled(threshold: float | None = None) -> Compute:
+    """The same, with a target that may tell classes: two, by a threshold, or those it names."""
+
+    def rule(
+        criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
+    ) -> PerSampleLosses:
+        labels = _labels(target, batch, threshold)
+        return fold(elements, batch, criterion.reduction, labels=labels)
+
+    return rule
 
 
-@rule_for(nn.SoftMarginLoss)
-def _signed_binary(
-    criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
-) -> PerSampleLosses:
-    labels = _labels(target, batch, threshold=0.0)
-    return fold(elements, batch, criterion.reduction, labels=labels)
-
-
-@rule_for(nn.MultiMarginLoss)
-def _multi_margin(
-    criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
-) -> PerSampleLosses:
-    # Unlike the cross entropy, its mean divides by the number of samples, class weights or not.
-    return fold(elements, batch, criterion.reduction, labels=_labels(target, batch))
-
-
-@rule_for(nn.CrossEntropyLoss, nn.NLLLoss)
 def _cross_entropy(
     criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
 ) -> PerSampleLosses:
@@ -136,11 +200,6 @@ def _cross_entropy(
     )
 
 
-if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the lowest torch supported
-    rule_for(nn.LinearCrossEntropyLoss)(_cross_entropy)
-
-
-@rule_for(nn.KLDivLoss, reductions=("mean", "sum", "batchmean"))
 def _kl_div(
     criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
 ) -> PerSampleLosses:
@@ -148,7 +207,6 @@ def _kl_div(
     return fold(elements, batch, criterion.reduction, normaliser=normaliser)
 
 
-@rule_for(nn.CTCLoss)
 def _ctc(
     criterion: Any,
     elements: Tensor,
@@ -180,3 +238,31 @@ def _labels(target: Tensor, batch: int, threshold: float | None = None) -> Tenso
     if target.numel() != batch:
         return None
     return flat(target if threshold is None else target > threshold).long()
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.BCELoss: Rule(labelled(0.5)),
+    nn.BCEWithLogitsLoss: Rule(labelled(0.5)),
+    nn.CosineEmbeddingLoss: Rule(plain),
+    nn.CrossEntropyLoss: Rule(_cross_entropy),
+    nn.CTCLoss: Rule(_ctc),
+    nn.GaussianNLLLoss: Rule(plain),
+    nn.HingeEmbeddingLoss: Rule(plain),
+    nn.HuberLoss: Rule(plain),
+    nn.KLDivLoss: Rule(_kl_div, ("mean", "sum", "batchmean")),
+    nn.L1Loss: Rule(plain),
+    nn.MarginRankingLoss: Rule(plain),
+    nn.MSELoss: Rule(plain),
+    nn.MultiLabelMarginLoss: Rule(plain),
+    nn.MultiLabelSoftMarginLoss: Rule(plain),
+    # Unlike the cross entropy's, its mean divides by the number of samples, class weights or not.
+    nn.MultiMarginLoss: Rule(labelled()),
+    nn.NLLLoss: Rule(_cross_entropy),
+    nn.PoissonNLLLoss: Rule(plain),
+    nn.SmoothL1Loss: Rule(plain),
+    nn.SoftMarginLoss: Rule(labelled(0.0)),
+    nn.TripletMarginLoss: Rule(plain),
+    nn.TripletMarginWithDistanceLoss: Rule(plain),
+}
+if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the lowest torch supported
+    RULES[nn.LinearCrossEntropyLoss] = Rule(_cross_entropy)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
 from irw_optim.criterion._dispatch import per_sample_losses, validate_criterion
-from irw_optim.criterion._folding import PerSampleLosses
+from irw_optim.criterion._rules import PerSampleLosses
 from irw_optim.notebook import in_a_notebook
 from irw_optim.torch_internals import uncompiled
 
@@ -29,11 +29,8 @@ Listener = Callable[[PerSampleLosses], Tensor]
 def check_unattached(criterion: nn.Module, model: nn.Module | None = None) -> None:
     """Refuse a criterion that is attached to an optimizer that lives.
 
-    Args:
-        criterion: to be attached.
-        model: what it is to be attached for; an older optimizer of the same yields, and in a
-            notebook one of any model: a cell that runs twice may make both anew. The older one
-            raises if it steps.
+    An older optimizer of the same model yields, and in a notebook one of any model: a cell that
+    runs twice may make both anew. The older one raises if it steps.
     """
     known = isinstance(criterion, nn.Module)  # what else there is is refused elsewhere
     earlier = AttachedCriterion.found_on(criterion) if known else None
@@ -69,10 +66,8 @@ class AttachedCriterion(Attachment):
         earlier = AttachedCriterion.found_on(criterion)
         if earlier is not None:
             if earlier.listener() is not None:
-                logger.info(
-                    "%s() goes over to the newer of two optimizers",
-                    type(criterion).__name__,
-                )
+                name = type(criterion).__name__
+                logger.info("%s() goes over to the newer of two optimizers", name)
             earlier.remove()
         super().__init__(criterion)
 
@@ -85,10 +80,7 @@ class _Forward(Replacement):
     """Stands in for ``criterion.forward``."""
 
     def __init__(
-        self,
-        criterion: nn.Module,
-        model: ref[nn.Module],
-        listener: WeakMethod[Listener],
+        self, criterion: nn.Module, model: ref[nn.Module], listener: WeakMethod[Listener]
     ) -> None:
         self.criterion = criterion
         self.model = model

@@ -43,17 +43,10 @@ class Ranks:
     def gather_rows(
         self, header: Sequence[float], rows: Tensor
     ) -> tuple[list[list[float]], Tensor]:
-        """The headers and the rows of all ranks, whose numbers of rows may differ.
+        """One header a rank, equally long on all, and the rows (n, c) of all, float64.
 
         One all-gather: nobody knows how many rows the others have, so a message has room for as
         many as any rank ever had, and only where that is too few is there a second one.
-
-        Args:
-            header: numbers, equally many on every rank.
-            rows: (n, c) float64; n may be 0.
-
-        Returns:
-            One header a rank, and the rows in the order of the ranks, (sum of n, c).
         """
         self._compare_options()
         size, width = rows.shape
@@ -90,19 +83,16 @@ class Ranks:
     ) -> dict[Tensor, Tensor]:
         """The sum over ranks of vectors with one part a parameter, in float32 or better.
 
-        Args:
-            parts: this rank's vector; a missing part counts as 0.
-            layout: the parameters in an order that all ranks have: they make one message.
-            rows: further dimensions of every part, in front of the parameter's own.
+        The parameters of the layout, in an order that all ranks have, make one message; a missing
+        part counts as 0. Parts may have ``rows``, dimensions in front of the parameter's own.
         """
         double = any(p.dtype.to_real() == torch.float64 for p in layout)
         dtype = torch.float64 if double else torch.float32
         shapes = [torch.Size((*rows, *numbers_of(p).shape)) for p in layout]
-        flat = layout[0].new_zeros(sum(shape.numel() for shape in shapes), dtype=dtype)
-        pieces = flat.split([shape.numel() for shape in shapes])
-        views = {
-            p: piece.view(shape) for p, piece, shape in zip(layout, pieces, shapes, strict=True)
-        }
+        sizes = [shape.numel() for shape in shapes]
+        flat = layout[0].new_zeros(sum(sizes), dtype=dtype)
+        pieces = map(Tensor.view, flat.split(sizes), shapes)
+        views = dict(zip(layout, pieces, strict=True))
         for p in parts.keys() & views.keys():
             views[p].copy_(numbers_of(parts[p]))
         dist.all_reduce(flat, group=self.group)
@@ -117,21 +107,16 @@ class Ranks:
         return found
 
     def _compare_options(self) -> None:
-        """The ranks would go apart, or wait for each other, if they were told different things.
-
-        Raises:
-            ValueError: an option that is not equal on all ranks, on all of them alike.
-        """
-        if self._to_compare:
-            everybody = self.objects(self._to_compare)
-            for name in self._to_compare:
-                values = [options.get(name) for options in everybody]
-                if any(value != values[0] for value in values):
-                    raise ValueError(
-                        f"{name} differs between the processes: {values}, by rank; expected the "
-                        "same in all of them"
-                    )
-            self._to_compare = {}
+        """The ranks would go apart, or wait for each other, if they were told different things."""
+        everybody = self.objects(self._to_compare) if self._to_compare else []
+        for name in self._to_compare:
+            values = [options.get(name) for options in everybody]
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"{name} differs between the processes: {values}, by rank; expected the same "
+                    "in all of them"
+                )
+        self._to_compare = {}
 
     def _gathered(self, message: Tensor) -> Tensor:
         """(number, *message.shape)."""

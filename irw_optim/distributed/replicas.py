@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -20,8 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from irw_optim.attachments import Attachment, Removable
 from irw_optim.backward.weighted_loss import Weigher, weighted_loss
 from irw_optim.copies import Renewed
+from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.weigher import OverRanks
+from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.processes import several_processes
 from irw_optim.torch_internals import at_the_end_of_backward
 
@@ -61,17 +63,16 @@ class Options(Protocol):
 class Replicas(Renewed):
     """What an optimizer knows of the processes that its model trains in.
 
-    Args:
-        model: watched, so that the DDP around it is found, whoever puts it there and when.
+    The model is watched, so that the DDP around it is found, whoever puts it there and when.
     """
+
+    PASSING = ("watch", "ranks", "synced")
 
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
         self.begin()
         if model is not None and model not in _AROUND and (found := _ddp_around(model)):
             _AROUND[model] = ref(found)
-
-    PASSING = ("watch", "ranks", "synced")
 
     def begin(self) -> None:
         """Watch the model, unless it is still being copied: `find` does so then."""
@@ -81,11 +82,7 @@ class Replicas(Renewed):
         self.synced = True
 
     def find(self) -> DistributedDataParallel | None:
-        """The DDP over several processes that the model is in, or that is in the model.
-
-        Raises:
-            NotImplementedError: `check_replica`'s.
-        """
+        """The DDP over several processes that the model is in, or that is in the model, checked."""
         if self.model is None or not several_processes():
             return None
         if self.watch is None:
@@ -99,16 +96,7 @@ class Replicas(Renewed):
         return found
 
     def weigher(self, alone: Weigher, scored: Sequence[Tensor], options: Options) -> Weigher:
-        """Who weighs the batch of all processes, or that of this one where each weighs its own.
-
-        Args:
-            alone: weighs the batch of this one.
-            scored: the parameters that make the scores.
-            options: of the optimizer.
-
-        Raises:
-            NotImplementedError: passes weighed together in a DDP with a static graph.
-        """
+        """Who weighs the batch of all processes, or that of this one where each weighs its own."""
         replica, most_passes = self.find(), options.accumulation_steps
         if replica is None:
             if several_processes() and options.worst_off == "global":
@@ -125,19 +113,25 @@ class Replicas(Renewed):
             return alone
         if self.ranks is None or self.ranks.group is not replica.process_group:
             self.ranks = Ranks(replica.process_group, options.described())
-        return OverRanks(alone.scheme, alone.note, self.ranks, scored, most_passes)
+        return OverRanks(alone, self.ranks, scored, most_passes)
 
-    weighted_loss = staticmethod(weighted_loss)
+    def weighted_loss(
+        self,
+        batch: PerSampleLosses,
+        captured: LossGradients,
+        scored: Callable[[Tensor], bool],
+        weigher: Weigher,
+    ) -> Tensor:
+        """See `irw_optim.backward.weighted_loss`."""
+        loss = weighted_loss(batch, captured, scored, weigher)
+        replica = self.find()
+        if replica is not None:
+            prepare_static_graph(loss, replica)
+        return loss
 
     def leaves_of(self, parameters: Iterable[Tensor]) -> set[Tensor]:
         """What autograd meets of these parameters."""
         return set(parameters)
-
-    def prepare_reducer(self, loss: Tensor) -> None:
-        """See `prepare_static_graph`."""
-        replica = self.find()
-        if replica is not None:
-            prepare_static_graph(loss, replica)
 
     def check_reduced(self) -> None:
         """Raise where DDP would not reduce what is added to ``p.grad`` now."""
@@ -164,24 +158,19 @@ def _ddp_around(model: nn.Module) -> DistributedDataParallel | None:
 
 def replica_in(model: nn.Module) -> DistributedDataParallel | None:
     """The DDP over several processes that the model is, or that is in it."""
-    found = next(_replicas_in(model), None) if several_processes() else None
+    found = next(replicas_in(model), None) if several_processes() else None
     if found is None or dist.get_world_size(found.process_group) == 1:
         return None
     return found
 
 
-def check_replicas_in(model: nn.Module) -> None:
-    """`check_replica` for what is in the model already."""
-    for replica in _replicas_in(model) if several_processes() else ():
-        check_replica(replica)
+def replicas_in(model: nn.Module) -> Iterator[DistributedDataParallel]:
+    """Every DDP that the model is, or that is in it."""
+    return (m for m in model.modules() if isinstance(m, DistributedDataParallel))
 
 
 def check_replica(replica: DistributedDataParallel) -> None:
-    """Refuse what is not exact over processes.
-
-    Raises:
-        NotImplementedError: batch statistics over processes, or a `join` of uneven inputs.
-    """
+    """Refuse batch statistics over processes, and a `join` of uneven inputs."""
     for name, module in replica.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise NotImplementedError(
@@ -215,8 +204,7 @@ def prepare_static_graph(loss: Tensor, replica: DistributedDataParallel) -> None
     output asks for that, which the nested pass would meet, whose end is too early. So it is asked
     for here, where the outer pass begins, and that node is told so.
 
-    Raises:
-        RuntimeError: the first pass of all is under no_sync(), which torch does not survive.
+    A first pass of all under no_sync() is refused: torch does not survive it.
     """
     if not replica.static_graph or replica._static_graph_delay_allreduce_enqueued:
         return
@@ -240,7 +228,3 @@ def _note_caller(module: nn.Module, args: Any) -> None:
     active = DistributedDataParallel._get_active_ddp_module()
     if active is not None:
         _AROUND[module] = ref(active)
-
-
-def _replicas_in(model: nn.Module) -> Iterator[DistributedDataParallel]:
-    return (m for m in model.modules() if isinstance(m, DistributedDataParallel))

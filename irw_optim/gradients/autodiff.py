@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from irw_optim.gradients.backward_passes import BackwardPasses
 from irw_optim.gradients.graph import walk
+from irw_optim.gradients.hooks import IN_CUDNN
 from irw_optim.gradients.materialized import (
     MaterializedGradients,
     as_vector,
@@ -27,19 +27,9 @@ from irw_optim.gradients.materialized import (
 )
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError
-from irw_optim.gradients.recurrent import IN_CUDNN
-from irw_optim.gradients.silence import silent
-from irw_optim.gradients.unheard import push_forward
 from irw_optim.torch_internals import copies, squared_length
 
 logger = logging.getLogger("irw_optim")
-
-PullBack: TypeAlias = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor | None]]
-"""``pull_back(leaves, weights)``: the gradient of <weights, losses> for each leaf."""
-
-PushForward: TypeAlias = Callable[[Direction], Tensor]
-"""``push(direction)``: the change of every loss along a direction, (B,)."""
-
 
 _OTHERWISE = "a change goes forwards otherwise than its gradient goes back"
 
@@ -52,9 +42,8 @@ class AutodiffGradients:
         parameters: leaves of that graph.
         known: what is remembered from step to step; ``known["row_by_row"]`` is set once an
             operation was met that can only be pulled back.
-        pull_back: ``pull_back(parameters, weights)``, the backward pass to take; None for
-            autograd's own, which hooks on activations hear.
-        push: ``push(direction)``; None for that through the whole graph.
+        passes: those to take, without hooks; None for autograd's own, which hooks on activations
+            hear.
     """
 
     def __init__(
@@ -62,15 +51,15 @@ class AutodiffGradients:
         losses: Tensor,
         parameters: Sequence[Tensor],
         known: dict[str, bool] | None = None,
-        pull_back: PullBack | None = None,
-        push: PushForward | None = None,
+        passes: BackwardPasses | None = None,
     ) -> None:
         self.losses = losses
         self.parameters = list(parameters)
         self.batch_size = len(losses)
         self.known = {} if known is None else known
-        self.pull_back = partial(_by_autograd, losses) if pull_back is None else pull_back
-        self.push = partial(_forwards, losses) if push is None else push
+        own = BackwardPasses(losses, walk(losses), self.known) if passes is None else passes
+        self._pull_back = own.with_hooks if passes is None else own.without_hooks
+        self._push = own.push
         self._newest: tuple[Tensor, dict[Tensor, Tensor]] | None = None
         self.doubt: Tensor | None = None
 
@@ -82,34 +71,31 @@ class AutodiffGradients:
         return combined
 
     def dot(self, direction: Direction) -> Tensor:
+        return self._scores(direction, waits=True)
+
+    def align(self, coefficients: Tensor) -> Tensor:
+        """G (G^T c). On a device it is not waited for whether that `adds_up`."""
+        return self._scores(self.combine(coefficients), waits=self.losses.device.type == "cpu")
+
+    def _scores(self, direction: Direction, *, waits: bool) -> Tensor:
         if not self.batch_size:
             return widened(self.losses.detach())
         if not self.known.get("row_by_row"):
             mine = {p: direction[p] for p in self.parameters if p in direction}
             try:
-                scores = widened(self.push(mine))
+                scores = widened(self._push(mine))
             except NoPushForwardError as error:
                 self._go_row_by_row(str(error))
             else:
                 sides = self._both_sides(scores, mine)
+                if not waits:
+                    self.doubt = sides
+                    return scores
                 if sides is None or self.adds_up(sides.tolist()):
                     return scores
                 self._go_row_by_row(_OTHERWISE)
         rows = (self._row(i) for i in range(self.batch_size))
         return torch.stack([_inner(row, direction) for row in rows])
-
-    def align(self, coefficients: Tensor) -> Tensor:
-        """G (G^T c). On a device it is not waited for whether that `adds_up`."""
-        direction = self.combine(coefficients)
-        waits = self.losses.device.type != "cpu" and self.batch_size
-        if waits and not self.known.get("row_by_row"):
-            try:
-                scores = widened(self.push(direction))
-            except NoPushForwardError:
-                return self.dot(direction)
-            self.doubt = self._both_sides(scores, direction)
-            return scores
-        return self.dot(direction)
 
     def settle_doubt(self) -> None:
         """Take the scores row by row from now on."""
@@ -152,7 +138,7 @@ class AutodiffGradients:
         )
 
     def _backward(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        gradients = self.pull_back(self.parameters, weights)
+        gradients = self._pull_back(self.parameters, weights)
         return {
             p: torch.zeros_like(p) if g is None else g.to_dense()
             for p, g in zip(self.parameters, gradients, strict=True)
@@ -171,41 +157,6 @@ class AutodiffGradients:
             for p, gradient in self._row(sample).items():
                 blocks[p][place] = gradient
         return blocks
-
-
-def _by_autograd(
-    losses: Tensor, leaves: Sequence[Tensor], weights: Tensor
-) -> Sequence[Tensor | None]:
-    return backward_to(leaves, losses, weights, retain_graph=True)
-
-
-def _forwards(losses: Tensor, direction: Direction) -> Tensor:
-    graph = walk(losses)
-    nodes = dict(zip(graph.leaves, graph.leaf_nodes, strict=True))
-    changes = {nodes[p]: v.to(p.dtype) for p, v in direction.items() if p in nodes}
-    return push_forward(losses, changes, graph.order)
-
-
-def backward_to(
-    leaves: Sequence[Tensor],
-    losses: Tensor,
-    weights: Tensor,
-    *,
-    retain_graph: bool,
-) -> tuple[Tensor | None, ...]:
-    """A backward pass of autograd's: the gradient of <weights, losses>, unheard by the leaves.
-
-    A hook on a parameter belongs to the gradient that the parameter finally gets. Here it would be
-    called besides, with something else, and what it returns would change the result.
-    """
-    with silent(leaves), torch.enable_grad():
-        return torch.autograd.grad(
-            losses,
-            leaves,
-            weights.to(losses.dtype),
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
 
 
 def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> MaterializedGradients:

@@ -9,8 +9,9 @@ clipping). Then every pass has to be heard, and which it is, is found out by com
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.protocol import Direction
-from irw_optim.gradients.pushforward import NoPushForwardError
-from irw_optim.gradients.silence import silent
-from irw_optim.gradients.unheard import pull_back, push_forward
+from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
+from irw_optim.gradients.recomputation import NOTHING
 from irw_optim.gradients.verification import equal
+
+End: TypeAlias = Tensor | GradientEdge
+"""Where a gradient is wanted: a leaf, or an edge of the graph."""
 
 logger = logging.getLogger("irw_optim")
 
@@ -30,88 +33,98 @@ HOOKS_CHANGE = "hooks change gradients"
 
 
 class BackwardPasses:
-    """From the losses to edges of their graph.
+    """From the losses to edges of their graph, each `OneForward`; ``known`` is of the model."""
 
-    Args:
-        losses: (B,), with their graph.
-        graph: what leads to them.
-        known: what is remembered of the model.
-
-    Attributes:
-        hooks_ran: whether hooks have heard a pass of these losses.
-    """
-
-    def __init__(self, losses: Tensor, graph: Graph, known: dict[str, bool]) -> None:
+    def __init__(
+        self,
+        losses: Tensor,
+        graph: Graph,
+        known: dict[str, bool],
+        one_forward: AbstractContextManager[object] = NOTHING,
+    ) -> None:
         self.losses = losses
         self.graph = graph
         self.known = known
-        self.hooks_ran = False
+        self.one_forward = one_forward
+        self.hooks_ran = False  # whether they have heard a pass of these losses
 
-    @cached_property
-    def _edges(self) -> dict[Tensor, GradientEdge]:
-        graph = self.graph
-        return {
-            leaf: GradientEdge(node, 0)
-            for leaf, node in zip(graph.leaves, graph.leaf_nodes, strict=True)
-        }
-
-    def edges_of(self, leaves: Sequence[Tensor]) -> list[GradientEdge]:
-        """Where the gradients of leaves arrive."""
-        return [self._edges[leaf] for leaf in leaves]
-
-    def without_hooks(
-        self, edges: Sequence[GradientEdge], weights: Tensor
-    ) -> Sequence[Tensor | None]:
-        """The gradient of <weights, losses> at some edges; hooks run where they change it."""
+    def without_hooks(self, ends: Sequence[End], weights: Tensor) -> Sequence[Tensor | None]:
+        """The gradient of <weights, losses> at some ends; hooks run where they change it."""
         if self.known.get(HOOKS_CHANGE):
-            return self.with_hooks(edges, weights)
-        return pull_back(self.losses, weights.to(self.losses.dtype), edges, self.graph.order)
+            return self.with_hooks(ends, weights)
+        cotangent, edges = weights.to(self.losses.dtype), self.graph.edges
+        found: list[Any] = [edges.get(end, end) for end in ends]
+        with self.one_forward:
+            return pull_back(self.losses, cotangent, found, self.graph.order)
 
     def push(self, direction: Direction) -> Tensor:
-        """How much every loss changes along a direction of the leaves: (B,).
-
-        Raises:
-            NoPushForwardError: an operation on the way can only be pulled back; or hooks change
-                gradients, of which the graph itself does not know.
-        """
+        """How much every loss changes along a direction of the leaves, (B,), if it can be told."""
         if self.known.get(HOOKS_CHANGE):
             raise NoPushForwardError("hooks on activations have a say in it")
-        changes = {
-            self._edges[leaf].node: change.to(leaf.dtype)
-            for leaf, change in direction.items()
-            if leaf in self._edges
-        }
-        return push_forward(self.losses, changes, self.graph.order)
+        edges = self.graph.edges
+        changes = {edges[p].node: v.to(p.dtype) for p, v in direction.items() if p in edges}
+        with self.one_forward:
+            return push_forward(self.losses, changes, self.graph.order)
 
     def with_hooks(
-        self,
-        edges: Sequence[GradientEdge],
-        weights: Tensor,
-        *,
-        retain_graph: bool = True,
+        self, ends: Sequence[End], weights: Tensor, *, retain_graph: bool = True
     ) -> Sequence[Tensor | None]:
-        """The same by autograd's own engine; hooks of leaves wait for the gradient that counts."""
+        """The same by autograd's own engine."""
         self.hooks_ran = True
-        with silent(self.graph.leaves), torch.enable_grad():
-            return torch.autograd.grad(
-                self.losses,
-                edges,
-                weights.to(self.losses.dtype),
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
+        graph = self.graph
+        found = [graph.edges.get(end, end) for end in ends]
+        with self.one_forward:
+            return backward_to(found, self.losses, weights, graph.leaves, retain_graph=retain_graph)
 
     def compare_hooks(
-        self, edges: Sequence[GradientEdge], weights: Tensor, leaves: Sequence[Tensor]
+        self, edges: Sequence[End], weights: Tensor, leaves: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """A pass that is heard, compared with one that is not, as they arrive at the leaves."""
-        ends = self.edges_of(leaves)
-        found = self.with_hooks([*edges, *ends], weights)
+        found = self.with_hooks([*edges, *leaves], weights)
         known = self.known.get(HOOKS_CHANGE)
-        if not known and not equal(leaves, found[len(edges) :], self.without_hooks(ends, weights)):
+        if not known and not equal(
+            leaves, found[len(edges) :], self.without_hooks(leaves, weights)
+        ):
             self.known[HOOKS_CHANGE] = True
             logger.info(
                 "a hook on an activation changes the gradient: it is called in every backward pass "
                 "that the weights need, so that all of them see the same model"
             )
         return found[: len(edges)]
+
+
+def backward_to(
+    ends: Any,
+    losses: Tensor,
+    weights: Tensor,
+    leaves: Iterable[Tensor],
+    *,
+    retain_graph: bool,
+) -> Sequence[Tensor | None]:
+    """A backward pass of autograd's: the gradient of <weights, losses>, unheard by the leaves.
+
+    A hook on a parameter belongs to the gradient that the parameter finally gets. Here it would be
+    called besides, with something else, and what it returns would change the result.
+    """
+    with silent(leaves), torch.enable_grad():
+        return torch.autograd.grad(  # type: ignore[no-any-return]
+            losses,
+            ends,
+            weights.to(losses.dtype),
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+
+
+@contextmanager
+def silent(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """The leaves' hooks are not called."""
+    hooks = [p._backward_hooks for p in leaves if p._backward_hooks]
+    saved = [(table, dict(table)) for table in hooks]
+    for table in hooks:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, entries in saved:
+            table.update(entries)

@@ -16,12 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.attachments import Attachment, Removable, replace_on
-from irw_optim.gradients.compiling import CompiledAgain, ItselfKeptOut, KeptOut, Listener, inside
-from irw_optim.gradients.function_rules import CALLS, rule_of_function
+from irw_optim.attachments import Attachment
+from irw_optim.gradients.compiling import (
+    CompiledAgain,
+    ItselfKeptOut,
+    KeptOut,
+    Listener,
+    OnForward,
+    inside,
+)
 from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.rules import call_of, rule_of
+from irw_optim.gradients.rules import CALLS, call_of, rule_of, rule_of_function
 from irw_optim.torch_internals import itself_uncompiled, uncompiled
 
 
@@ -53,22 +59,6 @@ def _holds_parameters(module: nn.Module) -> bool:
     """Whether it has parameters of its own, be it in a list or a dictionary, which nobody calls."""
     kept = (nn.ParameterList, nn.ParameterDict)
     return bool(module._parameters) or any(isinstance(child, kept) for child in module.children())
-
-
-class RecordedLayer(Attachment):
-    """Notes the calls of a layer that has a rule."""
-
-    def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        """Attach, and yield what removes it."""
-        yield replace_on(module, "forward", _LayerForward(module))
-
-
-class RecordedFunctions(Attachment):
-    """Notes the functions that a module calls with parameters of its own."""
-
-    def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        """Attach, and yield what removes it."""
-        yield replace_on(module, "forward", _FunctionsForward(module))
 
 
 def sites_noted(order: Iterable[Node]) -> list[CallSite]:
@@ -106,11 +96,8 @@ def _notes(node: Node) -> dict[Any, Any]:
 
 
 class _LayerForward(KeptOut):
-    """Stands in for the ``forward`` of a layer that has a rule."""
-
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer computes, with a note of it on the graph."""
         output, module = self.__wrapped__(*args, **kwargs), self.module
         if getattr(output, "grad_fn", None) is not None and RecordedLayer.found_on(module):
             rule = rule_of(module)
@@ -119,17 +106,26 @@ class _LayerForward(KeptOut):
         return output
 
 
-class _FunctionsForward(ItselfKeptOut):
-    """Stands in for the ``forward`` of a module that has parameters of its own."""
+class RecordedLayer(OnForward):
+    """Notes the calls of a layer that has a rule."""
 
+    stands_in = _LayerForward
+
+
+class _FunctionsForward(ItselfKeptOut):
     @itself_uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes, with a note of its functions on the graph."""
         module = self.module
         if not torch.is_grad_enabled() or not RecordedFunctions.found_on(module):
             return self.__wrapped__(*args, **kwargs)
         with _FunctionRecorder(module):
             return self.__wrapped__(*args, **kwargs)
+
+
+class RecordedFunctions(OnForward):
+    """Notes the functions that a module calls with parameters of its own."""
+
+    stands_in = _FunctionsForward
 
 
 class _FunctionRecorder(Listener):

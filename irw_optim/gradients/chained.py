@@ -1,39 +1,34 @@
 """Layers whose weight is computed from parameters: a view, a cast, g v / |v|, W + B A, a table.
 
-All samples share that computation q = f(p). So the products with q are those of any layer, and f
-is passed once for all samples: a direction goes forwards through it, the combined gradient back.
+All samples share that computation q = f(p). The products with q are those of any layer, and f is
+passed once for all samples: by a direction forwards, by the combined gradient back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from irw_optim.gradients.backward_passes import silent
 from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.layers import LayerCall, Layout, RowsCall, RowWeights
+from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import push_through
-from irw_optim.gradients.silence import silent
 
 
 class Chain(NamedTuple):
-    """How a tensor was computed from leaves.
+    """How a tensor was computed from leaves."""
 
-    Attributes:
-        end: the node that computed it, and the number of its output.
-        order: the nodes in between, each before those it reads from.
-        leaves: what it was computed from, by the nodes that accumulate their gradients.
-    """
-
-    end: tuple[Node, int]
-    order: Sequence[Node]
-    leaves: Mapping[Node, Tensor]
+    end: tuple[Node, int]  # what computed it, and the number of its output
+    order: Sequence[Node]  # the nodes in between, each before those it reads from
+    leaves: Mapping[Node, Tensor]  # by the nodes that accumulate their gradients
 
 
 class ChainPlaces(NamedTuple):
@@ -51,12 +46,21 @@ class ChainPlaces(NamedTuple):
 
 
 class ChainedCall(LayerCall):
-    """A call whose parameters stand for tensors that were computed from the model's.
+    """A call with placeholders as parameters, and for each how it was computed from the model's."""
 
-    Args:
-        call: with placeholders of the right shape as parameters, or leaves.
-        chains: for each placeholder how it was computed.
-    """
+    # Asked of the call itself:
+    recorded = property(attrgetter("call.recorded"))
+    input = property(attrgetter("call.input"))
+    version = property(attrgetter("call.version"))
+    batch_size = property(attrgetter("call.batch_size"))
+    output_gradient = property(attrgetter("call.output_gradient"))
+    precision = property(attrgetter("call.precision"))
+    needs_autograd_combine = property(attrgetter("call.needs_autograd_combine"))
+    layout = property(attrgetter("call.layout"))
+    layouts = property(attrgetter("call.layouts"))
+    settle = property(attrgetter("call.settle"))
+    let_go = property(attrgetter("call.let_go"))
+    forget_values = property(attrgetter("call.forget_values"))
 
     def __init__(self, call: LayerCall, chains: Mapping[Tensor, Chain]) -> None:
         self.call = call
@@ -68,12 +72,6 @@ class ChainedCall(LayerCall):
         self.passes_on = call.passes_on
         self.output_shape = call.output_shape
 
-    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
-        return self.call.layouts(batch_size, output_shape)
-
-    def settle(self, layout: Layout | None, batch_size: int) -> None:
-        self.call.settle(layout, batch_size)
-
     def set_output_gradient(self, gradient: Tensor) -> None:
         self.call.set_output_gradient(gradient)
         if self.call.makes_rows(gradient.shape):
@@ -82,16 +80,10 @@ class ChainedCall(LayerCall):
     def arrangement(self) -> tuple[object, ...]:
         return type(self.call), *self.call.arrangement()
 
-    def let_go(self) -> None:
-        self.call.let_go()
-
     def without(self, dropped: Tensor) -> LayerCall:
         part = copy(self)
         part.call = self.call.without(dropped)
         return part
-
-    def forget_values(self) -> None:
-        self.call.forget_values()
 
     def copy(self) -> LayerCall:
         part = copy(self)
@@ -99,7 +91,6 @@ class ChainedCall(LayerCall):
         return part
 
     def dot(self, direction: Direction) -> Tensor:
-        """<g_i, v>: the direction goes forwards to what the layer read."""
         mine = set(self.parameters.values())
         reached = {p: v for p, v in direction.items() if p in mine}
         values = dict(reached)
@@ -112,7 +103,6 @@ class ChainedCall(LayerCall):
         return self.call.dot(values)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        """Sum of w_i g_i: the combined gradient goes back to the parameters."""
         return self._pulled(self.call.combine(weights))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
@@ -133,38 +123,6 @@ class ChainedCall(LayerCall):
         for leaf in mine.difference(total):
             total[leaf] = torch.zeros_like(leaf)
         return total
-
-    @property
-    def recorded(self) -> Tensor:  # type: ignore[override]
-        return self.call.recorded
-
-    @property
-    def input(self) -> Tensor:  # type: ignore[override]
-        return self.call.input
-
-    @property
-    def version(self) -> int:  # type: ignore[override]
-        return self.call.version
-
-    @property
-    def layout(self) -> Layout | None:  # type: ignore[override]
-        return self.call.layout
-
-    @property
-    def batch_size(self) -> int:  # type: ignore[override]
-        return self.call.batch_size
-
-    @property
-    def output_gradient(self) -> Tensor:  # type: ignore[override]
-        return self.call.output_gradient
-
-    @property
-    def precision(self) -> torch.dtype:
-        return self.call.precision
-
-    @property
-    def needs_autograd_combine(self) -> bool:  # type: ignore[override]
-        return self.call.needs_autograd_combine
 
 
 def _pulled_through(chain: Chain, gradient: Tensor) -> dict[Tensor, Tensor]:

@@ -8,10 +8,9 @@ themselves, and what they call is compiled; where that does not help, the whole 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from types import MethodType
-from typing import Any
-from weakref import ref
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
+from irw_optim.attachments import Attachment, OfModule, Removable, replace_on
 from irw_optim.torch_internals import (
     compiled_again,
     itself_uncompiled,
@@ -28,18 +27,8 @@ from irw_optim.torch_internals import (
 )
 
 
-class KeptOut(Replacement):
+class KeptOut(OfModule):
     """Stands in for a module's ``forward``: the same, outside of what torch.compile traces."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)
-
-    @property
-    def module(self) -> nn.Module:
-        """Whose ``forward`` this is."""
-        module = self._module()
-        assert module is not None, "called by nobody else"
-        return module
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -48,24 +37,30 @@ class KeptOut(Replacement):
 
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes."""
         return self.__wrapped__(*args, **kwargs)
 
 
+class OnForward(Attachment):
+    """Has something stand in for a module's ``forward``."""
+
+    stands_in: ClassVar[type[KeptOut]]
+
+    def put_on(self, module: nn.Module) -> Iterable[Removable]:
+        yield replace_on(module, "forward", self.stands_in(module))
+
+
 class ItselfKeptOut(KeptOut):
-    """Stands in for a module's ``forward``: the same, uncompiled but for the modules it calls."""
+    """The same, uncompiled but for the modules it calls."""
 
     @itself_uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes."""
         return self.__wrapped__(*args, **kwargs)
 
 
 class _Again(KeptOut):
-    """Stands in for the ``forward`` of a module that is compiled inside of one that is not."""
+    """For a module that is compiled inside of one that is not."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes."""
         if torch.compiler.is_dynamo_compiling():
             return self.__wrapped__(*args, **kwargs)
         return compiled_again(self.__wrapped__, Listener, *args, **kwargs)
@@ -75,53 +70,52 @@ class Listener(TorchFunctionMode):
     """A mode for the forward of one module, not for the modules that it calls."""
 
 
-class CompiledAgain(Attachment):
+class CompiledAgain(OnForward):
     """Lets a module be compiled though the one that calls it is not."""
 
-    def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        """Attach, and yield what removes it."""
-        yield replace_on(module, "forward", _Again(module))
+    stands_in = _Again
 
 
-class UncompiledItself(Attachment):
+class UncompiledItself(OnForward):
     """Keeps a module out of what torch.compile fuses, but not the modules that it calls."""
 
-    def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        """Attach, and yield what removes it."""
-        yield replace_on(module, "forward", ItselfKeptOut(module))
+    stands_in = ItselfKeptOut
 
 
-class Uncompiled(Attachment):
+class Uncompiled(OnForward):
     """Keeps a module, and all that is in it, out of what torch.compile fuses."""
 
-    def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        """Attach, and yield what removes it."""
-        yield replace_on(module, "forward", KeptOut(module))
+    stands_in = KeptOut
+
+
+KEPT_OUT = (
+    "torch.compile leaves this model alone from now on: what it fuses has parameters without quick "
+    "products, and would take one backward pass a sample. Uncompiled, the graph shows how they are "
+    "used. See 'torch.compile' in the documentation of models"
+)
+
+KEPT_OUT_AROUND = (
+    "torch.compile leaves the modules alone in which parameters have no quick products; what these "
+    "modules call is still compiled"
+)
 
 
 def keep_out(model: nn.Module) -> list[Attachment]:
-    """Keep a model out of what torch.compile fuses, for as long as somebody holds what is returned.
-
-    What is compiled inside of it has to be kept out by itself.
-    """
+    """Keep a model out of it, and what is compiled inside by itself, until nobody holds these."""
     torch.compiler.reset()
     inner = [_original(module) for module in model.modules() if is_compiled_module(module)]
     return [Uncompiled.on(module) for module in dict.fromkeys([_original(model), *inner])]
 
 
 def keep_out_around(model: nn.Module, parameters: Set[Tensor]) -> list[Attachment]:
-    """Keep out the modules in which some parameters are, and not what else these modules call.
-
-    Returns:
-        What has to be held; empty where nothing would be compiled any longer.
-    """
+    """Keep the modules around some parameters out; none where nothing is compiled then."""
     original = _original(model)
     around = [
         module
         for module in original.modules()
         if not _is_kept_out(module) and not parameters.isdisjoint(module.parameters())
     ]
-    held: list[Attachment] = [UncompiledItself.on(module) for module in around]
+    held = [UncompiledItself.on(module) for module in around]
     again = [child for module in around for child in inside(module)]
     if not any(True for child in again for _ in child.parameters()):
         return []
@@ -146,33 +140,19 @@ def _is_kept_out(module: nn.Module) -> bool:
 
 
 def prepare(model: nn.Module | None) -> None:
-    """Make sure that what is compiled of a model can be passed back through more than once.
-
-    Raises:
-        RuntimeError: ``torch.compile(mode="reduce-overhead")`` on a GPU, or another mode that
-            records CUDA graphs.
-    """
+    """Have compiled code passed back through more than once; refuse recorded CUDA graphs."""
     keep_for_further_passes()
-    if model is None:
+    if model is None or not any(p.is_cuda for p in model.parameters()):
         return
-    on_gpu = any(p.is_cuda for p in model.parameters())
-    if on_gpu and any(_settings(m).get("triton.cudagraphs") for m in model.modules()):
-        raise RuntimeError(_RECORDED)
-
-
-def _settings(module: nn.Module) -> Mapping[str, Any]:
-    """What torch.compile was told of a module; empty where nothing is known."""
-    compiled = getattr(module, "_compiled_call_impl", None) or module
-    tell = getattr(compiled, "get_compiler_config", None)
-    return (None if tell is None else tell()) or {}
+    for module in model.modules():
+        compiled = getattr(module, "_compiled_call_impl", None) or module
+        tell = getattr(compiled, "get_compiler_config", None)
+        if tell is not None and (tell() or {}).get("triton.cudagraphs"):
+            raise RuntimeError(_RECORDED)
 
 
 def compile_anew(nodes: Iterable[Node]) -> None:
-    """Drop compiled code, which does not call recorders that came later.
-
-    Raises:
-        RuntimeError: a region of this graph is recorded as a CUDA graph.
-    """
+    """Drop compiled code, which does not call recorders that came later."""
     torch.compiler.reset()
     for node in filter(is_compiled, nodes):
         forward = getattr(getattr(node, "_forward_cls", None), "compiled_fw", None)

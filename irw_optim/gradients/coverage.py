@@ -2,14 +2,14 @@
 
 Two graphs are of one kind if the same layers and operations read the same parameters, and the same
 operation, if any, may mix the samples. What a comparison with autograd has shown for one holds for
-every other that reads its parameters likewise: blocks that are skipped at random, or experts that
-are chosen, make many kinds out of few ways of reading.
+every other that reads its parameters likewise: skipped blocks make many kinds out of few readings.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,49 +17,29 @@ from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.mixing import Batch
 
 
+@dataclass(eq=False)
 class Trust:
-    """What comparisons have shown, for graphs in which the same operation may mix the samples.
+    """What comparisons have shown, for graphs in which the same operation may mix the samples."""
 
-    Attributes:
-        proven: ways of reading parameters that agreed with autograd.
-        lost: parameters on which autograd disagreed.
-        uses: how many graphs have relied on it.
-    """
-
-    def __init__(self) -> None:
-        self.proven: set[Hashable] = set()
-        self.lost: set[Tensor] = set()
-        self.uses = 0
+    proven: set[Hashable] = field(default_factory=set)  # ways of reading that agreed with autograd
+    lost: set[Tensor] = field(default_factory=set)  # parameters on which autograd disagreed
+    uses: int = 0  # graphs that have relied on it
 
 
+@dataclass(eq=False)
 class Covering:
-    """Which parameters the ghost products cover, and when to look whether they still do.
+    """Which parameters the ghost products cover, and when to look whether they still do."""
 
-    Args:
-        covered: the parameters that only layers with a rule read.
-        covers_all: whether those are all there is: nothing is left for autograd.
-        mixed_by: the operation that may mix the samples; None where none can.
-        reads: the ways of reading parameters.
-        trust: what is known of these.
-        alone: the parameters that nothing but covered layers read, as the graph shows.
-    """
+    covered: set[Tensor]  # the parameters that only layers with a rule read
+    covers_all: bool  # nothing is left for autograd
+    mixed_by: str | None  # the operation that may mix the samples; None where none can
+    reads: frozenset[Hashable]  # the ways of reading parameters
+    trust: Trust  # what is known of these
+    alone: set[Tensor]  # what nothing but covered layers read, as the graph shows
+    reached: set[int] = field(default_factory=set)  # numbers of calls that a gradient arrived at
 
-    def __init__(
-        self,
-        covered: set[Tensor],
-        covers_all: bool,
-        mixed_by: str | None,
-        reads: frozenset[Hashable],
-        trust: Trust,
-        alone: set[Tensor],
-    ) -> None:
-        self.alone = alone
-        self.covered = covered.difference(trust.lost)
-        self.covers_all = covers_all and len(self.covered) == len(covered)
-        self.mixed_by = mixed_by
-        self.reads = reads
-        self.trust = trust
-        self.reached: set[int] = set()
+    def __post_init__(self) -> None:
+        self.lose(self.trust.lost)
 
     @property
     def reason(self) -> str:
@@ -68,17 +48,6 @@ class Covering:
             return f"samples may meet in the forward (at {self.mixed_by})"
         return "an operation reads them of which no quick products are known"
 
-    def check_is_due(self) -> bool:
-        """Where samples may mix always; else at what is new, and at uses 1, 2, 4, 8, ...
-
-        A forward that cannot mix is proven not to by its graph. That a layer's rule is right, and
-        that autograd sees what it sees, is sampled.
-        """
-        trust = self.trust
-        trust.uses += 1
-        seldom = trust.uses & (trust.uses - 1) == 0
-        return self.mixed_by is not None or seldom or not self.reads <= trust.proven
-
     def agree(self) -> None:
         """Take note that autograd agreed."""
         self.trust.proven |= self.reads
@@ -86,28 +55,16 @@ class Covering:
     def lose(self, parameters: Iterable[Tensor]) -> None:
         """Leave these parameters to autograd from now on."""
         lost = set(parameters)
-        self.trust.lost.update(lost)
+        self.trust.lost |= lost
         self.covers_all = self.covers_all and self.covered.isdisjoint(lost)
-        self.covered.difference_update(lost)
-
-
-def kind_of(
-    graph: Graph, own: Sequence[Tensor], batch_size: int, batch: Batch
-) -> tuple[Hashable, ...]:
-    """Equal for graphs of one kind."""
-    return (
-        batch_size > 1,  # one sample alone does not show whether the forward mixes them
-        batch.mixed_by,
-        *_reads(graph, own, batch),
-        *map(id, own),
-    )
+        self.covered -= lost
 
 
 def covering_of(
     graph: Graph,
     own: Sequence[Tensor],
-    batch_size: int,
     batch: Batch,
+    reads: Iterable[Hashable],
     trust: Trust,
 ) -> Covering:
     """Who covers what in a graph of a new kind."""
@@ -118,14 +75,14 @@ def covering_of(
     covered = inside.difference(outside).intersection(own)
     covers_all = covered.issuperset(own) and covered.issuperset(inside | outside)
     sparse = any(call.needs_autograd_combine for call, _, _ in graph.sites)
-    reads = frozenset((batch_size > 1, read) for read in _reads(graph, own, batch))
     layers = Counter(p for site in graph.sites for p in site.call.parameters.values())
     counted = dict(zip(graph.leaves, batch.reads, strict=False))
     alone = {p for p in covered if counted.get(p) == layers[p]}
-    return Covering(covered, covers_all and not sparse, batch.mixed_by, reads, trust, alone)
+    covers_all = covers_all and not sparse
+    return Covering(covered, covers_all, batch.mixed_by, frozenset(reads), trust, alone)
 
 
-def _reads(graph: Graph, own: Sequence[Tensor], batch: Batch) -> list[Hashable]:
+def reads_of(graph: Graph, own: Sequence[Tensor], batch: Batch) -> list[Hashable]:
     """The ways in which parameters are read: by which layers, and by how many operations."""
     by_layers: list[Hashable] = [
         (type(call), *call.arrangement(), *map(_name, call.parameters.values()))

@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment
 from irw_optim.copies import Renewed
-from irw_optim.gradients import texts
-from irw_optim.gradients.capture import hook_layers, sites_noted
-from irw_optim.gradients.compiling import compile_anew, is_compiled, may_be_of_compiled, prepare
-from irw_optim.gradients.coverage import Covering, Trust, covering_of, kind_of
-from irw_optim.gradients.graph import Graph, walk
-from irw_optim.gradients.hooks import needs_hooks, silence_of, weighed_by
+from irw_optim.gradients.capture import hook_layers
+from irw_optim.gradients.compiling import (
+    KEPT_OUT,
+    KEPT_OUT_AROUND,
+    compile_anew,
+    is_compiled,
+    is_compiled_module,
+    keep_out,
+    keep_out_around,
+    may_be_of_compiled,
+    prepare,
+)
+from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
+from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, silence_of, weighed_by, without_cudnn
 from irw_optim.gradients.location import arranged
-from irw_optim.gradients.loss_gradients import WAITING, LossGradients
-from irw_optim.gradients.mixing import Batch, fingerprint, follow_batch, rows_that_entered
-from irw_optim.gradients.next_forward import goes_forwards_next
+from irw_optim.gradients.mixing import Batch, follow_batch, rows_that_entered
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import NOTHING_READ, Plan, read_around, read_in_a_pass
-from irw_optim.gradients.refusals import refuse_reentrant_checkpoints
+from irw_optim.processes import is_sharded_here
 
 logger = logging.getLogger("irw_optim")
 
@@ -37,13 +44,19 @@ _Value = TypeVar("_Value")
 KNOWN_GRAPHS = 256
 """Kinds of graphs remembered at once: a forward that changes for ever must not fill the memory."""
 
-MANY_LOSSES = 8
-"""So many other losses that wait for their backward pass on one graph are worth a word."""
-
 OwnEngine = Callable[[Tensor, Sequence[Tensor]], PerSampleGradients]
 """``own(losses, parameters)`` gives the gradients of single losses, which have their graph yet."""
 
 ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
+
+
+class Losses(Protocol):
+    """Those of a batch, (B,), and what leads to them."""
+
+    losses: Tensor
+    graph: Graph
+    leaves: list[Tensor]  # the model's
+    one_product: bool  # whether a single G (G^T c) is all that is asked of G
 
 
 class Engine(Renewed):
@@ -55,40 +68,29 @@ class Engine(Renewed):
             makes an engine of one's own from the losses and the parameters to score by.
     """
 
-    PASSING = (
-        "hooks",
-        "known",
-        "coverings",
-        "plans",
-        "has_layer_hooks",
-        "sees_fused",
-        "made_anew",
-        "trust",
-        "told",
-        "uses",
-        "unfamiliar",
-        "checked_for_hooks",
-        "random",
-    )
-
     def __init__(self, model: nn.Module | None, kind: str | OwnEngine = "auto") -> None:
         self.model = model
         self.own = None if isinstance(kind, str) else kind
         self.kind = kind if isinstance(kind, str) else "autodiff"
         self.begin()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "own": self.own, "kind": self.kind}
+
     def begin(self) -> None:
         """Know nothing of the model yet."""
         being_copied = self.model is not None and "_modules" not in vars(self.model)
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
-        self.has_layer_hooks = False
-        self.sees_fused = self.made_anew = False
+        self.has_layer_hooks = self.sees_fused = self.made_anew = False
         model = None if being_copied else self.model
         prepare(model)
         if model is not None:
             weighed_by(model).add(self)
-        if model is not None and (self.kind == "ghost" or needs_hooks(model)):
-            self.add_layer_hooks()
+            # Compiled, the graph does not show layers; sharded, a rank without samples needs them.
+            if self.kind == "ghost" or any(
+                is_compiled_module(m) or is_sharded_here(m) for m in model.modules()
+            ):
+                self.add_layer_hooks()
         self.known: dict[str, bool] = {}
         self.coverings: dict[Hashable, Covering] = {}
         self.plans: dict[Hashable, Plan] = {}
@@ -105,88 +107,54 @@ class Engine(Renewed):
             self.has_layer_hooks = True
             self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
 
-    def capture(
-        self,
-        losses: Tensor,
-        owns: Callable[[Sequence[Tensor]], set[Tensor]] | None = None,
-        *,
-        one_product: bool = False,
-    ) -> LossGradients:
-        """Take note of a batch of losses: what leads to them, and who else shares it.
+    def covering(self, batch: Losses, *, sharded: bool = False) -> Covering:
+        """Find the layer calls of a graph, with the batch in front; what is known of its kind.
 
-        Args:
-            losses: (B,), with their graph.
-            owns: tells, of the leaves, the model's (and more, perhaps); None for all. The others'
-                gradient is the plain one.
-            one_product: whether a single G (G^T c) is all that the scores need of G.
+        Where values are freed after use (``sharded``), only hooks have seen the layers.
         """
-        if self.hooks is None:
-            self.begin()
-        graph = walk(losses)
-        if self.has_layer_hooks:
-            graph.sites = sites_noted(graph.order)
-            self.sees_fused = any(map(is_compiled, graph.order))
-        own = None if owns is None else owns(graph.leaves)
-        batch = LossGradients(self, losses, graph, own)
-        batch.one_product = one_product
-        batch.kind = (*fingerprint(losses, graph), one_product, *map(id, batch.leaves))
-        if batch.kind not in self.plans:
-            refuse_reentrant_checkpoints(graph.order)
-        WAITING.join(batch)
-        if len(batch.sharing) == MANY_LOSSES:
-            self.tell(logging.WARNING, "many losses", texts.many_losses(MANY_LOSSES + 1))
-        return batch
-
-    def left(self) -> None:
-        """A backward pass that went row by row is over."""
-        if self.model is not None and goes_forwards_next(self, self.model):
-            del self.known["row_by_row"]
-
-    def covering(self, captured: LossGradients, *, sharded: bool = False) -> Covering:
-        """Bring the batch of each layer call of a graph in front; what is known of its kind.
-
-        Args:
-            captured: of one vector of losses, whose graph gets the layer calls.
-            sharded: whether values are freed after use: layers are then those that hooks have seen,
-                and what they do not cover is for the caller to say.
-        """
-        plan = self.plans.get(captured.kind)
+        losses, graph, own = batch.losses, batch.graph, batch.leaves
+        plan = self.plans.get(graph.kind)
         self.unfamiliar = plan is None
-        if plan is not None and (sites := plan.sites(captured.graph, captured.losses)) is not None:
-            captured.graph.sites = sites
+        if plan is not None and (sites := plan.sites(graph, losses)) is not None:
+            graph.sites = sites
             return plan.covering
-        graph, own, losses = captured.graph, captured.leaves, captured.losses
         size = losses.shape[0]
-        batch = follow_batch(losses, graph) if self.kind != "autodiff" and size > 1 else Batch(None)
-        found = None
-        if batch.followed and not sharded:
-            spares = captured.one_product and self.kind == "auto"
-            found = read_in_a_pass(losses, graph, batch, own, spares_memory=spares)
-        elif self.sees_fused and batch.mixed_by and not sharded:
+        at, found = Batch(None), None
+        if self.kind != "autodiff" and size > 1:
+            at = follow_batch(losses, graph)
+        if at.followed and not sharded:
+            spares = batch.one_product and self.kind == "auto"
+            found = read_in_a_pass(losses, graph, at, own, spares_memory=spares)
+        elif self.sees_fused and at.mixed_by and not sharded:
             around, found = read_around(losses, graph, own, may_be_of_compiled)
-            batch = batch if found is None else around
+            at = at if found is None else around
         if found is not None:
             graph.sites = found[1]
-        elif not sharded and size > 1 and self._goes_forwards(batch, graph):
+        elif not sharded and size > 1 and self._goes_forwards(at, graph):
             graph.sites = []
-        elif size > 1:
-            self._look_closer(graph)
-        graph.sites = arranged(graph, batch, size)
-        kind = kind_of(graph, own, size, batch)
+        elif size > 1 and not self.has_layer_hooks:  # the graph does not show them
+            self.add_layer_hooks()
+            if any(map(is_compiled, graph.order)):
+                compile_anew(graph.order)
+                self.made_anew = True
+        graph.sites = arranged(graph, at, size)
+        # One sample alone does not show whether the forward mixes them.
+        reads = [(size > 1, read) for read in reads_of(graph, own, at)]
+        kind = (size > 1, at.mixed_by, *reads, *map(id, own))
         covering = self.coverings.get(kind)
         if covering is None:
-            trust = self.trust.setdefault((size > 1, batch.mixed_by), Trust())
-            covering = covering_of(graph, own, size, batch, trust)
+            trust = self.trust.setdefault((size > 1, at.mixed_by), Trust())
+            covering = covering_of(graph, own, at, reads, trust)
             if size > 1:
                 _remember(self.coverings, kind, covering)
                 if found is NOTHING_READ:
-                    self.tell(logging.INFO, "recomputed", texts.RECOMPUTED)
+                    self.tell(logging.INFO, "recomputed", _RECOMPUTED)
                 elif not sharded:
                     self._report(covering, own)
-                if not sharded and (rows := rows_that_entered(graph, batch, size)):
-                    self.tell(logging.WARNING, "parts", texts.parts(size, rows))
+                if not sharded and (rows := rows_that_entered(graph, at, size)):
+                    self.tell(logging.WARNING, "parts", _PARTS.format(losses=size, rows=rows))
         if found is not None:
-            _remember(self.plans, captured.kind, Plan.of(found[0], graph, covering))
+            _remember(self.plans, graph.kind, Plan.of(found[0], graph, covering))
         return covering
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
@@ -197,28 +165,44 @@ class Engine(Renewed):
             return True
         return not (self.known.get("row_by_row") or any(map(is_compiled, graph.order)))
 
-    def _look_closer(self, graph: Graph) -> None:
-        """From now on see layers as they are called, where the graph does not show them."""
-        if self.has_layer_hooks:
+    def left(self) -> None:
+        """After a pass row by row: have the next forward show what compiled code or cuDNN hid."""
+        model = self.model
+        if model is None:
             return
-        self.add_layer_hooks()
-        if any(map(is_compiled, graph.order)):
-            compile_anew(graph.order)
-            self.made_anew = True
+        if self.made_anew:
+            self.made_anew = False
+        elif self.sees_fused and (around := self._kept_out_around_uncovered(model)):
+            self.hooks = [*(self.hooks or ()), *around]
+            self.tell(logging.INFO, "kept out around", KEPT_OUT_AROUND)
+        elif self.sees_fused:
+            self.hooks, self.has_layer_hooks = [*silence_of(model), *keep_out(model)], False
+            self.tell(logging.WARNING, "kept out", KEPT_OUT)
+        elif self.known.pop(IN_CUDNN, False) and (layers := without_cudnn(model)):
+            self.hooks = [*(self.hooks or ()), *layers]
+            self.tell(logging.INFO, "cuDNN", WITHOUT_CUDNN)
+        else:
+            return
+        del self.known["row_by_row"]
 
-    def warn_of_mixing(self, losses: Tensor) -> None:
-        """Say where samples may meet, for rows that somebody else made: nothing else shows it.
+    def _kept_out_around_uncovered(self, model: nn.Module) -> list[Attachment]:
+        """Keeps the modules around parameters without quick products out, the first time."""
+        if self.known.get("kept out around") or not self.coverings:
+            return []
+        self.known["kept out around"] = True
+        trained = {p for p in model.parameters() if p.requires_grad}
+        newest = next(reversed(self.coverings.values()))
+        return keep_out_around(model, trained - newest.covered)
 
-        Args:
-            losses: (B,); with their graph, which a backward pass may have freed.
+    def check_is_due(self, covering: Covering) -> bool:
+        """Where samples may mix always; else at what is new, and at uses 1, 2, 4, 8, ...
+
+        That a forward does not mix is proven by its graph; that rules are right is sampled.
         """
-        if losses.grad_fn is None or len(losses) < 2:
-            self.tell(logging.INFO, "rows", texts.ROWS_AS_THEY_ARE)
-            return
-        batch = follow_batch(losses, walk(losses))
-        if batch.mixed_by is not None or batch.computes_shared:
-            where = batch.mixed_by or "what is computed for all samples together"
-            self.tell(logging.WARNING, "rows", texts.rows_may_meet(where))
+        trust = covering.trust
+        trust.uses += 1
+        seldom = trust.uses & (trust.uses - 1) == 0
+        return covering.mixed_by is not None or seldom or not covering.reads <= trust.proven
 
     def hook_check_is_due(self, graph: Graph) -> bool:
         """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
@@ -298,3 +282,16 @@ def _remember(known: dict[Hashable, _Value], key: Hashable, value: _Value) -> No
     if len(known) >= KNOWN_GRAPHS:
         known.clear()
     known[key] = value
+
+
+_RECOMPUTED = (
+    "activation checkpointing: scores are pushed forward, exact and in the memory of the plain "
+    'step, for about two and a half of its time; engine="ghost" takes the products instead, in '
+    "one and a half of its time, and in the memory of a step without checkpointing"
+)
+_PARTS = (
+    "{losses} losses come from {rows} rows that entered the model: each loss counts as a sample of "
+    "its own, as a token does where a language model's loss is flattened. For {rows} sequences, "
+    "call optimizer.backward(losses) with losses of shape ({rows},): criterion(logits, targets) "
+    'with reduction="none", then .view({rows}, -1).mean(1)'
+)

@@ -1,7 +1,7 @@
-"""The ghost engine: G's products from each layer's input and output gradient, never G itself.
+"""The ghost engine: G's products from each layer's input a and output gradient b, never G itself.
 
-The hooks of `capture` kept each layer's input a. One backward pass to the layers' outputs gives
-b, and no ordinary weight gradient is formed on the way; `layers` has the products.
+One backward pass to the layers' outputs gives all b, and no ordinary weight gradient is formed on
+the way; `layers` has the products.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from irw_optim.gradients.graph import CallSite
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
-from irw_optim.gradients.layers._gram import gram_of_rows, summed_rows
-from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.layers._products import gram_of_rows, summed_rows
+from irw_optim.gradients.protocol import Direction, added
 from irw_optim.gradients.side_by_side import Part, side_by_side
 from irw_optim.torch_internals import gradients_at
 
@@ -74,7 +74,7 @@ class GhostGradients:
 
     def dot(self, direction: Direction) -> Tensor:
         apart, meeting = self.parts
-        return self._unseeded(_sum(part.dot(direction) for part in (*apart, *meeting)))
+        return self._unseeded(added(part.dot(direction) for part in (*apart, *meeting)))
 
     def align(self, coefficients: Tensor) -> Tensor:
         """G (G^T c), shape (B,): for small batches there are ways that are shorter than g_S."""
@@ -95,7 +95,7 @@ class GhostGradients:
 
     def gram(self) -> Tensor:
         groups = _sharing_parameters(self.calls)
-        gram = _sum(g[0].gram() if len(g) == 1 else gram_of_rows(g) for g in groups)
+        gram = added(g[0].gram() if len(g) == 1 else gram_of_rows(g) for g in groups)
         return self._unseeded(self._unseeded(gram))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
@@ -118,35 +118,29 @@ def ghost_gradients(
 ) -> GhostGradients:
     """One backward pass from the losses to the layers' outputs.
 
-    Where rows are made of a and b, they are made as b arrives, and a and b are let go: at the
-    places known to be reached, if nobody else needs the graph.
+    Where rows are made of a and b, they are made as b arrives, and a and b are let go.
 
     Args:
         losses: (B,).
         sites: the layer calls to cover.
-        seed: 0-dim; multiplies the losses for the pass, so that half-precision gradients keep
-            the scale that a gradient scaler chose for them.
+        seed: 0-dim, a factor on the losses: that of a gradient scaler, for half precision.
         retain_graph: whether something else still needs the graph.
         reached: numbers of the sites at which a gradient arrived in an earlier pass like this.
         backward: the pass to take, to edges of the graph; None for autograd's own.
-
-    Raises:
-        RuntimeError: a layer's input was changed in place after the layer read it.
     """
     calls: list[LayerCall | None] = [None] * len(sites)
-    asked: list[int] = []
-    makes_rows: list[bool] = []
-    handles: list[RemovableHandle] = []
+    asked: list[tuple[int, CallSite, bool]] = []
+    edges: list[GradientEdge] = []
+    waiting: dict[int, RemovableHandle] = {}
     for number, site in enumerate(sites):
-        makes_rows.append(site.call.makes_rows(site.shape))
+        makes_rows = site.call.makes_rows(site.shape)
         # A node that passes nothing on is not run, and its hooks are not called.
-        waits = not retain_graph and number in reached and site.call.passes_on
-        if waits and makes_rows[number]:
+        if makes_rows and not retain_graph and number in reached and site.call.passes_on:
             arrival = partial(_arrive, calls, number, site)
-            handles.append(site.edge.node.register_prehook(arrival))
+            waiting[number] = site.edge.node.register_prehook(arrival)
         else:
-            asked.append(number)
-    edges = [sites[number].edge for number in asked]
+            asked.append((number, site, makes_rows))
+            edges.append(site.edge)
     try:
         if backward is not None:
             gradients = backward(edges)
@@ -154,12 +148,12 @@ def ghost_gradients(
             cotangent = seed.to(losses.dtype).expand_as(losses)
             gradients = gradients_at(losses, edges, cotangent, retain_graph=retain_graph)
     finally:
-        for handle in handles:
+        for handle in waiting.values():
             handle.remove()
-    for number, gradient in zip(asked, gradients, strict=True):
+    for (number, site, makes_rows), gradient in zip(asked, gradients, strict=True):
         if gradient is not None:
-            calls[number] = _settled(sites[number], gradient, retain_graph, makes_rows[number])
-    if len(asked) < len(sites) and any(calls[n] is None for n in set(range(len(sites))) - {*asked}):
+            calls[number] = _settled(site, gradient, retain_graph, makes_rows)
+    if waiting and any(calls[number] is None for number in waiting):
         raise RuntimeError(
             "no gradient arrived at a layer that one arrived at before: expected a forward that "
             'uses its layers alike in every step; set engine="autodiff" for one that does not'
@@ -170,8 +164,7 @@ def ghost_gradients(
 def _arrive(
     calls: list[LayerCall | None], number: int, site: CallSite, gradients: Sequence[Tensor | None]
 ) -> None:
-    gradient = gradients[site.edge.output_nr]
-    if gradient is not None:
+    if (gradient := gradients[site.edge.output_nr]) is not None:
         calls[number] = _settled(site, gradient, retain_graph=False, makes_rows=True)
 
 
@@ -204,15 +197,6 @@ def check_inputs(calls: Iterable[LayerCall]) -> None:
             )
 
 
-def _sum(products: Iterable[Tensor]) -> Tensor:
-    """One after the other: those of pairs of samples are too large to be held at once."""
-    total: Tensor | None = None
-    for product in products:
-        total = product if total is None else total + product
-    assert total is not None, "rows without columns"
-    return total
-
-
 FEW = 3
 """So many are added as quickly one after the other."""
 
@@ -226,29 +210,16 @@ def _with_roles(call: LayerCall, chosen: Container[Tensor]) -> LayerCall:
     return part
 
 
-def _apart(calls: Sequence[LayerCall]) -> bool:
-    """Whether no parameter is in two calls: then <g_i, g_j> has no terms between them."""
-    number = 0
-    distinct: set[Tensor] = set()
-    for call in calls:
-        number += len(call.parameters)
-        distinct.update(call.parameters.values())
-    return number == len(distinct)
-
-
 def _sharing_parameters(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:
     """Calls grouped so that no parameter is in two groups: <g_i, g_j> has no terms between."""
-    if _apart(calls):
+    uses = [p for call in calls for p in call.parameters.values()]
+    if len(uses) == len(set(uses)):
         return [[call] for call in calls]
     groups: list[tuple[set[Tensor], list[LayerCall]]] = []
     for call in calls:
-        parameters, members = set(call.parameters.values()), [call]
-        apart = []
-        for group in groups:
-            if parameters.isdisjoint(group[0]):
-                apart.append(group)
-            else:
-                parameters |= group[0]
-                members = group[1] + members
-        groups = [*apart, (parameters, members)]
+        own = set(call.parameters.values())
+        meeting = [group for group in groups if not own.isdisjoint(group[0])]
+        groups = [group for group in groups if own.isdisjoint(group[0])]
+        members = [member for _, some in meeting for member in some]
+        groups.append((own.union(*(known for known, _ in meeting)), [*members, call]))
     return [members for _, members in groups]

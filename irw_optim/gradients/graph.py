@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,51 +22,35 @@ class CallSite(NamedTuple):
     shape: torch.Size
 
 
+@dataclass(eq=False)
 class Graph:
-    """What leads to a vector of losses.
+    """What leads to a vector of losses."""
 
-    Args:
-        leaves: what gradients are accumulated in.
-        leaf_nodes: the nodes that accumulate them.
-        order: the nodes in between, each before those it reads from.
-        wiring: who reads from whom, as numbers: equal for graphs that are wired alike.
-        sites: layer calls, as far as they are known.
-    """
-
-    def __init__(
-        self,
-        leaves: list[Tensor],
-        leaf_nodes: list[Node],
-        order: list[Node],
-        wiring: tuple[int | tuple[int, int], ...],
-        sites: list[CallSite],
-    ) -> None:
-        self.leaves = leaves
-        self.leaf_nodes = leaf_nodes
-        self.order = order
-        self.wiring = wiring
-        self.sites = sites
-
-    def with_sites(self, sites: list[CallSite]) -> Graph:
-        """The same graph with these layer calls."""
-        return Graph(self.leaves, self.leaf_nodes, self.order, self.wiring, sites)
+    leaves: list[Tensor]  # what gradients are accumulated in
+    leaf_nodes: list[Node]  # what accumulates them
+    order: list[Node]  # the nodes in between, each before those it reads from
+    wiring: tuple[int | tuple[int, int], ...]  # who reads from whom, as numbers
+    sites: list[CallSite] = field(default_factory=list)  # layer calls, as far as they are known
+    kind: Hashable = None  # equal for graphs in which everything is at the same places
 
     @cached_property
     def nodes(self) -> dict[Node, int]:
         """The place of each node in the order."""
         return {node: place for place, node in enumerate(self.order)}
 
+    @cached_property
+    def edges(self) -> dict[Any, GradientEdge]:
+        """Where the gradients of the leaves arrive."""
+        ends = [GradientEdge(node, 0) for node in self.leaf_nodes]
+        return dict(zip(self.leaves, ends, strict=True))
 
-NO_GRAPH = Graph([], [], [], (), [])
+
+NO_GRAPH = Graph([], [], [], ())
 """In the place of one that is over."""
 
 
 def walk(losses: Tensor) -> Graph:
-    """Follow the graph from the losses to its leaves.
-
-    Args:
-        losses: (B,), with their graph.
-    """
+    """Follow the graph from the losses to its leaves."""
     leaves: list[Tensor] = []
     leaf_nodes: list[Node] = []
     order: list[Node] = []
@@ -96,4 +82,16 @@ def walk(losses: Tensor) -> Graph:
             path.pop()
             order.append(node)
     order.reverse()
-    return Graph(leaves, leaf_nodes, order, tuple(wiring), [])
+    return Graph(leaves, leaf_nodes, order, tuple(wiring))
+
+
+def refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:
+    """Raise where a part is recomputed by a backward pass of its own, which nobody can ask."""
+    if "CheckpointFunctionBackward" in {kind.__name__ for kind in set(map(type, nodes))}:
+        raise RuntimeError(
+            "torch.utils.checkpoint with use_reentrant=True: it adds to p.grad from inside the "
+            "backward pass, so that no gradient of single samples can be had. Call "
+            "checkpoint(..., use_reentrant=False), with Hugging Face "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}: the same gradients for the '
+            "same memory"
+        )

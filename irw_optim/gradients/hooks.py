@@ -6,30 +6,17 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
+import torch
 from torch import nn
 
 from irw_optim.attachments import Attachment, Removable
-from irw_optim.gradients.compiling import is_compiled_module
+from irw_optim.gradients.compiling import KeptOut, OnForward
 
 
 def silence_of(model: nn.Module | None) -> list[Attachment]:
     """Keeps Opacus' hooks quiet for as long as somebody holds it."""
     silenced = model is not None and hasattr(model, "hooks_enabled")
     return [OpacusSilenced.on(model)] if silenced else []  # type: ignore[arg-type]
-
-
-def needs_hooks(model: nn.Module) -> bool:
-    """Whether layers have to be seen as they are called.
-
-    Compiled, the graph does not show them; sharded, a rank without samples goes along by them.
-    """
-    return any(map(_is_compiled_or_sharded, model.modules()))
-
-
-def _is_compiled_or_sharded(module: nn.Module) -> bool:
-    return is_compiled_module(module) or any(
-        kind.__name__ == "FSDPModule" for kind in type(module).__mro__
-    )
 
 
 class OpacusSilenced(Attachment):
@@ -61,3 +48,35 @@ def weighed_by(model: nn.Module) -> WeakSet[Any]:
 
 
 _WEIGHED_BY: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
+
+
+IN_CUDNN = "CudnnRnn"
+"""What autograd calls them."""
+
+
+class _OwnKernels(KeptOut):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.backends.cudnn.flags(enabled=not torch.is_grad_enabled()):
+            return self.__wrapped__(*args, **kwargs)
+
+
+class WithoutCudnn(OnForward):
+    """Has a recurrent layer take torch's own kernels while gradients are recorded.
+
+    cuDNN's backward pass has no derivative. Through torch's own, changes go forwards: a few plain
+    steps, and not one backward pass a sample.
+    """
+
+    stands_in = _OwnKernels
+
+
+WITHOUT_CUDNN = (
+    "recurrent layers take torch's own kernels from now on, through which changes go forwards: the "
+    "gradient of cuDNN's cannot be differentiated, and would take one backward pass a sample"
+)
+
+
+def without_cudnn(model: nn.Module) -> list[Attachment]:
+    """Keep the recurrent layers that still use cuDNN from it, until nobody holds these."""
+    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    return [WithoutCudnn.on(layer) for layer in layers if WithoutCudnn.found_on(layer) is None]

@@ -1,59 +1,52 @@
 """Where the batch is in what each layer computes: as the graph says, or as the sizes do.
 
-A sequence can be as long as the batch, a table can have as many rows, and T * B rows can be
-sorted by sample or by time. No size tells these apart, but the graph does, which was followed from
-the losses. Beyond the operation at which it could be followed no further, the likeliest reading is
-taken, and compared with autograd as everything there.
+A sequence can be as long as the batch, and T * B rows can be sorted by sample or by time. No size
+tells these apart, but the graph does, which was followed from the losses. Where that went no
+further, the likeliest reading is taken, and compared with autograd as everything there.
+
+``tokens(x) + positions(arange(T))`` computes the second term without a batch dimension, so that no
+gradient of single samples arrives there. It arrives at the sum, which passes it on unchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 import torch
+from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.broadcast import sites_of_sums
 from irw_optim.gradients.graph import CallSite, Graph
 from irw_optim.gradients.layers import Layout
 from irw_optim.gradients.mixing import Batch
+from irw_optim.gradients.nodes import shape_of
 
 
 def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
     """The layer calls of a graph with the batch brought first, where they have one.
 
     Calls that are made once for all samples (positions) move to the sums at which they meet them.
-
-    Args:
-        graph: as it was walked.
-        batch: where the batch is.
-        batch_size: B.
     """
+
+    def known(site: CallSite) -> bool:
+        return batch.followed or _place(graph, site) in batch.places
+
+    def may_be(layout: Layout, site: CallSite) -> bool:
+        """Whether the output may hold the batch so, for all that the graph says."""
+        stride = batch.places.get(_place(graph, site))
+        return stride_in(layout, site.shape, batch_size) == stride or not known(site)
+
     sites: list[CallSite] = []
     for site in graph.sites:
-        layouts = site.call.layouts(batch_size, site.shape)
-        known = _is_known(graph, batch, site)
-        right = [n for n in layouts if _may_be(n, graph, batch, site, batch_size)]
-        if site.call.may_lack_batch and not (known and right):
-            sums = sites_of_sums(site, graph, batch_size)
-            if sums is not None:
-                dim, at_sums = sums
-                if all(_may_be(Layout(dim), graph, batch, s, batch_size) for s in at_sums):
-                    sites += at_sums
-                    continue
+        right = [n for n in site.call.layouts(batch_size, site.shape) if may_be(n, site)]
+        if site.call.may_lack_batch and not (known(site) and right):
+            sums = _sites_of_sums(site, graph, batch_size)
+            if sums is not None and all(may_be(Layout(sums[0]), s) for s in sums[1]):
+                sites += sums[1]
+                continue
         site.call.settle(right[0] if right else None, batch_size)
         sites.append(site)
     return sites
-
-
-def _is_known(graph: Graph, batch: Batch, site: CallSite) -> bool:
-    return batch.followed or _place(graph, site) in batch.places
-
-
-def _may_be(layout: Layout, graph: Graph, batch: Batch, site: CallSite, batch_size: int) -> bool:
-    """Whether the output may hold the batch so, for all that the graph says."""
-    stride = batch.places.get(_place(graph, site))
-    right = stride_in(layout, site.shape, batch_size) == stride
-    return right or not _is_known(graph, batch, site)
 
 
 def _place(graph: Graph, site: CallSite) -> tuple[int, int]:
@@ -61,14 +54,70 @@ def _place(graph: Graph, site: CallSite) -> tuple[int, int]:
 
 
 def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:
-    """The stride of the batch in a tensor with such a layout.
-
-    >>> stride_in(Layout(1), torch.Size([5, 3, 4]), 3)
-    4
-    >>> stride_in(Layout(0, "batch major"), torch.Size([15, 4]), 3)
-    20
-    """
+    """The stride of the batch in a tensor with such a layout."""
     behind = prod(shape[layout.dim + 1 :])
     if layout.fold == "batch major":
         return behind * shape[layout.dim] // batch_size
     return behind
+
+
+_HANDS_ON = frozenset({"AddBackward0", "UnsqueezeBackward0", "ExpandBackward0", "AliasBackward0"})
+"""Operations whose gradient is that of what they read, summed where it was repeated."""
+
+
+def _sites_of_sums(
+    site: CallSite, graph: Graph, batch_size: int
+) -> tuple[int, list[CallSite]] | None:
+    """The call as if every sample had made it, at the sums where it meets the batch.
+
+    With the dimension that holds the batch there; None where anything else reads the output.
+    """
+    met = _meets_the_batch(site, graph.nodes, batch_size)
+    dims = {dim for _, dim in met}
+    if len(dims) != 1:
+        return None
+    (dim,) = dims
+    call = site.call.for_every_sample(batch_size, dim)
+    if call is None:
+        return None
+    shape = torch.Size([*call.recorded.shape, site.shape[-1]])
+    if any(shape_of(node) != shape for node, _ in met):
+        return None
+    return dim, [CallSite(call.copy(), GradientEdge(node, 0), shape) for node, _ in met]
+
+
+def _meets_the_batch(
+    site: CallSite, nodes: Iterable[Node], batch_size: int
+) -> list[tuple[Node, int]]:
+    """The operations that repeat the output for every sample, and along which dimension."""
+    readers = _readers_among(nodes)
+    met: list[tuple[Node, int]] = []
+    waiting = [(site.edge.node, site.edge.output_nr, site.shape)]
+    while waiting:
+        node, number, before = waiting.pop()
+        read_by = readers.get((node, number), [])
+        if not read_by:
+            return []
+        for reader in read_by:
+            after = shape_of(reader)
+            if reader.name() not in _HANDS_ON or getattr(reader, "_saved_alpha", 1) != 1:
+                return []
+            if after.numel() == before.numel() and batch_size > 1:
+                waiting.append((reader, 0, after))
+                continue
+            padded = [*[1] * (len(after) - len(before)), *before]
+            repeated = [d for d, n in enumerate(padded) if n == 1 and after[d] != 1]
+            if batch_size == 1 and not repeated:
+                repeated = [0]
+            if len(repeated) != 1 or after[repeated[0]] != batch_size:
+                return []
+            met.append((reader, repeated[0]))
+    return met
+
+
+def _readers_among(nodes: Iterable[Node]) -> dict[tuple[Node | None, int], list[Node]]:
+    readers: dict[tuple[Node | None, int], list[Node]] = {}
+    for node in nodes:
+        for parent in node.next_functions:
+            readers.setdefault(parent, []).append(node)
+    return readers

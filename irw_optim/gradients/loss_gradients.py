@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from threading import Lock
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
@@ -14,16 +14,17 @@ from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses
-from irw_optim.gradients.capture import forget_calls
+from irw_optim.gradients.capture import forget_calls, sites_noted
+from irw_optim.gradients.compiling import is_compiled
 from irw_optim.gradients.coverage import Covering
+from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
-from irw_optim.gradients.graph import NO_GRAPH, CallSite, Graph
+from irw_optim.gradients.graph import NO_GRAPH, CallSite, refuse_reentrant_checkpoints, walk
+from irw_optim.gradients.mixing import fingerprint
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
+from irw_optim.gradients.recomputation import NOTHING, RECOMPUTES, OneForward
 from irw_optim.gradients.verification import compare, in_half_precision, probe_of
-from irw_optim.torch_internals import is_walked_on, is_wanted
-
-if TYPE_CHECKING:
-    from irw_optim.gradients.engine import Engine
+from irw_optim.torch_internals import is_wanted
 
 NOTHING_TO_SCORE = (
     "the losses do not depend on any parameter that makes the scores: expected losses computed "
@@ -32,69 +33,97 @@ NOTHING_TO_SCORE = (
 )
 
 
+MANY_LOSSES = 8
+"""So many other losses that wait for their backward pass on one graph are worth a word."""
+
+_LOCK = Lock()
+
+
 class LossGradients:
     """G, and the sums that a step needs of it.
 
     Args:
         engine: what is known from earlier batches.
         losses: (B,), with their graph.
-        graph: what leads to them.
-        own: the leaves that are the model's; None for all.
-
-    Attributes:
-        leaves: those of the model.
-        others: inputs, and parameters of other networks: their gradient is the plain one.
-        uncovered: leaves that the ghost products do not cover.
+        owns: tells, of the leaves, the model's (and more, perhaps); None for all.
         one_product: whether a single G (G^T c) is all that is asked of G.
-        apart: whether the graph proves that no sample reads another; known once `start` has run.
     """
 
     def __init__(
         self,
         engine: Engine,
         losses: Tensor,
-        graph: Graph,
-        own: set[Tensor] | None = None,
+        owns: Callable[[Sequence[Tensor]], set[Tensor]] | None = None,
+        *,
+        one_product: bool = False,
     ) -> None:
+        if engine.hooks is None:
+            engine.begin()
         self.engine = engine
         self.losses = losses
-        self.graph = graph
-        self.leaves, self.others = graph.leaves, []
+        self.graph = graph = walk(losses)
+        if engine.has_layer_hooks:
+            graph.sites = sites_noted(graph.order)
+            engine.sees_fused = any(map(is_compiled, graph.order))
+        self.leaves: list[Tensor] = graph.leaves  # those of the model
+        self.others: list[Tensor] = []  # inputs, other networks: their gradient is the plain one
+        own = None if owns is None else owns(graph.leaves)
         if own is not None and not own.issuperset(graph.leaves):
             self.leaves = [leaf for leaf in graph.leaves if leaf in own]
             self.others = [leaf for leaf in graph.leaves if leaf not in own]
-        self.sharing: WeakSet[LossGradients] | tuple[()] = ()
-        self.apart = False
+        self.one_product = one_product
+        self.apart = False  # whether the graph proves, in `start`, that no sample reads another
         self.uncovered = self.finished_by_autograd = self.leaves
         self.ghost: GhostGradients | None = None
-        self.passes: BackwardPasses | None = None
-        self.kind: tuple[object, ...] = ()
-        self.one_product = False
+        graph.kind = (*fingerprint(losses, graph), one_product, *map(id, self.leaves))
+        if graph.kind not in engine.plans:
+            refuse_reentrant_checkpoints(graph.order)
+        self.sharing: WeakSet[LossGradients] | tuple[()] = ()
+        with _LOCK:
+            for other in WAITING:
+                if not graph.nodes.keys().isdisjoint(other.graph.nodes.keys()):
+                    other.sharing = other.sharing or WeakSet()
+                    self.sharing = self.sharing or WeakSet()
+                    other.sharing.add(self)
+                    self.sharing.add(other)
+            WAITING.add(self)
+        if len(self.sharing) == MANY_LOSSES:
+            engine.tell(
+                logging.WARNING,
+                "many losses",
+                f"{MANY_LOSSES + 1} losses lead through one graph, such as those of time steps: "
+                "each is a batch of its own, with its own worst-off samples and weights, and goes "
+                "back through all of the graph, so that the cost is quadratic in their number. For "
+                "one batch of sequences, in one backward pass, add up the losses of each sample: "
+                "optimizer.backward(torch.stack(losses).mean(0)) with losses of shape (B,) from "
+                'reduction="none"',
+            )
 
     def start(self, seed: Tensor, keep_graph: bool) -> None:
         """The backward pass to the layers' outputs, with its check where one is due.
 
-        Args:
-            seed: 0-dim, not zero; what the losses carry through it.
-            keep_graph: whether somebody else will still walk the graph.
+        The losses carry the ``seed`` through it, 0-dim and not zero.
         """
-        size, engine = self.losses.shape[0], self.engine
-        covering, graph = engine.covering(self), self.graph
+        size, engine, graph = self.losses.shape[0], self.engine, self.graph
+        recomputes = engine.known.get(RECOMPUTES)
+        with self.one_forward if recomputes or graph.kind not in engine.plans else NOTHING:
+            covering = engine.covering(self)
         self.apart = covering.mixed_by is None and size > 1
         check_hooks = bool(size) and engine.hook_check_is_due(graph)
-        check = bool(size and covering.covered) and covering.check_is_due()
+        check = bool(size and covering.covered) and engine.check_is_due(covering)
         hooks_change = engine.known.get(HOOKS_CHANGE)
         if covering.covers_all and covering.covered and not (check or check_hooks or hooks_change):
             self.uncovered = self.finished_by_autograd = []
             retain = keep_graph or bool(self.sharing or self.others)
-            known, sites = covering.reached, graph.sites
-            self.ghost = ghost_gradients(
-                self.losses, sites, seed, retain_graph=retain, reached=known
-            )
+            known = covering.reached
+            with self.one_forward if recomputes else NOTHING:
+                self.ghost = ghost_gradients(
+                    self.losses, graph.sites, seed, retain_graph=retain, reached=known
+                )
             if len(self.ghost.calls) != len(known):
                 covering.reached = self.ghost.reached
             return
-        passes = self._passes
+        passes = self.passes
         if not covering.covered:
             if check_hooks:
                 passes.compare_hooks([], seed.expand_as(self.losses), self.leaves)
@@ -123,17 +152,14 @@ class LossGradients:
         """G with the columns of the chosen parameters."""
         if self.ghost is not None and not self.uncovered and all(map(parameters, self.leaves)):
             return self.ghost
+        chosen = list(filter(parameters, self.leaves))
         if self.engine.own is not None:
-            return self._by_own_engine(self.engine.own, [p for p in self.leaves if parameters(p)])
+            return self._by_own_engine(self.engine.own, chosen)
         parts: list[PerSampleGradients] = []
-        chosen = {p for p in self.leaves if parameters(p)}
-        rest = [p for p in self.uncovered if p in chosen]
-        if self.ghost is not None:
-            part = self.ghost.restricted_to(chosen)
-            if part.calls:
-                parts.append(part)
-        if rest:
-            parts.append(self._by_autodiff(rest))
+        if self.ghost is not None and (part := self.ghost.restricted_to(set(chosen))).calls:
+            parts.append(part)
+        if rest := list(filter(parameters, self.uncovered)):
+            parts.append(AutodiffGradients(self.losses, rest, self.engine.known, self.passes))
         if not parts:
             raise RuntimeError(NOTHING_TO_SCORE)
         return parts[0] if len(parts) == 1 else StackedGradients(parts)
@@ -141,27 +167,28 @@ class LossGradients:
     def weighted_sum(self, weights: Tensor, keep_graph: bool) -> dict[Tensor, Tensor]:
         """Sum of w_i times the gradient of loss i, for every leaf of the model that has one.
 
-        This may be the last use: layers that only autograd can finish, and uncovered leaves, take
-        one more backward pass.
+        Layers that only autograd can finish, and uncovered leaves, take one more backward pass.
         """
         total: dict[Tensor, Tensor] = {}
         rest = self.finished_by_autograd
         last = not keep_graph and not self.sharing
         if self.ghost is not None and not rest:
             ghost = self.ghost
-            if last:
-                self._let_go()
+            if last:  # nothing else holds the layers' inputs and output gradients then
+                if self.engine.has_layer_hooks:
+                    forget_calls(self.graph.order)
+                self.graph, self.ghost = NO_GRAPH, None
+                vars(self).pop("passes", None)
             total = ghost.combine(weights, release=last)
         elif self.ghost is not None:
             total = self.ghost.restricted_to(set(self.leaves).difference(rest)).combine(weights)
         if rest:
-            passes = self._passes
-            ends = passes.edges_of(rest)
+            passes = self.passes
             if passes.hooks_ran:
-                gradients = passes.without_hooks(ends, weights)
+                gradients = passes.without_hooks(rest, weights)
             else:
                 aside = self._edges_aside(rest)
-                gradients = passes.with_hooks([*ends, *aside], weights, retain_graph=not last)
+                gradients = passes.with_hooks([*rest, *aside], weights, retain_graph=not last)
             total.update((p, g) for p, g in zip(rest, gradients, strict=False) if g is not None)
         for p, g in total.items():
             if g.dtype != p.dtype:
@@ -173,41 +200,42 @@ class LossGradients:
     ) -> dict[Tensor, Tensor]:
         """Sum of factor_i times the gradient of loss i, by ordinary autograd, for any leaves.
 
-        Args:
-            leaves: of the graph.
-            factors: (B,).
-            hooks_ran: whether hooks on activations run in another pass of this loss.
+        Hooks on activations hear it, unless they run in another pass of this loss.
         """
-        passes = self._passes
-        back = passes.without_hooks if hooks_ran else passes.with_hooks
-        gradients = back(passes.edges_of(leaves), factors)
+        back = self.passes.without_hooks if hooks_ran else self.passes.with_hooks
+        gradients = back(leaves, factors)
         return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
 
     def is_wanted(self, leaf: Tensor) -> bool:
         """Whether the backward pass that runs now asks for the gradient of a leaf."""
-        return is_wanted(self._passes.edges_of([leaf])[0].node)
-
-    def is_walked_on(self) -> bool:
-        """Whether the backward pass that runs now goes through the same graph after us."""
-        return is_walked_on(self.graph.order)
+        return is_wanted(self.graph.edges[leaf].node)
 
     def close(self) -> None:
         """The backward pass is over: nothing of it may be held any longer."""
-        WAITING.leave(self)
-        if self.engine.has_layer_hooks and not self.sharing:
+        with _LOCK:
+            WAITING.discard(self)
+            for other in self.sharing:
+                other.sharing.discard(self)  # type: ignore[union-attr]
+        engine = self.engine
+        if engine.has_layer_hooks and not self.sharing:
             forget_calls(self.graph.order)
-        if self.engine.known.get("row_by_row"):
-            self.engine.left()
-        self.ghost = self.passes = None
+        if engine.known.get("row_by_row"):
+            engine.left()
+        self.ghost = None
         self.losses = self.losses.detach()
         self.graph = NO_GRAPH
+        vars(self).pop("passes", None)
 
-    @property
-    def _passes(self) -> BackwardPasses:
-        if self.passes is None:
-            assert self.graph is not NO_GRAPH, "the backward pass is over"
-            self.passes = BackwardPasses(self.losses, self.graph, self.engine.known)
-        return self.passes
+    @cached_property
+    def passes(self) -> BackwardPasses:
+        """Backward passes from the losses, of one memory."""
+        assert self.graph is not NO_GRAPH, "the backward pass is over"
+        return BackwardPasses(self.losses, self.graph, self.engine.known, self.one_forward)
+
+    @cached_property
+    def one_forward(self) -> OneForward:
+        """Around whatever may compute a part of the forward again."""
+        return OneForward(self.engine.model, self.engine.known)
 
     def _by_own_engine(
         self,
@@ -221,7 +249,7 @@ class LossGradients:
             rows = own(self.losses, parameters)
         if self.engine.uses & (self.engine.uses - 1) == 0:
             probe = probe_of(self.losses, self.engine.random)
-            wrong = compare(parameters, self._without_hooks(parameters, probe), probe, rows)
+            wrong = compare(parameters, self.passes.without_hooks(parameters, probe), probe, rows)
             if wrong:
                 raise RuntimeError(
                     f"engine={own!r} is not exact for {self.engine.names_of(wrong)}: combine(w) "
@@ -230,17 +258,9 @@ class LossGradients:
                 )
         return rows
 
-    def _by_autodiff(self, leaves: Sequence[Tensor]) -> AutodiffGradients:
-        known, push = self.engine.known, self._passes.push
-        return AutodiffGradients(self.losses, leaves, known, self._without_hooks, push)
-
-    def _without_hooks(self, leaves: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor | None]:
-        passes = self._passes
-        return passes.without_hooks(passes.edges_of(leaves), weights)
-
     def _edges_aside(self, rest: Sequence[Tensor]) -> list[GradientEdge]:
         """Layers that a pass to the rest would not come by, and whose hooks it should meet."""
-        on_the_way = {edge.node for edge in self._passes.edges_of(rest)}
+        on_the_way = {self.graph.edges[leaf].node for leaf in rest}
         for node in reversed(self.graph.order):
             if any(parent in on_the_way for parent, _ in node.next_functions):
                 on_the_way.add(node)
@@ -250,11 +270,11 @@ class LossGradients:
         """Compare the products with autograd; what is wrong is left to it."""
         parameters = [p for p in self.leaves if p in covering.covered]
         probe = probe_of(self.losses, self.engine.random)
-        wrong = compare(parameters, self._without_hooks(parameters, probe), probe, ghost)
+        wrong = compare(parameters, self.passes.without_hooks(parameters, probe), probe, ghost)
         if in_half_precision(ghost):
             # Autograd's sums over many samples are too rough there to tell; our own are not.
             one = torch.ones((), device=probe.device)
-            by = partial(self._passes.without_hooks, weights=probe)
+            by = partial(self.passes.without_hooks, weights=probe)
             rows = ghost_gradients(self.losses, sites, one, retain_graph=True, backward=by)
             sums = rows.combine(torch.ones_like(probe))
             wrong = {p: error for p, error in wrong.items() if p not in covering.alone}
@@ -264,35 +284,6 @@ class LossGradients:
         else:
             covering.agree()
 
-    def _let_go(self) -> None:
-        """Hold the layers' inputs and output gradients no longer, here and on the graph."""
-        if self.engine.has_layer_hooks:
-            forget_calls(self.graph.order)
-        self.graph = NO_GRAPH
-        self.passes = self.ghost = None
 
-
-class Waiting:
-    """Losses whose backward pass is still to come, in whatever thread: they may share a graph."""
-
-    def __init__(self) -> None:
-        self.batches, self.lock = WeakSet[LossGradients](), Lock()
-
-    def join(self, batch: LossGradients) -> None:
-        with self.lock:
-            for other in self.batches:
-                if not batch.graph.nodes.keys().isdisjoint(other.graph.nodes.keys()):
-                    other.sharing = other.sharing or WeakSet()
-                    batch.sharing = batch.sharing or WeakSet()
-                    other.sharing.add(batch)
-                    batch.sharing.add(other)
-            self.batches.add(batch)
-
-    def leave(self, batch: LossGradients) -> None:
-        with self.lock:
-            self.batches.discard(batch)
-            for other in batch.sharing:
-                other.sharing.discard(batch)  # type: ignore[union-attr]
-
-
-WAITING = Waiting()
+WAITING = WeakSet[LossGradients]()
+"""Losses whose backward pass is still to come, in whatever thread: they may share a graph."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.protocol import Direction, added
 
 MEMORY_BOUND = 64 * 2**20
 """Numbers that a block of `gram` may hold at once (256 MiB in float32)."""
@@ -51,8 +51,7 @@ class MaterializedGradients:
         """Read ``p.grad_sample`` as Opacus' GradSampleModule or GradSampleHooks left it.
 
         Raises:
-            RuntimeError: no parameter has a ``grad_sample``, some trainable one lacks it although
-                it has a gradient, or there are those of several backward passes.
+            RuntimeError: a parameter lacks it, or has those of several backward passes.
         """
         rows: dict[Tensor, Tensor] = {}
         for parameter in parameters:
@@ -88,19 +87,16 @@ class MaterializedGradients:
         return combined
 
     def dot(self, direction: Direction) -> Tensor:
-        products = [
-            as_matrix(widened(block)) @ as_vector(widened(direction[p]))
-            for p, block in self.rows.items()
-            if p in direction
-        ]
-        if not products:
+        chosen = [p for p in self.rows if p in direction]
+        if not chosen:
             return as_matrix(widened(next(iter(self.rows.values())))).new_zeros(self.batch_size)
-        return sum(products[1:], start=products[0])
+        return added(
+            as_matrix(widened(self.rows[p])) @ as_vector(widened(direction[p])) for p in chosen
+        )
 
     def gram(self) -> Tensor:
         blocks = [as_matrix(widened(block)) for block in self.rows.values()]
-        products = [block @ block.T for block in blocks]
-        return sum(products[1:], start=products[0])
+        return added(block @ block.T for block in blocks)
 
 
 def blocked_gram(
@@ -108,11 +104,8 @@ def blocked_gram(
 ) -> Tensor:
     """G G^T from rows that are made a block of samples at a time.
 
-    Args:
-        batch_size: B.
-        numbers: P, numbers in a row; two blocks of rows stay below `MEMORY_BOUND`.
-        rows: ``rows(samples) -> {parameter: (b, *p.shape)}``, called again for every pair of
-            blocks rather than kept.
+    Two blocks of rows, of so many ``numbers`` each, stay below `MEMORY_BOUND`; for every pair of
+    blocks ``rows(samples) -> {parameter: (b, *p.shape)}`` is called again rather than kept.
     """
     step = max(1, min(batch_size, MEMORY_BOUND // max(1, 2 * numbers)))
     blocks = [slice(start, min(start + step, batch_size)) for start in range(0, batch_size, step)]
@@ -123,10 +116,9 @@ def blocked_gram(
             if j.start > i.start:
                 break
             right = left if i == j else rows(j)
-            products = [
+            product = added(
                 as_matrix(widened(g)) @ as_matrix(widened(right[p])).T for p, g in left.items()
-            ]
-            product = sum(products[1:], start=products[0])
+            )
             if gram is None:
                 gram = product.new_zeros(batch_size, batch_size)
             gram[i, j] = product

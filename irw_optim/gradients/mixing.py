@@ -3,40 +3,42 @@
 A forward that treats its samples apart is a stack of operations that leave one dimension alone:
 the batch. Where it lies is followed from the losses, of shape (B,), to the leaves. Reshaping moves
 it, so it is kept as a stride: of a tensor's numbers in row-major order, number ``n`` belongs to
-sample ``n // stride % B``. An operation that works along dimensions which hold the batch, or of
-which no rule is known, may mix. So may one whose result is read sample by sample here and whole
-there: ``h - h.mean(0)``.
-
-What passes is proven, and nothing has to be computed for it.
+sample ``n // stride % B``. An operation that works along the batch, or of which no rule is known,
+may mix; so may one whose result is read sample by sample here and whole there, ``h - h.mean(0)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.nodes import shape_of
-from irw_optim.gradients.operations import SETTINGS_OF, is_known, is_view, rule_for, settings_of
-from irw_optim.gradients.place import MIXES, SHARED, UNREAD, Output
+from irw_optim.gradients.mixing_rules import (
+    RULES,
+    handed_on,
+    mixing,
+    permuting,
+    picking,
+    picks_of,
+    removing,
+    reshaped,
+    swapping,
+)
+from irw_optim.gradients.nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, shape_of
 
 
 class Crossing(NamedTuple):
-    """An operation on samples that reads tensors which they share: weights, or made of weights.
+    """An operation on samples that reads tensors which they share: weights, or made of weights."""
 
-    Attributes:
-        place: of its node in the graph's order.
-        output: number of the output that holds the batch.
-        inputs: numbers of the shared inputs.
-    """
-
-    place: int
-    output: int
-    inputs: tuple[int, ...]
+    place: int  # of its node in the graph's order
+    output: int  # number of the output that holds the batch
+    inputs: tuple[int, ...]  # numbers of the shared inputs
 
 
 class Batch(NamedTuple):
@@ -44,9 +46,8 @@ class Batch(NamedTuple):
 
     Attributes:
         mixed_by: the first operation that may mix the samples; None where none can.
-        places: the stride of the batch in each output, by the place of its node in the graph's
-            order; `SHARED` where the output is one for all samples. Where something mixes, of the
-            outputs met before it.
+        places: the stride of the batch in each output that was met, or `SHARED`, by the place of
+            its node in the graph's order.
         reads: for each leaf, how many operations on samples read it, or what is computed of it.
         computes_shared: whether anything that is one for all samples is computed, beyond views.
         crossings: where an operation on samples reads what they share.
@@ -69,13 +70,10 @@ class Batch(NamedTuple):
 def follow_batch(
     losses: Tensor, graph: Graph, opaque: Callable[[Node], bool] | None = None
 ) -> Batch:
-    """Follow the batch through the graph.
+    """Follow the batch through the graph of losses, (B,), B > 1.
 
-    Args:
-        losses: (B,), B > 1, with their graph.
-        graph: what leads to them.
-        opaque: says of which operations nothing is known; the batch is taken to come first in what
-            they read. The first of them may mix the samples. None to stop there.
+    Nothing is known of ``opaque`` operations. The batch is taken to come first in what they read,
+    and the first of them may mix the samples.
     """
     may_mix: str | None = None
     places: dict[tuple[Node, int], int] = {(losses.grad_fn, losses.output_nr): 1}  # type: ignore[dict-item]
@@ -85,32 +83,26 @@ def follow_batch(
     computes_shared = False
     for node in graph.order:
         for number in outputs.get(node, ()):
-            stride = places[node, number]
+            stride, weight = places[node, number], 1
             if stride == SHARED:
                 found: Sequence[int] = [SHARED] * len(node.next_functions)
                 weight = reads.get(node, 0)
                 computes_shared |= not is_view(node)
+            elif opaque is not None and opaque(node):
+                may_mix = may_mix or node.name()
+                found = [_first_in(edge, len(losses)) for edge in node.next_functions]
             else:
-                if opaque is not None and opaque(node):
-                    may_mix = may_mix or node.name()
-                    found = [_first_in(edge, len(losses)) for edge in node.next_functions]
-                else:
-                    found = _inputs_of(Output(node, number, stride, len(losses)))
-                weight = 1
-                if found is MIXES:
-                    return Batch(
-                        node.name(), _by_number(places, graph), surely_mixes=is_known(node)
-                    )
-                shared = [
-                    n
-                    for n, ((parent, _), place) in enumerate(
-                        zip(node.next_functions, found, strict=False)
-                    )
-                    if place == SHARED and parent is not None
-                ]
-                if shared:
-                    crossings.append(Crossing(graph.nodes[node], number, tuple(shared)))
-            for (parent, output), place in zip(node.next_functions, found, strict=False):
+                try:
+                    found = rule_for(node)(Output(node, number, stride, len(losses)))
+                except (MixesError, AttributeError, RuntimeError):
+                    # Or another version of torch; or a graph that is freed.
+                    surely = is_known(node)
+                    return Batch(node.name(), _by_number(places, graph), surely_mixes=surely)
+            read = list(zip(node.next_functions, found, strict=False))
+            shared = [n for n, ((p, _), place) in enumerate(read) if p and place == SHARED]
+            if shared and stride != SHARED:
+                crossings.append(Crossing(graph.nodes[node], number, tuple(shared)))
+            for (parent, output), place in read:
                 if parent is None or place == UNREAD:
                     continue
                 if place == SHARED:
@@ -129,7 +121,7 @@ def follow_batch(
 
 
 def _first_in(edge: tuple[Node | None, int], batch_size: int) -> int:
-    """The stride of the batch in what is read at an edge if it comes first there, if it may."""
+    """The stride of the batch if it comes first in what is read at an edge."""
     node, number = edge
     if node is None:
         return UNREAD
@@ -143,21 +135,8 @@ def _by_number(places: Mapping[tuple[Node, int], int], graph: Graph) -> dict[tup
     return {(graph.nodes[node], output): place for (node, output), place in places.items()}
 
 
-def _inputs_of(output: Output) -> Sequence[int]:
-    try:
-        return rule_for(output.node)(output)
-    except (AttributeError, RuntimeError):  # another version of torch; a graph that is freed
-        return MIXES
-
-
 def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:
-    """How many rows entered the model, where the samples are parts of them, such as tokens.
-
-    Args:
-        graph: of the losses.
-        batch: where their batch is.
-        losses: how many there are.
-    """
+    """How many rows entered the model, where the samples are parts of them, such as tokens."""
     if batch.followed:
         outputs = [
             Output(graph.order[place], number, stride, losses)
@@ -168,7 +147,9 @@ def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:
     elif any(site.call.layout is not None for site in graph.sites):
         return None
     else:
-        entered = {shape[0] for node in graph.order if len(shape := shape_of(node)) > 2}
+        shapes = {shape[:2] for node in graph.order if len(shape := shape_of(node)) > 2}
+        parted = any(rows * length == losses for rows, length in shapes)
+        entered = {rows for rows, _ in shapes} if parted else set()
     (rows, *others) = entered or {1}
     return rows if not others and 1 < rows < losses and losses % rows == 0 else None
 
@@ -188,3 +169,56 @@ def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
         if settings is not None:
             found.append(settings(node))
     return tuple(found)
+
+
+_SETTINGS = "dim dim0 dim1 dims keepdim normalized_shape pad reduction repeats size stride training"
+"""All that a rule reads beside the shapes and, of indices, what `picks_of` says."""
+
+
+_RULE_OF: dict[type[Node], Rule] = {}
+
+SETTINGS_OF: dict[type[Node], Callable[[Any], object] | None] = {}
+"""How to read what the rule of a node looks at beside the shapes; None for nothing."""
+
+
+def rule_for(node: Node) -> Rule:
+    """The rule of a node, by its name without what numbers its variants: ``MeanBackward1``."""
+    rule = _RULE_OF.get(type(node))
+    if rule is None:
+        rule = RULES.get(base_name(node), mixing)
+        if isinstance(node, BackwardCFunction):  # a function in Python may have any name
+            rule = handed_on if _is_torchs_identity(node) else mixing
+        _RULE_OF[type(node)] = rule
+    return rule
+
+
+def is_known(node: Node) -> bool:
+    """Whether a node has a rule."""
+    return rule_for(node) is not mixing
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node hands on numbers as they are."""
+    return rule_for(node) in (permuting, removing, reshaped, swapping)
+
+
+def settings_of(node: Node) -> object:
+    """Of a kind that `SETTINGS_OF` did not know until now."""
+    saved = [f"_saved_{name}" for name in _SETTINGS.split()]
+    names = [name for name in saved if hasattr(node, name)]
+    read: Callable[[Any], object] | None = None
+    if rule_for(node) is picking:
+        read = picks_of
+    elif names:
+        values = attrgetter(*names)
+        lists = any(isinstance(getattr(node, name), list) for name in names)
+        read = (lambda n: repr(values(n))) if lists else values
+    SETTINGS_OF[type(node)] = read
+    return None if read is None else read(node)
+
+
+def _is_torchs_identity(node: BackwardCFunction) -> bool:
+    """Functions by which torch hears a pass: module hooks, FSDP, DistributedDataParallel."""
+    function = getattr(node, "_forward_cls", type(node))
+    names = ("BackwardHookFunction", "RegisterPostBackwardFunction", "_DDPSink")
+    return function.__module__.startswith("torch.") and function.__name__ in names

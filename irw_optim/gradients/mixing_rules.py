@@ -1,43 +1,33 @@
 """How operations move the batch: for each, from its place in the output to that in the inputs.
 
 A rule is asked where the batch lies in what a node computed, and answers for every tensor that the
-node reads: a stride, `SHARED` for what all samples have in common (a weight), or `MIXES` for all
-where the operation works along the batch, or may.
+node reads: a stride, or `SHARED` for what all samples have in common (a weight). It raises
+`MixesError` where the operation works along the batch, or may. What is not in the table is taken to
+mix the samples: a graph with it is compared with autograd at every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-from irw_optim.gradients.place import MIXES, SHARED, UNREAD, Output, Rule
+from irw_optim.gradients.nodes import SHARED, UNREAD, MixesError, Output, Rule, mixes
 
 
 def elementwise(output: Output) -> Sequence[int]:
     """Inputs broadcast to the output."""
-    found = []
-    for shape in output.inputs:
-        if len(shape) == len(output.shape) and tuple(shape) == tuple(output.shape):
-            found.append(output.stride)
-            continue
-        if output.located is None:
-            return MIXES
-        dim = output.located[0] - len(output.shape) + len(shape)
-        if dim < 0 or shape[dim] == 1:
-            found.append(SHARED)
-            continue
-        place = output.at(shape, dim)
-        if place is None:
-            return MIXES
-        found.append(place)
-    return found
+    return [
+        output.stride if tuple(shape) == tuple(output.shape) else output.broadcast(shape)
+        for shape in output.inputs
+    ]
 
 
 def unreduced(output: Output) -> Sequence[int]:
     """A loss of every element."""
-    return MIXES if output.node._saved_reduction else elementwise(output)
+    return mixes() if output.node._saved_reduction else elementwise(output)
 
 
 def reshaped(output: Output) -> Sequence[int]:
@@ -47,14 +37,7 @@ def reshaped(output: Output) -> Sequence[int]:
 
 def along(name: str) -> Rule:
     """Works along remembered dimensions, and keeps the others where they are."""
-
-    def rule(output: Output) -> Sequence[int]:
-        touched = output.saved_dims(name)
-        if output.located is None or not touched or output.located[0] in touched:
-            return MIXES
-        return output.all_at(output.located[0])
-
-    return rule
+    return lambda output: output.all_at(output.beside(output.saved_dims(name)))
 
 
 def sliced(output: Output) -> Sequence[int]:
@@ -67,124 +50,82 @@ def along_last(count: int) -> Rule:
     """Works along the last dimensions."""
 
     def rule(output: Output) -> Sequence[int]:
-        if output.located is None or output.located[0] >= len(output.shape) - count:
-            return MIXES
-        return output.all_at(output.located[0])
+        ndim = len(output.shape)
+        return output.all_at(output.beside(range(ndim - count, ndim)))
 
     return rule
 
 
 def reducing(output: Output) -> Sequence[int]:
     """Sums, means, norms and the like over remembered dimensions."""
-    (shape,) = output.inputs[:1]
-    dims = output.saved_dims(ndim=len(shape))
-    if not dims or output.located is None:
-        return MIXES
-    dim = output.located[0]
-    if not getattr(output.node, "_saved_keepdim", False):
-        kept = [d for d in range(len(shape)) if d not in dims]
-        if dim >= len(kept):
-            return MIXES
-        dim = kept[dim]
-    return MIXES if dim in dims else output.all_at(dim)
+    ndim = len(output.inputs[0])
+    dims = output.saved_dims(ndim=ndim)
+    if getattr(output.node, "_saved_keepdim", False):
+        return output.all_at(output.beside(dims))
+    left = [d for d in range(ndim) if d not in dims]
+    return output.all_at(left[output.beside(range(len(left), len(output.shape)))])
 
 
 def inserting(output: Output) -> Sequence[int]:
     """The output has a dimension more than the inputs (stack)."""
-    if output.located is None:
-        return MIXES
-    dim, (new,) = output.located[0], output.saved_dims()
-    return MIXES if dim == new else output.all_at(dim - (dim > new))
+    (new,) = output.saved_dims()
+    dim = output.beside([new])
+    return output.all_at(dim - (dim > new))
 
 
 def removing(output: Output) -> Sequence[int]:
     """The output has a dimension less than the input (select, unbind)."""
-    if output.located is None:
-        return MIXES
     (gone,) = output.saved_dims(ndim=len(output.shape) + 1)
-    dim = output.located[0]
-    return output.all_at(dim + (dim >= gone))
+    return output.all_at(output.dim + (output.dim >= gone))
 
 
 def swapping(output: Output) -> Sequence[int]:
     """Two dimensions change places."""
-    if output.located is None:
-        return MIXES
-    dim, ndim = output.located[0], len(output.shape)
     names = [n for n in ("_saved_dim0", "_saved_dim1") if hasattr(output.node, n)]
-    a, b = [d for n in names for d in output.saved_dims(n)] if names else (0, ndim - 1)
-    return output.all_at({a: b, b: a}.get(dim, dim))
+    last = len(output.shape) - 1
+    a, b = [d for n in names for d in output.saved_dims(n)] if names else (0, last)
+    return output.all_at({a: b, b: a}.get(output.dim, output.dim))
 
 
 def permuting(output: Output) -> Sequence[int]:
     """All dimensions change places."""
-    if output.located is None:
-        return MIXES
-    return output.all_at(output.saved_dims("_saved_dims")[output.located[0]])
+    return output.all_at(output.saved_dims("_saved_dims")[output.dim])
 
 
 def multiplying(output: Output) -> Sequence[int]:
     """Matrix products: with a summand first, or without; with leading batch dimensions, or not."""
-    if output.located is None:
-        return MIXES
-    dim, ndim = output.located[0], len(output.shape)
+    dim, rows = output.dim, len(output.shape) - 2
     *summand, left, right = output.inputs
-    found: list[int | None] = []
-    for shape in summand:
-        front = dim - ndim + len(shape)
-        none = not shape or front < 0 or shape[front] == 1
-        found.append(SHARED if none else output.at(shape, front))
-    if dim < ndim - 2:
-        both = [output.at(shape, dim) if shape else SHARED for shape in (left, right)]
-        found += both
-    elif dim == ndim - 2:
-        found += [output.at(left, dim) if left else SHARED, SHARED]
-    else:
-        found += [SHARED, output.at(right, dim) if right else SHARED]
-    return MIXES if None in found else found  # type: ignore[return-value]
+    return [
+        *map(output.broadcast, summand),
+        output.at(left, dim) if dim <= rows else SHARED,
+        output.at(right, dim) if dim != rows else SHARED,
+    ]
 
 
-def matrix_by_vector(output: Output) -> Sequence[int]:
-    """A product of a matrix of samples with a weight."""
-    left, _ = output.inputs
-    place = output.at(left, 0) if left and output.located is not None else SHARED
-    return MIXES if place is None or output.located is None else [place, SHARED]
-
-
-def with_weights(*, leading: int = 1) -> Rule:
+def with_weights(leading: Callable[[Output], int]) -> Rule:
     """The first input holds the batch among its leading dimensions; the others are weights."""
 
     def rule(output: Output) -> Sequence[int]:
-        if output.located is None or output.located[0] >= leading:
-            return MIXES
         shape, *weights = output.inputs
-        place = output.at(shape, output.located[0]) if shape else SHARED
-        return MIXES if place is None else [place, *[SHARED] * len(weights)]
+        dim = output.beside(range(leading(output), len(output.shape)))
+        return [output.at(shape, dim), *[SHARED] * len(weights)]
 
     return rule
 
 
-def linear(output: Output) -> Sequence[int]:
-    """A map of the last dimension."""
-    return with_weights(leading=len(output.shape) - 1)(output)
-
-
-def layer_norm(output: Output) -> Sequence[int]:
-    """Normalises the last dimensions."""
-    over = len(output.node._saved_normalized_shape)
-    return with_weights(leading=len(output.shape) - over)(output)
+def _not_normalised(output: Output) -> int:
+    return len(output.shape) - len(output.node._saved_normalized_shape)
 
 
 def batch_norm(output: Output) -> Sequence[int]:
     """With statistics of the batch it mixes; in channels, as an instance norm has them, not."""
-    training = output.node._saved_training
-    if output.located is None or (training and output.located[0] != 1):
-        return MIXES
+    in_channels = output.dim == 1  # each sample has its own copy of the weights
+    if output.node._saved_training and not in_channels:
+        raise MixesError
     shape, *weights = output.inputs
-    places = [output.at(shape, output.located[0]) if shape else SHARED]
-    in_channels = output.located[0] == 1  # each sample has its own copy of the weights
-    places += [output.at(w, 0) if w and in_channels else SHARED for w in weights]
-    return MIXES if None in places else places  # type: ignore[return-value]
+    of_weights = [output.at(w, 0) if in_channels else SHARED for w in weights]
+    return [output.at(shape, output.dim), *of_weights]
 
 
 def of_shared_tables(output: Output) -> Sequence[int]:
@@ -194,9 +135,7 @@ def of_shared_tables(output: Output) -> Sequence[int]:
 
 def of_classes(output: Output) -> Sequence[int]:
     """A loss of every element, whose input has the classes as dimension 1."""
-    if output.node._saved_reduction or output.located is None:
-        return MIXES
-    dim = output.located[0]
+    dim = mixes() if output.node._saved_reduction else output.dim
     return output.all_at(dim + (dim >= 1))
 
 
@@ -204,9 +143,8 @@ def of_rows(dim: int) -> Rule:
     """A loss of every row, which reads the batch in this dimension."""
 
     def rule(output: Output) -> Sequence[int]:
-        if getattr(output.node, "_saved_reduction", 0) or output.located != (0, 1):
-            return MIXES
-        return output.all_at(dim)
+        reduced = getattr(output.node, "_saved_reduction", 0)
+        return mixes() if reduced or output.located != (0, 1) else output.all_at(dim)
 
     return rule
 
@@ -218,40 +156,36 @@ def padding(output: Output) -> Sequence[int]:
 
 def repeating(output: Output) -> Sequence[int]:
     """Tiles: a shared tensor for all samples, or a batch along other dimensions."""
-    if output.located is None:
-        return MIXES
-    (dim, step), shape = output.located, output.inputs[0]
+    (dim, step), shape = output.located or mixes(), output.inputs[0]
     front = dim - len(output.shape) + len(shape)
     repeats = output.node._saved_repeats[dim]
     if front < 0 or shape[front] == 1 or (step == shape[front] and repeats == output.batch_size):
         return [SHARED]
-    return MIXES if repeats != 1 else output.all_at(front)
+    return mixes() if repeats != 1 else output.all_at(front)
 
 
 def picking(output: Output) -> Sequence[int]:
     """Advanced indices: behind the batch, or with every sample its own row."""
     kinds = picks_of(output.node)
-    if output.located is None or output.located[0] != 0 or not kinds:
-        return MIXES
+    if output.dim != 0 or not kinds:
+        raise MixesError
     if kinds[0] == "whole":  # several indices with a gap put their dimension in front
-        return output.all_at(0) if kinds.count("whole") == len(kinds) - 1 else MIXES
-    own = (output.all_at(dim) for dim, kind in enumerate(kinds) if kind == "every row")
-    return next((found for found in own if found is not MIXES), MIXES)
+        return output.all_at(0) if kinds.count("whole") == len(kinds) - 1 else mixes()
+    for dim, kind in enumerate(kinds):
+        if kind == "every row":
+            with suppress(MixesError):
+                return output.all_at(dim)
+    raise MixesError
 
 
 def picks_of(node: Any) -> tuple[str, ...]:
     """What advanced indices take of each dimension."""
-    rows = node._input_metadata[0].shape[:1]
-    indices = node._saved_indices
+    rows, indices = (*node._input_metadata[0].shape, 0)[0], node._saved_indices
     ndim = max((index.ndim for index in indices if index is not None), default=0)
     kinds = []
     for index in indices:
-        if index is None:
-            kinds.append("whole")
-        elif index.ndim == ndim and _is_every_row(index, rows[0] if rows else 0):
-            kinds.append("every row")
-        else:
-            kinds.append("index")
+        every = index is not None and index.ndim == ndim and _is_every_row(index, rows)
+        kinds.append("whole" if index is None else "every row" if every else "index")
     return tuple(kinds)
 
 
@@ -264,25 +198,23 @@ def _is_every_row(index: torch.Tensor, rows: int) -> bool:
 
 def recurrent(output: Output) -> Sequence[int]:
     """A layer over time, time first: input, four weights, states (B, width)."""
-    dim = 0 if output.number else 1
-    if output.located is None or output.located[0] != dim or output.node._saved_batch_sizes:
-        return MIXES
-    read, *weights_and_states = output.inputs
-    weights, states = weights_and_states[:4], weights_and_states[4:]
-    found = [output.at(read, 1) if read else SHARED, *[SHARED] * len(weights)]
-    found += [output.at(shape, len(shape) - 2) if shape else SHARED for shape in states]
-    return MIXES if None in found else found  # type: ignore[return-value]
+    if output.dim != (0 if output.number else 1) or output.node._saved_batch_sizes:
+        raise MixesError
+    read, *weights = output.inputs[:5]
+    states = [output.at(shape, len(shape) - 2) for shape in output.inputs[5:]]
+    return [output.at(read, 1), *[SHARED] * len(weights), *states]
 
 
 def strided(output: Output) -> Sequence[int]:
     """Another view of the storage; as the strides of 1 x 1 pictures are put right, the same."""
     if not output.inputs[0] or tuple(output.inputs[0]) != tuple(output.shape):
-        return MIXES
+        raise MixesError
     metadata = output.node._input_metadata[output.number]
     numbers = torch.arange(torch.Size(output.shape).numel(), device=metadata.device)
     numbers = (numbers % 2**11).to(metadata.dtype).view(tuple(output.shape))
     pulled = output.node(numbers)
-    return [output.stride] if pulled is not None and torch.equal(pulled, numbers) else MIXES
+    same = pulled is not None and torch.equal(pulled, numbers)
+    return [output.stride] if same else mixes()
 
 
 def handed_on(output: Output) -> Sequence[int]:
@@ -293,4 +225,72 @@ def handed_on(output: Output) -> Sequence[int]:
 
 def mixing(output: Output) -> Sequence[int]:
     """Of an operation without a rule nothing is known."""
-    return MIXES
+    mixes()
+
+
+_NAMES: dict[Rule, str] = {
+    elementwise: (
+        "Abs Acos Acosh Add Addcdiv Addcmul Angle Asin Asinh Atan Atan2 Atanh Bernoulli Celu Ceil "
+        "Clamp ClampMax ClampMin Clone Complex Conj ConjPhysical Copysign Cos Cosh Digamma Div "
+        "Elu Erf Erfc Erfinv Exp Exp2 Expand Expm1 Fill Floor Fmax Fmin Fmod Frac Gelu Hardshrink "
+        "Hardsigmoid Hardswish Hardtanh Heaviside Hypot Imag LeakyRelu Lerp Lgamma Log Log10 "
+        "Log1P Log2 LogSigmoid Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum "
+        "NativeDropout Neg Polar Pow PreluKernel Real Reciprocal Relu Relu6 Remainder Round "
+        "RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink Sqrt "
+        "Sub Tan Tanh Threshold ToCopy Trunc Where Xlog1Py Xlogy"
+    ),
+    unreduced: (
+        "BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss SmoothL1Loss "
+        "SoftMarginLoss"
+    ),
+    of_classes: "NllLoss NllLoss2D",
+    of_rows(0): "MultiMarginLoss MultilabelMarginLoss",
+    of_rows(1): "CtcLoss",
+    reshaped: "Alias LiftFresh ReshapeAlias Squeeze UnsafeView Unsqueeze View Detach",
+    along("_saved_dim"): (
+        "Cat Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C Gather Glu IndexAdd IndexSelect "
+        "LogSoftmax Logcumsumexp SafeSoftmax Scatter ScatterAdd Softmax Sort Split SplitWithSizes "
+        "Topk UnsafeSplit UnsafeSplitWithSizes"
+    ),
+    sliced: "Slice",
+    along("_saved_dims"): "Flip Roll",
+    reducing: (
+        "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Norm Prod Std Sum "
+        "Var"
+    ),
+    inserting: "Stack",
+    removing: "Select Unbind",
+    swapping: "T Transpose",
+    permuting: "Permute",
+    multiplying: "Addmm Baddbmm Bmm Mm",
+    with_weights(lambda output: len(output.shape) - 1): "Linear MkldnnLinear",
+    with_weights(lambda output: 1): (
+        "Col2Im Convolution ConvolutionOverrideable Im2Col Mv NativeGroupNorm"
+    ),
+    with_weights(_not_normalised): "NativeLayerNorm FusedRmsNorm",
+    batch_norm: "CudnnBatchNorm MiopenBatchNorm NativeBatchNorm",
+    of_shared_tables: "Embedding EmbeddingBag",
+    along_last(1): (
+        "AdaptiveMaxPool1D AvgPool1D MaxPool1D ReflectionPad1D ReplicationPad1D UpsampleLinear1D "
+        "UpsampleNearest1D"
+    ),
+    along_last(2): (
+        "AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices "
+        "ReflectionPad2D ReplicationPad2D ScaledDotProductAttentionMath "
+        "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention "
+        "ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu "
+        "ScaledDotProductFusedAttentionOverrideable "
+        "Tril Triu UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest2D"
+    ),
+    along_last(3): (
+        "AdaptiveAvgPool3D AdaptiveMaxPool3D AvgPool3D MaxPool3DWithIndices PixelShuffle "
+        "PixelUnshuffle ReflectionPad3D ReplicationPad3D UpsampleNearest3D UpsampleTrilinear3D"
+    ),
+    padding: "ConstantPadNd",
+    repeating: "Repeat",
+    strided: "AsStrided",
+    picking: "Index",
+    recurrent: "MkldnnRnnLayer",
+}
+
+RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}

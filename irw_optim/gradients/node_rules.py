@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 
 from irw_optim.gradients.chained import ChainPlaces
 from irw_optim.gradients.layers import (
+    CONVOLUTION,
     LSTM,
     RECURRENT,
     ConvolutionCall,
@@ -27,23 +28,17 @@ from irw_optim.gradients.layers import (
     SampleNormCall,
     VectorCall,
 )
+from irw_optim.gradients.mixing import rule_for
 from irw_optim.gradients.mixing_rules import elementwise
-from irw_optim.gradients.nodes import base_name, pull, shape_of, signed
-from irw_optim.gradients.operations import rule_for
+from irw_optim.gradients.nodes import base_name, pull, saved, shape_of
 
 
 class Weight(NamedTuple):
-    """A tensor that all samples share.
+    """A tensor that all samples share."""
 
-    Attributes:
-        tensor: a leaf, or a stand-in for what was computed, of its shape and without its numbers.
-        chain: how it was computed; None for a leaf.
-        turned: whether the operation read its transpose.
-    """
-
-    tensor: Tensor
-    chain: ChainPlaces | None
-    turned: bool = False
+    tensor: Tensor  # a leaf, or a stand-in for what was computed, of its shape without its numbers
+    chain: ChainPlaces | None  # how it was computed; None for a leaf
+    turned: bool = False  # whether the operation read its transpose
 
 
 Weights = Mapping[int, Weight]
@@ -51,31 +46,21 @@ Weights = Mapping[int, Weight]
 
 NodeRule = Callable[[Any, Weights], "Sequence[LayerCall] | None"]
 
-_RULES: dict[str, NodeRule] = {}
 
-
-def rule_of(node: Node, output: int) -> NodeRule | None:
+def rule_of(node: Node, output: int, weights: Weights) -> NodeRule | None:
     """The rule of an operation, whose output of this number holds the batch."""
     name = base_name(node)
     if name == "MkldnnRnnLayer":
         return partial(_recurrent, output)
-    rule = _RULES.get(name) if output == 0 else None
-    return of_each_number if rule is None and rule_for(node) is elementwise else rule
+    entry = _BY_NAME.get(name) if output == 0 else None
+    if entry is None:
+        return of_each_number if rule_for(node) is elementwise else None
+    rule, samples = entry
+    return None if samples in weights else rule
 
 
-def node_rule(*names: str) -> Callable[[NodeRule], NodeRule]:
-    """Register ``rule(node, weights) -> calls | None`` for operations, by their nodes' names."""
-
-    def register(rule: NodeRule) -> NodeRule:
-        _RULES.update(dict.fromkeys(names, rule))
-        return rule
-
-    return register
-
-
-@node_rule("Addmm")
 def _affine(node: Any, weights: Weights) -> list[LayerCall] | None:
-    if 1 in weights or node._saved_alpha != 1:
+    if node._saved_alpha != 1:
         return None
     bias, weight, beta = weights.get(0), weights.get(2), node._saved_beta
     calls: list[LayerCall] = []
@@ -91,76 +76,49 @@ def _affine(node: Any, weights: Weights) -> list[LayerCall] | None:
     return calls
 
 
-@node_rule("Mm")
-def _linear(node: Any, weights: Weights) -> list[LayerCall] | None:
-    if 0 in weights:
-        return None
+def _linear(node: Any, weights: Weights) -> list[LayerCall]:
     weight = weights[1]
     return [LinearCall(node._saved_self, weight.tensor, transposed=not weight.turned)]
 
 
-@node_rule("Mv")
-def _by_vector(node: Any, weights: Weights) -> list[LayerCall] | None:
-    return None if 0 in weights else [VectorCall(node._saved_self, weights[1].tensor)]
+def _by_vector(node: Any, weights: Weights) -> list[LayerCall]:
+    return [VectorCall(node._saved_self, weight=weights[1].tensor)]
 
 
-@node_rule("Bmm", "Baddbmm")
 def _linear_by_heads(node: Any, weights: Weights) -> list[LayerCall] | None:
     *summand, _, right = range(len(node.next_functions))
     if weights.keys() != {right} or getattr(node, "_saved_alpha", 1) != 1:
         return None
     read = node._saved_batch1 if summand else node._saved_self
-    return [HeadsCall(read, weights[right].tensor)]
+    return [HeadsCall(read, weight=weights[right].tensor)]
 
 
-@node_rule("Convolution", "ConvolutionOverrideable")
-def _convolution(node: Any, weights: Weights) -> list[LayerCall] | None:
-    if 0 in weights:
-        return None
+def _convolution(node: Any, weights: Weights) -> list[LayerCall]:
     bias = weights[2].tensor if 2 in weights else None
     if 1 in weights:
         input, weight = node._saved_input, weights[1].tensor
     else:  # of a frozen weight and what it reads nothing may be left
         assert bias is not None
         input, weight = _like_output(node), bias.detach()
-    call = ConvolutionCall(
-        input,
-        weight,
-        bias,
-        stride=[signed(n) for n in node._saved_stride],
-        padding=[signed(n) for n in node._saved_padding],
-        dilation=[signed(n) for n in node._saved_dilation],
-        transposed=node._saved_transposed,
-        output_padding=[signed(n) for n in node._saved_output_padding],
-        groups=node._saved_groups,
-    )
+    settings = {name: saved(node, name) for name in CONVOLUTION}
+    call = ConvolutionCall(input, weight, bias, **settings)
     if weight.is_meta:
         call.weight = call.input.new_empty(()).expand(weight.shape)
     return [call]
 
 
-@node_rule("Embedding")
 def _embedding(node: Any, weights: Weights) -> list[LayerCall] | None:
     if node._saved_scale_grad_by_freq:
         return None  # the gradient of one sample depends on the indices of the others
-    padding = signed(node._saved_padding_idx)
-    return [
-        EmbeddingCall(
-            node._saved_indices,
-            weights[0].tensor,
-            None if padding < 0 else padding,
-            node._saved_sparse,
-        )
-    ]
+    indices, sparse, padding = node._saved_indices, node._saved_sparse, saved(node, "padding_idx")
+    return [EmbeddingCall(indices, weights[0].tensor, padding if padding >= 0 else None, sparse)]
 
 
-@node_rule("EmbeddingBag")
 def _embedding_bag(node: Any, weights: Weights) -> list[LayerCall] | None:
-    mode = ("sum", "mean", "max")[node._saved_mode]
-    if mode == "max" or node._saved_scale_grad_by_freq or 1 in weights:
+    mode, offsets = ("sum", "mean", "max")[node._saved_mode], node._saved_offsets
+    padding = saved(node, "padding_idx")
+    if mode == "max" or node._saved_scale_grad_by_freq:
         return None
-    offsets, padding = node._saved_offsets, signed(node._saved_padding_idx)
-    factors = node._saved_per_sample_weights
     return [
         EmbeddingBagCall(
             node._saved_indices,
@@ -168,26 +126,20 @@ def _embedding_bag(node: Any, weights: Weights) -> list[LayerCall] | None:
             node._saved_sparse,
             offsets=offsets,
             mode=mode,
-            per_sample_weights=factors,
+            per_sample_weights=node._saved_per_sample_weights,
             include_last_offset=len(offsets) > shape_of(node)[0],
-            padding_idx=None if padding < 0 else padding,
+            padding_idx=padding if padding >= 0 else None,
         )
     ]
 
 
-@node_rule("NativeLayerNorm")
-def _layer_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
-    if 0 in weights:
-        return None
+def _layer_norm(node: Any, weights: Weights) -> list[LayerCall]:
     dims = tuple(range(-len(node._saved_normalized_shape), 0))
     mean, scale = node._saved_result1, node._saved_result2
     return [SampleNormCall(node._saved_input, mean, scale, dims, *_gain_and_bias(weights))]
 
 
-@node_rule("NativeGroupNorm")
-def _group_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
-    if 0 in weights:
-        return None
+def _group_norm(node: Any, weights: Weights) -> list[LayerCall]:
     input, of_groups = node._saved_input, (node._saved_result1, node._saved_result2)  # (N, groups)
     channels = int(node._saved_C) // int(node._saved_group)
     mean, scale = (
@@ -196,9 +148,8 @@ def _group_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
     return [SampleNormCall(input, mean, scale, (1,), *_gain_and_bias(weights))]
 
 
-@node_rule("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 def _batch_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
-    if 0 in weights or node._saved_training:
+    if node._saved_training:
         return None
     mean, variance = node._saved_running_mean, node._saved_running_var
     eps = getattr(node, "_saved_eps", None) or node._saved_epsilon
@@ -226,7 +177,6 @@ def _recurrent(output: int, node: Any, weights: Weights) -> list[LayerCall] | No
     ]
 
 
-@node_rule("Add", "Sub")
 def _sum(node: Any, weights: Weights) -> list[LayerCall] | None:
     sign = -1 if base_name(node) == "Sub" else 1
     scales = {0: 1, 1: sign * node._saved_alpha}
@@ -234,12 +184,10 @@ def _sum(node: Any, weights: Weights) -> list[LayerCall] | None:
     return [ElementwiseCall(w.tensor, None, output, scales[n]) for n, w in weights.items()]
 
 
-@node_rule("Expand")
 def _expansion(node: Any, weights: Weights) -> list[LayerCall] | None:
     return [ElementwiseCall(weights[0].tensor, None, _like_output(node))]
 
 
-@node_rule("Repeat")
 def _repetition(node: Any, weights: Weights) -> list[LayerCall] | None:
     """Seen with a dimension for the copies in front of each that is repeated."""
     weight, repeats = weights[0].tensor, list(node._saved_repeats)
@@ -255,10 +203,8 @@ def _repetition(node: Any, weights: Weights) -> list[LayerCall] | None:
     return [call]
 
 
-@node_rule("Mul")
-def _product(node: Any, weights: Weights) -> list[LayerCall] | None:
-    factors = {0: node._saved_other if 0 in weights else None}
-    factors[1] = node._saved_self if 1 in weights else None
+def _product(node: Any, weights: Weights) -> list[LayerCall]:
+    factors = {n: getattr(node, ("_saved_other", "_saved_self")[n]) for n in weights}
     output = _like_output(node)
     return [ElementwiseCall(w.tensor, factors[n], output) for n, w in weights.items()]
 
@@ -285,3 +231,24 @@ def _like_output(node: Any) -> Tensor:
     """Of the output's shape; without its numbers, which nobody may have saved."""
     metadata = node._input_metadata[0]
     return torch.zeros((), dtype=metadata.dtype, device=metadata.device).expand(shape_of(node))
+
+
+_RULES: dict[str, tuple[NodeRule, int | None]] = {
+    "Addmm": (_affine, 1),
+    "Mm": (_linear, 0),
+    "Mv": (_by_vector, 0),
+    "Bmm Baddbmm": (_linear_by_heads, None),
+    "Convolution ConvolutionOverrideable": (_convolution, 0),
+    "Embedding": (_embedding, None),
+    "EmbeddingBag": (_embedding_bag, 1),
+    "NativeLayerNorm": (_layer_norm, 0),
+    "NativeGroupNorm": (_group_norm, 0),
+    "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm": (_batch_norm, 0),
+    "Add Sub": (_sum, None),
+    "Expand": (_expansion, None),
+    "Repeat": (_repetition, None),
+    "Mul": (_product, None),
+}
+"""For each kind of operation its rule, and the number of an input that must not be a weight."""
+
+_BY_NAME = {name: entry for names, entry in _RULES.items() for name in names.split()}

@@ -1,10 +1,12 @@
-"""Autograd's nodes as functions: what they are called, what they read, and what they make of it."""
+"""Autograd's nodes as functions: what they read and make, and where the batch is in it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from functools import cached_property
+from math import prod
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -46,6 +48,14 @@ def signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
 
 
+def saved(node: Any, name: str) -> Any:
+    """What a node remembers under a name, its numbers `signed`; tuples as lists."""
+    value = getattr(node, f"_saved_{name}")
+    if isinstance(value, tuple | list):
+        return [n - 2**64 if isinstance(n, int) and n >= 2**63 else n for n in value]
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+
+
 def pull(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """What a node makes of the gradients of its outputs, one for each of its inputs."""
     if isinstance(node, BackwardCFunction):
@@ -71,3 +81,87 @@ def _of_tensors(node: Any, results: Sequence[Any]) -> Sequence[Tensor | None]:
         return results
     needed = iter([r for r, need in zip(results, node.needs_input_grad, strict=False) if need])
     return [None if parent is None else next(needed) for parent, _ in edges]
+
+
+SHARED = 0
+"""The place of what has no batch."""
+
+UNREAD = -1
+"""The place in what this output was not computed from."""
+
+
+class MixesError(Exception):
+    """The samples may meet here."""
+
+
+def mixes() -> NoReturn:
+    """Say so."""
+    raise MixesError
+
+
+class Output:
+    """What a node computed as its output of some number, and the stride of the batch in it."""
+
+    def __init__(self, node: Any, number: int, stride: int, batch_size: int) -> None:
+        self.node = node
+        self.number = number
+        self.stride = stride
+        self.batch_size = batch_size
+        self.shape: Sequence[int] = node._input_metadata[number].shape
+
+    @cached_property
+    def inputs(self) -> list[Sequence[int]]:
+        """The shapes of what the node read; () for what needs no gradient."""
+        return [
+            () if parent is None else parent._input_metadata[number].shape
+            for parent, number in self.node.next_functions
+        ]
+
+    @cached_property
+    def located(self) -> tuple[int, int] | None:
+        """The dimension that holds the batch, and the stride inside it; None for several."""
+        right = 1
+        for dim in reversed(range(len(self.shape))):
+            wider = right * self.shape[dim]
+            if right <= self.stride and self.stride * self.batch_size <= wider:
+                return None if self.stride % right else (dim, self.stride // right)
+            right = wider
+        return None
+
+    @cached_property
+    def dim(self) -> int:
+        """The dimension that holds the batch."""
+        return (self.located or mixes())[0]
+
+    def beside(self, touched: Container[int]) -> int:
+        """The dimension that holds the batch, where that is none of those worked along."""
+        return mixes() if self.dim in touched else self.dim
+
+    def saved_dims(self, name: str = "_saved_dim", ndim: int | None = None) -> list[int]:
+        """Dimensions that the node remembers, counted from the front; or all."""
+        value = getattr(self.node, name, None)
+        values = value if isinstance(value, tuple | list) else [value]
+        size = len(self.shape) if ndim is None else ndim
+        dims = [signed(d) % size if size else 0 for d in values if d is not None]
+        return dims or list(range(size))
+
+    def at(self, shape: Sequence[int], dim: int) -> int:
+        """The stride of the batch in a tensor that holds it in ``dim`` as the output does."""
+        own, stride = self.located or mixes()
+        if not shape:
+            return SHARED
+        if not 0 <= dim < len(shape) or shape[dim] != self.shape[own]:
+            raise MixesError
+        return stride * prod(shape[dim + 1 :])
+
+    def broadcast(self, shape: Sequence[int]) -> int:
+        """The stride of the batch in a tensor that is broadcast to the output."""
+        dim = self.dim - len(self.shape) + len(shape)
+        return SHARED if dim < 0 or shape[dim] == 1 else self.at(shape, dim)
+
+    def all_at(self, dim: int) -> Sequence[int]:
+        """The answer where every input holds the batch in ``dim``."""
+        return [self.at(shape, dim) for shape in self.inputs]
+
+
+Rule = Callable[[Output], Sequence[int]]

@@ -6,8 +6,7 @@ g_i = sum_t b_it a_it^T, whose norm comes from the smaller of two products of th
     sum over t, t' of <a_it, a_it'> <b_it, b_it'>      (T x T)    by positions
     | sum over t of b_it a_it^T |^2                    (d' x d)   by rows
 
-Convolutions are linear maps of patches, embeddings of one-hot vectors. What has no form of its own
-goes by rows, a block of samples at a time.
+Convolutions are linear maps of patches, embeddings of one-hot vectors. The rest goes by rows.
 """
 
 from __future__ import annotations
@@ -24,30 +23,12 @@ from irw_optim.gradients.layers import (
     LayerCall,
     LinearCall,
 )
-from irw_optim.gradients.layers._gram import summed_rows
+from irw_optim.gradients.layers._products import summed_rows
 from irw_optim.gradients.materialized import MEMORY_BOUND, as_matrix, widened
-
-__all__ = ["row_norms"]
 
 
 def row_norms(gradients: GhostGradients) -> Tensor:
-    """|g_i| over all parameters that `gradients` covers, shape (B,), in float32 or better.
-
-    Args:
-        gradients: the ghost products of one batch.
-
-    Example:
-        >>> from irw_optim.gradients.capture import hook_layers, sites_noted
-        >>> from irw_optim.gradients.ghost import ghost_gradients
-        >>> from irw_optim.gradients.graph import walk
-        >>> model = torch.nn.Linear(2, 1)
-        >>> handles = hook_layers(model)
-        >>> losses = model(torch.tensor([[2.0, 2.0], [0.0, 0.0]])).squeeze(1)
-        >>> sites = sites_noted(walk(losses).order)
-        >>> _ = [call.find_batch(2, shape) for call, _, shape in sites]
-        >>> row_norms(ghost_gradients(losses, sites, torch.ones(()), retain_graph=False))
-        tensor([3., 1.])
-    """
+    """|g_i| over all parameters that `gradients` covers, shape (B,), in float32 or better."""
     groups = _sharing_parameters(gradients.calls)
     squares = torch.stack([_squares(group) for group in groups]).sum(0)
     return squares.clamp(min=0).sqrt() / gradients.seed.abs()
@@ -55,27 +36,31 @@ def row_norms(gradients: GhostGradients) -> Tensor:
 
 def _squares(calls: Sequence[LayerCall]) -> Tensor:
     """Sum over the parameters that these calls share of |g_i|^2, (B,)."""
-    if len(calls) > 1:
-        if all(type(call) is LinearCall for call in calls) and _same_parameters(calls):
-            return _one_after_another(calls)  # a recurrent layer: one call a time step
-        return _by_rows(calls)
-    (call,) = calls
-    if type(call) is LinearCall:
-        return _linear(call.parameters, widened(call.input), call.b)
-    if isinstance(call, ConvolutionCall):
-        return _convolution(call)
-    if isinstance(call, EmbeddingCall):
-        return _embedding(call)
+    if len({tuple(map(id, call.parameters.values())) for call in calls}) == 1:
+        if all(type(call) is LinearCall for call in calls):
+            return _linear(calls)  # several of a recurrent layer: one call a time step
+        if isinstance(calls[0], ConvolutionCall) and len(calls) == 1:
+            return _convolution(calls[0])
+        if isinstance(calls[0], EmbeddingCall) and len(calls) == 1:
+            return _embedding(calls[0])
     return _by_rows(calls)
 
 
-def _linear(parameters: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+def _linear(calls: Sequence[LayerCall]) -> Tensor:
+    parameters = calls[0].parameters
     with_bias, with_weight = "bias" in parameters, "weight" in parameters
+    a, b = _joined([widened(call.input) for call in calls]), _joined([call.b for call in calls])
     if a.ndim == 2:
         return _square(b) * ((_square(a) if with_weight else 0) + with_bias)
-    a, b = a.flatten(1, -2), b.flatten(1, -2)
     total = _square(b.sum(1)) if with_bias else b.new_zeros(len(b))
     return total + _outer(a, b) if with_weight else total
+
+
+def _joined(sides: Sequence[Tensor]) -> Tensor:
+    """As (B, T, d), the positions of all calls; as it is without any, (B, d)."""
+    if len(sides) == 1:
+        return sides[0].flatten(1, -2) if sides[0].ndim > 2 else sides[0]
+    return torch.cat([t.flatten(1, -2) if t.ndim > 2 else t.unsqueeze(1) for t in sides], 1)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
@@ -112,34 +97,18 @@ def _embedding(call: EmbeddingCall) -> Tensor:
     return _blocked(index.shape[1] ** 2, block, index, b)
 
 
-def _one_after_another(calls: Sequence[LayerCall]) -> Tensor:
-    positions = [
-        (widened(call.input).flatten(1, -2), call.b.flatten(1, -2))
-        if call.input.ndim > 2
-        else (widened(call.input).unsqueeze(1), call.b.unsqueeze(1))
-        for call in calls
-    ]
-    a, b = (torch.cat(tensors, dim=1) for tensors in zip(*positions, strict=True))
-    return _linear(calls[0].parameters, a, b)
-
-
-def _same_parameters(calls: Sequence[LayerCall]) -> bool:
-    first = {role: id(p) for role, p in calls[0].parameters.items()}
-    return all({r: id(p) for r, p in call.parameters.items()} == first for call in calls)
-
-
 def _by_rows(calls: Sequence[LayerCall]) -> Tensor:
     numbers = sum(p.numel() for p in {p for call in calls for p in call.parameters.values()})
     step = max(1, MEMORY_BOUND // numbers)
     blocks = []
     for start in range(0, len(calls[0].b), step):
-        rows = summed_rows(list(calls), slice(start, start + step))
+        rows = summed_rows(calls, slice(start, start + step))
         blocks.append(torch.stack([_square(as_matrix(block)) for block in rows.values()]).sum(0))
     return torch.cat(blocks)
 
 
 def _blocked(numbers: int, squares: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`squares` of some samples at a time, such that no block holds more than MEMORY_BOUND."""
+    """Of some samples at a time: no block holds more than `MEMORY_BOUND`."""
     step = max(1, MEMORY_BOUND // max(1, 2 * numbers))
     if len(tensors[0]) <= step:
         return squares(*tensors)

@@ -66,16 +66,19 @@ class StackedGradients:
         return {p: t for part in self.parts for p, t in part.combine(weights).items()}
 
     def dot(self, direction: Direction) -> Tensor:
-        products = [part.dot(direction) for part in self.parts]
-        return sum(products[1:], start=products[0])
+        return added(part.dot(direction) for part in self.parts)
 
     def gram(self) -> Tensor:
-        products = [part.gram() for part in self.parts]
-        return sum(products[1:], start=products[0])
+        return added(part.gram() for part in self.parts)
 
     def align(self, coefficients: Tensor) -> Tensor:
-        products = [align(part, coefficients) for part in self.parts]
-        return sum(products[1:], start=products[0])
+        return added(align(part, coefficients) for part in self.parts)
+
+
+def added(products: Iterable[Tensor]) -> Tensor:
+    """Their sum, one after the other: those of pairs of samples are too large to be all held."""
+    each = iter(products)
+    return sum(each, start=next(each))
 
 
 def align(gradients: PerSampleGradients, coefficients: Tensor) -> Tensor:

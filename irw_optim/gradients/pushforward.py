@@ -1,28 +1,29 @@
-"""Directions go forwards through the graph that a forward pass has left.
+"""Passes of our own through the graph that a forward pass has left: directions forwards, or back.
 
 A node of autograd's graph pulls gradients back: from its outputs to its inputs. With what it saved
 for that, a change of its inputs can be pushed forward as well, to the change of its outputs:
 
     pull back       u    ->  J^T u       what the node does when it is called
-    push forward    t    ->  J t         this module
+    push forward    t    ->  J t         here, and in `forward`
 
 So the derivative of all losses along one direction costs about a forward pass, through BatchNorm's
 batch statistics, dropout masks and random choices as they were: nothing of the model is run again.
 
-Most operations need no formula. Where J is symmetric (elementwise functions, softmax, the
-statistics of a normalisation), the node itself is its own push. Where nothing is known, J is the
-transpose of what the node does, which is linear: the derivative of a pull by u, along t.
+No hook hears such a pass: hooks belong to the one that the training loop asked for. They are
+called by autograd's engine, around every node; here the nodes are called one after the other,
+consumers first. Nothing is freed on the way.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.forward import (
     FORWARD,
@@ -32,10 +33,9 @@ from irw_optim.gradients.forward import (
     of_single_losses,
     transposed,
 )
-from irw_optim.gradients.mixing_rules import elementwise, handed_on, unreduced
-from irw_optim.gradients.nodes import base_name
-from irw_optim.gradients.operations import RULES, rule_for
-from irw_optim.gradients.place import Rule
+from irw_optim.gradients.mixing import rule_for
+from irw_optim.gradients.mixing_rules import RULES, elementwise, handed_on, unreduced
+from irw_optim.gradients.nodes import Rule, base_name, pull
 
 Place: TypeAlias = tuple[Node, int]
 """A node, and the number of one of its outputs."""
@@ -49,10 +49,6 @@ class NoPushForwardError(RuntimeError):
 
 def push(node: Node, tangents: Tangents) -> Tangents:
     """The changes of a node's outputs for changes of its inputs; of the first, if no other.
-
-    Args:
-        node: of a graph that is still held.
-        tangents: for each of ``node.next_functions``; not None for all.
 
     Raises:
         NoPushForwardError: the operation has no rule, and no double backward.
@@ -99,15 +95,9 @@ def _rule_of(node: Node) -> ForwardRule | None:
 def push_through(
     order: Sequence[Node], leaves: Mapping[Node, Tensor], wanted: Place
 ) -> Tensor | None:
-    """The change of one output for changes of leaves.
+    """The change of one output for changes of leaves, given for their nodes; None for none.
 
-    Args:
-        order: the nodes that lead to it, each before those it reads from.
-        leaves: the change of each leaf, by the node that accumulates its gradient.
-        wanted: where the change is asked for.
-
-    Returns:
-        None where no change arrives.
+    The order is that of the nodes that lead to it, each before those it reads from.
 
     Raises:
         NoPushForwardError: a change arrives at an operation that cannot push it.
@@ -143,3 +133,119 @@ def _is_complex(tangents: Tangents, outputs: Sequence[Any]) -> bool:
         if output.dtype.is_complex:
             return True
     return False
+
+
+def pull_back(
+    losses: Tensor, cotangent: Tensor, edges: Sequence[GradientEdge], order: Sequence[Node]
+) -> list[Tensor | None]:
+    """The gradient of ``<cotangent, losses>``, both (B,), at edges of the graph, where it arrives.
+
+    The order is that of the nodes that lead to the losses, each before those it reads from.
+    """
+    found: list[Tensor | None] = [None] * len(edges)
+    if losses.grad_fn is None:
+        return found
+    wanted: dict[Node, list[tuple[int, int]]] = {}
+    for number, edge in enumerate(edges):
+        wanted.setdefault(edge.node, []).append((edge.output_nr, number))
+    # What is neither wanted nor leads to anything wanted need not be run.
+    leading: set[Node] = set()
+    for node in reversed(order):
+        if any(p in wanted or p in leading for p, _ in node.next_functions):
+            leading.add(node)
+    arrived: dict[Node, list[Tensor | None]] = {}
+
+    def arrive(node: Node, output: int, gradient: Tensor) -> None:
+        if node not in leading and node not in wanted:
+            return
+        outputs: Any = node._input_metadata
+        metadata = outputs[output]
+        if gradient.shape != metadata.shape:
+            gradient = gradient.sum_to_size(metadata.shape)
+        if gradient.dtype != metadata.dtype:
+            if gradient.is_complex() and not metadata.dtype.is_complex:
+                gradient = gradient.real
+            gradient = gradient.to(metadata.dtype)
+        here = arrived.setdefault(node, [None] * len(outputs))
+        before = here[output]
+        here[output] = gradient if before is None else before + gradient
+
+    def take(node: Node) -> list[Tensor | None]:
+        gradients = arrived.pop(node)
+        for output, number in wanted.get(node, ()):
+            found[number] = gradients[output]
+        return gradients
+
+    def run() -> None:
+        with torch.no_grad():
+            arrive(root, losses.output_nr, cotangent)
+            for node in order:
+                if node not in arrived:
+                    continue
+                gradients = take(node)
+                if node in leading:
+                    results = pull(node, gradients)
+                    for (parent, output), part in zip(node.next_functions, results, strict=True):
+                        if parent is not None and part is not None:
+                            arrive(parent, output, part)
+            for node in list(arrived):  # leaves
+                take(node)
+
+    root = losses.grad_fn
+    in_a_pass(losses, edges, run)
+    return found
+
+
+def push_forward(losses: Tensor, direction: Mapping[Node, Tensor], order: Sequence[Node]) -> Tensor:
+    """How much every loss changes along a direction, given for the leaves' nodes: (B,).
+
+    Raises:
+        NoPushForwardError: an operation on the way can only be pulled back.
+    """
+    if not direction or losses.grad_fn is None:
+        return torch.zeros_like(losses)
+    end = (losses.grad_fn, losses.output_nr)
+    found: list[Tensor | None] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            found.append(push_through(order, direction, end))
+
+    in_a_pass(losses, [GradientEdge(leaf, 0) for leaf in direction], run)
+    return torch.zeros_like(losses) if found[0] is None else found[0]
+
+
+def in_a_pass(losses: Tensor, edges: Sequence[GradientEdge], run: Callable[[], None]) -> None:
+    """Run something as if in a backward pass of autograd's engine from the losses to some edges.
+
+    So nodes know which inputs are needed, and what is recomputed (checkpointing) is of one pass.
+    """
+    with torch.enable_grad():
+        above: Tensor = _Above.apply(losses, run)  # type: ignore[no-untyped-call]
+        with suppress(_FinishedError), _without_anomaly_detection():
+            torch.autograd.grad(above, edges, losses, retain_graph=True, allow_unused=True)
+
+
+def _without_anomaly_detection() -> AbstractContextManager[object]:
+    """It would report how such a pass ends."""
+    if torch.is_anomaly_enabled():
+        return torch.autograd.set_detect_anomaly(False)
+    return nullcontext()
+
+
+class _FinishedError(Exception):
+    """Ends a pass of the engine's before it calls the first node."""
+
+
+class _Above(torch.autograd.Function):
+    """A node above the losses, in whose place a pass of ours runs."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, run: Callable[[], None]) -> Tensor:
+        ctx.run = run
+        return losses.view_as(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        ctx.run()
+        raise _FinishedError

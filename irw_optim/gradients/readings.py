@@ -2,8 +2,7 @@
 
 A layer's input is what its operation saved for autograd, whichever module or function it came
 from. What it shares among the samples is a weight, or was computed from weights alone, which
-`ChainedCall` passes. So a class token, a table of biases, a normalisation of one's own, LoRA or
-weight standardisation cost what a layer costs.
+`ChainedCall` passes: so a class token, LoRA or weight standardisation cost what a layer costs.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from irw_optim.gradients.layers import FIRST, LayerCall, Layout
 from irw_optim.gradients.mixing import Batch, follow_batch
 from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
 from irw_optim.gradients.nodes import base_name
+from irw_optim.gradients.pushforward import in_a_pass
 from irw_optim.gradients.recomputation import unless_recomputed
-from irw_optim.gradients.unheard import in_a_pass
 
 _Value = TypeVar("_Value")
 
@@ -33,23 +32,14 @@ _MATRIX_PRODUCTS = ("Addmm", "Mm")
 
 
 class Reading(NamedTuple):
-    """An operation that reads what the samples share, in every graph of one kind.
+    """An operation that reads what the samples share, in every graph of one kind."""
 
-    Attributes:
-        place: of its node in the graph's order.
-        output: number of the output that holds the batch.
-        rule: makes the layer calls of it.
-        weights: what it shares.
-        computed: those of them that were computed.
-        layouts: where the batch is, for each call; None as long as nobody has looked.
-    """
-
-    place: int
-    output: int
-    rule: NodeRule
-    weights: Weights
-    computed: tuple[Weight, ...]
-    layouts: tuple[Layout | None, ...] | None = None
+    place: int  # of its node in the graph's order
+    output: int  # number of the output that holds the batch
+    rule: NodeRule  # makes the layer calls of it
+    weights: Weights  # what it shares
+    computed: tuple[Weight, ...]  # those of them that were computed
+    layouts: tuple[Layout | None, ...] | None = None  # of each call; None until somebody has looked
 
 
 Found: TypeAlias = tuple[list[Reading], list[CallSite]] | None
@@ -60,15 +50,10 @@ NOTHING_READ: Found = ([], [])
 
 
 def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
-    """What a graph reads in which the batch is known everywhere, and the layer calls of it.
-
-    Args:
-        graph: of one vector of losses.
-        batch: where the batch is in it.
-        own: the leaves of which gradients are wanted.
+    """What a graph reads in which the batch is known, for the gradients of its ``own`` leaves.
 
     Returns:
-        None where some operation has no quick products.
+        With the layer calls of it; None where some operation has no quick products.
     """
     mine = set(own)
     leaves = {node: n for n, node in enumerate(graph.leaf_nodes) if graph.leaves[n] in mine}
@@ -81,7 +66,7 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
         weights = {n: weight for n, weight in shared.items() if weight is not None}
         if not weights:
             continue
-        rule = None if _is_complex(node, weights, graph) else rule_of(node, output)
+        rule = None if _is_complex(node, weights, graph) else rule_of(node, output, weights)
         computed = tuple(w for w in weights.values() if w.chain is not None)
         reading = None if rule is None else Reading(place, output, rule, weights, computed)
         found = None if reading is None else sites_of([reading], graph)
@@ -95,31 +80,16 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
 def read_in_a_pass(
     losses: Tensor, graph: Graph, batch: Batch, own: Iterable[Tensor], *, spares_memory: bool
 ) -> Found:
-    """`read`, where nodes know that all of their inputs are wanted.
-
-    Args:
-        losses: (B,), with their graph.
-        graph: of the losses.
-        batch: where the batch is in it.
-        own: the leaves of which gradients are wanted.
-        spares_memory: whether to read nothing, rather than have a part of the forward recomputed.
-    """
+    """`read`, in a pass; `NOTHING_READ` where it ``spares_memory`` and would recompute a part."""
     look = partial(read, graph, batch, own)
-    return in_a_pass_to_all(
-        losses, graph, unless_recomputed(look, NOTHING_READ) if spares_memory else look
-    )
+    spared = unless_recomputed(look, NOTHING_READ) if spares_memory else look
+    return in_a_pass_to_all(losses, graph, spared)
 
 
 def read_around(
     losses: Tensor, graph: Graph, own: Sequence[Tensor], opaque: Callable[[Node], bool]
 ) -> tuple[Batch, Found]:
-    """What a graph reads around operations of which nothing is known, and where the batch is then.
-
-    Args:
-        losses: (B,), with their graph.
-        graph: what leads to them.
-        own: the leaves of which gradients are wanted.
-        opaque: whether nothing is known of an operation.
+    """What a graph reads around ``opaque`` operations, and where the batch is then.
 
     Returns:
         None in place of what is read where that is not all of the leaves.
@@ -138,10 +108,7 @@ def sites_of(
 ) -> list[CallSite] | None:
     """The layer calls of a graph of the kind that the readings are of.
 
-    Args:
-        readings: of a kind of graph.
-        graph: of that kind.
-        batch_size: B, to bring the batch in front as it was found; None as long as nobody has.
+    With the ``batch_size`` their batch is brought in front, as it was found.
 
     Returns:
         None where an operation has other settings than it had.
@@ -166,12 +133,7 @@ def sites_of(
 
 
 class Plan:
-    """For every graph of one kind.
-
-    Args:
-        readings: the operations that read what the samples share.
-        covering: what is known of their products.
-    """
+    """What every graph of one kind reads, and what is known of the products."""
 
     def __init__(self, readings: list[Reading], covering: Covering) -> None:
         self.readings = readings
@@ -181,11 +143,11 @@ class Plan:
 
     @classmethod
     def of(cls, readings: Sequence[Reading], graph: Graph, covering: Covering) -> Plan:
-        """For all graphs of the kind of this one, whose layer calls have found their batch."""
+        """Of a graph whose layer calls have found their batch."""
         return cls(_with_layouts(readings, graph), covering)
 
     def sites(self, graph: Graph, losses: Tensor) -> list[CallSite] | None:
-        """The layer calls of a graph; None where an operation has other settings than it had."""
+        """`sites_of` another graph."""
         if not self.asks:
             return sites_of(self.readings, graph, losses.shape[0])
         follow = partial(sites_of, self.readings, graph, losses.shape[0])
@@ -209,7 +171,7 @@ def _chained(call: LayerCall, computed: Sequence[Weight], graph: Graph) -> Layer
 
 
 def _with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
-    """The readings with the layouts that their calls were found to have in this graph."""
+    """As their calls were found to have them in this graph."""
     found: dict[tuple[Node, int], list[Layout | None]] = {}
     for call, edge, _ in graph.sites:
         layout = FIRST if call.layout == FIRST else call.layout  # told by identity, in a hurry

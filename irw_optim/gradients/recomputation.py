@@ -3,18 +3,28 @@
 What the forward did not keep is computed again in each backward pass, a part of the model at a
 time. The ghost products need the inputs of all layers at once, which is all that was spared. A
 change goes forwards part by part instead: G^T c by one pass, and G (G^T c) by another.
+
+A forward may also change the model: BatchNorm's averages, spectral norm's vectors. A plain step
+computes a part again once, and so changes them once more; so do all passes of ours together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _Value = TypeVar("_Value")
+
+RECOMPUTES = "a backward pass changes buffers"
+"""What an `Engine` remembers of its model."""
+
+NOTHING = nullcontext()
+"""Around a pass that computes nothing again."""
 
 
 def unless_recomputed(look: Callable[[], _Value], otherwise: _Value) -> Callable[[], _Value]:
@@ -54,3 +64,60 @@ class _NoRecomputation(TorchFunctionMode):
         if torch.is_grad_enabled() and function not in _MAKE_NOTHING:
             raise _RecomputedError
         return function(*args, **(kwargs or {}))
+
+
+_State: TypeAlias = list[tuple[str, Tensor, Tensor]]
+"""Of each buffer of a module: its name, itself, and its values."""
+
+
+class OneForward(AbstractContextManager[None]):
+    """A model's buffers around each backward pass of one loss that may compute its forward again.
+
+    Every pass begins with the buffers that the first one met, and leaves those that the first one
+    left that came by.
+
+    Args:
+        model: None has no buffers.
+        known: what is remembered of the model: buffers are kept once a pass was seen to change any.
+    """
+
+    def __init__(self, model: nn.Module | None, known: dict[str, bool]) -> None:
+        self.known = known
+        modules = () if model is None else model.modules()
+        self.buffers = [module._buffers for module in modules if module._buffers]
+        self.before: list[_State] = []
+        self.after: dict[int, _State] = {}
+
+    def __enter__(self) -> None:
+        if self.known.get(RECOMPUTES) and not self.before:
+            self.before = [_state(buffers) for buffers in self.buffers]
+        for place in self.after if self.before else ():
+            _put(self.buffers[place], self.before[place])
+        self.marks = [_marks(buffers) for buffers in self.buffers]
+
+    def __exit__(self, *raised: object) -> None:
+        for place, (buffers, marks) in enumerate(zip(self.buffers, self.marks, strict=True)):
+            if place in self.after:
+                _put(buffers, self.after[place])
+            elif marks != _marks(buffers):
+                self.known[RECOMPUTES] = True
+                self.after[place] = _state(buffers)
+
+
+def _marks(buffers: dict[str, Tensor | None]) -> list[tuple[int, int]]:
+    return [(id(buffer), buffer._version) for buffer in buffers.values() if _is_counted(buffer)]
+
+
+def _state(buffers: dict[str, Tensor | None]) -> _State:
+    return [(name, b, b.detach().clone()) for name, b in buffers.items() if _is_counted(b)]
+
+
+def _is_counted(buffer: Tensor | None) -> TypeGuard[Tensor]:
+    return buffer is not None and not buffer.is_inference()
+
+
+def _put(buffers: dict[str, Tensor | None], state: _State) -> None:
+    """Past autograd's count of changes, as BatchNorm's own: a graph may have saved a buffer."""
+    for name, buffer, values in state:
+        buffers[name] = buffer
+        buffer.data.copy_(values)

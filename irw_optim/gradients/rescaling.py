@@ -1,8 +1,8 @@
 """Products that are quadratic in the gradients, for gradients of any size.
 
 Losses times 1e-24 have gradients that float32 holds, and scores (1e-48) that it does not. Weights
-are free of that scale, so the products of k G are as good as those of G. Whether k is needed shows
-in the finished product: one look at B numbers, and in the ordinary range nothing else.
+are free of that scale: the products of k G are as good as those of G. Whether k is needed shows in
+the finished product, by one look at B numbers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,9 @@ _ROUNDS = 4
 
 
 class Aligned(NamedTuple):
-    """``(k G)(k G)^T c``.
+    """``(k G)(k G)^T c``, (B,), for a power of two k.
 
-    Attributes:
-        scores: (B,).
-        factor: the power of two k.
-        finite: whether all of it is finite.
-        mass: the sum of the positive scores; None where nobody has looked.
+    The mass is the sum of the positive scores; None where nobody has looked.
     """
 
     scores: Tensor
@@ -43,14 +39,10 @@ class Aligned(NamedTuple):
 def align_in_range(
     gradients: PerSampleGradients, coefficients: Tensor, losses: Tensor | None = None
 ) -> Aligned:
-    """G G^T c, or that of k G: k is 1 wherever that will do.
+    """G G^T c for c of (B,), or that of k G: k is 1 wherever that will do.
 
-    Where none helps (the gradients are zero, or not finite themselves), the product is plain.
-
-    Args:
-        gradients: G.
-        coefficients: c, (B,).
-        losses: (B,), which are to be finite as well.
+    Where none helps (the gradients are zero, or not finite themselves), the product is plain. The
+    losses, (B,), are to be finite as well.
     """
     scores = align(gradients, coefficients)
     look = _look(scores, gradients, losses)
@@ -67,13 +59,7 @@ def align_in_range(
 def gram_in_range(
     gradients: PerSampleGradients, losses: Tensor | None = None, present: Tensor | None = None
 ) -> tuple[Tensor, float, bool, bool]:
-    """``(k G)(k G)^T``, shape (B, B), the power of two k; and whether all of it is finite.
-
-    Args:
-        gradients: G.
-        losses: (B,), which are to be finite as well.
-        present: (B,) bool; whether that is everybody is the fourth answer.
-    """
+    """``(k G)(k G)^T``, (B, B), k, whether all of it and the losses are finite, and all present."""
     gram = gradients.gram()
     look = _look(gram.diagonal(), gradients, losses, present)
     if look.in_range:
@@ -83,18 +69,10 @@ def gram_in_range(
 
 
 class RescaledGradients:
-    """k G, from products that are linear in G.
-
-    Args:
-        gradients: G, by any engine.
-        factor: k, a power of two.
-        like: of the device and the dtype of the products.
-    """
+    """k G, from products that are linear in G, and have the device and the dtype of ``like``."""
 
     def __init__(self, gradients: PerSampleGradients, factor: float, like: Tensor) -> None:
-        self.gradients = gradients
-        self.factor = factor
-        self.like = like
+        self.gradients, self.factor, self.like = gradients, factor, like
         self.batch_size = gradients.batch_size
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
@@ -105,10 +83,11 @@ class RescaledGradients:
 
     def align(self, coefficients: Tensor) -> Tensor:
         """An engine that does not hold a whole direction has an ``align_rescaled``."""
-        own = getattr(self.gradients, "align_rescaled", None)
-        if own is not None:
-            return own(coefficients, self.factor)  # type: ignore[no-any-return]
-        return self.dot(self.combine(coefficients))
+        own: Any = getattr(self.gradients, "align_rescaled", None)
+        if own is None:
+            return self.dot(self.combine(coefficients))
+        scores: Tensor = own(coefficients, self.factor)
+        return scores
 
     def gram(self) -> Tensor:
         """By rows where the engine makes them; else a column at a time."""
@@ -121,9 +100,8 @@ class RescaledGradients:
             return blocked_gram(
                 self.batch_size, numbers, lambda samples: self._times_factor(rows(samples))
             )
-        size = self.batch_size
-        one = torch.eye(size, dtype=self.like.dtype, device=self.like.device)
-        return torch.stack([self.align(one[i]) for i in range(size)])
+        one = torch.eye(self.batch_size, dtype=self.like.dtype, device=self.like.device)
+        return torch.stack([self.align(column) for column in one])
 
     def _times_factor(self, parts: Direction) -> dict[Tensor, Tensor]:
         return {p: widened(part) * self.factor for p, part in parts.items()}
@@ -134,30 +112,18 @@ def unscaled(product: Tensor, factor: float) -> Tensor:
     if factor == 1.0:
         return product
     wide = product.double()
-    return (wide / factor / factor).clamp(*_FLOAT64) if bool(wide.isfinite().all()) else wide
-
-
-_FLOAT64 = (torch.finfo(torch.float64).min, torch.finfo(torch.float64).max)
+    return (wide / factor / factor).nan_to_num() if bool(wide.isfinite().all()) else wide
 
 
 class _Look(NamedTuple):
-    """What one look at finished products shows, which waits for a device once.
+    """What one look at finished products shows, which waits for a device once."""
 
-    Attributes:
-        size: the largest of them.
-        in_range: whether it is far from both ends of the range, and what led to it.
-        finite: whether all of them are finite, and the losses.
-        doubted: whether the engine has shown that they are wrong.
-        everybody: whether all samples are present.
-        mass: the sum of the positive products.
-    """
-
-    size: float
-    in_range: bool
-    finite: bool
-    doubted: bool
-    everybody: bool
-    mass: float
+    size: float  # the largest of them
+    in_range: bool  # whether it is far from both ends of the range, and what led to it
+    finite: bool  # whether all of them are, and the losses
+    doubted: bool  # whether the engine has shown that they are wrong
+    everybody: bool  # whether all samples are present
+    mass: float  # the sum of the positive products
 
 
 def _look(
@@ -186,7 +152,7 @@ def _look(
 
 
 def _on_host(first: Tensor, *others: Tensor | None) -> tuple[Tensor, Any, Any, Any, Any]:
-    """Where looking at them waits for nothing: all in one message, in the first's dtype."""
+    """All in one message, in the first's dtype."""
     sent = [t.flatten().to(first.dtype) for t in (first, *others) if t is not None]
     message = iter(torch.cat(sent).cpu().split([len(t) for t in sent]))
     received = [None if t is None else next(message) for t in (first, *others)]
@@ -199,7 +165,7 @@ def _rescaled(
     gradients: PerSampleGradients,
     product: Callable[[PerSampleGradients], Tensor],
 ) -> tuple[Tensor, float]:
-    """A product of k G, for a k that brings it into the range; the plain one where none does."""
+    """Of a k that brings it into the range; the plain product where none does."""
     low, high = _range_of(plain.dtype)
     reach, exponent = math.frexp(high)[1], 0
     for _ in range(_ROUNDS):

@@ -1,24 +1,25 @@
-"""Which modules are linear in their parameters: one short rule for each.
+"""Which modules and functions are linear in their parameters: one short rule for each.
 
 A rule turns one call into a `LayerCall`, or returns None where that call is not covered (a
-BatchNorm in training mode mixes the samples). Add one with::
-
-    @layer_rule(MyLinear)
-    def _(module, input):
-        return LinearCall(input, module.weight, module.bias)
+BatchNorm in training mode mixes the samples). Functions are those that a module hands parameters
+directly; whoever writes ``torch.add(x, other=p, alpha=2)`` must get what ``x + 2 * p`` gets, or no
+rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from inspect import signature
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irw_optim.gradients.layers import (
     ConvolutionCall,
+    ElementwiseCall,
     EmbeddingBagCall,
     EmbeddingCall,
     LayerCall,
@@ -30,7 +31,9 @@ Rule = Callable[..., LayerCall | None]
 _Rule = TypeVar("_Rule", bound=Rule)
 
 _BY_TYPE: dict[type | str, Rule] = {}
-_FOUND: dict[type, Rule | None] = {}  # what `rule_of` answered, since it is asked at every call
+
+CALLS = "irw_optim.call"
+"""Where a node of the graph keeps the calls that computed its outputs, in its metadata."""
 
 
 def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
@@ -41,9 +44,8 @@ def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
     """
 
     def register(rule: _Rule) -> _Rule:
-        for layer in layers:
-            _BY_TYPE[layer] = rule
-        _FOUND.clear()
+        _BY_TYPE.update(dict.fromkeys(layers, rule))
+        _rule_of_type.cache_clear()
         return rule
 
     return register
@@ -53,13 +55,11 @@ def rule_of(module: nn.Module) -> Rule | None:
     """The rule for a module: its type's, or a base class's whose ``forward`` it keeps."""
     if "parametrizations" in module._modules:
         return None  # what it reads is computed from its parameters, at every access anew
-    kind = type(module)
-    if kind not in _FOUND:
-        _FOUND[kind] = _find_rule(kind)
-    return _FOUND[kind]
+    return _rule_of_type(type(module))  # type: ignore[arg-type]  # they are hashable
 
 
-def _find_rule(kind: type[nn.Module]) -> Rule | None:
+@cache
+def _rule_of_type(kind: type[nn.Module]) -> Rule | None:
     for base in kind.__mro__:
         rule = _BY_TYPE.get(base) or _BY_TYPE.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:
@@ -68,16 +68,17 @@ def _find_rule(kind: type[nn.Module]) -> Rule | None:
     return None
 
 
+def rule_of_function(function: Any) -> Rule | None:
+    """``rule(output, *args, **kwargs) -> LayerCall | None`` for a function or a method."""
+    return _BY_FUNCTION.get(function)
+
+
 def call_of(
     rule: Rule, subject: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> LayerCall | None:
-    """What the rule makes of a call; None for one in words that it does not know.
+    """What the rule makes of a call of a module, or of a function that returned the subject.
 
-    Args:
-        rule: of a module or a function.
-        subject: the module, or what the function returned.
-        args: as the forward wrote them.
-        kwargs: as the forward wrote them.
+    None for one in words that it does not know.
     """
     try:
         return rule(subject, *args, **kwargs)
@@ -91,7 +92,14 @@ def call_of(
 
 @layer_rule(nn.Linear)
 def _linear(module: nn.Linear, input: Tensor) -> LayerCall | None:
-    return LinearCall(input, module.weight, module.bias) if input.ndim > 1 else None
+    return linear(module, input, module.weight, module.bias)
+
+
+def linear(
+    subject: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> LayerCall | None:
+    """In the words of the function."""
+    return LinearCall(input, weight, bias) if input.ndim > 1 else None
 
 
 @layer_rule("transformers.pytorch_utils.Conv1D")
@@ -99,52 +107,31 @@ def _transposed_linear(module: nn.Module, x: Tensor) -> LayerCall:
     return LinearCall(x, module.weight, module.bias, transposed=True)  # type: ignore[arg-type]
 
 
-@layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def _convolution(module: nn.Conv2d, input: Tensor) -> LayerCall | None:
-    if input.ndim != module.weight.ndim:
-        return None  # one sample without a batch dimension
-    padding = module.padding
-    if isinstance(padding, str) or module.padding_mode != "zeros":
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        input = F.pad(input, module._reversed_padding_repeated_twice, mode=mode)
-        padding = (0,) * len(module.stride)
-    return ConvolutionCall(
-        input,
-        module.weight,
-        module.bias,
-        stride=module.stride,
-        padding=padding,
-        dilation=module.dilation,
-        transposed=False,
-        output_padding=(0,) * len(module.stride),
-        groups=module.groups,
-    )
-
-
-@layer_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def _transposed_convolution(
-    module: nn.ConvTranspose2d, input: Tensor, output_size: list[int] | None = None
+@layer_rule(
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+)
+def _convolution(
+    module: Any, input: Tensor, output_size: list[int] | None = None
 ) -> LayerCall | None:
     if input.ndim != module.weight.ndim:
-        return None
-    dims = len(module.stride)
-    output_padding = module._output_padding(
-        input,
-        output_size,
-        module.stride,  # type: ignore[arg-type]
-        module.padding,  # type: ignore[arg-type]
-        module.kernel_size,  # type: ignore[arg-type]
-        dims,
-        module.dilation,  # type: ignore[arg-type]
-    )
+        return None  # one sample without a batch dimension
+    stride, padding, dilation = module.stride, module.padding, module.dilation
+    output_padding = (0,) * len(stride)
+    if module.transposed:
+        settings = (stride, padding, module.kernel_size, len(stride), dilation)
+        output_padding = module._output_padding(input, output_size, *settings)
+    elif isinstance(padding, str) or module.padding_mode != "zeros":
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        input = F.pad(input, module._reversed_padding_repeated_twice, mode=mode)
+        padding = (0,) * len(stride)
     return ConvolutionCall(
         input,
         module.weight,
         module.bias,
-        stride=module.stride,
-        padding=module.padding,
-        dilation=module.dilation,
-        transposed=True,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        transposed=module.transposed,
         output_padding=output_padding,
         groups=module.groups,
     )
@@ -178,28 +165,32 @@ def _embedding_bag(
     )
 
 
-@layer_rule(nn.LayerNorm)
-def _layer_norm(module: nn.LayerNorm, input: Tensor) -> LayerCall:
-    shape, eps = module.normalized_shape, module.eps
-    dims = tuple(range(-len(shape), 0))
-    return NormCall(
-        input, lambda a: F.layer_norm(a, shape, eps=eps), dims, module.weight, module.bias
-    )
+@layer_rule(nn.LayerNorm, nn.RMSNorm)
+def _layer_norm(module: Any, input: Tensor) -> LayerCall:
+    norm = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
+    shape, bias = module.normalized_shape, getattr(module, "bias", None)
+    return layer_norm(module, input, shape, module.weight, bias, module.eps, norm=norm)
 
 
-@layer_rule(nn.RMSNorm)
-def _rms_norm(module: nn.RMSNorm, input: Tensor) -> LayerCall:
-    shape, eps = module.normalized_shape, module.eps
-    dims = tuple(range(-len(shape), 0))
-    return NormCall(input, lambda a: F.rms_norm(a, list(shape), eps=eps), dims, module.weight)
+def layer_norm(
+    subject: Any,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-5,
+    *,
+    norm: Callable[..., Tensor] = F.layer_norm,
+) -> LayerCall:
+    """In the words of the function."""
+    shape = list(normalized_shape)
+    normalise = partial(norm, normalized_shape=shape, eps=eps)
+    return NormCall(input, normalise, tuple(range(-len(shape), 0)), weight, bias)
 
 
 @layer_rule(nn.GroupNorm)
 def _group_norm(module: nn.GroupNorm, input: Tensor) -> LayerCall:
-    groups, eps = module.num_groups, module.eps
-    return NormCall(
-        input, lambda a: F.group_norm(a, groups, eps=eps), (1,), module.weight, module.bias
-    )
+    return _of_channels(module, input, partial(F.group_norm, num_groups=module.num_groups))
 
 
 @layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -208,8 +199,7 @@ def _instance_norm(module: nn.InstanceNorm2d, input: Tensor) -> LayerCall | None
         return None
     if not module.training and module.track_running_stats:
         return _running_norm(module, input)
-    eps = module.eps
-    return NormCall(input, lambda a: F.instance_norm(a, eps=eps), (1,), module.weight, module.bias)
+    return _of_channels(module, input, F.instance_norm)
 
 
 @layer_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -221,9 +211,81 @@ def _batch_norm(module: nn.BatchNorm2d, input: Tensor) -> LayerCall | None:
 
 def _running_norm(module: nn.BatchNorm2d | nn.InstanceNorm2d, input: Tensor) -> LayerCall:
     mean, variance = module.running_mean, module.running_var
-    assert mean is not None
-    assert variance is not None
-    eps = module.eps
-    return NormCall(
-        input, lambda a: F.batch_norm(a, mean, variance, eps=eps), (1,), module.weight, module.bias
+    return _of_channels(
+        module, input, partial(F.batch_norm, running_mean=mean, running_var=variance)
     )
+
+
+def _of_channels(module: Any, input: Tensor, normalise: Callable[..., Tensor]) -> LayerCall:
+    function = partial(normalise, eps=module.eps)
+    return NormCall(input, function, (1,), module.weight, module.bias)
+
+
+def _addition(output: Tensor, input: Any, other: Any, *, alpha: float = 1) -> LayerCall | None:
+    return _sum(output, input, other, 1, alpha)
+
+
+def _subtraction(output: Tensor, input: Any, other: Any, *, alpha: float = 1) -> LayerCall | None:
+    return _sum(output, input, other, 1, -alpha)
+
+
+def _sum(
+    output: Tensor, left: Any, right: Any, left_scale: float, right_scale: float
+) -> LayerCall | None:
+    """Of a parameter and something else; of two parameters, one call alone cannot tell."""
+    if is_parameter(left) == is_parameter(right):
+        return None
+    if is_parameter(left):
+        return ElementwiseCall(left, None, output, left_scale)
+    return ElementwiseCall(right, None, output, right_scale)
+
+
+def _multiplication(output: Tensor, input: Any, other: Any) -> LayerCall | None:
+    if is_parameter(input):
+        input, other = other, input
+    if not is_parameter(other) or not isinstance(input, Tensor) or is_parameter(input):
+        return None
+    return ElementwiseCall(other, input, output)
+
+
+def _expansion(output: Tensor, input: Tensor, *sizes: Any, **size: Any) -> LayerCall | None:
+    return ElementwiseCall(input, None, output) if is_parameter(input) else None
+
+
+def _repetition(output: Tensor, input: Tensor, *sizes: Any, **size: Any) -> LayerCall | None:
+    """Where it repeats dimensions of size 1 alone, and so broadcasts."""
+    repeated = zip(reversed(input.shape), reversed(output.shape), strict=False)
+    broadcasts = all(n in (1, size) for n, size in repeated)
+    return _expansion(output, input) if broadcasts else None
+
+
+_BY_FUNCTION: dict[Any, Rule] = {
+    F.linear: linear,
+    F.layer_norm: layer_norm,
+    Tensor.__rsub__: lambda output, input, other: _sum(output, input, other, -1, 1),
+    **dict.fromkeys([torch.add, Tensor.add, Tensor.add_], _addition),
+    **dict.fromkeys([Tensor.__add__, Tensor.__radd__, Tensor.__iadd__], _addition),
+    **dict.fromkeys([torch.sub, Tensor.sub, Tensor.sub_], _subtraction),
+    **dict.fromkeys([Tensor.__sub__, Tensor.__isub__], _subtraction),
+    **dict.fromkeys([torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__], _multiplication),
+    **dict.fromkeys([torch.broadcast_to, Tensor.broadcast_to], _expansion),
+    **dict.fromkeys([Tensor.expand, Tensor.expand_as], _expansion),
+    **dict.fromkeys([torch.tile, Tensor.tile, Tensor.repeat], _repetition),
+}
+
+
+def is_parameter(tensor: Any) -> bool:
+    """Whether this is a trainable leaf, or a plain view of one that no other call accounts for."""
+    if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+        return False
+    if tensor.is_leaf:
+        return True
+    whole = tensor._base
+    if whole is None or not whole.is_leaf or whole.dtype != tensor.dtype or tensor.is_conj():
+        return False
+    node = tensor.grad_fn
+    while node is not None and node.next_functions:
+        if CALLS in node.metadata:  # type: ignore[operator]  # a property, stubbed as a method
+            return False
+        node = node.next_functions[0][0]
+    return True

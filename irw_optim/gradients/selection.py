@@ -38,18 +38,16 @@ def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
     elif callable(chosen):
         selected = {p for name, p in trainable.items() if chosen(name, p)}
     elif isinstance(chosen, Sequence) and not isinstance(chosen, str):
-        names = list(named)
+        names, meant = list(named), set[str]()
         for wanted in chosen:
-            if not any(name == wanted or name.startswith(f"{wanted}.") for name in names):
+            found = {name for name in names if name == wanted or name.startswith(f"{wanted}.")}
+            if not found:
                 raise ValueError(
                     f"score_parameters names {wanted!r}, which the model does not have; it has "
                     f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
                 )
-        selected = {
-            p
-            for name, p in trainable.items()
-            if any(name == wanted or name.startswith(f"{wanted}.") for wanted in chosen)
-        }
+            meant |= found
+        selected = {p for name, p in trainable.items() if name in meant}
     else:
         raise TypeError(
             f"score_parameters={chosen!r}: expected None, 'last', a list of parameter or module "

@@ -1,7 +1,7 @@
 """Small products put together, where to start an operation costs more than the numbers in it.
 
-Rows of G that exist (of biases, normalisations, tables that are added) are columns of one matrix R,
-and small linear maps share whatever is no matrix product. With b = [b_1 | b_2 | ...]::
+Rows of G that exist (of biases, norms, tables that are added) are columns of one matrix R, and
+small linear maps share whatever is no matrix product. With b = [b_1 | b_2 | ...]::
 
     sum_i w_i g_i   (w b)^T a_k, a product a map, and one sum of w b: all biases
     <g_i, v>        a_k V_k^T + v_k, a product a map, and one row-wise sum of their product with b
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from irw_optim.gradients.layers import (
     ElementwiseCall,
     LayerCall,
     LinearCall,
+    LinearRowsCall,
     RowsCall,
     RowWeights,
 )
@@ -35,21 +36,11 @@ FEW = {"cpu": 2**14}
 MORE = 2**20
 
 PRODUCTS = 2**5
-"""So many multiplications of a matrix product are as quick as one number copied. The CPU starts
-one in less time than it takes to go by the direction, and not by the kernel of the samples."""
+"""So many multiplications of a matrix product are as quick as one number copied."""
 
 
-class Part(Protocol):
-    """Some columns of G."""
-
-    def dot(self, direction: Direction) -> Tensor:
-        """<g_i, v>, (B,)."""
-
-    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        """Sum of w_i g_i by parameter."""
-
-    def align(self, coefficients: RowWeights) -> Tensor:
-        """<g_i, sum_j c_j g_j>, (B,)."""
+Part: TypeAlias = "LayerCall | Rows | LinearMaps"
+"""Some columns of G, with the products of a layer call."""
 
 
 def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall]]:
@@ -63,7 +54,10 @@ def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall
         as_they_are = as_they_are and type(call) is LinearCall and call.input.ndim == 2
     if number == len(seen) and as_they_are:  # a small step has no time for more
         return list(calls), []
-    shared = set() if number == len(seen) else _shared(calls)
+    shared: set[Tensor] = set()
+    if number != len(seen):
+        uses = Counter(p for call in calls for p in call.parameters.values())
+        shared = {p for p, n in uses.items() if n > 1}
     few = FEW.get(device, MORE)
     alone: list[Part] = []
     meeting: list[LayerCall] = []
@@ -89,12 +83,6 @@ def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall
     return alone, meeting
 
 
-def _shared(calls: Sequence[LayerCall]) -> set[Tensor]:
-    """Parameters that are in several calls."""
-    uses = Counter(p for call in calls for p in call.parameters.values())
-    return {p for p, n in uses.items() if n > 1}
-
-
 def _is_small(call: LinearCall, few: int) -> bool:
     a, b = call.input, call.output_gradient
     products = a.numel() * b.shape[1]
@@ -103,29 +91,22 @@ def _is_small(call: LinearCall, few: int) -> bool:
 
 def _small_rows(call: LayerCall, few: int) -> tuple[dict[Tensor, Tensor], LayerCall | None]:
     """Rows of the call that are few numbers, and the call without them; None for nothing left."""
-    kind = type(call)
-    if kind is RowsCall:
-        numbers = sum(block.numel() for block in call.blocks.values())  # type: ignore[attr-defined]
+    if type(call) is RowsCall:
+        numbers = sum(block.numel() for block in call.blocks.values())
         return (call.rows(), None) if numbers <= few else ({}, call)
-    if kind is ElementwiseCall and call.is_whole:  # type: ignore[attr-defined]
-        rows = call.rows()
-        return (rows, None) if next(iter(rows.values())).numel() <= few else ({}, call)
-    if (kind is not LinearCall and kind is not ConvolutionCall) or "bias" not in call.parameters:
-        return {}, call
-    bias_rows: Tensor = call.bias_rows  # type: ignore[attr-defined]
-    if bias_rows.numel() > few:
-        return {}, call
-    rest = call.copy()
-    rest.parameters = {r: p for r, p in call.parameters.items() if r != "bias"}
-    return {call.parameters["bias"]: bias_rows}, rest if rest.parameters else None
+    if type(call) is ElementwiseCall and call.is_whole:
+        return (call.rows(), None) if call.reduced.numel() <= few else ({}, call)
+    if isinstance(call, LinearCall | ConvolutionCall) and type(call) is not LinearRowsCall:
+        bias = call.parameters.get("bias")
+        if bias is not None and call.bias_rows.numel() <= few:
+            rest = call.copy()
+            rest.parameters = {r: p for r, p in call.parameters.items() if r != "bias"}
+            return {bias: call.bias_rows}, rest if rest.parameters else None
+    return {}, call
 
 
 class Rows:
-    """Rows of G in one matrix R, (B, P).
-
-    Args:
-        blocks: the rows of each parameter, (B, *p.shape), in one dtype.
-    """
+    """Rows of G, (B, *p.shape) for each parameter, in one matrix R, (B, P), of one dtype."""
 
     def __init__(self, blocks: dict[Tensor, Tensor]) -> None:
         self.parameters = list(blocks)
@@ -153,11 +134,7 @@ class Rows:
 
 
 class LinearMaps:
-    """Linear maps of samples without positions, y_k = a_k W_k^T + bias_k.
-
-    Args:
-        calls: with their output gradients, all in one dtype.
-    """
+    """Linear maps of samples without positions, y_k = a_k W_k^T + bias_k, in one dtype."""
 
     def __init__(self, calls: Sequence[LinearCall]) -> None:
         self.calls = calls

@@ -41,23 +41,9 @@ def compare(
     probe: Tensor,
     gradients: PerSampleGradients,
 ) -> dict[Tensor, float]:
-    """Compare G^T r with what a backward pass from <r, losses> gave, parameter by parameter.
-
-    Args:
-        parameters: the leaves that ``gradients`` claims to cover.
-        truth: the gradient of <r, losses> for each.
-        probe: r, (B,).
-        gradients: the products to check.
-
-    Returns:
-        The relative error of each parameter that disagrees.
-    """
+    """The relative error of each parameter for which G^T r is not the true gradient; r, (B,)."""
     claim = gradients.combine(probe)
-    pairs = [
-        (torch.zeros_like(p) if t is None else t.to_dense(), claim.get(p))
-        for p, t in zip(parameters, truth, strict=True)
-    ]
-    return wrong_among(_differences(parameters, pairs, _dtypes(gradients)))
+    return wrong_among(differences(parameters, truth, list(map(claim.get, parameters)), gradients))
 
 
 def in_half_precision(gradients: PerSampleGradients) -> bool:
@@ -66,39 +52,35 @@ def in_half_precision(gradients: PerSampleGradients) -> bool:
 
 
 class Difference(NamedTuple):
-    """How far one parameter's gradient is off: ``error`` and ``size`` are norms."""
+    """How far one parameter's gradient is off."""
 
     parameter: Tensor
-    error: float
-    size: float
+    error: float  # a norm
+    size: float  # the gradient's norm
     tolerance: float
 
 
-def difference(
-    parameter: Tensor, truth: Tensor, claim: Tensor | None, gradients: PerSampleGradients
-) -> Difference:
-    """Measure one parameter's gradient against autograd's."""
-    return _differences([parameter], [(truth.to_dense(), claim)], _dtypes(gradients))[0]
-
-
-def _differences(
+def differences(
     parameters: Sequence[Tensor],
-    pairs: Sequence[tuple[Tensor, Tensor | None]],
-    dtypes: set[torch.dtype],
+    truth: Sequence[Tensor | None],
+    claim: Sequence[Tensor | None],
+    gradients: PerSampleGradients | None = None,
 ) -> list[Difference]:
-    """Each parameter's truth against the claim; a device is waited for once."""
-    off = [_norm(truth if claim is None else truth - claim) for truth, claim in pairs]
-    sizes = [_norm(truth) for truth, _ in pairs]
-    norms = torch.stack([*off, *sizes]).tolist() if pairs else []
-    tolerances = [max(map(_tolerance, (truth.dtype, *dtypes))) for truth, _ in pairs]
-    return list(map(Difference, parameters, norms[: len(pairs)], norms[len(pairs) :], tolerances))
+    """Measure each parameter's gradient against autograd's; a device is waited for once."""
+    pairs = zip(parameters, truth, strict=True)
+    true = [torch.zeros_like(p) if t is None else t.to_dense() for p, t in pairs]
+    off = [_norm(t if c is None else t - c.to_dense()) for t, c in zip(true, claim, strict=True)]
+    norms = torch.stack([*off, *map(_norm, true)]).tolist() if true else []
+    dtypes = _dtypes(gradients)
+    tolerances = [max(map(_tolerance, (t.dtype, *dtypes))) for t in true]
+    return list(map(Difference, parameters, norms[: len(true)], norms[len(true) :], tolerances))
 
 
-def wrong_among(differences: Sequence[Difference]) -> dict[Tensor, float]:
+def wrong_among(found: Sequence[Difference]) -> dict[Tensor, float]:
     """The relative error of each parameter that disagrees, for one probe."""
-    total = sum((d.size**2 for d in differences), 0.0) ** 0.5
+    total = sum((d.size**2 for d in found), 0.0) ** 0.5
     wrong: dict[Tensor, float] = {}
-    for parameter, error, size, tolerance in differences:
+    for parameter, error, size, tolerance in found:
         unit = max(size, _NOISE * total)
         if error > tolerance * unit:
             wrong[parameter] = error / unit if unit else math.inf
@@ -111,13 +93,7 @@ def equal(
     """Whether two passes gave the same gradients, to rounding."""
     if any((a is None) is not (b is None) for a, b in zip(some, others, strict=True)):
         return False
-    found = [
-        (parameter, (a.to_dense(), b.to_dense()))
-        for parameter, a, b in zip(parameters, some, others, strict=True)
-        if a is not None and b is not None
-    ]
-    compared, pairs = [p for p, _ in found], [pair for _, pair in found]
-    return not wrong_among(_differences(compared, pairs, set()))
+    return not wrong_among(differences(parameters, some, others))
 
 
 def _norm(tensor: Tensor) -> Tensor:
@@ -146,5 +122,5 @@ def _precision_of_products() -> str:
     return "high" if precision == "highest" and convolutions else precision
 
 
-def _dtypes(gradients: PerSampleGradients) -> set[torch.dtype]:
+def _dtypes(gradients: PerSampleGradients | None) -> set[torch.dtype]:
     return {call.precision for call in getattr(gradients, "calls", ())}

@@ -9,7 +9,7 @@ The groups' labels are needed here, in evaluation, only::
     loss_variance = var(losses)                     worst_alpha_loss = mean(largest alpha of losses)
 
 `group_report` is all of it as a table, and `worst_cluster_accuracy` what to select a model by where
-nobody's group is known. None of these are differentiable, nor meant to be trained on.
+nobody's group is known.
 """
 
 from irw_optim.metrics._clusters import (
@@ -18,9 +18,16 @@ from irw_optim.metrics._clusters import (
     worst_cell_accuracy,
     worst_cluster_accuracy,
 )
-from irw_optim.metrics._groups import group_accuracy, mad, tad, worst_group_accuracy
-from irw_optim.metrics._losses import loss_variance, worst_alpha_loss
-from irw_optim.metrics._report import GroupReport, group_report
+from irw_optim.metrics._groups import (
+    GroupReport,
+    group_accuracy,
+    group_report,
+    loss_variance,
+    mad,
+    tad,
+    worst_alpha_loss,
+    worst_group_accuracy,
+)
 
 __all__ = [
     "Cell",

@@ -17,6 +17,7 @@ from irw_optim.metrics._inputs import (
     as_predictions,
     as_vector,
     check_lengths,
+    check_numbers,
 )
 
 
@@ -73,9 +74,9 @@ def worst_cluster_accuracy(
     given, flattened; features in different units should be standardised before. To judge many
     models on large data, cluster once and call `worst_cell_accuracy`.
 
-    Small cells: of one class, all clusters with fewer than ``min_cell`` samples are merged into one
-    cell. If that is still smaller it is left out of ``worst_cell``, and counts in ``worst_class``
-    only. (An accuracy from fewer than 20 samples can have a standard error above 0.11.)
+    Of one class, all clusters with fewer than ``min_cell`` samples are merged into one cell. If
+    that is still smaller it counts in ``worst_class`` only. (An accuracy from fewer than 20 samples
+    can have a standard error above 0.11.)
 
     Args:
         inputs: (N, ...) numbers, what the model predicts from.
@@ -86,9 +87,8 @@ def worst_cluster_accuracy(
         min_cell: samples that a cell needs.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: lengths that differ, empty input, missing or infinite values, more clusters than
-            samples, or no cell with ``min_cell`` samples.
+        TypeError, ValueError: data that are impossible, more clusters than samples, or no cell with
+            ``min_cell`` samples.
 
     >>> inputs = [[0.0], [0.1], [5.0], [5.1]] * 10
     >>> y_true, y_pred = [0, 1, 0, 1] * 10, [0, 1, 0, 0] * 10
@@ -100,7 +100,6 @@ def worst_cluster_accuracy(
     rows = as_rows(inputs)
     check_lengths(y_true=true, inputs=rows)
     n_clusters = whole_number("n_clusters", n_clusters, 1)
-    min_cell = whole_number("min_cell", min_cell, 1)
     if n_clusters > len(rows):
         raise ValueError(f"n_clusters={n_clusters}: expected at most the {len(rows)} samples given")
     return worst_cell_accuracy(true, predicted, kmeans(rows, n_clusters, seed), min_cell=min_cell)
@@ -118,8 +117,7 @@ def worst_cell_accuracy(
         min_cell: samples that a cell needs.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: lengths that differ, empty input, or no cell with ``min_cell`` samples.
+        TypeError, ValueError: as of `worst_cluster_accuracy`.
 
     >>> result = worst_cell_accuracy([0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1], min_cell=1)
     >>> for cell in result.cells:
@@ -136,11 +134,16 @@ def worst_cell_accuracy(
     min_cell = whole_number("min_cell", min_cell, 1)
     right = true == predicted
     labels, member = intersect({"label": true})
-    cells = tuple(
-        cell
-        for number, label in enumerate(labels)
-        for cell in cells_of(label, cluster[member == number], right[member == number], min_cell)
-    )
+    cells = []
+    for number, label in enumerate(labels):
+        own = member == number
+        names, sizes = np.unique(cluster[own], return_counts=True)
+        large = [(name,) for name in names[sizes >= min_cell].tolist()]
+        small = tuple(names[sizes < min_cell].tolist())
+        for members in [*large, small] if small else large:
+            inside = right[own & np.isin(cluster, members)]
+            size = len(inside)
+            cells.append(Cell(label, members, size, float(inside.mean()), size >= min_cell))
     counted = [cell.accuracy for cell in cells if cell.counted]
     if not counted:
         raise ValueError(
@@ -148,21 +151,7 @@ def worst_cell_accuracy(
             f"{max(cell.samples for cell in cells)} samples; expected one with {min_cell} or more: "
             "evaluate on more samples, or lower min_cell"
         )
-    return ClusterAccuracy(min(counted), float(share_in(member, right).min()), cells)
-
-
-def cells_of(label: Group, cluster: Array, right: Array, min_cell: int) -> list[Cell]:
-    """The cells of one class; the clusters in which it is small are merged into one."""
-    numbers, sizes = np.unique(cluster, return_counts=True)
-    large = [(number,) for number in numbers[sizes >= min_cell].tolist()]
-    small = tuple(numbers[sizes < min_cell].tolist())
-    cells = []
-    for members in [*large, small] if small else large:
-        inside = right[np.isin(cluster, members)]
-        cells.append(
-            Cell(label, members, len(inside), float(inside.mean()), len(inside) >= min_cell)
-        )
-    return cells
+    return ClusterAccuracy(min(counted), float(share_in(member, right).min()), tuple(cells))
 
 
 def kmeans(rows: Array, n_clusters: int, seed: int) -> npt.NDArray[np.int32]:
@@ -181,14 +170,10 @@ def kmeans(rows: Array, n_clusters: int, seed: int) -> npt.NDArray[np.int32]:
 def as_rows(inputs: ArrayLike) -> Array:
     """Inputs of any shape (N, ...) as finite rows (N, d)."""
     array = as_array(inputs)
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"inputs has dtype {array.dtype}: expected numbers; encode categories")
     if array.ndim < 2 or not array.size:
         raise ValueError(
             f"inputs has shape {array.shape}: expected (N, ...), the features of each sample; "
             "inputs.reshape(-1, 1) for a single feature"
         )
-    if not np.isfinite(array).all():
-        first = int((~np.isfinite(array.reshape(len(array), -1))).any(axis=1).argmax())
-        raise ValueError(f"inputs[{first}] is not finite: expected no NaN or infinity")
+    check_numbers("inputs", array)
     return array.reshape(len(array), -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,18 +28,15 @@ def as_array(values: ArrayLike) -> Array:
 
 
 def missing(array: Array) -> Array:
-    """Where there is no value: None, NaN, NaT and pandas.NA."""
-    if array.dtype.kind in "fcmM":
-        return np.isnan(array) if array.dtype.kind in "fc" else np.isnat(array)
+    """Where (N,) has no value: None, NaN, NaT and pandas.NA, which are not equal to themselves."""
     if array.dtype != object:
-        return np.zeros(array.shape, dtype=bool)
+        return np.asarray(array != array)
 
-    def equals_itself(value: object) -> bool:  # NaN and NaT do not, and NA == NA is NA
-        same: object = value == value
-        return isinstance(same, bool | np.bool_) and bool(same)
+    def known(value: object) -> bool:
+        same: object = value == value  # NA where it is that
+        return value is not None and isinstance(same, bool | np.bool_) and bool(same)
 
-    flat = [value is None or not equals_itself(value) for value in array.ravel()]
-    return np.array(flat, dtype=bool).reshape(array.shape)
+    return np.array([not known(value) for value in array], dtype=bool)
 
 
 def as_vector(name: str, values: ArrayLike, each: str, mend: str = "") -> Array:
@@ -102,24 +99,30 @@ def as_predictions(y_true: ArrayLike, y_pred: ArrayLike) -> tuple[Array, Array]:
 def as_columns(groups: GroupsLike) -> dict[str, Array]:
     """The columns of ``groups`` by name; without names of their own, group, or group_0, ..."""
     if isinstance(groups, Mapping) or (hasattr(groups, "columns") and hasattr(groups, "items")):
-        named = {str(name): column for name, column in groups.items()}
-        if not named:
-            raise ValueError("groups has no column: expected one or more")
-        return {
-            name: as_vector(f"groups[{name!r}]", column, "group") for name, column in named.items()
-        }
-    array = as_array(groups)
-    if array.ndim != 2:
+        columns = [(str(n), f"groups[{str(n)!r}]", column) for n, column in groups.items()]
+        given = "groups has no column"
+    elif (array := as_array(groups)).ndim == 2:
+        columns = [(f"group_{i}", f"groups[:, {i}]", column) for i, column in enumerate(array.T)]
+        given = f"groups has shape {array.shape}"
+    else:
         return {"group": as_vector("groups", array, "group")}
-    if not array.shape[1]:
-        raise ValueError(f"groups has shape {array.shape}: expected one column or more")
-    return {
-        f"group_{i}": as_vector(f"groups[:, {i}]", column, "group")
-        for i, column in enumerate(array.T)
-    }
+    if not columns:
+        raise ValueError(f"{given}: expected one column or more")
+    return {name: as_vector(named, column, "group") for name, named, column in columns}
 
 
-def check_lengths(**arrays: Array) -> None:
+def check_numbers(name: str, array: Array) -> None:
+    """Raise unless ``array``, (N, ...), holds finite numbers."""
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} has dtype {array.dtype}: expected numbers; encode categories")
+    broken = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+    if broken.any():
+        raise ValueError(
+            f"{name}[{broken.argmax()}] has NaN or infinity: fill it, or leave the sample out"
+        )
+
+
+def check_lengths(**arrays: Sized) -> None:
     """Raise unless all have as many samples as the first."""
     (first, reference), *others = arrays.items()
     for name, array in others:

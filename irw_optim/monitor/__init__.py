@@ -3,7 +3,7 @@
 See `IRWMonitor`. Nothing here changes the training.
 """
 
-from irw_optim.monitor.findings import Finding
 from irw_optim.monitor.monitor import IRWMonitor
+from irw_optim.monitor.signatures import Finding
 
 __all__ = ["Finding", "IRWMonitor"]

@@ -1,4 +1,4 @@
-"""The rows of a training seen as a whole: columns over time, and parts summed over steps."""
+"""The rows of a training: kept in bounded memory, and seen as a whole."""
 
 from __future__ import annotations
 
@@ -7,52 +7,49 @@ from typing import NamedTuple
 
 import numpy as np
 
-from irw_optim.monitor.rows import OF_A_PART, Array, Row
+from irw_optim.monitor.rows import Array, Row
 
 
-class Part(NamedTuple):
-    """A class or a group over many steps.
+class History:
+    """The first row, and the newest at every interval: the whole course, ever more thinly.
 
-    Attributes:
-        seen: number of samples.
-        samples: share of the samples, averaged over the steps.
-        worst_off: share of S.
-        weight: share of the weight.
-        removed: share of its samples that the outlier filter removed.
-        loss: mean loss.
+    A ring of the newest rows would forget how a training began, which is what its present is
+    compared with. So when the memory is full every second row is let go and the interval doubles:
+    with capacity C and n steps there are C/2 to C evenly spaced rows, and about
+    C (1 + log2(n/C) / 2) were ever made, so that the cost a step falls as the training goes on.
     """
 
-    seen: float
-    samples: float
-    worst_off: float
-    weight: float
-    removed: float
-    loss: float
+    def __init__(self, every: int, capacity: int) -> None:
+        self.interval = every
+        self.capacity = capacity
+        self.rows: list[Row] = []
+
+    def due(self, step: int) -> bool:
+        """Whether a row of this step is wanted."""
+        return not self.rows or step % self.interval == 0
+
+    def add(self, row: Row) -> None:
+        """Take a row; where the training went back to a checkpoint, what came after it goes."""
+        while self.rows and self.rows[-1].step >= row.step:
+            self.rows.pop()
+        self.rows.append(row)
+        while len(self.rows) > self.capacity:
+            self.interval *= 2
+            first, *others = self.rows
+            self.rows = [first, *(r for r in others if r.step % self.interval == 0)]
 
 
 class Course:
-    """The recorded rows of a training, in order.
-
-    Attributes:
-        rows: all of them.
-        weighted: those after the warm-up.
-        recent: the later half of these, which show the training as it is now.
-    """
+    """The rows of a training: all, those after the warm-up, and the later half of these."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
         self.weighted = [row for row in self.rows if row.numbers["weighted"]]
         self.recent = self.weighted[len(self.weighted) // 2 :]
 
-    @property
-    def recent_local(self) -> list[Row]:
-        """The recent rows whose weights were made in their step."""
-        return [row for row in self.recent if np.isnan(row.numbers["held_for"])]
-
-    @property
-    def recent_held(self) -> list[Row]:
-        """The recent rows whose weights a global scheme held."""
-        return [row for row in self.recent if not np.isnan(row.numbers["held_for"])]
+    def recent_with(self, *, held: bool) -> list[Row]:
+        """The recent rows whose weights a global scheme held, or those whose step made its own."""
+        return [row for row in self.recent if np.isnan(row.numbers["held_for"]) != held]
 
     @property
     def steps(self) -> Array:
@@ -63,6 +60,16 @@ class Course:
 def column(rows: Sequence[Row], name: str) -> Array:
     """One number of each row, float64."""
     return np.array([row.numbers[name] for row in rows], dtype=np.float64)
+
+
+def medians(rows: Sequence[Row], *names: str) -> list[float]:
+    """The median of each of these columns."""
+    return [float(np.median(column(rows, name))) for name in names]
+
+
+def mean(rows: Sequence[Row], name: str) -> float:
+    """The mean of a column; 0 without rows."""
+    return float(column(rows, name).mean()) if rows else 0.0
 
 
 def blocks(values: Array, count: int) -> tuple[Array, float]:
@@ -79,22 +86,32 @@ def blocks(values: Array, count: int) -> tuple[Array, float]:
     return np.array([s.mean() for s in stretches]), (variance * count / len(values)) ** 0.5
 
 
+class Part(NamedTuple):
+    """A class or a group over many steps.
+
+    How many of its samples were seen; its shares of the samples and of the weight, averaged over
+    the steps; the share of it that was removed, and its mean loss.
+    """
+
+    seen: float
+    samples: float
+    weight: float
+    removed: float
+    loss: float
+
+
 def parts_of(rows: Sequence[Row], kind: str) -> dict[Hashable, Part]:
     """Each class or group (``kind``) over the rows that know it, in the order of first sight."""
     known = [row for row in rows if kind in row.breakdowns]
     sums: dict[Hashable, Array] = {}
     for row in known:
-        size = row.numbers["samples"]
-        for part, shares in zip(*row.breakdowns[kind], strict=True):
-            own = dict(zip(OF_A_PART, shares, strict=True))
-            count = own["samples"] * size
-            added = [own["samples"], own["worst_off"], own["weight"]]
-            added += [count, own["removed"] * count, own["loss"] * count]
-            sums[part] = sums.get(part, 0) + np.array(added)
-    return {part: _average(total.tolist(), len(known)) for part, total in sums.items()}
-
-
-def _average(total: list[float], steps: int) -> Part:
-    samples, worst_off, weight, count, removed, loss = total
-    shares = samples / steps, worst_off / steps, weight / steps
-    return Part(count, *shares, removed / count, loss / count)
+        parts, numbers = row.breakdowns[kind]
+        for part, (samples, _, weight, removed, loss) in zip(parts, numbers.tolist(), strict=True):
+            seen = samples * row.numbers["samples"]
+            added = np.array([seen, samples, weight, removed * seen, loss * seen])
+            sums[part] = sums.get(part, 0) + added
+    return {
+        part: Part(seen, samples / len(known), weight / len(known), removed / seen, loss / seen)
+        for part, total in sums.items()
+        for seen, samples, weight, removed, loss in [total.tolist()]
+    }

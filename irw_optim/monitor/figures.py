@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from io import BytesIO
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from irw_optim.monitor.course import Course, column
+from irw_optim.monitor.course import Course, column, parts_of
 from irw_optim.monitor.rows import Array
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MOST_LINES = 8
 """More classes or groups than that are shown as the largest ones."""
@@ -20,7 +21,7 @@ MOST_LINES = 8
 # Okabe and Ito's colours, for readers with any colour vision.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -33,7 +34,16 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 8,
 }
 
-Draw: TypeAlias = Callable[["Axes", Course], None]
+Draw: TypeAlias = Callable[[Axes, Course], None]
+
+
+class ShownFigure(Figure):
+    """Without pyplot, nobody has told the notebook how to show a `matplotlib.figure.Figure`."""
+
+    def _repr_png_(self) -> bytes:
+        file = BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
 
 
 class Panel(NamedTuple):
@@ -45,23 +55,12 @@ class Panel(NamedTuple):
 
 
 def draw(course: Course) -> Figure:
-    """All panels that the course has something for.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        RuntimeError: there are no rows.
-    """
-    try:
-        from matplotlib import rc_context
-
-        from irw_optim.monitor.shown import ShownFigure
-    except ImportError as error:
-        raise ImportError('plot() needs matplotlib: pip install "irw-optim[report]"') from error
+    """All panels that the course has something for; a RuntimeError where there are no rows."""
     if not course.rows:
         raise RuntimeError("nothing was recorded yet: expected a call after optimizer.step()")
     panels = [panel for panel in PANELS if panel.answers(course)]
     lines = -(-len(panels) // 2)
-    with rc_context(STYLE):  # type: ignore[arg-type]  # it lists every key
+    with rc_context(STYLE):
         figure = ShownFigure((11, 2.4 * lines), layout="constrained")
         axes = figure.subplots(lines, 2, sharex=True, squeeze=False).flatten()
         for axis, panel in zip(axes, panels, strict=False):
@@ -100,12 +99,10 @@ def _carriers(axis: Axes, course: Course) -> None:
 
 def _weight_by(kind: str) -> Draw:
     def panel(axis: Axes, course: Course) -> None:
+        _by_part(axis, course, kind, "weight", 0.0)
+        parts = parts_of(course.rows, kind)
         for part, colour in _shown(course, kind):
-            label = f"{kind} {part}"
-            weight = _of_part(course, kind, part, "weight", 0.0)
-            samples = _of_part(course, kind, part, "samples", 0.0)
-            _line(axis, course, weight, label, colour)
-            axis.axhline(float(np.nanmean(samples)), color=colour, linestyle=":", linewidth=1)
+            axis.axhline(parts[part].samples, color=colour, linestyle=":", linewidth=1)
         axis.plot([], [], color="black", linestyle=":", linewidth=1, label="share of samples")
         _percent(axis)
 
@@ -113,18 +110,13 @@ def _weight_by(kind: str) -> Draw:
 
 
 def _loss_by_group(axis: Axes, course: Course) -> None:
-    for part, colour in _shown(course, "group"):
-        values = _of_part(course, "group", part, "loss", float("nan"))
-        _line(axis, course, values, f"group {part}", colour)
+    _by_part(axis, course, "group", "loss")
     axis.set_ylim(bottom=0)
 
 
 def _removed(axis: Axes, course: Course) -> None:
     _line(axis, course, column(course.rows, "removed_share"), "everybody", "#000000")
-    kind = "group" if _knows("group")(course) else "class"
-    for part, colour in _shown(course, kind):
-        values = _of_part(course, kind, part, "removed", float("nan"))
-        _line(axis, course, values, f"{kind} {part}", colour)
+    _by_part(axis, course, "group" if _knows("group")(course) else "class", "removed")
     _percent(axis)
 
 
@@ -150,13 +142,9 @@ def _knows(kind: str) -> Callable[[Course], bool]:
     return lambda course: any(kind in row.breakdowns for row in course.rows)
 
 
-def _always(course: Course) -> bool:
-    return True
-
-
 PANELS = (
-    Panel("Losses of a batch", _always, _losses),
-    Panel("Who carries a step", _always, _carriers),
+    Panel("Losses of a batch", lambda course: True, _losses),
+    Panel("Who carries a step", lambda course: True, _carriers),
     Panel("Share of the weight, by class", _knows("class"), _weight_by("class")),
     Panel("Share of the weight, by group", _knows("group"), _weight_by("group")),
     Panel("Mean loss, by group", _knows("group"), _loss_by_group),
@@ -170,7 +158,7 @@ PANELS = (
         lambda course: bool(np.isfinite(column(course.rows, "held_agreement")).any()),
         _held,
     ),
-    Panel("Length of the gradient", _always, _gradient),
+    Panel("Length of the gradient", lambda course: True, _gradient),
 )
 
 
@@ -192,22 +180,20 @@ def _smooth(values: Array) -> Array:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _of_part(course: Course, kind: str, part: Hashable, name: str, absent: float) -> Array:
-    """A number of one part in each row; NaN in rows that do not know the partition."""
+def _by_part(
+    axis: Axes, course: Course, kind: str, name: str, absent: float = float("nan")
+) -> None:
+    """A line for each part; gaps in rows that do not know the partition."""
     tables = [row.breakdowns.get(kind) for row in course.rows]
-    return np.array(
-        [float("nan") if t is None else t.column(name).get(part, absent) for t in tables]
-    )
+    for part, colour in _shown(course, kind):
+        values = [np.nan if t is None else t.column(name).get(part, absent) for t in tables]
+        _line(axis, course, np.array(values), f"{kind} {part}", colour)
 
 
 def _shown(course: Course, kind: str) -> list[tuple[Hashable, str]]:
     """The parts with the most samples, and their colours, in order of their names."""
-    totals: dict[Hashable, float] = {}
-    for row in course.rows:
-        if kind in row.breakdowns:
-            for part, share in row.breakdowns[kind].column("samples").items():
-                totals[part] = totals.get(part, 0.0) + share
-    largest = sorted(totals, key=lambda part: -totals[part])[:MOST_LINES]
+    parts = parts_of(course.rows, kind)
+    largest = sorted(parts, key=lambda part: -parts[part].samples)[:MOST_LINES]
     return list(zip(sorted(largest, key=str), COLOURS, strict=False))
 
 
@@ -218,7 +204,5 @@ def _warm_up(axis: Axes, course: Course) -> None:
 
 
 def _percent(axis: Axes) -> None:
-    from matplotlib.ticker import PercentFormatter
-
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_ylim(0, 1.05)

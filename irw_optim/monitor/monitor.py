@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections import deque
 from collections.abc import Callable
 from html import escape
@@ -14,16 +15,12 @@ from torch.optim import Optimizer
 from irw_optim.arguments import whole_number
 from irw_optim.attachments import Removable, remove_all
 from irw_optim.metrics._inputs import GroupsLike
-from irw_optim.monitor.course import Course
-from irw_optim.monitor.export import Logger, as_frame, check_logger, send, write_csv
-from irw_optim.monitor.findings import Finding
-from irw_optim.monitor.history import History
-from irw_optim.monitor.recording import row_of
-from irw_optim.monitor.rows import Row
-from irw_optim.monitor.signatures import diagnose
-from irw_optim.monitor.staleness import WeightAge
+from irw_optim.monitor.course import Course, History
+from irw_optim.monitor.recording import WeightAge, row_of
+from irw_optim.monitor.rows import Logger, Row, check_logger, send
+from irw_optim.monitor.signatures import Finding, diagnose
+from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.tables import html_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,9 +44,9 @@ class IRWMonitor:
     go and the interval doubles, so that the rows always cover the whole training evenly. Steps
     that a gradient scaler skipped are no steps.
 
-    Where several backward passes add up to a step, the row is that of the newest one; with
-    ``accumulation_steps`` it is that of the whole logical batch. Where several processes weigh
-    their samples together it is about those of all, and by group about those of this process.
+    Of several backward passes that add up to a step the newest is recorded, with
+    ``accumulation_steps`` the whole logical batch; of several processes that weigh their samples
+    together all samples, and by group those of this process.
 
     Args:
         optimizer: the one that trains, or a proxy of it from Accelerate or Lightning.
@@ -59,7 +56,6 @@ class IRWMonitor:
 
     Attributes:
         optimizer: the `IRWOptimizer` listened to.
-        interval: steps between rows by now.
 
     Raises:
         TypeError, ValueError: an argument that is impossible, named with what is allowed.
@@ -86,20 +82,20 @@ class IRWMonitor:
 
     def __init__(self, optimizer: Optimizer, *, every: int = 1, capacity: int = 1000) -> None:
         self.optimizer = _irw_optimizer(optimizer)
-        every = whole_number("every", every, 1, "a whole number >= 1, the steps between rows")
-        capacity = whole_number(
-            "capacity", capacity, 10, "a whole number >= 10, the rows that are kept"
+        self._history = History(
+            whole_number("every", every, 1), whole_number("capacity", capacity, 10)
         )
-        self._history = History(every, capacity)
         self._held = WeightAge()
+        self._steps_before = self.optimizer.steps
+        self._begin()
+
+    def _begin(self) -> None:
+        """Set what copies do not carry, and listen."""
         self._loggers: list[Logger] = []
         self._passes: deque[GroupsLike] = deque(maxlen=self.optimizer.accumulation_steps)
-        self._steps_before = self.optimizer.steps
         self._handles: list[Removable] = []
         finalize(self, remove_all, self._handles).atexit = False
         self._listen()
-
-    # While training --------------------------------------------------------------------------
 
     def groups(self, groups: GroupsLike) -> None:
         """Say which groups the batch at hand is of, for the evaluation: training never sees them.
@@ -108,8 +104,8 @@ class IRWMonitor:
         columns by group.
 
         Args:
-            groups: (B,) one column of labels, numbers or strings, in the order of the batch;
-                (B, c) several, or {name: (B,)}, which are intersected.
+            groups: (B,) numbers or strings in the order of the batch; (B, c) several columns, or
+                {name: (B,)}, which are intersected.
 
         >>> import torch
         >>> from irw_optim import IRWOptimizer
@@ -143,15 +139,13 @@ class IRWMonitor:
         for row in self._history.rows:
             send(row, logger)
         self._loggers.append(logger)
-        self._listen(forgotten=False)
+        self._listen()
 
     def detach(self) -> None:
         """Listen no longer; the rows stay."""
         remove_all(self._handles)
         self._loggers.clear()
         self._passes.clear()
-
-    # What was heard --------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Rows kept."""
@@ -172,29 +166,39 @@ class IRWMonitor:
         Raises:
             ImportError: pandas is not installed.
         """
-        return as_frame(self.rows())
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                'frame() needs pandas: pip install "irw-optim[report]"; rows() and to_csv() do not'
+            ) from error
+        rows = self.rows()
+        return pd.DataFrame(rows, columns=_columns_of(rows) or ["step"]).set_index("step")
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows to a CSV file."""
-        write_csv(self.rows(), path)
+        """Write the rows to a CSV file, under their names; empty where a row lacks a column."""
+        rows = self.rows()
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _columns_of(rows))
+            writer.writeheader()
+            writer.writerows(rows)
 
     def plot(self) -> Figure:
-        """The course of the training: losses, weights, and on whom they fell.
-
-        Returns:
-            A matplotlib figure; ``figure.savefig("training.svg")`` keeps it.
+        """The course of the training as a matplotlib figure: losses, weights, on whom they fell.
 
         Raises:
             ImportError: matplotlib is not installed.
             RuntimeError: nothing was recorded yet.
         """
-        from irw_optim.monitor.figures import draw
-
+        try:
+            from irw_optim.monitor.figures import draw
+        except ImportError as error:
+            raise ImportError('plot() needs matplotlib: pip install "irw-optim[report]"') from error
         return draw(Course(self._history.rows))
 
     def _repr_html_(self) -> str:
         rows = self.rows()[-5:]
-        names = list(dict.fromkeys(name for row in rows for name in row))
+        names = _columns_of(rows)
         cells = [[f"{row[name]:.4g}" if name in row else "" for name in names] for row in rows]
         found = "".join(f"<p>{escape(str(finding))}</p>" for finding in self.diagnose())
         return found + html_table(names, cells)
@@ -202,13 +206,10 @@ class IRWMonitor:
     def diagnose(self) -> list[Finding]:
         """What the rows show of the known ways in which training with these weights fails.
 
-        Returns:
-            The findings, empty where there are none; the table of them is in
-            ``docs/diagnostics.md``. Before 20 rows of weighted steps there is one, which says that.
+        The table of findings is in ``docs/diagnostics.md``. Before 20 rows of weighted steps there
+        is one, which says that.
         """
         return diagnose(Course(self._history.rows))
-
-    # Checkpoints and copies ------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The rows and the interval, as plain data that ``torch.load(weights_only=True)`` takes."""
@@ -227,20 +228,17 @@ class IRWMonitor:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies go with the copy of the optimizer; loggers are not copied."""
-        return {**vars(self), "_handles": [], "_loggers": [], "_passes": None}
+        passing = ("_handles", "_loggers", "_passes")
+        return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._passes = deque(maxlen=self.optimizer.accumulation_steps)
-        finalize(self, remove_all, self._handles).atexit = False
-        self._listen()
+        self._begin()
 
-    # Listening -------------------------------------------------------------------------------
-
-    def _listen(self, *, forgotten: bool = True) -> None:
+    def _listen(self) -> None:
         """Hear of the steps; a monitor without a logger may be forgotten, and ends with that."""
         before, after = self._before_step, self._after_step
-        if forgotten:
+        if not self._loggers:
             before, after = _weakly(before), _weakly(after)
         remove_all(self._handles)
         self._handles += [
@@ -258,20 +256,25 @@ class IRWMonitor:
         if step == self._steps_before or record is None or not len(record.losses):
             return  # skipped, not on weights of ours, or on nobody
         held_for = self._held.age(self.optimizer.scheme, step)
-        if self._history.due(step):
-            row = row_of(self.optimizer, record, held_for, passes)
-            if row is not None:
-                self._history.add(row)
-                for logger in self._loggers:
-                    send(row, logger)
+        if not self._history.due(step):
+            return
+        row = row_of(self.optimizer, record, held_for, passes)
+        if row is not None:
+            self._history.add(row)
+            for logger in self._loggers:
+                send(row, logger)
+
+
+def _columns_of(rows: list[dict[str, float]]) -> list[str]:
+    """Every column that a row has, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:
     known = WeakMethod(method)
 
     def call(*args: object) -> None:
-        alive = known()
-        if alive is not None:
+        if (alive := known()) is not None:
             alive(*args)
 
     return call

@@ -1,19 +1,14 @@
-"""What is kept of one step: a row of numbers, and on whom they fell. O(B) work.
+"""What is kept of one step, and given to loggers: a row of numbers, and on whom they fell.
 
-For weights w_i that sum to 1 over the B samples of a batch::
-
-    effective_samples = 1 / sum(w^2)              effective_share = effective_samples / B
-    weight_spread     = sd(B w)                   effective_share = 1 / (1 + weight_spread^2)
-
-Where a partition of the batch is known (classes, groups), each of its parts has a share of the
-samples, of the worst-off S, and of the weight; a share of it was removed; and it has a mean loss.
+``docs/diagnostics.md`` says what the columns mean. O(B) work.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -44,22 +39,13 @@ class Batch(NamedTuple):
 
     def part(self, chosen: Array) -> Batch:
         """The chosen samples, (B,) bool."""
-        return self._replace(
-            losses=self.losses[chosen],
-            worst_off=self.worst_off[chosen],
-            outliers=self.outliers[chosen],
-            weights=self.weights[chosen],
-            labels=None if self.labels is None else self.labels[chosen],
-        )
+        fields: dict[str, Any] = self._asdict()
+        arrays = {n: v[chosen] for n, v in fields.items() if isinstance(v, np.ndarray)}
+        return Batch(**{**fields, **arrays})
 
 
 class Breakdown(NamedTuple):
-    """How a batch divides into the parts of a partition.
-
-    Attributes:
-        parts: the classes or groups that occur, sorted.
-        numbers: (parts, 5), the columns `OF_A_PART`.
-    """
+    """The classes or groups of a batch, sorted, and of each the numbers `OF_A_PART`, (parts, 5)."""
 
     parts: tuple[Hashable, ...]
     numbers: Array
@@ -72,27 +58,20 @@ class Breakdown(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One recorded step.
+    """One recorded step: what holds for the batch as a whole, by column, and for its parts.
 
-    Attributes:
-        step: number of the optimizer step, from 1.
-        numbers: what holds for the batch as a whole, by column.
-        breakdowns: by ``"class"`` and by ``"group"``, where these are known.
+    The parts are those by ``"class"`` and by ``"group"``, where these are known.
     """
 
     step: int
     numbers: dict[str, float]
     breakdowns: dict[str, Breakdown]
 
-    def flat(self, most_parts: int | None = None) -> dict[str, float]:
-        """One number a column, as in ``weight/class_1``.
-
-        Args:
-            most_parts: leave out partitions with more parts than that; None takes all.
-        """
+    def flat(self, most_parts: float = math.inf) -> dict[str, float]:
+        """One number a column, as in ``weight/class_1``, without partitions of too many parts."""
         row = {"step": self.step, **self.numbers}
         for kind, breakdown in self.breakdowns.items():
-            if most_parts is not None and len(breakdown.parts) > most_parts:
+            if len(breakdown.parts) > most_parts:
                 continue
             names = [f"{kind}_{_text(part)}" for part in breakdown.parts]
             for column, values in zip(OF_A_PART, breakdown.numbers.T.tolist(), strict=True):
@@ -125,12 +104,7 @@ def read(record: StepRecord, gradient_norm: Tensor) -> Batch:
 
 
 def summarise(batch: Batch, alpha: float) -> dict[str, float]:
-    """The columns that hold for a batch as a whole; B >= 1.
-
-    Args:
-        batch: the samples that count.
-        alpha: share in (0, 1] whose mean loss is ``worst_alpha_loss``.
-    """
+    """The columns that hold for a batch as a whole; B >= 1."""
     losses, weights = batch.losses.astype(np.float64), batch.weights.astype(np.float64)
     size, squares = len(losses), float(weights @ weights)
     effective = float(weights.sum()) ** 2 / squares if squares else 0.0
@@ -157,12 +131,18 @@ def summarise(batch: Batch, alpha: float) -> dict[str, float]:
     }
 
 
-def break_down(batch: Batch, parts: list[Hashable], member: Array) -> Breakdown:
-    """Who the parts are: ``member`` (B,) numbers the part of each sample."""
-    size = np.bincount(member, minlength=len(parts))
+def by_class(batch: Batch) -> Breakdown | None:
+    """The batch by class; None where the criterion's target shows no classes."""
+    return None if batch.labels is None else by_group(batch, {"class": batch.labels})
+
+
+def by_group(batch: Batch, groups: Mapping[str, Array]) -> Breakdown:
+    """The batch by group; of several columns, by each combination that occurs."""
+    parts, member = intersect(groups)
+    size = np.bincount(member)
 
     def in_each(values: Array) -> Array:
-        return np.bincount(member, weights=values, minlength=len(parts))
+        return np.bincount(member, weights=values)
 
     columns = [
         size / size.sum(),
@@ -174,18 +154,53 @@ def break_down(batch: Batch, parts: list[Hashable], member: Array) -> Breakdown:
     return Breakdown(tuple(parts), np.stack(columns, axis=1))
 
 
-def by_class(batch: Batch) -> Breakdown | None:
-    """The batch by class; None where the criterion's target shows no classes."""
-    if batch.labels is None:
-        return None
-    classes, member = np.unique(batch.labels, return_inverse=True)
-    return break_down(batch, classes.tolist(), member)
-
-
-def by_group(batch: Batch, columns: Mapping[str, Array]) -> Breakdown:
-    """The batch by group; of several columns, by each combination that occurs."""
-    return break_down(batch, *intersect(columns))
-
-
 def _text(part: Hashable) -> str:
     return ",".join(map(str, part)) if isinstance(part, tuple) else str(part)
+
+
+MOST_PARTS = 20
+"""A logger is spared partitions with more parts: a thousand charts help nobody."""
+
+PREFIX = "irw/"
+"""Of the names in a logger, which shows what shares one together."""
+
+
+class ScalarWriter(Protocol):
+    """``torch.utils.tensorboard.SummaryWriter``, and whatever else takes one number."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Take one number."""
+
+
+class MetricsLogger(Protocol):
+    """Any logger of Lightning's, and whatever else takes numbers by name."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> Any:
+        """Take the numbers of one step."""
+
+
+Logger: TypeAlias = ScalarWriter | MetricsLogger
+
+
+def check_logger(logger: Any) -> None:
+    """Raise a TypeError that says what can take rows, if this cannot."""
+    if isinstance(logger, type) or not (
+        hasattr(logger, "add_scalar") or hasattr(logger, "log_metrics")
+    ):
+        raise TypeError(
+            f"logger={logger!r}: expected a torch.utils.tensorboard.SummaryWriter, a Lightning "
+            "logger such as CSVLogger(path), or an object with add_scalar(tag, value, step) or "
+            "log_metrics(metrics, step)"
+        )
+
+
+def send(row: Row, logger: Logger) -> None:
+    """Give a row to a logger; what is not known in it (NaN) is left out."""
+    numbers = row.flat(MOST_PARTS)
+    del numbers["step"]
+    known = {PREFIX + name: value for name, value in numbers.items() if not math.isnan(value)}
+    if hasattr(logger, "log_metrics"):
+        logger.log_metrics(known, step=row.step)
+    else:
+        for name, value in known.items():
+            logger.add_scalar(name, value, row.step)

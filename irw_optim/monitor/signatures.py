@@ -1,31 +1,51 @@
 """The known ways in which reweighted training fails, each as a function of its course.
 
 A signature is judged on the later half of the weighted steps, by medians, so that single batches
-and the beginning do not decide; the two about the worst-off loss look at the whole course. Where a
-threshold is a choice, its reason stands beside it.
+and the beginning do not decide; the two about the worst-off loss look at the whole course.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from irw_optim.monitor.course import Course, blocks, column, parts_of
-from irw_optim.monitor.findings import Finding
-from irw_optim.monitor.rows import Row
+from irw_optim.monitor.course import Course, blocks, column, mean, medians, parts_of
 
 ENOUGH = 20
-"""Weighted rows before anything is said: medians of fewer say little."""
+"""Weighted rows before anything is said, and removed samples before it is said who they are."""
 
-ENOUGH_REMOVED = 20
-"""Removed samples in the rows before it is said who they are."""
+
+@dataclass(frozen=True)
+class Finding:
+    """One way in which the training fails; ``print(finding)`` shows it.
+
+    Attributes:
+        name: stays the same from version to version; the table of names is in
+            ``docs/diagnostics.md``.
+        says: what was seen, with the figures in it.
+        figures: the figures alone, by name.
+        advice: what to change.
+
+    >>> print(Finding("few_worst_off", "S has 2 samples.", {"worst_off_samples": 2.0}, "More."))
+    few_worst_off: S has 2 samples.
+      What to change: More.
+    """
+
+    name: str
+    says: str
+    figures: dict[str, float]
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.says}\n  What to change: {self.advice}"
 
 
 def diagnose(course: Course) -> list[Finding]:
     """All findings, in the order of `SIGNATURES`."""
-    if len(course.weighted) < ENOUGH:
-        seen = len(course.weighted)
+    if (seen := len(course.weighted)) < ENOUGH:
         return [
             Finding(
                 "too_few_records",
@@ -77,14 +97,18 @@ def worst_off_loss(course: Course) -> Finding | None:
 
 def one_class(course: Course) -> Finding | None:
     """Nearly all of a batch's weight lies on one class."""
-    rows = [row for row in course.recent if "class" in row.breakdowns]
-    if not rows:
+    classes, shares = [], []
+    for row in course.recent:
+        if table := row.breakdowns.get("class"):
+            weights, samples = table.column("weight"), table.column("samples")
+            heaviest = max(weights, key=weights.__getitem__)
+            classes.append(heaviest)
+            shares.append((weights[heaviest], weights[heaviest] - samples[heaviest]))
+    if not classes:
         return None
-    tops = [_heaviest_class(row) for row in rows]
-    weight, excess = np.median([(w, w - s) for _, w, s in tops], axis=0).tolist()
+    weight, excess = np.median(shares, axis=0).tolist()
     if weight < 0.9 or excess < 0.2:
         return None
-    classes = [name for name, _, _ in tops]
     usual = max(set(classes), key=classes.count)
     often = classes.count(usual) / len(classes)
     which = f"always class {usual}" if often == 1 else f"class {usual} in {often:.0%} of the steps"
@@ -101,10 +125,9 @@ def one_class(course: Course) -> Finding | None:
 
 def few_samples(course: Course) -> Finding | None:
     """A handful of samples decides a step."""
-    effective = float(np.median(column(course.recent, "effective_samples")))
-    share = float(np.median(column(course.recent, "effective_share")))
-    largest = float(np.median(column(course.recent, "largest_weight")))
-    size = float(np.median(column(course.recent, "samples")))
+    effective, share, largest, size = medians(
+        course.recent, "effective_samples", "effective_share", "largest_weight", "samples"
+    )
     if size < 4 or not ((effective < 5 and share < 0.2) or largest > 0.5):
         return None
     return Finding(
@@ -119,11 +142,10 @@ def few_samples(course: Course) -> Finding | None:
 
 def few_worst_off(course: Course) -> Finding | None:
     """S is one or two samples: its gradient is theirs."""
-    local = course.recent_local
+    local = course.recent_with(held=False)
     if not local:
         return None
-    members = float(np.median(column(local, "worst_off_samples")))
-    size = float(np.median(column(local, "samples")))
+    members, size = medians(local, "worst_off_samples", "samples")
     if not 0 < members < 3:
         return None
     return Finding(
@@ -138,8 +160,7 @@ def few_worst_off(course: Course) -> Finding | None:
 
 def gradients_vanished(course: Course) -> Finding | None:
     """There is nothing to weigh by, and it is not because everything is learned."""
-    local = course.recent_local
-    fallback = float(column(local, "fallback").mean()) if local else 0.0
+    fallback = mean(course.recent_with(held=False), "fallback")
     tenth = max(1, len(course.rows) // 10)
     norms = column(course.rows, "gradient_norm")
     first, now = float(np.median(norms[:tenth])), float(np.median(norms[-tenth:]))
@@ -161,8 +182,7 @@ def gradients_vanished(course: Course) -> Finding | None:
 
 def batches_without_weight(course: Course) -> Finding | None:
     """The weights of a global scheme leave whole batches without any."""
-    held = course.recent_held
-    fallback = float(column(held, "fallback").mean()) if held else 0.0
+    fallback = mean(course.recent_with(held=True), "fallback")
     if fallback < 0.05:
         return None
     return Finding(
@@ -176,7 +196,7 @@ def batches_without_weight(course: Course) -> Finding | None:
 
 def removes_many(course: Course) -> Finding | None:
     """The outlier filter takes more than noise."""
-    removed = float(column(course.recent, "removed_share").mean())
+    removed = mean(course.recent, "removed_share")
     if removed <= 0.1:  # eps="auto" removes at most 5 %
         return None
     return Finding(
@@ -188,14 +208,28 @@ def removes_many(course: Course) -> Finding | None:
     )
 
 
-def removes_one_class(course: Course) -> Finding | None:
-    """The outlier filter takes mostly one class."""
-    return _removes_one(course, "class")
-
-
-def removes_one_group(course: Course) -> Finding | None:
-    """The outlier filter takes mostly one group."""
-    return _removes_one(course, "group")
+def removes_one(course: Course, kind: str) -> Finding | None:
+    """The outlier filter takes mostly one class, or one group."""
+    parts = parts_of(course.weighted, kind)
+    removed = {name: part.removed * part.seen for name, part in parts.items()}
+    total = sum(removed.values())
+    if total < ENOUGH or len(parts) < 2:
+        return None
+    name = max(removed, key=removed.__getitem__)
+    others = sum(part.seen for part in parts.values()) - parts[name].seen
+    rate, rate_of_others = parts[name].removed, (total - removed[name]) / others
+    share = removed[name] / total
+    # Mostly: over half of the removed, and at three times the rate of everybody else.
+    if share < 0.5 or rate < 3 * rate_of_others:
+        return None
+    return Finding(
+        f"filter_removes_one_{kind}",
+        f"{share:.0%} of the samples that the outlier filter removed are of {kind} {name}: "
+        f"{rate:.1%} of that {kind}, and {rate_of_others:.1%} of the others.",
+        {"share_of_removed": share, "rate": rate, "rate_of_others": rate_of_others},
+        "a minority looks like noise to the filter: leave outliers=None, or raise its quantile "
+        f"towards 1, and look whether these samples of {kind} {name} are really broken.",
+    )
 
 
 def worst_group_underweighted(course: Course) -> Finding | None:
@@ -246,38 +280,8 @@ SIGNATURES: tuple[Callable[[Course], Finding | None], ...] = (
     gradients_vanished,
     batches_without_weight,
     removes_many,
-    removes_one_class,
-    removes_one_group,
+    partial(removes_one, kind="class"),
+    partial(removes_one, kind="group"),
     worst_group_underweighted,
     stale_weights,
 )
-
-
-def _heaviest_class(row: Row) -> tuple[Hashable, float, float]:
-    """The class with the most weight, its share of the weight and of the samples."""
-    weights, samples = (row.breakdowns["class"].column(c) for c in ("weight", "samples"))
-    name = max(weights, key=lambda part: weights[part])
-    return name, weights[name], samples[name]
-
-
-def _removes_one(course: Course, kind: str) -> Finding | None:
-    parts = parts_of(course.weighted, kind)
-    removed = {name: part.removed * part.seen for name, part in parts.items()}
-    total = sum(removed.values())
-    if total < ENOUGH_REMOVED or len(parts) < 2:
-        return None
-    name = max(removed, key=lambda part: removed[part])
-    others = sum(part.seen for part in parts.values()) - parts[name].seen
-    rate, rate_of_others = parts[name].removed, (total - removed[name]) / others
-    share = removed[name] / total
-    # Mostly: over half of the removed, and at three times the rate of everybody else.
-    if share < 0.5 or rate < 3 * rate_of_others:
-        return None
-    return Finding(
-        f"filter_removes_one_{kind}",
-        f"{share:.0%} of the samples that the outlier filter removed are of {kind} {name}: "
-        f"{rate:.1%} of that {kind}, and {rate_of_others:.1%} of the others.",
-        {"share_of_removed": share, "rate": rate, "rate_of_others": rate_of_others},
-        "a minority looks like noise to the filter: leave outliers=None, or raise its quantile "
-        f"towards 1, and look whether these samples of {kind} {name} are really broken.",
-    )

@@ -19,13 +19,7 @@ from irw_optim.processes import is_shard, is_sharded, several_processes
 def check_arguments(
     optimizer: Any, *, model: Any, criterion: Any, engine: object, options: Options
 ) -> None:
-    """Check the arguments of `IRWOptimizer` with each other; `Options` has checked its own.
-
-    Raises:
-        TypeError, ValueError: naming the argument, its value and what is allowed.
-        NotImplementedError: a model spread over devices.
-        DPGuaranteeError: a differentially private optimizer.
-    """
+    """Check the arguments of `IRWOptimizer` with each other; `Options` has checked its own."""
     check_inner(optimizer)
     if engine not in ENGINES and not callable(engine):
         raise ValueError(
@@ -54,7 +48,7 @@ def check_arguments(
     check_model(model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if (model is not None and is_sharded(model)) or any(map(is_shard, parameters)):
-        from irw_optim.distributed.shard_checks import check_sharding
+        from irw_optim.distributed.sharding import check_sharding
 
         check_sharding(
             model,
@@ -140,9 +134,10 @@ def check_model(model: Any) -> None:
                     "and call optimizer.step(losses=losses)"
                 )
     if several_processes():
-        from irw_optim.distributed.replicas import check_replicas_in
+        from irw_optim.distributed.replicas import check_replica, replicas_in
 
-        check_replicas_in(model)
+        for replica in replicas_in(model):
+            check_replica(replica)
 
 
 _SHARDED = {"FullyShardedDataParallel", "DeepSpeedEngine", "PipelineModule"}
@@ -198,19 +193,13 @@ def check_group(
     return {**param_group, "params": parameters}
 
 
-def check_not_private(parameters: Iterable[Tensor]) -> None:
-    """Refuse to step where a differentially private optimizer has left its sums."""
-    for p in parameters:
-        if getattr(p, "summed_grad", None) is not None:
-            raise DPGuaranteeError(
-                "the parameters carry Opacus' summed_grad: an IRWOptimizer inside make_private "
-                "would step on gradients without noise; use irw_optim.privacy.IRWPrivacyEngine()"
-                ".make_private(..., irw=IRWDPConfig()) with the plain optimizer"
-            )
-
-
-def check_backward(engine: Engine) -> None:
-    """Refuse ways 1 and 2 to an optimizer that was made for way 3."""
+def check_backward(engine: Engine, losses: Tensor) -> None:
+    """Refuse losses that lead nowhere, and any to an optimizer that was made for way 3."""
+    if not losses.requires_grad:
+        raise RuntimeError(
+            "losses do not require a gradient: expected losses computed from the model under "
+            "torch.enable_grad(), without .detach() or .item()"
+        )
     if engine.kind == "grad_sample":
         raise ValueError(
             "engine='grad_sample' reads what Opacus left in p.grad_sample: expected "
@@ -229,10 +218,57 @@ def check_reads_rows(engine: Engine) -> None:
         )
 
 
-def check_trains(losses: Tensor) -> None:
-    """Refuse losses that lead nowhere."""
-    if not losses.requires_grad:
+def check_unrecorded(parameters: Sequence[Tensor], model: nn.Module | None, passed: bool) -> bool:
+    """Whether gradients without a record are more than zeros; raise if they were not weighted.
+
+    They may be taken aside, cleared and written back changed, as gradient surgery does: where a
+    weighted backward pass has ``passed``, whatever is in ``p.grad`` counts as made of it. Zeros
+    pass: torch's functions for distributed checkpoints step on them to make an optimizer's state.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        raise RuntimeError(f"step() found no gradient: {_expected(model)}")
+    if not any(map(has_gradient, parameters)):
+        return False
+    if not passed:
         raise RuntimeError(
-            "losses do not require a gradient: expected losses computed from the model under "
-            "torch.enable_grad(), without .detach() or .item()"
+            f"step() found a gradient without weights: {_expected(model)}. For a plain step "
+            "on purpose call optimizer.inner.step()"
         )
+    broken = [g for g in gradients if not bool(_numbers_of(g).isfinite().all())]
+    if broken:
+        raise FloatingPointError(
+            f"the gradients written back to {len(broken)} parameters are not finite (the first "
+            f"has shape {tuple(broken[0].shape)}): nothing was updated"
+        )
+    return True
+
+
+def _expected(model: nn.Module | None) -> str:
+    """What makes a weighted gradient, as far as can be seen what was left out."""
+    losses = "optimizer.backward(losses), or step(losses=losses) after Opacus"
+    if model is None:
+        return (
+            "no criterion is attached, so expected IRWOptimizer(..., model=model, "
+            f"criterion=criterion) and criterion(model(x), y).backward(); {losses}"
+        )
+    if not model.training:
+        return (
+            "the model is in eval mode, where nothing is weighed, so expected train mode, "
+            f"model.train(), before criterion(model(x), y).backward(); {losses}"
+        )
+    return (
+        "expected criterion(model(x), y).backward() on the very criterion of IRWOptimizer(..., "
+        "model=model, criterion=criterion), called after that line and not given to a newer "
+        f"IRWOptimizer since; {losses}"
+    )
+
+
+def has_gradient(parameter: Tensor) -> bool:
+    """Whether there is a gradient that is not zero."""
+    gradient = parameter.grad
+    return gradient is not None and bool(_numbers_of(gradient).any())
+
+
+def _numbers_of(gradient: Tensor) -> Tensor:
+    return gradient._values() if gradient.is_sparse else gradient

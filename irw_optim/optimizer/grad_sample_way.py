@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import MaterializedGradients
-from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.mixing import follow_batch
+from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.processes import several_processes
 from irw_optim.weighting.ranges import check_losses
-from irw_optim.weighting.record import StepRecord
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
 _TOLERANCE_OF_HALF = 5e-2
 """Of the root mean square of the rows' norms; above what products in TF32 and in half lose."""
 
 
-def weigh_grad_samples(
-    parameters: Iterable[Tensor],
-    scored: Container[Tensor],
-    losses: Tensor,
-    labels: Tensor | None,
-    decide: Callable[[PerSampleLosses, PerSampleGradients], StepRecord],
-) -> None:
-    """Put the weighted sum of ``p.grad_sample`` into ``p.grad``.
-
-    Args:
-        parameters: those that are updated.
-        scored: those whose gradients make the scores.
-        losses: (B,), of the batch that was backpropagated last.
-        labels: (B,) classes, or None.
-        decide: the weights, from the losses and the rows.
-
-    Raises:
-        RuntimeError: a parameter without a ``grad_sample``, or with those of several passes, or
-            rows of which ``p.grad`` is neither the mean nor the sum.
-        TypeError, ValueError: losses that are no vector, or not of this batch.
-    """
+def weigh_grad_samples(weighted: WeightedBackward, losses: Tensor, labels: Tensor | None) -> None:
+    """Put the weighted sum of ``p.grad_sample`` into ``p.grad``."""
     check_losses(losses)
-    rows = MaterializedGradients.from_grad_sample(parameters)
+    rows = MaterializedGradients.from_grad_sample(weighted.parameters)
     if rows.batch_size != len(losses):
         raise ValueError(
             f"losses has {len(losses)} samples but p.grad_sample has {rows.batch_size}: "
@@ -51,22 +34,20 @@ def weigh_grad_samples(
     if not several_processes():  # whose gradients are averaged, and the rows not
         check_rows(rows.rows)
     batch = PerSampleLosses(losses.detach(), losses.detach().mean(), 1.0, labels)
-    record = decide(
-        batch, MaterializedGradients({p: g for p, g in rows.rows.items() if p in scored})
-    )
+    scored = set(weighted.scored)
+    chosen = MaterializedGradients({p: g for p, g in rows.rows.items() if p in scored})
+    record = weighted.scheme.decide(batch, chosen)
+    weighted.note(record)
     for parameter, gradient in rows.combine(record.weights).items():
         parameter.grad = gradient.to(parameter.dtype)
+    warn_of_mixing(losses, weighted.engine)
 
 
 def check_rows(rows: dict[Tensor, Tensor]) -> None:
-    """Refuse rows that are not those of the gradient at hand, which knows more than they do.
+    """Refuse rows, (B, *p.shape) by parameter, that are not those of the gradient at hand.
 
-    Args:
-        rows: (B, *p.shape) by parameter; a gradient that was cleared says nothing about them.
-
-    Raises:
-        RuntimeError: ``p.grad`` was scaled or clipped since backward, or has parts of which the
-            layers' hooks did not hear.
+    It was scaled or clipped since backward, or has parts of which the layers' hooks did not hear.
+    One that was cleared says nothing.
     """
     size = len(next(iter(rows.values()))) if rows else 0
     if not size:
@@ -105,3 +86,26 @@ _INSTEAD = (
     "the gradients, IRWOptimizer(..., model=model) with the plain model and "
     "optimizer.backward(losses)"
 )
+
+
+def warn_of_mixing(losses: Tensor, engine: Engine) -> None:
+    """Say where samples may meet, of which rows show nothing; a backward pass may be over."""
+    if losses.grad_fn is None or len(losses) < 2:
+        engine.tell(
+            logging.INFO,
+            "rows",
+            "Opacus' rows are taken as they are: only a forward that does not mix the samples "
+            "of a batch has exact ones, and losses without their graph do not show it; "
+            "irw_optim.verify(model, ...) on the plain model does",
+        )
+        return
+    batch = follow_batch(losses, walk(losses))
+    if batch.mixed_by is not None or batch.computes_shared:
+        where = batch.mixed_by or "what is computed for all samples together"
+        engine.tell(
+            logging.WARNING,
+            "rows",
+            f"samples may meet in the forward (at {where}), and then Opacus' rows are not the "
+            "gradients of single losses: irw_optim.verify(model, ...) on the plain model "
+            "tells; IRWOptimizer(..., model=model, criterion=criterion) is exact there, too",
+        )

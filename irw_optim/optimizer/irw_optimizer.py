@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import Engine, OwnEngine
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
-from irw_optim.optimizer.attributes import Attributes
 from irw_optim.optimizer.checks import (
     check_arguments,
     check_backward,
     check_group,
-    check_not_private,
     check_reads_rows,
-    check_trains,
 )
 from irw_optim.optimizer.grad_sample_way import weigh_grad_samples
-from irw_optim.optimizer.hold import Hold
-from irw_optim.optimizer.options import Options, described, report_differences
-from irw_optim.optimizer.own_steps import closure_step, own_step
+from irw_optim.optimizer.options import Options, described
+from irw_optim.optimizer.own_steps import closure_step
 from irw_optim.optimizer.weighted_backward import WeightedBackward
-from irw_optim.optimizer.wrapping import OptimizerWrapper, fires_own_hooks
+from irw_optim.optimizer.wrapping import Hold, OptimizerWrapper
 from irw_optim.weighting import ScoreRule
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_losses
 
-logger = logging.getLogger("irw_optim")
+_Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
-class IRWOptimizer(Attributes, OptimizerWrapper):
+def fires_own_hooks(step: _Step) -> _Step:
+    """The ``step`` of a wrapper, with the hooks that were registered on it.
+
+    torch's own decorator adds global ones, which the inner optimizer's step has: they fire once.
+    """
+
+    @wraps(step)
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        self = args[0]
+        for pre_hook in tuple(self._optimizer_step_pre_hooks.values()):
+            changed = pre_hook(self, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+        result = step(*args, **kwargs)
+        for post_hook in tuple(self._optimizer_step_post_hooks.values()):
+            post_hook(self, args, kwargs)
+        return result
+
+    hooked.hooked = True  # type: ignore[attr-defined]  # where torch looks whether to decorate
+    return hooked  # type: ignore[return-value]
+
+
+class IRWOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer so that it steps on sum_i w_i g_i instead of the average gradient.
 
     The weights favour the samples on which a step lowers the loss of the worst-off
@@ -105,8 +124,6 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
     (2, 1.0)
     """
 
-    SECTION = "irw"
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -126,16 +143,8 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         worst_off: str = "global",
     ) -> None:
         options = Options(
-            alpha,
-            outliers,
-            center,
-            class_balance,
-            mix,
-            warmup_steps,
-            described(score_parameters),
-            weighting,
-            accumulation_steps,
-            worst_off,
+            *(alpha, outliers, center, class_balance, mix, warmup_steps),
+            *(described(score_parameters), weighting, accumulation_steps, worst_off),
         )
         check_arguments(optimizer, model=model, criterion=criterion, engine=engine, options=options)
         chosen = None
@@ -146,8 +155,9 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
             undo.callback(hooked.remove_hooks)
             self._weighted = WeightedBackward(optimizer, hooked, options, chosen)
             undo.callback(self._weighted.release)
-            super().__init__(optimizer)
-            self._hold = Hold(self._weighted, criterion)
+            self.inner, self._hold = optimizer, Hold()
+            self.begin()
+            self._weighted.attach(criterion)
             undo.pop_all()
 
     # What a torch optimizer does, and we do more -----------------------------------------------
@@ -158,34 +168,16 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         Raises:
             ValueError: parameters that are not the model's; nothing has changed then.
         """
-        group = check_group(
-            param_group, self._weighted.parameters, self.engine.model, self.criterion
-        )
-        super().add_param_group(group)
+        known = self._weighted.parameters
+        self.inner.add_param_group(check_group(param_group, known, self.model, self.criterion))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, per-sample ones too, and what backward has noted since."""
-        super().zero_grad(set_to_none)
+        self.inner.zero_grad(set_to_none)
         self._weighted.clear()
         for parameter in self._weighted.parameters:
             if getattr(parameter, "grad_sample", None) is not None:
                 parameter.grad_sample = None  # type: ignore[attr-defined]
-
-    def own_state(self) -> dict[str, Any]:
-        """Under ``"irw"`` in the state dict: the steps taken, and the options for comparison."""
-        return {"steps": self.steps, **self._options.described()}
-
-    def load_own_state(self, own: dict[str, Any] | None) -> None:
-        """Go on from the steps of a checkpoint; options that differ are logged, and stay as now."""
-        if own is None:
-            logger.warning(
-                "the checkpoint is a plain optimizer's: its state is loaded, and steps, which "
-                "warmup_steps counts, stays at %d",
-                self.steps,
-            )
-            return
-        self._weighted.progress.steps = own["steps"]
-        report_differences(own, self._options.described())
 
     # The three ways in -----------------------------------------------------------------------
 
@@ -204,8 +196,7 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
             TypeError, ValueError, RuntimeError: no vector of losses, or one without a graph.
         """
         check_losses(losses)
-        check_trains(losses)
-        check_backward(self.engine)
+        check_backward(self.engine, losses)
         value = losses.detach().mean()
         batch = PerSampleLosses(losses, value, 1.0, labels)
         self._weighted.loss(batch, of_the_model=True).backward()
@@ -236,12 +227,16 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
         """
         weighted = self._weighted
         parameters = weighted.parameters
-        check_not_private(parameters)
+        for p in parameters:
+            if getattr(p, "summed_grad", None) is not None:
+                raise DPGuaranteeError(
+                    "the parameters carry Opacus' summed_grad: an IRWOptimizer inside make_private "
+                    "would step on gradients without noise; use irw_optim.privacy.IRWPrivacyEngine"
+                    "().make_private(..., irw=IRWDPConfig()) with the plain optimizer"
+                )
         if losses is not None:
             check_reads_rows(self.engine)
-            scored = self.scored_parameters()
-            weigh_grad_samples(parameters, scored, losses, labels, weighted.decide)
-            self.engine.warn_of_mixing(losses)
+            weigh_grad_samples(weighted, losses, labels)
         if closure is None:
             weighted.make_ready(parameters)
             result = self.inner.step()
@@ -259,12 +254,8 @@ class IRWOptimizer(Attributes, OptimizerWrapper):
 
     def detach(self) -> None:
         """Remove every hook: model and criterion are as they were before."""
-        self._hold.let_go()
+        self._weighted.release()
 
     def scored_parameters(self) -> set[Tensor]:
         """The parameters whose gradients make the scores."""
         return set(self._weighted.scored)
-
-    def around(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Steps under other names, as SAM's, are checked and counted as `step` is."""
-        return own_step(self, self._weighted, name, method)

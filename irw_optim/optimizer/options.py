@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from irw_optim.arguments import as_flag, as_whole, plain
+from irw_optim.arguments import plain, true_or_false, whole_number
 from irw_optim.weighting.local_scheme import NAMED, LocalScheme, rule_named
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_options
 from irw_optim.weighting.weights import Alignment, ScoreRule
-
-logger = logging.getLogger("irw_optim")
 
 WORST_OFF = ("global", "local")
 
@@ -24,9 +20,6 @@ class Options:
     """What an `IRWOptimizer` was asked for; its arguments of the same names say more.
 
     `score_parameters` is kept as a checkpoint describes it: what it chose is chosen.
-
-    Raises:
-        TypeError, ValueError: impossible ones, alone or with each other.
     """
 
     alpha: float
@@ -41,7 +34,35 @@ class Options:
     worst_off: str = "global"
 
     def __post_init__(self) -> None:
-        check_each(self)
+        outliers, weighting, center = self.outliers, self.weighting, self.center
+        check_alpha(self.alpha)
+        check_options(center=center, mix=self.mix, warmup_steps=self.warmup_steps)
+        true_or_false("class_balance", self.class_balance)
+        if isinstance(outliers, type):
+            name = outliers.__name__
+            raise TypeError(f"outliers={name} is a class: expected an instance, outliers={name}()")
+        if outliers is not None and not callable(outliers):
+            raise TypeError(
+                f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter(), a "
+                "callable from the (B, B) Gram matrix to a bool mask (B,)"
+            )
+        if isinstance(weighting, str) and weighting not in NAMED:
+            raise ValueError(
+                f"weighting={weighting!r}: expected one of {', '.join(map(repr, NAMED))}, or a "
+                "callable (losses, gradients, worst_off) -> scores; IRWO is 'irw' with "
+                "outliers=DBSCANFilter()"
+            )
+        if not isinstance(weighting, str) and not callable(weighting):
+            raise TypeError(f"weighting={weighting!r}: expected a name or a callable")
+        if center and weighting != "irw":
+            raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
+        together = "1 (weights inside each backward pass) or the number of passes weighed together"
+        whole_number("accumulation_steps", self.accumulation_steps, 1, together)
+        if self.worst_off not in WORST_OFF:
+            raise ValueError(
+                f"worst_off={self.worst_off!r}: expected 'global' (of the batch of all processes) "
+                "or 'local' (each process weighs its own batch)"
+            )
         for field in fields(self):  # NumPy's numbers become Python's
             vars(self)[field.name] = plain(getattr(self, field.name))
 
@@ -71,50 +92,6 @@ class Options:
         return {field.name: described(getattr(self, field.name)) for field in fields(self)}
 
 
-def check_each(options: Options) -> None:
-    """Check the options, each by itself and with the others.
-
-    Raises:
-        TypeError, ValueError: naming the option, its value and what is allowed.
-    """
-    outliers, weighting, center = options.outliers, options.weighting, options.center
-    check_alpha(options.alpha)
-    check_options(center=center, mix=options.mix, warmup_steps=options.warmup_steps)
-    if as_flag(options.class_balance) is None:
-        raise TypeError(f"class_balance={options.class_balance!r}: expected True or False")
-    if isinstance(outliers, type):
-        name = outliers.__name__
-        raise TypeError(f"outliers={name} is a class: expected an instance, outliers={name}()")
-    if outliers is not None and not callable(outliers):
-        raise TypeError(
-            f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter(), a callable "
-            "from the (B, B) Gram matrix to a bool mask (B,)"
-        )
-    if isinstance(weighting, str) and weighting not in NAMED:
-        raise ValueError(
-            f"weighting={weighting!r}: expected one of {', '.join(map(repr, NAMED))}, or a "
-            "callable (losses, gradients, worst_off) -> scores; IRWO is 'irw' with "
-            "outliers=DBSCANFilter()"
-        )
-    if not isinstance(weighting, str) and not callable(weighting):
-        raise TypeError(f"weighting={weighting!r}: expected a name or a callable")
-    if center and weighting != "irw":
-        raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
-    steps, worst_off = options.accumulation_steps, options.worst_off
-    if (passes := as_whole(steps)) is None:
-        raise TypeError(f"accumulation_steps={steps!r}: expected a whole number of backward passes")
-    if passes < 1:
-        raise ValueError(
-            f"accumulation_steps={steps!r}: expected 1 (weights inside each backward "
-            "pass) or the number of passes whose samples are weighed together"
-        )
-    if worst_off not in WORST_OFF:
-        raise ValueError(
-            f"worst_off={worst_off!r}: expected 'global' (of the batch of all processes) or "
-            "'local' (each process weighs its own batch)"
-        )
-
-
 def described(value: Any) -> Any:
     """An option as plain data, which two runs write alike.
 
@@ -125,13 +102,3 @@ def described(value: Any) -> Any:
         return value
     name = getattr(value, "__qualname__", None) or repr(value)
     return type(value).__qualname__ if " at 0x" in name else name
-
-
-def report_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Log the options in which a checkpoint differs from the optimizer that takes it."""
-    for name, value in now.items():
-        if before.get(name, value) != value:
-            logger.warning(
-                "the checkpoint was made with %s=%r; training goes on with %r",
-                *(name, before[name], value),
-            )

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from irw_optim.backward.deferred import Deferred
 from irw_optim.gradients.materialized import widened
 from irw_optim.torch_internals import at_the_end_of_backward
 
@@ -25,34 +25,35 @@ NOTED_FROM = 1e-3
 
 
 class OtherTerms:
-    """Watches one backward pass, whichever losses it comes from.
-
-    Attributes:
-        watching: until it is known whether there are others.
-    """
+    """Watches one backward pass, whichever losses it comes from."""
 
     def __init__(self) -> None:
-        self.watching = True
+        self.watching = True  # until it is known whether there are others
         self._weighted: dict[Tensor, Tensor] = {}
         self._before: dict[Tensor, Tensor | None] = {}
-        self._queued = False
 
     def watch(self, loss: Tensor) -> None:
         """Be told what a weighted loss gives its leaves."""
         node: Any = loss.grad_fn
-        if hasattr(node, "deferred"):
-            node.deferred = _Watched(node.deferred, self)
+        leaves = getattr(getattr(node, "deferred", None), "leaves", ())
+        if leaves:
+            node.register_prehook(self._begin)
+            node.register_hook(partial(self._note, leaves))
 
-    def begin(self) -> None:
+    def _begin(self, _: object) -> None:
         """A weighted loss is reached by a backward pass, at whose end to compare."""
-        if not self._queued:
-            self._queued = True
+        if self.watching:
             at_the_end_of_backward(self._compare)
 
-    def note(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    def _note(
+        self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None], _: object
+    ) -> None:
         """Take the gradients that a weighted loss gives."""
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            if gradient is None or gradient.is_sparse or _is_changed(leaf):
+        given = gradients[-len(leaves) :] if self.watching else ()
+        for leaf, gradient in zip(leaves, given, strict=False):
+            # A hook on the leaf has a say in what it gets.
+            changed = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
+            if gradient is None or gradient.is_sparse or changed:
                 continue
             if leaf in self._weighted:
                 gradient = self._weighted[leaf] + gradient
@@ -62,7 +63,7 @@ class OtherTerms:
 
     def _compare(self) -> None:
         weighted, before = self._weighted, self._before
-        self.__init__()  # type: ignore[misc]
+        self._weighted, self._before = {}, {}
         if not weighted:
             return
         self.watching = False
@@ -85,27 +86,6 @@ class OtherTerms:
                 "sample",
                 100 * (others / total) ** 0.5,
             )
-
-
-class _Watched:
-    def __init__(self, deferred: Deferred, terms: OtherTerms) -> None:
-        self.deferred = deferred
-        self.terms = terms
-        self.leaves = deferred.leaves
-
-    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
-        if not self.terms.watching or not self.leaves:
-            return self.deferred.gradients(upstream)
-        leaves = list(self.leaves)
-        self.terms.begin()
-        gradients = self.deferred.gradients(upstream)
-        self.terms.note(leaves, gradients)
-        return gradients
-
-
-def _is_changed(leaf: Tensor) -> bool:
-    """Whether somebody else says what the leaf gets."""
-    return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)
 
 
 def _square(tensor: Tensor) -> Tensor:

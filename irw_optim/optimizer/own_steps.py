@@ -1,9 +1,8 @@
 """Steps that an inner optimizer has beside `step`: two or three of them, as in every SAM.
 
 ``first_step`` moves the parameters by the gradient at hand, ``second_step`` moves them back and
-lets an optimizer inside step on the gradient of a second pass. Both passes are weighted. What is
-asked of a gradient before `step` is asked before these, and the last of them is the step that
-counts; so is whatever other method lets an optimizer inside step.
+lets an optimizer inside step on the gradient of a second pass. Both gradients are checked as before
+`step`. The last of them counts, as does whatever other method lets an optimizer inside step.
 """
 
 from __future__ import annotations
@@ -24,21 +23,16 @@ IN_ORDER = ("first_step", "second_step", "third_step")
 def own_step(
     optimizer: Any, weighted: WeightedBackward, name: str, method: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """A method of the inner optimizer, with what belongs to a step if it takes one.
-
-    Args:
-        optimizer: whose step it is for those who have hooked it.
-        weighted: knows the gradient at hand, and counts.
-        name: of the method.
-        method: bound to the inner optimizer.
-    """
+    """A method of the inner optimizer, with what belongs to a step of ours if it takes one."""
 
     @wraps(method)
     def stepping(*args: Any, **kwargs: Any) -> Any:
         inner = weighted.inner
-        if name in IN_ORDER and not _moves_back_first(inner, name) and weighted.has_gradient():
+        own = [step for step in IN_ORDER if hasattr(inner, step)]
+        counts = own[-1:] == [name]
+        # Where it is the second, parameters come back before an optimizer inside steps.
+        if name in own and not (counts and name == IN_ORDER[1]) and weighted.has_gradient():
             weighted.make_ready()
-        counts = name == _last_of(inner)
 
         def before() -> None:
             nonlocal counts
@@ -66,14 +60,20 @@ def closure_step(weighted: WeightedBackward, closure: Callable[[], Any]) -> Any:
             f"closure is a {type(closure).__name__}: expected a function that returns the loss, "
             "step() after loss.backward(), or step(losses=losses) with Opacus' per-sample gradients"
         )
-    inner = weighted.inner
-    if not hasattr(inner, IN_ORDER[0]):
-        return inner.step(lambda: weighted.evaluated(closure))
-    if weighted.progress.pending:  # by which the parameters move before the closure is called
-        weighted.make_ready()
-    inside = [o for o in optimizers_inside(inner) if o is not inner]
+    inner, inside = weighted.inner, list[Any]()
+    if hasattr(inner, IN_ORDER[0]):
+        if weighted.pending:  # by which the parameters move before the closure is called
+            weighted.make_ready()
+        inside = [o for o in optimizers_inside(inner) if o is not inner]
+
+    def evaluated() -> Any:
+        loss = closure()
+        if loss is not None or weighted.pending:  # a training step may skip its batch
+            weighted.make_ready()
+        return loss
+
     if not inside:
-        return inner.step(lambda: weighted.evaluated(closure))
+        return inner.step(evaluated)
 
     def before() -> None:
         if weighted.has_gradient():
@@ -100,13 +100,3 @@ def before_a_step_of(optimizers: list[Any], call: Callable[[], None]) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _last_of(inner: Any) -> str | None:
-    own = [name for name in IN_ORDER if hasattr(inner, name)]
-    return own[-1] if own else None
-
-
-def _moves_back_first(inner: Any, name: str) -> bool:
-    """Whether parameters come back before an optimizer inside steps, which is checked then."""
-    return name == "second_step" and _last_of(inner) == name

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from irw_optim.backward.accumulation import LogicalBatch
 from irw_optim.backward.weighted_loss import OneProcess, Weigher, ordinary_loss, weighted_loss
 from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
+from irw_optim.criterion.attached import AttachedCriterion
 from irw_optim.gradients.engine import Engine
-from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE
-from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
+from irw_optim.optimizer.checks import check_unrecorded, has_gradient
 from irw_optim.optimizer.options import Options
 from irw_optim.optimizer.other_terms import OtherTerms
-from irw_optim.optimizer.progress import Progress
 from irw_optim.processes import is_sharded, several_processes
 from irw_optim.weighting.local_scheme import Averaging, Scheme
 from irw_optim.weighting.record import StepRecord
+
+logger = logging.getLogger("irw_optim")
 
 _PARAMS = itemgetter("params")
 
@@ -31,20 +34,9 @@ if TYPE_CHECKING:
 
 
 class WeightedBackward(Renewed):
-    """Takes the losses of every backward pass, and knows what was decided for them.
+    """Takes the losses of every backward pass, and knows what was decided for them."""
 
-    Args:
-        inner: whose parameters are updated.
-        engine: gives the per-sample gradients.
-        options: how.
-        chosen: the parameters whose gradients make the scores; None for all.
-
-    Attributes:
-        held: stands in for the options' scheme, where weights are held over many steps.
-        progress: the steps taken, and the records since the last one.
-    """
-
-    PASSING = ("logical", "other_terms", "_own")
+    PASSING = ("attached", "pending", "passed", "ready", "logical", "other_terms", "_own")
 
     def __init__(
         self, inner: Optimizer, engine: Engine, options: Options, chosen: set[Tensor] | None
@@ -52,19 +44,42 @@ class WeightedBackward(Renewed):
         self.inner = inner
         self.engine = engine
         self.options = options
-        self.chosen = chosen
-        self.held: Scheme | None = None
+        self.chosen = chosen  # the parameters whose gradients make the scores; None for all
+        self.held: Scheme | None = None  # in place of the options', where weights last many steps
+        self.steps = 0  # of the optimizer, on a weighted gradient
+        self.last: StepRecord | None = None
+        self.discarded = 0  # gradients that were cleared since one was stepped on here
         self._processes: Processes | None = None
-        self.progress = Progress()
+        self._given: nn.Module | None = None
         self.begin()
         if engine.model is not None and (several_processes() or is_sharded(engine.model)):
             self._join_processes()
 
     def begin(self) -> None:
-        """No pass waits for others."""
+        """Nothing is in ``p.grad``, and no pass waits for others."""
+        self.pending: list[StepRecord] = []  # of what is in ``p.grad``
+        self.passed = self.ready = False  # a backward pass has; with a gradient but no record
         self.logical: LogicalBatch | None = None
         self.other_terms = OtherTerms()
         self._own: set[Tensor] = set()
+        self.attach(self._given)
+
+    def attach(self, criterion: nn.Module | None) -> None:
+        """Take the losses of a criterion, until a newer optimizer does."""
+        model, self._given = self.engine.model, criterion
+        self.attached: AttachedCriterion | None = None
+        if criterion is not None and model is not None:
+            self.attached = AttachedCriterion(criterion, model, self.loss, yields=True)
+
+    @property
+    def criterion(self) -> nn.Module | None:
+        """The criterion, while it is attached."""
+        attached = self.attached
+        return attached.criterion if attached is not None and attached.remove.alive else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The criterion may have gone over to a newer optimizer."""
+        return {**super().__getstate__(), "_given": self.criterion}
 
     @property
     def scheme(self) -> Scheme:
@@ -90,33 +105,38 @@ class WeightedBackward(Renewed):
         return parameters if chosen is None else [p for p in parameters if p in chosen]
 
     def loss(self, batch: PerSampleLosses, *, of_the_model: bool = False) -> Tensor:
-        """The criterion's value, carrying the weighted gradient.
+        """The criterion's value, carrying the weighted gradient of losses with their graph.
 
-        Args:
-            batch: per-sample losses with their graph.
-            of_the_model: whether losses of something else are a mistake; else they are left alone.
+        Losses of something else are left alone, unless they have to be ``of_the_model``.
         """
         losses = batch.losses
         if not losses.requires_grad:
             return batch.value
         processes, options = self.processes, self.options
-        warming_up = self.progress.steps < options.warmup_steps
-        if warming_up:
-            self.progress.report_no_steps(options.warmup_steps)
+        warming_up = self.steps < options.warmup_steps
+        if warming_up and self.discarded == max(options.warmup_steps, 10):
+            logger.warning(
+                "warmup_steps=%d counts the steps of this IRWOptimizer, and it has taken none for "
+                "%d gradients: expected its step(), not that of the optimizer inside it",
+                options.warmup_steps,
+                self.discarded,
+            )
         scheme = Averaging() if warming_up else self.scheme
         scored = self.scored
         weigher: Weigher = OneProcess(scheme, self.note)
         if processes is not None:
             weigher = processes.weigher(weigher, scored, options)
         one_product = getattr(scheme, "needs_one_product", False)
-        captured = self.engine.capture(losses, self._owns, one_product=one_product)
+        captured = LossGradients(self.engine, losses, self._owns, one_product=one_product)
         if not captured.leaves:
             captured.close()
             if of_the_model:
                 raise RuntimeError(NOTHING_TO_SCORE)
             return ordinary_loss(batch)
         if not (warming_up or options.accumulation_steps == 1):
-            make = self._logical_batch().loss
+            if self.logical is None:
+                self.logical = LogicalBatch(options.accumulation_steps)
+            make = self.logical.loss
         elif not scheme.needs_gradients and not captured.others:
             captured.close()
             return weigher.loss(batch)
@@ -125,24 +145,19 @@ class WeightedBackward(Renewed):
         leaves = scored if processes is None else processes.leaves_of(scored)
         detached = batch._replace(losses=losses.detach())
         loss = make(detached, captured, set(leaves).__contains__, weigher)
-        if processes is not None:
-            processes.prepare_reducer(loss)
-        elif self.other_terms.watching:
+        if processes is None and self.other_terms.watching:
             self.other_terms.watch(loss)
         return loss
 
-    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
-        """The weights of a batch whose rows are at hand."""
-        record = self.scheme.decide(batch, rows)
-        self.note(record)
-        return record
-
     def note(self, record: StepRecord) -> None:
-        """Keep what was decided for a backward pass."""
-        progress = self.progress
-        if progress.pending:
-            progress.forget_cleared(self.parameters)
-        progress.note(record)
+        """Take the record of a backward pass, just before it adds to ``p.grad``."""
+        # Gradients may have been zeroed by model.zero_grad(), and perhaps were never stepped on.
+        if self.pending and not any(map(has_gradient, self.parameters)):
+            self.pending.clear()
+            self.discarded += 1
+        self.pending.append(record)
+        self.last = record
+        self.passed = True
 
     def finish(self) -> None:
         """Decide the logical batch with the passes that it has had."""
@@ -157,43 +172,48 @@ class WeightedBackward(Renewed):
         return waiting or any(p.grad is not None for p in self.parameters)
 
     def make_ready(self, parameters: Sequence[Tensor] | None = None) -> None:
-        """Raise unless the gradient of the parameters is one that the inner optimizer may use."""
+        """Raise unless the gradient of the parameters was weighted, and is finite."""
         if self.logical is not None:
             self.finish()
-        if getattr(self.inner, "found_inf", None) is None:  # else its step skips what is not finite
+        if getattr(self.inner, "found_inf", None) is not None:
+            return  # its step skips what is not finite
+        self.discarded = 0
+        if not self.pending:
             of = self.parameters if parameters is None else parameters
-            self.progress.check(of, self.engine.model)
-
-    def evaluated(self, closure: Callable[[], Any]) -> Any:
-        """What a closure returns, with its gradient made ready."""
-        loss = closure()
-        if loss is not None or self.progress.pending:  # a training step may skip its batch
-            self.make_ready()
-        return loss
+            self.ready = check_unrecorded(of, self.engine.model, self.passed)
+        for record in self.pending:
+            if not record.finite and (broken := record.broken_samples):
+                shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
+                raise FloatingPointError(
+                    f"the losses or gradients of {len(broken)} samples are not finite (batch "
+                    f"indices {shown}): nothing was updated; look at optimizer.last_step.losses"
+                )
 
     def step_taken(self) -> None:
-        """Count the step."""
-        self.progress.step_taken(skipped=bool(getattr(self.inner, "found_inf", False)))
+        """Count the step, unless it was skipped or no step on a weighted gradient."""
+        skipped = bool(getattr(self.inner, "found_inf", False))
+        self.steps += (bool(self.pending) or self.ready) and not skipped
+        self.pending.clear()
+        self.passed = self.ready = False
 
     def clear(self) -> None:
         """Forget the backward passes since the last step."""
-        self.progress.discard()
+        self.discarded += bool(self.pending)
+        self.pending.clear()
         if self.logical is not None:
             self.logical.clear()
 
     def release(self) -> None:
-        """Remove every hook from the model."""
+        """Leave model and criterion as they were."""
         self.engine.remove_hooks()
         self.engine = Engine(None)
         if self._processes is not None:
             self._processes.release()
         if self.logical is not None:
             self.logical.clear()
-
-    def _logical_batch(self) -> LogicalBatch:
-        if self.logical is None:
-            self.logical = LogicalBatch(self.options.accumulation_steps)
-        return self.logical
+        if self.attached is not None:
+            self.attached.remove()
+        self.attached = self._given = None
 
     def _owns(self, leaves: Sequence[Tensor]) -> set[Tensor]:
         """The parameters of the model, and those that are updated."""

@@ -1,88 +1,136 @@
-"""An optimizer around another one, of which everything stays where it was.
+"""An optimizer around another one: groups, state and defaults are the inner one's.
 
-torch's own `Optimizer` constructor would give a wrapper groups, state and hook tables of its own,
-which a scheduler or a checkpoint then changes in one place and the step reads in another. Here
-there is one of each thing: groups, state and defaults are the inner optimizer's. Only hooks are
-kept twice, since whoever registers one expects the optimizer it was registered on.
+With torch's own constructor a scheduler or a checkpoint would change the wrapper's, and the step
+read the others. Only hooks are kept twice: each fires on the optimizer it was registered on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+import logging
+import warnings
+from dataclasses import replace
 from inspect import ismethod, signature
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import Any
+from weakref import finalize, ref
 
 from torch.optim import Optimizer
 
 from irw_optim.copies import Renewed
+from irw_optim.optimizer.options import described
+from irw_optim.optimizer.own_steps import own_step
+from irw_optim.optimizer.weighted_backward import WeightedBackward
+from irw_optim.weighting.local_scheme import LocalScheme, Scheme
+from irw_optim.weighting.record import StepRecord
 
-_Step = TypeVar("_Step", bound=Callable[..., Any])
-
-
-def fires_own_hooks(step: _Step) -> _Step:
-    """Decorates a wrapper's ``step`` with the hooks that were registered on the wrapper.
-
-    torch would decorate it too, with the hooks and the profiler's marks that are global besides;
-    the inner optimizer's step has those already, and they must fire once.
-    """
-
-    @wraps(step)
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        self = args[0]
-        for pre_hook in tuple(self._optimizer_step_pre_hooks.values()):
-            changed = pre_hook(self, args, kwargs)
-            if changed is not None:
-                args, kwargs = changed
-        result = step(*args, **kwargs)
-        for post_hook in tuple(self._optimizer_step_post_hooks.values()):
-            post_hook(self, args, kwargs)
-        return result
-
-    hooked.hooked = True  # type: ignore[attr-defined]  # where torch looks whether to decorate
-    return hooked  # type: ignore[return-value]
+logger = logging.getLogger("irw_optim")
 
 
-def one_of(part: str, name: str) -> Any:
-    """An attribute that is read, set and deleted on a part of the object."""
+def option(name: str) -> Any:
+    """An attribute of an optimizer that is one of its options, and may be set."""
+
+    def change(self: OptimizerWrapper, value: Any) -> None:
+        self._weighted.options = replace(self._weighted.options, **{name: value})
+
+    return property(attrgetter(f"_weighted.options.{name}"), change)
+
+
+def chosen_once(path: str) -> Any:
+    """An attribute that was decided when the optimizer was made."""
+    name = path.rpartition(".")[2]
+
+    def refuse(self: Any, value: Any) -> None:
+        raise AttributeError(
+            f"{name}={described(getattr(self, name))!r} was chosen when the optimizer was made, "
+            f"and cannot be set to {described(value)!r}: call optimizer.detach(), and make a new "
+            "IRWOptimizer(optimizer.inner, ...) with what you want"
+        )
+
+    return property(attrgetter(path), refuse)
+
+
+def inners(name: str) -> Any:
+    """An attribute that is read, set and deleted on the optimizer inside."""
     return property(
-        lambda self: getattr(getattr(self, part), name),
-        lambda self, value: setattr(getattr(self, part), name, value),
-        lambda self: delattr(getattr(self, part), name),
+        attrgetter(f"inner.{name}"),
+        lambda self, value: setattr(self.inner, name, value),
+        lambda self: delattr(self.inner, name),
     )
 
 
-_HOOKS = (
-    *("step_pre_hooks", "step_post_hooks", "state_dict_pre_hooks", "state_dict_post_hooks"),
-    *("load_state_dict_pre_hooks", "load_state_dict_post_hooks"),
-)
-
-
 class OptimizerWrapper(Renewed, Optimizer):
-    """Behaves as the optimizer inside; a base class for one that adds something.
+    """Behaves as the optimizer inside, and shows how its gradients are weighted.
 
+    Options that may change in mid-training are set here, and act from the next backward pass on.
     What the inner optimizer has beyond torch's `Optimizer`, such as the ``train()`` and ``eval()``
     of schedule-free ones, is there on the wrapper as well.
-
-    Args:
-        inner: the optimizer that takes the steps.
-
-    Attributes:
-        inner: the same.
     """
 
-    SECTION: str
-    """The key of `own_state` in the state dict, beside torch's ``state`` and ``param_groups``."""
+    inner: Optimizer
+    _weighted: WeightedBackward
+    _hold: Hold
 
-    param_groups = one_of("inner", "param_groups")
-    state = one_of("inner", "state")
+    alpha = option("alpha")
+    outliers = option("outliers")
+    center = option("center")
+    class_balance = option("class_balance")
+    mix = option("mix")
+    warmup_steps = option("warmup_steps")
+    weighting = option("weighting")
+
+    score_parameters = chosen_once("_weighted.options.score_parameters")
+    accumulation_steps = chosen_once("_weighted.options.accumulation_steps")
+    worst_off = chosen_once("_weighted.options.worst_off")
+    model = chosen_once("_weighted.engine.model")
+    criterion = chosen_once("_weighted.criterion")
+    engine = chosen_once("_weighted.engine")
+    processes = chosen_once("_weighted.processes")
+
+    @property
+    def replicas(self) -> Any:
+        """The former name of `processes`."""
+        warnings.warn(
+            "optimizer.replicas is called optimizer.processes now, and is None in one process",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.processes
+
+    @property
+    def scheme(self) -> Scheme:
+        """Decides the weights; a `LocalScheme` that is set says new options."""
+        return self._weighted.scheme
+
+    @scheme.setter
+    def scheme(self, scheme: Scheme) -> None:
+        if isinstance(scheme, LocalScheme):
+            self._weighted.options = self._weighted.options.of(scheme)
+            self._weighted.held = None
+        else:
+            self._weighted.held = scheme
+
+    @property
+    def local_scheme(self) -> LocalScheme:
+        """Decides the weights inside a batch, as the options say."""
+        return self._weighted.options.local
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps on a weighted gradient; those that a scaler skipped do not count."""
+        return self._weighted.steps
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        """What the newest backward pass decided; None before the first."""
+        return self._weighted.last
+
+    # A torch optimizer's -----------------------------------------------------------------------
+
+    param_groups = inners("param_groups")
+    state = inners("state")
     # A GradScaler leaves these for fused optimizers, which unscale and skip by themselves.
-    grad_scale = one_of("inner", "grad_scale")
-    found_inf = one_of("inner", "found_inf")
-
-    def __init__(self, inner: Optimizer) -> None:
-        self.inner = inner
-        self.begin()
+    grad_scale = inners("grad_scale")
+    found_inf = inners("found_inf")
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -103,37 +151,39 @@ class OptimizerWrapper(Renewed, Optimizer):
         if name.startswith("_") or name == "inner":  # the latter while a copy is being made
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         found = getattr(self.inner, name)
-        return self.around(name, found) if ismethod(found) else found
-
-    def around(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """What stands for a method that only the inner optimizer has."""
-        return method
+        return own_step(self, self._weighted, name, found) if ismethod(found) else found
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self.inner!r}"
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the inner optimizer."""
-        self.inner.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
-        self.inner.zero_grad(set_to_none)
-
     # Checkpoints -----------------------------------------------------------------------------
 
     def own_state(self) -> dict[str, Any]:
-        """What the wrapper adds to the state dict: numbers, strings and containers of these."""
-        return {}
+        """The steps taken, and the options for comparison: numbers, strings and None."""
+        return {"steps": self.steps, **self._weighted.options.described()}
 
     def load_own_state(self, own: dict[str, Any] | None) -> None:
-        """Take what `own_state` gave; None from the checkpoint of a plain optimizer."""
+        """Go on from the steps of a checkpoint; options that differ are logged, and stay as now."""
+        if own is None:
+            logger.warning(
+                "the checkpoint is a plain optimizer's: its state is loaded, and steps, which "
+                "warmup_steps counts, stays at %d",
+                self.steps,
+            )
+            return
+        self._weighted.steps = own["steps"]
+        for name, value in self._weighted.options.described().items():
+            if own.get(name, value) != value:
+                logger.warning(
+                    "the checkpoint was made with %s=%r; training goes on with %r",
+                    *(name, own[name], value),
+                )
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state under its usual keys, the wrapper's under one of its own."""
+        """The inner optimizer's, with `own_state` under ``"irw"``."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = {**self.inner.state_dict(), self.SECTION: self.own_state()}
+        state_dict = {**self.inner.state_dict(), "irw": self.own_state()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -145,16 +195,33 @@ class OptimizerWrapper(Renewed, Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else dict(changed)
-        own = state_dict.pop(self.SECTION, None)
+        own = state_dict.pop("irw", None)
         self.inner.load_state_dict(state_dict)
         self.load_own_state(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    # Copies are without hooks and without a scheduler's patch of ``step``, as torch's optimizers.
+    # Copies -------------------------------------------------------------------------------------
 
-    PASSING = ("step", *(f"_optimizer_{hooks}" for hooks in _HOOKS))
+    def __getstate__(self) -> dict[str, Any]:
+        """Without hooks and without a scheduler's patch of ``step``, as torch's optimizers."""
+        own = vars(self).items()
+        return {k: v for k, v in own if k != "step" and not k.startswith("_optimizer_")}
 
     def begin(self) -> None:
-        """Take torch's hook tables, and nothing else of its constructor."""
+        """Take torch's hook tables, and nothing else of its constructor.
+
+        Model and criterion are let go in the end: losses, which know them, may live longer.
+        """
         Optimizer.__setstate__(self, {})
+        finalize(self._hold, _release, ref(self._weighted)).atexit = False
+
+
+class Hold:
+    """Lives as long as the last of an optimizer and its shallow copies, which share it."""
+
+
+def _release(weighted: ref[WeightedBackward]) -> None:
+    alive = weighted()
+    if alive is not None:
+        alive.release()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from irw_optim.backward.deferred import Deferred, deferred_loss
+from irw_optim.backward.weighted_loss import Deferred, deferred_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import Engine
@@ -22,6 +22,7 @@ from irw_optim.gradients.layers import FIRST
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.norms import row_norms
 from irw_optim.gradients.protocol import Direction
+from irw_optim.torch_internals import is_walked_on
 
 from .pending import ClippableGradients, GradSampleRows, PendingBatch
 
@@ -61,7 +62,7 @@ class GhostBatch(PendingBatch):
     def _hand_out(self, batch: PerSampleLosses) -> Tensor:
         if not batch.losses.requires_grad:
             return batch.value
-        captured = self._engine.capture(batch.losses) if len(batch.losses) else None
+        captured = LossGradients(self._engine, batch.losses) if len(batch.losses) else None
         anchor = torch.zeros_like(batch.value, requires_grad=True)  # something to go backward to
         return deferred_loss(batch.value, _Arrival(self, batch.losses.detach(), captured), [anchor])
 
@@ -72,7 +73,7 @@ class GhostBatch(PendingBatch):
 
     def rows_of(self, captured: LossGradients, upstream: Tensor) -> GhostRows:
         """Run the engine behind a vector of losses; NotImplementedError where it does not cover."""
-        if captured.is_walked_on():
+        if is_walked_on(captured.graph.order):
             raise NotImplementedError(
                 "grad_sample_mode='ghost': another term of the loss uses the same outputs, and "
                 "would not be clipped; put it into the criterion (a PerSampleLoss), or use "
@@ -100,15 +101,13 @@ class GhostBatch(PendingBatch):
 class _Arrival(Deferred):
     """What happens when the backward pass arrives at the losses."""
 
+    ALREADY_PASSED = "this loss went backward already: one backward pass, one step"
+    ERROR = DPGuaranteeError
+
     def __init__(self, pending: GhostBatch, losses: Tensor, captured: LossGradients | None) -> None:
         self.captured = captured
         self.pending = weakref.ref(pending)  # the loss may outlive the training
         self.losses = losses
-
-    def gradients(self, upstream: Tensor) -> list[Tensor | None]:
-        if self.passed:
-            raise DPGuaranteeError("this loss went backward already: one backward pass, one step")
-        return super().gradients(upstream)
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
         """Nothing goes on to the parameters: their gradient is made by the private step."""

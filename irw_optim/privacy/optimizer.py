@@ -207,16 +207,19 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state and, under ``"irw_dp"``, the public state.
 
-        A DPGuaranteeError in the middle of a logical batch: its sums are private.
+        Raises:
+            DPGuaranteeError: in the middle of a logical batch, whose sums are private.
         """
         self._refuse_mid_batch("state_dict()")
         public = dump(self._public_state, self.irw, self._all_parameters)
         return {**self.original_optimizer.state_dict(), "irw_dp": public}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume where `state_dict` was taken, by an optimizer with the same DP-IRW parameters.
+        """Resume where `state_dict` was taken.
 
-        A DPGuaranteeError in the middle of a logical batch.
+        Raises:
+            DPGuaranteeError: in the middle of a logical batch.
+            ValueError: a checkpoint of another optimizer, or of other DP-IRW parameters.
         """
         self._refuse_mid_batch("load_state_dict()")
         inner = dict(state_dict)

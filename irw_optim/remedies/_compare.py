@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,22 +18,35 @@ from torch.utils.data import TensorDataset
 from irw_optim.arguments import as_whole, whole_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._inputs import ArrayLike, GroupsLike
-from irw_optim.remedies._comparison import Comparison
+from irw_optim.remedies._comparison import Comparison, conclude, signs_of_hurt
 from irw_optim.remedies._data import Data, Samples
-from irw_optim.remedies._differences import ORACLE
-from irw_optim.remedies._measuring import Judge, accuracy_of, logits_of, rarest
-from irw_optim.remedies._methods import PLAIN, REMEDIES
-from irw_optim.remedies._people import (
+from irw_optim.remedies._measuring import (
+    Judge,
+    Numbers,
+    accuracy_of,
     cluster_numbers,
     group_names,
-    oracle_logits,
+    logits_of,
+    rarest,
     unseen_by_clusters,
 )
-from irw_optim.remedies._training import Fitted, Recipe, Remedy, Training
+from irw_optim.remedies._training import (
+    ORACLE,
+    PLAIN,
+    REMEDIES,
+    Fitted,
+    Recipe,
+    Remedy,
+    Training,
+    oracle_logits,
+)
 from irw_optim.restored import randomness_restored
 from irw_optim.schemes.batch_losses import Forward
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.weighting.ranges import check_alpha
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 
@@ -91,9 +104,6 @@ def compare_remedies(
         loader_options: of the DataLoaders over data sets: ``num_workers``, ``collate_fn``.
         progress: show a bar, on a terminal or in a notebook.
 
-    Returns:
-        The table, the differences to plain, the decision, a figure, a page: `Comparison`.
-
     Raises:
         ImportError: the extra ``report`` is not installed.
         TypeError, ValueError: an argument that does not fit, before anything trains.
@@ -112,10 +122,8 @@ def compare_remedies(
         raise ValueError(f"seeds={seeds!r}: expected how many, >= 1, or a list of whole numbers")
     epochs = whole_number("epochs", epochs, 1)
     batch_size = whole_number("batch_size", batch_size, 1)
-    n_clusters, min_cell = (
-        whole_number(name, value, 1)
-        for name, value in (("n_clusters", n_clusters), ("min_cell", min_cell))
-    )
+    n_clusters = whole_number("n_clusters", n_clusters, 1)
+    min_cell = whole_number("min_cell", min_cell, 1)
     alpha = check_alpha(alpha)
     validate_criterion(criterion)
     with randomness_restored():
@@ -123,25 +131,25 @@ def compare_remedies(
         if not isinstance(model, nn.Module):
             raise TypeError(f"make_model() gave {model!r}: expected a torch.nn.Module")
         options = loader_options or {}
-        people = Samples("train", train, model, criterion, options)
-        judged = Samples("validation", validation, model, criterion, options)
-        outputs, labels = people.read(model, criterion, forward)
+        people = Samples("train", train, model, criterion, options, forward)
+        judged = Samples("validation", validation, model, criterion, options, forward)
+        outputs, labels = people.read(model)
         classes = logits_of(outputs[:1], criterion).shape[1]
-        _, truth = judged.read(model, criterion, forward)
+        _, truth = judged.read(model)
         _check_optimizer(optimizer, scheduler, model)
         if len(labels.unique()) < 2:
             raise ValueError("train has a single class: expected two or more")
         inputs = judged.dataset.tensors[0] if type(judged.dataset) is TensorDataset else None
         if inputs is None and clusters is None:
             inputs = _inputs_of(judged)
-        cluster = cluster_numbers(inputs, clusters, n_clusters, len(judged))
-        named = None if groups is None else group_names(groups, len(judged))
+        cluster = cluster_numbers(inputs, clusters, n_clusters, judged)
+        named = None if groups is None else group_names(groups, judged)
         judge = Judge(truth, cluster, named, min_cell)
         steps = epochs * max(1, len(people) // batch_size)
         recipe = Recipe(make_model, criterion, optimizer, scheduler, steps, batch_size, forward)
         trainings = [Training(recipe, people, labels, classes, seed, alpha) for seed in numbers]
-        rows, predictions = _train_all(trainings, chosen, judged, judge, progress)
-        right = np.stack(predictions[PLAIN]) == judge.labels
+        runs, predictions = _train_all(trainings, chosen, judged, judge, progress)
+        right = predictions[PLAIN] == judge.labels
         flat = None if inputs is None else inputs.reshape(len(inputs), -1).cpu().numpy()
         blind = None if named is not None else unseen_by_clusters(flat, judge, right)
     if blind is not None:
@@ -152,8 +160,9 @@ def compare_remedies(
         "validation": f"{len(judged):,} people",
         "seeds": ", ".join(map(str, numbers)),
     }
-    stacked = {name: np.stack(found) for name, found in predictions.items()}
-    return Comparison.of(rows, stacked, judge, rarest(labels, truth), blind, settings)
+    take, sentences = conclude(runs, predictions, judge, blind)
+    signs = signs_of_hurt(runs, rarest(labels, truth))
+    return Comparison(runs, predictions, take, sentences, signs, settings, judge)
 
 
 def _train_all(
@@ -162,8 +171,10 @@ def _train_all(
     judged: Samples,
     judge: Judge,
     progress: bool,
-) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+) -> tuple[pd.DataFrame, dict[str, Numbers]]:
     """Every remedy with every seed: a row of numbers for each, and what it predicts."""
+    import pandas as pd
+
     recipe, labels = trainings[0].recipe, trainings[0].labels
     rows: list[dict[str, Any]] = []
     predictions: dict[str, list[Any]] = {}
@@ -184,9 +195,7 @@ def _train_all(
                 fitted = remedy(training)
                 seconds = time.perf_counter() - started + training.spared
                 fitted = fitted if isinstance(fitted, Fitted) else Fitted(fitted)
-                logits, of_train = (
-                    _decided(some, fitted, recipe) for some in (judged, training.samples)
-                )
+                logits, of_train = (_decided(some, fitted) for some in (judged, training.samples))
                 measured = {
                     "effective share": fitted.effective_share,
                     "time": seconds,
@@ -197,7 +206,8 @@ def _train_all(
                 note(name, training.seed, logits, **measured)
             if "group" in judge.parts:
                 note(ORACLE, training.seed, oracle_logits(training, judged, judge))
-    return rows, predictions
+    stacked = {name: np.stack(found) for name, found in predictions.items()}
+    return pd.DataFrame(rows).set_index(["remedy", "seed"]), stacked
 
 
 def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, Remedy]:
@@ -249,10 +259,9 @@ def _inputs_of(samples: Samples) -> Tensor:
     return torch.cat(found)
 
 
-def _decided(samples: Samples, fitted: Fitted, recipe: Recipe) -> Tensor:
+def _decided(samples: Samples, fitted: Fitted) -> Tensor:
     """The logits by which a remedy decides, (N, classes)."""
-    outputs, _ = samples.read(fitted.model, recipe.criterion, recipe.forward)
-    logits = logits_of(outputs, recipe.criterion)
+    logits = logits_of(samples.read(fitted.model)[0], samples.criterion)
     return logits if fitted.shift is None else logits + fitted.shift
 
 

@@ -6,16 +6,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from irw_optim.remedies._differences import ORACLE, Difference, difference, worst_part
-from irw_optim.remedies._findings import conclude, signs_of_hurt
-from irw_optim.remedies._measuring import GROUP, METRICS, Judge, Metric, Numbers
-from irw_optim.remedies._people import group_names
+import numpy as np
+
+from irw_optim.remedies._measuring import METRICS, Judge, Metric, Numbers, group_names
+from irw_optim.remedies._training import BALANCED, ORACLE, PLAIN
+from irw_optim.schemes.class_by_class import FEW
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+CONFIDENCE = 0.95
+
+BY_HEART = 0.2
+"""How much better a class is in training than in validation where it is learnt by heart."""
+
+
+class Difference(NamedTuple):
+    """A remedy minus plain training, seed by seed.
+
+    Attributes:
+        mean: over the seeds.
+        low: of its t interval over the seeds; NaN for a single seed.
+        high: of the same.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,29 +65,10 @@ class Comparison:
     settings: Mapping[str, str]
     judge: Judge
 
-    @classmethod
-    def of(
-        cls,
-        rows: list[dict[str, Any]],
-        predictions: Mapping[str, Numbers],
-        judge: Judge,
-        rare: int,
-        blind: str | None,
-        settings: Mapping[str, str],
-    ) -> Comparison:
-        """Draw the conclusions."""
-        import pandas as pd
-
-        runs = pd.DataFrame(rows).set_index(["remedy", "seed"])
-        take, sentences = conclude(runs, predictions, judge, blind)
-        signs = signs_of_hurt(runs, rare)
-        return cls(runs, predictions, take, sentences, signs, settings, judge)
-
     @property
     def metrics(self) -> list[Metric]:
         """The columns, the worst group among them where groups are known."""
-        known = GROUP.name in self.runs
-        return [METRICS[0], *[GROUP] * known, *METRICS[1:]]
+        return [metric for metric in METRICS if metric.name in self.runs]
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -96,24 +102,12 @@ class Comparison:
             groups: of the validation data, any grouping of it; columns are intersected.
         """
         import pandas as pd
-        from fairlearn.metrics import MetricFrame, count
-        from sklearn.metrics import accuracy_score
 
-        names = group_names(groups, len(self.judge.labels))
-        columns = {}
-        for remedy, predicted in self.predictions.items():
-            frames = [
-                MetricFrame(
-                    metrics={"accuracy": accuracy_score, "people": count},
-                    y_true=self.judge.labels,
-                    y_pred=one,
-                    sensitive_features=names,
-                ).by_group
-                for one in predicted
-            ]
-            columns["people"] = frames[0]["people"].astype(int)
-            columns[remedy] = sum(frame["accuracy"] for frame in frames) / len(frames)
-        return pd.DataFrame(columns).rename_axis("group")
+        names = pd.Series(group_names(groups, self.judge.labels), name="group")
+        right = {n: (p == self.judge.labels).mean(0) for n, p in self.predictions.items()}
+        table = pd.DataFrame(right).groupby(names).mean()
+        table.insert(0, "people", names.value_counts())
+        return table
 
     def figure(self) -> Figure:
         """A panel for each metric, a dot and its interval for each remedy."""
@@ -141,3 +135,146 @@ class Comparison:
         said = [f"A sign against {name}: {'; '.join(of)}." for name, of in self.signs.items()]
         lines = [fill(one, 98, break_on_hyphens=False) for one in (*self.sentences, *said)]
         return f"{table.to_string()}\n{marks}\n\n" + "\n".join(lines)
+
+
+def paired(runs: pd.DataFrame, remedy: str, other: str, metric: str) -> Numbers:
+    """One remedy minus another, (seeds,)."""
+    found: Numbers = (runs.loc[remedy, metric] - runs.loc[other, metric]).to_numpy()
+    return found
+
+
+def difference(runs: pd.DataFrame, remedy: str, metric: str, other: str = PLAIN) -> Difference:
+    """Of one remedy to plain training, or to another."""
+    from scipy import stats
+
+    differences = paired(runs, remedy, other, metric)
+    mean, number = float(differences.mean()), len(differences)
+    if number < 2:
+        return Difference(mean, np.nan, np.nan)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, number - 1) * differences.std(ddof=1) / number**0.5
+    return Difference(mean, mean - float(half), mean + float(half))
+
+
+def worst_part(judge: Judge, kind: str, predicted: Numbers) -> tuple[Any, int, float]:
+    """The part that fares worst on average over the seeds: name, people, accuracy."""
+    found = judge.accuracies(kind, predicted == judge.labels).mean(0)
+    worst = int(found.argmin())
+    return judge.names[kind][worst], int(judge.sizes(kind)[worst]), float(found[worst])
+
+
+def signs_of_hurt(runs: pd.DataFrame, rare: int) -> dict[str, list[str]]:
+    """How each remedy is seen to hurt, for those that are; ``rare`` is training's rarest class."""
+    means = runs.groupby(level="remedy", sort=False).mean()
+    apart = means["rare, train"] - means["rare, validation"]
+    found: dict[str, list[str]] = {}
+    for name in means.index.drop([PLAIN, ORACLE], errors="ignore"):
+        one, said = means.loc[name], found.setdefault(name, [])
+        if apart[name] > max(BY_HEART, apart[PLAIN] + BY_HEART / 2):
+            said.append(
+                f"it learns class {rare} by heart: {one['rare, train']:.0%} right in training, "
+                f"{one['rare, validation']:.0%} in validation"
+            )
+        if one["held"] and one["effective share"] < FEW:
+            said.append(f"its held weights rest on {one['effective share']:.0%} of the samples")
+        if BALANCED in means.index and name != BALANCED:
+            more = difference(runs, name, "accuracy", BALANCED)
+            if more.high < 0 or (np.isnan(more.high) and more.mean < 0):
+                lost = Difference(-more.mean, -more.high, -more.low)
+                said.append(f"it costs accuracy, {points(lost)} more than {BALANCED}")
+    return {name: said for name, said in found.items() if said}
+
+
+def conclude(
+    runs: pd.DataFrame,
+    predictions: Mapping[str, Numbers],
+    judge: Judge,
+    blind: str | None,
+) -> tuple[str, list[str]]:
+    """The remedy to take, and five sentences."""
+    names = [name for name in predictions if name not in (PLAIN, ORACLE)]
+    moves = {name: judge.moves(found == judge.labels) for name, found in predictions.items()}
+    grouped = "group" in judge.parts
+    metric = "worst group" if grouped else "score"
+    means = runs[metric].groupby(level="remedy").mean()
+
+    def better(one: str, other: str, confidence: float) -> bool:
+        differences = paired(runs, one, other, metric)
+        return beyond_chance(differences, moves[one] - moves[other], confidence)
+
+    adjusted = 1 - (1 - CONFIDENCE) / max(1, len(names))
+    clear = [name for name in names if better(name, PLAIN, adjusted)]
+    if clear:
+        best = max(clear, key=means.get)
+        shown = take = next(name for name in clear if not better(best, name, CONFIDENCE))
+        first = f"Take {take}, the simplest of those that are not clearly worse than the best"
+    else:
+        take, shown = PLAIN, max(names, key=means.get, default=PLAIN)
+        first = f"No remedy is clearly better than plain training; the nearest is {shown}"
+    gain, price = difference(runs, shown, metric), difference(runs, shown, "accuracy")
+    part, people, share = worst_part(judge, "group" if grouped else "cell", predictions[take])
+    whose = part if grouped else f"class {part[0]} in cluster {', '.join(map(str, part[1]))}"
+    error = np.sqrt(share * (1 - share) / people)
+    worst_off = (
+        f"Worst off under {take}: {whose}, {people:,} people, of whom {share:.0%} are decided "
+        f"rightly (standard error {error:.1%})."
+    )
+    number = len(runs.loc[PLAIN])
+    sure = (
+        "One seed has no spread, so nothing here is sure."
+        if number < 2
+        else f"“Clearly” is beyond chance at {CONFIDENCE:.0%}, over {number} seeds and over the "
+        f"people of the validation data alike, adjusted for {len(names)} remedies."
+    )
+    if take == PLAIN and number < 5:
+        sure += " More seeds would make the intervals narrower."
+    last = "Without groups, clusters stand in for them: whom they do not see, this does not know."
+    if blind is not None:
+        last = f"Without groups, mind: {blind}."
+    elif grouped:
+        room = difference(runs, ORACLE, metric)
+        rest = ": reweighting has little to offer here"
+        if room.low > 0:
+            rest = f", of which {shown} recovers {gain.mean / room.mean:.0%}"
+        last = f"Headroom: a last layer fitted anew, groups known, has {points(room)}{rest}."
+    what = "worst group" if grouped else "mean of worst class and worst label × cluster cell"
+    sentences = [
+        f"{first}: {points(gain)} in the {what}.",
+        f"Its accuracy is {runs.loc[shown, 'accuracy'].mean():.1%}, {points(price)} against plain.",
+        worst_off,
+        sure,
+        last,
+    ]
+    return take, sentences
+
+
+def beyond_chance(differences: Numbers, moves: Numbers, confidence: float) -> bool:
+    """Whether the mean of paired differences (seeds,) is above what is made by chance.
+
+    ``moves`` (N,) is how each person moves it. The variances of seeds and people add up, by
+    Satterthwaite's degrees of freedom.
+    """
+    from scipy import stats
+
+    number = len(differences)
+    if number < 2:
+        return False
+    of_seeds, of_people = differences.var(ddof=1) / number, (moves**2).sum()
+    freedom = (number - 1) * (of_seeds + of_people) ** 2 / max(of_seeds**2, 1e-300)
+    limit = stats.t.ppf((1 + confidence) / 2, freedom) * (of_seeds + of_people) ** 0.5
+    return bool(differences.mean() > limit)
+
+
+def as_text(found: Difference, unit: str = "", percent: bool = True) -> str:
+    """A difference with its interval; shares in points.
+
+    >>> as_text(Difference(0.1, 0.05, 0.15), " points")
+    '+10.0 points (+5.0 to +15.0)'
+    """
+    scale, digits = (100, 1) if percent else (1, 2)
+    mean, low, high = (f"{scale * value:+.{digits}f}".replace("-", "−") for value in found)
+    return f"{mean}{unit}" + ("" if np.isnan(found.low) else f" ({low} to {high})")
+
+
+def points(found: Difference) -> str:
+    """A difference of shares in points."""
+    return as_text(found, " points")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.metrics._inputs import as_array, as_classes
+from irw_optim.metrics._inputs import as_array, as_classes, check_numbers
 from irw_optim.schemes.batch_losses import BatchLosses, Forward, eval_mode, inputs_and_target
 
 Data: TypeAlias = Dataset[Any] | tuple[Any, Any]
@@ -19,15 +19,7 @@ Data: TypeAlias = Dataset[Any] | tuple[Any, Any]
 
 
 class Samples:
-    """A data set whose batches are asked for by index.
-
-    Args:
-        name: of the argument, for messages.
-        data: arrays or a data set.
-        model: decides the dtype of arrays.
-        criterion: decides the dtype of their target.
-        options: of the DataLoader, for a data set.
-    """
+    """A data set whose batches are asked for by index; model and criterion decide its dtypes."""
 
     def __init__(
         self,
@@ -36,8 +28,10 @@ class Samples:
         model: nn.Module,
         criterion: nn.Module,
         options: Mapping[str, Any],
+        forward: Forward | None = None,
     ) -> None:
         self.name, self.options = name, dict(options)
+        self.criterion, self.forward = criterion, forward
         if isinstance(data, tuple):
             data = _from_arrays(name, data, model, criterion)
         if isinstance(data, IterableDataset | DataLoader) or not hasattr(data, "__getitem__"):
@@ -66,16 +60,9 @@ class Samples:
             options = {k: v for k, v in self.options.items() if k != "batch_size"}
             yield from DataLoader(self.dataset, batch_sampler=drawn, **options)
 
-    def read(
-        self, model: nn.Module, criterion: nn.Module, forward: Forward | None
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs (N, ...) and classes (N,) of all samples, in evaluation mode, on the CPU.
-
-        Raises:
-            TypeError, ValueError: what model or criterion do not take, and targets that are no
-                class a sample.
-        """
-        outputs, labels, losses_of = [], [], ClassLosses(model, criterion, forward)
+    def read(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Outputs (N, ...) and classes (N,) of all samples, in evaluation mode, on the CPU."""
+        outputs, labels, losses_of = [], [], ClassLosses(model, self.criterion, self.forward)
         try:
             with eval_mode(model), torch.no_grad():
                 for batch in self.batches(torch.arange(len(self)).split(1024)):
@@ -105,8 +92,7 @@ class Samples:
 class ClassLosses(BatchLosses):
     """The losses of a batch with a class for each, also of a criterion that is not torch's.
 
-    Attributes:
-        arguments: what the criterion was called with last, the model's output first.
+    ``arguments`` are those of the criterion's last call, the model's output first.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
@@ -145,14 +131,10 @@ def _from_arrays(
         )
     if len(x) != len(y):
         raise ValueError(f"{name}: X has {len(x)} samples and y {len(y)}: expected as many")
-    if not len(x):
-        raise ValueError(f"{name} is empty: expected at least one sample")
     target = torch.from_numpy(y.astype(np.int64))
     if isinstance(criterion, nn.BCELoss | nn.BCEWithLogitsLoss | nn.SoftMarginLoss):
-        training = model.training
-        with torch.no_grad():
-            output = model.eval()(x[:2].to(next(model.parameters()).device))
-        model.train(training)
+        with eval_mode(model), torch.no_grad():
+            output = model(x[:2].to(next(model.parameters()).device))
         target = target.to(x.dtype).reshape(-1, *[1] * (output.ndim - 1))
     return TensorDataset(x, target)
 
@@ -169,11 +151,7 @@ def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
                 f"{name} X has entries that are no numbers ({error}): encode categories first, "
                 "with sklearn.preprocessing.OneHotEncoder, say"
             ) from error
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"{name} X has dtype {array.dtype}: expected numbers; encode categories")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        first = int((~np.isfinite(array.reshape(len(array), -1))).any(1).argmax())
-        raise ValueError(f"{name} X[{first}] has NaN or infinity: fill it, or leave it out")
+    check_numbers(f"{name} X", array)
     if isinstance(values, Tensor):
         x = values
     else:  # pandas may hand out what nobody may write to, which torch does not share

@@ -1,28 +1,26 @@
-"""What one trained model does on the validation data, in numbers."""
+"""What one trained model does on the validation data, in numbers, and to whom."""
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from irw_optim.metrics import worst_alpha_loss, worst_cell_accuracy
+from irw_optim.metrics._clusters import as_rows, kmeans
+from irw_optim.metrics._groups import intersect
+from irw_optim.metrics._inputs import as_array, as_columns, as_vector, check_lengths
 
 Numbers = npt.NDArray[Any]
 
 
 class Metric(NamedTuple):
-    """A column of the table.
-
-    Attributes:
-        name: its head.
-        meaning: in words.
-        sign: 1 where more is better, -1 where less is, 0 where neither.
-        percent: whether it is a share.
-    """
+    """A column; ``sign`` is 1 where more is better, -1 where less is; ``percent`` is for shares."""
 
     name: str
     meaning: str
@@ -30,9 +28,9 @@ class Metric(NamedTuple):
     percent: bool = True
 
 
-GROUP = Metric("worst group", "accuracy of the worst group that was named")
 METRICS = (
     Metric("accuracy", "share of right predictions"),
+    Metric("worst group", "accuracy of the worst group that was named"),
     Metric("worst class", "accuracy of the worst class"),
     Metric("worst cell", "accuracy of the worst label × cluster cell"),
     Metric("score", "mean of worst class and worst cell: what to choose by without groups"),
@@ -45,9 +43,6 @@ METRICS = (
 
 def logits_of(outputs: Tensor, criterion: nn.Module) -> Tensor:
     """Outputs of a model, (N,), (N, 1) or (N, C), as logits (N, C) with C >= 2.
-
-    Raises:
-        ValueError: outputs of another shape.
 
     >>> logits_of(torch.tensor([2.0]), nn.BCEWithLogitsLoss())
     tensor([[0., 2.]])
@@ -68,19 +63,17 @@ def logits_of(outputs: Tensor, criterion: nn.Module) -> Tensor:
 class Judge:
     """Measures models on one set of people; what does not depend on the model is made once.
 
-    Attributes:
-        labels: (N,) classes.
-        parts: {"class": , "cell": , "group": } (N,) numbers from 0, -1 for whoever counts nowhere.
-        names: of the parts, in the order of their numbers.
+    ``parts`` has (N,) numbers of everybody's ``"class"``, ``"cell"`` and, where groups are named,
+    ``"group"``, -1 for whoever counts nowhere; ``names`` has the names of these numbers.
     """
 
     def __init__(
         self, labels: Tensor, clusters: Numbers, groups: Numbers | None, min_cell: int
     ) -> None:
         self.labels = labels.numpy()
-        classes, member = np.unique(self.labels, return_inverse=True)
-        self.parts = {"class": member.reshape(-1)}
-        self.names: dict[str, list[Any]] = {"class": classes.tolist()}
+        self.names: dict[str, list[Any]] = {}
+        self.parts: dict[str, Numbers] = {}
+        self.names["class"], self.parts["class"] = intersect({"class": self.labels})
         found = worst_cell_accuracy(self.labels, self.labels, clusters, min_cell=min_cell)
         cells = [cell for cell in found.cells if cell.counted]
         self.names["cell"] = [(cell.label, cell.clusters) for cell in cells]
@@ -89,15 +82,16 @@ class Judge:
             inside = (self.labels == cell.label) & np.isin(clusters, cell.clusters)
             self.parts["cell"][inside] = number
         if groups is not None:
-            names, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+            names, member = intersect({"group": groups})
+            sizes = np.bincount(member)
             large = sizes >= min_cell
             if not large.any():
                 raise ValueError(
                     f"min_cell={min_cell}: the largest group has {sizes.max()} people: give more "
                     "validation data, or a lower min_cell"
                 )
-            self.names["group"] = names[large].tolist()
-            self.parts["group"] = np.where(large, large.cumsum() - 1, -1)[member.reshape(-1)]
+            self.names["group"] = [names[number] for number in np.flatnonzero(large)]
+            self.parts["group"] = np.where(large, large.cumsum() - 1, -1)[member]
 
     def sizes(self, kind: str) -> Numbers:
         """How many people each part has."""
@@ -111,23 +105,22 @@ class Judge:
         hits = [np.bincount(part[inside], one[inside], len(sizes)) for one in right]
         return np.stack(hits) / sizes
 
-    def score(self, right: Numbers) -> tuple[Numbers, Numbers]:
-        """What to choose by, (M,), and how each person moves its mean over the models, (N,).
+    def moves(self, right: Numbers) -> Numbers:
+        """How each person moves what to choose by, (N,), in the mean over the models.
 
-        The worst group where groups are named, else the mean of worst class and worst cell. By the
-        delta method, the root of the sum of squares of the second is the standard error that comes
-        from who happens to be in the validation data.
+        That is the worst group where groups are named, else the mean of worst class and worst cell.
+        By the delta method, the root of the sum of squares is the standard error that comes from
+        who happens to be in the validation data.
         """
         kinds = ["group"] if "group" in self.parts else ["class", "cell"]
-        scores, moves = np.zeros(len(right)), np.zeros(right.shape[1])
+        moves = np.zeros(right.shape[1])
         for kind in kinds:
             found = self.accuracies(kind, right)
-            for i, worst in enumerate(found.argmin(1)):
-                inside = self.parts[kind] == worst
-                scores[i] += found[i, worst] / len(kinds)
-                off = (right[i, inside] - found[i, worst]) / inside.sum()
+            for one, accuracies in zip(right, found, strict=True):
+                inside = self.parts[kind] == accuracies.argmin()
+                off = (one[inside] - accuracies.min()) / inside.sum()
                 moves[inside] += off / len(kinds) / len(right)
-        return scores, moves
+        return moves
 
     def measure(self, logits: Tensor) -> dict[str, float]:
         """A number for each metric that needs no training."""
@@ -138,7 +131,7 @@ class Judge:
             found[f"worst {kind}"] = float(self.accuracies(kind, right).min())
         found["score"] = (found["worst class"] + found["worst cell"]) / 2
         truth = torch.from_numpy(self.labels)
-        losses = -logits.log_softmax(1).clamp(min=-100.0).gather(1, truth[:, None])[:, 0]
+        losses = F.cross_entropy(logits, truth, reduction="none").clamp(max=100.0)
         found["tail loss"] = worst_alpha_loss(losses, 0.1)
         found["calibration error"] = calibration_error(logits, right[0])
         return found
@@ -163,3 +156,67 @@ def rarest(labels: Tensor, judged: Tensor) -> int:
     """Of the classes that are judged, the one that fewest of ``labels`` are of."""
     found: list[int] = judged.unique().tolist()
     return min(found, key=lambda label: int((labels == label).sum()))
+
+
+def group_names(groups: Any, people: Sized) -> Numbers:
+    """The group of each person, (N,): the values of all columns, numbers with the column's name."""
+    columns = as_columns(groups)
+    for name, column in columns.items():
+        check_lengths(**{"validation": people, f"groups[{name!r}]": column})
+    texts = [
+        [str(v) if column.dtype.kind in "US" else f"{name} {v}" for v in column]
+        for name, column in columns.items()
+    ]
+    return np.array([", ".join(values) for values in zip(*texts, strict=True)])
+
+
+def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, people: Sized) -> Numbers:
+    """The cluster of each person, (N,): as given, or by k-means of the inputs as they are."""
+    if clusters is not None:
+        numbers = as_vector("clusters", clusters, "cluster")
+        check_lengths(validation=people, clusters=numbers)
+        return intersect({"cluster": numbers})[1]
+    try:
+        rows = as_rows(as_array(inputs))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"validation inputs cannot be clustered ({error}): give clusters=, (N,) numbers from "
+            "any clustering of them, or of an embedding"
+        ) from error
+    return kmeans(rows, min(n_clusters, len(rows)), 0)
+
+
+def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> str | None:
+    """Why the score by clusters may be blind here, of plain training's ``right`` (seeds, N).
+
+    A shortcut that one feature shows does not move a cluster's centre. So a tree with a leaf a
+    class looks for one: who is misled by it, and do they fare worse than the worst cell?
+    """
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.tree import DecisionTreeClassifier
+
+    least = float(judge.accuracies("cell", right).mean(0).min())
+    if inputs is not None:
+        leaves = max(2, len(judge.names["class"]))
+        tree = DecisionTreeClassifier(max_leaf_nodes=leaves, class_weight="balanced")
+        said = tree.fit(inputs, judge.labels).predict(inputs)
+        told = balanced_accuracy_score(judge.labels, said)
+        for label in judge.names["class"] if told >= TOLD else []:
+            misled = (judge.labels == label) & (said != label)
+            if misled.sum() >= MISLED and (share := float(right[:, misled].mean())) < least - NEAR:
+                return (
+                    f"feature {tree.tree_.feature[0]} alone tells {told:.0%} of the classes; of "
+                    f"{misled.sum()} people of class {label} whom it misleads plain training gets "
+                    f"{share:.0%} right, {least:.0%} in the worst cell: the clusters do not see "
+                    "this shortcut, and the score may prefer the models that use it"
+                )
+    if least > max(0.01, float(judge.accuracies("class", right).mean(0).min()) - 0.01):
+        return (
+            "no cluster fares worse than its class: the clusters say nothing that the classes do "
+            "not, and a group that they do not see (a shortcut, say) would be missed"
+        )
+    return None
+
+
+TOLD, MISLED, NEAR = 0.9, 20, 0.1
+"""A shortcut tells that share of the classes, misleads as many, who fare so much worse."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from irw_optim.monitor.figures import STYLE
-from irw_optim.remedies._differences import ORACLE, Difference
+from irw_optim.monitor.figures import STYLE, ShownFigure
+from irw_optim.remedies._comparison import Difference, as_text
 from irw_optim.remedies._measuring import Metric
-from irw_optim.remedies._methods import PLAIN
+from irw_optim.remedies._training import ORACLE, PLAIN
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from irw_optim.remedies._comparison import Comparison
 
@@ -24,14 +26,9 @@ if TYPE_CHECKING:
 LOOKS = {1: ("#0072B2", "^", "▲"), -1: ("#D55E00", "v", "▼"), 0: ("#777777", "o", "")}
 
 
-def verdict(found: Difference, metric: Metric) -> int:
-    """1 for clearly better than plain, -1 for clearly worse, 0 for neither."""
-    return int(found.clear) * metric.sign * (1 if found.mean > 0 else -1)
-
-
-def number(value: float, metric: Metric) -> str:
-    """In % with one digit, else with two; nothing for NaN."""
-    return "" if np.isnan(value) else f"{100 * value:.1f}" if metric.percent else f"{value:.2f}"
+def looks(found: Difference, metric: Metric) -> tuple[str, str, str]:
+    """Colour, marker and sign of what is clearly better than plain, clearly worse, or neither."""
+    return LOOKS[int(found.clear) * metric.sign * (1 if found.mean > 0 else -1)]
 
 
 def cells(result: Comparison) -> pd.DataFrame:
@@ -39,19 +36,16 @@ def cells(result: Comparison) -> pd.DataFrame:
     table = result.table.astype(object)
     for metric in result.metrics:
         for name, value in result.table[metric.name].items():
-            mark = LOOKS[verdict(result.difference(str(name), metric.name), metric)][2] or " "
-            table.loc[name, metric.name] = f"{number(float(value), metric)} {mark}"
+            mark = looks(result.difference(str(name), metric.name), metric)[2] or " "
+            number = f"{100 * value:.1f}" if metric.percent else f"{value:.2f}"
+            table.loc[name, metric.name] = f"{'' if np.isnan(value) else number} {mark}"
     return table.rename_axis(None)
 
 
 def draw(result: Comparison) -> Figure:
     """Differences to plain training, in points, with their intervals over the seeds."""
-    from matplotlib import rc_context
-
-    from irw_optim.monitor.shown import ShownFigure
-
     shown, names = _shown(result)
-    with rc_context(STYLE):  # type: ignore[arg-type]  # it lists every key
+    with rc_context(STYLE):
         figure = ShownFigure(
             (2.6 * len(shown) + 1.6, 0.9 + 0.34 * len(names)), layout="constrained"
         )
@@ -63,14 +57,11 @@ def draw(result: Comparison) -> Figure:
 
 def panels(result: Comparison) -> list[str]:
     """The same as an SVG for each metric, which takes the colour of the text around it."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     found = []
     shown, names = _shown(result)
     bare = {"figure.facecolor": "none", "axes.facecolor": "none", "grid.color": "#8885"}
     bare = STYLE | bare | {"axes.titlesize": 8.5}
-    with rc_context(bare):  # type: ignore[arg-type]  # it lists every key
+    with rc_context(bare):
         for metric in shown:
             figure = Figure((3.5, 0.9 + 0.25 * len(names)), layout="constrained")
             _dots(figure.subplots(), result, metric, names)
@@ -94,7 +85,7 @@ def _dots(axis: Axes, result: Comparison, metric: Metric, names: list[str]) -> N
     axis.axvline(0, color="black", linewidth=1)
     for row, name in enumerate(names):
         found = result.difference(name, metric.name)
-        colour, marker, _ = LOOKS[verdict(found, metric)]
+        colour, marker, _ = looks(found, metric)
         low, high = np.nan_to_num([found.mean - found.low, found.high - found.mean])
         axis.errorbar(
             100 * found.mean,
@@ -115,44 +106,17 @@ def _dots(axis: Axes, result: Comparison, metric: Metric, names: list[str]) -> N
 def page(result: Comparison, path: Any = None, *, whole: bool = True) -> str:
     """The sentences and the figure first; what is long can be opened.
 
-    Args:
-        result: what to show.
-        path: of a file to write; its folder is made if need be.
-        whole: a page of its own, and not a part of a notebook.
+    Written to ``path`` if one is given; without ``whole`` it is a part of a notebook.
     """
     from jinja2 import Environment, StrictUndefined
 
-    rows = [
-        (
-            name,
-            [
-                (number(result.table.loc[name, m.name], m), *_interval(result, name, m))
-                for m in result.metrics
-            ],
-            result.table.loc[name, "people in it"],
-        )
-        for name in result.predictions
-    ]
-    parts = []
-    for kind in result.judge.parts:
-        judge = result.judge
-        found = {
-            name: judge.accuracies(kind, predicted == judge.labels).mean(0)
-            for name, predicted in result.predictions.items()
-        }
-        lines = zip(judge.names[kind], judge.sizes(kind), *found.values(), strict=True)
-        parts.append((kind, [(_part(kind, name), n, shares) for name, n, *shares in lines]))
-    runs = result.runs.drop(columns=["held"]).reset_index()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     text = environment.from_string(PAGE).render(
         result=result,
         whole=whole,
         panels=panels(result),
-        rows=rows,
-        plain=PLAIN,
-        differing=[(i, m) for i, m in enumerate(result.metrics) if m.sign],
-        parts=parts,
-        runs=runs.to_html(index=False, border=0, float_format="{:.3f}".format, na_rep=""),
+        table=_html(cells(result)),
+        more=dict(_more(result)),
     )
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -160,21 +124,42 @@ def page(result: Comparison, path: Any = None, *, whole: bool = True) -> str:
     return text
 
 
-def _interval(result: Comparison, name: str, metric: Metric) -> tuple[str, str]:
-    """The difference to plain and its interval as text, and its mark."""
+def _more(result: Comparison) -> Iterator[tuple[str, str]]:
+    """What is long: titles and tables."""
+    import pandas as pd
+
+    judge, names = result.judge, [name for name in result.predictions if name != PLAIN]
+    differences = {
+        metric.name: [_difference(result, name, metric) for name in names]
+        for metric in result.metrics
+        if metric.sign
+    }
+    title = "Differences to plain training, with their intervals"
+    yield title, _html(pd.DataFrame(differences, names))
+    for kind, parts in judge.names.items():
+        shares = {
+            name: 100 * judge.accuracies(kind, predicted == judge.labels).mean(0)
+            for name, predicted in result.predictions.items()
+        }
+        if kind == "cell":
+            parts = [f"class {name}, cluster {', '.join(map(str, of))}" for name, of in parts]
+        table = pd.DataFrame({"people": judge.sizes(kind), **shares}, parts)
+        yield f"Accuracy of every {kind}", _html(table.rename_axis(columns=kind), 1)
+    yield "Every run", _html(result.runs.drop(columns=["held"]).reset_index(), 3, index=False)
+
+
+def _html(table: pd.DataFrame, digits: int = 0, index: bool = True) -> str:
+    numbers = f"{{:.{digits}f}}".format
+    text: str = table.to_html(border=0, na_rep="", float_format=numbers, index=index)
+    return text
+
+
+def _difference(result: Comparison, name: str, metric: Metric) -> str:
+    """The difference to plain and its interval, and its mark."""
     found = result.difference(name, metric.name)
-    if name == PLAIN or not metric.sign or np.isnan(found.mean):
-        return "", ""
-    scale, digits = (100, 1) if metric.percent else (1, 2)
-    shown = [f"{scale * value:+.{digits}f}".replace("-", "−") for value in found]
-    interval = "" if np.isnan(found.low) else f" ({shown[1]} to {shown[2]})"
-    return shown[0] + interval, LOOKS[verdict(found, metric)][2]
-
-
-def _part(kind: str, name: Any) -> str:
-    if kind != "cell":
-        return str(name)
-    return f"class {name[0]}, cluster {', '.join(map(str, name[1]))}"
+    if np.isnan(found.mean):
+        return ""
+    return f"{as_text(found, percent=metric.percent)} {looks(found, metric)[2]}"
 
 
 PAGE = """{% if whole %}<!doctype html>
@@ -204,12 +189,7 @@ PAGE = """{% if whole %}<!doctype html>
 <figure>{% for panel in panels %}{{ panel | safe }}{% endfor %}<figcaption>Differences to plain
 training, mean and 95 % t interval over the seeds, paired: ▲ better, ▼ worse, ● neither.
 </figcaption></figure>
-<div><table><thead><tr><th></th>{% for m in result.metrics %}<th>{{ m.name }}</th>
-{% if m.name == "worst cell" %}<th>people in it</th>{% endif %}{% endfor %}</tr></thead><tbody>
-{% for name, numbers, people in rows %}<tr><th>{{ name }}</th>
-{% for value, _, mark in numbers %}<td>{{ value }} {{ mark }}</td>
-{% if result.metrics[loop.index0].name == "worst cell" %}<td>{{ people }}</td>{% endif %}
-{% endfor %}</tr>{% endfor %}</tbody></table></div>
+<div>{{ table | safe }}</div>
 {% if result.signs %}<h2>Signs that a remedy hurts</h2><ul>
 {% for name, said in result.signs.items() %}<li>{{ name }}: {{ said | join("; ") }}.</li>
 {% endfor %}</ul>{% endif %}
@@ -217,16 +197,8 @@ training, mean and 95 % t interval over the seeds, paired: ▲ better, ▼ worse
 {% for m in result.metrics %}<dt>{{ m.name }}</dt><dd>{{ m.meaning }}{% if m.percent %}, in %
 {% endif %}</dd>{% endfor %}{% for name, value in result.settings.items() %}<dt>{{ name }}</dt>
 <dd>{{ value }}</dd>{% endfor %}</dl></details>
-<details><summary>Differences to plain training, with their intervals</summary><div><table><thead>
-<tr><th></th>{% for _, m in differing %}<th>{{ m.name }}</th>{% endfor %}</tr></thead><tbody>
-{% for name, numbers, _ in rows if name != plain %}<tr><th>{{ name }}</th>
-{% for i, _ in differing %}<td>{{ numbers[i][1] }} {{ numbers[i][2] }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div></details>
-{% for kind, lines in parts %}<details><summary>Accuracy of every {{ kind }}</summary><div><table>
-<thead><tr><th>{{ kind }}</th><th>people</th>{% for name in result.predictions %}<th>{{ name }}</th>
-{% endfor %}</tr></thead>{% for name, people, shares in lines %}<tr><th>{{ name }}</th>
-<td>{{ people }}</td>{% for share in shares %}<td>{{ "%.1f" | format(100 * share) }}</td>
-{% endfor %}</tr>{% endfor %}</table></div></details>
-{% endfor %}<details><summary>Every run</summary><div>{{ runs | safe }}</div></details>
+{% for title, table in more.items() %}<details><summary>{{ title }}</summary>
+<div>{{ table | safe }}</div></details>
+{% endfor %}
 </div>{% if whole %}</body></html>{% endif %}
 """

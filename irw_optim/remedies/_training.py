@@ -1,25 +1,33 @@
-"""The one training loop; what differs between the remedies is what they ask of `Training.fit`."""
+"""The one training loop, and the remedies, which differ in what they ask of `Training.fit`."""
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from irw_optim import IRWOptimizer
 from irw_optim.remedies._data import ClassLosses, Samples
+from irw_optim.remedies._measuring import Judge
+from irw_optim.schemes import ClassByClassSampler
 from irw_optim.schemes.batch_losses import Forward
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """From the losses of a batch, (B,), and its classes, (B,), to the number that is minimised."""
 
 T = TypeVar("T")
+
+PLAIN, BALANCED, ORACLE = "plain", "class-balanced", "groups known (oracle)"
+EARLY = 0.2
+"""Share of the steps after which a model says who is worst off."""
 
 
 class Fitted(NamedTuple):
@@ -69,6 +77,7 @@ class Recipe:
     forward: Forward | None = None
 
 
+@dataclass(eq=False)
 class Training:
     """What a remedy is given: one seed's training, with all that the remedies share.
 
@@ -83,20 +92,15 @@ class Training:
         advance: is told of every step, for a progress bar.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        samples: Samples,
-        labels: Tensor,
-        classes: int,
-        seed: int,
-        alpha: float,
-    ) -> None:
-        self.recipe, self.samples, self.labels = recipe, samples, labels
-        self.classes, self.seed, self.alpha = classes, seed, alpha
-        self.spared = 0.0
-        self.advance: Callable[[int], object] = lambda steps: None
-        self._made: dict[str, tuple[Any, float]] = {}
+    recipe: Recipe
+    samples: Samples
+    labels: Tensor
+    classes: int
+    seed: int
+    alpha: float
+    spared: float = field(default=0.0, init=False)
+    advance: Callable[[int], object] = field(default_factory=lambda: lambda steps: None, init=False)
+    _made: dict[str, tuple[Any, float]] = field(default_factory=dict, init=False)
 
     def fit(
         self,
@@ -164,3 +168,99 @@ class Training:
                 else torch.tensor(list(sampler))
             )
             yield from (piece for piece in order.split(size) if len(piece) == size)
+
+
+def plain(training: Training) -> Fitted:
+    """The mean of the losses."""
+    return training.once(PLAIN, training.fit)
+
+
+def moved_threshold(training: Training) -> Fitted:
+    """Plain training that decides as if the classes were equally frequent (Menon et al. 2021)."""
+    share = training.labels.bincount(minlength=training.classes) / len(training.labels)
+    return plain(training)._replace(shift=(-share.log()).masked_fill(share == 0, -torch.inf))
+
+
+def class_balanced(training: Training, share: float = 1.0) -> Fitted:
+    """Every class has the same total weight in the mean of the losses."""
+    weight = 1 / training.labels.bincount(minlength=training.classes).clamp(min=1).double()
+    weight = weight / weight[training.labels].mean()
+
+    def objective(losses: Tensor, labels: Tensor) -> Tensor:
+        return (weight.to(losses)[labels] * losses).mean()
+
+    of_all = weight[training.labels]
+    effective = float(of_all.sum().square() / of_all.square().sum() / len(of_all))
+    fitted = training.fit(share=share, objective=objective)
+    return fitted._replace(effective_share=effective)
+
+
+def two_stages(training: Training, by: str = "gradients") -> Fitted:
+    """An early class-balanced model says who of each class is worst off; a second learns them."""
+    early = training.once("early", lambda: class_balanced(training, EARLY)).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the comparison reports it
+        sampler = ClassByClassSampler(
+            early,
+            training.recipe.criterion,
+            training.samples.loader(),
+            by=by,
+            labels=training.labels,
+            generator=torch.Generator().manual_seed(training.seed),
+            forward=training.recipe.forward,
+            progress=False,
+        )
+    fitted = training.fit(sampler=sampler)
+    return fitted._replace(effective_share=sampler.effective_share, held=True)
+
+
+REMEDIES: dict[str, Remedy] = {
+    PLAIN: plain,
+    "moved threshold": moved_threshold,
+    BALANCED: class_balanced,
+    # It stops before the rare class is learnt by heart.
+    "balanced, half the steps": lambda training: class_balanced(training, share=0.5),
+    # For the control no gradient is needed.
+    "two stages, by losses": lambda training: two_stages(training, by="losses"),
+    "two stages, by gradients": two_stages,
+    "IRW": lambda training: training.fit(irw={"alpha": training.alpha}),
+    # With what everybody needs taken off, after plain training for a third of the steps.
+    "IRW, centred": lambda training: training.fit(
+        irw={"alpha": training.alpha, "center": 1.0, "warmup_steps": training.recipe.steps // 3}
+    ),
+}
+"""By name, in the order in which a simpler one is preferred to one that is no better."""
+
+
+def oracle_logits(training: Training, samples: Samples, judge: Judge) -> Tensor:
+    """Logits (N, C) of plain training's model, its last layer fitted again with groups balanced.
+
+    Each half of the people is decided by a layer fitted to the other half, whose groups it is told
+    (Kirichenko et al. 2023, "Last layer re-training is sufficient").
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.preprocessing import StandardScaler
+
+    model = plain(training).model
+    seen: list[Tensor] = []
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    hooks = [
+        m.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach())) for m in linear[-1:]
+    ]
+    outputs, labels = samples.read(model)
+    for hook in hooks:
+        hook.remove()
+    features = torch.cat(seen).cpu() if seen else outputs
+    if features.ndim != 2 or len(features) != len(labels):
+        features = outputs.reshape(len(labels), -1)
+    x, y, codes = StandardScaler().fit_transform(features), labels.numpy(), judge.parts["group"]
+    weight = (codes >= 0) / np.bincount(codes + 1, minlength=2)[codes + 1].clip(min=1)
+    found = torch.full((len(y), training.classes), -100.0)
+    halves = StratifiedKFold(2, shuffle=True, random_state=0)
+    for one, other in halves.split(x, np.maximum(codes, 0)):
+        scaled = weight[one] / weight[one].mean()
+        fit = LogisticRegression(max_iter=1000).fit(x[one], y[one], scaled)
+        said = np.log(fit.predict_proba(x[other]).clip(min=1e-30))
+        found[np.ix_(other, fit.classes_)] = torch.from_numpy(said).float()
+    return found

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from irw_optim.backward.passes import Pass, as_one, elements_of, some_of
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.joining import join
 from irw_optim.distributed.ranks import Ranks
-from irw_optim.gradients.autodiff import backward_to
+from irw_optim.distributed.weigher import join
+from irw_optim.gradients.backward_passes import backward_to
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.materialized import widened
@@ -120,7 +120,7 @@ class DatasetGradients:
             with self._captured(indices, batch) as captured:
                 leaves = [p for p in captured.leaves if self.scored(p)]
                 chosen = weights[some.to(weights.device)]
-                gradients = backward_to(leaves, captured.losses, chosen, retain_graph=False)
+                gradients = backward_to(leaves, captured.losses, chosen, leaves, retain_graph=False)
             found = zip(leaves, gradients, strict=True)
             yield {p: g.to_dense() for p, g in found if g is not None}
 
@@ -187,7 +187,7 @@ class DatasetGradients:
         """The losses of a batch with what leads to them, until the end of the block."""
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
-        captured = self.engine.capture(losses)
+        captured = LossGradients(self.engine, losses)
         self._sizes = forward_mode.sizes_of(captured.graph, max(1, len(indices)))
         return closing(captured)
 
@@ -256,7 +256,7 @@ class DatasetOverRanks(DatasetGradients):
         # With fewer samples than processes, some read one that is not theirs, and drop its loss.
         read = positions if len(positions) else torch.zeros(1, dtype=torch.int64, device="cpu")
         own = some_of(DatasetGradients.losses(self.of(read)), slice(len(positions)))
-        return join([Pass(own, 1.0)], self.ranks).batch
+        return join([Pass(own, 1.0)], self.ranks)[0]
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w: each process sums over its part of those with a weight, an all-reduce of P."""

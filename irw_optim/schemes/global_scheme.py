@@ -135,10 +135,16 @@ class GlobalScheme:
         self._held.indices = None  # a batch of the same size from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
-        """Say which samples, (B,) int64, the next batch holds, in a loop with a loader of its own.
+        """Say which samples the next batch holds, in a loop with a loader of its own.
 
         ``for indices, (x, y) in loader`` over an `IndexedDataset`, with this call first. Renews the
-        weights where that is due. A RuntimeError where the scheme draws the batches itself.
+        weights where that is due.
+
+        Args:
+            indices: (B,) int64, of the data set.
+
+        Raises:
+            RuntimeError: the scheme draws the batches itself.
         """
         if self._sampler is not None:
             raise RuntimeError(
@@ -149,7 +155,11 @@ class GlobalScheme:
         self._take(indices)
 
     def renew(self) -> StepRecord:
-        """Make new weights now; a ValueError if a data set that is resampled has another length."""
+        """Make new weights now, with the model as it is.
+
+        Raises:
+            ValueError: the data set has another length than it had, and batches are resampled.
+        """
         if self._sampler is not None and self._reader.size != len(self._sampler.weights):
             raise ValueError(
                 f"the data set has {self._reader.size} samples, and had "

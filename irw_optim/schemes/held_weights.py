@@ -12,7 +12,7 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.weighting import normalise
-from irw_optim.weighting.local_scheme import averaged_record, present_in
+from irw_optim.weighting.local_scheme import Averaging, present_in
 from irw_optim.weighting.record import StepRecord
 
 
@@ -32,7 +32,7 @@ class HeldWeights:
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None = None) -> StepRecord:
         """The held weights of the batch's samples, renormalised; uniform where nobody has any."""
         if self.resampled:
-            return averaged_record(batch)
+            return Averaging().decide(batch, rows)
         losses = batch.losses.detach()
         indices, record = self._selected(len(losses)), self.record
         assert record is not None  # or it would have been said

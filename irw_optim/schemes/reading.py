@@ -84,8 +84,13 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     """A map-style data set whose samples come with their index: ``data[i] == (i, dataset[i])``.
 
     A loader over it yields ``(indices, batch)``. `GlobalScheme` makes such a loader itself; this
-    is for loops with a loader of their own, which call `GlobalScheme.select`. A data set that is
-    iterable or without a length is a TypeError.
+    is for loops with a loader of their own, which call `GlobalScheme.select`.
+
+    Args:
+        dataset: map-style, with a length.
+
+    Raises:
+        TypeError: an iterable data set, or one without a length.
 
     >>> from torch.utils.data import TensorDataset
     >>> data = IndexedDataset(TensorDataset(torch.tensor([5.0, 6.0, 7.0])))

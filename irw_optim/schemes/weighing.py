@@ -25,9 +25,8 @@ from irw_optim.schemes.order import batches_to_check, check_order
 from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader
 from irw_optim.weighting import Alignment, worst_off_count
-from irw_optim.weighting.filtering import outliers_in
 from irw_optim.weighting.local_scheme import LocalScheme, present_in
-from irw_optim.weighting.outliers import OutlierFilter
+from irw_optim.weighting.outliers import OutlierFilter, outliers_in
 from irw_optim.weighting.record import StepRecord
 
 

@@ -8,8 +8,7 @@ try:
 except ImportError as error:
     raise ImportError('irw_optim.sklearn needs skorch: pip install "irw-optim[sklearn]"') from error
 
-from irw_optim.sklearn._classifier import IRWClassifier
+from irw_optim.sklearn._estimators import IRWClassifier, IRWRegressor
 from irw_optim.sklearn._net import mlp
-from irw_optim.sklearn._regressor import IRWRegressor
 
 __all__ = ["IRWClassifier", "IRWRegressor", "mlp"]

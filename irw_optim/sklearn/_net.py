@@ -46,9 +46,9 @@ def mlp(
 
 
 class Rows(Dataset[Any]):
-    """Arrays that are cut into whole batches, and made dense only there.
+    """Arrays cut into whole batches, and made dense only there.
 
-    `skorch.dataset.Dataset` cuts row by row, which takes longer than the step where X is sparse.
+    skorch's data set cuts row by row, which takes longer than the step where X is sparse.
     """
 
     def __init__(self, X: Any, y: Any = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -44,15 +44,7 @@ def rule_named(weighting: str | ScoreRule, center: float) -> ScoreRule:
 
 @dataclass(frozen=True)
 class LocalScheme:
-    """Weighs the samples of one batch against each other.
-
-    Attributes:
-        alpha: lower bound on the share of the smallest group.
-        rule: scores the samples.
-        outliers: drops samples first.
-        class_balance: whether every class gets the same total weight.
-        mix: share of plain averaging in the weights.
-    """
+    """Weighs the samples of one batch against each other; `IRWOptimizer` says more."""
 
     alpha: float
     rule: ScoreRule
@@ -73,13 +65,7 @@ class LocalScheme:
     def decide(
         self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
     ) -> StepRecord:
-        """The weights of one batch, and all that led to them.
-
-        Args:
-            batch: the losses of the B samples.
-            rows: their gradients.
-            removed: (B,) bool, the outliers, where the filter was asked already.
-        """
+        """The weights of one batch; ``removed`` (B,) bool are its outliers, if known already."""
         losses = batch.losses.detach()
         labels = batch.labels if self.class_balance else None
         if self.class_balance and labels is None:
@@ -108,29 +94,24 @@ class Averaging:
     needs_gradients = False
     needs_one_product = True  # none at all, but the gradient
 
-    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
-        """Equal weights."""
-        return averaged_record(batch)
-
-
-def averaged_record(batch: PerSampleLosses) -> StepRecord:
-    """The record of a step with plain averaging."""
-    losses = batch.losses.detach()
-    nobody = torch.zeros_like(losses, dtype=torch.bool)
-    if batch.counts is None:
-        equal = uniform(losses)
-    else:  # a quotient of integers would be one in float32
-        counts = batch.counts.to(torch.promote_types(losses.dtype, torch.float32))
-        equal = counts / counts.sum().clamp(min=1)
-    return StepRecord(
-        worst_off=nobody,
-        outliers=nobody,
-        scores=torch.ones_like(losses),
-        weights=equal.to(losses.dtype),
-        fallback=nobody.any(),
-        losses=losses,
-        labels=batch.labels,
-    )
+    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None) -> StepRecord:
+        """Equal weights, for equally many elements."""
+        losses = batch.losses.detach()
+        nobody = torch.zeros_like(losses, dtype=torch.bool)
+        if batch.counts is None:
+            equal = uniform(losses)
+        else:  # a quotient of integers would be one in float32
+            counts = batch.counts.to(torch.promote_types(losses.dtype, torch.float32))
+            equal = counts / counts.sum().clamp(min=1)
+        return StepRecord(
+            worst_off=nobody,
+            outliers=nobody,
+            scores=torch.ones_like(losses),
+            weights=equal.to(losses.dtype),
+            fallback=nobody.any(),
+            losses=losses,
+            labels=batch.labels,
+        )
 
 
 def present_in(batch: PerSampleLosses) -> Tensor | None:
@@ -142,23 +123,13 @@ def present_in(batch: PerSampleLosses) -> Tensor | None:
 
 
 class NoRows:
-    """Stands where a rule that looks at losses alone is handed gradients.
-
-    Args:
-        batch_size: B.
-    """
+    """Stands where a rule that looks at losses alone is handed gradients."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
 
-    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """Not on offer, as the others."""
+    def combine(self, _: object = None) -> NoReturn:
+        """Not on offer, and neither are the other products."""
         raise RuntimeError("a rule with needs_gradients=False asked for gradients")
 
-    def dot(self, direction: object) -> Tensor:
-        """Not on offer."""
-        raise RuntimeError("a rule with needs_gradients=False asked for gradients")
-
-    def gram(self) -> Tensor:
-        """Not on offer."""
-        raise RuntimeError("a rule with needs_gradients=False asked for gradients")
+    dot = gram = combine

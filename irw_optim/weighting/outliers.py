@@ -1,14 +1,14 @@
 """Which samples are outliers, from the inner products of their gradients alone: the O of IRWO.
 
-The whole of it, for per-sample gradients G (B x P) whose Gram matrix is K = G G^T::
+``DBSCANFilter()(K)`` is, for per-sample gradients G (B x P) whose Gram matrix is K = G G^T::
 
     D   = distances(K)                         # D_ij = |g_i - g_j|
     eps = auto_eps(D, min_samples=5)           # removes at most a share 1 - quantile
     out = dbscan_noise(D, eps, min_samples=5)  # True: noise in the sense of DBSCAN
 
-and ``DBSCANFilter()(K)`` in one call. Noise needs no clustering: a sample is noise iff it is no
-core point and no core point lies within ``eps`` (Ester, Kriegel, Sander and Xu 1996, definitions
-2 and 6). That is two comparisons on the device that holds K, with labels equal to scikit-learn's.
+Noise needs no clustering: a sample is noise iff it is no core point and no core point lies within
+``eps`` (Ester, Kriegel, Sander and Xu 1996, definitions 2 and 6). That is two comparisons on the
+device that holds K, with labels equal to scikit-learn's.
 
 An outlier filter cannot tell a corrupted sample from a rare group: it can remove the very minority
 that IRW is there for. Look at who leaves before trusting it (`cluster_labels` helps).
@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from irw_optim.arguments import as_real, as_whole
+from irw_optim.arguments import real_number, whole_number
 
 
 class OutlierFilter(Protocol):
@@ -62,8 +62,7 @@ class DBSCANFilter:
             leaves a batch of fewer than 20.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: an argument outside its range.
+        TypeError, ValueError: an argument of another type, or outside its range.
 
     >>> gradients = torch.tensor([[1.0, 0.0], [1.1, 0.0], [1.0, 0.1], [0.0, 9.0]])
     >>> DBSCANFilter(eps=0.5, min_samples=3)(gradients @ gradients.T)
@@ -82,7 +81,7 @@ class DBSCANFilter:
             "quantile": _check_quantile(self.quantile),
         }
         if not (isinstance(self.eps, str) and self.eps == "auto"):
-            checked["eps"] = _check_eps(self.eps, allowed='a number >= 0 or "auto"')
+            checked["eps"] = _check_eps(self.eps, 'in units of gradient norm, or "auto"')
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # frozen for everybody else
 
@@ -91,8 +90,7 @@ class DBSCANFilter:
 
         Raises:
             FloatingPointError: ``gram`` holds NaN or infinity.
-            TypeError: ``gram`` is no tensor.
-            ValueError: ``gram`` is not square.
+            TypeError, ValueError: ``gram`` is no tensor of shape (B, B).
         """
         noise = self.noise(gram)
         return noise & ~noise.all()
@@ -112,19 +110,13 @@ class DBSCANFilter:
 def distances(gram: Tensor) -> Tensor:
     """Euclidean distances between the rows of G: D_ij^2 = K_ii + K_jj - 2 K_ij, clamped at 0.
 
-    The difference cancels: distances below about sqrt(machine epsilon) times the gradient norm are
+    (B, B) in the dtype of ``gram``, float32 at least; symmetric, and exactly 0 on the diagonal. The
+    difference cancels: distances below about sqrt(machine epsilon) times the gradient norm are
     rounding (3e-4 of the norm in float32), so that equal gradients may come out that far apart.
-
-    Args:
-        gram: (B, B), K = G G^T.
-
-    Returns:
-        (B, B) in the dtype of ``gram``, float32 at least; symmetric, and exactly 0 on the diagonal.
 
     Raises:
         FloatingPointError: ``gram`` holds NaN or infinity, or too large numbers for its dtype.
-        TypeError: ``gram`` is no tensor.
-        ValueError: ``gram`` is not square.
+        TypeError, ValueError: ``gram`` is no tensor of shape (B, B).
 
     >>> gradients = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     >>> distances(gradients @ gradients.T)
@@ -162,12 +154,8 @@ def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Te
         eps: radius, >= 0; a sample at exactly this distance is a neighbour.
         min_samples: neighbours that make a core point, itself counted.
 
-    Returns:
-        (B,) bool, True for noise.
-
     Raises:
-        TypeError: ``eps`` or ``min_samples`` of another type.
-        ValueError: ``eps`` negative or NaN, or ``min_samples`` < 1.
+        TypeError, ValueError: ``eps`` or ``min_samples`` of another type, or outside its range.
 
     >>> points = torch.tensor([0.0, 1.0, 2.0, 9.0])
     >>> dbscan_noise((points[:, None] - points).abs(), eps=1.0, min_samples=3)
@@ -183,24 +171,21 @@ def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Te
 
 
 def auto_eps(distances: Tensor, min_samples: int, quantile: float = 0.95) -> Tensor:
-    """A radius for DBSCAN that removes at most the share ``1 - quantile`` of a batch.
+    """A radius for DBSCAN that removes at most the share ``1 - quantile`` of a batch, 0-dim.
 
     The ``quantile`` of the distances to the (``min_samples`` - 1)-th neighbour, itself not counted:
     the least of these distances that reaches the share ``quantile`` of the batch. Whoever has that
     neighbour within eps is a core point, and core points are not noise. (Interpolated quantiles
-    give no such bound: the linear one of B = 10 at 0.95 leaves 1 of 10 outside.)
+    give no such bound: the linear one of B = 10 at 0.95 leaves 1 of 10 outside.) Infinity where
+    B < ``min_samples``, and nobody has so many.
 
     Args:
         distances: (B, B), finite, with diagonal 0, as from `distances`.
         min_samples: neighbours that make a core point, itself counted.
         quantile: least share of the batch to keep, in (0, 1].
 
-    Returns:
-        The radius, a 0-dim tensor; infinity where B < ``min_samples``, and nobody has so many.
-
     Raises:
-        TypeError: an argument of another type.
-        ValueError: an argument outside its range.
+        TypeError, ValueError: an argument of another type, or outside its range.
 
     >>> points = torch.tensor([0.0, 1.0, 2.0, 9.0])
     >>> D = (points[:, None] - points).abs()
@@ -226,19 +211,8 @@ def cluster_labels(
 ) -> Tensor:
     """scikit-learn's DBSCAN labels of the per-sample gradients, to look at clusters and noise.
 
-    Args:
-        gram: (B, B), K = G G^T.
-        eps: as of `DBSCANFilter`, and so are ``min_samples`` and ``quantile``.
-        min_samples: neighbours that make a core point, itself counted.
-        quantile: least share of the batch to keep with ``eps="auto"``.
-
-    Returns:
-        (B,) int64 on the CPU: the number of the cluster, -1 for noise (`DBSCANFilter.noise`).
-
-    Raises:
-        FloatingPointError: ``gram`` holds NaN or infinity.
-        TypeError: an argument of another type.
-        ValueError: an argument outside its range, or ``gram`` is not square.
+    Takes K = G G^T (B, B) and the arguments of `DBSCANFilter`, and raises as it does. (B,) int64 on
+    the CPU: the number of the cluster, -1 for noise (`DBSCANFilter.noise`).
 
     >>> gradients = torch.tensor([[1.0, 0.0], [1.1, 0.0], [-1.0, 0.0], [-1.1, 0.0], [0.0, 9.0]])
     >>> cluster_labels(gradients @ gradients.T, eps=0.5, min_samples=2)
@@ -257,28 +231,42 @@ def cluster_labels(
     return torch.from_numpy(clusters.fit_predict(D.cpu().numpy()))
 
 
-def _check_eps(eps: object, allowed: str = "a number >= 0") -> float:
-    message = f"eps={eps!r}: expected {allowed}, in units of gradient norm"
-    if (number := as_real(eps)) is None:
-        raise TypeError(message)
-    if not number >= 0:  # true for NaN too
-        raise ValueError(message)
-    return number
+def outliers_in(
+    gram: Tensor,
+    outliers: OutlierFilter,
+    present: Tensor | None = None,
+    *,
+    finite: bool = False,
+) -> Tensor:
+    """What a filter removes; nobody where it removed everybody or where G is not finite.
+
+    Scores of what is not finite are not finite either, and whoever steps on them decides.
+    """
+    if present is not None:  # the others have no gradient, and would look like a dense crowd
+        removed = torch.zeros_like(present)
+        removed[present] = outliers_in(gram[present][:, present], outliers, finite=finite)
+        return removed
+    size = len(gram)
+    looks = not finite  # at a number of the Gram matrix: which would wait for a device
+    if looks and not gram.sum().isfinite() and not gram.isfinite().all():  # the first is cheaper
+        return torch.zeros(size, dtype=torch.bool, device=gram.device)
+    removed = outliers(gram)
+    expected = f"expected a bool mask of shape ({size},), True for the samples to remove"
+    if not isinstance(removed, Tensor) or removed.dtype != torch.bool:
+        found = removed.dtype if isinstance(removed, Tensor) else type(removed).__name__
+        raise TypeError(f"the outlier filter returned {found}: {expected}")
+    if removed.shape != (size,):
+        raise ValueError(f"the outlier filter returned shape {tuple(removed.shape)}: {expected}")
+    return removed & ~removed.all()
+
+
+def _check_eps(eps: object, meaning: str = "in units of gradient norm") -> float:
+    return real_number("eps", eps, "[0, inf]", meaning)
 
 
 def _check_min_samples(min_samples: object) -> int:
-    message = f"min_samples={min_samples!r}: expected a whole number >= 1, for example 5"
-    if (number := as_whole(min_samples)) is None:
-        raise TypeError(message)
-    if number < 1:
-        raise ValueError(message)
-    return number
+    return whole_number("min_samples", min_samples, 1, "a whole number >= 1, for example 5")
 
 
 def _check_quantile(quantile: object) -> float:
-    message = f"quantile={quantile!r}: expected a number in (0, 1], the least share to keep"
-    if (number := as_real(quantile)) is None:
-        raise TypeError(message)
-    if not 0 < number <= 1:
-        raise ValueError(message)
-    return number
+    return real_number("quantile", quantile, "(0, 1]", "the least share to keep")

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from irw_optim.arguments import as_real, as_whole
+from irw_optim.arguments import real_number, whole_number
 
 
 def check_alpha(alpha: object) -> float:
-    """Return ``alpha`` as a float, or raise a ValueError that says what is allowed.
+    """Return ``alpha`` as a float, or raise an error that says what is allowed.
 
     >>> check_alpha(0.2)
     0.2
     """
-    allowed = "a number in (0, 1], a lower bound on the share of the smallest group"
-    if (number := as_real(alpha)) is None:
-        raise TypeError(f"alpha={alpha!r}: expected {allowed}, for example alpha=0.2")
-    if not 0.0 < number <= 1.0:  # false for NaN too
-        raise ValueError(f"alpha={alpha!r}: expected {allowed}, for example alpha=0.2")
-    return number
+    meaning = "a lower bound on the share of the smallest group, for example alpha=0.2"
+    return real_number("alpha", alpha, "(0, 1]", meaning)
 
 
 def check_losses(losses: object) -> None:
@@ -49,19 +43,8 @@ def check_labels(labels: object, size: int) -> None:
 
 def check_options(*, center: object = 0.0, mix: object = 0.0, warmup_steps: object = 0) -> None:
     """Raise for options of `IRWOptimizer` and `irw_weights` outside their ranges."""
-    for name, value, low, high, meaning in (
-        ("center", center, 0.0, math.inf, "0 is the paper's rule, 1 what we recommend to try"),
-        ("mix", mix, 0.0, 1.0, "the share of plain averaging in the weights"),
-    ):
-        if (number := as_real(value)) is None:
-            raise TypeError(f"{name}={value!r}: expected a number ({meaning})")
-        if not low <= number <= high or math.isinf(number):
-            bounds = f"[{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-            raise ValueError(f"{name}={value!r}: expected a number in {bounds} ({meaning})")
-    if (steps := as_whole(warmup_steps)) is None:
-        raise TypeError(
-            f"warmup_steps={warmup_steps!r}: expected a whole number of steps, "
-            "for example warmup_steps=len(loader) for one epoch"
-        )
-    if steps < 0:
-        raise ValueError(f"warmup_steps={warmup_steps!r}: expected 0 or more steps")
+    recommended = "where 0 is the paper's rule, and 1 what we recommend to try"
+    real_number("center", center, "[0, inf)", recommended)
+    real_number("mix", mix, "[0, 1]", "the share of plain averaging in the weights")
+    steps = "a whole number of steps, 0 or more, for example warmup_steps=len(loader) for one epoch"
+    whole_number("warmup_steps", warmup_steps, 0, steps)

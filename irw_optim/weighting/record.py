@@ -7,22 +7,23 @@ from math import isfinite
 
 from torch import Tensor
 
-from irw_optim.tables import html_table
+from irw_optim.notebook import html_table
 from irw_optim.weighting.weights import Weights
 
 
 @dataclass(frozen=True)
 class StepRecord(Weights):
-    """The decisions of one backward pass; all tensors of shape (B,), detached.
+    """The decisions of one backward pass; all tensors but one of shape (B,), detached.
 
     Attributes:
         losses: per-sample losses.
         labels: class labels of the samples where the criterion's target shows them, else None.
         worst_off: bool, the members of S.
         outliers: bool, the samples that a filter removed; their weight is 0.
-        scores: s_i = <g_i, g_S> (or the score of another rule); float64 where the losses' dtype is
-            too narrow for them.
+        scores: s_i = <g_i, g_S> (or the score of another rule); 0 for removed samples, and float64
+            where the losses' dtype is too narrow for them.
         weights: w_i, sums to 1.
+        fallback: 0-dim bool, True where no score was positive and the weights are uniform.
         finite: whether all losses and scores are finite; None where nobody has looked yet.
         own: bool, the samples of this process where B counts those of all processes, in the order
             of their ranks; None where all are.

@@ -24,8 +24,7 @@ from torch import Tensor
 from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.rescaling import align_in_range, gram_in_range, unscaled
-from irw_optim.weighting.filtering import outliers_in
-from irw_optim.weighting.outliers import OutlierFilter
+from irw_optim.weighting.outliers import OutlierFilter, outliers_in
 from irw_optim.weighting.ranges import check_alpha, check_labels, check_losses, check_options
 
 ScoreRule = Callable[[Tensor, PerSampleGradients, Tensor], Tensor]
@@ -33,12 +32,12 @@ ScoreRule = Callable[[Tensor, PerSampleGradients, Tensor], Tensor]
 
 
 def worst_off_count(size: int, alpha: float) -> int:
-    """The size of S: max(1, ceil(alpha * size)), where an exact product is not rounded up.
+    """The size of S for ``size`` samples: max(1, ceil(alpha * size)), and 0 for none.
 
-    ``math.ceil(0.07 * 100)`` is 8 in floating point; the share meant is 7.
+    An exact product is not rounded up: ``math.ceil(0.07 * 100)`` is 8, and the share meant is 7.
 
     Args:
-        size: number of samples; 0 gives 0.
+        size: number of samples.
         alpha: share in (0, 1].
 
     >>> worst_off_count(100, 0.07), worst_off_count(64, 0.2), worst_off_count(3, 0.01)
@@ -168,16 +167,7 @@ class Equality:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a rule decided for one batch; all tensors of shape (B,).
-
-    Attributes:
-        worst_off: bool, the members of S.
-        outliers: bool, the samples that a filter removed; their weight is 0.
-        scores: s_i; 0 for removed samples. In float64 where the losses' dtype is too narrow.
-        weights: w_i, sums to 1.
-        fallback: 0-dim bool, True where no score was positive and the weights are uniform.
-        finite: whether all losses and scores are finite; None where nobody has looked yet.
-    """
+    """What a rule decided for one batch; see `StepRecord`."""
 
     worst_off: Tensor
     outliers: Tensor
@@ -201,10 +191,9 @@ def weigh(
 ) -> Weights:
     """Outliers out, S, scores, weights: the whole of one mini-batch (the local scheme).
 
-    Inputs are taken as checked; `irw_weights` is the checked front. ``present`` (B,) bool leaves
-    out samples whose target is ignored: they have no loss, no class and no share of a mean, and
-    are no part of the batch that ``alpha`` is a share of. ``removed`` (B,) bool names the outliers
-    where somebody has asked the filter already.
+    `irw_weights` is its checked front. ``present`` (B,) bool leaves out samples whose target is
+    ignored: they have no loss, no class and no share of a mean, and are no part of the batch that
+    ``alpha`` is a share of. ``removed`` (B,) bool names outliers that a filter has named already.
     """
     kept, gram, finite, mass = present, None, None, None
     factor = 1.0  # scores are those of `factor` times the gradients
@@ -242,11 +231,9 @@ def normalise(
 ) -> tuple[Tensor, Tensor]:
     """Scale non-negative ``mass`` (B,) to sum 1, or to equal sums over the classes of ``labels``.
 
-    Where there is no mass (in the batch, or in a class of it) the weights are uniform. NaN stays
-    NaN: a broken score must not look like a uniform batch.
-
-    Returns:
-        The weights (B,), and whether there was no mass at all (0-dim bool).
+    Where there is no mass (in the batch, or in a class of it) the weights are uniform; the second
+    answer, 0-dim bool, is whether there was none at all. NaN stays NaN: a broken score must not
+    look like a uniform batch.
 
     >>> normalise(torch.tensor([3.0, 1.0, 0.0, 0.0]), labels=torch.tensor([0, 0, 0, 1]))[0]
     tensor([0.3750, 0.1250, 0.0000, 0.5000])

@@ -2,16 +2,13 @@
 
 import re
 import shlex
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pandas", reason='needs the extra "report"')
+from benchmarks import report
+from benchmarks.report import ROOT
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
 PAGES = [ROOT / "README.md", ROOT / "Makefile", ROOT / "benchmarks" / "README.md"]
 COMMAND = re.compile(r"python -m (benchmarks\.\w+ \w+[^`#\n]*)")
 COMMANDS = sorted(
@@ -30,8 +27,7 @@ class ReadError(Exception):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_named_command_understands_its_arguments(command, monkeypatch):
     package, name, *given = shlex.split(command)
-    report = import_module("benchmarks.report")
-    read, entry = report.options, import_module(f"{package}.{name}").main
+    read, entry = report.options, report.entry(import_module(f"{package}.{name}"))
 
     def options(*arguments, **more):
         read(*arguments, **more)

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from irw_optim import irw_weights, worst_off
-from irw_optim.weighting import worst_off_count
-
-sys.path.append(str(Path(__file__).parents[2]))
-
 from benchmarks.evidence.convergence import alignment_constant
 from benchmarks.evidence.logistic import Logistic, optimum, silent_share, worst_mean
+from irw_optim import irw_weights, worst_off
+from irw_optim.weighting import worst_off_count
 
 LN2 = math.log(2)
 

@@ -1,31 +1,21 @@
 """The pages say what was measured, and what they claim holds in a small run of today's code."""
 
-import importlib
 import math
 import re
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-pytest.importorskip("scipy", reason="the experiments need the report extra")
+from benchmarks import report
+from benchmarks.evidence import alignment, convergence, many_groups, outliers
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-report = importlib.import_module("benchmarks.report")
-NAMES = ["convergence", "alignment", "outliers", "many_groups"]
-PAGES = [ROOT / "docs" / "convergence.md", ROOT / "docs" / "experiments.md"]
+EXPERIMENTS = [convergence, alignment, outliers, many_groups]
+PAGES = [report.ROOT / "docs" / f"{name}.md" for name in ("convergence", "experiments")]
 
 
-def experiment(name):
-    return importlib.import_module(f"benchmarks.evidence.{name}")
-
-
-def small(name):
+def small(experiment):
     """The rows of a fast run."""
-    return pd.DataFrame(experiment(name).run(fast=True)[0])
+    return pd.DataFrame(experiment.run(fast=True)[0])
 
 
 def rows(frame, **values):
@@ -35,19 +25,16 @@ def rows(frame, **values):
     return frame
 
 
-def is_shown(texts):
-    for stem, text in texts.items():
-        assert (report.RESULTS / f"{stem}.md").read_text(encoding="utf-8") == text, stem
-
-
 # What is stored ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_texts_are_those_of_the_stored_result(name):
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda module: module.__name__)
+def test_the_texts_are_those_of_the_stored_result(experiment):
+    name = experiment.__name__.split(".")[-1]
     result = report.stored(name)
     assert result.attrs["command"] == f"python -m benchmarks.evidence {name}"
-    is_shown(experiment(name).texts(result))
+    for stem, text in experiment.texts(result).items():
+        assert (report.RESULTS / f"{stem}.md").read_text(encoding="utf-8") == text, stem
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -62,9 +49,10 @@ def test_spreads_and_paired_differences():
     assert report.spread([1.0, 3.0], 1) == "2.0 ± 1.4"
     assert report.spread([None, 1.0, math.nan]) == "1.00"
     assert report.spread([None]) == "–"
-    mean, half = report.paired([0.3, 0.5, 0.4], [0.2, 0.2, 0.2])
+    mean, half = report.interval([0.1, 0.3, 0.2])
     assert mean == pytest.approx(0.2)
     assert half == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-5)
+    assert report.paired_text([0.3, 0.5, 0.4], [0.2, 0.2, 0.2]) == "+20.0 ± 24.8"
 
 
 def test_what_is_stored_is_read_back(tmp_path, monkeypatch):
@@ -172,7 +160,7 @@ def test_the_page_on_many_groups_says_what_was_measured():
 
 @pytest.mark.slow
 def test_irw_comes_close_to_the_optimum_and_the_inequalities_hold():
-    frame = small("convergence")
+    frame = small(convergence)
     assert frame["uncertainty of F*"].between(-1e-6, 1e-4).all()
     assert (frame["regret"] <= frame["bound of the regret"]).all()
     for (alpha, _), case in frame.groupby(["alpha", "seed"]):
@@ -187,7 +175,7 @@ def test_irw_comes_close_to_the_optimum_and_the_inequalities_hold():
 
 @pytest.mark.slow
 def test_weights_follow_alignment_more_than_loss():
-    frame = small("alignment")
+    frame = small(alignment)
     trained = frame[frame["state"] != "start"].groupby(["loss", "state"]).mean(numeric_only=True)
     assert (trained["weight and cosine"] > trained["weight and loss"] + 0.05).all()
     assert (trained["no weight in S"] > 0.1).all()
@@ -196,7 +184,7 @@ def test_weights_follow_alignment_more_than_loss():
 
 @pytest.mark.slow
 def test_the_filter_finds_what_lies_alone_and_nothing_else():
-    irwo = rows(small("outliers"), method="IRWO")
+    irwo = rows(small(outliers), method="IRWO")
     mean = irwo.groupby("corruption").mean(numeric_only=True)
     assert mean.loc["scattered 10 %", "precision"] > 0.9
     assert mean.loc["flips 10 %", "recall"] < 0.1
@@ -210,7 +198,7 @@ def test_the_filter_finds_what_lies_alone_and_nothing_else():
 
 @pytest.mark.slow
 def test_irw_helps_the_worst_group_where_the_label_is_in_it():
-    frame = small("many_groups")
+    frame = small(many_groups)
     irw, plain = (rows(frame, method=m).set_index("seed") for m in ("IRW", "plain"))
     for grouping in ("label × age", "label × race × sex"):
         assert (irw[f"{grouping}: worst"] > plain[f"{grouping}: worst"] + 0.03).all()

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from benchmarks.evidence import analysis, single
+from benchmarks.evidence import analysis, tables
 from benchmarks.evidence.analysis import WITH, WITHOUT, Target, estimate, linearised
 
 
@@ -123,11 +123,11 @@ class TestOneSetting:
         )
         for task, own in rows.groupby("task"):
             own.drop(columns="task").to_csv(tmp_path / f"{task}.csv", index=False)
-        found = single.scores(tmp_path)
+        found = tables.scores(tmp_path)
         assert found.loc[f"{method}: 1"].tolist() == pytest.approx([0.7, 0.1])
         assert found.loc[f"{method}: 2"].tolist() == pytest.approx([0.6, 0.4])
-        assert single.choice(tmp_path) == f"{method}: 2"  # 0.5 against 0.4
-        assert single.choice(tmp_path, method, [0.0]) == f"{method}: 1"
+        assert tables.choice(tmp_path) == f"{method}: 2"  # 0.5 against 0.4
+        assert tables.choice(tmp_path, method, [0.0]) == f"{method}: 1"
 
 
 def test_seeds_that_are_not_complete_are_left_out(runs, tmp_path):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.data import files, planted
+from benchmarks.data import planted
 from benchmarks.data import sources as data
 from benchmarks.data.tasks import TASKS
 
@@ -52,7 +52,7 @@ STEMS = ("adult", "compas", "law_school", "celeba_attributes")
 def folder(tmp_path, monkeypatch):
     for stem in STEMS:
         table_of(stem).to_csv(tmp_path / f"{stem}.csv.gz", index=False)
-    monkeypatch.setenv(files.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(data.VARIABLE, str(tmp_path))
     return tmp_path
 
 
@@ -141,10 +141,10 @@ class TestNoise:
 
 class TestFiles:
     def test_a_missing_file_says_where_it_is_looked_for(self, tmp_path, monkeypatch):
-        monkeypatch.delenv(files.VARIABLE, raising=False)
+        monkeypatch.delenv(data.VARIABLE, raising=False)
         with pytest.raises(FileNotFoundError, match="IRW_OPTIM_DATA is not set"):
             data.load("compas")
-        monkeypatch.setenv(files.VARIABLE, str(tmp_path))
+        monkeypatch.setenv(data.VARIABLE, str(tmp_path))
         with pytest.raises(FileNotFoundError, match=r"law_school.csv.gz: IRW_OPTIM_DATA='.*' has"):
             data.load("law_school")
         with pytest.raises(FileNotFoundError, match="list_attr_celeba of CelebA"):
@@ -157,11 +157,11 @@ class TestFiles:
     def test_a_message_says_which_file_to_put_where_and_whence_it_comes(
         self, stem, tmp_path, monkeypatch
     ):
-        monkeypatch.setenv(files.VARIABLE, str(tmp_path))
-        monkeypatch.setattr(files, "SHIPPED", tmp_path)
-        wanted = rf"{stem}\.csv\.gz: .* put there {re.escape(files.WHAT[stem])}"
+        monkeypatch.setenv(data.VARIABLE, str(tmp_path))
+        monkeypatch.setattr(data, "SHIPPED", tmp_path)
+        wanted = rf"{stem}\.csv\.gz: .* put there {re.escape(data.WHAT[stem])}"
         with pytest.raises(FileNotFoundError, match=wanted):
-            files.read(stem)
+            data.read(stem)
 
     def test_an_unknown_name(self):
         with pytest.raises(ValueError, match="name='german': expected one of adult, compas"):

@@ -4,22 +4,23 @@ import numpy as np
 import pytest
 
 from benchmarks.data.tasks import TASKS
-from benchmarks.evidence import signs, single, unseen
+from benchmarks.evidence import signs, tables, unseen
 from benchmarks.evidence.analysis import (
     WITH,
     WITHOUT,
+    best,
     estimate,
     first_five,
     mean_change,
     mean_recovered,
     noisy_targets,
+    of,
     protected,
+    read,
     recovered_by_seed,
     target,
     targets,
-    with_setting,
 )
-from benchmarks.evidence.claims import mean_change_between
 from benchmarks.evidence.grid import CLASS_BY_CLASS, EARLY_LOSSES, FIXED, ON_CLEAN, searched
 from benchmarks.evidence.sweep import RESULTS, RESULTS_SEARCH, RESULTS_SLOW
 from benchmarks.evidence.tables import IRW
@@ -51,11 +52,7 @@ def test_plain_training_serves_groups_of_people_about_as_well_as_the_oracle():
 def test_no_method_serves_them_clearly_better_on_average():
     found = protected(RESULTS)
     for method in (*IRW, "class-balanced", "JTT", "ARL"):
-        rows = [t.chosen(method, WITHOUT) for t in found]
-        change = [
-            np.asarray(r[t.worst] - t.plain()[t.worst]) for t, r in zip(found, rows, strict=True)
-        ]
-        assert estimate(np.mean(change, axis=0)).verdict != "higher", method
+        assert mean_change(found, best(method)).verdict != "higher", method
 
 
 def test_groups_with_the_label_and_shortcuts_have_headroom():
@@ -76,8 +73,7 @@ def test_the_choice_without_groups_prefers_users_of_the_shortcut(digits):
 
 def test_weights_held_for_an_epoch_collapse(five):
     for use in ("reweighting", "resampling"):
-        rows = [t.chosen(f"IRW, global {use}", WITHOUT) for t in five]
-        assert mean_recovered(five, rows).high < 0
+        assert mean_recovered(five, best(f"IRW, global {use}")).high < 0
 
 
 def test_tail_loss_falls_and_mean_loss_rises():
@@ -117,16 +113,13 @@ def test_flips_ruin_jtt_and_hurt_irw_much_less():
 def test_the_outlier_filter_is_no_remedy_for_flips():
     for noise in (0.05, 0.1, FLIPPED):
         found = noisy_targets(RESULTS, noise)
-        assert mean_change_between(found, "IRWO", "IRW").verdict != "higher"
+        assert mean_change(found, best("IRWO"), other=best("IRW")).verdict != "higher"
 
 
 def test_irw_recovers_more_with_the_slow_recipe(five):
     slow = first_five(targets(RESULTS_SLOW))
     for method in ("IRW", "IRW, warm-up, center", "IRW in classes, early S"):
-        quick, slowly = (
-            mean_recovered(found, [t.chosen(method, WITHOUT) for t in found]).mean
-            for found in (five, slow)
-        )
+        quick, slowly = (mean_recovered(found, best(method)).mean for found in (five, slow))
         assert slowly > quick, method
 
 
@@ -134,14 +127,14 @@ class TestOneSetting:
     """What the pages say of two stages, class by class."""
 
     def recovered(self, found, setting):
-        return recovered_by_seed(found, [with_setting(t, setting) for t in found])
+        return recovered_by_seed(found, of(setting))
 
     def test_was_chosen_by_the_score_without_groups_on_seeds_of_its_own(self):
-        assert single.choice(RESULTS_SEARCH) == FIXED
-        assert single.choice(RESULTS_SEARCH, noises=[0.0]) == ON_CLEAN
-        assert single.choice(RESULTS_SEARCH, EARLY_LOSSES) == single.CONTROL
+        assert tables.choice(RESULTS_SEARCH) == FIXED
+        assert tables.choice(RESULTS_SEARCH, noises=[0.0]) == ON_CLEAN
+        assert tables.choice(RESULTS_SEARCH, EARLY_LOSSES) == tables.CONTROL
         for task in {t.task for t in targets(RESULTS_SEARCH)}:
-            search, shown = (single.read(folder, task) for folder in (RESULTS_SEARCH, RESULTS))
+            search, shown = (read(folder, task) for folder in (RESULTS_SEARCH, RESULTS))
             assert not set(search["seed"]) & set(shown["seed"])
             assert {setting.name for setting in searched(TASKS[task])} <= set(search["setting"])
 
@@ -152,20 +145,20 @@ class TestOneSetting:
             for s in searched(TASKS["adult"])
             if s.method in (CLASS_BY_CLASS, EARLY_LOSSES)
         ]
-        assert np.mean(np.array(found) > single.AIM) > 0.8
+        assert np.mean(np.array(found) > tables.AIM) > 0.8
         assert min(found) > 0.7
 
     def test_reaches_the_aim_on_the_other_seeds(self, five):
-        assert estimate(self.recovered(five, FIXED)).low >= single.AIM
-        assert estimate(self.recovered(five, ON_CLEAN)).mean >= single.AIM
+        assert estimate(self.recovered(five, FIXED)).low >= tables.AIM
+        assert estimate(self.recovered(five, ON_CLEAN)).mean >= tables.AIM
 
     def test_does_not_carry_over_to_the_slow_recipe_and_the_longer_first_training_does(self):
         slow = first_five(targets(RESULTS_SLOW))
-        assert estimate(self.recovered(slow, FIXED)).high < single.AIM
-        assert estimate(self.recovered(slow, ON_CLEAN)).low >= single.AIM
+        assert estimate(self.recovered(slow, FIXED)).high < tables.AIM
+        assert estimate(self.recovered(slow, ON_CLEAN)).low >= tables.AIM
 
         def score(setting):
-            return np.mean([with_setting(t, setting)["score without groups"].mean() for t in slow])
+            return np.mean([t.setting(setting)["score without groups"].mean() for t in slow])
 
         assert score(ON_CLEAN) > score(FIXED)
 
@@ -178,7 +171,7 @@ class TestOneSetting:
                 assert self.recovered(five, setting).mean() < ours.mean(), setting
 
     def test_the_loss_in_place_of_the_score_recovers_as_much(self, five):
-        ours, control = (self.recovered(five, name) for name in (FIXED, single.SAME_BY_LOSS))
+        ours, control = (self.recovered(five, name) for name in (FIXED, tables.SAME_BY_LOSS))
         assert estimate(ours - control).verdict == "no clear difference"
         assert abs(float(np.mean(ours - control))) < 0.05
 
@@ -186,16 +179,13 @@ class TestOneSetting:
         noisy = noisy_targets(RESULTS, FLIPPED)
 
         def worst(setting):
-            return np.mean([with_setting(t, setting)[t.worst].mean() for t in noisy])
+            return np.mean([t.setting(setting)[t.worst].mean() for t in noisy])
 
-        assert worst(FIXED) < worst(single.SAME_BY_LOSS)
+        assert worst(FIXED) < worst(tables.SAME_BY_LOSS)
         assert worst(FIXED) < worst("class-balanced")
         price, balanced = (
             np.mean(
-                [
-                    (with_setting(t, s)["test accuracy"] - t.plain()["test accuracy"]).mean()
-                    for t in noisy
-                ]
+                [(t.setting(s)["test accuracy"] - t.plain()["test accuracy"]).mean() for t in noisy]
             )
             for s in (FIXED, "class-balanced")
         )
@@ -207,8 +197,7 @@ class TestOneSetting:
             np.mean(
                 [
                     (
-                        with_setting(t, FIXED)[m or t.worst]
-                        - with_setting(t, "class-balanced")[m or t.worst]
+                        t.setting(FIXED)[m or t.worst] - t.setting("class-balanced")[m or t.worst]
                     ).mean()
                     for t in noisy_targets(RESULTS, noise)
                 ]
@@ -225,18 +214,16 @@ class TestUnseen:
     STAGES = ("two stages, a fifth", "two stages, a tenth")
 
     def recovered(self, found, name):
-        rows = [with_setting(t, unseen.REMEDIES.get(name, name)) for t in found]
-        return recovered_by_seed(found, rows)
+        return recovered_by_seed(found, of(unseen.REMEDIES.get(name, name)))
 
     def accuracy(self, found, name):
-        rows = [with_setting(t, unseen.REMEDIES.get(name, name)) for t in found]
-        return mean_change(found, rows, "test accuracy").mean
+        return mean_change(found, of(unseen.REMEDIES.get(name, name)), "test accuracy").mean
 
     def against(self, task, name, other, grouping=None):
         """The worst group of one remedy minus another's."""
         task = unseen.UNSEEN[task]
         found = target(unseen.RESULTS, task.name, grouping or task.targets[0])
-        one, two = (with_setting(found, unseen.REMEDIES[n]) for n in (name, other))
+        one, two = (found.setting(unseen.REMEDIES[n]) for n in (name, other))
         return found.difference(one, two, found.worst)
 
     @pytest.mark.parametrize("cheap", CHEAP)
@@ -286,7 +273,7 @@ class TestUnseen:
         found = target(unseen.RESULTS, "coloured_health", "label x colour")
         for name, setting in unseen.REMEDIES.items():
             if name not in ("IRW, as in the paper", "CVaR"):
-                assert found.recovered(with_setting(found, setting)).high < 0, name
+                assert found.recovered(found.setting(setting)).high < 0, name
 
     def test_every_remedy_takes_from_groups_of_people(self):
         for task in unseen.UNSEEN.values():

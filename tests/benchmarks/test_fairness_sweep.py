@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,6 @@ from benchmarks.evidence.sweep import RESULTS
 from benchmarks.training import Recipe
 from irw_optim.metrics import group_report
 
-ROOT = Path(__file__).parents[2]
 DIGITS = TASKS["coloured_digits"]
 TINY = Recipe(steps=3, batch=32, widths=(4,))
 
@@ -101,7 +99,7 @@ class TestStoredResults:
     @pytest.mark.parametrize("page", ["reproduce.md", "should_i_use_it.md"])
     def test_the_pages_have_no_measured_number_of_their_own(self, page):
         """Their numbers are included from what is generated; a percentage or decimal is not."""
-        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        text = (sweep.report.ROOT / "docs" / page).read_text(encoding="utf-8")
         prose = re.sub(
             r"```.*?```|`[^`]*`|\]\([^)]*\)|\d{4}\.\d{5}|95 %", "", text, flags=re.DOTALL
         )

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.evidence import demo, pictures, unseen
+from benchmarks.evidence import demo, unseen
+from benchmarks.evidence import report as pictures
 from benchmarks.evidence.analysis import Estimate
 from benchmarks.evidence.sweep import RESULTS
 from benchmarks.evidence.tables import marked

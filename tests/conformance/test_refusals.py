@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import mlp
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.torch_version import TorchVersion
@@ -18,7 +19,7 @@ from irw_optim.privacy import DPGuaranteeError
 
 def model() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    return mlp(4, 5, 2)
 
 
 def kind(name: str, base: type = Optimizer, module: str = "somewhere") -> Any:

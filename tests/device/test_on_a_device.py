@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from models import Recurrent
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,17 +21,6 @@ from irw_optim.schemes.batch_losses import _on
 
 DEVICE = torch.get_default_device()
 ALPHA, CLASSES, WIDTH, LENGTH = 0.4, 3, 8, 5
-
-
-class Recurrent(nn.Module):
-    """The last output of a recurrent layer, and a class."""
-
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.layer, self.head = kind(WIDTH, 6, batch_first=True), nn.Linear(6, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x)[0][:, -1])
 
 
 class Attending(nn.Module):
@@ -58,9 +48,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "batch norm": lambda: nn.Sequential(
         nn.Flatten(), nn.Linear(LENGTH * WIDTH, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES)
     ),
-    "LSTM": lambda: Recurrent(nn.LSTM),
-    "GRU": lambda: Recurrent(nn.GRU),
-    "RNN": lambda: Recurrent(nn.RNN),
+    "LSTM": lambda: Recurrent(nn.LSTM(WIDTH, 6, batch_first=True), CLASSES),
+    "GRU": lambda: Recurrent(nn.GRU(WIDTH, 6, batch_first=True), CLASSES),
+    "RNN": lambda: Recurrent(nn.RNN(WIDTH, 6, batch_first=True), CLASSES),
 }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import models
 import pytest
 import reference
 import torch
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from irw_optim import IRWOptimizer
-from irw_optim.gradients.layers import _precision
+from irw_optim.gradients.layers import _products
 
 DEVICE = torch.get_default_device().type
 B, LENGTH, WIDTH, CLASSES, ALPHA = 16, 8, 32, 4, 0.25
@@ -77,24 +79,23 @@ class Transformer(nn.Module):
 
 
 def mlp() -> nn.Module:
-    layers = (nn.Linear(WIDTH, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, CLASSES))
-    return nn.Sequential(nn.Flatten(), nn.Linear(LENGTH * WIDTH, WIDTH), nn.ReLU(), *layers)
+    layers = models.mlp(LENGTH * WIDTH, WIDTH, 24, 16, CLASSES, act=nn.ReLU)
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
-def convolutional() -> nn.Module:
+four_groups = partial(nn.GroupNorm, 4)
+
+
+def convolutional(norm: Callable[[int], nn.Module] = four_groups) -> nn.Module:
     return nn.Sequential(
-        nn.Conv1d(LENGTH, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(),
-        nn.Conv1d(16, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(),
+        nn.Conv1d(LENGTH, 16, 3), norm(16), nn.ReLU(),
+        nn.Conv1d(16, 16, 3), norm(16), nn.ReLU(),
         nn.Flatten(), nn.Linear(16 * (WIDTH - 4), CLASSES),
     )  # fmt: skip
 
 
 def with_batch_norm() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv1d(LENGTH, 16, 3), nn.BatchNorm1d(16), nn.ReLU(),
-        nn.Conv1d(16, 16, 3), nn.BatchNorm1d(16), nn.ReLU(),
-        nn.Flatten(), nn.Linear(16 * (WIDTH - 4), CLASSES),
-    )  # fmt: skip
+    return convolutional(nn.BatchNorm1d)
 
 
 def inputs() -> Tensor:
@@ -166,7 +167,7 @@ def test_products_in_half_precision_cost_no_more_than_the_model_in_it(make, monk
         losses = F.cross_entropy(model(x).float(), y, reduction="none")
     by_loop = reference.step(losses, model.parameters(), ALPHA)
     scores, weights, gradients = weighed(model, x, y)
-    monkeypatch.setattr(_precision, "stays", lambda tensor: False)
+    monkeypatch.setattr(_products, "stays", lambda tensor: False)
     _, wide, _ = weighed(model, x, y)
     twin = make().double()
     twin.load_state_dict({n: t.double() for n, t in model.state_dict().items()})

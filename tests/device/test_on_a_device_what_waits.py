@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import models
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,11 @@ class Waits(TorchDispatchMode):
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    return models.mlp(10, 8, CLASSES, act=nn.ReLU)
 
 
 def with_batch_norm() -> nn.Module:
-    return nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
+    return models.mlp(10, 8, CLASSES, norm=nn.BatchNorm1d, act=nn.ReLU)
 
 
 def waits(make: Any, steps: int, *, ignored: bool = False, **options: Any) -> list[int]:

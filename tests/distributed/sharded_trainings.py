@@ -6,20 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from models import mlp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from trainings import CLASSES, FEATURES, MODELS, Training, Transformer
 
 from irw_optim import IRWOptimizer
-from irw_optim.distributed.shard_checks import TESTED_FROM
+from irw_optim.distributed.sharding import TESTED_FROM
 
 
 def with_batch_statistics() -> nn.Module:
     """Only the last layer's gradients are those of single samples."""
-    return nn.Sequential(
-        nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)
-    )
+    return mlp(FEATURES, 8, CLASSES, norm=nn.BatchNorm1d, act=nn.ReLU)
 
 
 class Mixing(nn.Module):
@@ -39,7 +38,7 @@ class Checkpointed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.body = mlp(FEATURES, 8, 8)
         self.head = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import models
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -84,7 +85,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.scale = nn.Parameter(torch.rand(WIDTH))
         self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=batch_first)
-        self.perceptron = nn.Sequential(nn.Linear(WIDTH, 9), nn.GELU(), nn.Linear(9, WIDTH))
+        self.perceptron = models.mlp(WIDTH, 9, WIDTH, act=nn.GELU)
 
     def forward(self, h: Tensor) -> Tensor:
         n = self.norm(h)
@@ -118,7 +119,7 @@ def time_first() -> nn.Module:
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    return models.mlp(FEATURES, 8, CLASSES)
 
 
 def images() -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from fuzz_losses import expected
 from fuzz_oracle import Loop
+from models import mlp
 from torch import Tensor, nn
 
 ALPHA = 0.4
@@ -33,7 +34,7 @@ def loop(world: nn.Module, **options) -> Loop:
 
 @pytest.fixture
 def user() -> Loop:
-    return loop(World(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).double())
+    return loop(World(mlp(4, 5, 3)).double())
 
 
 def batch(size: int = 6) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from irw_optim.gradients.autodiff import _forwards
+from irw_optim.gradients.backward_passes import BackwardPasses
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.nodes import base_name
 
@@ -105,7 +105,8 @@ def assert_pushed(output: Tensor, leaves: Sequence[Tensor], tolerance: float) ->
     for chosen in _choices(len(leaves)):
         terms = [[(row[n].conj() * direction[n]).real.sum() for n in chosen] for row in rows]
         expected = torch.tensor([sum(t) for t in terms], dtype=output.dtype)
-        pushed = _forwards(output, {leaves[n]: direction[n] for n in chosen})
+        passes = BackwardPasses(output, walk(output), {})
+        pushed = passes.push({leaves[n]: direction[n] for n in chosen})
         assert pushed.shape == output.shape
         assert pushed.dtype == output.dtype
         scale = max([1.0, *[row[n].abs().max() for row in rows for n in chosen if row[n].numel()]])

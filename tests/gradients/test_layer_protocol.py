@@ -53,7 +53,7 @@ class TurnedBackCall(TurnedCall):
 @pytest.fixture(params=[TurnedCall, TurnedBackCall], ids=["refused", "found"])
 def kind(request, monkeypatch):
     monkeypatch.setattr(rules, "_BY_TYPE", dict(rules._BY_TYPE))
-    monkeypatch.setattr(rules, "_FOUND", {})
+    rules._rule_of_type.cache_clear()
     layer_rule(Turned)(lambda module, x: request.param(x, matrix=module.matrix, shift=module.shift))
     return request.param
 
@@ -158,7 +158,7 @@ def test_apply_is_handed_a_value_for_every_role(monkeypatch, frozen, chosen):
     if chosen and frozen in chosen:
         pytest.skip("nothing to score")
     monkeypatch.setattr(rules, "_BY_TYPE", dict(rules._BY_TYPE))
-    monkeypatch.setattr(rules, "_FOUND", {})
+    rules._rule_of_type.cache_clear()
     layer_rule(Shifted)(lambda m, x: ShiftedCall(x, matrix=m.matrix, shift=m.shift))
     model = nn.Sequential(Shifted()).double()
     for name, p in model.named_parameters():

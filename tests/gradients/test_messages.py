@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.loss_gradients import LossGradients
 
 
 class Additions(nn.Module):
@@ -29,7 +30,7 @@ def test_a_direction_may_be_a_part_of_a_message() -> None:
     model = Additions().double()
     engine = Engine(model, "ghost")
     losses = model(torch.randn(5, 3, 4).double()).square().mean((1, 2))
-    batch = engine.capture(losses)
+    batch = LossGradients(engine, losses)
     batch.start(torch.ones((), dtype=torch.float64), keep_graph=True)
     rows = batch.rows(lambda _: True)
     direction = rows.combine(torch.rand(5).double())
@@ -49,7 +50,7 @@ def test_parameters_may_be_parts_of_one_tensor() -> None:
         p.data = piece.view(p.shape)
     engine = Engine(model, "ghost")
     losses = model(torch.randn(5, 3, 4).double()).square().mean((1, 2))
-    batch = engine.capture(losses)
+    batch = LossGradients(engine, losses)
     batch.start(torch.ones((), dtype=torch.float64), keep_graph=True)
     weights = torch.rand(5).double()
     truth = torch.autograd.grad(losses, list(model.parameters()), weights)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from irw_optim import IRWOptimizer
 from irw_optim.gradients import rules
+from irw_optim.gradients.loss_gradients import LossGradients
 
 SIZES = [(5, 3, 4), (1, 3, 4), (1, 1, 4), (5, 1, 4), (5, 5, 4), (4, 3, 4), (4, 4, 4), (1, 1, 1)]
 """B, T and the width."""
@@ -200,7 +201,7 @@ def test_a_parameter_that_only_one_call_of_two_accounts_for():
     """The expanded view is noted where it is expanded, and not again where it is added."""
     model = made("expanded over tokens", (5, 3, 4))
     optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.1), alpha=0.3, model=model)
-    captured = optimizer.engine.capture(losses_of(model))
+    captured = LossGradients(optimizer.engine, losses_of(model))
     optimizer.engine.covering(captured)
     parameters = [p for site in captured.graph.sites for p in site.call.parameters.values()]
     assert sum(p is model.p for p in parameters) == 1

@@ -11,7 +11,7 @@ from push_sequences import ATTENTION, SEQUENCES
 from pushes import Case, assert_case, names_in, numbers, unless_torch_lacks_it
 
 from irw_optim.gradients.forward import _fused
-from irw_optim.gradients.operations import RULES
+from irw_optim.gradients.mixing_rules import RULES
 
 CASES = [*FUNCTIONS, *LINALG, *COMPLEX, *LAYERS, *LOSSES, *SEQUENCES]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from irw_optim import IRWOptimizer, PerSampleLoss
+from irw_optim.gradients.loss_gradients import LossGradients
 
 B, T, D, ALPHA = 6, 5, 4, 0.3
 
@@ -156,9 +157,9 @@ def test_with_every_other_parameter_frozen(name):
 def test_the_gram_matrix(name):
     torch.manual_seed(0)
     model, x = Net(FORWARDS[name]).double(), torch.randn(B, T, D).double()
-    captured = IRWOptimizer(
-        torch.optim.SGD(model.parameters(), 0.05), alpha=ALPHA, model=model
-    ).engine.capture(losses_of(model, x))
+    sgd = torch.optim.SGD(model.parameters(), 0.05)
+    optimizer = IRWOptimizer(sgd, alpha=ALPHA, model=model)
+    captured = LossGradients(optimizer.engine, losses_of(model, x))
     captured.start(torch.ones((), dtype=torch.double), keep_graph=True)
     gram = captured.rows(lambda p: True).gram()
     captured.close()

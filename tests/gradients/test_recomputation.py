@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -131,3 +132,63 @@ def test_the_log_says_how_once(caplog: pytest.LogCaptureFixture) -> None:
     said = [r for r in caplog.records if "checkpointing" in r.getMessage()]
     assert [r.levelno for r in said if r.levelno >= logging.INFO] == [logging.INFO]
     assert 'engine="ghost"' in said[0].getMessage()
+
+
+class Averaging(nn.Module):
+    """Normalises by BatchNorm, and counts in a buffer that it makes anew."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.map = nn.BatchNorm1d(width), nn.Linear(width, width)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + len(x)
+        return torch.tanh(self.map(self.norm(x)))
+
+
+class Averages(nn.Module):
+    """One part that is checkpointed twice, one that is not, and one that stands behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart, self.again, self.last = Averaging(4), Averaging(4), Averaging(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.apart(x)
+        for part in (self.again, self.again, self.last):
+            x = checkpoint(part, x, use_reentrant=False)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"engine": "autodiff"},
+        {"score_parameters": "last"},
+        {"outliers": DBSCANFilter(eps=100.0)},
+        {"weighting": "cvar"},
+        {"warmup_steps": 2},
+    ],
+    ids=str,
+)
+def test_what_a_forward_changes_is_changed_as_often_as_in_a_plain_step(
+    options: dict[str, Any],
+) -> None:
+    plain = Averages().double()
+    ours = deepcopy(plain)
+    inner = torch.optim.SGD(ours.parameters(), lr=0.0)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = IRWOptimizer(inner, alpha=0.3, model=ours, criterion=criterion, **options)
+    for size in (8, 8, 8, 5, 8, 8):  # with comparisons at uses 1, 2, 4, and without
+        x, y = torch.randn(size, 4, dtype=torch.float64), torch.randint(3, (size,))
+        nn.functional.cross_entropy(plain(x), y).backward()
+        optimizer.zero_grad()
+        criterion(ours(x), y).backward()
+        optimizer.step()
+        for (name, one), (_, other) in zip(
+            ours.named_buffers(), plain.named_buffers(), strict=True
+        ):
+            assert torch.allclose(one, other, atol=1e-12), name

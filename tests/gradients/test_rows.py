@@ -63,7 +63,7 @@ def captured(model: nn.Module, x: Tensor, y: Tensor):
     hooks = hook_layers(model)
     losses = F.cross_entropy(model(x), y, reduction="none")
     graph = walk(losses)
-    graph = graph.with_sites(sites_noted(graph.order))
+    graph.sites = sites_noted(graph.order)
     assert len(hooks) == len(graph.sites)
     for call, _, shape in graph.sites:
         assert call.find_batch(B, shape)

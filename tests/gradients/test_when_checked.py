@@ -234,6 +234,22 @@ def test_losses_of_tokens_are_named(caplog):
     assert caplog.text.count("15 losses come from 3 rows") == 1
 
 
+def test_directions_of_a_packed_recurrent_layer_are_no_rows(caplog):
+    """Its last states come as (2, B, width), and B is a multiple of 2."""
+    cell, head = nn.GRU(3, 4, batch_first=True, bidirectional=True), nn.Linear(8, 2)
+    model, criterion = nn.ModuleList([cell, head]), nn.CrossEntropyLoss()
+    sgd = torch.optim.SGD(model.parameters(), 0.01)
+    optimizer = IRWOptimizer(sgd, alpha=ALPHA, model=model, criterion=criterion)
+    lengths = torch.randint(1, 6, (10,))
+    packed = nn.utils.rnn.pack_padded_sequence(
+        torch.randn(10, 5, 3), lengths, batch_first=True, enforce_sorted=False
+    )
+    forwards, backwards = cell(packed)[1]
+    criterion(head(torch.cat([forwards, backwards], 1)), torch.randint(2, (10,))).backward()
+    optimizer.step()
+    assert "rows" not in caplog.text
+
+
 def test_losses_of_time_steps_are_named(caplog):
     model, criterion = nn.ModuleList([nn.Linear(12, 8), nn.Linear(8, 2)]), nn.CrossEntropyLoss()
     sgd = torch.optim.SGD(model.parameters(), 0.01)

@@ -124,7 +124,7 @@ def test_a_class_too_small_for_any_cell_counts_as_a_class_only():
         ({"inputs": np.zeros(60)}, ValueError, r"inputs has shape \(60,\): .*reshape\(-1, 1\)"),
         ({"inputs": np.zeros((60, 0))}, ValueError, r"inputs has shape \(60, 0\)"),
         ({"inputs": np.full((60, 2), "a")}, TypeError, "inputs has dtype <U1: expected numbers"),
-        ({"inputs": np.full((60, 2), np.nan)}, ValueError, r"inputs\[0\] is not finite"),
+        ({"inputs": np.full((60, 2), np.nan)}, ValueError, r"inputs\[0\] has NaN"),
         ({"y_pred": [0]}, ValueError, "y_true has 60 samples and y_pred has 1"),
         ({"n_clusters": 0}, ValueError, "n_clusters=0: expected a whole number >= 1"),
         ({"n_clusters": 61}, ValueError, "n_clusters=61: expected at most the 60 samples given"),

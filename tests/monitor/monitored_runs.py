@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import models
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,7 +30,7 @@ def majority_and_minority(size: int = 1000) -> tuple[Tensor, Tensor, Tensor]:
 
 def mlp(features: int = 3, classes: int = 2, hidden: int = 16) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    return models.mlp(features, hidden, classes, act=nn.ReLU)
 
 
 def train(

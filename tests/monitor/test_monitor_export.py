@@ -210,6 +210,7 @@ def test_without_the_extra_the_error_names_it(
     monitor: IRWMonitor, monkeypatch: pytest.MonkeyPatch, library: str, call: str
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, "irw_optim.monitor.figures", raising=False)
     with pytest.raises(ImportError, match=rf'{call}\(\) needs {library}: .*"irw-optim\[report\]"'):
         getattr(monitor, call)()
 

@@ -13,11 +13,9 @@ from sklearn.metrics import roc_auc_score
 
 from irw_optim import IRWOptimizer, StepRecord, worst_off
 from irw_optim.metrics import worst_alpha_loss
-from irw_optim.monitor.course import Course, parts_of
-from irw_optim.monitor.history import History
-from irw_optim.monitor.recording import gradient_norm, groups_of
+from irw_optim.monitor.course import Course, History, parts_of
+from irw_optim.monitor.recording import agreement, gradient_norm, groups_of
 from irw_optim.monitor.rows import OF_A_PART, Row, by_class, by_group, read, summarise
-from irw_optim.monitor.staleness import agreement
 
 ALPHA = 0.3
 

@@ -27,7 +27,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from irw_optim import IRWOptimizer, verify
 from irw_optim.criterion import attached
 from irw_optim.distributed.replicas import Replicas
-from irw_optim.gradients import capture
+from irw_optim.gradients import compiling
 from irw_optim.gradients.engine import Engine
 from irw_optim.optimizer import irw_optimizer, weighted_backward
 
@@ -515,19 +515,19 @@ class TestAConstructorThatFails:
             raise ZeroDivisionError
 
         def fail_on(kind: type[nn.Module]) -> Any:
-            plain = capture.replace_on
+            plain = compiling.replace_on
             return lambda module, *rest: (fail if isinstance(module, kind) else plain)(
                 module, *rest
             )
 
         if where == "hooks":
-            monkeypatch.setattr(capture, "replace_on", fail_on(nn.LayerNorm))
+            monkeypatch.setattr(compiling, "replace_on", fail_on(nn.LayerNorm))
             model.append(nn.LayerNorm(3).double())
             before = traces(model, criterion)
             sgd = torch.optim.SGD(model.parameters(), lr=0.1)
             inner = dict(vars(sgd))
         elif where == "a pair":
-            monkeypatch.setattr(capture, "replace_on", fail_on(Scaled))
+            monkeypatch.setattr(compiling, "replace_on", fail_on(Scaled))
         elif where == "processes":
             monkeypatch.setattr(weighted_backward, "is_sharded", fail)
         elif where == "criterion":

@@ -11,6 +11,7 @@ import opacus
 import pytest
 import torch
 import torch.nn.functional as F
+from models import mlp
 from torch import nn
 
 from irw_optim import DBSCANFilter, IRWMonitor, IRWOptimizer, alpha, irw_weights, metrics, worst_off
@@ -23,7 +24,7 @@ class World:
     """A model, a criterion and an optimizer, with a momentum buffer and a gradient already."""
 
     def __init__(self) -> None:
-        self.model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+        self.model = mlp(4, 5, 3, act=nn.ReLU)
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.x, self.y = torch.randn(6, 4), torch.randint(3, (6,))
@@ -118,7 +119,7 @@ class WithoutReduction(nn.Module):
         ),
         ({"class_balance": 1}, TypeError, r"class_balance=1: expected True or False"),
         ({"mix": 2}, ValueError, r"mix=2: expected a number in \[0, 1\]"),
-        ({"warmup_steps": -1}, ValueError, r"warmup_steps=-1: expected 0 or more"),
+        ({"warmup_steps": -1}, ValueError, r"warmup_steps=-1: expected a whole number of steps, 0"),
         ({"warmup_steps": 0.5}, TypeError, r"warmup_steps=0\.5: expected a whole number"),
         ({"engine": "fast"}, ValueError, r"engine='fast': expected one of 'auto'"),
         ({"weighting": "dro"}, ValueError, r"weighting='dro': expected one of 'irw'"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from models import mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,7 +23,7 @@ class World:
     """What a training script has before the optimizer is wrapped."""
 
     def __init__(self) -> None:
-        self.model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+        self.model = mlp(4, 5, 3, act=nn.ReLU)
         self.criterion = nn.CrossEntropyLoss()
         self.sgd = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.x, self.y = torch.randn(6, 4), torch.randint(3, (6,))

@@ -7,6 +7,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from agreement import agree, gradient_errors
+from models import mlp
 from torch import Tensor, nn
 
 from irw_optim import DBSCANFilter, IRWOptimizer
@@ -15,7 +16,7 @@ ALPHA, B = 0.3, 8
 
 
 def make() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    return mlp(4, 6, 3, act=nn.ReLU).double()
 
 
 def batch(size: int = B) -> tuple[Tensor, Tensor]:

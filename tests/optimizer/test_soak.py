@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import mlp
 from torch import Tensor, nn
 
 from irw_optim import IRWOptimizer
@@ -36,7 +37,7 @@ def resident() -> int:
 
 @pytest.mark.slow
 def test_memory_is_flat_over_twenty_thousand_steps() -> None:
-    model, criterion = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), nn.MSELoss()
+    model, criterion = mlp(4, 6, 3, act=nn.ReLU), nn.MSELoss()
     adam = torch.optim.Adam(model.parameters(), lr=1e-3)
     optimizer = IRWOptimizer(adam, alpha=0.3, model=model, criterion=criterion)
     data = [(torch.randn(size, 4), torch.randn(size, 3)) for size in SIZES]

@@ -10,6 +10,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from agreement import agree
+from models import mlp
 from torch import Tensor, nn
 
 from irw_optim import IRWOptimizer
@@ -18,10 +19,7 @@ B, ALPHA = 8, 0.3
 
 
 def network(width_in: int, width_out: int, norm: bool = False) -> nn.Module:
-    between = [nn.BatchNorm1d(6)] if norm else []
-    return nn.Sequential(
-        nn.Linear(width_in, 6), *between, nn.Tanh(), nn.Linear(6, width_out)
-    ).double()
+    return mlp(width_in, 6, width_out, norm=nn.BatchNorm1d if norm else None).double()
 
 
 def attached(model: nn.Module, criterion: nn.Module, **options) -> IRWOptimizer:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import models
 import torch
 from opacus import GradSampleModule
 from opacus.layers import DPLSTM, DPMultiheadAttention
@@ -32,7 +33,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(11, 8)
         self.attention = DPMultiheadAttention(8, 2, batch_first=True)
         self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
-        self.feed_forward = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.feed_forward = models.mlp(8, 16, 8, act=nn.GELU)
         self.head = nn.Linear(8, CLASSES)
 
     def forward(self, tokens):
@@ -42,7 +43,7 @@ class Transformer(nn.Module):
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    return models.mlp(6, 8, CLASSES)
 
 
 def cnn():

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from models import mlp
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from private_zoo import CLASSES, CONFIG
@@ -39,7 +40,7 @@ def data():
 
 def private(mode, noise_multiplier, batch_size=8, *, wrap=lambda model: model, seed=0):
     torch.manual_seed(seed)
-    model = wrap(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double())
+    model = wrap(mlp(6, 8, CLASSES).double())
     engine, criterion = IRWPrivacyEngine(accountant="rdp"), nn.CrossEntropyLoss()
     model, optimizer, loader = engine.make_private(
         module=model,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import mlp
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from private_zoo import CLASSES, CONFIG, ZOO
 from torch import nn
@@ -263,7 +264,7 @@ def test_no_tensor_of_batch_times_parameters_is_made(kind):
         _, draw = ZOO[kind]
         x = draw(B, torch.Generator().manual_seed(0))
         model = {  # wide, so that parameters outnumber activations
-            "mlp": lambda: nn.Sequential(nn.Linear(6, 256), nn.Tanh(), nn.Linear(256, 256)),
+            "mlp": lambda: mlp(6, 256, 256),
             "transformer": lambda: nn.Sequential(
                 nn.Embedding(11, 128), nn.LayerNorm(128), nn.Linear(128, 256), nn.Flatten()
             ),
@@ -401,7 +402,7 @@ def test_a_forward_that_mixes_the_samples_is_refused():
 
 
 def test_a_layer_that_is_not_covered_is_named():
-    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES)).double()
+    model = mlp(6, 4, CLASSES, norm=nn.BatchNorm1d, act=None).double()
     pending = GhostBatch("mean", model)
     criterion = nn.CrossEntropyLoss()
     pending.follow(criterion, model)

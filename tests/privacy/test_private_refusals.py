@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from models import mlp
 from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 from private_zoo import CLASSES, CONFIG, setting
@@ -37,7 +38,7 @@ class Lookahead(Optimizer):
 def parts():
     """What goes into make_private, and a check afterwards that none of it has changed."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+    model = mlp(4, 5, CLASSES, act=nn.ReLU)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = TensorDataset(torch.randn(N, 4), torch.randint(0, CLASSES, (N,)))
     return {

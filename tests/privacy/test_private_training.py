@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from models import mlp
 from opacus.grad_sample import GradSampleHooks
 from opacus.schedulers import ExponentialNoise, LambdaNoise, StepNoise
 from opacus.utils.batch_memory_manager import BatchMemoryManager
@@ -34,7 +35,7 @@ def dataset(n=N):
 def private(*, accountant="rdp", seed=0, data=None, batch_size=BATCH, criterion=None, **options):
     """An engine and what its make_private returned, with the criterion that it follows."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    model = mlp(6, 8, CLASSES)
     engine = IRWPrivacyEngine(accountant=accountant)
     criterion = criterion or nn.CrossEntropyLoss()
     model, optimizer, loader = engine.make_private(

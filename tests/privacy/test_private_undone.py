@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from models import mlp
 from opacus.accountants import RDPAccountant
 from private_zoo import CLASSES, CONFIG
 from torch import nn
@@ -22,7 +23,7 @@ MODES = [("hooks", True), ("hooks", False), ("functorch", True), ("ew", True), (
 @pytest.fixture
 def parts():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+    model = mlp(4, 5, CLASSES, act=nn.ReLU)
     model[0].register_forward_hook(_unmoved)  # the user's own
     data = TensorDataset(torch.randn(N, 4), torch.randint(0, CLASSES, (N,)))
     return {

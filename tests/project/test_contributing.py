@@ -35,7 +35,7 @@ def run(section: str) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _rules_as_they_were(monkeypatch):
     monkeypatch.setattr(rules, "_BY_TYPE", dict(rules._BY_TYPE))
-    monkeypatch.setattr(rules, "_FOUND", {})
+    rules._rule_of_type.cache_clear()
 
 
 def step(model: nn.Module, **options):
@@ -83,7 +83,7 @@ def test_where_the_graph_does_not_show_it_the_rule_is_asked(known):
     layer = run("A layer rule")["Mapped"]
     if not known:
         del rules._BY_TYPE[layer]
-        rules._FOUND.clear()
+        rules._rule_of_type.cache_clear()
     model = nn.Sequential(layer(4, 5), Hiding(), nn.Linear(5, 3)).double()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = IRWOptimizer(sgd, alpha=0.4, model=model)
@@ -100,7 +100,7 @@ def test_where_the_graph_does_not_show_it_the_rule_is_asked(known):
 def test_without_the_rule_the_graph_shows_it():
     layer = run("A layer rule")["Mapped"]
     del rules._BY_TYPE[layer]
-    rules._FOUND.clear()
+    rules._rule_of_type.cache_clear()
     agree(*step(nn.Sequential(layer(4, 5), nn.Linear(5, 3)), engine="ghost"))
 
 

@@ -45,7 +45,6 @@ ROOMS = {
     "optimizer",
     "processes",
     "restored",
-    "tables",
     "torch_internals",
     "weighting",
 }

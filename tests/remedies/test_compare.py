@@ -15,9 +15,13 @@ from torch import nn
 from irw_optim import compare_remedies
 from irw_optim.metrics import worst_cell_accuracy, worst_group_accuracy
 from irw_optim.remedies import REMEDIES, Fitted
-from irw_optim.remedies._findings import beyond_chance, signs_of_hurt
-from irw_optim.remedies._measuring import Judge, calibration_error, logits_of
-from irw_optim.remedies._people import unseen_by_clusters
+from irw_optim.remedies._comparison import beyond_chance, signs_of_hurt
+from irw_optim.remedies._measuring import (
+    Judge,
+    calibration_error,
+    logits_of,
+    unseen_by_clusters,
+)
 
 for library in ("fairlearn", "jinja2", "matplotlib", "rich"):
     pytest.importorskip(library, reason="remedies need the report extra")
@@ -255,8 +259,8 @@ class TestMeasures:
         right = np.ones((1, 400), bool)
         right[0, :120] = False
         judge = Judge(torch.from_numpy(y), np.zeros(400, int), y.astype(str), 20)
-        score, moves = judge.score(right)
-        assert score[0] == pytest.approx(0.6)
+        moves = judge.moves(right)
+        assert judge.accuracies("group", right).min() == pytest.approx(0.6)
         assert np.sqrt((moves**2).sum()) == pytest.approx(np.sqrt(0.6 * 0.4 / 300))
 
     def test_calibration_error_is_the_gap_in_ten_bins(self):

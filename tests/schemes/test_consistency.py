@@ -6,6 +6,7 @@ import logging
 import pytest
 import reference
 import torch
+from models import mlp
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -158,7 +159,7 @@ def loop_weights(model, losses_of, number):
 def test_losses_that_are_derivatives_have_weights(engine, warned):
     """A physics-informed model: u'' = -u, by derivatives with respect to the input."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    model = mlp(1, 8, 1).double()
     points = torch.linspace(0, 3, N).double().unsqueeze(1)
 
     def residuals(model, batch):

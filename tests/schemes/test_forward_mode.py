@@ -5,6 +5,7 @@ import logging
 import pytest
 import reference
 import torch
+from models import Recurrent
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
@@ -88,13 +89,9 @@ class Pictures(nn.Module):
         return self.layers(x)
 
 
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.cell, self.head = nn.RNN(1, 4, batch_first=True), nn.Linear(4, CLASSES)
-
-    def forward(self, x):
-        return self.head(self.cell(x.unsqueeze(-1))[0][:, -1])
+def recurrent():
+    layer = nn.RNN(1, 4, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (-1, 1)), Recurrent(layer, CLASSES))
 
 
 class Attending(nn.Module):
@@ -111,7 +108,7 @@ class Attending(nn.Module):
 
 
 FUSED = pytest.mark.cpu("a device's fused cells know no forward mode")
-KINDS = [Pictures, Recurrent, pytest.param(Attending, marks=FUSED), Tied]
+KINDS = [Pictures, recurrent, pytest.param(Attending, marks=FUSED), Tied]
 
 
 def batch(dtype=torch.float64):

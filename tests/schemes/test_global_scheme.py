@@ -182,11 +182,12 @@ def test_batches_come_as_from_the_loader_itself():
     assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, plain, strict=True))
 
 
-def test_workers_and_collate_functions_are_the_loaders_own():
-    def flipped(samples):
-        x, y = torch.utils.data.default_collate(samples)
-        return -x, y
+def flipped(samples):
+    x, y = torch.utils.data.default_collate(samples)
+    return -x, y
 
+
+def test_workers_and_collate_functions_are_the_loaders_own():
     options = {"num_workers": 2, "collate_fn": flipped, "drop_last": True}
     training = Training(shuffle_seed=3, loader_options=options)
     batches = list(training.scheme)

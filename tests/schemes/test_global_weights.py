@@ -4,6 +4,7 @@ import builtins
 import logging
 import random
 
+import models
 import numpy as np
 import pytest
 import reference
@@ -25,18 +26,6 @@ N, FEATURES, CLASSES = 53, 5, 3
 TOLERANCE = 1e-10
 
 
-class Recurrent(nn.Module):
-    """Covered by autodiff alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.cell = nn.LSTM(1, 4, batch_first=True)
-        self.head = nn.Linear(4, CLASSES)
-
-    def forward(self, x):
-        return self.head(self.cell(x.unsqueeze(-1))[0][:, -1])
-
-
 class Transformer(nn.Module):
     """Embeddings and attention; as wide as a batch is long."""
 
@@ -51,7 +40,12 @@ class Transformer(nn.Module):
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    return models.mlp(FEATURES, 8, CLASSES)
+
+
+def lstm():  # covered by autodiff alone
+    layer = nn.LSTM(1, 4, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (-1, 1)), models.Recurrent(layer, CLASSES))
 
 
 def normed():
@@ -68,7 +62,7 @@ MODELS = {
     "mlp": mlp,
     "batch_norm_and_dropout": normed,
     "transformer": Transformer,
-    "lstm": Recurrent,
+    "lstm": lstm,
 }
 
 

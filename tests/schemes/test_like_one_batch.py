@@ -5,6 +5,7 @@ import itertools
 import pytest
 import reference
 import torch
+from models import mlp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,7 +31,7 @@ class Tagger(nn.Module):
 def one_class_each():
     x, y = torch.randn(N, FEATURES), torch.randint(0, CLASSES, (N,))
     y[::3] = IGNORED
-    return x, y, nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    return x, y, mlp(FEATURES, 6, CLASSES)
 
 
 def sequences():

@@ -245,13 +245,15 @@ def test_equal_samples_are_no_reason_to_refuse():
         assert len(Training(collate, equal).weights()) == N
 
 
+def packed(samples):
+    """Reads sequences that are sorted by length, and no others."""
+    lengths = [len(text) for text, _ in samples]
+    nn.utils.rnn.pack_padded_sequence(padded(samples)[0], lengths, batch_first=True)
+    return padded(samples)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_functions_that_take_one_order_alone_are_taken(workers):
-    def packed(samples):
-        lengths = [len(text) for text, _ in samples]
-        nn.utils.rnn.pack_padded_sequence(padded(samples)[0], lengths, batch_first=True)
-        return padded(samples)
-
     data = sorted((Texts()[i] for i in range(N)), key=lambda sample: -len(sample[0]))
     training = Training(packed, data, shuffle=False, num_workers=workers)
     expected = Training(padded, data).weights()

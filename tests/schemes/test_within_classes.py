@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from models import mlp
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -23,7 +24,7 @@ TOLERANCE = 1e-10
 
 def model_of(outputs=4):
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+    return mlp(FEATURES, 6, outputs).double()
 
 
 def inputs():

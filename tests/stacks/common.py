@@ -21,6 +21,17 @@ def make_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, CLASSES))
 
 
+class Net(nn.Module):
+    """The same, for what makes its module by a class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = make_model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
 def make_data(size: int = BATCH * BATCHES) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1)
     return torch.randn(size, FEATURES, generator=draw), torch.randint(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import BATCH, FEATURES, make_data, make_loader, make_model
+from common import BATCH, FEATURES, Net, make_data, make_loader, make_model
 from torch import nn
 
 from irw_optim import IRWOptimizer
@@ -61,15 +61,6 @@ CASES = [
 
 def side(diff: str, sign: str) -> str:
     return "\n".join(line[2:] for line in diff.splitlines() if line[:1] in (" ", sign, ""))
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = make_model()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
 
 
 def names_for(page: str, path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import ALPHA, BATCH, BATCHES, equal, make_data, make_model, plain_loop
+from common import ALPHA, BATCH, BATCHES, Net, equal, make_data, plain_loop
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from torch import nn
@@ -19,15 +19,6 @@ from irw_optim import IRWOptimizer
 
 skorch = pytest.importorskip("skorch")
 from skorch.callbacks import GradientNormClipping, LRScheduler  # noqa: E402
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = make_model()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
 
 
 class ReweightedClassifier(skorch.NeuralNetClassifier):

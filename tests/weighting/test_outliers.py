@@ -288,9 +288,17 @@ def test_overflow_is_named_and_float64_mends_it():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"eps": -1.0}, ValueError, r'eps=-1.0: expected a number >= 0 or "auto"'),
+        (
+            {"eps": -1.0},
+            ValueError,
+            r'eps=-1.0: expected a number in \[0, inf\], in units of gradient norm, or "auto"',
+        ),
         ({"eps": math.nan}, ValueError, "eps=nan: expected a number"),
-        ({"eps": "Auto"}, TypeError, r"eps='Auto': expected a number >= 0 or \"auto\""),
+        (
+            {"eps": "Auto"},
+            TypeError,
+            r"eps='Auto': expected a number in \[0, inf\], in units of gradient norm, or \"auto\"",
+        ),
         ({"eps": True}, TypeError, "eps=True: expected a number"),
         ({"eps": None}, TypeError, "eps=None: expected a number"),
         ({"min_samples": 0}, ValueError, "min_samples=0: expected a whole number >= 1"),
@@ -306,7 +314,7 @@ def test_impossible_options_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         DBSCANFilter(**arguments)
     with pytest.raises(
-        error, match=message.removesuffix(r' or "auto"').removesuffix(r" or \"auto\"")
+        error, match=message.removesuffix(r', or "auto"').removesuffix(r", or \"auto\"")
     ):
         cluster_labels(torch.eye(3), **arguments)
 
@@ -315,7 +323,7 @@ def test_the_functions_name_impossible_arguments_too():
     D = torch.zeros(3, 3)
     with pytest.raises(ValueError, match="eps=-1"):
         dbscan_noise(D, -1, 2)
-    with pytest.raises(TypeError, match="eps='auto': expected a number >= 0, in units"):
+    with pytest.raises(TypeError, match=r"eps='auto': expected a number in \[0, inf\], in units"):
         dbscan_noise(D, "auto", 2)
     with pytest.raises(ValueError, match="min_samples=0"):
         dbscan_noise(D, 1.0, 0)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import models
 import opacus
 import pytest
 import reference
@@ -29,7 +30,7 @@ at_every_scale = pytest.mark.parametrize("scale", SCALES)
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+    return models.mlp(5, 16, 3)
 
 
 def wide() -> nn.Module:  # too wide for the products of pairs of samples

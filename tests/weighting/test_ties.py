@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from models import mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return mlp(4, 6, 3).double()
 
 
 def with_triplets() -> tuple[Tensor, Tensor, list[int]]:

@@ -9,15 +9,9 @@ What is recomputed (checkpointing) is handed out once in a pass. So a rule decid
 applies, and then reads every ``_saved_`` tensor once.
 """
 
-from irw_optim.gradients.forward import _fused, _moving, _norms, _products  # noqa: F401
-from irw_optim.gradients.forward._arithmetic import diagonal, of_single_losses
-from irw_optim.gradients.forward._registry import (
-    FORWARD,
-    Changes,
-    ForwardRule,
-    Tangents,
-)
-from irw_optim.gradients.forward._transposed import transposed
+from irw_optim.gradients.forward import _fused, _layers, _plain
+from irw_optim.gradients.forward._plain import diagonal, of_single_losses
+from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents, transposed
 
 __all__ = [
     "FORWARD",
@@ -28,3 +22,11 @@ __all__ = [
     "of_single_losses",
     "transposed",
 ]
+
+FORWARD: dict[str, ForwardRule] = {
+    name: rule
+    for rules in (_plain.RULES, _layers.RULES, _fused.RULES)
+    for names, rule in rules.items()
+    for name in names.split()
+}
+"""The rules by the names of operations, without ``Backward0``."""

@@ -12,17 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.forward._registry import Tangents, added, forward_rule
+from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, added
 from irw_optim.gradients.layers import LSTM, RECURRENT, gates_of
 
 
-@forward_rule(
-    "ScaledDotProductFlashAttentionForCpu",
-    "ScaledDotProductFlashAttention",
-    "ScaledDotProductEfficientAttention",
-    "ScaledDotProductCudnnAttention",
-    "ScaledDotProductFusedAttentionOverrideable",
-)
 def _attention(node: Any, tangents: Tangents) -> Tensor | None:
     """Of softmax(scale q k^T + mask) v, with the weights made anew, for a few samples at a time."""
     if node._saved_dropout_p or any(t is not None for t in tangents[3:]):
@@ -95,7 +88,6 @@ def _attended(
     return change
 
 
-@forward_rule("MkldnnRnnLayer")
 def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
     """Step by step, with the values that the steps had."""
     if node._saved_mode != LSTM or node._saved_batch_sizes:
@@ -141,3 +133,12 @@ def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
         found.append(d_state)
     over_time = torch.stack(found)
     return [over_time.flip(0) if reverse else over_time, d_state, d_cell]
+
+
+_ATTENTION = (
+    "ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention "
+    "ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention "
+    "ScaledDotProductFusedAttentionOverrideable"
+)
+
+RULES: dict[str, ForwardRule] = {_ATTENTION: _attention, "MkldnnRnnLayer": _lstm}

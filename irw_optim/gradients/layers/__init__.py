@@ -1,17 +1,20 @@
 """One call of a layer, and its products with G: a class for each kind of layer."""
 
-from irw_optim.gradients.layers._call import LayerCall, RowWeights
-from irw_optim.gradients.layers._convolution import ConvolutionCall
-from irw_optim.gradients.layers._elementwise import ElementwiseCall
+from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
+from irw_optim.gradients.layers._convolution import CONVOLUTION, ConvolutionCall
 from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCall
-from irw_optim.gradients.layers._heads import HeadsCall, VectorCall
-from irw_optim.gradients.layers._layout import FIRST, Layout
-from irw_optim.gradients.layers._linear import LinearCall, LinearRowsCall
-from irw_optim.gradients.layers._norm import NormCall, SampleNormCall
+from irw_optim.gradients.layers._linear import HeadsCall, LinearCall, LinearRowsCall
 from irw_optim.gradients.layers._recurrent import LSTM, RECURRENT, LSTMCall, gates_of
-from irw_optim.gradients.layers._rows import RowsCall
+from irw_optim.gradients.layers._rows import (
+    ElementwiseCall,
+    NormCall,
+    RowsCall,
+    SampleNormCall,
+    VectorCall,
+)
 
 __all__ = [
+    "CONVOLUTION",
     "FIRST",
     "LSTM",
     "RECURRENT",

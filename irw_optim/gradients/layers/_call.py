@@ -5,8 +5,7 @@ With input a_i, output gradient b_i = d(loss_i)/d(output_i) and parameters theta
     <g_i, v>        = <b_i, layer(a_i; v)>                 dot: the layer run with v as parameters
     sum_i w_i g_i   = d/dtheta <w b, layer(a; theta)>      combine: the layer's own weight gradient
 
-so neither needs a B x P tensor. Each class below is one kind of call; `apply` alone is enough to
-be exact, the other methods are there where a kind has something cheaper.
+so neither needs a B x P tensor. `apply` alone is enough to be exact; the rest is for speed.
 """
 
 from __future__ import annotations
@@ -14,54 +13,86 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._gram import gram_of_rows
-from irw_optim.gradients.layers._layout import FIRST, Layout, layouts_of
-from irw_optim.gradients.layers._precision import inner, operands, scaled
+from irw_optim.gradients.layers._products import gram_of_rows, inner, operands, scaled
 from irw_optim.gradients.materialized import wide, widened
 from irw_optim.gradients.protocol import Direction
 
 GATHER_FROM = 2**17
-"""From this many numbers in a and b on, rows of weight 0 are left out of `combine`: below it the
-gather costs more than the rows."""
+"""Numbers in a and b from which the gather of rows that have a weight costs less than the rest."""
+
+
+class Layout(NamedTuple):
+    """Where the batch stands, whatever the sizes.
+
+    In ``dim``, where it may be folded with positions: ``"batch major"`` as in (B * T, d), or
+    ``"batch minor"`` as in (T * B, d).
+    """
+
+    dim: int
+    fold: str = ""
+
+    def bring(self, tensor: Tensor, batch_size: int) -> Tensor:
+        """The tensor with the batch as its first dimension."""
+        dim, fold = self
+        if fold == "batch major":
+            tensor = tensor.unflatten(dim, (batch_size, -1))
+        elif fold == "batch minor":
+            tensor, dim = tensor.unflatten(dim, (-1, batch_size)), dim + 1
+        return tensor.movedim(dim, 0) if dim else tensor
+
+
+FIRST = Layout(0)
+
+
+def layouts_of(
+    shape: torch.Size, batch_size: int, is_sequence: bool, time_major: bool = False
+) -> tuple[Layout, ...]:
+    """Every place where the batch may be in tensors with these leading dimensions.
+
+    More than one where sizes coincide: then only the graph shows which is right.
+    """
+    if not shape:
+        return ()
+    if time_major:
+        if len(shape) > 1:
+            return (Layout(1),) if shape[1] == batch_size else ()
+        return (Layout(0, "batch minor"),) if batch_size and shape[0] % batch_size == 0 else ()
+    if shape[0] == batch_size and (batch_size < 2 or not is_sequence):
+        return (FIRST,)
+    if not is_sequence:
+        return ()
+    found = [Layout(dim) for dim, size in enumerate(shape) if size == batch_size]
+    if batch_size == 1:  # all is of the one sample
+        return (found[0] if found else Layout(0, "batch major"),)
+    if batch_size and shape[0] > batch_size and shape[0] % batch_size == 0:
+        found += [Layout(0, "batch major"), Layout(0, "batch minor")]
+    return tuple(found)
 
 
 class RowWeights:
-    """The weights of the B rows, and which rows have any: found once for all layers.
-
-    Args:
-        values: (B,).
-    """
+    """The weights of the B rows, (B,), and which rows have any: found once for all layers."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
     @cached_property
     def used(self) -> Tensor | None:
-        """Indices of the rows whose weight is not 0; None where nearly all are used.
-
-        And on a device, for which one would have to wait.
-        """
+        """Indices of the rows of weight; None for nearly all, or on a device, which would wait."""
         if self.values.device.type != "cpu":
             return None
         used = self.values.nonzero().squeeze(1)
         return used if len(used) < 0.8 * len(self.values) else None
 
     def in_dtype(self, dtype: torch.dtype) -> Tensor:
-        """All weights, in the dtype of what they multiply."""
         return self.values if self.values.dtype == dtype else self.values.to(dtype)
-
-    def column_in(self, dtype: torch.dtype) -> Tensor:
-        """All weights as a column, (B, 1)."""
-        values = self.values
-        return (values if values.dtype == dtype else values.to(dtype)).view(-1, 1)
 
     @cached_property
     def used_values(self) -> Tensor:
-        """The weights of the used rows."""
         return self.values if self.used is None else self.values.index_select(0, self.used)
 
 
@@ -75,14 +106,14 @@ class LayerCall:
     """
 
     is_sequence = False
-    """Whether every position of the leading dimensions is treated alike, so that the batch may
-    stand elsewhere, as in (T, B, d), or be folded into one dimension, as in (B * T, d)."""
+    """Whether all positions of the leading dimensions are treated alike: then the batch may stand
+    elsewhere, as in (T, B, d), or be folded, as in (B * T, d)."""
 
     features = 1
-    """Trailing dimensions of the output, where `is_sequence`, that are no positions."""
+    """Trailing dimensions of the output of a sequence that are no positions."""
 
     needs_autograd_combine = False
-    """Whether only autograd gives the gradient in the layout that inner optimizers expect."""
+    """Whether inner optimizers expect a layout that only autograd gives the gradient."""
 
     time_major = False
     """Whether the batch is known not to stand first."""
@@ -97,10 +128,8 @@ class LayerCall:
     """A property that is made of b, and kept."""
 
     layout: Layout | None = None
-    """Where the batch was found."""
-
     batch_size = -1
-    """The B for which it was looked for."""
+    """Where the batch was found, and the B for which it was looked for."""
 
     def __init__(self, input: Tensor, **parameters: Tensor | None) -> None:
         self.recorded = self.input = input.detach()
@@ -116,7 +145,7 @@ class LayerCall:
         self.output_gradient: Tensor = self.input  # until `set_output_gradient`
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
-        """Where the batch may be, in input and output alike; none where this call has none."""
+        """Where the batch may be, in input and output alike."""
         leading = len(output_shape) - self.features if self.is_sequence else 1
         positions = self.recorded.shape[:leading]
         if output_shape[:leading] != positions:
@@ -134,8 +163,18 @@ class LayerCall:
         """Bring the batch to the first dimension of the input; None where there is none."""
         self.layout = layout
         self.batch_size = batch_size
-        first = layout is None or layout is FIRST
-        self.input = self.recorded if first else layout.bring(self.recorded, batch_size)  # type: ignore[union-attr]
+        if layout is None or layout is FIRST:
+            self.input = self.recorded
+        else:
+            self.input = layout.bring(self.recorded, batch_size)
+
+    def arrangement(self) -> tuple[object, ...]:
+        """What decides whether an earlier proof still holds."""
+        return self.layout, self.recorded.ndim
+
+    def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
+        """The call as if each sample had made it, where it has no batch; put into ``dim``."""
+        return None
 
     def set_output_gradient(self, gradient: Tensor) -> None:
         """Take b; the products are defined from then on."""
@@ -143,50 +182,34 @@ class LayerCall:
         if layout is not None and layout is not FIRST:
             gradient = layout.bring(gradient, self.batch_size)
         self.output_gradient = gradient
-        if self.made_of_b:
-            vars(self).pop(self.made_of_b, None)
-
-    def arrangement(self) -> tuple[object, ...]:
-        """Where the batch was found: what decides whether an earlier proof still holds."""
-        return self.layout, self.recorded.ndim
-
-    def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
-        """The same call as if each sample had made it, where its input has no batch dimension.
-
-        Args:
-            batch_size: B.
-            dim: where the batch is put.
-        """
-        return None
+        self.__dict__.pop(self.made_of_b, None)
 
     def let_go(self) -> None:
         """Hold a and b no longer."""
         nothing = self.input.new_empty(0, *self.input.shape[1:])  # a slice would hold the storage
         self.recorded = self.input = self.output_gradient = nothing
+        self.__dict__.pop(self.made_of_b, None)
 
     def without(self, dropped: Tensor) -> LayerCall:
-        """A copy with zero rows where ``dropped`` (B,) bool, also where they are not finite."""
+        """A copy with zero rows where ``dropped``, (B,) bool, also where they are not finite."""
         part = self.copy()
-        for name in ("input", "factor"):  # both a and b: 0 times NaN is NaN
-            tensor = getattr(self, name, None)
-            if tensor is not None and tensor.is_floating_point() and len(tensor) == len(dropped):
-                setattr(part, name, zeroed(tensor, dropped))
+        if self.input.is_floating_point() and len(self.input) == len(dropped):
+            part.input = zeroed(self.input, dropped)  # both a and b: 0 times NaN is NaN
         part.output_gradient = zeroed(self.output_gradient, dropped)
+        part.__dict__.pop(self.made_of_b, None)
         return part
 
     def forget_values(self) -> None:
         """Hold no parameter's values: whoever shards them frees them after the layer."""
 
     def copy(self) -> LayerCall:
-        """Another call with the same input and parameters, for another output gradient."""
+        """For another output gradient."""
         return copy(self)
 
     @property
     def precision(self) -> torch.dtype:
         """The dtype in which the gradient arrived."""
         return self.output_gradient.dtype
-
-    # What a kind of layer must say ------------------------------------------------------------
 
     def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """The layer's output for other values of its parameters: of every role that has one."""
@@ -195,8 +218,6 @@ class LayerCall:
     def makes_rows(self, output_shape: torch.Size) -> bool:
         """Whether the rows of G are quickly made and no more numbers than a and b."""
         return False
-
-    # The three products -----------------------------------------------------------------------
 
     def dot(self, direction: Direction) -> Tensor:
         """<g_i, v>, shape (B,)."""
@@ -229,8 +250,6 @@ class LayerCall:
         """<g_i, g_j>, shape (B, B), a block of rows at a time."""
         return gram_of_rows([self])
 
-    # Shared steps -----------------------------------------------------------------------------
-
     def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
         """d/dtheta <b, layer(input; theta)>: the adjoint of `apply`."""
         roles = list(self.parameters)
@@ -260,11 +279,7 @@ class LayerCall:
         }
 
     def used_rows(self, weights: RowWeights) -> tuple[Tensor, Tensor]:
-        """Input and b of the rows that count, one of them times the weights.
-
-        Rows of weight 0 are left out where that pays; the factor goes where there are fewer
-        numbers to multiply.
-        """
+        """Input and b of the rows that count, that with fewer numbers times the weights."""
         a, b, values = self.input, self.output_gradient, weights.values
         used = weights.used if a.numel() + b.numel() >= GATHER_FROM else None
         gathered = used is not None
@@ -277,5 +292,5 @@ class LayerCall:
 
 
 def zeroed(rows: Tensor, dropped: Tensor) -> Tensor:
-    """The rows with zeros where ``dropped``."""
+    """With zeros where ``dropped``."""
     return rows.masked_fill(dropped.view(-1, *[1] * (rows.ndim - 1)), 0.0)

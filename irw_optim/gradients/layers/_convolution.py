@@ -9,21 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._affine import AffineCall
-from irw_optim.gradients.layers._precision import inner, operands
+from irw_optim.gradients.layers._linear import AffineCall
+from irw_optim.gradients.layers._products import inner, operands
 from irw_optim.gradients.materialized import wide, widened
+
+CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+"""The settings of ``aten.convolution``, in its order."""
 
 PATCHES = 2**20
 """Numbers that are unfolded at once."""
 
 
 class ConvolutionCall(AffineCall):
-    """Convolutions and transposed ones of any dimension, in the terms of ``aten.convolution``."""
+    """Convolutions and transposed ones of any dimension, with `CONVOLUTION` as settings."""
 
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> None:
         super().__init__(input, weight=weight, bias=bias)
         self.weight = weight.detach()
-        self.settings = list(settings.values())
+        self.settings = [settings[name] for name in CONVOLUTION]
+        self.transposed, self.groups = bool(settings["transposed"]), int(settings["groups"])
+        # Numbers in what one position reads in one group: a row of the weight.
+        self.patch_size = weight.shape[1:].numel()
 
     def forget_values(self) -> None:
         """Only its shape counts: the products ask for no gradient of the input."""
@@ -58,7 +64,9 @@ class ConvolutionCall(AffineCall):
 
     def weight_rows(self, samples: slice) -> Tensor:
         first, last, _ = samples.indices(len(self.input))
-        step = max(1, PATCHES // max(1, self.patch_size * self.groups * self.positions))
+        side = self.input if self.transposed else self.output_gradient
+        numbers = self.patch_size * self.groups * side.shape[2:].numel()
+        step = max(1, PATCHES // max(1, numbers))
         blocks = []
         for start in range(first, max(first + 1, last), step):
             patches, single = self.patches(slice(start, min(start + step, last)))
@@ -71,8 +79,7 @@ class ConvolutionCall(AffineCall):
 
         Returns:
             What each position reads, (b, groups, channels / groups * kernel, positions), and what
-            it writes, (b, groups, channels / groups, positions); of a transposed convolution the
-            other way round.
+            it writes, (b, groups, channels / groups, positions); where transposed in turn.
         """
         stride, padding, dilation, *_ = self.settings
         a, b = widened(self.input[samples]), self.b[samples]
@@ -91,22 +98,3 @@ class ConvolutionCall(AffineCall):
             windows.reshape(len(single), self.groups, self.patch_size, size),
             single.reshape(len(single), self.groups, single.shape[1] // self.groups, size),
         )
-
-    @property
-    def transposed(self) -> bool:
-        return bool(self.settings[3])
-
-    @property
-    def groups(self) -> int:
-        return int(self.settings[-1])
-
-    @property
-    def patch_size(self) -> int:
-        """Numbers in what one position reads in one group: a row of the weight."""
-        return self.weight[0].numel()
-
-    @property
-    def positions(self) -> int:
-        """Positions of the kernel."""
-        side = self.input if self.transposed else self.output_gradient
-        return side.shape[2:].numel()

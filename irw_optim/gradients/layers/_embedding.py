@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall, RowWeights
-from irw_optim.gradients.layers._gram import gram_of_lookups
-from irw_optim.gradients.layers._layout import FIRST, Layout
+from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
+from irw_optim.gradients.layers._products import gram_of_positions
 
 
 class EmbeddingCall(LayerCall):
@@ -63,7 +62,7 @@ class EmbeddingCall(LayerCall):
     def gram(self) -> Tensor:
         index = self.input.reshape(len(self.input), -1)
         b = self.b.reshape(*index.shape, self.table[1])
-        return gram_of_lookups(index, b)
+        return gram_of_positions(index, b, lambda i, other: i.unsqueeze(1) == other)
 
 
 class EmbeddingBagCall(LayerCall):
@@ -75,11 +74,9 @@ class EmbeddingBagCall(LayerCall):
         self.needs_autograd_combine = sparse
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
-        """Bags stand first in the output; the indices may be flat, with offsets."""
         return (FIRST,) if output_shape[:1] == (batch_size,) else ()
 
     def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        # Half or float, integers stay as they are: `widened` is the identity on indices.
         return F.embedding_bag(input, values["weight"], **self.settings)
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:

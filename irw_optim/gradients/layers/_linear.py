@@ -1,4 +1,4 @@
-"""Linear maps over the last dimension, of whole parameters or of some of their rows."""
+"""Linear maps over the last dimension: of whole parameters, of some of their rows, by heads."""
 
 from __future__ import annotations
 
@@ -8,19 +8,71 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._affine import AffineCall
-from irw_optim.gradients.layers._call import GATHER_FROM, RowWeights
-from irw_optim.gradients.layers._gram import gram_of, gram_of_positions
-from irw_optim.gradients.layers._precision import inner, operands, product
-from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, wide
+from irw_optim.gradients.layers._call import GATHER_FROM, LayerCall, Layout, RowWeights, layouts_of
+from irw_optim.gradients.layers._products import (
+    gram_of,
+    gram_of_positions,
+    inner,
+    operands,
+    product,
+    scaled,
+)
+from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, wide, widened
 from irw_optim.gradients.protocol import Direction
 
 FEW_PRODUCTS = 2**19
 """Below this many, the number of operations counts and not their size: the kernel has fewer."""
 
 KERNEL_SELECTS_FROM = 128
-"""Batch size from which the kernel is computed for the used columns alone: fewer numbers to hold,
-and to compute, where the gather costs little beside them."""
+"""Batch size from which the kernel is computed for the used columns alone."""
+
+
+class AffineCall(LayerCall):
+    """A call that is linear in its ``weight``, and to which a ``bias`` is added."""
+
+    made_of_b = "bias_rows"
+
+    def weight_dot(self, direction: Tensor) -> Tensor:
+        """<g_i, v> for the weight alone, v of its shape: (B,)."""
+        raise NotImplementedError
+
+    def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
+        """Sum over samples and positions; perhaps an `operand`."""
+        raise NotImplementedError
+
+    def weight_rows(self, samples: slice) -> Tensor:
+        raise NotImplementedError
+
+    @cached_property
+    def bias_rows(self) -> Tensor:
+        """Summed over positions: (B, out)."""
+        raise NotImplementedError
+
+    def dot(self, direction: Direction) -> Tensor:
+        values = self.values_in(direction)
+        total = self.weight_dot(values["weight"]) if "weight" in values else None
+        if "bias" in values:
+            bias = self.bias_rows @ values["bias"]
+            return bias if total is None else total + bias
+        return self.b.new_zeros(len(self.b)) if total is None else total
+
+    def align(self, coefficients: RowWeights) -> Tensor:
+        return self.dot(self.combine(coefficients, narrow=True))
+
+    def combine(self, weights: RowWeights, *, narrow: bool = False) -> dict[Tensor, Tensor]:
+        result: dict[Tensor, Tensor] = {}
+        for role, parameter in self.parameters.items():
+            if role == "bias":
+                result[parameter] = weights.in_dtype(self.bias_rows.dtype) @ self.bias_rows
+            else:
+                result[parameter] = self.weight_gradient(*self.used_rows(weights), narrow=narrow)
+        return result
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        return {
+            p: self.bias_rows[samples] if role == "bias" else self.weight_rows(samples)
+            for role, p in self.parameters.items()
+        }
 
 
 class LinearCall(AffineCall):
@@ -31,7 +83,7 @@ class LinearCall(AffineCall):
     def __init__(
         self,
         input: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None = None,
         *,
         transposed: bool = False,
@@ -127,7 +179,7 @@ class LinearCall(AffineCall):
         by_positions = (batch * length) ** 2 * (width_in + width_out)
         by_rows = batch * (length + batch) * width_in * width_out
         if by_positions <= by_rows:
-            return gram_of_positions(a, b, with_bias)
+            return gram_of_positions(a, b, lambda a, other: product(a, other.T) + with_bias)
         gram = (
             gram_of(self.bias_rows) if with_bias else a.new_zeros(batch, batch, dtype=wide(a.dtype))
         )
@@ -138,7 +190,7 @@ class LinearCall(AffineCall):
 
 
 def mapped(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``rows @ matrix`` over the last dimension, the memory in the order that it has."""
+    """``rows @ matrix``, the memory in the order that it has."""
     matrix = matrix.to(rows.dtype)
     if rows.ndim == 2:
         return product(rows, matrix)
@@ -148,7 +200,7 @@ def mapped(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as matrices of samples and positions, in one order: that which needs no copy."""
+    """Both as matrices, in the order of samples and positions that needs no copy."""
     if stands_behind(a) or stands_behind(b):
         a, b = a.transpose(0, 1), b.transpose(0, 1)
     return a.flatten(0, -2), b.flatten(0, -2)
@@ -182,10 +234,44 @@ class LinearRowsCall(LinearCall):
         return self.among_zeros(super().combine(weights, narrow=narrow))
 
     def among_zeros(self, parts: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """The gradients of the slices, of the shape of the whole parameters."""
-        return {p: self.padded(role, parts[p]) for role, p in self.parameters.items()}
+        """The gradients of the slices, or one a sample, with zeros for the other rows."""
+        padded = {}
+        for role, p in self.parameters.items():
+            rows = self.slices[role]
+            padded[p] = F.pad(parts[p], (*[0, 0] * (p.ndim - 1), rows.start, len(p) - rows.stop))
+        return padded
 
-    def padded(self, role: str, part: Tensor) -> Tensor:
-        """The gradient of the slice, or one a sample, among zeros for the other rows."""
-        rows, whole = self.slices[role], self.parameters[role]
-        return F.pad(part, (*[0, 0] * (whole.ndim - 1), rows.start, len(whole) - rows.stop))
+
+class HeadsCall(LayerCall):
+    """y_h = a_h W_h for a of shape (heads, rows, in) and W of shape (heads, in, out).
+
+    The batch is among the rows, alone or folded with positions.
+    """
+
+    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
+        """All rows are treated alike."""
+        found = layouts_of(output_shape[1:2], batch_size, is_sequence=True)
+        return tuple(layout._replace(dim=1) for layout in found)
+
+    def dot(self, direction: Direction) -> Tensor:
+        (parameter,) = self.parameters.values()
+        if parameter not in direction:
+            return self.b.new_zeros(len(self.b))
+        a, b = self._sides()
+        return inner(b, a @ direction[parameter].to(a.dtype), in_place=True)
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        (parameter,) = self.parameters.values()
+        a, b = self._sides()
+        a, b = (side.transpose(0, 1).flatten(1, 2) for side in (a, scaled(b, weights.values)))
+        return {parameter: product(a.mT, b)}
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        (parameter,) = self.parameters.values()
+        a, b = self._sides()
+        return {parameter: widened(a[samples].mT @ b[samples])}
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """Input and output gradient as (B, heads, positions, width)."""
+        a, b = operands(self.input, self.output_gradient)
+        return (a.unsqueeze(2), b.unsqueeze(2)) if a.ndim == 3 else (a, b)

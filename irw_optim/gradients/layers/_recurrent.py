@@ -1,20 +1,19 @@
 """Recurrent layers whose steps autograd keeps to itself.
 
-A fused LSTM shows one output gradient, that of its states. From it the gradient of the gates
-follows by one pass backwards through time. With that, the layer is a linear map of its inputs and
-another of its states, both with the gradient of the gates as output gradient.
+A fused LSTM shows the gradient of its states alone. One pass backwards through time makes of it
+that of the gates, for which the layer is a linear map of its inputs and another of its states.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import LayerCall, RowWeights
-from irw_optim.gradients.layers._layout import FIRST, Layout
+from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
 from irw_optim.gradients.layers._linear import LinearCall
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction
@@ -27,32 +26,18 @@ RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class Gates(NamedTuple):
-    """An LSTM's inner values, time first.
+    """An LSTM's inner values, time first."""
 
-    Attributes:
-        of_states: (T, B, 3, H), what the gradient of a cell gives the gates i, f and g.
-        of_output: (T, B, H), what the gradient of a state gives the gate o.
-        to_cell: (T, B, H), what it gives the cell.
-        forget: (T, B, H), what the cell before gets.
-    """
-
-    of_states: Tensor
-    of_output: Tensor
-    to_cell: Tensor
-    forget: Tensor
+    of_states: Tensor  # (T, B, 3, H), what the gradient of a cell gives the gates i, f and g
+    of_output: Tensor  # (T, B, H), what the gradient of a state gives the gate o
+    to_cell: Tensor  # (T, B, H), what it gives the cell
+    forget: Tensor  # (T, B, H), what the cell before gets
 
 
 def gates_of(
     inputs: Tensor, before: Tensor, first_cell: Tensor, values: Mapping[str, Tensor]
 ) -> Gates:
-    """The inner values of an LSTM that has run.
-
-    Args:
-        inputs: (T, B, d).
-        before: (T, B, H), the state that each step found.
-        first_cell: (B, H).
-        values: of its weights.
-    """
+    """The inner values of an LSTM that has run, with the state ``before`` each step, (T, B, H)."""
     wide = {name: widened(value) for name, value in values.items()}
     total = inputs @ wide["weight_ih"].t() + before @ wide["weight_hh"].t()
     for name in ("bias_ih", "bias_hh"):
@@ -71,15 +56,9 @@ def gates_of(
 class LSTMCall(LayerCall):
     """One direction of one layer, over time.
 
-    Args:
-        input: (T, B, d).
-        states: (T, B, H), those that it computed.
-        first_state: (B, H), the state and the cell it began with.
-        first_cell: (B, H).
-        values: the four weights, of which biases may be missing.
-        output: 0 where the gradient is that of all states, 1 of the last state, 2 of the last cell.
-        reverse: whether it runs from the end of the sequence.
-        parameters: the trainable ones, under the names of `values`.
+    It read (T, B, d) and computed the states, (T, B, H). The output gradient is that of output 0,
+    all states, of 1, the last state, or 2, the last cell. Values and trainable parameters go by the
+    names in `RECURRENT`, of which biases may be missing.
     """
 
     def __init__(
@@ -98,10 +77,10 @@ class LSTMCall(LayerCall):
         self.states, self.first_state, self.first_cell = states, first_state, first_cell
         self.values = {name: value.detach() for name, value in values.items()}
         self.output, self.reverse = output, reverse
-        self.parts: list[LinearCall] = []
+        self.parts: list[LayerCall] = []
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
-        """Behind the time in what it computed for all steps, first in the last ones."""
+        """Behind the time in all states, first in the last ones."""
         if self.recorded.shape[1] != batch_size:
             return ()
         return (Layout(1),) if self.output == 0 else (FIRST,)
@@ -115,11 +94,13 @@ class LSTMCall(LayerCall):
         before = torch.cat([self.first_state.unsqueeze(0), states[:-1]]).to(inputs.dtype)
         gates = gates_of(inputs, before, self.first_cell, self.values)
         b = self._back_through_time(gates, self.b)
-        self.parts = [
-            _linear(read, b, *(self.parameters.get(f"{name}_{side}") for name in _NAMES))
-            for side, read in (("ih", inputs), ("hh", before))
-        ]
-        self.parts = [part for part in self.parts if part.parameters]
+        self.parts = []
+        for side, read in (("ih", inputs), ("hh", before)):
+            weight, bias = (self.parameters.get(f"{name}_{side}") for name in ("weight", "bias"))
+            part = LinearCall(read, weight, bias)
+            part.settle(Layout(1), read.shape[1])
+            part.set_output_gradient(b)
+            self.parts += [part] if part.parameters else []
 
     def _in_order(self, sequence: Tensor) -> Tensor:
         return sequence.flip(0) if self.reverse else sequence
@@ -157,9 +138,8 @@ class LSTMCall(LayerCall):
         return *super().arrangement(), self.output
 
     def without(self, dropped: Tensor) -> LayerCall:
-        part = self.copy()
-        assert isinstance(part, LSTMCall)
-        part.parts = [p.without(dropped) for p in self.parts]  # type: ignore[misc]
+        part = copy(self)
+        part.parts = [p.without(dropped) for p in self.parts]
         return part
 
     def dot(self, direction: Direction) -> Tensor:
@@ -172,7 +152,7 @@ class LSTMCall(LayerCall):
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         return {p: t for part in self._of_chosen() for p, t in part.rows(samples).items()}
 
-    def _of_chosen(self) -> list[LinearCall]:
+    def _of_chosen(self) -> list[LayerCall]:
         """The two maps with the parameters that this call still has."""
         mine = set(self.parameters.values())
         chosen = []
@@ -181,14 +161,4 @@ class LSTMCall(LayerCall):
             some.parameters = {r: p for r, p in part.parameters.items() if p in mine}
             if some.parameters:
                 chosen.append(some)
-        return chosen  # type: ignore[return-value]
-
-
-_NAMES = ("weight", "bias")
-
-
-def _linear(read: Tensor, b: Tensor, weight: Tensor | None, bias: Tensor | None) -> LinearCall:
-    call = LinearCall(read, weight, bias)  # type: ignore[arg-type]
-    call.settle(Layout(1), read.shape[1])
-    call.set_output_gradient(b)
-    return call
+        return chosen

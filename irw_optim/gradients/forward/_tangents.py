@@ -1,11 +1,11 @@
-"""J t of any operation, as the transpose of what its node does.
+"""What rules are given and what they give; and J t of any operation, where there is no rule.
 
-u -> J^T u is linear, so its derivative by u, along t, is J t, at any u.
+u -> J^T u is what a node does. It is linear, so its derivative by u, along t, is J t, at any u.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, TypeAlias
 
@@ -13,8 +13,31 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from irw_optim.gradients.forward._registry import Tangents
 from irw_optim.gradients.nodes import base_name, pull
+
+Tangents: TypeAlias = Sequence[Tensor | None]
+"""A change for each input of a node, in the order of ``node.next_functions``; None for none."""
+
+Changes: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
+"""The change of the first output, or of each; None for "not by this rule"."""
+
+ForwardRule: TypeAlias = Callable[[Any, Tangents], Changes]
+
+
+def of_one(rule: Callable[[Any, Tensor], Changes]) -> ForwardRule:
+    """A rule for operations that read one tensor, which is given its change."""
+
+    def of_node(node: Any, tangents: Tangents) -> Changes:
+        (change,) = (t for t in tangents if t is not None)
+        return rule(node, change)
+
+    return of_node
+
+
+def added(*terms: Tensor | None) -> Tensor | None:
+    """The sum of what there is."""
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], start=present[0]) if present else None
 
 
 def transposed(node: Any, tangents: Tangents) -> Tangents:

@@ -1,4 +1,4 @@
-"""IRWClassifier: labels, their weights and the threshold, on what both estimators share."""
+"""The two estimators: labels, their weights and the threshold, or one number a row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.base import ClassifierMixin
+from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
@@ -15,8 +15,8 @@ from torch import nn
 
 from irw_optim.arguments import as_real
 from irw_optim.gradients.selection import ScoreParameters
-from irw_optim.sklearn._estimator import Estimator, refuse, takes
-from irw_optim.sklearn._net import ReweightedClassifier
+from irw_optim.sklearn._net import ReweightedClassifier, ReweightedRegressor
+from irw_optim.sklearn._shared import Estimator, refuse, takes
 from irw_optim.weighting import ScoreRule
 from irw_optim.weighting.outliers import OutlierFilter
 
@@ -33,30 +33,25 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     Args:
         module: None for `mlp`, or a class, function or instance that makes (B, classes) logits out
             of float32 rows (B, features, ...). A class or function with arguments ``n_features``
-            and ``n_outputs`` is told both; an instance is copied, so that every fit begins with its
-            parameters.
+            and ``n_outputs`` is told both; an instance is copied for every fit.
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers, center, class_balance, mix, warmup_steps, score_parameters, weighting, engine:
             those of `irw_optim.IRWOptimizer`.
         class_weight: None, ``"balanced"``, or {label: factor}: factors on the losses, given to the
             criterion as ``weight=``. The worst-off are found among the losses times these.
         threshold: for two classes: `predict` says ``classes_[1]`` where its probability is at least
-            this. It counts at once, without another fit. None takes the likeliest class.
+            this, without another fit. None takes the likeliest class.
         criterion: None for `torch.nn.CrossEntropyLoss`, or the class of one that takes logits and
             class numbers.
         optimizer: the class of any torch optimizer.
-        lr: its learning rate.
-        max_epochs: passes over the data in `fit`.
+        lr, max_epochs, callbacks, device, verbose: those of skorch.
         batch_size: samples in a batch; the worst-off are alpha * batch_size of them.
-        callbacks: skorch's, for example for schedules and early stopping.
         train_split: None, or a split of skorch such as ``ValidSplit(5, stratified=True)``, whose
             second part is not trained on but scored after every epoch.
         predict_nonlinearity: from the module's output to probabilities; ``"auto"`` is softmax for
             `torch.nn.CrossEntropyLoss`, and nothing for others.
-        device: where to train and predict.
         random_state: of parameters, order and dropout: a seed, a `numpy.random.RandomState`, or
             None for NumPy's global one. torch's own random state is left as it was.
-        verbose: 1 prints a line for each epoch.
 
     Attributes:
         classes_: (C,) the labels, sorted.
@@ -107,30 +102,7 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         verbose: int = 0,
         **nested: Any,
     ) -> None:
-        self.module = module
-        self.alpha = alpha
-        self.outliers = outliers
-        self.center = center
-        self.class_balance = class_balance
-        self.mix = mix
-        self.warmup_steps = warmup_steps
-        self.score_parameters = score_parameters
-        self.weighting = weighting
-        self.engine = engine
-        self.class_weight = class_weight
-        self.threshold = threshold
-        self.criterion = criterion
-        self.optimizer = optimizer
-        self.lr = lr
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.callbacks = callbacks
-        self.train_split = train_split
-        self.predict_nonlinearity = predict_nonlinearity
-        self.device = device
-        self.random_state = random_state
-        self.verbose = verbose
-        self._take(nested)
+        self._keep(locals())
 
     def fit(self, X: Any, y: Any, **refused: Any) -> IRWClassifier:
         """Train a new net on (N, features) and N labels, which may be strings.
@@ -172,12 +144,11 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         self._check_threshold(len(classes))
         options = {}
         if self.class_weight is not None:
-            criterion = self._criterion_given()
-            if not takes(criterion, "weight"):
+            if not takes(self._criterion_given, "weight"):
                 raise TypeError(
                     f"class_weight={self.class_weight!r} goes to the criterion as weight=: "
                     "expected criterion=torch.nn.CrossEntropyLoss or another class that takes it, "
-                    f"not {criterion}"
+                    f"not {self._criterion_given}"
                 )
             factors = compute_class_weight(self.class_weight, classes=classes, y=y)
             options["criterion__weight"] = torch.as_tensor(factors, dtype=torch.float32)
@@ -230,3 +201,41 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
             return self.classes_[self._predicted(X).argmax(1)]  # type: ignore[no-any-return]
         second = self.predict_proba(X)[:, 1] >= self.threshold
         return self.classes_[second.astype(int)]  # type: ignore[no-any-return]
+
+
+class IRWRegressor(RegressorMixin, Estimator):  # type: ignore[misc]
+    """A neural network trained with intrinsic reweighting, as a regressor of scikit-learn.
+
+    Arguments and attributes are those of `IRWClassifier`, where they do not speak of classes. The
+    criterion is `torch.nn.MSELoss` where none is given, and gets outputs and targets of shape
+    (B, 1). Scale y, for example with `sklearn.compose.TransformedTargetRegressor`.
+
+    >>> from sklearn.datasets import make_regression
+    >>> from sklearn.preprocessing import scale
+    >>> X, y = make_regression(n_samples=100, n_features=3, random_state=0)
+    >>> IRWRegressor(alpha=0.3, random_state=0).fit(X, scale(y)).predict(X).shape
+    (100,)
+    """
+
+    _net = ReweightedRegressor
+    _criterion = nn.MSELoss
+    _meaning = "one number a row"
+
+    def fit(self, X: Any, y: Any, **refused: Any) -> IRWRegressor:
+        """Train a new net on (N, features) and targets (N,); errors as of `IRWClassifier.fit`."""
+        return self._fit(X, y, refused, self.max_epochs, begin=True)
+
+    def partial_fit(self, X: Any, y: Any, **refused: Any) -> IRWRegressor:
+        """Train on, one pass over these data; the first call begins."""
+        return self._fit(X, y, refused, epochs=1, begin=not hasattr(self, "net_"))
+
+    def _fit(self, X: Any, y: Any, refused: Any, epochs: int, begin: bool) -> IRWRegressor:
+        refuse(refused)
+        X, y = self._checked(X, y, reset=begin, y_numeric=True)
+        if begin:
+            self._begin(X, n_outputs=1)
+        return self._train(X, y.astype(np.float32)[:, None], epochs)  # type: ignore[no-any-return]
+
+    def predict(self, X: Any) -> npt.NDArray[Any]:
+        """The prediction for each row, (N,)."""
+        return self._predicted(X)[:, 0]  # type: ignore[no-any-return]

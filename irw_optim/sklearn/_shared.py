@@ -17,7 +17,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from irw_optim.arguments import whole_number
+from irw_optim.gradients.selection import ScoreParameters
 from irw_optim.sklearn._net import IN_BATCHES, mlp
+from irw_optim.weighting import ScoreRule
+from irw_optim.weighting.outliers import OutlierFilter
 
 try:
     from sklearn.utils.validation import validate_data
@@ -44,15 +47,42 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     _net: ClassVar[type[Any]]
     _criterion: ClassVar[type[nn.Module]]
     _meaning: ClassVar[str]
-    module: Any
-    criterion: Any
-    optimizer: Any
-    random_state: Any
-    max_epochs: int
-    device: Any
-    net_: Any
+
+    def __init__(
+        self,
+        module: Any = None,
+        *,
+        alpha: float = 0.3,
+        outliers: OutlierFilter | None = None,
+        center: float = 0.0,
+        mix: float = 0.0,
+        warmup_steps: int = 0,
+        score_parameters: ScoreParameters = None,
+        weighting: str | ScoreRule = "irw",
+        engine: str = "auto",
+        criterion: Any = None,
+        optimizer: Any = torch.optim.Adam,
+        lr: float = 0.001,
+        max_epochs: int = 50,
+        batch_size: int = 64,
+        callbacks: Any = None,
+        train_split: Any = None,
+        predict_nonlinearity: Any = "auto",
+        device: Any = "cpu",
+        random_state: Any = None,
+        verbose: int = 0,
+        **nested: Any,
+    ) -> None:
+        self._keep(locals())
 
     # Arguments of what is built, such as module__dropout -----------------------------------------
+
+    def _keep(self, given: dict[str, Any]) -> None:
+        """Keep what a constructor was given, which are its ``locals()``."""
+        del given["self"]
+        nested = given.pop("nested")
+        self.__dict__.update(given)
+        self._take(nested)
 
     def _take(self, nested: Mapping[str, Any]) -> None:
         """Keep arguments with a prefix, or name those that have none."""
@@ -122,7 +152,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         with self._seeded():
             net = self._net(
                 self._new("module", maker, told),
-                criterion=self._new("criterion", self._criterion_given(), options),
+                criterion=self._new("criterion", self._criterion_given, options),
                 irw={name: given[name] for name in FOR_THE_OPTIMIZER if name in given},
                 **{name: given[name] for name in FOR_THE_NET},
                 **{**IN_BATCHES, **told, **self._nested()},
@@ -138,6 +168,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             )
         self.net_ = net
 
+    @property
     def _criterion_given(self) -> Any:
         return self._criterion if self.criterion is None else self.criterion
 
@@ -195,11 +226,7 @@ def takes(maker: Any, argument: str) -> bool:
 
 
 def refuse(keywords: Mapping[str, Any]) -> None:
-    """Refuse what fit does not take.
-
-    Raises:
-        TypeError: naming it, and what to use in place of sample weights.
-    """
+    """Refuse what fit does not take, and say what to use in place of sample weights."""
     if "sample_weight" in keywords:
         raise TypeError(
             "sample_weight is not taken: IRW itself decides in every batch how much a sample "

@@ -1,0 +1,230 @@
+"""Changes through products, convolutions, normalisations, lookups, grids and distances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, added, of_one
+from irw_optim.gradients.layers import CONVOLUTION
+from irw_optim.gradients.nodes import saved, shape_of
+
+
+def _bilinear(multiply: Callable[[Tensor, Tensor], Tensor], left: str, right: str) -> ForwardRule:
+    """``beta * summand + alpha * multiply(left, right)``, or without a summand."""
+
+    def rule(node: Any, tangents: Tangents) -> Tensor | None:
+        *summands, d_left, d_right = tangents
+        product = added(
+            None if d_left is None else multiply(d_left, getattr(node, f"_saved_{right}")),
+            None if d_right is None else multiply(getattr(node, f"_saved_{left}"), d_right),
+        )
+        alpha, beta = getattr(node, "_saved_alpha", 1), getattr(node, "_saved_beta", 1)
+        if product is not None and alpha != 1:
+            product = product * alpha
+        summand = summands[0] if summands else None
+        if summand is not None and beta != 1:
+            summand = summand * beta
+        return added(product, summand)
+
+    return rule
+
+
+def _convolution(node: Any, tangents: Tangents) -> Tensor | None:
+    d_input, d_weight, d_bias = tangents
+    settings = [saved(node, name) for name in CONVOLUTION]
+    convolution: Any = torch.ops.aten.convolution.default
+    total = None
+    if d_weight is not None:
+        total = convolution(node._saved_input, d_weight, d_bias, *settings)
+    elif d_bias is not None:
+        total = d_bias.view(1, -1, *[1] * (len(shape_of(node)) - 2))
+    if d_input is None:
+        return total
+    return added(convolution(d_input, node._saved_weight, None, *settings), total)
+
+
+_ONLY_INPUT = [True, False, False]
+"""The derivative of a normalisation by its input is symmetric but for the gain behind it: the
+formula of the backward pass, without the gain, pushes forwards."""
+
+
+def _layer_norm(node: Any, tangents: Tangents) -> Tensor | None:
+    d_input, d_gain, d_bias = tangents
+    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
+    shape = saved(node, "normalized_shape")
+    change = None
+    if d_input is not None:
+        backward: Any = torch.ops.aten.native_layer_norm_backward.default
+        settings = (shape, mean, rstd, None, None, _ONLY_INPUT)
+        change = backward(d_input.contiguous(), x, *settings)[0]
+        weight = node._saved_weight
+        change = change if weight is None else change * weight
+    if d_gain is not None:
+        change = added(change, ((x - mean) * rstd).to(d_gain.dtype) * d_gain)
+    return added(change, d_bias)
+
+
+def _group_norm(node: Any, tangents: Tangents) -> Tensor | None:
+    d_input, d_gain, d_bias = tangents
+    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
+    count, groups = int(node._saved_N), int(node._saved_group)
+    settings = (count, int(node._saved_C), int(node._saved_HxW), groups, _ONLY_INPUT)
+    across = (1, -1, *[1] * (x.ndim - 2))
+    change = None
+    if d_input is not None:
+        backward: Any = torch.ops.aten.native_group_norm_backward.default
+        change = backward(d_input.contiguous(), x.contiguous(), mean, rstd, None, *settings)[0]
+        weight = node._saved_weight
+        change = change if weight is None else change * weight.view(across)
+    if d_gain is not None:
+        grouped = x.reshape(count, groups, -1)
+        normal = ((grouped - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).view(x.shape)
+        change = added(change, normal.to(d_gain.dtype) * d_gain.view(across))
+    return added(change, None if d_bias is None else d_bias.view(across))
+
+
+def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
+    d_input, d_gain, d_bias = tangents
+    training = node._saved_training
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+    running_mean, running_variance = node._saved_running_mean, node._saved_running_var
+    mean, rstd = node._saved_result1, node._saved_result2
+    x = node._saved_input
+    across = (1, -1, *[1] * (x.ndim - 2))
+    change = None
+    if d_input is not None:  # the gain is the same for all that a statistic is taken of
+        backward: Any = torch.ops.aten.native_batch_norm_backward.default
+        weight = node._saved_weight
+        settings = (running_mean, running_variance, mean, rstd, training, eps, _ONLY_INPUT)
+        change = backward(d_input, x, weight, *settings)[0]
+    if d_gain is None:
+        return added(change, None if d_bias is None else d_bias.view(across))
+    if not training:
+        mean, rstd = running_mean, (running_variance + eps).rsqrt()
+    scale = d_gain * rstd
+    shift = -mean * scale if d_bias is None else d_bias - mean * scale
+    moved = shift.view(across) if change is None else change.add_(shift.view(across))
+    return torch.addcmul(moved, x, scale.view(across))
+
+
+def _embedding(node: Any, table: Tensor) -> Tensor:
+    indices, padding = node._saved_indices, saved(node, "padding_idx")
+    if node._saved_scale_grad_by_freq:
+        table = _by_frequency(table, indices)
+    rows = F.embedding(indices, table)
+    return rows if padding < 0 else rows.masked_fill((indices == padding).unsqueeze(-1), 0.0)
+
+
+def _bags(node: Any, tangents: Tangents) -> Tensor | None:
+    d_table, d_weights = (*tangents, None)[:2]
+    mode = int(node._saved_mode)
+    if mode == 2:  # the largest
+        assert d_table is not None
+        where, sizes = node._saved_result3, node._saved_result2
+        found = d_table.gather(0, where.clamp(min=0))
+        return found.masked_fill((sizes == 0).unsqueeze(-1), 0.0)
+    indices, offsets = node._saved_indices, node._saved_offsets
+    padding, ends_with_length = saved(node, "padding_idx"), len(offsets) > shape_of(node)[0]
+    bag: Any = torch.ops.aten._embedding_bag.default
+
+    def bagged(table: Tensor, weights: Tensor | None) -> Tensor:
+        settings = (mode, False, weights, ends_with_length, padding)
+        found: Tensor = bag(table, indices, offsets, False, *settings)[0]
+        return found
+
+    total = None
+    if d_table is not None:
+        if node._saved_scale_grad_by_freq:
+            d_table = _by_frequency(d_table, indices)
+        total = bagged(d_table, node._saved_per_sample_weights)
+    return total if d_weights is None else added(total, bagged(node._saved_weight, d_weights))
+
+
+def _by_frequency(table: Tensor, indices: Tensor) -> Tensor:
+    """The rows, each divided by how often it is looked up."""
+    counts = torch.bincount(indices.flatten(), minlength=len(table)).clamp(min=1)
+    return table / counts.unsqueeze(-1)
+
+
+def _grid_sample(node: Any, tangents: Tangents) -> Tensor | None:
+    """Linear in the input; the position of a sample moves each channel by its own gradient."""
+    d_input, d_grid = tangents
+    name = "grid_sampler_2d" if node.name().startswith("GridSampler2D") else "grid_sampler_3d"
+    operation: Any = getattr(torch.ops.aten, name)
+    modes = [saved(node, n) for n in ("interpolation_mode", "padding_mode", "align_corners")]
+    grid = node._saved_grid
+    total = None if d_input is None else operation(d_input, grid, *modes)
+    if d_grid is None:
+        return total
+    operation = getattr(torch.ops.aten, f"{name}_backward")
+    values = node._saved_input
+    count, channels = values.shape[:2]
+    ones = values.new_ones(count * channels, 1, *grid.shape[1:-1])
+    values, grids = values.flatten(0, 1).unsqueeze(1), grid.repeat_interleave(channels, 0)
+    gradient = operation(ones, values, grids, *modes, [False, True])[1]
+    moved = (gradient.unflatten(0, (count, channels)) * d_grid.unsqueeze(1)).sum(-1)
+    return added(total, moved)
+
+
+def _distances(node: Any, tangents: Tangents) -> Tensor:
+    """Of all pairs (..., P, R), a block of rows at a time: each pair has as many differences."""
+    d_left, d_right = tangents
+    left, right, distances = node._saved_x1, node._saved_x2, node._saved_result
+    rows = max(1, _DIFFERENCES // max(1, distances[..., 0, :].numel() * left.shape[-1]))
+    change = torch.zeros_like(distances)
+    for start in range(0, distances.shape[-2], rows):
+        here = (..., slice(start, start + rows), slice(None))
+        moved = added(
+            None if d_left is None else d_left[here].unsqueeze(-2),
+            None if d_right is None else -d_right.unsqueeze(-3),
+        )
+        assert moved is not None
+        apart = left[here].unsqueeze(-2) - right.unsqueeze(-3)
+        change[here] = _lengthened(distances[here], apart, moved, node._saved_p)
+    return change
+
+
+def _distances_among(node: Any, change: Tensor) -> Tensor:
+    points = node._saved_self
+    first, second = torch.triu_indices(len(points), len(points), 1, device=points.device)
+    apart, moved = points[first] - points[second], change[first] - change[second]
+    return _lengthened(node._saved_result, apart, moved, node._saved_p)
+
+
+_DIFFERENCES = 2**24
+
+
+def _lengthened(distance: Tensor, apart: Tensor, moved: Tensor, p: float) -> Tensor:
+    """The change of ``norm(apart, p)`` over the last dimension; 0 where that is 0."""
+    distance = distance.unsqueeze(-1)
+    if p == torch.inf:
+        slope = apart.sign() * (apart.abs() == distance)
+    else:
+        slope = apart.sign() * (apart.abs() / distance) ** (p - 1)
+        slope = slope.masked_fill((distance == 0) | (apart == 0), 0.0)
+    return (slope * moved).sum(-1)
+
+
+RULES: dict[str, ForwardRule] = {
+    "Mm": _bilinear(torch.mm, "self", "mat2"),
+    "Bmm": _bilinear(torch.bmm, "self", "mat2"),
+    "Mv": _bilinear(torch.mv, "self", "vec"),
+    "Dot": _bilinear(torch.dot, "self", "tensor"),
+    "Addmm": _bilinear(torch.mm, "mat1", "mat2"),
+    "Baddbmm": _bilinear(torch.bmm, "batch1", "batch2"),
+    "Addmv": _bilinear(torch.mv, "mat", "vec"),
+    "Convolution ConvolutionOverrideable": _convolution,
+    "NativeLayerNorm": _layer_norm,
+    "NativeGroupNorm": _group_norm,
+    "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm": _batch_norm,
+    "Embedding": of_one(_embedding),
+    "EmbeddingBag": _bags,
+    "GridSampler2D GridSampler3D": _grid_sample,
+    "Cdist CdistForward": _distances,
+    "Pdist PdistForward": of_one(_distances_among),
+}

@@ -1,0 +1,201 @@
+"""Changes through what moves, picks, joins or adds up numbers, and through functions of numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents, of_one
+from irw_optim.gradients.nodes import pull, read_by, saved, shape_of
+
+
+def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
+    """Every number of the output depends on one of each input: the node's pull is its push."""
+    changing = [(number, t) for number, t in enumerate(tangents) if t is not None]
+    ((number, tangent), *more), (output, *others) = changing, node._input_metadata
+    if more or read_by(node, number).shape != output.shape:
+        return None  # it would take a pull each; a broadcast input may get a sum
+    if tangent.dtype != output.dtype:
+        tangent = tangent.to(output.dtype)
+    return pull(node, [tangent, *[None] * len(others)])[number]
+
+
+def of_single_losses(node: Any, tangents: Tangents) -> Tensor | None:
+    """Elementwise, unless the losses are averaged."""
+    return None if node._saved_reduction else diagonal(node, tangents)
+
+
+def _again(method: str, *settings: str) -> ForwardRule:
+    """What was done to the input is done to the change."""
+    return of_one(lambda node, t: getattr(t, method)(*(saved(node, name) for name in settings)))
+
+
+def _reduced(method: str) -> ForwardRule:
+    """Over remembered dimensions; over all where there are none."""
+
+    def rule(node: Any, change: Tensor) -> Changes:
+        dims = saved(node, "dim") if hasattr(node, "_saved_dim") else None
+        kept = getattr(node, "_saved_keepdim", False)
+        found: Tensor = getattr(change, method)(dims or None, keepdim=kept)
+        return found
+
+    return of_one(rule)
+
+
+def _sliced(node: Any, change: Tensor) -> Changes:
+    slice_: Any = torch.ops.aten.slice.Tensor
+    names = ("dim", "start", "end", "step")
+    found: Tensor = slice_(change, *(saved(node, name) for name in names))
+    return found
+
+
+def _indexed(node: Any, change: Tensor) -> Changes:
+    index: Any = torch.ops.aten.index.Tensor
+    found: Tensor = index(change, list(node._saved_indices))
+    return found
+
+
+def _joined(node: Any, tangents: Tangents) -> Tensor | None:
+    present = next(t for t in tangents if t is not None)
+    parts = []
+    for number, tangent in enumerate(tangents):
+        if tangent is None:
+            metadata = read_by(node, number)
+            if metadata is None:
+                return None  # of a shape that nothing tells
+            tangent = present.new_zeros(tuple(metadata.shape))
+        parts.append(tangent)
+    return torch.cat(parts, saved(node, "dim"))
+
+
+def _stacked(node: Any, tangents: Tangents) -> Tensor:
+    zero = torch.zeros_like(next(t for t in tangents if t is not None))
+    return torch.stack([zero if t is None else t for t in tangents], saved(node, "dim"))
+
+
+def _largest_in_windows(node: Any, change: Tensor) -> Tensor:
+    where = node._saved_result1
+    return change.flatten(-2).gather(-1, where.flatten(-2)).view(where.shape)
+
+
+def _softmax(node: Any, tangents: Tangents) -> Tensor | None:
+    """J is symmetric, if it does not widen: the node's pull is its push."""
+    widens = read_by(node, 0).dtype != node._input_metadata[0].dtype
+    return None if widens else diagonal(node, tangents)
+
+
+def _log_softmax(node: Any, change: Tensor) -> Tensor:
+    result: Tensor = node._saved_result
+    change = change.to(result.dtype)
+    return change - (result.exp() * change).sum(saved(node, "dim"), keepdim=True)
+
+
+def _two(tangents: Tangents) -> Tangents:
+    """Left and right; a number on the right has no change."""
+    return (*tangents, None)[:2]
+
+
+def _sum(node: Any, tangents: Tangents) -> Tensor | None:
+    left, right = _two(tangents)
+    alpha: float = getattr(node, "_saved_alpha", 1) * (-1 if node.name().startswith("Sub") else 1)
+    if left is not None and right is not None:
+        return torch.add(left, right, alpha=alpha)
+    return left if right is None or alpha == 1 else right * alpha
+
+
+def _product(node: Any, tangents: Tangents) -> Tensor | None:
+    left, right = _two(tangents)
+    total: Tensor | None = None if left is None else left * node._saved_other
+    if right is None:
+        return total
+    values: Tensor = node._saved_self
+    return right * values if total is None else torch.addcmul(total, right, values)
+
+
+def _quotient(node: Any, tangents: Tangents) -> Tensor | None:
+    if getattr(node, "_saved_rounding_mode", None) is not None:
+        return None
+    left, right = _two(tangents)
+    bottom: Tensor = node._saved_other
+    if left is not None and right is None:
+        return left / bottom
+    assert right is not None
+    quotient: Tensor = node._saved_self / bottom
+    return (-right * quotient if left is None else left - right * quotient) / bottom
+
+
+def _where(node: Any, tangents: Tangents) -> Tensor:
+    left, right = (0.0 if t is None else t for t in tangents)
+    return torch.where(node._saved_condition, left, right)
+
+
+def _masked(node: Any, tangents: Tangents) -> Tensor:
+    elsewhere, value = (0.0 if t is None else t for t in _two(tangents))
+    return torch.where(node._saved_mask, value, elsewhere)
+
+
+def _filled(node: Any, tangents: Tangents) -> Tensor:
+    _, value = _two(tangents)
+    output = node._input_metadata[0]
+    return torch.zeros((), dtype=output.dtype, device=output.device) if value is None else value
+
+
+def _negative_likelihood(node: Any, change: Tensor) -> Tensor | None:
+    if node._saved_reduction or change.ndim < 2:
+        return None
+    target, weight = node._saved_target, node._saved_weight
+    ignored = target == saved(node, "ignore_index")
+    labels = target.masked_fill(ignored, 0)
+    picked = change.gather(1, labels.unsqueeze(1)).squeeze(1)
+    picked = -picked if weight is None else picked * -weight[labels]
+    return picked.masked_fill(ignored, 0.0)
+
+
+def _of_separate_samples(node: Any, change: Tensor) -> Tensor:
+    """Each loss depends on its own sample alone: one pull has the gradients of all."""
+    output, *others = node._input_metadata
+    ones = torch.ones(output.shape, dtype=output.dtype, device=output.device)
+    (gradient, *_) = pull(node, [ones, *[None] * len(others)])
+    assert gradient is not None
+    batch_dim = 1 if node.name().startswith("Ctc") else 0
+    return (gradient * change).movedim(batch_dim, 0).reshape(*output.shape, -1).sum(-1)
+
+
+_RESHAPED = "Alias Clone Detach ReshapeAlias Squeeze UnsafeView Unsqueeze View"
+
+RULES: dict[str, ForwardRule] = {
+    _RESHAPED: of_one(lambda node, t: t.reshape(shape_of(node))),
+    "Expand LiftFresh ToCopy": of_one(lambda node, t: t.to(node._input_metadata[0].device)),
+    "T": of_one(lambda node, t: t.t()),
+    "Transpose": _again("transpose", "dim0", "dim1"),
+    "Permute": _again("permute", "dims"),
+    "Select": _again("select", "dim", "index"),
+    "Slice": of_one(_sliced),
+    "Split UnsafeSplit": _again("split", "split_size", "dim"),
+    "SplitWithSizes UnsafeSplitWithSizes": _again("split", "split_sizes", "dim"),
+    "Unbind": _again("unbind", "dim"),
+    "Cat": _joined,
+    "Stack": _stacked,
+    "Index": of_one(_indexed),
+    "IndexSelect": _again("index_select", "dim", "index"),
+    "Gather": _again("gather", "dim", "index"),
+    "ConstantPadNd": of_one(lambda node, t: F.pad(t, saved(node, "pad"))),
+    "Tril": _again("tril", "diagonal"),
+    "Triu": _again("triu", "diagonal"),
+    "Sum": _reduced("sum"),
+    "Mean": _reduced("mean"),
+    "MaxPool2DWithIndices": of_one(_largest_in_windows),
+    "Softmax SafeSoftmax": _softmax,
+    "LogSoftmax": of_one(_log_softmax),
+    "Add Sub": _sum,
+    "Mul": _product,
+    "Div": _quotient,
+    "Where": _where,
+    "MaskedFill": _masked,
+    "Fill": _filled,
+    "NllLoss NllLoss2D": of_one(_negative_likelihood),
+    "CtcLoss MultiMarginLoss MultilabelMarginLoss": of_one(_of_separate_samples),
+}

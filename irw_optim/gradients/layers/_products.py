@@ -1,0 +1,104 @@
+"""Products of numbers in any precision, and Gram matrices that need no row of G per sample.
+
+Autocast hands the layers bfloat16. The product of two such numbers is exact in float32: a device
+that has cores for it multiplies them as they are and adds in float32. What has to become an operand
+first, w_i b_i and the direction g_S, is rounded to the 8 bits that autocast gives every activation.
+Scores, weights and sums over positions are float32. The CPU widens, since its products of bfloat16
+are slower; so does everybody for float16, which does not reach to the sizes of w_i b_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, as_matrix, blocked_gram, widened
+from irw_optim.torch_internals import sums_wide
+
+if TYPE_CHECKING:
+    from irw_optim.gradients.layers._call import LayerCall
+
+
+def operand(tensor: Tensor) -> Tensor:
+    """The tensor as a product takes it: bfloat16 as it is on a device, else float32 or better."""
+    return tensor if stays(tensor) else widened(tensor)
+
+
+def operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, in one dtype."""
+    if a.dtype not in WIDER and b.dtype not in WIDER:
+        return a, b
+    if a.dtype == b.dtype:
+        return operand(a), operand(b)
+    return widened(a), widened(b)
+
+
+def stays(tensor: Tensor) -> bool:
+    """Whether products take the tensor as it is, although it is in half precision."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type != "cpu"
+
+
+def product(left: Tensor, right: Tensor, *, narrow: bool = False) -> Tensor:
+    """``left @ right`` of two matrices, or stacks of them, of one dtype: in float32 or better.
+
+    A ``narrow`` result is an operand next, and may be rounded to one.
+    """
+    multiply = torch.mm if left.ndim == 2 else torch.bmm
+    if narrow or left.dtype not in WIDER:
+        return multiply(left, right)
+    if sums_wide(left.device.type):
+        return multiply(left, right, out_dtype=torch.float32)
+    return multiply(left, right).float()
+
+
+def scaled(rows: Tensor, weights: Tensor, in_place: bool = False) -> Tensor:
+    """Row i times w_i, in the dtype of the rows."""
+    column = weights.view(-1, *[1] * (rows.ndim - 1))
+    if weights.dtype == rows.dtype:
+        return rows.mul_(column) if in_place else rows * column
+    if rows.dtype in WIDER:  # rounded once, after the product
+        return torch.mul(rows, column, out=rows if in_place else torch.empty_like(rows))
+    return scaled(rows, weights.to(rows.dtype), in_place)
+
+
+def inner(left: Tensor, right: Tensor, in_place: bool = False) -> Tensor:
+    """Row-wise inner products, (B,), summed in float32 or better; ``in_place`` of the right."""
+    terms = right.mul_(left) if in_place else right * left
+    return terms.sum(tuple(range(1, terms.ndim)), dtype=WIDER.get(terms.dtype))
+
+
+def gram_of(rows: Tensor) -> Tensor:
+    """R R^T of per-sample rows (B, ...)."""
+    matrix = as_matrix(rows)
+    return matrix @ matrix.T
+
+
+def gram_of_positions(a: Tensor, b: Tensor, alike: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Sum over t, t' of alike(a_it, a_jt') <b_it, b_jt'>, a block of samples i at a time."""
+    batch, length = a.shape[:2]
+    step = max(1, MEMORY_BOUND // max(1, 2 * batch * length * length))
+    flat_a, flat_b = a.flatten(0, 1), b.flatten(0, 1)
+    blocks = []
+    for some_a, some_b in zip(a.split(step), b.split(step), strict=True):
+        products = alike(some_a.flatten(0, 1), flat_a) * product(some_b.flatten(0, 1), flat_b.T)
+        blocks.append(products.view(len(some_a), length, batch, length).sum((1, 3)))
+    return torch.cat(blocks)
+
+
+def gram_of_rows(calls: Sequence[LayerCall]) -> Tensor:
+    """G G^T where several calls meet in a parameter: g_i is then a sum over calls."""
+    parameters = {p for call in calls for p in call.parameters.values()}
+    numbers = sum(p.numel() for p in parameters)
+    return blocked_gram(len(calls[0].b), numbers, lambda samples: summed_rows(calls, samples))
+
+
+def summed_rows(calls: Sequence[LayerCall], samples: slice) -> dict[Tensor, Tensor]:
+    """Of some samples, over the calls that share a parameter."""
+    total: dict[Tensor, Tensor] = {}
+    for call in calls:
+        for p, block in call.rows(samples).items():
+            total[p] = total[p] + block if p in total else block
+    return total

@@ -1,0 +1,34 @@
+"""The small models that tests train; one that nobody else has is made where it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+Layer = Callable[[], nn.Module]
+
+
+def mlp(
+    *widths: int, act: Layer | None = nn.Tanh, norm: Callable[[int], nn.Module] | None = None
+) -> nn.Sequential:
+    """Linear layers from width to width, and between them a norm, if there is one, and ``act``."""
+    *hidden, last = [nn.Linear(*pair) for pair in pairwise(widths)]
+    layers: list[nn.Module] = []
+    for layer in hidden:
+        layers.append(layer)
+        layers += [] if norm is None else [norm(layer.out_features)]
+        layers += [] if act is None else [act()]
+    return nn.Sequential(*layers, last)
+
+
+class Recurrent(nn.Module):
+    """A class for every sequence (B, T, d), from the last output of a layer."""
+
+    def __init__(self, layer: nn.RNNBase, classes: int) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(layer.hidden_size, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
