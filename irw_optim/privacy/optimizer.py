@@ -62,7 +62,9 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         noise_multiplier: sigma of the whole step; noise schedulers may move it.
         max_grad_norm: C, the norm to which each sample's gradient is clipped.
         expected_batch_size: B = sampling rate times N.
-        loss_reduction: as of DPOptimizer; ``generator`` and ``secure_mode`` as well.
+        loss_reduction: "mean" divides the noisy gradient by B, "sum" does not.
+        generator: source of all noise; None is torch's default one.
+        secure_mode: use Opacus' noise that resists floating-point attacks.
 
     Raises:
         DPGuaranteeError: an optimizer that would see gradients without noise, or an option that
@@ -147,12 +149,13 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """Clip, weigh, sum, and at the end of a logical batch add noise, account and step.
 
         Args:
-            closure: not supported, a NotImplementedError.
+            closure: not supported.
             losses: per-sample losses (B,) of the physical batch just gone backward; not needed
                 where a criterion was given to `make_private`. A batch of no samples needs no
                 backward pass: ``step(losses=torch.zeros(0))``.
 
         Raises:
+            NotImplementedError: a closure is given.
             DPGuaranteeError: losses missing or not one per sample; gradients accumulated, or
                 stepped on twice. Nothing has changed then.
         """

@@ -184,8 +184,8 @@ class LossConsistency:
 
     def _most_different(self) -> tuple[Tensor, Tensor, Tensor]:
         """The largest difference, whose it is, and the mean loss, all 0-dim."""
-        losses = torch.cat([losses for _, losses in self._batches])
-        samples = torch.cat([samples for samples, _ in self._batches]).to(losses.device)
+        losses = torch.cat([losses for _, losses in self._batches]).cpu()
+        samples = torch.cat([samples for samples, _ in self._batches])
         nothing = losses.new_full((self._size,), -torch.inf)
         most = nothing.scatter_reduce(0, samples, losses, "amax")
         least = nothing.neg().scatter_reduce(0, samples, losses, "amin")

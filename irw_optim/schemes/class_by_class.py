@@ -134,8 +134,11 @@ class ClassByClassSampler(ResamplingSampler):
         alpha: share of each class that makes S, in (0, 1]; not used by ``"losses"``.
         mix: in [0, 1].
         labels: (N,) classes in any form; None takes them out of the criterion's target.
-        num_samples: as of `ResamplingSampler`; ``generator`` as well.
-        batch_size: as of `global_weights`; ``forward`` and ``progress`` as well.
+        num_samples: draws an epoch; None takes N.
+        generator: gives the seed of the draws.
+        batch_size: samples read at once; None takes the loader's.
+        forward: as of `global_weights`, for batches that are no pairs.
+        progress: show a bar.
 
     Attributes:
         classes: a `ClassShare` for each class.

@@ -43,7 +43,10 @@ class GlobalScheme:
             weight, renormalised in the batch. ``"resampling"``: batches drawn with replacement in
             proportion to the weights, without the loader's sampler, and plain steps.
         criterion: None takes the optimizer's.
-        forward: as of `global_weights`; ``batch_size``, ``outlier_block``, ``progress`` as well.
+        forward: as of `irw_optim.schemes.global_weights`, for batches that are no pairs.
+        batch_size: as there, for the renewals.
+        outlier_block: as there.
+        progress: as there.
         seed: of the draws, with ``use="resampling"``; the same in all processes.
 
     Raises:

@@ -266,10 +266,7 @@ class DatasetReader:
     def rearranged(
         self, samples: Tensor, arrangements: Sequence[Arrangement]
     ) -> Iterator[tuple[Tensor, Any]]:
-        """Yield batches as `batches` does, of the same samples, read once, for each arrangement.
-
-        A RefusedError is raised in place of a batch that ``collate_fn`` would not make.
-        """
+        """Yield batches as `batches` does, of the same samples, read once, for each arrangement."""
         collate = partial(rearranged, self.loader.collate_fn, arrangements)
         (batches,) = self._loader([samples.tolist()], collate)
         for (order, _), batch in zip(arrangements, batches, strict=True):

@@ -37,7 +37,7 @@ class ResamplingSampler(Sampler[int]):
     Raises:
         TypeError: weights that are no floating-point tensor.
         ValueError: weights of another shape, NaN, negative or all 0; more draws without
-            replacement than positive weights; a rank outside the world.
+            replacement than positive weights; a rank outside the world, or one without the other.
 
     >>> sampler = ResamplingSampler(torch.tensor([0.0, 3.0, 1.0]), num_samples=8)
     >>> first, second = list(sampler), list(sampler)
