@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,11 +63,11 @@ def plain() -> ByObjective:
     return ByObjective(lambda data, recipe: mean)
 
 
-def class_balanced(strength: float = 1.0) -> ByObjective:
-    """Each class has the same total weight at ``strength`` 1, its share of the samples at 0."""
+def class_balanced() -> ByObjective:
+    """Each class has the same total weight."""
 
     def make(data: Samples, recipe: Recipe) -> Objective:
-        weight = data.y.bincount().float().pow(-strength)
+        weight = data.y.bincount().float().reciprocal()
         weight = weight / weight[data.y].mean()
         return lambda losses, index: (weight[data.y[index]] * losses).mean()
 
@@ -86,7 +87,7 @@ def chi_square_risk(losses: Tensor, alpha: float) -> Tensor:
     """max_q sum_i q_i l_i over distributions with mean_i (B q_i - 1)^2 / 2 <= (1/alpha - 1)^2.
 
     By its dual, min_eta c sqrt(mean_i max(0, l_i - eta)^2) + eta with c^2 = 1 + 2 (1/alpha - 1)^2,
-    which is convex in eta: bisection on its derivative, and the gradient at the minimum.
+    which is convex in eta: the root of its derivative, and the gradient at the minimum.
     """
     if alpha == 1:
         return losses.mean()
@@ -104,11 +105,9 @@ def chi_square_risk(losses: Tensor, alpha: float) -> Tensor:
     high = top - 1e-9 * max(1.0, abs(top))
     if slope(high) < 0:  # the ball holds every distribution
         return losses.max()
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
-    excess = (losses - low).clamp(min=0)
-    return c * excess.square().mean().sqrt() + low
+    eta = brentq(slope, low, high, xtol=1e-14)
+    excess = (losses - eta).clamp(min=0)
+    return c * excess.square().mean().sqrt() + eta
 
 
 def arl(lr: float = 1e-2) -> ByObjective:
