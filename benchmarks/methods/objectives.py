@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from scipy.optimize import brentq
@@ -78,7 +79,12 @@ def chi_square(alpha: float, warm_up: float = 0.0) -> ByObjective:
     """Distributionally robust optimisation over a chi-square ball (Hashimoto et al. 2018)."""
 
     def make(data: Samples, recipe: Recipe) -> Objective:
-        return after_warm_up(lambda losses, index: chi_square_risk(losses, alpha), warm_up, recipe)
+        steps, plainly = count(), round(warm_up * recipe.steps)
+
+        def objective(losses: Tensor, index: Tensor) -> Tensor:
+            return losses.mean() if next(steps) < plainly else chi_square_risk(losses, alpha)
+
+        return objective
 
     return ByObjective(make)
 
@@ -176,15 +182,3 @@ def group_means(losses: Tensor, member: Tensor, groups: int) -> Tensor:
     zeros = losses.new_zeros(groups)
     sizes = zeros.index_add(0, member, torch.ones_like(losses))
     return zeros.index_add(0, member, losses) / sizes.clamp(min=1)
-
-
-def after_warm_up(objective: Objective, share: float, recipe: Recipe) -> Objective:
-    """Plain training for a share of the steps, then the objective."""
-    left = round(share * recipe.steps)
-
-    def warming(losses: Tensor, index: Tensor) -> Tensor:
-        nonlocal left
-        left -= 1
-        return losses.mean() if left >= 0 else objective(losses, index)
-
-    return warming
