@@ -203,9 +203,9 @@ def spread(measured: Iterable[float | None], digits: int = 2, scale: float = 1) 
     return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
-def cells(frame: pd.DataFrame, formats: dict[str, tuple[int, float]]) -> list[str]:
-    """`spread` of some columns, each with its digits and scale."""
-    return [spread(frame[column], *how) for column, how in formats.items()]
+def cells(frame: pd.DataFrame, columns: dict[str, tuple[str, int, float]]) -> list[str]:
+    """`spread` of the column under each title, with its digits and scale."""
+    return [spread(frame[name], *how) for name, *how in columns.values()]
 
 
 def summarised(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:

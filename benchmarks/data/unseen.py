@@ -25,14 +25,16 @@ def _source(
     label: pd.Series,
     people: dict[str, pd.Series],
     without: str,
-    sizes: Sizes | None = None,
+    train: float = 0.5,
+    validation: float = 0.2,
 ) -> Source:
     """Features are the columns that do not match ``without``; groups are label x each of people."""
     features = table.loc[:, ~table.columns.str.contains(f"^(?:{without})")].astype(float)
     groupings = {f"label x {name}": ["label", name] for name in people}
     groupings |= {" x ".join(people): list(people)}
-    sensitive, sizes = pd.DataFrame(people), sizes or Sizes(stratified=True)
-    return Source(features, list(features), label.astype(int), sensitive, groupings, sizes)
+    sizes = Sizes(train_share=train, validation_share=validation, stratified=True)
+    numbers, sensitive = list(features), pd.DataFrame(people)
+    return Source(features, numbers, label.astype(int), sensitive, groupings, sizes)
 
 
 def credit() -> Source:
@@ -45,18 +47,16 @@ def credit() -> Source:
 def german() -> Source:
     """UCI, Statlog: a bad risk."""
     table = read("german")
-    sizes = Sizes(train_share=0.4, validation_share=0.1, stratified=True)
     people = {"sex": table["sex"], "age": table["age"]}
-    return _source(table, table["credit-label"], people, "sex|age|credit-label", sizes)
+    return _source(table, table["credit-label"], people, "sex|age|credit-label", 0.4, 0.1)
 
 
 def crime() -> Source:
     """UCI, Communities and Crime (Redmond 2009): a community with much of it."""
     table = read("crime")
     left_out = r"communityname|fold|race|\w+PerCap$|Violent|>0.06black|high_crime"
-    sizes = Sizes(train_share=0.45, validation_share=0.2, stratified=True)
     people = {"black": table[">0.06black"]}
-    return _source(table, table["high_crime"], people, left_out, sizes)
+    return _source(table, table["high_crime"], people, left_out, train=0.45)
 
 
 def health() -> Source:
@@ -81,8 +81,7 @@ def nursery() -> Source:
     label = pd.Series(table[ranks].to_numpy().argmax(1))
     parents = table.filter(regex="^parents_")
     people = {"finance": table["finance_convenient"], "parents": parents.idxmax(axis=1)}
-    sizes = Sizes(train_share=0.4, validation_share=0.2, stratified=True)
-    return _source(table, label, people, "class|finance|parents", sizes)
+    return _source(table, label, people, "class|finance|parents", train=0.4)
 
 
 def admissions() -> Source:
@@ -121,7 +120,7 @@ def _coloured(source: Source) -> Source:
     agrees = np.random.default_rng(0).random(len(source.label)) < AGREEING
     colour = source.label.where(agrees, 1 - source.label).rename("colour")
     shown, people = pd.concat([source.features, colour], axis=1), {"colour": colour}
-    return _source(shown, source.label, people, "$", source.sizes)
+    return replace(_source(shown, source.label, people, "$"), sizes=source.sizes)
 
 
 _ALL = (credit, german, crime, health, sqf, nursery, admissions, blond, joy)

@@ -104,27 +104,25 @@ def run(fast: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 CORRELATIONS = ["weight and cosine", "weight and |g|", "weight and loss"]
 INSIDE = [*(f"{name}, one class" for name in CORRELATIONS), "|g| and loss"]
-TAIL = {"weight of S": (0, 100), "no weight in S": (0, 100), **dict.fromkeys(THIRDS, (2, 1))}
-TAIL |= {"heavier class": (0, 100)}
-TAIL_HEAD = ["weight on S, %", "of S without weight, %"]
-TAIL_HEAD += [f"B × weight, {name.removesuffix(' of S')}" for name in THIRDS]
-TAIL_HEAD += ["weight on one class, %"]
+TABLES = {
+    "correlations": {name: (name, 2, 1) for name in CORRELATIONS},
+    "one_class": {name: (name, 2, 1) for name in INSIDE},
+    "tail": {
+        "weight on S, %": ("weight of S", 0, 100),
+        "of S without weight, %": ("no weight in S", 0, 100),
+        **{f"B × weight, {name.removesuffix(' of S')}": (name, 2, 1) for name in THIRDS},
+        "weight on one class, %": ("heavier class", 0, 100),
+    },
+}
 
 
 def texts(frame: pd.DataFrame) -> dict[str, str]:
     cases = frame.groupby(["data", "loss", "state"], sort=False)
-    shown = {
-        "correlations": (CORRELATIONS, dict.fromkeys(CORRELATIONS, (2, 1))),
-        "one_class": (INSIDE, dict.fromkeys(INSIDE, (2, 1))),
-        "tail": (TAIL_HEAD, TAIL),
-    }
-    found = {
-        f"alignment_{name}": report.table(
-            ["", *head], [[", ".join(case), *report.cells(own, how)] for case, own in cases]
-        )
-        for name, (head, how) in shown.items()
-    }
-    return {**found, "alignment_findings": findings(frame)}
+    found = {"alignment_findings": findings(frame)}
+    for name, columns in TABLES.items():
+        lines = [[", ".join(case), *report.cells(own, columns)] for case, own in cases]
+        found[f"alignment_{name}"] = report.table(["", *columns], lines)
+    return found
 
 
 def findings(frame: pd.DataFrame) -> str:

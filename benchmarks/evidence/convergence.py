@@ -144,11 +144,13 @@ def run(fast: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, {"size": size, "steps": steps, "ridge": RIDGE, "rates": RATES}
 
 
-LEFT = {"gap": (3, 1), "least gap": (3, 1), "mean loss": (3, 1)}
-LEFT |= {"accuracy": (1, 100), "worst class": (1, 100)}
-RIGHT = {"steps that raise F": (0, 100), "regret": (3, 1), "bound of the regret": (3, 1)}
-RIGHT |= {"blind": (3, 1)}
-PROBLEM = {"length of the optimum": (2, 1), "silent share": (2, 1), "smaller class": (2, 1)}
+LEFT = {"F − F*": ("gap", 3, 1), "least F − F*": ("least gap", 3, 1)}
+LEFT |= {"mean loss": ("mean loss", 3, 1)}
+LEFT |= {name: (name, 1, 100) for name in ("accuracy", "worst class")}
+RIGHT = {"steps up, %": ("steps that raise F", 0, 100), "regret": ("regret", 3, 1)}
+RIGHT |= {"its bound": ("bound of the regret", 3, 1), "blind": ("blind", 3, 1)}
+PROBLEM = {"‖θ*‖": ("length of the optimum", 2, 1), "silent up to α": ("silent share", 2, 1)}
+PROBLEM |= {"smaller class": ("smaller class", 2, 1)}
 
 
 def texts(frame: pd.DataFrame) -> dict[str, str]:
@@ -163,13 +165,10 @@ def texts(frame: pd.DataFrame) -> dict[str, str]:
             least = f"{own['least ratio'].min():.2f}"
             terms.append([title, least, *report.cells(own, RIGHT)])
         lines.append(finding(name, case, frame.attrs.get("steps", 0)))
-    problem = ["", "F*", "uncertainty", "‖θ*‖", "silent up to α", "smaller class"]
-    left = ["", "rate", "F − F*", "least F − F*", "mean loss", "accuracy", "worst class"]
-    right = ["", "least ratio", "steps up, %", "regret", "its bound", "blind"]
     return {
-        "convergence_problems": report.table(problem, problems),
-        "convergence_methods": report.table(left, methods),
-        "convergence_terms": report.table(right, terms),
+        "convergence_problems": report.table(["", "F*", "uncertainty", *PROBLEM], problems),
+        "convergence_methods": report.table(["", "rate", *LEFT], methods),
+        "convergence_terms": report.table(["", "least ratio", *RIGHT], terms),
         "convergence_findings": "".join(lines) + in_all(frame),
     }
 

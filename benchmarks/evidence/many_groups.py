@@ -124,7 +124,8 @@ def texts(frame: pd.DataFrame) -> dict[str, str]:
     number = {name: int(frame[f"{name}: groups"].max()) for name in GROUPINGS}
     titles = [f"{name} ({number[name]})" for name in GROUPINGS]
     worst = ["accuracy", *(f"{name}: worst" for name in GROUPINGS)]
-    lost = ["loss", *(f"{name}: worst loss" for name in GROUPINGS)]
+    percent = {name: (name, 1, 100) for name in worst}
+    lost = {n: (n, 2, 1) for n in ("loss", *(f"{name}: worst loss" for name in GROUPINGS))}
 
     def change(method: str, column: str) -> str:
         return report.paired_text(runs[method][column], runs["plain"][column])
@@ -132,10 +133,9 @@ def texts(frame: pd.DataFrame) -> dict[str, str]:
     def table(head: str, lines: list[list[str]]) -> str:
         return report.table(["", head, *titles], lines)
 
-    percent, digits = dict.fromkeys(worst, (1, 100)), dict.fromkeys(lost, (2, 1))
     shown = [[m, *report.cells(own, percent)] for m, own in runs.items()]
     changes = [[m, *(change(m, c) for c in worst)] for m in runs if m != "plain"]
-    losses = [[m, *report.cells(own, digits)] for m, own in runs.items()]
+    losses = [[m, *report.cells(own, lost)] for m, own in runs.items()]
     lines = []
     for grouping, oracle in ORACLES.items():
         column, plain_runs = f"{grouping}: worst", runs["plain"]

@@ -44,11 +44,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 FILTERED = [name for name, options in METHODS.items() if options.get("outliers")]
 GROUPINGS = ("label x sex", "label x race")
-EFFECTS = {"accuracy": (1, 100), "worst label x sex": (1, 100), "worst race x sex": (1, 100)}
-EFFECTS |= {"tail loss": (2, 1)}
-FILTER = {"removed": (1, 100), "of clean samples": (1, 100), "precision": (2, 1), "recall": (2, 1)}
+EFFECTS = {n: (n, 1, 100) for n in ("accuracy", "worst label x sex", "worst race x sex")}
+EFFECTS |= {"tail loss": ("tail loss", 2, 1)}
+FILTER = {"removed, %": ("removed", 1, 100), "of clean, %": ("of clean samples", 1, 100)}
+FILTER |= {name: (name, 2, 1) for name in ("precision", "recall")}
 NOISE, OWN = "noise, step {}", "own clusters, step {}"
-CLUSTERS = {name.format(step): (0, 100) for step in (EARLY, STEPS) for name in (NOISE, OWN)}
+_STAGES = [name.format(step) for step in (EARLY, STEPS) for name in (NOISE, OWN)]
+CLUSTERS = {name: (name, 0, 100) for name in _STAGES}
 
 
 def corrupted(data: Samples, how: str, seed: int) -> tuple[Samples, Tensor]:
@@ -162,9 +164,7 @@ def texts(frame: pd.DataFrame) -> dict[str, str]:
     stages = [text for step in (EARLY, STEPS) for text in (NOISE.format(step), "own clusters")]
     return {
         "outliers_effects": report.table(["", *EFFECTS, "label x sex − IRW's"], effects),
-        "outliers_filter": report.table(
-            ["", "removed, %", "of clean, %", "precision", "recall"], filters
-        ),
+        "outliers_filter": report.table(["", *FILTER], filters),
         "outliers_groups": report.table(removed, groups),
         "outliers_clusters": report.table(["of the corrupted, %", *stages], planted),
         "outliers_findings": "".join(lines),
@@ -176,7 +176,7 @@ def removed_groups(where: str, own: pd.DataFrame) -> list[list[str]]:
     rows = []
     for name in GROUPINGS:
         groups = own[sorted(c for c in own if c.startswith(f"{name}: "))].dropna(axis=1)
-        means, row = groups.mean(), report.cells(own, {"of clean samples": (1, 100)})
+        means, row = groups.mean(), report.cells(own, {"": ("of clean samples", 1, 100)})
         for group in (means.idxmax(), means.idxmin()):
             row += [group.removeprefix(f"{name}: "), report.spread(groups[group], 1, 100)]
         rows.append([f"{where}, {name}", *row])

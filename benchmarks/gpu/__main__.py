@@ -132,8 +132,8 @@ def as_markdown(frame: pd.DataFrame) -> str:
         "\nTime / peak memory of what a step adds, as multiples of a plain step in the same run "
         "(of the plain step itself: ms / MB) / waits for the device / kernels.\n"
     )
-    named = frame.assign(fails=frame["work"] + ": " + frame["fails"])
-    return table(named, ["work", "setting"], list(methods), _text, note)
+    frame = frame.assign(fails=frame["work"] + ": " + frame["fails"])
+    return table(frame, ["work", "setting"], list(methods), _text, note)
 
 
 def _text(cell: dict[str, Any] | None, method: str) -> str:

@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,11 +64,11 @@ def plain() -> ByObjective:
     return ByObjective(lambda data, recipe: mean)
 
 
-def class_balanced(strength: float = 1.0) -> ByObjective:
-    """Each class has the same total weight at ``strength`` 1, its share of the samples at 0."""
+def class_balanced() -> ByObjective:
+    """Each class has the same total weight."""
 
     def make(data: Samples, recipe: Recipe) -> Objective:
-        weight = data.y.bincount().float().pow(-strength)
+        weight = data.y.bincount().float().reciprocal()
         weight = weight / weight[data.y].mean()
         return lambda losses, index: (weight[data.y[index]] * losses).mean()
 
@@ -77,7 +79,12 @@ def chi_square(alpha: float, warm_up: float = 0.0) -> ByObjective:
     """Distributionally robust optimisation over a chi-square ball (Hashimoto et al. 2018)."""
 
     def make(data: Samples, recipe: Recipe) -> Objective:
-        return after_warm_up(lambda losses, index: chi_square_risk(losses, alpha), warm_up, recipe)
+        steps, plainly = count(), round(warm_up * recipe.steps)
+
+        def objective(losses: Tensor, index: Tensor) -> Tensor:
+            return losses.mean() if next(steps) < plainly else chi_square_risk(losses, alpha)
+
+        return objective
 
     return ByObjective(make)
 
@@ -86,7 +93,7 @@ def chi_square_risk(losses: Tensor, alpha: float) -> Tensor:
     """max_q sum_i q_i l_i over distributions with mean_i (B q_i - 1)^2 / 2 <= (1/alpha - 1)^2.
 
     By its dual, min_eta c sqrt(mean_i max(0, l_i - eta)^2) + eta with c^2 = 1 + 2 (1/alpha - 1)^2,
-    which is convex in eta: bisection on its derivative, and the gradient at the minimum.
+    which is convex in eta: the root of its derivative, and the gradient at the minimum.
     """
     if alpha == 1:
         return losses.mean()
@@ -104,11 +111,9 @@ def chi_square_risk(losses: Tensor, alpha: float) -> Tensor:
     high = top - 1e-9 * max(1.0, abs(top))
     if slope(high) < 0:  # the ball holds every distribution
         return losses.max()
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
-    excess = (losses - low).clamp(min=0)
-    return c * excess.square().mean().sqrt() + low
+    eta = brentq(slope, low, high, xtol=1e-14)
+    excess = (losses - eta).clamp(min=0)
+    return c * excess.square().mean().sqrt() + eta
 
 
 def arl(lr: float = 1e-2) -> ByObjective:
@@ -177,15 +182,3 @@ def group_means(losses: Tensor, member: Tensor, groups: int) -> Tensor:
     zeros = losses.new_zeros(groups)
     sizes = zeros.index_add(0, member, torch.ones_like(losses))
     return zeros.index_add(0, member, losses) / sizes.clamp(min=1)
-
-
-def after_warm_up(objective: Objective, share: float, recipe: Recipe) -> Objective:
-    """Plain training for a share of the steps, then the objective."""
-    left = round(share * recipe.steps)
-
-    def warming(losses: Tensor, index: Tensor) -> Tensor:
-        nonlocal left
-        left -= 1
-        return losses.mean() if left >= 0 else objective(losses, index)
-
-    return warming

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.data.memory import drawn
@@ -24,7 +23,7 @@ from benchmarks.data.sources import Samples
 from benchmarks.methods import objectives
 from benchmarks.methods.intrinsic import Intrinsic
 from benchmarks.models import outputs_of
-from benchmarks.training import Method, Recipe, Trainer, train
+from benchmarks.training import Method, Recipe, Trainer, cross_entropy, train
 from irw_optim import worst_off
 from irw_optim.gradients.protocol import PerSampleGradients, align
 from irw_optim.schemes import global_weights
@@ -37,11 +36,9 @@ def early_model(
     data: Samples, method: Method, recipe: Recipe, seed: int, share: float
 ) -> nn.Module:
     """A model after a share of the steps."""
-    state = torch.get_rng_state()  # the second model's initialisation is drawn already
     early = replace(recipe, steps=max(1, round(share * recipe.steps)))
-    model = train(data, method, early, seed)
-    torch.set_rng_state(state)
-    return model
+    with torch.random.fork_rng(devices=[]):  # the second model's initialisation is drawn already
+        return train(data, method, early, seed)
 
 
 def on_draws(model: nn.Module, weights: Tensor, recipe: Recipe, seed: int) -> Trainer:
@@ -115,19 +112,17 @@ def intrinsic(alpha: float) -> Weighing:
 
 def by_loss(model: nn.Module, data: Samples) -> Tensor:
     """The control: the loss, for which no gradient is needed."""
-    return F.cross_entropy(outputs_of(model, data.x), data.y, reduction="none")
+    return cross_entropy(outputs_of(model, data.x), data.y)
 
 
 def trust(data: Samples, recipe: Recipe, seed: int) -> Tensor:
     """How probable each sample's label is to a model that was trained on the other half, (N,)."""
-    state = torch.get_rng_state()
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     halves, probable = order.tensor_split(2), torch.empty(len(data))
     for own, other in (halves, halves[::-1]):
-        model = train(data[other], objectives.class_balanced(), recipe, seed)
+        model = early_model(data[other], objectives.class_balanced(), recipe, seed, share=1.0)
         logits, y = outputs_of(model, data.x[own]), data.y[own]
         probable[own] = logits.softmax(1).gather(1, y[:, None]).squeeze(1)
-    torch.set_rng_state(state)
     return probable
 
 
@@ -146,20 +141,16 @@ class InClasses:
     floor: float = 1.0
 
     def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
-        members = None
         if self.early:
             first = early_model(data, objectives.class_balanced(), recipe, seed, self.early)
-            losses = F.cross_entropy(outputs_of(first, data.x), data.y, reduction="none")
-            members = worst_in_each_class(losses, data.y, self.alpha)
+            members = worst_in_each_class(by_loss(first, data), data.y, self.alpha)
         batch = torch.arange(0)  # who the losses of the next pass are of
 
         def rule(losses: Tensor, gradients: PerSampleGradients, worst: Tensor) -> Tensor:
             """floor + max(0, s_i) / mean of it in the class, s = G G^T (1_S - center |S| / B)."""
             labels = data.y[batch]
-            if members is None:
-                inside = worst_in_each_class(losses, labels, self.alpha).to(losses.dtype)
-            else:
-                inside = members[batch].to(losses.dtype)
+            S = members[batch] if self.early else worst_in_each_class(losses, labels, self.alpha)
+            inside = S.to(losses.dtype)
             aligned = align(gradients, inside - self.center * inside.mean()).clamp(min=0)
             average = of_class(aligned, labels) / of_class(torch.ones_like(aligned), labels)
             return aligned / average.clamp(min=1e-30) + self.floor

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.zoo.entry import Entry, per_sequence, texts
-from benchmarks.zoo.hugging_face import FEW_HEADS, LENGTH, SIZES, WORDS, library
+from benchmarks.zoo.hugging_face import FEW_HEADS, LENGTH, SIZES, library
 
 
 class Adapted(nn.Module):
@@ -31,7 +31,7 @@ def adapter(name: str, method: str, **options: Any) -> Entry:
         config = getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", **options)
         return Adapted(peft.get_peft_model(base, config))
 
-    return Entry(name, "PEFT", 16, adapted, texts(LENGTH, WORDS), per_sequence)
+    return Entry(name, "PEFT", 16, adapted, texts(LENGTH), per_sequence)
 
 
 ON = {"target_modules": ["q_proj", "v_proj"]}

@@ -46,38 +46,35 @@ class Entry:
 
 # Batches ---------------------------------------------------------------------------------------
 
-
-def images(side: int, classes: int = 10, channels: int = 3) -> Callable[[int], Batch]:
-    """Square pictures with a class each."""
-    return lambda size: (
-        (torch.randn(size, channels, side, side),),
-        torch.randint(classes, (size,)),
-    )
+WORDS = 500
+"""The tokens of all texts."""
 
 
-def rows(features: int, classes: int = 2) -> Callable[[int], Batch]:
-    """Numbers of a table, with a class each."""
-    return lambda size: ((torch.randn(size, features),), torch.randint(classes, (size,)))
+def images(side: int) -> Callable[[int], Batch]:
+    """Square pictures in colour, of ten classes."""
+    return lambda size: ((torch.randn(size, 3, side, side),), torch.randint(10, (size,)))
 
 
-def waves(length: int, classes: int = 10, channels: int = 1) -> Callable[[int], Batch]:
-    """Series (B, channels, length), with a class each."""
-    return lambda size: ((torch.randn(size, channels, length),), torch.randint(classes, (size,)))
+def rows(features: int) -> Callable[[int], Batch]:
+    """Numbers of a table, of two classes."""
+    return lambda size: ((torch.randn(size, features),), torch.randint(2, (size,)))
 
 
-def sentences(length: int, vocabulary: int = 500, classes: int = 2) -> Callable[[int], Batch]:
-    """Tokens (B, length), with a class each; no token is 0 or 1, which models pad with."""
-    return lambda size: (
-        (torch.randint(2, vocabulary, (size, length)),),
-        torch.randint(classes, (size,)),
-    )
+def waves(length: int, channels: int = 1) -> Callable[[int], Batch]:
+    """Series (B, channels, length), of ten classes."""
+    return lambda size: ((torch.randn(size, channels, length),), torch.randint(10, (size,)))
 
 
-def texts(length: int, vocabulary: int = 500) -> Callable[[int], Batch]:
+def sentences(length: int) -> Callable[[int], Batch]:
+    """Tokens (B, length), of two classes; no token is 0 or 1, which models pad with."""
+    return lambda size: ((torch.randint(2, WORDS, (size, length)),), torch.randint(2, (size,)))
+
+
+def texts(length: int) -> Callable[[int], Batch]:
     """Tokens (B, length), and for each the next one."""
 
     def draw(size: int) -> Batch:
-        tokens = torch.randint(2, vocabulary, (size, length + 1))
+        tokens = torch.randint(2, WORDS, (size, length + 1))
         return (tokens[:, :-1].contiguous(),), tokens[:, 1:].contiguous()
 
     return draw

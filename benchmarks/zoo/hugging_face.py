@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.entry import Batch, Entry, images, per_sequence, texts, waves
+from benchmarks.zoo.entry import WORDS, Batch, Entry, images, per_sequence, texts, waves
 
-WORDS, WIDTH, LENGTH = 500, 96, 32
+WIDTH, LENGTH = 96, 32
 
 SIZES: dict[str, Any] = {
     "vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -63,8 +63,8 @@ def masked_sentences(size: int) -> Batch:
 
 def pairs(size: int) -> Batch:
     """Source, target and the target's next tokens."""
-    (source,), _ = texts(LENGTH, WORDS)(size)
-    (target,), following = texts(LENGTH // 2, WORDS)(size)
+    (source,), _ = texts(LENGTH)(size)
+    (target,), following = texts(LENGTH // 2)(size)
     return (source, target), following
 
 
@@ -95,7 +95,7 @@ def viewer(name: str, family: str, side: int = 32, **options: Any) -> Entry:
 
 MASKED = ("input_ids", "attention_mask")
 READER = Kind("text", "SequenceClassification", MASKED, masked_sentences, None, SIZES)
-WRITER = Kind("text", "CausalLM", ("input_ids",), texts(LENGTH, WORDS), per_sequence, SIZES)
+WRITER = Kind("text", "CausalLM", ("input_ids",), texts(LENGTH), per_sequence, SIZES)
 GPT = WRITER._replace(sizes=GPT_SIZES)
 TRANSLATOR = Kind("text", "Seq2SeqLM", ("input_ids", "decoder_input_ids"), pairs, per_sequence,
                   {"vocab_size": WORDS})  # fmt: skip

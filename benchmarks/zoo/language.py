@@ -11,12 +11,12 @@ from benchmarks.zoo.entry import Batch, Entry, per_sequence, sentences, texts
 
 
 class LayerNorm(nn.Module):
-    """A normalisation of its own, with an optional bias, as nanoGPT has it."""
+    """A normalisation of its own, as nanoGPT has it."""
 
-    def __init__(self, width: int, bias: bool = True) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias)

@@ -184,25 +184,16 @@ class TestOneSetting:
         assert worst(FIXED) < worst(tables.SAME_BY_LOSS)
         assert worst(FIXED) < worst("class-balanced")
         price, balanced = (
-            np.mean(
-                [(t.setting(s)["test accuracy"] - t.plain()["test accuracy"]).mean() for t in noisy]
-            )
-            for s in (FIXED, "class-balanced")
+            mean_change(noisy, of(s), "test accuracy").mean for s in (FIXED, "class-balanced")
         )
         assert 1.5 < price / balanced < 2.5
 
     @pytest.mark.parametrize("noise", [0.05, 0.1])
     def test_few_wrong_labels_leave_it_ahead_of_class_balancing(self, noise):
+        found = noisy_targets(RESULTS, noise)
         for_worst, accuracy = (
-            np.mean(
-                [
-                    (
-                        t.setting(FIXED)[m or t.worst] - t.setting("class-balanced")[m or t.worst]
-                    ).mean()
-                    for t in noisy_targets(RESULTS, noise)
-                ]
-            )
-            for m in (None, "test accuracy")
+            mean_change(found, of(FIXED), metric, of("class-balanced")).mean
+            for metric in ("", "test accuracy")
         )
         assert for_worst > 0 > accuracy
 
