@@ -23,7 +23,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from irw_optim.arguments import as_real, whole_number
+from irw_optim.arguments import real_number, whole_number
 
 Groups: TypeAlias = Tensor | npt.ArrayLike
 """Group numbers 0 ... m - 1, one a person: a tensor, an array or a list."""
@@ -83,7 +83,7 @@ def randomized_response(
     0.25
     """
     num_groups = whole_number("num_groups", num_groups, 2)
-    p = _check_probability("truth_probability", truth_probability, "[0, 1]")
+    p = real_number("truth_probability", truth_probability, "[0, 1]")
     truth = _as_groups("groups", groups, num_groups)
     # float64: at 24 bits, p would be rounded to multiples of 6e-8.
     coin = torch.rand(len(truth), dtype=torch.float64, device=truth.device, generator=generator)
@@ -111,7 +111,7 @@ def privacy_of(truth_probability: float, num_groups: int) -> float:
     (1.098612, 1.098612)
     """
     num_groups = whole_number("num_groups", num_groups, 2)
-    p = _check_probability("truth_probability", truth_probability, "[0, 1]")
+    p = real_number("truth_probability", truth_probability, "[0, 1]")
     return math.inf if p == 1 else math.log1p(p * num_groups / (1 - p))
 
 
@@ -152,8 +152,8 @@ def estimate_alpha(
     [0.141, 0.261]
     """
     num_groups = whole_number("num_groups", num_groups, 2)
-    p = _check_probability("truth_probability", truth_probability, "(0, 1]")
-    confidence = _check_probability("confidence", confidence, "(0, 1)")
+    p = real_number("truth_probability", truth_probability, "(0, 1]")
+    confidence = real_number("confidence", confidence, "(0, 1)")
     answers = _as_groups("responses", responses, num_groups)
     if not len(answers):
         raise ValueError("responses is empty: expected the answers of one person or more")
@@ -224,13 +224,3 @@ def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:
             f"{name}[{first}]={int(numbers[first])} is none of num_groups={num_groups}: {expected}"
         )
     return numbers
-
-
-def _check_probability(name: str, value: object, allowed: str) -> float:
-    message = f"{name}={value!r}: expected a number in {allowed}"
-    if (number := as_real(value)) is None:
-        raise TypeError(message)
-    excluded = {end for end, bracket in ((0, allowed[0]), (1, allowed[-1])) if bracket in "()"}
-    if not 0 <= number <= 1 or number in excluded:  # true for NaN
-        raise ValueError(message)
-    return number

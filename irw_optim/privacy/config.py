@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from irw_optim.errors import DPGuaranteeError
 
-from ..arguments import as_real, as_whole
+from ..arguments import real_number, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +37,7 @@ class IRWDPConfig:
             a sample by others (an outlier filter, say).
 
     Example:
+        >>> import math
         >>> config = IRWDPConfig(init_threshold=math.log(10))
         >>> round(config.gradient_share, 3)
         0.89
@@ -70,12 +69,10 @@ class IRWDPConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            expected, allowed = _RANGES[name]
-            number = as_whole(value) if name == "warmup_steps" else as_real(value)
-            if number is None:
-                raise TypeError(f"{name}={value!r}: expected {expected}")
-            if not allowed(number):  # NaN is in no range
-                raise ValueError(f"{name}={value!r}: expected {expected}")
+            if name == "warmup_steps":
+                number: float = whole_number(name, value, 0)
+            else:
+                number = real_number(name, value, *_INTERVALS[name])
             object.__setattr__(self, name, number)  # frozen for everybody else
         # Without its own direction nothing but the threshold can give a sample any weight.
         if not self.uses_direction and self.floor == self.tail_weight == 0:
@@ -107,21 +104,17 @@ class IRWDPConfig:
         return 1.0 - self.direction_share - self.count_releases * self.count_share
 
 
-_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "init_threshold": (
-        "a positive public constant, math.log(classes)",
-        lambda value: 0 < value < math.inf,
-    ),
-    "alpha": ("a number in (0, 1)", lambda value: 0 < value < 1),
-    "saturation": ("a number in (0, 1)", lambda value: 0 < value < 1),
-    "tail_weight": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
-    "floor": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
-    "direction_share": ("a number in [0, 1)", lambda value: 0 <= value < 1),
-    "count_share": ("a number in (0, 1)", lambda value: 0 < value < 1),
-    "direction_momentum": ("a number in [0, 1)", lambda value: 0 <= value < 1),
-    "quantile_lr": ("a number in (0, 10]", lambda value: 0 < value <= 10),
-    "init_scale": ("a positive number", lambda value: 0 < value < math.inf),
-    "warmup_steps": ("a whole number, 0 or more", lambda value: value >= 0),
+_INTERVALS = {
+    "init_threshold": ("(0, inf)", "public, such as math.log(classes)"),
+    "alpha": ("(0, 1)", ""),
+    "saturation": ("(0, 1)", ""),
+    "tail_weight": ("[0, 1]", ""),
+    "floor": ("[0, 1]", ""),
+    "direction_share": ("[0, 1)", ""),
+    "count_share": ("(0, 1)", ""),
+    "direction_momentum": ("[0, 1)", ""),
+    "quantile_lr": ("(0, 10]", ""),
+    "init_scale": ("(0, inf)", ""),
 }
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from irw_optim.criterion import validate_criterion
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.hooks import weighed_by
+from irw_optim.optimizer.checks import optimizers_inside
 
 from ..arguments import as_real
 from .config import IRWDPConfig, refuse_batch_level_options
@@ -86,7 +87,7 @@ def _check_optimizer(optimizer: object) -> None:
             f"optimizer={optimizer!r}: expected a torch optimizer such as "
             "torch.optim.SGD(model.parameters(), lr=0.1)"
         )
-    for inner in _optimizers_inside(optimizer):
+    for inner in optimizers_inside(optimizer):
         if isinstance(inner, IRWOptimizer):
             raise DPGuaranteeError(
                 "optimizer is an IRWOptimizer, or wraps one: it reads the per-sample gradients "
@@ -237,17 +238,6 @@ def check_module(
 _REWEIGHTED_EARLIER = (
     "it reweights the gradients by the whole batch before they are clipped. Call its detach() first"
 )
-
-
-def _optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer and all that it wraps, under whatever attribute names."""
-    found = {id(optimizer): optimizer}
-    waiting = [optimizer]
-    while waiting:
-        inside = [v for v in vars(waiting.pop()).values() if isinstance(v, Optimizer)]
-        waiting += [inner for inner in inside if id(inner) not in found]
-        found |= {id(inner): inner for inner in inside}
-    return list(found.values())
 
 
 def _hooks(module: nn.Module) -> list[Callable[..., Any]]:
