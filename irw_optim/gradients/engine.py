@@ -119,7 +119,7 @@ class Engine(Renewed):
             graph.sites = sites
             return plan.covering
         size = losses.shape[0]
-        at, found = Batch(None), None
+        at, found, always = Batch(None), None, False
         if self.kind != "autodiff" and size > 1:
             at = follow_batch(losses, graph)
         if at.followed and not sharded:
@@ -132,6 +132,7 @@ class Engine(Renewed):
             graph.sites = found[1]
         elif not sharded and size > 1 and self._goes_forwards(at, graph):
             graph.sites = []
+            always = at.followed or at.surely_mixes
         elif size > 1 and not self.has_layer_hooks:  # the graph does not show them
             self.add_layer_hooks()
             if any(map(is_compiled, graph.order)):
@@ -153,8 +154,8 @@ class Engine(Renewed):
                     self._report(covering, own)
                 if not sharded and (rows := rows_that_entered(graph, at, size)):
                     self.tell(logging.WARNING, "parts", _PARTS.format(losses=size, rows=rows))
-        if found is not None:
-            _remember(self.plans, graph.kind, Plan.of(found[0], graph, covering))
+        if found is not None or always:
+            _remember(self.plans, graph.kind, Plan.of(found[0] if found else (), graph, covering))
         return covering
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from threading import Lock
 from weakref import WeakSet
@@ -105,8 +106,10 @@ class LossGradients:
         The losses carry the ``seed`` through it, 0-dim and not zero.
         """
         size, engine, graph = self.losses.shape[0], self.engine, self.graph
-        recomputes = engine.known.get(RECOMPUTES)
-        with self.one_forward if recomputes or graph.kind not in engine.plans else NOTHING:
+        looks = graph.kind not in engine.plans or engine.uses & (engine.uses + 1) == 0
+        if not (looks or engine.known.get(RECOMPUTES)):
+            self.one_forward = NOTHING
+        with self.one_forward:
             covering = engine.covering(self)
         self.apart = covering.mixed_by is None and size > 1
         check_hooks = bool(size) and engine.hook_check_is_due(graph)
@@ -116,7 +119,7 @@ class LossGradients:
             self.uncovered = self.finished_by_autograd = []
             retain = keep_graph or bool(self.sharing or self.others)
             known = covering.reached
-            with self.one_forward if recomputes else NOTHING:
+            with self.one_forward:
                 self.ghost = ghost_gradients(
                     self.losses, graph.sites, seed, retain_graph=retain, reached=known
                 )
@@ -233,7 +236,7 @@ class LossGradients:
         return BackwardPasses(self.losses, self.graph, self.engine.known, self.one_forward)
 
     @cached_property
-    def one_forward(self) -> OneForward:
+    def one_forward(self) -> AbstractContextManager[object]:
         """Around whatever may compute a part of the forward again."""
         return OneForward(self.engine.model, self.engine.known)
 
@@ -260,6 +263,8 @@ class LossGradients:
 
     def _edges_aside(self, rest: Sequence[Tensor]) -> list[GradientEdge]:
         """Layers that a pass to the rest would not come by, and whose hooks it should meet."""
+        if not self.graph.sites:
+            return []
         on_the_way = {self.graph.edges[leaf].node for leaf in rest}
         for node in reversed(self.graph.order):
             if any(parent in on_the_way for parent, _ in node.next_functions):

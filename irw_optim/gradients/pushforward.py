@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -102,27 +103,26 @@ def push_through(
     Raises:
         NoPushForwardError: a change arrives at an operation that cannot push it.
     """
-    read = {node: [_place(*edge) for edge in node.next_functions] for node in order}
-    readers = Counter(place for places in read.values() for place in places)
+    read = [node.next_functions for node in order]
+    readers = Counter(chain.from_iterable(read))
     readers[wanted] += 1
-    changed: dict[Place | None, Tensor] = {(node, 0): t for node, t in leaves.items()}
+    changed: dict[Any, Tensor] = {(node, 0): t for node, t in leaves.items()}
     with torch.no_grad():
-        for node in reversed(order):
-            tangents = [changed.get(place) for place in read[node]]
-            for place in read[node]:
-                readers[place] -= 1
-                if not readers[place]:
-                    changed.pop(place, None)
-            if all(t is None for t in tangents):
+        for node, places in zip(reversed(order), reversed(read), strict=True):
+            tangents = [changed.get(place) for place in places]
+            arrives = False
+            for place, tangent in zip(places, tangents, strict=True):
+                if tangent is not None:
+                    arrives = True
+                    readers[place] -= 1
+                    if not readers[place]:
+                        del changed[place]
+            if not arrives:
                 continue
             for number, change in enumerate(push(node, tangents)):
                 if change is not None and readers[node, number]:
                     changed[node, number] = change
     return changed.get(wanted)
-
-
-def _place(node: Node | None, output: int) -> Place | None:
-    return None if node is None else (node, output)
 
 
 def _is_complex(tangents: Tangents, outputs: Sequence[Any]) -> bool:
@@ -151,45 +151,43 @@ def pull_back(
     # What is neither wanted nor leads to anything wanted need not be run.
     leading: set[Node] = set()
     for node in reversed(order):
-        if any(p in wanted or p in leading for p, _ in node.next_functions):
-            leading.add(node)
+        for parent, _ in node.next_functions:
+            if parent in wanted or parent in leading:
+                leading.add(node)
+                break
+    met = leading | wanted.keys()
     arrived: dict[Node, list[Tensor | None]] = {}
 
     def arrive(node: Node, output: int, gradient: Tensor) -> None:
-        if node not in leading and node not in wanted:
-            return
         outputs: Any = node._input_metadata
         metadata = outputs[output]
-        if gradient.shape != metadata.shape:
+        if gradient.shape != tuple(metadata.shape):
             gradient = gradient.sum_to_size(metadata.shape)
         if gradient.dtype != metadata.dtype:
             if gradient.is_complex() and not metadata.dtype.is_complex:
                 gradient = gradient.real
             gradient = gradient.to(metadata.dtype)
-        here = arrived.setdefault(node, [None] * len(outputs))
+        here = arrived.get(node)
+        if here is None:
+            here = arrived[node] = [None] * len(outputs)
         before = here[output]
         here[output] = gradient if before is None else before + gradient
 
-    def take(node: Node) -> list[Tensor | None]:
-        gradients = arrived.pop(node)
-        for output, number in wanted.get(node, ()):
-            found[number] = gradients[output]
-        return gradients
-
     def run() -> None:
         with torch.no_grad():
-            arrive(root, losses.output_nr, cotangent)
-            for node in order:
-                if node not in arrived:
+            if root in met:
+                arrive(root, losses.output_nr, cotangent)
+            for node in (*order, *wanted):  # leaves are in no order
+                gradients = arrived.pop(node, None)
+                if gradients is None:
                     continue
-                gradients = take(node)
+                for output, number in wanted.get(node, ()):
+                    found[number] = gradients[output]
                 if node in leading:
                     results = pull(node, gradients)
                     for (parent, output), part in zip(node.next_functions, results, strict=True):
-                        if parent is not None and part is not None:
+                        if part is not None and parent in met:
                             arrive(parent, output, part)
-            for node in list(arrived):  # leaves
-                take(node)
 
     root = losses.grad_fn
     in_a_pass(losses, edges, run)
