@@ -78,7 +78,7 @@ class OneForward(AbstractContextManager[None]):
 
     Args:
         model: None has no buffers.
-        known: what is remembered of the model: buffers are kept once a pass was seen to change any.
+        known: what is remembered of the model: whether any pass was seen to change a buffer.
     """
 
     def __init__(self, model: nn.Module | None, known: dict[str, bool]) -> None:
@@ -89,9 +89,9 @@ class OneForward(AbstractContextManager[None]):
         self.after: dict[int, _State] = {}
 
     def __enter__(self) -> None:
-        if self.known.get(RECOMPUTES) and not self.before:
+        if not self.before:
             self.before = [_state(buffers) for buffers in self.buffers]
-        for place in self.after if self.before else ():
+        for place in self.after:
             _put(self.buffers[place], self.before[place])
         self.marks = [_marks(buffers) for buffers in self.buffers]
 

@@ -192,3 +192,44 @@ def test_what_a_forward_changes_is_changed_as_often_as_in_a_plain_step(
             ours.named_buffers(), plain.named_buffers(), strict=True
         ):
             assert torch.allclose(one, other, atol=1e-12), name
+
+
+class Drifting(nn.Module):
+    """Computes something else each time, as spectral norm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+        self.register_buffer("times", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.times += 1
+        return torch.tanh(self.times * self.map(x))
+
+
+@pytest.mark.parametrize("engine", ["auto", "autodiff"])
+def test_every_pass_computes_the_same_part_again(engine: str) -> None:
+    first, part, last = nn.Linear(4, 4), Drifting(), nn.Linear(4, 3)
+    model = nn.ModuleList([first, part, last]).double()
+    part.times = torch.zeros(())
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    optimizer, criterion, _ = trained(model, x, engine=engine)
+
+    def output() -> Tensor:
+        part.times.zero_()
+        return last(checkpoint(part, first(x), use_reentrant=False))
+
+    for _ in range(3):
+        parameters, rows = list(model.parameters()), []
+        losses = nn.functional.cross_entropy(output(), y, reduction="none")
+        for loss in losses:
+            part.times.fill_(1)  # as the forward left it
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True)
+            rows.append(torch.cat([g.flatten() for g in grads]))
+        G, worst = torch.stack(rows), losses.detach().topk(3).indices
+        scores = (G @ G[worst].sum(0)).clamp(min=0)
+        optimizer.zero_grad()
+        criterion(output(), y).backward()
+        assert reference.error(optimizer.last_step.weights, scores / scores.sum()) < 1e-10
+        assert part.times == 2
+        optimizer.step()
