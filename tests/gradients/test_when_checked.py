@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 from irw_optim import IRWOptimizer
 from irw_optim.gradients import loss_gradients, verification
+from irw_optim.gradients.mixing import follow_batch
 
 B, ALPHA, STEPS = 6, 0.3, 64
 AT_POWERS_OF_TWO = 7  # 1, 2, 4, ..., 64
@@ -219,6 +220,25 @@ def test_without_other_terms_nothing_is_said(form, caplog):
             criterion(model(x), y).backward()
         optimizer.step()
     assert not caplog.records
+
+
+def test_a_known_graph_in_which_samples_meet_is_not_followed_again(monkeypatch):
+    followed = []
+
+    def counted(losses, graph):
+        followed.append(graph)
+        return follow_batch(losses, graph)
+
+    monkeypatch.setattr("irw_optim.gradients.engine.follow_batch", counted)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    criterion = nn.CrossEntropyLoss()
+    sgd = torch.optim.SGD(model.parameters(), 0.01)
+    optimizer = IRWOptimizer(sgd, alpha=ALPHA, model=model, criterion=criterion)
+    for size in (8, 8, 8, 5, 8, 5):
+        optimizer.zero_grad()
+        criterion(model(torch.randn(size, 4)), torch.randint(2, (size,))).backward()
+        optimizer.step()
+    assert len(followed) == 2  # a batch of 8, and one of 5
 
 
 def test_losses_of_tokens_are_named(caplog):
