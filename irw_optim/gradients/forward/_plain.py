@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents, of_one
-from irw_optim.gradients.nodes import pull, read_by, saved, shape_of
+from irw_optim.gradients.nodes import base_name, pull, read_by, saved, shape_of
 
 
 def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
@@ -59,21 +59,85 @@ def _indexed(node: Any, change: Tensor) -> Changes:
 
 
 def _joined(node: Any, tangents: Tangents) -> Tensor | None:
+    """Neighbours of a shape that nothing tells, as they have no gradient, are one block."""
     present = next(t for t in tangents if t is not None)
-    parts = []
+    dim, shape = saved(node, "dim"), list(shape_of(node))
+    parts: list[Tensor | None] = []
     for number, tangent in enumerate(tangents):
-        if tangent is None:
-            metadata = read_by(node, number)
-            if metadata is None:
-                return None  # of a shape that nothing tells
+        metadata = read_by(node, number)
+        if tangent is None and metadata is not None:
             tangent = present.new_zeros(tuple(metadata.shape))
-        parts.append(tangent)
-    return torch.cat(parts, saved(node, "dim"))
+        if tangent is not None or not parts or parts[-1] is not None:
+            parts.append(tangent)
+    known = [part for part in parts if part is not None]
+    if len(parts) - len(known) > 1:
+        return None
+    shape[dim] -= sum(part.shape[dim] for part in known)
+    return torch.cat([present.new_zeros(shape) if p is None else p for p in parts], dim)
 
 
 def _stacked(node: Any, tangents: Tangents) -> Tensor:
     zero = torch.zeros_like(next(t for t in tangents if t is not None))
     return torch.stack([zero if t is None else t for t in tangents], saved(node, "dim"))
+
+
+def _scattered(node: Any, tangents: Tangents) -> Tensor | None:
+    """Autograd gives each of several numbers for one place the gradient of that place."""
+    into, put = _two(tangents)
+    where = saved(node, "dim"), node._saved_index
+    total = put.new_zeros(shape_of(node)) if into is None else into  # type: ignore[union-attr]
+    if base_name(node) == "Scatter":
+        total = total.scatter(*where, 0.0)
+    return total if put is None else total.scatter_add(*where, put)
+
+
+def _index_added(node: Any, tangents: Tangents) -> Tensor | None:
+    into, terms = tangents
+    if terms is None:
+        return into
+    into = terms.new_zeros(shape_of(node)) if into is None else into
+    return into.index_add(saved(node, "dim"), node._saved_index, terms, alpha=node._saved_alpha)
+
+
+def _index_put(node: Any, tangents: Tangents) -> Tensor | None:
+    into, put = tangents
+    operation: Any = torch.ops.aten.index_put.default
+    where = list(node._saved_indices)
+    total = put.new_zeros(shape_of(node)) if into is None else into  # type: ignore[union-attr]
+    if not node._saved_accumulate:
+        total = operation(total, where, total.new_zeros(()))
+    return total if put is None else operation(total, where, put, True)
+
+
+def _found_by_size(node: Any, change: Tensor) -> Tensor:
+    """The largest, the smallest, those in order: each where it was found."""
+    indices, dim = node._saved_indices, saved(node, "dim")
+    if getattr(node, "_saved_keepdim", True):
+        return change.gather(dim, indices)
+    return change.gather(dim, indices.unsqueeze(dim)).squeeze(dim)
+
+
+def _gated(node: Any, change: Tensor) -> Tensor:
+    dim = saved(node, "dim")
+    (value, gate), (d_value, d_gate) = (t.chunk(2, dim) for t in (node._saved_self, change))
+    opened = gate.sigmoid()
+    return torch.addcmul(d_value, value * (1 - opened), d_gate) * opened
+
+
+def _bent(node: Any, tangents: Tangents) -> Tensor:
+    """PReLU, by its slope below zero."""
+    d_input, d_slope = (0.0 if t is None else t for t in tangents)
+    values, slope = node._saved_self, node._saved_weight
+    return torch.where(values > 0, d_input, slope * d_input + values * d_slope)
+
+
+def _averaged_in_windows(node: Any, change: Tensor) -> Tensor:
+    operation: Any = torch.ops.aten.avg_pool2d.default
+    found: Tensor = operation(change, *(saved(node, name) for name in _WINDOWS))
+    return found
+
+
+_WINDOWS = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
 
 
 def _largest_in_windows(node: Any, change: Tensor) -> Tensor:
@@ -182,11 +246,25 @@ RULES: dict[str, ForwardRule] = {
     "Index": of_one(_indexed),
     "IndexSelect": _again("index_select", "dim", "index"),
     "Gather": _again("gather", "dim", "index"),
+    "IndexAdd": _index_added,
+    "IndexPut": _index_put,
+    "Scatter ScatterAdd": _scattered,
+    "Kthvalue Max Median Min Mode Sort Topk": of_one(_found_by_size),
+    "Cumsum": _again("cumsum", "dim"),
+    "Flip": _again("flip", "dims"),
+    "Roll": _again("roll", "shifts", "dims"),
+    "Repeat": _again("repeat", "repeats"),
+    "Unfold": _again("unfold", "dimension", "size", "step"),
     "ConstantPadNd": of_one(lambda node, t: F.pad(t, saved(node, "pad"))),
     "Tril": _again("tril", "diagonal"),
     "Triu": _again("triu", "diagonal"),
     "Sum": _reduced("sum"),
     "Mean": _reduced("mean"),
+    "Glu": of_one(_gated),
+    "PreluKernel": _bent,
+    "AvgPool2D": of_one(_averaged_in_windows),
+    "ChannelShuffle": of_one(lambda node, t: F.channel_shuffle(t, saved(node, "groups"))),
+    "PixelShuffle": of_one(lambda node, t: F.pixel_shuffle(t, saved(node, "upscale_factor"))),
     "MaxPool2DWithIndices": of_one(_largest_in_windows),
     "Softmax SafeSoftmax": _softmax,
     "LogSoftmax": of_one(_log_softmax),
