@@ -55,16 +55,16 @@ class BackwardPasses:
         cotangent, edges = weights.to(self.losses.dtype), self.graph.edges
         found: list[Any] = [edges.get(end, end) for end in ends]
         with self.one_forward:
-            return pull_back(self.losses, cotangent, found, self.graph.order)
+            return pull_back(self.losses, cotangent, found, self.graph)
 
     def push(self, direction: Direction) -> Tensor:
         """How much every loss changes along a direction of the leaves, (B,), if it can be told."""
         if self.known.get(HOOKS_CHANGE):
             raise NoPushForwardError("hooks on activations have a say in it")
-        edges = self.graph.edges
-        changes = {edges[p].node: v.to(p.dtype) for p, v in direction.items() if p in edges}
+        numbers = {p: n for n, p in enumerate(self.graph.leaves)}
+        changes = {numbers[p]: v.to(p.dtype) for p, v in direction.items() if p in numbers}
         with self.one_forward:
-            return push_forward(self.losses, changes, self.graph.order)
+            return push_forward(self.losses, changes, self.graph)
 
     def with_hooks(
         self, ends: Sequence[End], weights: Tensor, *, retain_graph: bool = True

@@ -94,6 +94,7 @@ class Engine(Renewed):
         self.known: dict[str, bool] = {}
         self.coverings: dict[Hashable, Covering] = {}
         self.plans: dict[Hashable, Plan] = {}
+        self.common: dict[Hashable, dict[str, Any]] = {}
         self.trust: dict[Hashable, Trust] = {}
         self.told: set[str] = set()
         self.uses = 0
@@ -157,6 +158,12 @@ class Engine(Renewed):
         if found is not None or always:
             _remember(self.plans, graph.kind, Plan.of(found[0] if found else (), graph, covering))
         return covering
+
+    def common_to(self, kind: Hashable) -> dict[str, Any]:
+        """What is kept for all graphs of one kind."""
+        if kind not in self.common:
+            _remember(self.common, kind, {})
+        return self.common[kind]
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
         """Whether a change can be pushed through a graph without quick products."""

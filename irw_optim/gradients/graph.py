@@ -32,11 +32,17 @@ class Graph:
     wiring: tuple[int | tuple[int, int], ...]  # who reads from whom, as numbers
     sites: list[CallSite] = field(default_factory=list)  # layer calls, as far as they are known
     kind: Hashable = None  # equal for graphs in which everything is at the same places
+    common: dict[str, Any] = field(default_factory=dict)  # what is kept for all graphs of the kind
 
     @cached_property
     def nodes(self) -> dict[Node, int]:
         """The place of each node in the order."""
         return {node: place for place, node in enumerate(self.order)}
+
+    @cached_property
+    def leaf_numbers(self) -> dict[Node, int]:
+        """The place of each leaf's node among the leaves'."""
+        return {node: number for number, node in enumerate(self.leaf_nodes)}
 
     @cached_property
     def edges(self) -> dict[Any, GradientEdge]:

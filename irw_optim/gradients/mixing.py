@@ -161,10 +161,8 @@ def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
         kind = type(node)
         found.append(kind)
         outputs = node._input_metadata
-        if len(outputs) == 1:
-            found.append(tuple(outputs[0].shape))
-        else:
-            found.append(tuple([tuple(output.shape) for output in outputs]))
+        for output in outputs:
+            found += (tuple(output.shape), output.dtype)
         settings = SETTINGS_OF.get(kind, settings_of)
         if settings is not None:
             found.append(settings(node))
