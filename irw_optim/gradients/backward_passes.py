@@ -9,8 +9,8 @@ clipping). Then every pass has to be heard, and which it is, is found out by com
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,7 @@ from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.gradients.recomputation import NOTHING
 from irw_optim.gradients.verification import equal
+from irw_optim.torch_internals import silent
 
 End: TypeAlias = Tensor | GradientEdge
 """Where a gradient is wanted: a leaf, or an edge of the graph."""
@@ -114,17 +115,3 @@ def backward_to(
             retain_graph=retain_graph,
             allow_unused=True,
         )
-
-
-@contextmanager
-def silent(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """The leaves' hooks are not called."""
-    hooks = [p._backward_hooks for p in leaves if p._backward_hooks]
-    saved = [(table, dict(table)) for table in hooks]
-    for table in hooks:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table, entries in saved:
-            table.update(entries)

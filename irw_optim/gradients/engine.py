@@ -30,7 +30,7 @@ from irw_optim.gradients.compiling import (
 )
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
 from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, silence_of, weighed_by, without_cudnn
+from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, needed_on, weighed_by, without_cudnn
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.mixing import Batch, follow_batch, rows_that_entered
 from irw_optim.gradients.protocol import PerSampleGradients
@@ -80,7 +80,7 @@ class Engine(Renewed):
     def begin(self) -> None:
         """Know nothing of the model yet."""
         being_copied = self.model is not None and "_modules" not in vars(self.model)
-        self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
+        self.hooks: list[Attachment] | None = None if being_copied else needed_on(self.model)
         self.has_layer_hooks = self.sees_fused = self.made_anew = False
         model = None if being_copied else self.model
         prepare(model)
@@ -184,7 +184,7 @@ class Engine(Renewed):
             self.hooks = [*(self.hooks or ()), *around]
             self.tell(logging.INFO, "kept out around", KEPT_OUT_AROUND)
         elif self.sees_fused:
-            self.hooks, self.has_layer_hooks = [*silence_of(model), *keep_out(model)], False
+            self.hooks, self.has_layer_hooks = [*needed_on(model), *keep_out(model)], False
             self.tell(logging.WARNING, "kept out", KEPT_OUT)
         elif self.known.pop(IN_CUDNN, False) and (layers := without_cudnn(model)):
             self.hooks = [*(self.hooks or ()), *layers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.layers import LayerCall
+from irw_optim.gradients.packed import ENDS_RUN
 
 
 class CallSite(NamedTuple):
@@ -55,6 +56,12 @@ NO_GRAPH = Graph([], [], [], ())
 """In the place of one that is over."""
 
 
+def read_by(node: Any) -> Sequence[tuple[Node | None, int]]:
+    """What a node reads; what a `Run` reads that ends there."""
+    edges: Sequence[tuple[Node | None, int]] = node.next_functions
+    return node.run.edges if type(node) is ENDS_RUN else edges  # type: ignore[attr-defined]
+
+
 def walk(losses: Tensor) -> Graph:
     """Follow the graph from the losses to its leaves."""
     leaves: list[Tensor] = []
@@ -64,7 +71,7 @@ def walk(losses: Tensor) -> Graph:
     root = losses.grad_fn
     seen: dict[Node, int] = {} if root is None else {root: 0}
     # Depth first; a node is written down when all that it reads from is: the order, from its end.
-    path = [] if root is None else [(root, iter(root.next_functions))]
+    path = [] if root is None else [(root, iter(read_by(root)))]
     while path:
         node, parents = path[-1]
         for parent, output in parents:
@@ -77,7 +84,7 @@ def walk(losses: Tensor) -> Graph:
                 continue
             seen[parent] = number = len(seen)
             wiring.append((number, output) if output else number)
-            following = parent.next_functions
+            following = read_by(parent)
             if not following and (leaf := getattr(parent, "variable", None)) is not None:
                 leaves.append(leaf)
                 leaf_nodes.append(parent)

@@ -5,18 +5,20 @@ Looked up once for all graphs of one kind, so that a pass of ours spends its tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.forward import FORWARD, ForwardRule, diagonal, of_single_losses
-from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.graph import Graph, read_by
 from irw_optim.gradients.mixing import rule_for
 from irw_optim.gradients.mixing_rules import RULES, elementwise, handed_on, unreduced
-from irw_optim.gradients.nodes import Rule, base_name
+from irw_optim.gradients.nodes import Rule, base_name, pull
+from irw_optim.gradients.packed import ENDS_RUN, pull_run, push_run
 
 NOTHING = -1
 """The number of what has no gradient."""
@@ -24,16 +26,19 @@ NOTHING = -1
 _OF_KIND: dict[Rule | None, ForwardRule] = {elementwise: diagonal, unreduced: of_single_losses}
 
 
+Pulled = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
+
+
 class Operation(NamedTuple):
-    """What is known of a node, without holding it."""
+    """What is known of a node, or of a `Run` that ends there, without holding it."""
 
     reads: tuple[int, ...]  # the numbers of its inputs
     makes: slice  # those of its outputs
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
     rule: ForwardRule | None  # None: by its own derivative
+    pull: Pulled
     hands_on: bool  # whether each output is one of the inputs
-    is_complex: bool
 
 
 class Push(NamedTuple):
@@ -49,7 +54,7 @@ class Pull(NamedTuple):
     """A gradient on its way back through one operation."""
 
     place: int
-    makes: slice
+    operation: Operation
     reads: tuple[int, ...]  # `NOTHING` for what leads nowhere
     stays: bool  # whether a gradient that is wanted arrives here
 
@@ -59,39 +64,36 @@ class Places:
 
     def __init__(self, order: Sequence[Node], leaf_nodes: Sequence[Node]) -> None:
         self.first: list[int] = []  # of each node's outputs, then of the leaves
+        self.shapes: list[torch.Size] = []
+        self.dtypes: list[torch.dtype] = []
         starts: dict[Node | None, int] = {}
-        shapes: list[torch.Size] = []
-        dtypes: list[torch.dtype] = []
         node: Any
         for node in (*order, *leaf_nodes):
-            starts[node] = len(shapes)
-            self.first.append(len(shapes))
+            starts[node] = len(self.shapes)
+            self.first.append(starts[node])
             outputs = node._input_metadata
-            shapes += [torch.Size(output.shape) for output in outputs]
-            dtypes += [output.dtype for output in outputs]
-        self.shapes, self.dtypes, self.count = shapes, dtypes, len(shapes)
+            self.shapes += [torch.Size(output.shape) for output in outputs]
+            self.dtypes += [output.dtype for output in outputs]
+        self.count = len(self.shapes)
         self.leaves = self.first[len(order) :]
-        bounds = [*self.first, self.count]
         self.operations: list[Operation] = []
-        for place, node in enumerate(order):
+        for node, first in zip(order, self.first, strict=False):
+            makes = slice(first, first + len(node._input_metadata))
             reads = tuple(
                 starts[parent] + number if parent in starts else NOTHING
-                for parent, number in node.next_functions
+                for parent, number in read_by(node)
             )
-            makes = slice(*bounds[place : place + 2])
-            touched = [dtypes[n] for n in reads if n != NOTHING] + dtypes[makes]
-            is_complex = any(dtype.is_complex for dtype in touched)
-            operation = Operation(
-                reads,
-                makes,
-                shapes[makes],
-                dtypes[makes],
-                None if is_complex else _rule_of(node),
-                rule_for(node) is handed_on,
-                is_complex,
-            )
-            self.operations.append(operation)
+            self.operations.append(self._operation(node, reads, makes))
         self._ways_back: dict[frozenset[int], list[Pull]] = {}
+
+    def _operation(self, node: Node, reads: tuple[int, ...], makes: slice) -> Operation:
+        shapes, dtypes = self.shapes[makes], self.dtypes[makes]
+        if type(node) is ENDS_RUN:
+            return Operation(reads, makes, shapes, dtypes, push_run, pull_run, False)
+        touched = [self.dtypes[n] for n in reads if n != NOTHING] + dtypes
+        rule = None if any(dtype.is_complex for dtype in touched) else _rule_of(node)
+        hands_on = rule_for(node) is handed_on
+        return Operation(reads, makes, shapes, dtypes, rule, pull, hands_on)
 
     @cached_property
     def way_forward(self) -> list[Push]:
@@ -116,14 +118,13 @@ class Places:
     def _towards(self, wanted: frozenset[int]) -> list[Pull]:
         needed = set(wanted)
         way = []
-        for place in reversed(range(len(self.operations))):
-            operation = self.operations[place]
+        for place, operation in reversed(list(enumerate(self.operations))):
             reads = tuple(n if n in needed else NOTHING for n in operation.reads)
             made = range(operation.makes.start, operation.makes.stop)
             if any(n != NOTHING for n in reads):
                 needed.update(made)
                 stays = not wanted.isdisjoint(made)
-                way.append(Pull(place, operation.makes, reads, stays))
+                way.append(Pull(place, operation, reads, stays))
         return way[::-1]
 
 

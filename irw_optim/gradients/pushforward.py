@@ -26,7 +26,6 @@ from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.forward import Tangents, transposed
 from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.nodes import pull
 from irw_optim.gradients.places import NOTHING, Operation, Places, number_at, places_of
 
 
@@ -111,7 +110,8 @@ def pull_back(
     def run() -> None:
         arrived[places.first[0] + losses.output_nr] = cotangent
         with torch.no_grad():
-            for place, makes, reads, stays in way:
+            for place, operation, reads, stays in way:
+                makes = operation.makes
                 gradients = arrived[makes]
                 for gradient in gradients:
                     if gradient is not None:
@@ -120,7 +120,7 @@ def pull_back(
                     continue
                 if not stays:
                     arrived[makes] = [None] * len(gradients)
-                for n, part in zip(reads, pull(order[place], gradients), strict=True):
+                for n, part in zip(reads, operation.pull(order[place], gradients), strict=True):
                     if n == NOTHING or part is None:
                         continue
                     if part.shape != shapes[n] or part.dtype != dtypes[n]:

@@ -140,6 +140,14 @@ def _averaged_in_windows(node: Any, change: Tensor) -> Tensor:
 _WINDOWS = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
 
 
+def _packed(node: Any, change: Tensor) -> Tensor:
+    """Time by time, of as many sequences as are as long; the rest of the change is padding."""
+    sizes = node._saved_result1.to(change.device)
+    by_time = change.transpose(0, 1) if node._saved_batch_first else change
+    present = torch.arange(by_time.shape[1], device=change.device) < sizes.unsqueeze(1)
+    return by_time[: len(sizes)][present]
+
+
 def _largest_in_windows(node: Any, change: Tensor) -> Tensor:
     where = node._saved_result1
     return change.flatten(-2).gather(-1, where.flatten(-2)).view(where.shape)
@@ -261,6 +269,7 @@ RULES: dict[str, ForwardRule] = {
     "Sum": _reduced("sum"),
     "Mean": _reduced("mean"),
     "Glu": of_one(_gated),
+    "PackPaddedSequence": of_one(_packed),
     "PreluKernel": _bent,
     "AvgPool2D": of_one(_averaged_in_windows),
     "ChannelShuffle": of_one(lambda node, t: F.channel_shuffle(t, saved(node, "groups"))),
