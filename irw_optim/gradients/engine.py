@@ -32,7 +32,7 @@ from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
 from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, needed_on, weighed_by, without_cudnn
 from irw_optim.gradients.location import arranged
-from irw_optim.gradients.mixing import Batch, follow_batch, rows_that_entered
+from irw_optim.gradients.mixing import Batch, follow_batch, is_foreign, rows_that_entered
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import NOTHING_READ, Plan, read_around, read_in_a_pass
 from irw_optim.processes import is_sharded_here
@@ -126,8 +126,9 @@ class Engine(Renewed):
         if at.followed and not sharded:
             spares = batch.one_product and self.kind == "auto"
             found = read_in_a_pass(losses, graph, at, own, spares_memory=spares)
-        elif self.sees_fused and at.mixed_by and not sharded:
-            around, found = read_around(losses, graph, own, may_be_of_compiled)
+        elif at.mixed_by and not at.surely_mixes and not sharded:
+            opaque = may_be_of_compiled if self.sees_fused else is_foreign
+            around, found = read_around(losses, graph, own, opaque)
             at = at if found is None else around
         if found is not None:
             graph.sites = found[1]

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.forward import FORWARD, ForwardRule, diagonal, of_single_losses
+from irw_optim.gradients.forward import (
+    FORWARD,
+    RESHAPED,
+    ForwardRule,
+    by_pull,
+    diagonal,
+    of_single_losses,
+    reshaped,
+)
 from irw_optim.gradients.graph import Graph, read_by
 from irw_optim.gradients.mixing import rule_for
 from irw_optim.gradients.mixing_rules import RULES, elementwise, handed_on, unreduced
@@ -91,7 +99,10 @@ class Places:
         if type(node) is ENDS_RUN:
             return Operation(reads, makes, shapes, dtypes, push_run, pull_run, False)
         touched = [self.dtypes[n] for n in reads if n != NOTHING] + dtypes
-        rule = None if any(dtype.is_complex for dtype in touched) else _rule_of(node)
+        rule = None if any(dtype.is_complex for dtype in touched) else _rule_of(node, shapes)
+        if rule is diagonal and len(reads) == len(shapes) == 1:
+            alike = shapes == self.shapes[slice(reads[0], reads[0] + 1)] and len({*touched}) == 1
+            rule = by_pull if alike else rule
         hands_on = rule_for(node) is handed_on
         return Operation(reads, makes, shapes, dtypes, rule, pull, hands_on)
 
@@ -145,8 +156,10 @@ def number_at(edge: GradientEdge, graph: Graph) -> int:
     return NOTHING if leaf is None else places_of(graph).leaves[leaf]
 
 
-def _rule_of(node: Node) -> ForwardRule | None:
+def _rule_of(node: Node, shapes: Sequence[torch.Size]) -> ForwardRule | None:
     name = base_name(node)
+    if name in RESHAPED:
+        return reshaped(shapes[0])
     if name in FORWARD:
         return FORWARD[name]
     return _OF_KIND.get(RULES.get(name))

@@ -23,6 +23,17 @@ def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
     return pull(node, [tangent, *[None] * len(others)])[number]
 
 
+def by_pull(node: Any, tangents: Tangents) -> Tensor:
+    """`diagonal`, of one input and one output of one shape and type."""
+    found: Tensor = node(*tangents)
+    return found
+
+
+def reshaped(shape: torch.Size) -> ForwardRule:
+    """The numbers as they are, in another shape."""
+    return of_one(lambda node, t: t.reshape(shape))
+
+
 def of_single_losses(node: Any, tangents: Tangents) -> Tensor | None:
     """Elementwise, unless the losses are averaged."""
     return None if node._saved_reduction else diagonal(node, tangents)
@@ -30,7 +41,7 @@ def of_single_losses(node: Any, tangents: Tangents) -> Tensor | None:
 
 def _again(method: str, *settings: str) -> ForwardRule:
     """What was done to the input is done to the change."""
-    return of_one(lambda node, t: getattr(t, method)(*(saved(node, name) for name in settings)))
+    return of_one(lambda node, t: getattr(t, method)(*[saved(node, name) for name in settings]))
 
 
 def _reduced(method: str) -> ForwardRule:
@@ -131,26 +142,12 @@ def _bent(node: Any, tangents: Tangents) -> Tensor:
     return torch.where(values > 0, d_input, slope * d_input + values * d_slope)
 
 
-def _averaged_in_windows(node: Any, change: Tensor) -> Tensor:
-    operation: Any = torch.ops.aten.avg_pool2d.default
-    found: Tensor = operation(change, *(saved(node, name) for name in _WINDOWS))
-    return found
-
-
-_WINDOWS = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
-
-
 def _packed(node: Any, change: Tensor) -> Tensor:
     """Time by time, of as many sequences as are as long; the rest of the change is padding."""
     sizes = node._saved_result1.to(change.device)
     by_time = change.transpose(0, 1) if node._saved_batch_first else change
     present = torch.arange(by_time.shape[1], device=change.device) < sizes.unsqueeze(1)
     return by_time[: len(sizes)][present]
-
-
-def _largest_in_windows(node: Any, change: Tensor) -> Tensor:
-    where = node._saved_result1
-    return change.flatten(-2).gather(-1, where.flatten(-2)).view(where.shape)
 
 
 def _softmax(node: Any, tangents: Tangents) -> Tensor | None:
@@ -172,10 +169,17 @@ def _two(tangents: Tangents) -> Tangents:
 
 def _sum(node: Any, tangents: Tangents) -> Tensor | None:
     left, right = _two(tangents)
-    alpha: float = getattr(node, "_saved_alpha", 1) * (-1 if node.name().startswith("Sub") else 1)
-    if left is not None and right is not None:
-        return torch.add(left, right, alpha=alpha)
-    return left if right is None or alpha == 1 else right * alpha
+    if right is None:
+        return left
+    alpha: float = getattr(node, "_saved_alpha", 1)
+    if left is None:
+        return right if alpha == 1 else right * alpha
+    return torch.add(left, right, alpha=alpha)
+
+
+def _difference(node: Any, tangents: Tangents) -> Tensor | None:
+    left, right = _two(tangents)
+    return _sum(node, (left, None if right is None else -right))
 
 
 def _product(node: Any, tangents: Tangents) -> Tensor | None:
@@ -236,10 +240,13 @@ def _of_separate_samples(node: Any, change: Tensor) -> Tensor:
     return (gradient * change).movedim(batch_dim, 0).reshape(*output.shape, -1).sum(-1)
 
 
-_RESHAPED = "Alias Clone Detach ReshapeAlias Squeeze UnsafeView Unsqueeze View"
+RESHAPED = set(
+    "Alias Clone Detach ReshapeAlias Squeeze UnsafeView Unsqueeze View".split()  # noqa: SIM905
+)
+    ["Alias", "Clone", "Detach", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"]
+)
 
 RULES: dict[str, ForwardRule] = {
-    _RESHAPED: of_one(lambda node, t: t.reshape(shape_of(node))),
     "Expand LiftFresh ToCopy": of_one(lambda node, t: t.to(node._input_metadata[0].device)),
     "T": of_one(lambda node, t: t.t()),
     "Transpose": _again("transpose", "dim0", "dim1"),
@@ -271,13 +278,10 @@ RULES: dict[str, ForwardRule] = {
     "Glu": of_one(_gated),
     "PackPaddedSequence": of_one(_packed),
     "PreluKernel": _bent,
-    "AvgPool2D": of_one(_averaged_in_windows),
-    "ChannelShuffle": of_one(lambda node, t: F.channel_shuffle(t, saved(node, "groups"))),
-    "PixelShuffle": of_one(lambda node, t: F.pixel_shuffle(t, saved(node, "upscale_factor"))),
-    "MaxPool2DWithIndices": of_one(_largest_in_windows),
     "Softmax SafeSoftmax": _softmax,
     "LogSoftmax": of_one(_log_softmax),
-    "Add Sub": _sum,
+    "Add": _sum,
+    "Sub": _difference,
     "Mul": _product,
     "Div": _quotient,
     "Where": _where,

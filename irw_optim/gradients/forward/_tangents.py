@@ -29,8 +29,8 @@ def of_one(rule: Callable[[Any, Tensor], Changes]) -> ForwardRule:
     """A rule for operations that read one tensor, which is given its change."""
 
     def of_node(node: Any, tangents: Tangents) -> Changes:
-        (change,) = (t for t in tangents if t is not None)
-        return rule(node, change)
+        (change,) = tangents if len(tangents) == 1 else [t for t in tangents if t is not None]
+        return rule(node, change)  # type: ignore[arg-type]
 
     return of_node
 
