@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -21,7 +22,7 @@ from irw_optim.attachments import Attachment, Removable
 from irw_optim.backward.weighted_loss import Weigher, weighted_loss
 from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.ranks import Ranks
+from irw_optim.distributed.ranks import GlobalGradients, Ranks
 from irw_optim.distributed.weigher import OverRanks
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.processes import several_processes
@@ -51,6 +52,10 @@ class Options(Protocol):
     @property
     def worst_off(self) -> str:
         """``"global"`` or ``"local"``."""
+
+    @property
+    def weighting(self) -> object:
+        """A name, or a rule."""
 
     @property
     def accumulation_steps(self) -> int:
@@ -113,7 +118,7 @@ class Replicas(Renewed):
             return alone
         if self.ranks is None or self.ranks.group is not replica.process_group:
             self.ranks = Ranks(replica.process_group, options.described())
-        return OverRanks(alone, self.ranks, scored, most_passes)
+        return OverRanks(alone, self.ranks, partial(GlobalGradients, layout=scored), most_passes)
 
     def weighted_loss(
         self,

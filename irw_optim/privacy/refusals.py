@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from opacus.data_loader import DPDataLoader
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -21,14 +21,35 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from irw_optim.arguments import real_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.hooks import weighed_by
 from irw_optim.optimizer.checks import optimizers_inside
 
-from ..arguments import as_real
-from .config import IRWDPConfig, refuse_batch_level_options
+from .mechanism import IRWDPConfig, refuse_batch_level_options
 from .pending import PendingBatch, follower_of
+
+_FIXED: dict[str, tuple[object, type[Exception], str]] = {
+    "poisson_sampling": (
+        True,
+        DPGuaranteeError,
+        "the accountants' amplification by sampling holds for independent draws only",
+    ),
+    "rand_on_empty": (
+        False,
+        DPGuaranteeError,
+        "a made-up sample that only empty batches have doubles what one person can change",
+    ),
+    "clipping": ("flat", NotImplementedError, "no other is built for DP-IRW"),
+}
+
+
+def check_fixed(options: dict[str, Any]) -> None:
+    """Take out the arguments of Opacus' `make_private` that have one value here, or raise."""
+    for name, (value, error, why) in _FIXED.items():
+        if (given := options.pop(name, value)) != value:
+            raise error(f"{name}={given!r}: {why}; leave {name}={value!r}")
 
 
 def refuse_options(unknown: dict[str, Any], *, of: Callable[..., Any]) -> None:
@@ -65,17 +86,8 @@ def check_mechanism(
         raise ValueError(
             f"loss_reduction={loss_reduction!r}: expected 'mean' or 'sum', as of the criterion"
         )
-    sigma = _finite("noise_multiplier", noise_multiplier, "0 or a positive number")
-    bound = _finite("max_grad_norm", max_grad_norm, "a positive number")
-    return sigma, bound
-
-
-def _finite(name: str, value: object, wanted: str) -> float:
-    if (number := as_real(value)) is None:
-        raise TypeError(f"{name}={value!r}: expected a number")
-    if not 0 <= number < math.inf or (number == 0 and wanted == "a positive number"):
-        raise ValueError(f"{name}={value!r}: expected {wanted}")
-    return number
+    sigma = real_number("noise_multiplier", noise_multiplier, "[0, inf)")
+    return sigma, real_number("max_grad_norm", max_grad_norm, "(0, inf)")
 
 
 def _check_optimizer(optimizer: object) -> None:
@@ -107,33 +119,11 @@ def _check_optimizer(optimizer: object) -> None:
             )
 
 
-def check_ways(
-    clipping: str,
-    mode: str,
-    criterion: nn.Module | None,
-    loss_reduction: str,
-    noise_generator: object,
-    *,
-    batch_first: bool,
-    secure_mode: bool,
-) -> None:
-    """Raise for ways to per-sample gradients and noise that are not built, or lack something.
-
-    With another reduction of the criterion than Opacus undoes, the clipping of one sample would
-    depend on how many others were drawn, which is private.
-    """
-    if clipping != "flat":
-        raise NotImplementedError(
-            f"clipping={clipping!r}: only clipping='flat' is built for DP-IRW"
-        )
+def check_ways(mode: str, noise_generator: object, batch_first: bool, secure_mode: bool) -> None:
+    """Raise for ways to per-sample gradients and noise that are not built, or lack something."""
     if mode not in ("hooks", "functorch", "ew", "ghost"):
         raise NotImplementedError(
             f"grad_sample_mode={mode!r}: DP-IRW is built for 'hooks', 'functorch', 'ew' and 'ghost'"
-        )
-    if mode == "ghost" and criterion is None:
-        raise ValueError(
-            "grad_sample_mode='ghost' without a criterion: expected criterion=, whose backward "
-            "makes the ghost products; PerSampleLoss(function) makes one of any function"
         )
     if mode == "ghost" and not batch_first:
         raise NotImplementedError(
@@ -147,29 +137,24 @@ def check_ways(
             "noise_generator is given in secure mode, which draws from a generator of its own: "
             "leave noise_generator out"
         )
-    if criterion is not None:
-        validate_criterion(criterion)
-        if criterion.reduction != loss_reduction:
-            raise ValueError(
-                f"criterion {type(criterion).__name__} has reduction={criterion.reduction!r} but "
-                f"loss_reduction={loss_reduction!r}: expected the same; construct the criterion "
-                f"with reduction={loss_reduction!r}"
-            )
 
 
-def check_loader(loader: DataLoader[Any], *, poisson_sampling: bool, rand_on_empty: bool) -> None:
+def check_criterion(criterion: nn.Module, loss_reduction: str) -> None:
+    """Raise unless it reduces as Opacus undoes.
+
+    Else the clipping of one sample would depend on how many others were drawn, which is private.
+    """
+    validate_criterion(criterion)
+    if criterion.reduction != loss_reduction:
+        raise ValueError(
+            f"criterion {type(criterion).__name__} has reduction={criterion.reduction!r} but "
+            f"loss_reduction={loss_reduction!r}: expected the same; construct the criterion with "
+            f"reduction={loss_reduction!r}"
+        )
+
+
+def check_loader(loader: DataLoader[Any]) -> None:
     """Raise unless the loader can become one that draws each sample independently."""
-    if not poisson_sampling:
-        raise DPGuaranteeError(
-            "poisson_sampling=False: the accountants' amplification by sampling holds for "
-            "independent draws only; leave poisson_sampling=True"
-        )
-    if rand_on_empty:
-        raise DPGuaranteeError(
-            "rand_on_empty=True: a made-up sample that only empty batches have doubles what one "
-            "person can change; leave rand_on_empty=False (empty batches are stepped on as they "
-            "are)"
-        )
     if not isinstance(loader, DataLoader):
         raise TypeError(f"data_loader={loader!r}: expected a torch.utils.data.DataLoader")
     if hasattr(loader.dataset, "__len__") and not len(loader.dataset):
@@ -252,3 +237,31 @@ def _is_irw_hook(hook: Callable[..., Any]) -> bool:
         hook = hook.func
     home = getattr(hook, "__module__", None) or type(hook).__module__
     return home.startswith("irw_optim.") and not home.startswith("irw_optim.privacy.")
+
+
+def check_checkpoint(saved: Any, config: IRWDPConfig, parameters: Sequence[Tensor]) -> None:
+    """Raise unless it is one of an IRWDPOptimizer with these parameters, and of this model."""
+    if saved is None:
+        raise ValueError(
+            "state_dict has no 'irw_dp' entry: it was not saved by an IRWDPOptimizer, so threshold "
+            "and direction are missing"
+        )
+    differing = [
+        f"{name}={value!r} here, {saved['config'].get(name)!r} saved"
+        for name, value in asdict(config).items()
+        if saved["config"].get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"state_dict was saved with other DP-IRW parameters ({'; '.join(differing)}): expected "
+            "the same IRWDPConfig"
+        )
+    shapes = [None if v is None else v.shape for v in saved["direction"]]
+    wanted = [p.shape for p in parameters]
+    if len(shapes) != len(wanted) or any(
+        shape not in (None, like) for shape, like in zip(shapes, wanted, strict=True)
+    ):
+        raise ValueError(
+            f"state_dict's direction has tensors of shapes {shapes} but the parameters have "
+            f"{wanted}: expected the same model"
+        )
