@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from irw_optim.errors import DPGuaranteeError
+from irw_optim.restored import undo_inside
 
 from . import refusals
 from .ghost import GhostBatch
@@ -91,9 +92,8 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             grad_sample_mode: "hooks", "functorch" or "ew" are Opacus' ways to per-sample gradients;
                 "ghost" makes the same step without them, and needs `criterion`.
             wrap_model: False attaches hooks to the model, as ghost mode always does.
-            **others: of Opacus' arguments poisson_sampling, clipping and rand_on_empty only the
-                defaults are taken, and nothing else: a misspelt argument must not give another
-                mechanism.
+            **others: Opacus' poisson_sampling, clipping and rand_on_empty, at their defaults; all
+                else is refused, since a misspelt argument would give another mechanism.
 
         Returns:
             The model (or the hooks object), the private optimizer and the Poisson loader.
@@ -110,14 +110,14 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         )
         refusals.check_loader(data_loader)
         refusals.check_module(module, optimizer, criterion)
-        if criterion is not None:
-            refusals.check_criterion(criterion, loss_reduction)
-        elif grad_sample_mode == "ghost":
-            raise ValueError(
-                "grad_sample_mode='ghost' without a criterion: expected criterion=, whose backward "
-                "makes the ghost products; PerSampleLoss(function) makes one of any function"
-            )
-        refusals.check_ways(grad_sample_mode, noise_generator, batch_first, self.secure_mode)
+        refusals.check_ways(
+            grad_sample_mode,
+            criterion,
+            loss_reduction,
+            noise_generator,
+            batch_first=batch_first,
+            secure_mode=self.secure_mode,
+        )
         ghost = grad_sample_mode == "ghost"
         touched = [self, *module.modules(), *module.parameters(), optimizer, data_loader]
         with _undone_on_error([*touched, criterion]):
@@ -159,7 +159,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         """`make_private` with the noise that spends `target_epsilon` in `epochs` passes.
 
         Args:
-            data_loader: loader of the whole data set.
+            data_loader: as of `make_private`.
             target_epsilon: the budget.
             target_delta: probability with which the budget may fail; well below 1/N.
             epochs: passes over the loader.
@@ -171,9 +171,9 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         """
         if len(self.accountant):
             raise DPGuaranteeError(
-                "make_private_with_epsilon on an engine that has accounted for steps already: the "
-                "noise would be calculated for a fresh budget and the target overspent. Use a new "
-                "IRWPrivacyEngine, or make_private with a noise_multiplier of your own"
+                "make_private_with_epsilon on an engine that has accounted for steps already would "
+                "overspend the target: use a new IRWPrivacyEngine, or make_private with a "
+                "noise_multiplier of your own"
             )
         return self.make_private(
             data_loader=data_loader,
@@ -257,17 +257,11 @@ def _undone_on_error(objects: Iterable[object]) -> Iterator[None]:
     Opacus hooks the model first and raises later: it would stay half private.
     """
     attributes = [vars(thing) for thing in objects if hasattr(thing, "__dict__")]
-    tables: list[Any] = [
-        value
-        for own in attributes
-        for value in (own, *own.values())
-        if isinstance(value, dict | list)
-    ]
-    before = [(table, table.copy()) for table in tables]
+    tables = [t for own in attributes for t in (own, *own.values()) if isinstance(t, dict | list)]
+    undo = list(filter(None, map(undo_inside, tables)))
     try:
         yield
     except BaseException:
-        for table, contents in before:
-            table.clear()
-            table.update(contents) if isinstance(table, dict) else table.extend(contents)
+        for action in undo:
+            action()
         raise

@@ -17,14 +17,11 @@ from irw_optim.backward.weighted_loss import Deferred, deferred_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import Engine
-from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.layers import FIRST
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.norms import row_norms
-from irw_optim.gradients.protocol import Direction
 from irw_optim.torch_internals import is_walked_on
 
-from .pending import ClippableGradients, GradSampleRows, PendingBatch
+from .pending import ClippableGradients, GhostRows, GradSampleRows, PendingBatch
 
 
 class GhostBatch(PendingBatch):
@@ -77,9 +74,8 @@ class GhostBatch(PendingBatch):
         captured.start(torch.ones_like(upstream), keep_graph=False)
         uncovered = set(captured.uncovered)
         for call, _, shape in captured.graph.sites:
-            # The engine also finds a batch that is folded or does not stand first; but a Poisson
-            # batch has any size, and a wrong guess would mix samples.
-            # Unless the graph has proven it.
+            # A folded batch, or one that does not stand first, must be proven by the graph: of a
+            # Poisson batch's size a guess may be wrong, and would mix samples.
             first = shape[:1] == (batch_size,) and call.layout == FIRST
             if not (captured.apart and call.layout is not None) and not first:
                 uncovered.update(call.parameters.values())
@@ -117,20 +113,3 @@ class _Arrival(Deferred):
     def leave(self) -> None:
         super().leave()
         self.captured = None
-
-
-class GhostRows(GhostGradients):
-    """Ghost products with norms, of which any row can be dropped; seed: 1 / the losses' factor."""
-
-    def norms(self) -> Tensor:
-        """|g_i| over all parameters, (B,)."""
-        return row_norms(self)
-
-    def dot(self, direction: Direction) -> Tensor:
-        """<g_i, v>, (B,)."""
-        return super().dot(direction) if direction else self.seed.new_zeros(self.batch_size)
-
-    def without(self, dropped: Tensor) -> GhostRows:
-        """The same gradients with zero rows where `dropped` (B,) bool."""
-        calls = [call.without(dropped) for call in self.calls]
-        return GhostRows(calls, self.batch_size, self.seed)

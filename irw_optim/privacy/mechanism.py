@@ -70,12 +70,6 @@ class IRWDPConfig:
         >>> config = IRWDPConfig(init_threshold=math.log(10))
         >>> round(config.gradient_share, 3)
         0.89
-        >>> IRWDPConfig(init_threshold=0.7, direction_share=0.995)
-        Traceback (most recent call last):
-        ...
-        irw_optim.errors.DPGuaranteeError: direction_share=0.995 and 2 counts at
-        count_share=0.005 leave -0.005 of the noise budget for the gradient: expected a positive
-        rest; lower direction_share or count_share
     """
 
     init_threshold: float

@@ -136,8 +136,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """
         if closure is not None:
             raise NotImplementedError(
-                "closure: a closure takes several looks at a batch for one step's privacy budget; "
-                "call backward and then step()"
+                "closure: it looks at a batch more than once for one step's privacy budget; call "
+                "backward and then step()"
             )
         if self.pre_step(losses=losses):
             return self.original_optimizer.step()  # type: ignore[no-any-return]

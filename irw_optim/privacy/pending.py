@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,18 @@ from torch import Tensor, nn
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.criterion.attached import AttachedCriterion
 from irw_optim.errors import DPGuaranteeError
+from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import MaterializedGradients, as_matrix
 from irw_optim.gradients.mixing import follow_batch
-from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.norms import row_norms
+from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.verification import compare, probe_of
 
-
-class ClippableGradients(PerSampleGradients, Protocol):
-    """What the private optimizer asks of an engine beyond the three products."""
-
-    def norms(self) -> Tensor:
-        """|g_i| over all parameters, (B,)."""
-
-    def without(self, dropped: Tensor) -> ClippableGradients:
-        """The same gradients with zero rows where `dropped` (B,) bool: 0 times NaN is NaN."""
+_ONE_PASS = (
+    "a sample could be counted twice. Call step() and zero_grad() after each backward, use "
+    "BatchMemoryManager for large batches"
+)
 
 
 class GradSampleRows(MaterializedGradients):
@@ -45,10 +42,9 @@ class GradSampleRows(MaterializedGradients):
 
     def without(self, dropped: Tensor) -> GradSampleRows:
         """The same gradients with zero rows where `dropped` (B,) bool."""
-        dropped = dropped.unsqueeze(1)
         zeroed = {
-            p: as_matrix(block).masked_fill(dropped.to(block.device), 0.0).view_as(block)
-            for p, block in self.rows.items()
+            p: r.reshape(len(r), -1).masked_fill(dropped.to(r.device)[:, None], 0.0).view_as(r)
+            for p, r in self.rows.items()
         }
         return GradSampleRows(zeroed)
 
@@ -69,9 +65,7 @@ class GradSampleRows(MaterializedGradients):
             found = p.grad_sample if isinstance(p.grad_sample, list) else [p.grad_sample]
             if len(found) > 1:
                 raise DPGuaranteeError(
-                    f"grad_sample holds {len(found)} backward passes: gradient accumulation counts "
-                    "a sample twice. Call step() and zero_grad() after each backward, or let "
-                    "BatchMemoryManager split large batches"
+                    f"grad_sample holds {len(found)} backward passes: {_ONE_PASS}"
                 )
             block = found[0] if found else None
             if block is None and batch_size == 0:
@@ -94,6 +88,26 @@ class GradSampleRows(MaterializedGradients):
                 )
             rows[p] = block.to(torch.promote_types(block.dtype, torch.float32))
         return cls(rows)
+
+
+class GhostRows(GhostGradients):
+    """Ghost products with norms, of which any row can be dropped; seed: 1 / the losses' factor."""
+
+    def norms(self) -> Tensor:
+        """|g_i| over all parameters, (B,)."""
+        return row_norms(self)
+
+    def dot(self, direction: Direction) -> Tensor:
+        """<g_i, v>, (B,)."""
+        return super().dot(direction) if direction else self.seed.new_zeros(self.batch_size)
+
+    def without(self, dropped: Tensor) -> GhostRows:
+        """The same gradients with zero rows where `dropped` (B,) bool."""
+        calls = [call.without(dropped) for call in self.calls]
+        return GhostRows(calls, self.batch_size, self.seed)
+
+
+ClippableGradients = GradSampleRows | GhostRows
 
 
 class SpotCheck:
@@ -135,10 +149,10 @@ class SpotCheck:
             wrong = compare(covered, [truth[p] for p in covered], probe / scale, rows)
             if wrong:
                 raise DPGuaranteeError(
-                    f"the per-sample gradients differ from autograd's by "
+                    "the per-sample gradients differ from autograd's by "
                     f"{max(wrong.values()):.2g} of the gradient: the forward mixes the samples of "
-                    "a batch, or uses parameters outside their layers, so one person changes the "
-                    "gradients of others. Use layers that treat each sample alone"
+                    "a batch, or uses parameters outside their layers. Use layers that treat each "
+                    "sample alone"
                 )
 
         return check
@@ -208,16 +222,13 @@ class PendingBatch:
             return given.detach()
         if not self._arrived:
             raise DPGuaranteeError(
-                "losses are missing: the weights need one loss per sample; give "
-                "make_private(criterion=criterion) and call that criterion in training mode, or "
-                "call optimizer.step(losses=losses) with losses of shape (B,)"
+                "losses are missing: give make_private(criterion=criterion) and call that one "
+                "in training mode, or call optimizer.step(losses=losses) with losses of shape (B,)"
             )
         if len(self._arrived) > 1:
             raise DPGuaranteeError(
-                f"{len(self._arrived)} backward passes since the last step: a sample could be "
-                "counted twice. Call step() and zero_grad() after each backward, use "
-                "BatchMemoryManager for large batches, and for a sum of criteria "
-                "optimizer.step(losses=...) with the summed per-sample losses"
+                f"{len(self._arrived)} backward passes since the last step: {_ONE_PASS}, and for a "
+                "sum of criteria optimizer.step(losses=...) with the summed per-sample losses"
             )
         return self._arrived[0][0]
 
