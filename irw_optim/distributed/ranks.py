@@ -76,15 +76,16 @@ class Ranks:
                 break
             self._capacity = max(self.sizes)  # the same on every rank, as the sizes are
         bodies = messages[:, len(front) :].view(self.number, self._capacity, width)
-        joined = [body[:n] for body, n in zip(bodies, self.sizes, strict=True)]
-        return [front[1:] for front in fronts], torch.cat(joined)
+        return [front[1:] for front in fronts], self._joined(bodies)
 
     def gather(self, values: Tensor) -> Tensor:
         """The values (n, ...) of every sample of the batch, n being this rank's `sizes`."""
         most = max(self.sizes)
         room = values.new_zeros(most, *values.shape[1:])
         room[: len(values)] = values
-        bodies = self._gathered(room)
+        return self._joined(self._gathered(room))
+
+    def _joined(self, bodies: Tensor) -> Tensor:
         return torch.cat([body[:n] for body, n in zip(bodies, self.sizes, strict=True)])
 
     def each(self, numbers: Tensor) -> Tensor:

@@ -160,35 +160,6 @@ def check_sharding(
                 "tensor parallelism is not supported"
             )
         return
-    _check_shards(model)
-    for name, p in () if criterion is None else criterion.named_parameters():
-        if p.requires_grad and not is_shard(p):
-            raise NotImplementedError(
-                f"criterion has a parameter, {name}, that fully_shard does not reduce: make the "
-                "criterion a part of the model, or freeze it with requires_grad_(False)"
-            )
-    if engine == "autodiff":
-        raise NotImplementedError(
-            "engine='autodiff' under fully_shard: double backward would need all parameters at "
-            "once; use engine='auto', or train with DistributedDataParallel"
-        )
-    weighting, steps = options.weighting, options.accumulation_steps
-    if not isinstance(weighting, str) and getattr(weighting, "needs_gradients", True):
-        raise NotImplementedError(
-            f"weighting={weighting!r} under fully_shard: a rule of one's own may ask for sums of "
-            "gradients, which are as large as the model; expected 'irw', 'cvar' or 'uniform', or a "
-            "rule with needs_gradients=False"
-        )
-    if steps != 1:
-        raise NotImplementedError(
-            f"accumulation_steps={steps} under fully_shard: passes weighed together "
-            "would each keep their graph; use accumulation_steps=1, which weighs each pass by "
-            "itself and adds them up"
-        )
-
-
-def _check_shards(model: nn.Module) -> None:
-    """Refuse parameters that `fully_shard` does not reduce, or not over one dimension."""
     if torch.__version__ < TESTED_FROM:  # it compares as a version
         raise NotImplementedError(
             f"fully_shard with torch {torch.__version__}: expected torch {TESTED_FROM} or newer; "
@@ -222,4 +193,27 @@ def _check_shards(model: nn.Module) -> None:
         raise NotImplementedError(
             f"the parameters are sharded over {len(meshes)} groups of processes: expected one mesh "
             "for the whole model"
+        )
+    for name, p in () if criterion is None else criterion.named_parameters():
+        if p.requires_grad and not is_shard(p):
+            raise NotImplementedError(
+                f"criterion has a parameter, {name}, that fully_shard does not reduce: make the "
+                "criterion a part of the model, or freeze it with requires_grad_(False)"
+            )
+    if engine == "autodiff":
+        raise NotImplementedError(
+            "engine='autodiff' under fully_shard would need all parameters at once; use "
+            "engine='auto', or train with DistributedDataParallel"
+        )
+    weighting, steps = options.weighting, options.accumulation_steps
+    if not isinstance(weighting, str) and getattr(weighting, "needs_gradients", True):
+        raise NotImplementedError(
+            f"weighting={weighting!r} under fully_shard: a rule of one's own may ask for sums as "
+            "large as the model; expected 'irw', 'cvar', 'uniform', or a rule with "
+            "needs_gradients=False"
+        )
+    if steps != 1:
+        raise NotImplementedError(
+            f"accumulation_steps={steps} under fully_shard: passes weighed together would each "
+            "keep their graph; use accumulation_steps=1, which adds up passes weighed by themselves"
         )

@@ -141,8 +141,8 @@ class ShardedPass(FactorsOfLosses):
         anything_missing, check = told.amax(0).tolist()
         if anything_missing:
             raise NotImplementedError(
-                "under fully_shard the scores need parameters that the ghost products cover, and "
-                f"they do not cover {self._of_all_ranks(missing)}: {WAY_OUT}"
+                "under fully_shard the scores are ghost products, and they do not cover "
+                f"{self._of_all_ranks(missing)}: {WAY_OUT}"
             )
         return covering, bool(check)
 
@@ -170,8 +170,7 @@ class ShardedPass(FactorsOfLosses):
         if names:
             raise RuntimeError(
                 f"the ghost products differ from autograd for {names}: the forward mixes samples "
-                "or uses these parameters outside their layers, and under fully_shard nothing else "
-                f"makes scores; {WAY_OUT}"
+                f"or uses these parameters outside their layers; {WAY_OUT}"
             )
 
     def _of_all_ranks(self, parameters: Iterable[Tensor]) -> str:
@@ -184,14 +183,13 @@ def join(
 ) -> tuple[PerSampleLosses, float]:
     """Gather the losses of all ranks, by one all-gather, and the length of their gradient.
 
-    A sum over a batch is a sum over shards. A mean divides by the number of elements, or by the
-    class weights in it: both are sums over shards too, and the quotient is taken once they are
-    complete. So shards need not be of equal size.
+    A mean divides by the number of elements, or by the class weights in it: both are sums over
+    shards, and the quotient is taken once they are complete. So shards need not be of equal size.
 
     Returns:
         Losses, labels and counts of all samples, in the order of the ranks, without a graph; and
-        the factor on ``sum_i w_i g_i`` that keeps the length of the gradient that one process
-        would have on this batch, the factors on the losses included.
+        the factor on ``sum_i w_i g_i`` that gives the gradient the length that it would have in
+        one process, the factors on the losses included.
 
     Raises:
         RuntimeError: losses with different factors on different ranks, on all of them alike.
@@ -233,10 +231,9 @@ def _length(headers: Sequence[Sequence[float]], summed: bool) -> float:
         first = factors[0]
         if any(abs(factor - first) > 1e-5 * abs(first) for factor in factors):
             raise RuntimeError(
-                f"the losses of the processes carry different factors, {list(factors)}: the "
-                "gradient of the batch of all processes has one. Leave out what makes up for "
-                "shards of unequal size (it is accounted for), or use "
-                "IRWOptimizer(..., worst_off='local')"
+                f"the losses of the processes carry different factors, {list(factors)}: expected "
+                "one. Leave out what makes up for shards of unequal size (it is accounted for), or "
+                "use IRWOptimizer(..., worst_off='local')"
             )
         total, divisor = sum(elements), sum(divisors)
         length += first * (total if summed else total / divisor if divisor else 1.0)

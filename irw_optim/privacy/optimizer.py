@@ -32,7 +32,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     `noise_multiplier`, which is what Opacus' accountants are told.
 
     Args:
-        optimizer: the optimizer that takes the noisy gradient.
+        optimizer: takes the noisy gradient.
         irw: the parameters of DP-IRW.
         noise_multiplier: sigma of the whole step; noise schedulers may move it.
         max_grad_norm: C, the norm to which each sample's gradient is clipped.
@@ -42,10 +42,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         secure_mode: use Opacus' noise that resists floating-point attacks.
 
     Raises:
-        DPGuaranteeError: an optimizer that would see gradients without noise, or an option that
-            weighs samples by one another.
-        ValueError: a value outside its range.
-        NotImplementedError: an optimizer whose step needs a closure.
+        DPGuaranteeError, NotImplementedError, TypeError, ValueError: as
+            `IRWPrivacyEngine.make_private`.
 
     Example:
         >>> from opacus import GradSampleModule

@@ -101,7 +101,7 @@ def compare_remedies(
         make_model: gives a new, untrained model: (N, classes) logits, or one number a sample.
         criterion: a classification loss, as of `IRWOptimizer`.
         train: a map-style data set, or ``(X, y)`` as NumPy arrays, tensors, lists or pandas.
-        validation: the same kind, of people that training does not see.
+        validation: as ``train``, of other people.
         groups: of the people of ``validation``, one column or several, which are intersected. They
             add worst group and headroom, and decide; no remedy sees them.
         remedies: names of `REMEDIES`, or ``{name: remedy}``, in the order in which a simpler one is

@@ -60,11 +60,9 @@ class Recipe:
 
     Attributes:
         make_model: gives an untrained model.
-        criterion: of the training.
         optimizer: makes an optimizer of the parameters.
         scheduler: makes a learning rate's schedule of optimizer and number of steps; None: none.
-        steps: of a training.
-        batch_size: of a step.
+        steps: of one training, with ``batch_size`` samples each.
         forward: gives the criterion's arguments; None for batches (inputs, target).
     """
 
@@ -82,7 +80,6 @@ class Training:
     """What a remedy is given: one seed's training, with all that the remedies share.
 
     Attributes:
-        recipe: model, criterion, optimizer, steps.
         samples: the training data; ``samples.loader()`` reads it in order.
         labels: (N,) int64, its classes.
         classes: how many outputs the model decides between.
