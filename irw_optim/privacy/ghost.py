@@ -59,8 +59,7 @@ class GhostBatch(PendingBatch):
 
     def arrived(self, losses: Tensor, captured: LossGradients | None, upstream: Tensor) -> None:
         """Keep what a backward pass has brought; no rows are those of a batch of no samples."""
-        rows = None if captured is None else self._rows_of(captured, upstream)
-        self._arrived.append((losses, rows))
+        self._arrived.append((losses, captured and self._rows_of(captured, upstream)))
 
     def _rows_of(self, captured: LossGradients, upstream: Tensor) -> GhostRows:
         """Run the engine behind a vector of losses; NotImplementedError where it does not cover."""

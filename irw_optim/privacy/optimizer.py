@@ -60,6 +60,21 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         1
     """
 
+    public_state: PublicState
+    """Threshold, scale, direction and step count: functions of noisy releases, public."""
+
+    last_release: Released | None = None
+    """The noisy counts and the noisy direction of the last step: public."""
+
+    over_ranks = False
+    """Whether a step is that of all ranks on their joined batch: one noise, that of rank 0.
+
+    All compute the same next state; ``expected_batch_size`` is that of all ranks together.
+    """
+
+    accumulated_iterations = 1
+    """One Poisson batch a step, whatever its physical batches; read by accountants."""
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -98,25 +113,10 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         self.public_state = PublicState(irw.init_threshold, irw.init_scale)
         self._logical_batch: Sums | None = None  # while it goes on; without noise, so private
 
-    public_state: PublicState
-    """Threshold, scale, direction and step count: functions of noisy releases, public."""
-
-    last_release: Released | None = None
-    """The noisy counts and the noisy direction of the last step: public."""
-
-    over_ranks = False
-    """Whether a step is that of all ranks on their joined batch: one noise, that of rank 0.
-
-    All compute the same next state; ``expected_batch_size`` is that of all ranks together.
-    """
-
     @property
     def noise_scales(self) -> NoiseScales:
         """The noise of the single releases at the present `noise_multiplier`."""
         return mechanism.noise_scales(self.noise_multiplier, self.irw)
-
-    accumulated_iterations = 1
-    """One Poisson batch a step, whatever its physical batches; read by accountants."""
 
     def step(self, closure: Any = None, *, losses: Tensor | None = None) -> float | None:
         """Clip, weigh, sum, and at the end of a logical batch add noise, account and step.

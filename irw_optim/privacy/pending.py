@@ -56,24 +56,20 @@ class GradSampleRows(MaterializedGradients):
         """
         rows: dict[Tensor, Tensor] = {}
         for p in parameters:
-            which = f"a parameter of shape {tuple(p.shape)}"
-            if not hasattr(p, "grad_sample"):
-                raise ValueError(
-                    f"{which} has no grad_sample: the model must go through "
-                    "IRWPrivacyEngine.make_private, or be an opacus GradSampleModule"
-                )
-            found = p.grad_sample if isinstance(p.grad_sample, list) else [p.grad_sample]
-            if len(found) > 1:
-                raise DPGuaranteeError(
-                    f"grad_sample holds {len(found)} backward passes: {_ONE_PASS}"
-                )
-            block = found[0] if found else None
+            which, block = f"a parameter of shape {tuple(p.shape)}", getattr(p, "grad_sample", None)
+            if isinstance(block, list):
+                if len(block) > 1:
+                    raise DPGuaranteeError(
+                        f"grad_sample holds {len(block)} backward passes: {_ONE_PASS}"
+                    )
+                block = block[0] if block else None
             if block is None and batch_size == 0:
                 block = p.detach().new_zeros((0, *p.shape))
             if block is None:
                 raise ValueError(
-                    f"{which} has no grad_sample: call backward before step, and freeze "
-                    "(requires_grad_(False)) parameters that the loss does not use"
+                    f"{which} has no grad_sample: call backward before step; the model must go "
+                    "through IRWPrivacyEngine.make_private, or be an opacus GradSampleModule; "
+                    "freeze (requires_grad_(False)) parameters that the loss does not use"
                 )
             if len(block) != batch_size:
                 raise DPGuaranteeError(
