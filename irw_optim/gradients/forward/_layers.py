@@ -1,4 +1,4 @@
-"""Changes through products, convolutions, normalisations, lookups, grids and distances."""
+"""Changes through products, convolutions, windows, normalisations, lookups, grids, distances."""
 
 from __future__ import annotations
 

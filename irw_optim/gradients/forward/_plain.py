@@ -240,11 +240,7 @@ def _of_separate_samples(node: Any, change: Tensor) -> Tensor:
     return (gradient * change).movedim(batch_dim, 0).reshape(*output.shape, -1).sum(-1)
 
 
-RESHAPED = set(
-    "Alias Clone Detach ReshapeAlias Squeeze UnsafeView Unsqueeze View".split()  # noqa: SIM905
-)
-    ["Alias", "Clone", "Detach", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"]
-)
+RESHAPED = "Alias", "Clone", "Detach", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"
 
 RULES: dict[str, ForwardRule] = {
     "Expand LiftFresh ToCopy": of_one(lambda node, t: t.to(node._input_metadata[0].device)),
