@@ -23,11 +23,11 @@ from torch import nn
 
 from benchmarks import report
 from benchmarks.cost.neighbours import ALPHA
-from benchmarks.zoo.alone import alone, as_json
 from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.exactness import differences, in_double, reference
 from benchmarks.zoo.measuring import Loop
 from benchmarks.zoo.registry import ENTRIES, named
+from benchmarks.zoo.report import alone, as_json
 from irw_optim.gradients.graph import walk
 
 SIZES = (5, 5, 3)
