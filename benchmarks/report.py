@@ -18,7 +18,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -171,6 +171,17 @@ def table(
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
+def crossed(
+    corner: str,
+    rows: Mapping[str, Any],
+    columns: Mapping[str, Callable[[Any], str]],
+    *more: Sequence[str],
+) -> str:
+    """A table of what each column says of each row, by their names, with ``more`` lines below."""
+    lines = [[name, *(text(row) for text in columns.values())] for name, row in rows.items()]
+    return table([corner, *columns], [*lines, *more])
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """A table with the frame's columns; digits by the column's name."""
     columns = [c for c in frame if not c.startswith("± ")]
@@ -219,11 +230,9 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean of independent values, and half the width of its 95 % t-interval; NaN for one value."""
     from scipy import stats
 
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(half)
+    size = len(values)
+    half = stats.t.ppf(0.975, size - 1) * stats.sem(values) if size > 1 else math.nan
+    return float(np.mean(values)), float(half)
 
 
 def paired_text(

@@ -13,26 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import report
-from benchmarks.evidence import tables, unseen
-from benchmarks.evidence.analysis import (
-    ACCURACY,
-    Estimate,
-    Target,
-    best,
-    mean_change,
-    of,
-    protected,
-    targets,
-)
+from benchmarks.evidence import analysis, tables, unseen
+from benchmarks.evidence.analysis import ACCURACY, Estimate, Target, best, marked, mean_change
 from benchmarks.evidence.claims import claims
 from benchmarks.evidence.grid import PLAIN
 from benchmarks.evidence.sweep import NOISES, RESULTS
-from benchmarks.evidence.tables import METHODS, marked, percent
+from benchmarks.evidence.tables import METHODS
 
 
 def fragments(folder: Path = RESULTS) -> dict[str, str]:
     """Every generated text by the name of its file."""
-    found, verdicts, people = targets(folder), claims(folder), protected(folder)
+    found, verdicts = analysis.targets(folder), claims(folder)
+    people = analysis.protected(folder)
     search, slow = (folder.with_name(f"fairness_{kind}") for kind in ("search", "slow"))
     return {
         "headroom.md": tables.headroom_table(folder),
@@ -47,7 +39,7 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
         "noise.md": tables.noise_table(folder, NOISES),
         "search.md": tables.search_table(search),
         "slow.md": tables.headroom_table(slow),
-        "slow_confirmed.md": tables.confirmed(targets(slow)),
+        "slow_confirmed.md": tables.confirmed(analysis.targets(slow)),
     }
 
 
@@ -56,7 +48,7 @@ def about_the_runs(found: list[Target]) -> str:
     said = "; ".join(
         f"{t.title}: {', '.join(map(str, sorted(t.plain().index.tolist())))}" for t in found
     )
-    plain = "; ".join(f"{t.title} {percent(t.plain()[ACCURACY].mean())}" for t in found)
+    plain = "; ".join(f"{t.title} {analysis.percent(t.plain()[ACCURACY].mean())}" for t in found)
     return f"Seeds. {said}.\n\nAccuracy of plain training, in %: {plain}.\n"
 
 
@@ -158,8 +150,9 @@ def headroom(seen: Path, unseen_runs: Path) -> None:
         rows = [Row(t.title, {kind: t.headroom()}) for kind, own in both for t in own]
         return sorted(rows, key=lambda row: -next(iter(row.dots.values())).mean)
 
-    others = targets(seen), targets(unseen_runs, tasks=unseen.UNSEEN)
-    rows = [Row("Groups of people alone"), *by_size(protected(seen), unseen.alone(unseen_runs))]
+    people = analysis.protected(seen), unseen.alone(unseen_runs)
+    others = analysis.targets(seen), analysis.targets(unseen_runs, tasks=unseen.UNSEEN)
+    rows = [Row("Groups of people alone"), *by_size(*people)]
     rows += [Row("Label × group, shortcuts"), *by_size(*others)]
     says = "Headroom: what training that is told the groups\ngains for the worst one, in points"
     dots("headroom.png", rows, looks, says)
@@ -170,8 +163,7 @@ def prices(folder: Path) -> None:
     looks = {"accuracy of everybody": BLUE, "worst group of people alone": ORANGE}
     natural, people = unseen.natural(folder), unseen.alone(folder)
     rows = []
-    for name, setting in unseen.REMEDIES.items():
-        pick = of(setting)
+    for name, pick in unseen.PICKS.items():
         both = mean_change(natural, pick, ACCURACY), mean_change(people, pick)
         rows.append(Row(name, dict(zip(looks, both, strict=True))))
     says = "What a remedy takes, on unseen data:\nchange against plain training, in points"
@@ -182,15 +174,10 @@ def where(found: Sequence[Target]) -> None:
     """Two stages and others against class balancing, target by target."""
     looks = {"two stages": BLUE, "control (losses)": GREEN, "IRW": ORANGE}
     names = ("two stages, a fifth", "control (losses), a fifth", "IRW, as in the paper")
-
-    def against(t: Target, name: str) -> Estimate:
-        own, balanced = t.setting(unseen.REMEDIES[name]), t.setting(unseen.BALANCED)
-        return t.difference(own, balanced, t.worst)
-
-    rows = [
-        Row(t.title, {kind: against(t, name) for kind, name in zip(looks, names, strict=True)})
-        for t in found
-    ]
+    rows = []
+    for t in found:
+        each = (unseen.against_balancing(t, name) for name in names)
+        rows.append(Row(t.title, dict(zip(looks, each, strict=True))))
     rows.sort(key=lambda row: -row.dots["two stages"].mean)
     says = "The worst group of each unseen target,\nagainst class balancing, in points"
     dots("where.png", rows, looks, says, left=-52, legend=3)
