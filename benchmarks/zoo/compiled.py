@@ -111,8 +111,7 @@ def trained(entry: Entry, backend: str, order: str, alpha: float | None) -> dict
             torch.manual_seed(2)
             replace(loop, model=called, batch=batch).backward()
             if alpha is not None:
-                weights, expected = reference(entry, twin, batch)
-                error = max(error, *differences(loop, weights, expected))
+                error = max(error, *differences(loop, *reference(entry, twin, batch)))
             loop.optimizer.step()
         counted.epoch_ends()
     found = counted.found()
