@@ -283,27 +283,3 @@ def ticks(axis: Any, places: Sequence[float], labels: Sequence[Any] | None = Non
     """These ticks, and none of the small ones of a logarithmic axis."""
     axis.set_xticks(places, [str(label) for label in labels or places])
     axis.minorticks_off()
-
-
-# Timing ---------------------------------------------------------------------------------------
-
-
-def time_ratios(
-    base: Callable[[], object], *actions: Callable[[], object], rounds: int, clock: Any = None
-) -> tuple[float, list[list[float]]]:
-    """Median seconds (of CPU) of ``base``, and each action's ratio to it in every round."""
-    clock = clock or time.process_time
-
-    def taken(action: Callable[[], object]) -> float:
-        start = clock()
-        action()
-        return clock() - start
-
-    for action in (base, *actions):  # past what the first call does once
-        action()
-    seconds, ratios = [], [[] for _ in actions]
-    for _ in range(rounds):
-        seconds.append(taken(base))
-        for action, own in zip(actions, ratios, strict=True):
-            own.append(taken(action) / seconds[-1])
-    return statistics.median(seconds), ratios

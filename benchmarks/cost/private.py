@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import report
+from benchmarks.cost.steps import time_ratios
 from benchmarks.models import mlp
 from benchmarks.training import step
 from irw_optim.privacy import IRWDPConfig, IRWPrivacyEngine
@@ -129,7 +130,7 @@ def main(given: list[str]) -> None:
             for action in actions * (0 if slow else 4):
                 action()
             number = max(2, rounds // 10) if slow else rounds
-            seconds, ratios = report.time_ratios(*actions, rounds=number, clock=time.perf_counter)
+            seconds, ratios = time_ratios(*actions, rounds=number, clock=time.perf_counter)
             print(f"  {reference} {1e3 * seconds:.1f} ms a step")
             for way, own in zip(those, ratios, strict=True):
                 low, median, high = statistics.quantiles(own, n=4)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import report
+from benchmarks.cost.steps import time_ratios
 from benchmarks.data.memory import adult, adult_tokens, loader
 from benchmarks.data.sources import Samples
 from benchmarks.models import Transformer, mlp, small_cnn
@@ -53,7 +54,7 @@ def renewals(
         wrapped = IRWOptimizer(inner, alpha=ALPHA, **attached)
         schemes.append(GlobalScheme(wrapped, data, batch_size=factor * batch))
     actions = [scheme.renew for scheme in schemes]
-    plain, ratios = report.time_ratios(plain_epoch, *actions, rounds=rounds)
+    plain, ratios = time_ratios(plain_epoch, *actions, rounds=rounds)
     return plain, [statistics.median(own) for own in ratios]
 
 

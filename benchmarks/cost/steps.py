@@ -8,6 +8,8 @@ Ratios of medians within one run: results/step_cost_<device>.csv and .md, and a 
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -100,6 +102,27 @@ def as_markdown(frame: pd.DataFrame) -> str:
     shown = [name for name in METHODS if name in set(frame["method"])]
     note = "\nTime / peak memory of tensors, as multiples of a plain step in the same run.\n"
     return table(frame, ["work"], shown, text, note)
+
+
+def time_ratios(
+    base: Callable[[], object], *actions: Callable[[], object], rounds: int, clock: Any = None
+) -> tuple[float, list[list[float]]]:
+    """Median seconds (of CPU) of ``base``, and each action's ratio to it in every round."""
+    clock = clock or time.process_time
+
+    def taken(action: Callable[[], object]) -> float:
+        start = clock()
+        action()
+        return clock() - start
+
+    for action in (base, *actions):  # past what the first call does once
+        action()
+    seconds, ratios = [], [[] for _ in actions]
+    for _ in range(rounds):
+        seconds.append(taken(base))
+        for action, own in zip(actions, ratios, strict=True):
+            own.append(taken(action) / seconds[-1])
+    return statistics.median(seconds), ratios
 
 
 def growth(device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:

@@ -2,20 +2,19 @@
 
     python -m benchmarks.evidence report
 
-`fragments` is the whole text; a test compares it with the files, so that no number can drift. In
-the dot plots filled markers are means with an interval that excludes 0, hollow ones the others.
+`fragments` is the whole text; a test compares it with the files, so that no number can drift.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from benchmarks import report
 from benchmarks.evidence import analysis, tables, unseen
-from benchmarks.evidence.analysis import ACCURACY, Estimate, Target, best, marked, mean_change
+from benchmarks.evidence.analysis import ACCURACY, Target, best, marked, mean_change
 from benchmarks.evidence.claims import claims
+from benchmarks.evidence.dots import BLUE, GREEN, ORANGE, PURPLE, Look, Row, draw_rows
 from benchmarks.evidence.grid import PLAIN
 from benchmarks.evidence.sweep import NOISES, RESULTS
 from benchmarks.evidence.tables import METHODS
@@ -77,26 +76,6 @@ def by_groups_of_people(found: Sequence[Target]) -> str:
 # Figures --------------------------------------------------------------------------------------
 
 
-class Look(NamedTuple):
-    """Of one kind of dot, by colour (of Okabe and Ito's) and by shape."""
-
-    colour: str
-    marker: str
-
-
-BLUE, ORANGE, GREEN = Look("#0072B2", "o"), Look("#D55E00", "s"), Look("#009E73", "^")
-PURPLE = Look("#CC79A7", "D")
-WIDTH = 4.6
-"""Inches: what a telephone shows without making the letters small."""
-
-
-class Row(NamedTuple):
-    """A line of a dot plot; without dots it is a heading."""
-
-    name: str
-    dots: Mapping[str, Estimate] = {}
-
-
 def dots(
     name: str,
     rows: Sequence[Row],
@@ -105,40 +84,11 @@ def dots(
     left: float | None = None,
     legend: int = 2,
 ) -> None:
-    """Means with their intervals, in points; those beyond ``left`` stand at it as arrows."""
+    """In points, and as wide as a telephone shows without making the letters small."""
     height = 1.0 + sum(0.1 + 0.11 * max(1, len(row.dots)) for row in rows)
-    step = 1 / (len(looks) + 0.8)
-    with report.figure(name, 1, 1, (WIDTH, height), 180, legend) as ((axis,),):
-        for place, row in enumerate(rows):
-            if place:
-                axis.axhline(place - 0.5, color="#e4e4e4", lw=0.6, zorder=0)
-            for beside, (kind, found) in enumerate(row.dots.items()):
-                offset = step * (beside - (len(row.dots) - 1) / 2)
-                _dot(axis, found, place + offset, looks[kind], left)
-        axis.axvline(0, color="black", lw=0.8, zorder=0)
-        axis.set_yticks(range(len(rows)), [row.name for row in rows])
-        for label, row in zip(axis.get_yticklabels(), rows, strict=True):
-            label.set_fontweight("normal" if row.dots else "bold")
-        axis.tick_params(axis="y", length=0)
-        axis.set_ylim(len(rows) - 0.5, -0.5)
+    with report.figure(name, 1, 1, (4.6, height), 180, legend) as ((axis,),):
+        draw_rows(axis, rows, looks, left=left)
         axis.figure.suptitle(says, fontsize=9.5, fontweight="bold")
-        for kind, look in looks.items():
-            axis.plot([], [], ls="", color=look.colour, marker=look.marker, label=kind)
-
-
-def _dot(axis: Any, found: Estimate, y: float, look: Look, left: float | None) -> None:
-    mean, half = 100 * found.mean, 100 * found.half
-    if left is not None and mean < left:
-        axis.plot(left, y, "<", color=look.colour, ms=4.5)
-        axis.annotate(f"{mean:.0f}".replace("-", "−"), (left, y), (5, 0), va="center", fontsize=7,
-                      textcoords="offset points", color=look.colour)  # fmt: skip
-        return
-    clear = found.verdict != "no clear difference"
-    axis.errorbar(mean, y, xerr=half, fmt=look.marker, ms=4.5, color=look.colour, elinewidth=1.2,
-                  markerfacecolor=look.colour if clear else "white")  # fmt: skip
-
-
-# What they show -------------------------------------------------------------------------------
 
 
 def headroom(seen: Path, unseen_runs: Path) -> None:

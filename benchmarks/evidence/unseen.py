@@ -20,6 +20,7 @@ from benchmarks import report
 from benchmarks.data.tasks import TASKS, UNSEEN
 from benchmarks.evidence import analysis, signs
 from benchmarks.evidence.analysis import Target, marked, mean_change, mean_recovered, of, spread
+from benchmarks.evidence.dots import BLUE, ORANGE, Row, draw_rows
 from benchmarks.evidence.evaluation import with_signs
 from benchmarks.evidence.grid import CENTRED, HALF, TRUSTED, class_by_class, early_losses, unseen
 from benchmarks.evidence.sweep import sweep
@@ -215,31 +216,25 @@ def trust(folder: Path) -> str:
 
 # Figure ---------------------------------------------------------------------------------------
 
-LOOKS = {"developed on": ("#0072B2", "o"), "unseen": ("#D55E00", "s")}
+LOOKS = {"developed on": BLUE, "unseen": ORANGE}
 
 
 def draw(folder: Path = RESULTS) -> None:
     """Share of the headroom that each remedy recovers; small strokes are targets."""
-    names = list(REMEDIES)[::-1]
+    sets = dict(zip(LOOKS, (seen(folder), natural(folder)), strict=True))
+    rows = [
+        Row(name, {kind: mean_recovered(own, pick) for kind, own in sets.items()})
+        for name, pick in PICKS.items()
+    ]
     with report.figure("unseen.png", 1, 1, (4.3, 5.8), dpi=200) as ((axis,),):
-        found = zip(LOOKS.items(), (seen(folder), natural(folder)), (0.19, -0.19), strict=True)
-        for (label, (colour, mark)), own, offset in found:
-            for row, name in enumerate(names):
-                pick = PICKS[name]
-                mean = mean_recovered(own, pick)
-                each = [t.recovered(pick(t)).mean for t in own]
-                look = {"color": colour, "ls": ""}
-                places = np.full(len(each), row + offset)
-                axis.plot(np.clip(each, -0.9, 1.4), places, marker="|", ms=7, alpha=0.5, **look)
-                look |= {"marker": mark, "ms": 4.5, "elinewidth": 1.5, "capsize": 3.5}
-                said = label if not row else None
-                axis.errorbar(mean.mean, row + offset, xerr=mean.half, label=said, **look)
-        for place, style in ((0, "-"), (1, ":")):
-            axis.axvline(place, color="black", lw=0.8, ls=style, zorder=0)
-        for row in range(1, len(names)):
-            axis.axhline(row - 0.5, color="#dddddd", lw=0.6, zorder=0)
-        axis.set_yticks(range(len(names)), names)
-        axis.set(xlim=(-0.95, 1.45), ylim=(-0.6, len(names) - 0.4))
+        draw_rows(axis, rows, LOOKS, scale=1)
+        for place, pick in enumerate(PICKS.values()):
+            for beside, (kind, own) in zip((-0.18, 0.18), sets.items(), strict=True):
+                each = np.clip([t.recovered(pick(t)).mean for t in own], -0.9, 1.4)
+                look = {"color": LOOKS[kind].colour, "ms": 7, "alpha": 0.5}
+                axis.plot(each, np.full(len(each), place + beside), "|", **look)
+        axis.axvline(1, color="black", lw=0.8, ls=":", zorder=0)
+        axis.set_xlim(-0.95, 1.45)
         said = ("share of the headroom recovered", "0: plain training, 1: told the groups")
         axis.set_xlabel("\n".join([*said, "(strokes: targets, cut off at −.9)"]))
 
