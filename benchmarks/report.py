@@ -205,13 +205,11 @@ def _cell(key: str, value: Any, around: float | None) -> str:
 
 def spread(measured: Iterable[float | None], digits: int = 2, scale: float = 1) -> str:
     """Mean and standard deviation over seeds, as text; a dash where there is nothing to average."""
-    values = [value for value in measured if value is not None and not math.isnan(value)]
+    values = list(pd.Series(measured, dtype=float).dropna())
     if not values:
         return "–"
     mean = f"{scale * statistics.mean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
 def cells(frame: pd.DataFrame, columns: dict[str, tuple[str, int, float]]) -> list[str]:

@@ -1,7 +1,5 @@
 """Writes what the documentation shows: tables, verdicts and figures, from the stored runs.
 
-    python -m benchmarks.evidence report
-
 `fragments` is the whole text; a test compares it with the files, so that no number can drift.
 """
 
