@@ -221,7 +221,7 @@ def test_trust_is_of_the_model_that_has_not_seen_the_sample():
         model = train(data[other], objectives.class_balanced(), recipe, 1)
         expected = outputs_of(model, x[own]).softmax(1)[torch.arange(30), data.y[own]]
         assert torch.allclose(found[own], expected)
-    weights = stages.class_by_class(stages.by_loss, model, data, 0.5, found)
+    weights = stages.class_by_class(stages.BY_LOSS, model, data, 0.5, found)
     losses = torch.nn.functional.cross_entropy(outputs_of(model, x), data.y, reduction="none")
     for label in (0, 1):
         own = data.y == label
