@@ -32,18 +32,22 @@ _set_compiler: Any = getattr(_frames, "set_eval_frame", None)
 
 
 def gradients_at(
-    losses: Tensor, edges: Sequence[GradientEdge], cotangent: Tensor, *, retain_graph: bool
+    start: Tensor | GradientEdge,
+    ends: Sequence[Any],
+    cotangent: Tensor,
+    *,
+    retain_graph: bool,
 ) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad`` at some edges, for arguments that are known to be right.
+    """``torch.autograd.grad`` at tensors or edges, for arguments that are known to be right.
 
     Its checks take as long as the pass itself through a small model.
     """
-    if _run_backward is None or not edges:
+    if _run_backward is None or not ends:
         return torch.autograd.grad(
-            losses, edges, cotangent, retain_graph=retain_graph, allow_unused=True
+            start, ends, cotangent, retain_graph=retain_graph, allow_unused=True
         )
     return _run_backward(  # type: ignore[no-any-return]
-        (losses,), (cotangent,), retain_graph, False, tuple(edges), True, accumulate_grad=False
+        (start,), (cotangent,), retain_graph, False, tuple(ends), True, accumulate_grad=False
     )
 
 

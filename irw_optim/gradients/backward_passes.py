@@ -22,7 +22,7 @@ from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.gradients.recomputation import NOTHING
 from irw_optim.gradients.verification import equal
-from irw_optim.torch_internals import silent
+from irw_optim.torch_internals import gradients_at, silent
 
 End: TypeAlias = Tensor | GradientEdge
 """Where a gradient is wanted: a leaf, or an edge of the graph."""
@@ -108,10 +108,4 @@ def backward_to(
     called besides, with something else, and what it returns would change the result.
     """
     with silent(leaves), torch.enable_grad():
-        return torch.autograd.grad(  # type: ignore[no-any-return]
-            losses,
-            ends,
-            weights.to(losses.dtype),
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+        return gradients_at(losses, ends, weights.to(losses.dtype), retain_graph=retain_graph)

@@ -21,7 +21,7 @@ from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.places import Places
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import push_through
-from irw_optim.torch_internals import silent
+from irw_optim.torch_internals import gradients_at, silent
 
 
 class Chain(NamedTuple):
@@ -137,7 +137,5 @@ def _pulled_through(chain: Chain, gradient: Tensor) -> dict[Tensor, Tensor]:
     gradient = gradient.to(node._input_metadata[chain.end[1]].dtype)
     edges = [GradientEdge(leaf, 0) for leaf in chain.leaves]
     with silent(chain.leaves.values()):
-        found = torch.autograd.grad(
-            GradientEdge(*chain.end), edges, gradient, retain_graph=True, allow_unused=True
-        )
+        found = gradients_at(GradientEdge(*chain.end), edges, gradient, retain_graph=True)
     return {p: g for p, g in zip(chain.leaves.values(), found, strict=True) if g is not None}

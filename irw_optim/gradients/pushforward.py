@@ -27,6 +27,7 @@ from torch.autograd.graph import GradientEdge, Node
 from irw_optim.gradients.forward import Tangents, transposed
 from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.places import NOTHING, Operation, Places, number_at, places_of
+from irw_optim.torch_internals import gradients_at
 
 
 class NoPushForwardError(RuntimeError):
@@ -166,7 +167,7 @@ def in_a_pass(losses: Tensor, edges: Sequence[GradientEdge], run: Callable[[], N
     with torch.enable_grad():
         above: Tensor = _Above.apply(losses, run)  # type: ignore[no-untyped-call]
         with suppress(_FinishedError), _without_anomaly_detection():
-            torch.autograd.grad(above, edges, losses, retain_graph=True, allow_unused=True)
+            gradients_at(above, edges, losses, retain_graph=True)
 
 
 def _without_anomaly_detection() -> AbstractContextManager[object]:

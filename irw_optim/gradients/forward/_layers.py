@@ -112,6 +112,21 @@ def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
     return torch.addcmul(moved, x, scale.view(across))
 
 
+def _weight_norm(node: Any, tangents: Tangents) -> Tensor:
+    """Of g v / |v|, with a length along all dimensions but one."""
+    d_direction, d_length = tangents
+    direction, length, norm = node._saved_v, node._saved_g, node._saved_result1
+    unit: Tensor = direction / norm
+    total: Tensor | None = None if d_length is None else unit * d_length
+    if d_direction is not None:
+        dim = saved(node, "dim")
+        others = [d for d in range(unit.ndim) if d != dim % unit.ndim]
+        along = (unit * d_direction).sum(others, keepdim=True)
+        total = added(total, torch.addcmul(d_direction, unit, along, value=-1) * (length / norm))
+    assert total is not None
+    return total
+
+
 def _embedding(node: Any, table: Tensor) -> Tensor:
     indices, padding = node._saved_indices, saved(node, "padding_idx")
     if node._saved_scale_grad_by_freq:
@@ -240,6 +255,7 @@ RULES: dict[str, ForwardRule] = {
     "NativeLayerNorm": _layer_norm,
     "NativeGroupNorm": _group_norm,
     "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm": _batch_norm,
+    "WeightNormInterface": _weight_norm,
     "Embedding": of_one(_embedding),
     "EmbeddingBag": _bags,
     "GridSampler2D GridSampler3D": _grid_sample,

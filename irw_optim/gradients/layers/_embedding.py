@@ -79,6 +79,14 @@ class EmbeddingBagCall(LayerCall):
     def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         return F.embedding_bag(input, values["weight"], **self.settings)
 
+    def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
+        parameter = self.parameters["weight"]
+        table = torch.zeros_like(parameter, dtype=b.dtype, requires_grad=True)
+        with torch.enable_grad():
+            output = self.apply(input, {"weight": table})
+        (gradient,) = torch.autograd.grad(output, table, b)
+        return {parameter: gradient}
+
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         basis = torch.eye(len(self.b), dtype=self.b.dtype, device=self.b.device)[samples]
         table = [self.combine(RowWeights(one))[self.parameters["weight"]] for one in basis]
