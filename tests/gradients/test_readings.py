@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from agreement import agree
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrizations
 
 from irw_optim import IRWOptimizer, PerSampleLoss
+from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.loss_gradients import LossGradients
 
 B, T, D, ALPHA = 6, 5, 4, 0.3
@@ -267,3 +270,58 @@ def test_an_operation_with_other_settings_than_before():
         optimizer.zero_grad()
         optimizer.backward(losses_of(model, x))
         agree(optimizer, model, truth, 1e-10)
+
+
+class Apart(torch.autograd.Function):
+    """Of each sample alone; its backward cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        opened = x.sigmoid()
+        return gradient * opened * (1 + x * (1 - opened))
+
+
+class Met(torch.autograd.Function):
+    """Samples meet in it, which nobody can see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x + x.mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient + gradient.mean(0)
+
+
+@pytest.mark.parametrize(("function", "quick"), [(Apart, True), (Met, False)])
+def test_a_function_in_python_is_read_around(
+    function: type[torch.autograd.Function], quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutodiffGradients, "_row", lambda *_: pytest.fail("one pass a sample"))
+
+    class Model(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](function.apply(self[0](x)))
+
+    model, criterion = Model(nn.Linear(D, D), nn.Linear(D, 3)).double(), nn.CrossEntropyLoss()
+    twin = deepcopy(model)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(inner, alpha=ALPHA, model=model, criterion=criterion)
+    for _ in range(4):
+        x, y = torch.randn(B, D, dtype=torch.float64), torch.randint(3, (B,))
+        twin.load_state_dict(model.state_dict())
+        losses = F.cross_entropy(twin(x), y, reduction="none")
+        oracle = reference.step(losses, twin.parameters(), ALPHA)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        for p, gradient in zip(model.parameters(), oracle.gradients, strict=True):
+            assert reference.error(p.grad, gradient) < 1e-9
+        optimizer.step()
+    assert (optimizer.engine.covered_parameters() == set(model.parameters())) == quick
