@@ -30,9 +30,10 @@ from irw_optim.gradients.compiling import (
 )
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
 from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, needed_on, weighed_by, without_cudnn
+from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, silence_of, weighed_by, without_cudnn
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.mixing import Batch, follow_batch, is_foreign, rows_that_entered
+from irw_optim.gradients.packed import packed_as_one
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import NOTHING_READ, Plan, read_around, read_in_a_pass
 from irw_optim.processes import is_sharded_here
@@ -80,7 +81,7 @@ class Engine(Renewed):
     def begin(self) -> None:
         """Know nothing of the model yet."""
         being_copied = self.model is not None and "_modules" not in vars(self.model)
-        self.hooks: list[Attachment] | None = None if being_copied else needed_on(self.model)
+        self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
         self.has_layer_hooks = self.sees_fused = self.made_anew = False
         model = None if being_copied else self.model
         prepare(model)
@@ -135,6 +136,7 @@ class Engine(Renewed):
         elif not sharded and size > 1 and self._goes_forwards(at, graph):
             graph.sites = []
             always = at.followed or at.surely_mixes
+            self._take_packed_as_one()
         elif size > 1 and not self.has_layer_hooks:  # the graph does not show them
             self.add_layer_hooks()
             if any(map(is_compiled, graph.order)):
@@ -174,6 +176,12 @@ class Engine(Renewed):
             return True
         return not (self.known.get("row_by_row") or any(map(is_compiled, graph.order)))
 
+    def _take_packed_as_one(self) -> None:
+        """From the next forward on; models whose samples do not meet are left as they are."""
+        if self.hooks is not None and self.model is not None and not self.known.get("packed"):
+            self.known["packed"] = True
+            self.hooks += packed_as_one(self.model)
+
     def left(self) -> None:
         """After a pass row by row: have the next forward show what compiled code or cuDNN hid."""
         model = self.model
@@ -185,7 +193,8 @@ class Engine(Renewed):
             self.hooks = [*(self.hooks or ()), *around]
             self.tell(logging.INFO, "kept out around", KEPT_OUT_AROUND)
         elif self.sees_fused:
-            self.hooks, self.has_layer_hooks = [*needed_on(model), *keep_out(model)], False
+            self.hooks, self.has_layer_hooks = [*silence_of(model), *keep_out(model)], False
+            self.known["packed"] = False
             self.tell(logging.WARNING, "kept out", KEPT_OUT)
         elif self.known.pop(IN_CUDNN, False) and (layers := without_cudnn(model)):
             self.hooks = [*(self.hooks or ()), *layers]
