@@ -212,6 +212,23 @@ def sums_wide(device: str) -> bool:
     return True
 
 
+LAYERS_ALIKE = 64
+"""So many layers may call one function."""
+
+
+def compile_for_each_layer() -> None:
+    """Let torch compile a function for each of the layers that call it.
+
+    Broken at the layers, a model is no longer compiled as one, and torch gives up on a function at
+    the ninth way in which it is called.
+    """
+    import torch._dynamo.config as config
+
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(config, name):
+            setattr(config, name, max(getattr(config, name), LAYERS_ALIKE))
+
+
 def keep_for_further_passes() -> None:
     """Let compiled code keep what its backward pass reads, as autograd does with a retained graph.
 

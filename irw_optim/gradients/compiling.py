@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from irw_optim.attachments import Attachment, OfModule, Removable, replace_on
 from irw_optim.torch_internals import (
+    compile_for_each_layer,
     compiled_again,
     itself_uncompiled,
     keep_for_further_passes,
@@ -142,6 +143,8 @@ def _is_kept_out(module: nn.Module) -> bool:
 def prepare(model: nn.Module | None) -> None:
     """Have compiled code passed back through more than once; refuse recorded CUDA graphs."""
     keep_for_further_passes()
+    if model is not None and any(map(is_compiled_module, model.modules())):
+        compile_for_each_layer()
     if model is None or not any(p.is_cuda for p in model.parameters()):
         return
     for module in model.modules():
@@ -154,6 +157,7 @@ def prepare(model: nn.Module | None) -> None:
 def compile_anew(nodes: Iterable[Node]) -> None:
     """Drop compiled code, which does not call recorders that came later."""
     torch.compiler.reset()
+    compile_for_each_layer()
     for node in filter(is_compiled, nodes):
         forward = getattr(getattr(node, "_forward_cls", None), "compiled_fw", None)
         recorded = getattr(forward, "fx_kwargs", {}).get("cudagraphs")
