@@ -133,7 +133,9 @@ def ghost_gradients(
     edges: list[GradientEdge] = []
     waiting: dict[int, RemovableHandle] = {}
     for number, site in enumerate(sites):
-        makes_rows = site.call.makes_rows(site.shape)
+        makes_rows = site.makes_rows
+        if makes_rows is None:
+            makes_rows = site.call.makes_rows(site.shape)
         # A node that passes nothing on is not run, and its hooks are not called.
         if makes_rows and not retain_graph and number in reached and site.call.passes_on:
             arrival = partial(_arrive, calls, number, site)
@@ -145,7 +147,8 @@ def ghost_gradients(
         if backward is not None:
             gradients = backward(edges)
         else:
-            cotangent = seed.to(losses.dtype).expand_as(losses)
+            factor = seed if seed.dtype == losses.dtype else seed.to(losses.dtype)
+            cotangent = factor.expand(losses.shape)
             gradients = gradients_at(losses, edges, cotangent, retain_graph=retain_graph)
     finally:
         for handle in waiting.values():

@@ -20,8 +20,13 @@ from irw_optim.gradients.compiling import is_compiled
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
-from irw_optim.gradients.graph import NO_GRAPH, CallSite, refuse_reentrant_checkpoints, walk
-from irw_optim.gradients.mixing import fingerprint
+from irw_optim.gradients.graph import (
+    NO_GRAPH,
+    CallSite,
+    fingerprint,
+    refuse_reentrant_checkpoints,
+    walk,
+)
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.recomputation import NOTHING, RECOMPUTES, OneForward
 from irw_optim.gradients.verification import compare, in_half_precision, probe_of
@@ -77,7 +82,8 @@ class LossGradients:
         self.uncovered = self.finished_by_autograd = self.leaves
         self.ghost: GhostGradients | None = None
         graph.kind = (*fingerprint(losses, graph), one_product, *map(id, self.leaves))
-        if graph.kind not in engine.plans:
+        self.plan = engine.plans.get(graph.kind)
+        if self.plan is None:
             refuse_reentrant_checkpoints(graph.order)
         self.sharing: WeakSet[LossGradients] | tuple[()] = ()
         with _LOCK:
@@ -106,26 +112,29 @@ class LossGradients:
         The losses carry the ``seed`` through it, 0-dim and not zero.
         """
         size, engine, graph = self.losses.shape[0], self.engine, self.graph
-        looks = graph.kind not in engine.plans or engine.uses & (engine.uses + 1) == 0
-        if not (looks or engine.known.get(RECOMPUTES)):
-            self.one_forward = NOTHING
+        plan = self.plan or engine.plans.get(graph.kind)
+        if plan is not None and engine.uses & (engine.uses + 1):  # no check for hooks is due
+            if not engine.known.get(RECOMPUTES):
+                self.one_forward = NOTHING
+            covering, trust = plan.covering, plan.covering.trust
+            as_ever = covering.is_settled and not engine.known and trust.uses & (trust.uses + 1)
+            if as_ever and (sites := plan.sites(graph, self.losses)) is not None:
+                engine.uses += 1
+                trust.uses += 1
+                graph.sites = sites
+                self._take_products(covering, seed, keep_graph)
+                return
         with self.one_forward:
             covering = engine.covering(self)
-        self.apart = covering.mixed_by is None and size > 1
         check_hooks = bool(size) and engine.hook_check_is_due(graph)
         check = bool(size and covering.covered) and engine.check_is_due(covering)
         hooks_change = engine.known.get(HOOKS_CHANGE)
         if covering.covers_all and covering.covered and not (check or check_hooks or hooks_change):
-            self.uncovered = self.finished_by_autograd = []
-            retain = keep_graph or bool(self.sharing or self.others)
-            known = covering.reached
+            covering.is_settled = bool(size)
             with self.one_forward:
-                self.ghost = ghost_gradients(
-                    self.losses, graph.sites, seed, retain_graph=retain, reached=known
-                )
-            if len(self.ghost.calls) != len(known):
-                covering.reached = self.ghost.reached
+                self._take_products(covering, seed, keep_graph)
             return
+        self.apart = covering.mixed_by is None and size > 1
         passes = self.passes
         if not covering.covered:
             if check_hooks:
@@ -150,6 +159,17 @@ class LossGradients:
         self.uncovered = [p for p in self.leaves if p not in covered]
         self.finished_by_autograd = [p for p in self.leaves if p not in covered or p in sparse]
         self.ghost = ghost.restricted_to(covered)
+
+    def _take_products(self, covering: Covering, seed: Tensor, keep_graph: bool) -> None:
+        """Where nothing is left to autograd, or due to be compared with it."""
+        self.apart = covering.mixed_by is None and self.losses.shape[0] > 1
+        self.uncovered = self.finished_by_autograd = []
+        retain, known = keep_graph or bool(self.sharing or self.others), covering.reached
+        self.ghost = ghost = ghost_gradients(
+            self.losses, self.graph.sites, seed, retain_graph=retain, reached=known
+        )
+        if len(ghost.calls) != len(known):
+            covering.reached = ghost.reached
 
     def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
         """G with the columns of the chosen parameters."""

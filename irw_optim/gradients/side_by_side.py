@@ -130,7 +130,7 @@ class Rows:
 
     def _sum(self, weights: RowWeights) -> Tensor:
         """R^T w."""
-        return self.matrix.t().mv(weights.in_dtype(self.matrix.dtype))
+        return self.matrix.t().mv(weights.values.to(self.matrix.dtype))
 
 
 class LinearMaps:
@@ -156,7 +156,7 @@ class LinearMaps:
         return outputs.mul_(self.b).sum(1)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        weighted = self.b * weights.in_dtype(self.b.dtype).unsqueeze(1)
+        weighted = self.b * weights.column.to(self.b.dtype)
         sums = weighted.sum(0).split(self.widths)
         result: dict[Tensor, Tensor] = {}
         each = zip(self.calls, self.inputs, self._parted(weighted), sums, strict=True)
@@ -169,7 +169,7 @@ class LinearMaps:
 
     def align(self, coefficients: RowWeights) -> Tensor:
         """Row i of b_k times a_k (a_k^T c b_k) + sum of c b_k: `dot` after `combine`, in one."""
-        weighted = self.b * coefficients.in_dtype(self.b.dtype).unsqueeze(1)
+        weighted = self.b * coefficients.column.to(self.b.dtype)
         sums = weighted.sum(0).split(self.widths)
         outputs = torch.empty_like(self.b)
         parted = zip(self._parted(weighted), self._parted(outputs), sums, strict=True)

@@ -82,7 +82,7 @@ class GhostBatch(PendingBatch):
         batch_size = len(captured.losses)
         captured.start(torch.ones_like(upstream), keep_graph=False)
         uncovered = set(captured.uncovered)
-        for call, _, shape in captured.graph.sites:
+        for call, _, shape, _ in captured.graph.sites:
             # The engine also finds a batch that is folded or does not stand first; but a Poisson
             # batch has any size, and a wrong guess would mix samples.
             # Unless the graph has proven it.
