@@ -26,7 +26,7 @@ class CallSite(NamedTuple):
     call: LayerCall
     edge: GradientEdge
     shape: torch.Size
-    makes_rows: bool | None = None  # what the call says of this shape; None until it is asked
+    is_plain: bool = False  # whether it is a `Remade` call: makes no rows, and takes b as it is
 
 
 @dataclass(eq=False)
@@ -136,7 +136,10 @@ def _settings_of(node: Node) -> object:
 
 
 class Remade(NamedTuple):
-    """A layer's call of which nothing but the input differs between the graphs of one kind."""
+    """A linear map of samples without positions, the only one with its parameters.
+
+    Nothing but the input differs between the graphs of one kind.
+    """
 
     place: int  # of its node in the graph's order
     input: str  # the node's name for it
@@ -160,7 +163,7 @@ class Plan:
         for place, input, call, shape in self.remade:
             node = graph.order[place]
             edge = GradientEdge(node, 0)
-            sites.append(CallSite(call.of(getattr(node, input)), edge, shape, False))
+            sites.append(CallSite(call.of(getattr(node, input)), edge, shape, True))
         return sites
 
 

@@ -42,6 +42,9 @@ NOTHING_TO_SCORE = (
 MANY_LOSSES = 8
 """So many other losses that wait for their backward pass on one graph are worth a word."""
 
+NO_LOSSES = torch.empty(0)
+"""In the place of those whose backward pass is over."""
+
 _LOCK = Lock()
 
 
@@ -51,7 +54,7 @@ class LossGradients:
     Args:
         engine: what is known from earlier batches.
         losses: (B,), with their graph.
-        owns: tells, of the leaves, the model's (and more, perhaps); None for all.
+        owns: tells, of the leaves, the model's (and more, perhaps), or None for all.
         one_product: whether a single G (G^T c) is all that is asked of G.
     """
 
@@ -59,7 +62,7 @@ class LossGradients:
         self,
         engine: Engine,
         losses: Tensor,
-        owns: Callable[[Sequence[Tensor]], set[Tensor]] | None = None,
+        owns: Callable[[Sequence[Tensor]], set[Tensor] | None] | None = None,
         *,
         one_product: bool = False,
     ) -> None:
@@ -74,7 +77,7 @@ class LossGradients:
         self.leaves: list[Tensor] = graph.leaves  # those of the model
         self.others: list[Tensor] = []  # inputs, other networks: their gradient is the plain one
         own = None if owns is None else owns(graph.leaves)
-        if own is not None and not own.issuperset(graph.leaves):
+        if own is not None:
             self.leaves = [leaf for leaf in graph.leaves if leaf in own]
             self.others = [leaf for leaf in graph.leaves if leaf not in own]
         self.one_product = one_product
@@ -87,7 +90,7 @@ class LossGradients:
             refuse_reentrant_checkpoints(graph.order)
         self.sharing: WeakSet[LossGradients] | tuple[()] = ()
         with _LOCK:
-            for other in WAITING:
+            for other in WAITING if len(WAITING) else ():  # to go through none of them takes long
                 if not graph.nodes.keys().isdisjoint(other.graph.nodes.keys()):
                     other.sharing = other.sharing or WeakSet()
                     self.sharing = self.sharing or WeakSet()
@@ -245,8 +248,7 @@ class LossGradients:
         if engine.known.get("row_by_row"):
             engine.left()
         self.ghost = None
-        self.losses = self.losses.detach()
-        self.graph = NO_GRAPH
+        self.losses, self.graph = NO_LOSSES, NO_GRAPH
         vars(self).pop("passes", None)
 
     @cached_property

@@ -163,7 +163,10 @@ def _remade(readings: Sequence[Reading], graph: Graph) -> list[Remade] | None:
         known.let_go()
         known.layout = FIRST  # told by identity
         remade.append(Remade(reading.place, input, known, site.shape))
-    return remade if len(remade) == len(readings) == len(graph.sites) else None
+    parameters = [p for known in remade for p in known.call.parameters.values()]
+    if not len(remade) == len(readings) == len(graph.sites):
+        return None
+    return remade if len(set(parameters)) == len(parameters) else None
 
 
 def in_a_pass_to_all(losses: Tensor, graph: Graph, look: Callable[[], _Value]) -> _Value:

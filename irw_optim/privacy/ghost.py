@@ -22,7 +22,7 @@ from irw_optim.gradients.layers import FIRST
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.norms import row_norms
 from irw_optim.gradients.protocol import Direction
-from irw_optim.torch_internals import is_walked_on
+from irw_optim.torch_internals import will_run
 
 from .pending import ClippableGradients, GradSampleRows, PendingBatch
 
@@ -73,7 +73,7 @@ class GhostBatch(PendingBatch):
 
     def rows_of(self, captured: LossGradients, upstream: Tensor) -> GhostRows:
         """Run the engine behind a vector of losses; NotImplementedError where it does not cover."""
-        if is_walked_on(captured.graph.order):
+        if any(map(will_run, captured.graph.order)):
             raise NotImplementedError(
                 "grad_sample_mode='ghost': another term of the loss uses the same outputs, and "
                 "would not be clipped; put it into the criterion (a PerSampleLoss), or use "

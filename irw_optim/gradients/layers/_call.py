@@ -90,11 +90,6 @@ class RowWeights:
         return used if len(used) < 0.8 * len(self.values) else None
 
     @cached_property
-    def column(self) -> Tensor:
-        """(B, 1)."""
-        return self.values.unsqueeze(1)
-
-    @cached_property
     def used_values(self) -> Tensor:
         return self.values if self.used is None else self.values.index_select(0, self.used)
 

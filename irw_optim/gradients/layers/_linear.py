@@ -121,12 +121,12 @@ class LinearCall(AffineCall):
         many = a.ndim > 2 or a.numel() + b.numel() >= GATHER_FROM
         if many or b.dtype in WIDER or "weight" not in parameters:
             return super().combine(weights, narrow=narrow)
-        same = weights.values.dtype == b.dtype
-        b = b * (weights.column if same else weights.column.to(b.dtype))
-        weight = a.t().mm(b) if self.transposed else b.t().mm(a)
+        values = weights.values
+        b = b.t() * (values if values.dtype == b.dtype else values.to(b.dtype))
+        weight = a.t().mm(b.t()) if self.transposed else b.mm(a)
         result = {parameters["weight"]: weight}
         if "bias" in parameters:
-            result[parameters["bias"]] = b.sum(0)
+            result[parameters["bias"]] = b.sum(1)
         return result
 
     def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
