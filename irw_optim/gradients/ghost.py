@@ -149,15 +149,8 @@ def ghost_gradients(
         else:
             factor = seed if seed.dtype == losses.dtype else seed.to(losses.dtype)
             cotangent = factor.expand(losses.shape)
-            gradients = run_backward(
-                (losses,),
-                (cotangent,),
-                retain_graph,
-                False,
-                tuple(edges),
-                True,
-                accumulate_grad=False,
-            )
+            once = (losses,), (cotangent,), retain_graph, False, tuple(edges), True
+            gradients = run_backward(*once, accumulate_grad=False)
     finally:
         for handle in waiting.values():
             handle.remove()

@@ -29,7 +29,7 @@ from irw_optim.gradients.graph import (
 )
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.recomputation import NOTHING, RECOMPUTES, OneForward
-from irw_optim.gradients.verification import compare, in_half_precision, probe_of
+from irw_optim.gradients.verification import compare, in_half_precision, probe_of, rows_by
 from irw_optim.torch_internals import is_wanted
 
 NOTHING_TO_SCORE = (
@@ -180,7 +180,9 @@ class LossGradients:
             return self.ghost
         chosen = list(filter(parameters, self.leaves))
         if self.engine.own is not None:
-            return self._by_own_engine(self.engine.own, chosen)
+            if not chosen:
+                raise RuntimeError(NOTHING_TO_SCORE)
+            return rows_by(self.engine, self.engine.own, self.losses, chosen, self.passes)
         parts: list[PerSampleGradients] = []
         if self.ghost is not None and (part := self.ghost.restricted_to(set(chosen))).calls:
             parts.append(part)
@@ -261,27 +263,6 @@ class LossGradients:
     def one_forward(self) -> AbstractContextManager[object]:
         """Around whatever may compute a part of the forward again."""
         return OneForward(self.engine.model, self.engine.known)
-
-    def _by_own_engine(
-        self,
-        own: Callable[[Tensor, Sequence[Tensor]], PerSampleGradients],
-        parameters: Sequence[Tensor],
-    ) -> PerSampleGradients:
-        """The user's, compared with autograd at uses 1, 2, 4, 8, ..."""
-        if not parameters:
-            raise RuntimeError(NOTHING_TO_SCORE)
-        with torch.enable_grad():
-            rows = own(self.losses, parameters)
-        if self.engine.uses & (self.engine.uses - 1) == 0:
-            probe = probe_of(self.losses, self.engine.random)
-            wrong = compare(parameters, self.passes.without_hooks(parameters, probe), probe, rows)
-            if wrong:
-                raise RuntimeError(
-                    f"engine={own!r} is not exact for {self.engine.names_of(wrong)}: combine(w) "
-                    f"differs from autograd by {max(wrong.values()):.2g} of the gradient; expected "
-                    'the sum of w_i times the gradient of loss i, or engine="auto"'
-                )
-        return rows
 
     def _edges_aside(self, rest: Sequence[Tensor]) -> list[GradientEdge]:
         """Layers that a pass to the rest would not come by, and whose hooks it should meet."""
