@@ -60,15 +60,14 @@ class GhostGradients:
     def combine(self, weights: Tensor, *, release: bool = False) -> dict[Tensor, Tensor]:
         """G^T w; with ``release`` for the last time: each layer's a and b go as they are used."""
         rows = RowWeights(weights if self._factor is None else weights / self._factor)
-        apart, meeting = self.parts
-        parts: list[Part] = [*apart, *meeting]
-        parts.reverse()
+        apart, meeting = map(list, map(reversed, self.parts))
         if release:
             self.calls, self.of_every_site, self.parts = [], (), ([], [])
-            del apart, meeting
         total: dict[Tensor, Tensor] = {}
-        while parts:
-            for parameter, part in parts.pop().combine(rows).items():
+        while apart:
+            total.update(apart.pop().combine(rows))
+        while meeting:
+            for parameter, part in meeting.pop().combine(rows).items():
                 total[parameter] = total[parameter] + part if parameter in total else part
         return total
 
