@@ -18,7 +18,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -171,6 +171,17 @@ def table(
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
+def crossed(
+    corner: str,
+    rows: Mapping[str, Any],
+    columns: Mapping[str, Callable[[Any], str]],
+    *more: Sequence[str],
+) -> str:
+    """A table of what each column says of each row, by their names, with ``more`` lines below."""
+    lines = [[name, *(text(row) for text in columns.values())] for name, row in rows.items()]
+    return table([corner, *columns], [*lines, *more])
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """A table with the frame's columns; digits by the column's name."""
     columns = [c for c in frame if not c.startswith("± ")]
@@ -194,13 +205,11 @@ def _cell(key: str, value: Any, around: float | None) -> str:
 
 def spread(measured: Iterable[float | None], digits: int = 2, scale: float = 1) -> str:
     """Mean and standard deviation over seeds, as text; a dash where there is nothing to average."""
-    values = [value for value in measured if value is not None and not math.isnan(value)]
+    values = list(pd.Series(measured, dtype=float).dropna())
     if not values:
         return "–"
     mean = f"{scale * statistics.mean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
 def cells(frame: pd.DataFrame, columns: dict[str, tuple[str, int, float]]) -> list[str]:
@@ -219,11 +228,9 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean of independent values, and half the width of its 95 % t-interval; NaN for one value."""
     from scipy import stats
 
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), math.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(half)
+    size = len(values)
+    half = stats.t.ppf(0.975, size - 1) * stats.sem(values) if size > 1 else math.nan
+    return float(np.mean(values)), float(half)
 
 
 def paired_text(
@@ -274,27 +281,3 @@ def ticks(axis: Any, places: Sequence[float], labels: Sequence[Any] | None = Non
     """These ticks, and none of the small ones of a logarithmic axis."""
     axis.set_xticks(places, [str(label) for label in labels or places])
     axis.minorticks_off()
-
-
-# Timing ---------------------------------------------------------------------------------------
-
-
-def time_ratios(
-    base: Callable[[], object], *actions: Callable[[], object], rounds: int, clock: Any = None
-) -> tuple[float, list[list[float]]]:
-    """Median seconds (of CPU) of ``base``, and each action's ratio to it in every round."""
-    clock = clock or time.process_time
-
-    def taken(action: Callable[[], object]) -> float:
-        start = clock()
-        action()
-        return clock() - start
-
-    for action in (base, *actions):  # past what the first call does once
-        action()
-    seconds, ratios = [], [[] for _ in actions]
-    for _ in range(rounds):
-        seconds.append(taken(base))
-        for action, own in zip(actions, ratios, strict=True):
-            own.append(taken(action) / seconds[-1])
-    return statistics.median(seconds), ratios

@@ -23,7 +23,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.trainers import WordLevelTrainer
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -63,24 +62,13 @@ def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
 
 
-class Sentences(Dataset[dict[str, Tensor]]):
-    """Encoded sentences with their labels, 1 for an income of more than 50,000 dollars a year."""
-
-    def __init__(
-        self, texts: list[str], labels: Tensor, tokenizer: PreTrainedTokenizerFast
-    ) -> None:
-        self.encoded = tokenizer(texts, padding=True, return_tensors="pt")
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {
-            "input_ids": self.encoded["input_ids"][index],
-            "attention_mask": self.encoded["attention_mask"][index],
-            "labels": self.labels[index],
-        }
+def encoded(table: pd.DataFrame, tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Tensor]]:
+    """Sentences with their labels, 1 for an income of more than 50,000 dollars a year."""
+    columns = dict(tokenizer(sentences(table), padding=True, return_tensors="pt"))
+    columns["labels"] = torch.tensor((table["income"] == ">50K").to_numpy(int))
+    names = ("input_ids", "attention_mask", "labels")
+    rows = zip(*(columns[name] for name in names), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def small_bert(words: int, length: int) -> BertForSequenceClassification:
@@ -99,7 +87,7 @@ def small_bert(words: int, length: int) -> BertForSequenceClassification:
 
 
 def trainer_of(
-    model: nn.Module, data: Sentences, epochs: int, irw: dict[str, Any] | None, folder: str
+    model: nn.Module, data: Any, epochs: int, irw: dict[str, Any] | None, folder: str
 ) -> Trainer:
     """The Trainer as it is, or with IRW."""
     arguments = TrainingArguments(
@@ -158,13 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = tokenizer_of(texts)
     print(f"{len(tokenizer)} words; the first sentence: {texts[0]!r}\n")
 
-    data, unseen = (
-        Sentences(
-            sentences(part), torch.tensor((part["income"] == ">50K").to_numpy(int)), tokenizer
-        )
-        for part in (train, test)
-    )
-    length = max(d.encoded["input_ids"].shape[1] for d in (data, unseen))
+    data, unseen = (encoded(part, tokenizer) for part in (train, test))
+    length = max(len(rows[0]["input_ids"]) for rows in (data, unseen))
     rows = {}
     for name, irw in {"plain": None, "IRW": OPTIONS}.items():
         set_seed(0)

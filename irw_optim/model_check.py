@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
 from irw_optim.criterion.attached import check_unattached
-from irw_optim.distributed.sharding import check_whole
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import as_vector
@@ -27,6 +26,7 @@ from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.optimizer.checks import check_model
+from irw_optim.processes import check_whole
 from irw_optim.restored import restored
 from irw_optim.weighting import Alignment, weigh
 from irw_optim.weighting.outliers import OutlierFilter

@@ -36,5 +36,14 @@ def is_shard(parameter: Tensor) -> bool:
     return "DTensor" in _names_of_bases(parameter)
 
 
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse a sharded model for ``what`` takes a whole one."""
+    if is_sharded(model):
+        raise NotImplementedError(
+            f"{what} is not there for a model under fully_shard: expected a model that is whole, "
+            "or one in DistributedDataParallel"
+        )
+
+
 def _names_of_bases(thing: object) -> list[str]:
     return [kind.__name__ for kind in type(thing).__mro__]

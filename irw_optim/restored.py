@@ -84,11 +84,11 @@ def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]
             if isinstance(value, Tensor):
                 if not (value.requires_grad or value.is_inference()):
                     yield _undo_tensor(value, by_version)
-            elif (undo := _undo_inside(value)) is not None:
+            elif (undo := undo_inside(value)) is not None:
                 yield undo
 
 
-def _undo_inside(value: Any) -> Undo | None:
+def undo_inside(value: Any) -> Undo | None:
     """How to restore what can change inside an attribute; None where nothing is known to."""
     if isinstance(value, torch.Generator | np.random.RandomState):
         state: Any = value.get_state()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from itertools import takewhile
 from types import CodeType, FunctionType
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
@@ -45,6 +47,19 @@ Where torch does not tell, it is taken to be: then memory is let go later.
 
 will_run: Callable[[Node], bool] = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 """Whether the backward pass that runs now goes through a node after this one."""
+
+
+def is_plain_autograd() -> bool:
+    """Whether nobody but autograd follows what is computed now: no transform, no checkpoint.
+
+    Where torch does not tell, somebody may.
+    """
+    hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    transforms: Any = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+    if None in (hooks, transforms) or torch._C._get_tracing_state() is not None:
+        return False
+    dual = forward_ad._current_level >= 0
+    return not dual and transforms() is None and hooks(True) is None
 
 
 def is_wanted(leaf: Node) -> bool:
@@ -137,6 +152,20 @@ class _Here(threading.local):
 _HERE = _Here()
 
 
+@contextmanager
+def silent(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """The leaves' hooks are not called."""
+    hooks = [p._backward_hooks for p in leaves if p._backward_hooks]
+    saved = [(table, dict(table)) for table in hooks]
+    for table in hooks:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, entries in saved:
+            table.update(entries)
+
+
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Each of them in memory of its own, by one operation."""
     listed = list(tensors)
@@ -146,6 +175,14 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
 def squared_length(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of the squares of all numbers in them, by few operations."""
     return torch.stack(list(torch._foreach_norm(list(tensors)))).square().sum()
+
+
+@cache
+def load_dual_numbers() -> None:
+    """Have torch compile its formulas for them, which it does at first use, with a warning."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", "`torch.jit.script`")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 @cache

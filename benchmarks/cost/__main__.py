@@ -4,7 +4,9 @@ python -m benchmarks.cost steps     against a plain step and neighbouring librar
 python -m benchmarks.cost renewal   of the global weights, in plain epochs; its memory
 python -m benchmarks.cost private   DP-IRW against Opacus' ghost clipping
 python -m benchmarks.cost scaling   what several processes send, and a model of 8 to 1,024 GPUs
-python -m benchmarks.cost local     what `worst_off="local"`, which sends nothing, changes
+python -m benchmarks.cost local     what `worst_off="local"`, which sends nothing, changes; --check
+
+Each with --fast: a look that stores nothing.
 """
 
 from benchmarks.report import command

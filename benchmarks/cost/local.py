@@ -1,7 +1,5 @@
 """What `worst_off="local"` changes: S in each process's shard against S in the whole batch.
 
-    python -m benchmarks.cost local [--fast | --check]
-
 UCI Adult, an MLP under SGD with cosine decay, batches of 256. A shard that its process weighs by
 itself is a backward pass of its own, and DistributedDataParallel averages the gradients; so R
 processes are R passes with a factor of 1/R each, in one process. `--check` runs two real processes

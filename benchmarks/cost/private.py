@@ -1,7 +1,5 @@
 """Time of a private step: DP-IRW in ghost mode against Opacus' own ghost clipping.
 
-    python -m benchmarks.cost private            # minutes
-
 All ways run in turn within one process, and what is reported is the ratio of a way's step to that
 of Opacus' ghost clipping in the same round, its median and quartiles over the rounds: a ratio means
 something on a busy machine, a time does not. A step is zero_grad, forward, backward and step.
@@ -24,8 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import report
+from benchmarks.cost.steps import time_ratios
 from benchmarks.models import mlp
 from benchmarks.training import step
+from benchmarks.zoo.blocks import mean
 from irw_optim.privacy import IRWDPConfig, IRWPrivacyEngine
 
 CLASSES = 10
@@ -47,13 +47,6 @@ class Block(nn.Module):
         return h + self.feed_forward(self.between(h))
 
 
-class Mean(nn.Module):
-    """The mean over the sequence."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h.mean(1)
-
-
 def cnn() -> nn.Module:
     layers: list[nn.Module] = []
     for width, following in ((3, 32), (32, 64)):
@@ -65,7 +58,7 @@ def cnn() -> nn.Module:
 
 def transformer() -> nn.Module:
     blocks = Block(128, 4), Block(128, 4)
-    return nn.Sequential(nn.Embedding(1000, 128), *blocks, Mean(), nn.Linear(128, CLASSES))
+    return nn.Sequential(nn.Embedding(1000, 128), *blocks, mean(), nn.Linear(128, CLASSES))
 
 
 def dense(width: int) -> Callable[[], nn.Module]:
@@ -129,7 +122,7 @@ def main(given: list[str]) -> None:
             for action in actions * (0 if slow else 4):
                 action()
             number = max(2, rounds // 10) if slow else rounds
-            seconds, ratios = report.time_ratios(*actions, rounds=number, clock=time.perf_counter)
+            seconds, ratios = time_ratios(*actions, rounds=number, clock=time.perf_counter)
             print(f"  {reference} {1e3 * seconds:.1f} ms a step")
             for way, own in zip(those, ratios, strict=True):
                 low, median, high = statistics.quantiles(own, n=4)

@@ -1,7 +1,5 @@
 """What one renewal of the global weights costs, in epochs of plain training, and in memory.
 
-    python -m benchmarks.cost renewal [--fast]
-
 Both sides in one process, CPU time of one thread: in every round a plain epoch (forward, backward,
 SGD step) and then a renewal each with as many samples at once as the loader's batches have, with
 twice and with four times as many; the median of the rounds' ratios. The renewals are those of a
@@ -19,11 +17,13 @@ import subprocess
 import sys
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import report
+from benchmarks.cost.steps import time_ratios
 from benchmarks.data.memory import adult, adult_tokens, loader
 from benchmarks.data.sources import Samples
 from benchmarks.models import Transformer, mlp, small_cnn
@@ -53,7 +53,7 @@ def renewals(
         wrapped = IRWOptimizer(inner, alpha=ALPHA, **attached)
         schemes.append(GlobalScheme(wrapped, data, batch_size=factor * batch))
     actions = [scheme.renew for scheme in schemes]
-    plain, ratios = report.time_ratios(plain_epoch, *actions, rounds=rounds)
+    plain, ratios = time_ratios(plain_epoch, *actions, rounds=rounds)
     return plain, [statistics.median(own) for own in ratios]
 
 
@@ -92,15 +92,21 @@ def by_model(part: int, rounds: int) -> list[dict[str, Any]]:
     return table
 
 
-def by_size(sizes: tuple[int, ...], rounds: int) -> str:
+def by_size(sizes: tuple[int, ...], rounds: int) -> pd.DataFrame:
     """Growth with N of an MLP 64-32, four batches at once."""
-    people, lines = adult()[0], []
+    people, rows = adult()[0], []
     for n in sizes:
         model = mlp(people.x.shape[1], 64, 32, 2)
         plain, ratios = renewals(model, loader(people[:n], 128), 128, rounds)
-        line = [f"{n:,}", f"{ratios[-1] * plain:.3f}", f"{plain:.3f}", f"{ratios[-1]:.2f}"]
-        lines.append(line)
-    return report.table(["N", "renewal, s", "plain epoch, s", "ratio"], lines)
+        rows.append({"N": n, "renewal, s": ratios[-1] * plain, "plain epoch, s": plain})
+    return pd.DataFrame(rows)
+
+
+def sizes_table(frame: pd.DataFrame) -> str:
+    ratio = frame["renewal, s"] / frame["plain epoch, s"]
+    formats = {"N": "{:,}", "renewal, s": "{:.3f}", "plain epoch, s": "{:.3f}", "ratio": "{:.2f}"}
+    shown = frame.assign(ratio=ratio).transform({c: text.format for c, text in formats.items()})
+    return report.table(list(shown), shown.to_numpy().tolist())
 
 
 def memory(samples: int) -> float:
@@ -140,7 +146,5 @@ def main(given: list[str]) -> None:
     table = by_model(part, rounds)
     growth = by_size((1000,) if fast else (1000, 4000, 16000), rounds)
     report.save("schemes_cost_memory", memory_by_size(sizes), fast)
-    print("\n" + growth)
+    report.save("cost_sizes", growth, fast, sizes_table(growth), rounds=rounds)
     report.save("schemes_cost", table, fast, alpha=ALPHA, rounds=rounds)
-    if not fast:
-        report.write("cost_sizes", growth)

@@ -1,7 +1,5 @@
 """How a step scales to 1,024 GPUs, by a model: no cluster was measured.
 
-    python -m benchmarks.cost scaling [--fast]
-
 First the messages that the model is about are counted in two processes. Then every collective takes
 latency + bytes / bandwidth, with latencies as NCCL's own cost model has them, and computation takes
 floating-point operations / (peak * utilisation). All figures and their sources are in this file.

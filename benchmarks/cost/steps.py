@@ -8,6 +8,8 @@ Ratios of medians within one run: results/step_cost_<device>.csv and .md, and a 
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,20 +55,34 @@ def ready(makers: Makers) -> tuple[dict[str, Step], dict[str, str]]:
     return steps, fails
 
 
+def measured(
+    makers: Makers, device: torch.device, repeats: int, inner: int = 1, held: int = 0
+) -> Iterator[tuple[Step | None, dict[str, Any]]]:
+    """Each step with its time and peak memory, and as ratios to a plain one; or why it fails.
+
+    Memory is what a step adds to the ``held`` bytes.
+    """
+    steps, fails = ready(makers)
+    for method, reason in fails.items():
+        yield None, {"method": method, "fails": reason}
+    if "plain" not in steps:
+        return
+    seconds = median_seconds(list(steps.values()), repeats, inner, device)
+    memory = [held + peak_bytes(step, device) for step in steps.values()]
+    for (method, step), taken, most in zip(steps.items(), seconds, memory, strict=True):
+        row = {"method": method, "ms": taken * 1e3, "time": taken / seconds[0], "MB": most / 1e6}
+        yield step, row | {"memory": most / max(1, memory[0])}
+
+
 def measure(
     work: Work, names: Sequence[str], device: torch.device, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Time and peak memory of each method as ratios to a plain step; or why it does not run."""
-    steps, fails = ready(makers(work, ("plain", *(n for n in names if n != "plain")), device))
-    for name, reason in fails.items():
-        yield {"work": work.name, "method": name, "fails": reason}
-    seconds = median_seconds(list(steps.values()), repeats, work.inner)
+    """A row for each method; memory with parameters and inputs."""
     tensors = (*work.build().parameters(), work.batch()[0])
     held = sum(t.numel() * t.element_size() for t in tensors)
-    memory = [held + peak_bytes(step) for step in steps.values()]
-    for name, taken, most in zip(steps, seconds, memory, strict=True):
-        row = {"work": work.name, "method": name, "milliseconds": taken * 1e3}
-        yield row | {"time": taken / seconds[0], "memory": most / memory[0]}
+    made = makers(work, ("plain", *(n for n in names if n != "plain")), device)
+    for _, row in measured(made, device, repeats, work.inner, held):
+        yield {"work": work.name, "milliseconds": row.get("ms"), **row}
 
 
 def table(
@@ -102,18 +118,37 @@ def as_markdown(frame: pd.DataFrame) -> str:
     return table(frame, ["work"], shown, text, note)
 
 
+def time_ratios(
+    base: Callable[[], object], *actions: Callable[[], object], rounds: int, clock: Any = None
+) -> tuple[float, list[list[float]]]:
+    """Median seconds (of CPU) of ``base``, and each action's ratio to it in every round."""
+    clock = clock or time.process_time
+
+    def taken(action: Callable[[], object]) -> float:
+        start = clock()
+        action()
+        return clock() - start
+
+    for action in (base, *actions):  # past what the first call does once
+        action()
+    seconds, ratios = [], [[] for _ in actions]
+    for _ in range(rounds):
+        seconds.append(taken(base))
+        for action, own in zip(actions, ratios, strict=True):
+            own.append(taken(action) / seconds[-1])
+    return statistics.median(seconds), ratios
+
+
 def growth(device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     """Milliseconds and megabytes of a step, plain and ours, as the batch or the length grows."""
     batches = [(small_mlp(size), size, repeats) for size in BATCHES]
     lengths = [(transformer(64, size, 2, 8), size, max(3, repeats // 3)) for size in LENGTHS]
     along = {"batch size, small MLP": batches, "length, small transformer": lengths}
     for name, (work, size, rounds) in ((name, one) for name, own in along.items() for one in own):
-        steps, _ = ready(makers(work, ("plain", "ours, ghost"), device))
-        seconds = median_seconds(list(steps.values()), rounds, work.inner)
-        for (method, step), taken in zip(steps.items(), seconds, strict=True):
-            row = {"along": name, "size": size, "method": method, "ms": taken * 1e3}
-            yield row | {"MB": peak_bytes(step) / 1e6}
-        print(f"{work.name:45s} {[round(1e3 * taken, 2) for taken in seconds]} ms", flush=True)
+        made = makers(work, ("plain", "ours, ghost"), device)
+        rows = [row for _, row in measured(made, device, rounds, work.inner)]
+        print(f"{work.name:45s} {[round(row['ms'], 2) for row in rows]} ms", flush=True)
+        yield from ({"along": name, "size": size, **row} for row in rows)
 
 
 def draw(frame: pd.DataFrame, name: str) -> None:
@@ -151,6 +186,7 @@ def main(given: list[str]) -> None:
     name, looked = f"step_cost_{device.type}", chosen.fast or chosen.only
     report.save(name, frame, looked, f"{line}\n\n{as_markdown(frame)}", machine=machine)
     if not looked:
-        curves = pd.DataFrame(growth(device, repeats))
+        columns = ("along", "size", "method", "ms", "MB")
+        curves = pd.DataFrame(growth(device, repeats), columns=columns)
         report.store(f"{name}_growth", curves, machine=machine)
         draw(curves, f"{name}.png")

@@ -1,7 +1,7 @@
 """Does it help, whom, and does it do what the paper says?
 
 python -m benchmarks.evidence unseen | demo | sweep | report       # against other methods
-python -m benchmarks.evidence convergence | alignment | outliers | many_groups [--fast]
+python -m benchmarks.evidence convergence | alignment | outliers | many_groups [--fast | --again]
 """
 
 from benchmarks.report import command

@@ -1,7 +1,5 @@
 """Do IRW's weights follow alignment with the worst-off group's gradient, and not the loss?
 
-    python -m benchmarks.evidence alignment [--fast | --again]
-
 An MLP 64-32 on 4,000 people of UCI Adult and of Law School, with cross entropy and with the squared
 error of the predicted probabilities, whose gradient vanishes where the model is sure and wrong: a
 large loss with a small gradient. Weights at alpha 0.3 at the start, and after training by IRW and

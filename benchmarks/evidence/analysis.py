@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,8 +34,7 @@ FIRST_FIVE = [
 """The targets of the headline mean: fixed before the runs."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A mean over the seeds, and half the width of its 95 % t interval; NaN for a single seed."""
 
     mean: float
@@ -77,10 +77,9 @@ def linearised(above: pd.Series | np.ndarray, below: pd.Series | np.ndarray) -> 
     return found + (above - found * below) / below.mean()
 
 
-def read(folder: Path, task: str) -> pd.DataFrame:
-    """The runs of a task, in the order in which they ran."""
-    table = pd.read_csv(folder / f"{task}.csv", keep_default_na=False)
-    return table.drop_duplicates(["noise", "seed", "setting"])
+def best_of_each_seed(runs: pd.DataFrame, by: str) -> pd.DataFrame:
+    """For each seed the run with the largest value of a column; indexed by seed."""
+    return runs.loc[runs.groupby("seed")[by].idxmax()].set_index("seed").sort_index()
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +143,16 @@ def _chosen(found: Target, methods: tuple[str, ...], by: str) -> pd.DataFrame:
     rows = found.runs[found.runs["method"].isin(methods)]
     rows = rows[rows["told"].isin(["", found.grouping])]
     seen = f"validation worst {found.grouping}" if by == WITH else "score without groups"
-    best = rows.groupby("seed")[seen].idxmax()
-    return rows.loc[best].set_index("seed").sort_index()
+    return best_of_each_seed(rows, seen)
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+def read(folder: Path, task: str) -> pd.DataFrame:
+    """The runs of a task, in the order in which they ran."""
+    table = pd.read_csv(folder / f"{task}.csv", keep_default_na=False)
+    return table.drop_duplicates(["noise", "seed", "setting"])
 
 
 def target(folder: Path, task: str, grouping: str, noise: float = 0.0) -> Target:
@@ -186,7 +193,7 @@ def noisy_targets(folder: Path, noise: float) -> list[Target]:
     return first_five(targets(folder, noise))
 
 
-# Over several targets, each with its picked runs, one a seed --------------------------------------
+# Over several targets, each with its picked runs, one a seed ----------------------------------
 
 Pick = Callable[[Target], pd.DataFrame]
 """`Target.plain`, `Target.oracle`, or what `of` and `best` make."""
@@ -205,9 +212,10 @@ def recovered_by_seed(found: Sequence[Target], pick: Pick) -> np.ndarray:
     return np.mean([t.terms(pick(t)) for t in found], axis=0)
 
 
-def mean_recovered(found: Sequence[Target], pick: Pick) -> Estimate:
-    """The mean over targets of the headroom recovered."""
-    return estimate(recovered_by_seed(found, pick))
+def mean_recovered(found: Sequence[Target], pick: Pick, less: Pick | None = None) -> Estimate:
+    """The mean over targets of the headroom recovered, or how much more than another recovers."""
+    terms = recovered_by_seed(found, pick)
+    return estimate(terms if less is None else terms - recovered_by_seed(found, less))
 
 
 def mean_change(
@@ -216,3 +224,44 @@ def mean_change(
     """From plain training, in the worst group's accuracy: mean over targets, paired by seed."""
     changes = [np.asarray(pick(t)[metric or t.worst] - other(t)[metric or t.worst]) for t in found]
     return estimate(np.mean(changes, axis=0))
+
+
+# Cells of tables ------------------------------------------------------------------------------
+
+
+def share(value: float) -> str:
+    """A share of 1 with two digits.
+
+    >>> share(0.734), share(-0.049), share(1.2), share(-1.0), share(10.5)
+    ('.73', '−.05', '1.20', '−1.00', '10.50')
+    """
+    text = f"{abs(value):.2f}"
+    return ("−" if round(value, 2) < 0 else "") + text.removeprefix("0")
+
+
+def spread(found: Estimate) -> str:
+    return f"{share(found.mean)} ± {share(found.half)}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def marked(found: Estimate) -> str:
+    """Points with half the interval; bold where the interval excludes 0."""
+    text = f"{points(found.mean)} ± {percent(found.half)}"
+    return text if found.verdict == "no clear difference" else f"**{text}**"
+
+
+def cost(found: Sequence[Target], pick: Pick) -> str:
+    """In accuracy, against plain training, mean over the targets."""
+    return points(mean_change(found, pick, ACCURACY).mean)
+
+
+def room(found: Target) -> str:
+    """The worst group's accuracy, plain and with the oracle."""
+    return " → ".join(percent(runs[found.worst].mean()) for runs in (found.plain(), found.oracle()))

@@ -13,21 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.data.tasks import TASKS
-from benchmarks.evidence.analysis import (
-    WITH,
-    WITHOUT,
-    Estimate,
-    Target,
-    best,
-    estimate,
-    first_five,
-    mean_change,
-    noisy_targets,
-    protected,
-    recovered_by_seed,
-    targets,
-)
-from benchmarks.evidence.tables import marked, points, share, spread
+from benchmarks.evidence import analysis
+from benchmarks.evidence.analysis import WITH, WITHOUT, Estimate, Target, best, marked, mean_change
 
 HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold here"
 
@@ -47,7 +34,7 @@ class Claim(NamedTuple):
 
 def claims(folder: Path) -> list[Claim]:
     """All of them, in the paper's order."""
-    people, five = protected(folder), first_five(targets(folder))
+    people, five = analysis.protected(folder), analysis.first_five(analysis.targets(folder))
     local = "The stochastic (local) scheme does not compromise the global one"
     return [
         serves_the_worst_off(people),
@@ -80,15 +67,16 @@ def serves_the_worst_off(found: Sequence[Target]) -> Claim:
 
 
 def beats(found: Sequence[Target], others: Sequence[str]) -> Claim:
-    ours = recovered_by_seed(found, best("IRW"))
-    differences = {m: estimate(ours - recovered_by_seed(found, best(m))) for m in others}
-    cells = "; ".join(f"{name}: {spread(d)}" for name, d in differences.items())
+    ours = analysis.mean_recovered(found, best("IRW")).mean
+    differences = [analysis.mean_recovered(found, best("IRW"), less=best(m)) for m in others]
+    both = zip(others, differences, strict=True)
+    cells = "; ".join(f"{name}: {analysis.spread(found)}" for name, found in both)
     return Claim(
         "IRW is superior to other methods that need no group labels",
-        f"Where there is headroom, IRW recovers {share(float(ours.mean()))} of it on average over "
+        f"Where there is headroom, IRW recovers {analysis.share(ours)} of it on average over "
         f"the first five targets. IRW minus the other method: {cells}.",
         "holds if clearly better than each, in part if than some",
-        by_count([d.verdict == "higher" for d in differences.values()]),
+        by_count([d.verdict == "higher" for d in differences]),
     )
 
 
@@ -123,7 +111,7 @@ def lowers_disparities(found: Sequence[Target]) -> Claim:
         changes = against_plain(found, metric)
         lower, higher = (sum(c.verdict == v for c in changes) for v in ("lower", "higher"))
         mean = float(np.mean([c.mean for c in changes]))
-        change = number(Estimate(mean, float("nan"))) if metric == "VAR" else points(mean)
+        change = number(Estimate(mean, float("nan"))) if metric == "VAR" else analysis.points(mean)
         lines.append(
             f"{metric} clearly lower on {lower} and clearly higher on {higher} "
             f"of {len(found)} data sets (mean change {change})"
@@ -152,7 +140,7 @@ def keeps_up(found: Sequence[Target], says: str, ours: str, reference: str) -> C
 def withstands_flips(folder: Path) -> Claim:
     cells, verdicts = [], []
     for noise in (0.05, 0.1, 0.2):
-        found = noisy_targets(folder, noise)
+        found = analysis.noisy_targets(folder, noise)
         over_irw = mean_change(found, best("IRWO"), other=best("IRW"))
         over_plain = mean_change(found, best("IRWO"))
         against = f"{marked(over_irw)} against IRW, {marked(over_plain)} against plain"

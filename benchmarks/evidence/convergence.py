@@ -1,7 +1,5 @@
 """The worst-off loss of IRW, CVaR and plain gradient descent against its certified optimum.
 
-    python -m benchmarks.evidence convergence [--fast | --again]
-
 Logistic regression in float64, full batch, on 1,000 people of UCI Adult and of Law School, drawn
 anew for each seed; steps rate / sqrt(t) from a random start. The rate is the best of a grid for
 each method, data set and alpha, by what the method minimises, on seed 0. Law School needs

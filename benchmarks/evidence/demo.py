@@ -16,6 +16,7 @@ import pandas as pd
 
 from benchmarks import report
 from benchmarks.evidence.analysis import Estimate, estimate
+from benchmarks.evidence.dots import Look, Row, draw_rows
 from irw_optim.remedies import Comparison
 
 PEOPLE, RACES = ("income", "sex"), ("race", "sex")
@@ -107,12 +108,12 @@ def against_plain(frame: pd.DataFrame, remedy: str, column: str) -> Estimate:
 # Figure ---------------------------------------------------------------------------------------
 
 LOOKS = {
-    "plain": ("plain training", "#000000", "o", "white"),
-    "IRW": ("IRW: one line changed", "#0072B2", "^", None),
-    "two stages, by gradients": ("two stages, by IRW's weights", "#009E73", "s", None),
-    "moved threshold": ("threshold moved, no training", "#D55E00", "D", None),
+    "plain": ("plain training", "#000000", "o"),
+    "IRW": ("IRW: one line changed", "#0072B2", "^"),
+    "two stages, by gradients": ("two stages, by IRW's weights", "#009E73", "s"),
+    "moved threshold": ("threshold moved, no training", "#D55E00", "D"),
 }
-"""What it is called, colour (of Okabe and Ito's), marker, and what the marker is filled with."""
+"""What it is called, colour (of Okabe and Ito's) and marker."""
 GROUPS = {
     ">50K, Female": "women above $50,000",
     ">50K, Male": "men above $50,000",
@@ -123,43 +124,24 @@ GROUPS = {
 
 def draw(frame: pd.DataFrame) -> None:
     """Who is decided rightly, before and after; and the losses of the worst tenth."""
-    people = frame.attrs["people"]
-    everybody = sum(n for name, n in people.items() if name.startswith(_prefix(PEOPLE)))
-    rows = {"accuracy": f"everybody\n{everybody:,} people"}
-    for group, said in GROUPS.items():
-        rows[_prefix(PEOPLE) + group] = f"{said}\n{people[_prefix(PEOPLE) + group]:,}"
-    size, heights = (4.8, 4.9), {"height_ratios": [len(rows), 1.25]}
+    people, start = frame.attrs["people"], _prefix(PEOPLE)
+    everybody = sum(n for name, n in people.items() if name.startswith(start))
+    looks = {label: Look(*look) for label, *look in LOOKS.values()}
+
+    def row(column: str, said: str) -> Row:
+        runs = dict(list(frame.groupby("remedy")[column]))
+        return Row(said, {LOOKS[remedy][0]: estimate(runs[remedy]) for remedy in LOOKS})
+
+    groups = [row(start + g, f"{said}\n{people[start + g]:,}") for g, said in GROUPS.items()]
+    size, heights = (4.8, 4.9), {"height_ratios": [1 + len(groups), 1.25]}
     with report.figure("whom.png", 2, 1, size, 180, 2, gridspec_kw=heights) as ((top,), (low,)):
-        _dots(top, frame, rows, 100)
-        _dots(low, frame, {"tail loss": "the tenth with\nthe largest losses"}, 1)
+        draw_rows(top, [row("accuracy", f"everybody\n{everybody:,} people"), *groups], looks)
+        draw_rows(low, [row("tail loss", "the tenth with\nthe largest losses")], looks, scale=1)
+        look = {"fontsize": 9.5, "fontweight": "bold"}
+        top.set_title("UCI Adult: people decided rightly, in %", **look)
+        low.set_title("Mean loss: less is better", **look)
         top.set(xlim=(45, 100))
         low.set(xlim=(0, None))
-        for axis, title in (
-            (top, "UCI Adult: people decided rightly, in %"),
-            (low, "Mean loss: less is better"),
-        ):
-            axis.set_title(title, fontsize=9.5, fontweight="bold")
-
-
-def _dots(axis: Any, frame: pd.DataFrame, rows: dict[str, str], scale: float) -> None:
-    for place, column in enumerate(rows):
-        for step, (remedy, (label, colour, marker, filled)) in enumerate(LOOKS.items()):
-            found = estimate(frame.loc[frame["remedy"] == remedy, column])
-            axis.errorbar(
-                scale * found.mean,
-                place + 0.2 * (step - 1.5),
-                xerr=scale * found.half,
-                label=None if place else label,
-                color=colour,
-                marker=marker,
-                markerfacecolor=filled or colour,
-                ms=6,
-                ls="",
-            )
-        if place:
-            axis.axhline(place - 0.5, color="#dddddd", lw=0.6, zorder=0)
-    axis.set_yticks(range(len(rows)), list(rows.values()))
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="x", color="#e4e4e4", zorder=0)
-    axis.set_axisbelow(True)
+        for axis in (top, low):
+            axis.grid(axis="x", color="#e4e4e4", zorder=0)
+            axis.set_axisbelow(True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,15 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.data.sources import Samples
 from benchmarks.data.tasks import Parts, Task
-from irw_optim.metrics import (
-    ClusterAccuracy,
-    group_accuracy,
-    loss_variance,
-    mad,
-    tad,
-    worst_alpha_loss,
-    worst_cell_accuracy,
-)
+from irw_optim import metrics
 
 SMALLEST = {"validation": 5, "test": 40}
 """A group with fewer samples in that part does not count there: its accuracy would be noise."""
@@ -44,12 +35,9 @@ class Trained(NamedTuple):
 
 def everything(found: Trained) -> dict[str, float]:
     """The row of a run in the sweep: all of the test part, and what settings are chosen by."""
-    numbers = {"score without groups": cells(found).score}
-    for part, least, data, said in _judged(found):
-        for name, value in evaluate(said, data, found.task.protected, least).items():
-            if part == "test" or name.startswith("worst "):  # to choose by
-                numbers[f"{part} {name}"] = value
-    return numbers
+    numbers = judged(found, found.task.protected).items()
+    shown = {n: value for n, value in numbers if n.startswith(("test ", "validation worst "))}
+    return {"score without groups": cells(found).score} | shown
 
 
 def with_signs(found: Trained) -> dict[str, float]:
@@ -57,10 +45,8 @@ def with_signs(found: Trained) -> dict[str, float]:
     told = cells(found)
     cell = min((cell for cell in told.cells if cell.counted), key=lambda cell: cell.accuracy)
     numbers = {"score without groups": told.score, "cell": cell.accuracy, "cell size": cell.samples}
-    for part, least, data, said in _judged(found):
-        for name, value in evaluate(said, data, None, least).items():
-            if name == "accuracy" or name.startswith("worst "):
-                numbers[f"{part} {name}"] = value
+    both = judged(found, None).items()
+    numbers |= {n: v for n, v in both if n.endswith(" accuracy") or " worst " in n}
     labels = found.parts[0].y
     rare = int(labels.bincount().argmin())
     for name, part in (("training", 0), ("test", 2)):
@@ -72,10 +58,14 @@ def with_signs(found: Trained) -> dict[str, float]:
     return numbers | {"held": effective_share(held), "least held": min(each)}
 
 
-def _judged(found: Trained) -> Iterator[tuple[str, int, Samples, Tensor]]:
-    """Of the last two parts the name, the size that a group needs, the samples and the logits."""
-    for part, data, said in zip(SMALLEST, found.parts[1:], found.logits[1:], strict=True):
-        yield part, SMALLEST[part], data, said
+def judged(found: Trained, protected: str | None) -> dict[str, float]:
+    """What `evaluate` says of the validation and of the test part."""
+    both = zip(SMALLEST.items(), found.parts[1:], found.logits[1:], strict=True)
+    return {
+        f"{part} {name}": value
+        for (part, least), data, said in both
+        for name, value in evaluate(said, data, protected, least).items()
+    }
 
 
 def effective_share(weights: Tensor) -> float:
@@ -97,11 +87,11 @@ def evaluate(
     for name, codes in data.groups.items():
         counted = np.bincount(codes)[codes] >= smallest
         large[name] = true[counted], predicted[counted], codes.numpy()[counted]
-        found[f"worst {name}"] = min(group_accuracy(*large[name]).values())
+        found[f"worst {name}"] = min(metrics.group_accuracy(*large[name]).values())
     if protected is not None:
-        found |= {"MAD": mad(*large[protected]), "TAD": tad(*large[protected])}
-    found |= {"mean loss": float(losses.mean()), "VAR": loss_variance(losses)}
-    return found | {"tail loss": worst_alpha_loss(losses, tail)}
+        found |= {"MAD": metrics.mad(*large[protected]), "TAD": metrics.tad(*large[protected])}
+    found |= {"mean loss": float(losses.mean()), "VAR": metrics.loss_variance(losses)}
+    return found | {"tail loss": metrics.worst_alpha_loss(losses, tail)}
 
 
 def clusters(x: Tensor) -> np.ndarray:
@@ -109,6 +99,6 @@ def clusters(x: Tensor) -> np.ndarray:
     return KMeans(4, n_init=4, random_state=0).fit(x.numpy()).labels_
 
 
-def cells(found: Trained) -> ClusterAccuracy:
+def cells(found: Trained) -> metrics.ClusterAccuracy:
     """Its worst label x cluster cell and worst class on the validation part."""
-    return worst_cell_accuracy(found.parts[1].y, found.logits[1].argmax(1), found.cluster)
+    return metrics.worst_cell_accuracy(found.parts[1].y, found.logits[1].argmax(1), found.cluster)

@@ -65,7 +65,7 @@ def class_by_class(alpha: float, mix: float, early: float) -> Setting:
 def early_losses(mix: float, early: float) -> Setting:
     """Two stages, with the early model's losses as weights inside each class."""
     name = f"{EARLY_LOSSES}: mix {mix:.2f}, early {early:g}"
-    return Setting(EARLY_LOSSES, name, ClassByClass(stages.by_loss, early, mix))
+    return Setting(EARLY_LOSSES, name, ClassByClass(stages.BY_LOSS, early, mix))
 
 
 FIXED = class_by_class(0.5, 0.5, 0.1).name

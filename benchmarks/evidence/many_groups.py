@@ -1,7 +1,5 @@
 """More than four groups, and a continuous one: does IRW help the worst age, race and sex on Adult?
 
-    python -m benchmarks.evidence many_groups [--fast | --again]
-
 UCI Adult without age, race and sex among the features; groups by deciles of age, by race and sex,
 by all three (age in thirds), each with and without the label. 8,000 people to train on, drawn anew
 for each seed; an MLP 64-32, Adam (1e-2, falling), 500 steps of 512, the last model, no selection.

@@ -1,7 +1,5 @@
 """IRW against IRWO under corrupted training data: whom the filter removes, and what it is worth.
 
-    python -m benchmarks.evidence outliers [--fast | --again]
-
 4,000 people of UCI Adult and of Law School, drawn anew for each seed; an MLP 64-32, Adam (1e-3),
 batches of 128, 200 steps, alpha 0.3. The training part is corrupted in one of five ways:
 

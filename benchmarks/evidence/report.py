@@ -1,38 +1,27 @@
 """Writes what the documentation shows: tables, verdicts and figures, from the stored runs.
 
-    python -m benchmarks.evidence report
-
-`fragments` is the whole text; a test compares it with the files, so that no number can drift. In
-the dot plots filled markers are means with an interval that excludes 0, hollow ones the others.
+`fragments` is the whole text; a test compares it with the files, so that no number can drift.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from benchmarks import report
-from benchmarks.evidence import tables, unseen
-from benchmarks.evidence.analysis import (
-    ACCURACY,
-    Estimate,
-    Target,
-    best,
-    mean_change,
-    of,
-    protected,
-    targets,
-)
+from benchmarks.evidence import analysis, tables, unseen
+from benchmarks.evidence.analysis import ACCURACY, Target, best, marked, mean_change
 from benchmarks.evidence.claims import claims
+from benchmarks.evidence.dots import BLUE, GREEN, ORANGE, PURPLE, Look, Row, draw_rows
 from benchmarks.evidence.grid import PLAIN
 from benchmarks.evidence.sweep import NOISES, RESULTS
-from benchmarks.evidence.tables import METHODS, marked, percent
+from benchmarks.evidence.tables import METHODS
 
 
 def fragments(folder: Path = RESULTS) -> dict[str, str]:
     """Every generated text by the name of its file."""
-    found, verdicts, people = targets(folder), claims(folder), protected(folder)
+    found, verdicts = analysis.targets(folder), claims(folder)
+    people = analysis.protected(folder)
     search, slow = (folder.with_name(f"fairness_{kind}") for kind in ("search", "slow"))
     return {
         "headroom.md": tables.headroom_table(folder),
@@ -47,7 +36,7 @@ def fragments(folder: Path = RESULTS) -> dict[str, str]:
         "noise.md": tables.noise_table(folder, NOISES),
         "search.md": tables.search_table(search),
         "slow.md": tables.headroom_table(slow),
-        "slow_confirmed.md": tables.confirmed(targets(slow)),
+        "slow_confirmed.md": tables.confirmed(analysis.targets(slow)),
     }
 
 
@@ -56,7 +45,7 @@ def about_the_runs(found: list[Target]) -> str:
     said = "; ".join(
         f"{t.title}: {', '.join(map(str, sorted(t.plain().index.tolist())))}" for t in found
     )
-    plain = "; ".join(f"{t.title} {percent(t.plain()[ACCURACY].mean())}" for t in found)
+    plain = "; ".join(f"{t.title} {analysis.percent(t.plain()[ACCURACY].mean())}" for t in found)
     return f"Seeds. {said}.\n\nAccuracy of plain training, in %: {plain}.\n"
 
 
@@ -85,26 +74,6 @@ def by_groups_of_people(found: Sequence[Target]) -> str:
 # Figures --------------------------------------------------------------------------------------
 
 
-class Look(NamedTuple):
-    """Of one kind of dot, by colour (of Okabe and Ito's) and by shape."""
-
-    colour: str
-    marker: str
-
-
-BLUE, ORANGE, GREEN = Look("#0072B2", "o"), Look("#D55E00", "s"), Look("#009E73", "^")
-PURPLE = Look("#CC79A7", "D")
-WIDTH = 4.6
-"""Inches: what a telephone shows without making the letters small."""
-
-
-class Row(NamedTuple):
-    """A line of a dot plot; without dots it is a heading."""
-
-    name: str
-    dots: Mapping[str, Estimate] = {}
-
-
 def dots(
     name: str,
     rows: Sequence[Row],
@@ -113,40 +82,11 @@ def dots(
     left: float | None = None,
     legend: int = 2,
 ) -> None:
-    """Means with their intervals, in points; those beyond ``left`` stand at it as arrows."""
+    """In points, and as wide as a telephone shows without making the letters small."""
     height = 1.0 + sum(0.1 + 0.11 * max(1, len(row.dots)) for row in rows)
-    step = 1 / (len(looks) + 0.8)
-    with report.figure(name, 1, 1, (WIDTH, height), 180, legend) as ((axis,),):
-        for place, row in enumerate(rows):
-            if place:
-                axis.axhline(place - 0.5, color="#e4e4e4", lw=0.6, zorder=0)
-            for beside, (kind, found) in enumerate(row.dots.items()):
-                offset = step * (beside - (len(row.dots) - 1) / 2)
-                _dot(axis, found, place + offset, looks[kind], left)
-        axis.axvline(0, color="black", lw=0.8, zorder=0)
-        axis.set_yticks(range(len(rows)), [row.name for row in rows])
-        for label, row in zip(axis.get_yticklabels(), rows, strict=True):
-            label.set_fontweight("normal" if row.dots else "bold")
-        axis.tick_params(axis="y", length=0)
-        axis.set_ylim(len(rows) - 0.5, -0.5)
+    with report.figure(name, 1, 1, (4.6, height), 180, legend) as ((axis,),):
+        draw_rows(axis, rows, looks, left=left)
         axis.figure.suptitle(says, fontsize=9.5, fontweight="bold")
-        for kind, look in looks.items():
-            axis.plot([], [], ls="", color=look.colour, marker=look.marker, label=kind)
-
-
-def _dot(axis: Any, found: Estimate, y: float, look: Look, left: float | None) -> None:
-    mean, half = 100 * found.mean, 100 * found.half
-    if left is not None and mean < left:
-        axis.plot(left, y, "<", color=look.colour, ms=4.5)
-        axis.annotate(f"{mean:.0f}".replace("-", "−"), (left, y), (5, 0), va="center", fontsize=7,
-                      textcoords="offset points", color=look.colour)  # fmt: skip
-        return
-    clear = found.verdict != "no clear difference"
-    axis.errorbar(mean, y, xerr=half, fmt=look.marker, ms=4.5, color=look.colour, elinewidth=1.2,
-                  markerfacecolor=look.colour if clear else "white")  # fmt: skip
-
-
-# What they show -------------------------------------------------------------------------------
 
 
 def headroom(seen: Path, unseen_runs: Path) -> None:
@@ -158,8 +98,9 @@ def headroom(seen: Path, unseen_runs: Path) -> None:
         rows = [Row(t.title, {kind: t.headroom()}) for kind, own in both for t in own]
         return sorted(rows, key=lambda row: -next(iter(row.dots.values())).mean)
 
-    others = targets(seen), targets(unseen_runs, tasks=unseen.UNSEEN)
-    rows = [Row("Groups of people alone"), *by_size(protected(seen), unseen.alone(unseen_runs))]
+    people = analysis.protected(seen), unseen.alone(unseen_runs)
+    others = analysis.targets(seen), analysis.targets(unseen_runs, tasks=unseen.UNSEEN)
+    rows = [Row("Groups of people alone"), *by_size(*people)]
     rows += [Row("Label × group, shortcuts"), *by_size(*others)]
     says = "Headroom: what training that is told the groups\ngains for the worst one, in points"
     dots("headroom.png", rows, looks, says)
@@ -170,8 +111,7 @@ def prices(folder: Path) -> None:
     looks = {"accuracy of everybody": BLUE, "worst group of people alone": ORANGE}
     natural, people = unseen.natural(folder), unseen.alone(folder)
     rows = []
-    for name, setting in unseen.REMEDIES.items():
-        pick = of(setting)
+    for name, pick in unseen.PICKS.items():
         both = mean_change(natural, pick, ACCURACY), mean_change(people, pick)
         rows.append(Row(name, dict(zip(looks, both, strict=True))))
     says = "What a remedy takes, on unseen data:\nchange against plain training, in points"
@@ -182,15 +122,10 @@ def where(found: Sequence[Target]) -> None:
     """Two stages and others against class balancing, target by target."""
     looks = {"two stages": BLUE, "control (losses)": GREEN, "IRW": ORANGE}
     names = ("two stages, a fifth", "control (losses), a fifth", "IRW, as in the paper")
-
-    def against(t: Target, name: str) -> Estimate:
-        own, balanced = t.setting(unseen.REMEDIES[name]), t.setting(unseen.BALANCED)
-        return t.difference(own, balanced, t.worst)
-
-    rows = [
-        Row(t.title, {kind: against(t, name) for kind, name in zip(looks, names, strict=True)})
-        for t in found
-    ]
+    rows = []
+    for t in found:
+        each = (unseen.against_balancing(t, name) for name in names)
+        rows.append(Row(t.title, dict(zip(looks, each, strict=True))))
     rows.sort(key=lambda row: -row.dots["two stages"].mean)
     says = "The worst group of each unseen target,\nagainst class balancing, in points"
     dots("where.png", rows, looks, says, left=-52, legend=3)

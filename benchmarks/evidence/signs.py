@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from benchmarks.evidence.analysis import Pick, Target, estimate
+from benchmarks.evidence.analysis import Pick, Target, best_of_each_seed, estimate, marked, spread
 from benchmarks.evidence.grid import PLAIN
-from benchmarks.evidence.tables import marked, spread
 from benchmarks.report import table
 
 NONE = ["–", "–"]
@@ -19,13 +18,9 @@ Sign = Callable[[pd.DataFrame, pd.DataFrame], "pd.Series[bool]"]
 """From the runs of a remedy and of class balancing, one a seed, to who shows it."""
 
 
-def _gap(rows: pd.DataFrame) -> pd.Series:
-    return rows["training rare class"] - rows["test rare class"]
-
-
 SIGNS: dict[str, Sign] = {
     "rare class: 20 points more accurate in training than on held-out samples": (
-        lambda ours, other: _gap(ours) > GAP
+        lambda ours, other: ours["training rare class"] - ours["test rare class"] > GAP
     ),
     "effective sample size of the held weights below a third": lambda ours, other: (
         ours["held"].astype(float) < THIRD
@@ -78,8 +73,7 @@ def by_score(settings: Iterable[str]) -> Pick:
 
     def pick(found: Target) -> pd.DataFrame:
         runs = found.runs[found.runs["setting"].isin(names)]
-        best = runs.groupby("seed")["score without groups"].idxmax()
-        return runs.loc[best].set_index("seed").sort_index()
+        return best_of_each_seed(runs, "score without groups")
 
     return pick
 
@@ -89,7 +83,7 @@ def within_noise(found: Sequence[Target], remedies: Mapping[str, str]) -> str:
     lines = []
     for kind, of in (("one run, binomial", by_run), ("all seeds, t interval", by_target)):
         said = pd.concat([of(t, setting) for t in found for setting in remedies.values()])
-        for verdict in ("within noise", "a gain", "a loss"):
+        for verdict in VERDICTS.values():
             own = said.loc[said["said"] == verdict, "change"]
             really = [own > GAINED, own.abs() <= GAINED, own < -GAINED]
             cells = [f"{r.mean():.0%}" if len(own) else "–" for r in really]
@@ -98,24 +92,22 @@ def within_noise(found: Sequence[Target], remedies: Mapping[str, str]) -> str:
     return table(head, lines)
 
 
+VERDICTS = {0: "within noise", 1: "a gain", -1: "a loss"}
+
+
 def by_run(found: Target, setting: str) -> pd.DataFrame:
     """What the two accuracies say of each run, by their binomial errors."""
     ours, plain = found.setting(setting), found.plain()
     variance = sum(r["cell"] * (1 - r["cell"]) / r["cell size"] for r in (ours, plain))
-    difference, noise = ours["cell"] - plain["cell"], 1.96 * np.sqrt(variance)
-    said = np.where(difference.abs() <= noise, 0, np.sign(difference))
-    return _said(said, ours[found.worst] - plain[found.worst])
+    difference = ours["cell"] - plain["cell"]
+    sign = np.sign(difference).where(difference.abs() > 1.96 * np.sqrt(variance), 0)
+    change = ours[found.worst] - plain[found.worst]
+    return pd.DataFrame({"said": sign.map(VERDICTS), "change": change})
 
 
 def by_target(found: Target, setting: str) -> pd.DataFrame:
     """What the seeds together say."""
     ours, plain = found.setting(setting), found.plain()
-    difference = estimate(ours["cell"] - plain["cell"])
-    said = {"higher": 1, "lower": -1}.get(difference.verdict, 0)
-    change = (ours[found.worst] - plain[found.worst]).mean()
-    return _said(np.array([said]), pd.Series([change]))
-
-
-def _said(sign: np.ndarray, change: pd.Series) -> pd.DataFrame:
-    names = {0: "within noise", 1: "a gain", -1: "a loss"}
-    return pd.DataFrame({"said": [names[int(s)] for s in sign], "change": change.to_numpy()})
+    verdict = estimate(ours["cell"] - plain["cell"]).verdict
+    said = VERDICTS[{"higher": 1, "lower": -1}.get(verdict, 0)]
+    return pd.DataFrame({"said": [said], "change": (ours[found.worst] - plain[found.worst]).mean()})

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from benchmarks import report
 from benchmarks.cost.neighbours import ALPHA
-from benchmarks.cost.steps import Makers, makers, ready, table
+from benchmarks.cost.steps import Makers, makers, measured, table
 from benchmarks.models import TABLE
 from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.measuring import Loop
 from benchmarks.zoo.registry import named
-from irw_optim.measure import Step, median_seconds, peak_bytes
+from irw_optim.measure import Step
 
 NO_CARD = (
     "no CUDA device: torch.cuda.is_available() is False, so nothing was measured. On a machine "
@@ -100,29 +100,16 @@ def measured_until(
             print(f"the time is up before {row.work}, {row.setting}")
             return
         print(f"{row.work}, {row.setting}", flush=True)
-        yield from measured(row, device, repeats)
+        yield from counted(row, device, repeats)
 
 
-def measured(row: Row, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
+def counted(row: Row, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     """Time, memory, waits and kernels of each method; or why it does not run."""
-    steps, fails = ready(row.makers)
-    about = {"work": row.work, "setting": row.setting}
-    for method, reason in fails.items():
-        yield about | {"method": method, "fails": reason}
-    if "plain" not in steps:
-        return
-    seconds = median_seconds(list(steps.values()), repeats, device=device)
-    memory = [peak_bytes(step, device) for step in steps.values()]
-    for (method, step), taken, most in zip(steps.items(), seconds, memory, strict=True):
-        yield about | {
-            "method": method,
-            "ms": taken * 1e3,
-            "time": taken / seconds[0],
-            "MB": most / 1e6,
-            "memory": most / max(1, memory[0]),
-            "syncs": syncs(step, device),
-            "kernels": kernels(step, device),
-        }
+    for step, found in measured(row.makers, device, repeats):
+        found |= {"work": row.work, "setting": row.setting}
+        if step is not None:
+            found |= {"syncs": syncs(step, device), "kernels": kernels(step, device)}
+        yield found
 
 
 def as_markdown(frame: pd.DataFrame) -> str:

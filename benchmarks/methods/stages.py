@@ -11,8 +11,10 @@ since weights that follow the model chase it: who was worst off is over-served, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +28,17 @@ from benchmarks.models import outputs_of
 from benchmarks.training import Method, Recipe, Trainer, cross_entropy, train
 from irw_optim import worst_off
 from irw_optim.gradients.protocol import PerSampleGradients, align
-from irw_optim.schemes import global_weights
+from irw_optim.schemes import ClassByClassSampler
 
-Weighing = Callable[[nn.Module, Samples], Tensor]
-"""From a model and n samples to weights, (n,), of any positive sum."""
+Weighing = Mapping[str, Any]
+"""Options of the library's sampler, whose weights are used."""
+BY_LOSS: Weighing = {"by": "losses"}
+"""The control: the loss, for which no gradient is needed."""
+
+
+def intrinsic(alpha: float) -> Weighing:
+    """The worst-off alpha-fraction of each class, and who of the class helps them."""
+    return {"by": "gradients", "alpha": alpha}
 
 
 def early_model(
@@ -91,28 +100,14 @@ def class_by_class(
 
     They are even where all of a class would be 0; ``mix`` is the share that is spread evenly.
     """
-    weights = torch.zeros(len(data))
-    for label in data.y.unique():
-        own = (data.y == label).nonzero().squeeze(1)
-        weights[own] = weighing(model, data[own])
-    weights = (weights * trusted).clamp(min=1e-30)
+    loader = DataLoader(TensorDataset(data.x, data.y), batch_size=4096)
+    given = {"generator": torch.Generator(), "progress": False, "mix": 0.0, **weighing}
+    with warnings.catch_warnings():  # of few effective samples, which `evaluation` counts
+        warnings.simplefilter("ignore")
+        sampler = ClassByClassSampler(model, nn.CrossEntropyLoss(), loader, **given)
+    weights = (sampler.weights * trusted).clamp(min=1e-30)
     even = 1 / of_class(torch.ones(len(data)), data.y)
     return (1 - mix) * weights / of_class(weights, data.y) + mix * even
-
-
-def intrinsic(alpha: float) -> Weighing:
-    """The library's global scheme: the worst-off alpha-fraction, and who helps them."""
-
-    def weights(model: nn.Module, data: Samples) -> Tensor:
-        loader = DataLoader(TensorDataset(data.x, data.y), batch_size=4096)
-        return global_weights(model, nn.CrossEntropyLoss(), loader, alpha, progress=False)
-
-    return weights
-
-
-def by_loss(model: nn.Module, data: Samples) -> Tensor:
-    """The control: the loss, for which no gradient is needed."""
-    return cross_entropy(outputs_of(model, data.x), data.y)
 
 
 def trust(data: Samples, recipe: Recipe, seed: int) -> Tensor:
@@ -143,7 +138,8 @@ class InClasses:
     def prepare(self, model: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Trainer:
         if self.early:
             first = early_model(data, objectives.class_balanced(), recipe, seed, self.early)
-            members = worst_in_each_class(by_loss(first, data), data.y, self.alpha)
+            losses = cross_entropy(outputs_of(first, data.x), data.y)
+            members = worst_in_each_class(losses, data.y, self.alpha)
         batch = torch.arange(0)  # who the losses of the next pass are of
 
         def rule(losses: Tensor, gradients: PerSampleGradients, worst: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""Draws the stored results of this folder's benchmarks for the documentation.
-
-python -m benchmarks.schemes figures
-"""
+"""Draws the stored results of this folder's benchmarks for the documentation."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks import report
+from benchmarks.cost.steps import time_ratios
 from benchmarks.data.memory import adult, adult_tokens, batches, digits
 from benchmarks.data.sources import Samples
 from benchmarks.evidence.evaluation import evaluate
@@ -158,7 +159,7 @@ def times(name: str, setup: Setup, rounds: int, warm_up: int) -> Iterable[Row]:
         training = Training(setup.make(), way, seed=0, lr=0.0)
         training.steps(warm_up, x, y)  # past nearly all of the engine's checks
         actions.append(lambda training=training: training.steps(setup.timed, x, y))
-    seconds, ratios = report.time_ratios(*actions, rounds=rounds)
+    seconds, ratios = time_ratios(*actions, rounds=rounds)
     for way, own in zip(WAYS, ratios, strict=True):
         row = {"model": name, "scores from": way, "plain step, ms": 1000 * seconds / setup.timed}
         full = statistics.median([a / b for a, b in zip(own, ratios[0], strict=True)])

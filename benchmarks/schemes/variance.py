@@ -1,7 +1,5 @@
 """Variance of the update, resampling against reweighting, at the same weights and model state.
 
-    python -m benchmarks.schemes variance [--fast]
-
 The paper's corollary says that resampling has the lower variance under SGD, and leaves other
 optimizers open. Here: an MLP on UCI Adult after some training, its global IRW weights, and several
 hundred independent draws of one update and of ten updates in a row, from the same state of model

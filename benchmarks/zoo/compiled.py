@@ -23,11 +23,11 @@ from torch import nn
 
 from benchmarks import report
 from benchmarks.cost.neighbours import ALPHA
-from benchmarks.zoo.alone import alone, as_json
 from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.exactness import differences, in_double, reference
 from benchmarks.zoo.measuring import Loop
 from benchmarks.zoo.registry import ENTRIES, named
+from benchmarks.zoo.report import alone, as_json
 from irw_optim.gradients.graph import walk
 
 SIZES = (5, 5, 3)
@@ -111,8 +111,7 @@ def trained(entry: Entry, backend: str, order: str, alpha: float | None) -> dict
             torch.manual_seed(2)
             replace(loop, model=called, batch=batch).backward()
             if alpha is not None:
-                weights, expected = reference(entry, twin, batch)
-                error = max(error, *differences(loop, weights, expected))
+                error = max(error, *differences(loop, *reference(entry, twin, batch)))
             loop.optimizer.step()
         counted.epoch_ends()
     found = counted.found()

@@ -80,6 +80,17 @@ def texts(length: int) -> Callable[[int], Batch]:
     return draw
 
 
+def pairs(source: int, target: int) -> Callable[[int], Batch]:
+    """Texts of two lengths, and for each token of the second the next one."""
+
+    def draw(size: int) -> Batch:
+        (first,), _ = texts(source)(size)
+        (second,), following = texts(target)(size)
+        return (first, second), following
+
+    return draw
+
+
 # Losses ----------------------------------------------------------------------------------------
 
 

@@ -59,47 +59,39 @@ def errors(entry: Entry, size: int) -> dict[str, float | int]:
     """Largest differences of weights and gradients, relative to the largest number expected."""
     size = min(size, LARGEST)
     batch = in_double(entry.draw(size))
-    expected_weights, expected = reference(entry, InFloat64(entry.make()), batch)
-    model = InFloat64(entry.make())
-    ours = Loop.of(entry, model, batch, ALPHA)
+    expected = reference(entry, InFloat64(entry.make()), batch)
+    ours = Loop.of(entry, InFloat64(entry.make()), batch, ALPHA)
     for _ in range(USES):
         torch.manual_seed(2)
         ours.backward()
-    weights_error, gradient_error = differences(ours, expected_weights, expected)
-    return {"exact_size": size, "weights_error": weights_error, "gradient_error": gradient_error}
+    names = ("weights_error", "gradient_error")
+    return {"exact_size": size, **dict(zip(names, differences(ours, *expected), strict=True))}
 
 
-def differences(ours: Loop, weights: Tensor, gradients: list[Tensor]) -> tuple[float, float]:
+def differences(ours: Loop, weights: Tensor, gradient: Tensor) -> tuple[float, float]:
     """Of the weights and gradients of the last step, relative to the largest number expected."""
     parameters = [p for p in ours.model.parameters() if p.requires_grad]
-    largest = max(float(g.abs().max()) for g in gradients)
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    off = _largest((ours.optimizer.last_step.weights - weights) / weights.max())
-    return off, max(
-        _largest((g - e) / (largest or 1.0)) for g, e in zip(found, gradients, strict=True)
+    off = torch.cat([g.flatten() for g in found]) - gradient
+    return (
+        _largest((ours.optimizer.last_step.weights - weights) / weights.max()),
+        _largest(off / (float(gradient.abs().max()) or 1.0)),
     )
 
 
-def reference(entry: Entry, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """Weights (B,) and the weighted gradient, by one backward pass for each loss."""
+def reference(entry: Entry, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Weights (B,) and the weighted gradient (P,), by one backward pass for each loss."""
     inputs, target = batch
     torch.manual_seed(2)
     output = model(*inputs)
     per_sample = entry.losses or partial(nn.functional.cross_entropy, reduction="none")
     losses = per_sample(output, target)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    rows = []
-    for loss in losses:
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        parts = [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(parameters, gradients, strict=True)
-        ]
-        rows.append(torch.cat([part.flatten() for part in parts]))
-    G = torch.stack(rows)
+    all_of = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    rows = (torch.autograd.grad(loss, parameters, **all_of) for loss in losses)
+    G = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     weights = irw(losses.detach(), G)
-    combined = (weights @ G).split([p.numel() for p in parameters])
-    return weights, [g.view_as(p) for g, p in zip(combined, parameters, strict=True)]
+    return weights, weights @ G
 
 
 def irw(losses: Tensor, G: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Families of `transformers` from small configurations, nothing downloaded.
+"""Families of `transformers`, and adapters of PEFT, from small configurations.
 
-Parameters are random; dropout is what the family's configuration says.
+Nothing is downloaded: parameters are random; dropout is what the family's configuration says. Of
+an adapted model its own parameters stay, and the adapter's are trained.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.entry import WORDS, Batch, Entry, images, per_sequence, texts, waves
+from benchmarks.zoo.blocks import Apply
+from benchmarks.zoo.entry import WORDS, Batch, Entry, images, pairs, per_sequence, texts, waves
 
 WIDTH, LENGTH = 96, 32
 
@@ -37,8 +39,7 @@ class Logits(nn.Module):
         self.model, self.names = model, names
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        output = self.model(**dict(zip(self.names, inputs, strict=True)))
-        return output.logits
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
 
 
 def library(task: str, family: str, *names: str, **options: Any) -> Callable[[], nn.Module]:
@@ -59,13 +60,6 @@ def masked_sentences(size: int) -> Batch:
     mask = (torch.arange(LENGTH) < lengths[:, None]).long()
     tokens = torch.randint(2, WORDS, (size, LENGTH)) * mask
     return (tokens, mask), torch.randint(2, (size,))
-
-
-def pairs(size: int) -> Batch:
-    """Source, target and the target's next tokens."""
-    (source,), _ = texts(LENGTH)(size)
-    (target,), following = texts(LENGTH // 2)(size)
-    return (source, target), following
 
 
 def sounds(size: int) -> Batch:
@@ -97,8 +91,8 @@ MASKED = ("input_ids", "attention_mask")
 READER = Kind("text", "SequenceClassification", MASKED, masked_sentences, None, SIZES)
 WRITER = Kind("text", "CausalLM", ("input_ids",), texts(LENGTH), per_sequence, SIZES)
 GPT = WRITER._replace(sizes=GPT_SIZES)
-TRANSLATOR = Kind("text", "Seq2SeqLM", ("input_ids", "decoder_input_ids"), pairs, per_sequence,
-                  {"vocab_size": WORDS})  # fmt: skip
+TRANSLATOR = Kind("text", "Seq2SeqLM", ("input_ids", "decoder_input_ids"),
+                  pairs(LENGTH, LENGTH // 2), per_sequence, {"vocab_size": WORDS})  # fmt: skip
 VIEWER = Kind("vision", "ImageClassification", ("pixel_values",), images(32), None,
               {"num_labels": 10})  # fmt: skip
 LISTENER = Kind("audio", "AudioClassification", ("input_values",), sounds, None,
@@ -213,4 +207,46 @@ AUDIO = [
           patch_size=8, frequency_stride=8, time_stride=8),
 ]  # fmt: skip
 
-ENTRIES = [*TEXT, *VISION, *AUDIO]
+# Adapters --------------------------------------------------------------------------------------
+
+
+def adapter(name: str, method: str, **options: Any) -> Entry:
+    """The base model with an adapter; `method` names PEFT's class of a configuration."""
+
+    def adapted() -> nn.Module:
+        import peft
+
+        base = library("CausalLM", "Llama", "input_ids", **(SIZES | FEW_HEADS))().model
+        config = getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", **options)
+        # of the tokens alone, where the method puts others in front
+        own = Apply(lambda logits: logits[:, -LENGTH:])
+        return nn.Sequential(Logits(peft.get_peft_model(base, config), "input_ids"), own)
+
+    return Entry(name, "PEFT", 16, adapted, texts(LENGTH), per_sequence)
+
+
+ON = {"target_modules": ["q_proj", "v_proj"]}
+ADAPTERS = [
+    adapter("LoRA", "Lora", r=4, **ON),
+    adapter("LoRA, dropout", "Lora", r=4, lora_dropout=0.1, **ON),
+    adapter("rsLoRA, all layers", "Lora", r=4, use_rslora=True, target_modules="all-linear"),
+    adapter("DoRA", "Lora", r=4, use_dora=True, **ON),
+    adapter("IA3", "IA3", target_modules=["k_proj", "v_proj", "down_proj"],
+            feedforward_modules=["down_proj"]),
+    adapter("Prompt tuning", "PromptTuning", num_virtual_tokens=8),
+    adapter("Prefix tuning", "PrefixTuning", num_virtual_tokens=8),
+    adapter("P-tuning", "PromptEncoder", num_virtual_tokens=8, encoder_hidden_size=32),
+    adapter("LoHa", "LoHa", r=4, **ON),
+    adapter("LoKr", "LoKr", r=4, **ON),
+    adapter("AdaLoRA", "AdaLora", init_r=6, target_r=4, total_step=1000, **ON),
+    adapter("VeRA", "Vera", r=8, **ON),
+    adapter("OFT", "OFT", oft_block_size=8, r=0, **ON),
+    adapter("BOFT", "BOFT", boft_block_size=8, **ON),
+    adapter("HRA", "HRA", r=4, **ON),
+    adapter("MiSS", "Miss", r=4, **ON),
+    adapter("FourierFT", "FourierFT", n_frequency=100, **ON),
+    adapter("LayerNorm tuning", "LNTuning", target_modules=["input_layernorm",
+            "post_attention_layernorm", "norm"]),
+]  # fmt: skip
+
+ENTRIES = [*TEXT, *VISION, *AUDIO, *ADAPTERS]

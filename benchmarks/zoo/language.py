@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from benchmarks.zoo.entry import Batch, Entry, per_sequence, sentences, texts
+from benchmarks.zoo.blocks import Apply, Joined, Skip, mean, swapped
+from benchmarks.zoo.entry import WORDS, Batch, Entry, pairs, per_sequence, sentences, texts
 
 
 class LayerNorm(nn.Module):
@@ -34,38 +37,27 @@ class CausalAttention(nn.Module):
             part.view(size, length, self.heads, -1).transpose(1, 2)
             for part in self.qkv(x).split(width, 2)
         )
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-        )
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         mixed = self.out(mixed.transpose(1, 2).reshape(size, length, width))
         return F.dropout(mixed, self.dropout, self.training)
-
-
-class GPTBlock(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1, self.attention = LayerNorm(width), CausalAttention(width, heads, dropout)
-        self.norm2 = LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
     """Tokens and places, causal blocks, a head that is the table of the tokens."""
 
-    def __init__(
-        self, dropout: float, width: int = 96, depth: int = 3, length: int = 48, words: int = 500
-    ) -> None:
+    def __init__(self, dropout: float, width: int = 96, depth: int = 3, length: int = 48) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
+
+        def block() -> list[nn.Module]:
+            attention = Skip(LayerNorm(width), CausalAttention(width, 4, dropout))
+            wide = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            return [attention, Skip(LayerNorm(width), *wide, nn.Dropout(dropout))]
+
+        self.tokens, self.places = nn.Embedding(WORDS, width), nn.Embedding(length, width)
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(GPTBlock(width, 4, dropout) for _ in range(depth)))
-        self.norm, self.head = LayerNorm(width), nn.Linear(width, words, bias=False)
+        self.blocks = nn.Sequential(*(part for _ in range(depth) for part in block()))
+        self.norm, self.head = LayerNorm(width), nn.Linear(width, WORDS, bias=False)
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -103,30 +95,15 @@ class RelativeAttention(nn.Module):
         return self.out((affinity.softmax(-1) @ v).transpose(1, 2).reshape(size, length, width))
 
 
-class RelativeBlock(nn.Module):
-    def __init__(self, width: int, length: int) -> None:
-        super().__init__()
-        self.norm1, self.attention = RMSNorm(width), RelativeAttention(width, 4, length)
-        self.norm2, self.widen = RMSNorm(width), nn.Linear(width, 4 * width, bias=False)
-        self.narrow = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.narrow(F.relu(self.widen(self.norm2(x))))
-
-
 def relative(width: int = 96, length: int = 32) -> nn.Sequential:
-    blocks = [RelativeBlock(width, length) for _ in range(3)]
-    return nn.Sequential(
-        nn.Embedding(500, width), *blocks, RMSNorm(width), Mean(), nn.Linear(width, 2)
-    )
-
-
-class Mean(nn.Module):
-    """Over the second dimension."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
+    layers: list[nn.Module] = []
+    for _ in range(3):
+        layers.append(Skip(RMSNorm(width), RelativeAttention(width, 4, length)))
+        widen = nn.Linear(width, 4 * width, bias=False)
+        narrow = nn.Linear(4 * width, width, bias=False)
+        layers.append(Skip(RMSNorm(width), widen, nn.ReLU(), narrow))
+    tokens, norm = nn.Embedding(WORDS, width), RMSNorm(width)
+    return nn.Sequential(tokens, *layers, norm, mean(), nn.Linear(width, 2))
 
 
 class Recurrent(nn.Module):
@@ -134,7 +111,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, kind: type[nn.RNNBase], **options: object) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(500, 64)
+        self.tokens = nn.Embedding(WORDS, 64)
         self.layer = kind(64, 64, batch_first=True, **options)
         self.head = nn.Linear(64 * (1 + self.layer.bidirectional), 2)
 
@@ -153,7 +130,7 @@ class Packed(Recurrent):
         return self.head(output.sum(1) / lengths[:, None])
 
 
-def uneven(length: int) -> object:
+def uneven(length: int) -> Callable[[int], Batch]:
     def draw(size: int) -> Batch:
         (tokens,), classes = sentences(length)(size)
         return (tokens, torch.randint(length // 4, length + 1, (size,))), classes
@@ -164,11 +141,11 @@ def uneven(length: int) -> object:
 class TiedLSTM(nn.Module):
     """A language model whose head is the table of the tokens."""
 
-    def __init__(self, words: int = 500, width: int = 96) -> None:
+    def __init__(self, width: int = 96) -> None:
         super().__init__()
-        self.tokens, self.drop = nn.Embedding(words, width), nn.Dropout(0.2)
+        self.tokens, self.drop = nn.Embedding(WORDS, width), nn.Dropout(0.2)
         self.layer = nn.LSTM(width, width, 2, batch_first=True, dropout=0.2)
-        self.head = nn.Linear(width, words)
+        self.head = nn.Linear(width, WORDS)
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -180,7 +157,7 @@ class AttentiveLSTM(nn.Module):
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(500, width)
+        self.tokens = nn.Embedding(WORDS, width)
         self.layer = nn.LSTM(width, width, bidirectional=True, batch_first=True)
         self.query = nn.Parameter(torch.randn(2 * width) * 0.1)
         self.head = nn.Linear(2 * width, 2)
@@ -191,17 +168,10 @@ class AttentiveLSTM(nn.Module):
         return self.head((attention[:, None] @ states).squeeze(1))
 
 
-class TextCNN(nn.Module):
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(500, width)
-        self.convs = nn.ModuleList([nn.Conv1d(width, 64, kernel) for kernel in (3, 4, 5)])
-        self.drop, self.head = nn.Dropout(0.5), nn.Linear(3 * 64, 2)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        embedded = self.tokens(tokens).transpose(1, 2)
-        found = [F.relu(layer(embedded)).amax(2) for layer in self.convs]
-        return self.head(self.drop(torch.cat(found, 1)))
+def text_cnn() -> nn.Sequential:
+    tokens, largest = nn.Embedding(WORDS, 64), Apply(lambda x: x.amax(2))
+    kernels = [nn.Sequential(nn.Conv1d(64, 64, k), nn.ReLU(), largest) for k in (3, 4, 5)]
+    return nn.Sequential(tokens, swapped(), Joined(kernels), nn.Dropout(0.5), nn.Linear(3 * 64, 2))
 
 
 class Translator(nn.Module):
@@ -209,9 +179,9 @@ class Translator(nn.Module):
 
     def __init__(self, width: int = 64, length: int = 20) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(500, width), nn.Embedding(length, width)
+        self.tokens, self.places = nn.Embedding(WORDS, width), nn.Embedding(length, width)
         self.body = nn.Transformer(width, 4, 1, 1, 4 * width, batch_first=True)
-        self.head = nn.Linear(width, 500)
+        self.head = nn.Linear(width, WORDS)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
@@ -220,17 +190,11 @@ class Translator(nn.Module):
         return self.head(self.body(source, target, tgt_mask=self.mask, tgt_is_causal=True))
 
 
-def translations(size: int) -> Batch:
-    (source,), _ = texts(20)(size)
-    (target,), following = texts(20)(size)
-    return (source, target), following
-
-
 ENTRIES = [
     Entry("nanoGPT", "language", 16, lambda: GPT(0.0), texts(48), per_sequence),
     Entry("nanoGPT, dropout", "language", 16, lambda: GPT(0.1), texts(48), per_sequence),
     Entry("Relative positions, own RMSNorm", "language", 16, relative, sentences(32)),
-    Entry("Encoder-decoder of torch", "language", 16, Translator, translations, per_sequence),
+    Entry("Encoder-decoder of torch", "language", 16, Translator, pairs(20, 20), per_sequence),
     Entry("RNN", "language", 32, lambda: Recurrent(nn.RNN), sentences(32)),
     Entry("LSTM", "language", 32, lambda: Recurrent(nn.LSTM), sentences(32)),
     Entry("GRU", "language", 32, lambda: Recurrent(nn.GRU), sentences(32)),
@@ -241,7 +205,7 @@ ENTRIES = [
           lambda: Packed(nn.GRU, bidirectional=True), uneven(32)),
     Entry("LSTM language model, tied", "language", 16, TiedLSTM, texts(24), per_sequence),
     Entry("LSTM, attention", "language", 32, AttentiveLSTM, sentences(24)),
-    Entry("TextCNN", "language", 32, TextCNN, sentences(48)),
+    Entry("TextCNN", "language", 32, text_cnn, sentences(48)),
     Entry("Bag of words", "language", 32,
-          lambda: nn.Sequential(nn.EmbeddingBag(500, 32), nn.Linear(32, 2)), sentences(32)),
+          lambda: nn.Sequential(nn.EmbeddingBag(WORDS, 32), nn.Linear(32, 2)), sentences(32)),
 ]  # fmt: skip

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.zoo import (
-    adapters,
     graphs,
     hugging_face,
     language,
-    perceptrons,
     series,
     tabular,
     vision_attention,
@@ -17,7 +15,7 @@ from benchmarks.zoo import (
 from benchmarks.zoo.entry import Entry
 
 _FAMILIES = (vision_residual, vision_mobile, vision_attention, language, series, graphs, tabular)
-_FAMILIES += (perceptrons, hugging_face, adapters)
+_FAMILIES += (hugging_face,)
 ENTRIES: list[Entry] = [entry for family in _FAMILIES for entry in family.ENTRIES]
 
 GROWING = ("ViT, class token", "BEiT, bias tables", "LSTM", "MobileNetV3, hard-swish")

@@ -1,11 +1,19 @@
-"""The table of the zoo, sorted by cost, its summary, and a picture of how the cost is spread."""
+"""What is found of each entry, in a process of its own; the table, its summary, and a picture."""
 
 from __future__ import annotations
 
-from statistics import median, quantiles
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
+import numpy as np
+
 from benchmarks import report
+from benchmarks.zoo.entry import Entry
 
 Found = dict[str, Any]
 
@@ -20,9 +28,38 @@ EXPLANATION = (
 )
 
 
+def alone(entry: Entry, module: str, arguments: Sequence[str], longest: int) -> Found:
+    """What ``python -m module`` prints as its last line, in JSON, within ``longest`` seconds.
+
+    One that fails is a row with its error.
+    """
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    told = {"env": os.environ | threads, "capture_output": True, "text": True}
+    try:
+        finished = subprocess.run(command, timeout=longest, check=False, **told)
+        return json.loads(finished.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    except subprocess.TimeoutExpired:
+        reason = f"took more than {longest} s"
+    except (IndexError, json.JSONDecodeError):
+        reason = f"ended with {finished.returncode}: {finished.stderr.strip()[-200:]}"
+    return {"name": entry.name, "family": entry.family, "fails": reason}
+
+
+def as_json(result: dict[str, Any]) -> str:
+    """One line an entry, which shows in a diff what has changed."""
+    parts = []
+    for key, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def as_markdown(found: list[Found]) -> str:
     """Summary and table; entries that failed stand at the end with their error."""
-    measured = sorted((f for f in found if "time" in f), key=lambda f: -f["time"])
+    measured = sorted(_measured(found), key=lambda f: -f["time"])
     lines = [[f["name"], *[""] * 5, f"fails: {f['fails'][:120]}"] for f in found if "time" not in f]
     head = ["model", "B", "plain, ms", "time", "memory", "error", "path"]
     texts = [True, *[False] * 5, True]
@@ -44,8 +81,13 @@ def growth_as_markdown(growth: dict[str, list[Found]]) -> str:
     return report.table(head, lines)
 
 
-def summary(measured: list[Found]) -> dict[str, dict[str, Any]]:
+def _measured(found: list[Found]) -> list[Found]:
+    return [f for f in found if "time" in f]
+
+
+def summary(found: list[Found]) -> dict[str, dict[str, Any]]:
     """Median, nine tenths and worst of the groups of models that the table speaks of."""
+    measured = _measured(found)
     groups = {
         "5 ms and more": [f for f in measured if f["milliseconds"] >= 5],
         "1 to 5 ms": [f for f in measured if 1 <= f["milliseconds"] < 5],
@@ -53,19 +95,12 @@ def summary(measured: list[Found]) -> dict[str, dict[str, Any]]:
         "BatchNorm in training": [f for f in measured if f["batch_norm"]],
         "all": measured,
     }
-    return {
-        name: {
-            "models": len(group),
-            **{what: _spread([f[what] for f in group]) for what in ("time", "memory")},
-        }
-        for name, group in groups.items()
-        if group
-    }
-
-
-def _spread(values: list[float]) -> list[float]:
-    nine_tenths = quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
-    return [round(v, 3) for v in (median(values), nine_tenths, max(values))]
+    spreads = {}
+    for name, group in groups.items():
+        for what in ("time", "memory") if group else ():
+            spread = np.quantile([f[what] for f in group], (0.5, 0.9, 1)).round(3).tolist()
+            spreads.setdefault(name, {"models": len(group)})[what] = spread
+    return spreads
 
 
 def _summary(measured: list[Found]) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from benchmarks.models import mlp
+from benchmarks.zoo.blocks import Apply, head
 from benchmarks.zoo.entry import Batch, Entry, squared, waves
 
 
@@ -23,21 +24,19 @@ class Causal(nn.Module):
         self.drop = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.drop(F.relu(self.first(F.pad(x, (self.pad, 0)))))
-        hidden = self.drop(F.relu(self.second(F.pad(hidden, (self.pad, 0)))))
+        hidden = x
+        for layer in (self.first, self.second):
+            hidden = self.drop(F.relu(layer(F.pad(hidden, (self.pad, 0)))))
         return F.relu(hidden + self.skip(x))
-
-
-class Last(nn.Module):
-    """The last step of a series."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[..., -1]
 
 
 def tcn() -> nn.Sequential:
     blocks = [Causal(1, 24, 1), Causal(24, 24, 2), Causal(24, 24, 4), Causal(24, 24, 8)]
-    return nn.Sequential(*blocks, Last(), nn.Linear(24, 10))
+    return nn.Sequential(*blocks, Apply(lambda x: x[..., -1]), nn.Linear(24, 10))
+
+
+def pooled_head(width: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(width, 10)]
 
 
 def audio_net() -> nn.Sequential:
@@ -46,7 +45,7 @@ def audio_net() -> nn.Sequential:
     for inputs, outputs in [(32, 32), (32, 64), (64, 64)]:
         layers += [nn.MaxPool1d(2), nn.Conv1d(inputs, outputs, 3), nn.BatchNorm1d(outputs)]
         layers += [nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(*layers, *pooled_head(64))
 
 
 class Gated(nn.Module):
@@ -99,8 +98,7 @@ class Inception(nn.Module):
 
 
 def inception_time() -> nn.Sequential:
-    blocks = Inception(1, 12), Inception(48, 12)
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(48, 10))
+    return nn.Sequential(Inception(1, 12), Inception(48, 12), *pooled_head(48))
 
 
 class SpectralNet(nn.Module):
@@ -110,10 +108,8 @@ class SpectralNet(nn.Module):
         super().__init__()
         self.register_buffer("window", torch.hann_window(64))
         self.gain, self.shift = nn.Parameter(torch.ones(33, 1)), nn.Parameter(torch.zeros(33, 1))
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
-        )  # fmt: skip
+        convs = nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()
+        self.body = nn.Sequential(*convs, head(32))
 
     def forward(self, x: Tensor) -> Tensor:
         spectrum = torch.stft(x.squeeze(1), 64, 16, window=self.window, return_complex=True)
@@ -126,8 +122,7 @@ class Forecaster(nn.Module):
     def __init__(self, past: int = 96, future: int = 24, width: int = 128) -> None:
         super().__init__()
         self.past = past
-        widths = (past, width, width, past + future)
-        self.blocks = nn.ModuleList(mlp(*widths) for _ in range(3))
+        self.blocks = nn.ModuleList(mlp(past, width, width, past + future) for _ in range(3))
 
     def forward(self, series: Tensor) -> Tensor:
         total = 0
@@ -142,11 +137,12 @@ def futures(size: int) -> Batch:
     return (series[:, :96].contiguous(),), series[:, 96:].contiguous()
 
 
+FAMILY = "audio and series"
 ENTRIES = [
-    Entry("TCN, weight norm", "audio and series", 16, tcn, waves(256)),
-    Entry("Conv audio net, BatchNorm", "audio and series", 32, audio_net, waves(2000)),
-    Entry("WaveNet", "audio and series", 16, WaveNet, waves(256)),
-    Entry("InceptionTime", "audio and series", 32, inception_time, waves(128)),
-    Entry("Spectrogram net", "audio and series", 32, SpectralNet, waves(1000)),
-    Entry("N-BEATS", "audio and series", 64, Forecaster, futures, squared),
+    Entry("TCN, weight norm", FAMILY, 16, tcn, waves(256)),
+    Entry("Conv audio net, BatchNorm", FAMILY, 32, audio_net, waves(2000)),
+    Entry("WaveNet", FAMILY, 16, WaveNet, waves(256)),
+    Entry("InceptionTime", FAMILY, 32, inception_time, waves(128)),
+    Entry("Spectrogram net", FAMILY, 32, SpectralNet, waves(1000)),
+    Entry("N-BEATS", FAMILY, 64, Forecaster, futures, squared),
 ]

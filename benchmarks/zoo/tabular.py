@@ -1,4 +1,4 @@
-"""Tables: embeddings of numbers, gates, trees and attention over features."""
+"""Tables: MLPs in the ways people write them, embeddings of numbers, gates, trees, attention."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
-from benchmarks.models import mlp
+from benchmarks.models import TABLE, Work, mlp
+from benchmarks.zoo.blocks import Apply, Make, Skip
 from benchmarks.zoo.entry import Batch, Entry, rows
 
 FEATURES = 24
@@ -17,11 +19,11 @@ FEATURES = 24
 class Periodic(nn.Module):
     """PLR: sines of learned frequencies, a linear map for each feature, ReLU."""
 
-    def __init__(self, features: int = FEATURES, waves: int = 24, width: int = 16) -> None:
+    def __init__(self, waves: int = 24, width: int = 16) -> None:
         super().__init__()
-        self.frequencies = nn.Parameter(torch.randn(features, waves) * 0.1)
-        self.weight = nn.Parameter(torch.randn(features, 2 * waves, width) * waves**-0.5)
-        self.bias = nn.Parameter(torch.zeros(features, width))
+        self.frequencies = nn.Parameter(torch.randn(FEATURES, waves) * 0.1)
+        self.weight = nn.Parameter(torch.randn(FEATURES, 2 * waves, width) * waves**-0.5)
+        self.bias = nn.Parameter(torch.zeros(FEATURES, width))
 
     def forward(self, x: Tensor) -> Tensor:
         angles = 2 * math.pi * self.frequencies * x[..., None]
@@ -32,11 +34,11 @@ class Periodic(nn.Module):
 class PiecewiseLinear(nn.Module):
     """How far a number is through each bin of its feature, mapped linearly for each feature."""
 
-    def __init__(self, features: int = FEATURES, bins: int = 12, width: int = 16) -> None:
+    def __init__(self, bins: int = 12, width: int = 16) -> None:
         super().__init__()
         self.register_buffer("edges", torch.linspace(-2, 2, bins + 1))
-        self.weight = nn.Parameter(torch.randn(features, bins, width) * bins**-0.5)
-        self.bias = nn.Parameter(torch.zeros(features, width))
+        self.weight = nn.Parameter(torch.randn(FEATURES, bins, width) * bins**-0.5)
+        self.bias = nn.Parameter(torch.zeros(FEATURES, width))
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.edges[:-1], self.edges[1:]
@@ -51,10 +53,11 @@ def embedded(embedding: nn.Module) -> nn.Sequential:
 class FeatureTokens(nn.Module):
     """FT-Transformer's tokens: a vector a feature, times its value, and a class token."""
 
-    def __init__(self, width: int, features: int = FEATURES) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(features, width) * 0.1)
-        self.bias = nn.Parameter(torch.randn(features, width) * 0.1)
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(FEATURES, width) * 0.1) for _ in range(2)
+        )
         self.token = nn.Parameter(torch.randn(width) * 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,18 +65,11 @@ class FeatureTokens(nn.Module):
         return torch.cat([self.token.expand(len(x), 1, -1), tokens], 1)
 
 
-class FTTransformer(nn.Module):
-    def __init__(self, width: int = 64, depth: int = 2) -> None:
-        super().__init__()
-        self.tokens = FeatureTokens(width)
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 2 * width, 0.1, batch_first=True, norm_first=True
-        )
-        self.body = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.body(self.tokens(x))[:, 0]))
+def ft_transformer(width: int = 64, depth: int = 2) -> nn.Sequential:
+    tokens, sizes = FeatureTokens(width), (width, 4, 2 * width, 0.1)
+    layer = nn.TransformerEncoderLayer(*sizes, batch_first=True, norm_first=True)
+    body = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    return nn.Sequential(tokens, body, Apply(lambda x: x[:, 0]), nn.ReLU(), nn.Linear(width, 2))
 
 
 class Saint(nn.Module):
@@ -103,16 +99,10 @@ class GhostBatchNorm(nn.Module):
         return torch.cat([self.norm(part) for part in x.split(self.part)])
 
 
-class GLU(nn.Module):
+def glu(inputs: int, outputs: int) -> nn.Sequential:
     """TabNet's unit: a linear map, ghost batch norm, half of it gates the other."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, 2 * outputs, bias=False)
-        self.norm = GhostBatchNorm(2 * outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.glu(self.norm(self.linear(x)))
+    linear = nn.Linear(inputs, 2 * outputs, bias=False)
+    return nn.Sequential(linear, GhostBatchNorm(2 * outputs), nn.GLU())
 
 
 class TabNet(nn.Module):
@@ -120,8 +110,8 @@ class TabNet(nn.Module):
 
     def __init__(self, width: int = 32, steps: int = 3) -> None:
         super().__init__()
-        self.norm, self.shared = nn.BatchNorm1d(FEATURES), GLU(FEATURES, width)
-        self.units = nn.ModuleList([GLU(width, width) for _ in range(steps)])
+        self.norm, self.shared = nn.BatchNorm1d(FEATURES), glu(FEATURES, width)
+        self.units = nn.ModuleList([glu(width, width) for _ in range(steps)])
         self.masks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, FEATURES), GhostBatchNorm(FEATURES))
             for _ in range(steps)
@@ -140,22 +130,15 @@ class TabNet(nn.Module):
         return self.head(total)
 
 
-class ResidualRows(nn.Module):
-    """A residual MLP block with BatchNorm and PReLU."""
+def residual_rows(width: int = 128) -> nn.Sequential:
+    """Residual MLP blocks with BatchNorm and PReLU."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.act = nn.BatchNorm1d(width), nn.PReLU(2 * width)
-        self.widen, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.drop = nn.Dropout(0.1)
+    def block() -> Skip:
+        widen, act, drop = nn.Linear(width, 2 * width), nn.PReLU(2 * width), nn.Dropout(0.1)
+        return Skip(nn.BatchNorm1d(width), widen, act, drop, nn.Linear(2 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.narrow(self.drop(self.act(self.widen(self.norm(x)))))
-
-
-def residual_rows() -> nn.Sequential:
-    blocks = [ResidualRows(128) for _ in range(3)]
-    return nn.Sequential(nn.Linear(FEATURES, 128), *blocks, nn.PReLU(), nn.Linear(128, 2))
+    blocks = [block() for _ in range(3)]
+    return nn.Sequential(nn.Linear(FEATURES, width), *blocks, nn.PReLU(), nn.Linear(width, 2))
 
 
 class Trees(nn.Module):
@@ -231,16 +214,76 @@ class Experts(nn.Module):
         return (self.gate(x).softmax(1)[..., None] * answers).sum(1)
 
 
+# MLPs ------------------------------------------------------------------------------------------
+
+
+class RawMLP(nn.Module):
+    """Matrices of one's own."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.W1 = nn.Parameter(torch.randn(FEATURES, width) * 0.1)
+        self.b1 = nn.Parameter(torch.zeros(width))
+        self.W2 = nn.Parameter(torch.randn(width, 2) * 0.1)
+        self.b2 = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x @ self.W1 + self.b1) @ self.W2 + self.b2
+
+
+def weight_norm_net() -> nn.Sequential:
+    model = mlp(FEATURES, 128, 128, 2)
+    for layer in model[::2]:
+        weight_norm(layer)
+    return model
+
+
+def batch_norm_mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(FEATURES, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2),
+        nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2),
+    )  # fmt: skip
+
+
+def self_normalising() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs in (FEATURES, 128, 128):
+        layers += [nn.Linear(inputs, 128), nn.SELU(), nn.AlphaDropout(0.05)]
+    return nn.Sequential(*layers, nn.Linear(128, 2))
+
+
+def of_rows(name: str, size: int, model: Make) -> Entry:
+    return Entry(name, "tabular", size, model, rows(FEATURES))
+
+
+def from_table(work: Work) -> Entry:
+    """A row of the table of step_cost, whose batch has the size that its name says."""
+    size = len(work.inputs())
+
+    def batch(count: int) -> Batch:
+        inputs = torch.cat([work.inputs() for _ in range(-(-count // size))])[:count]
+        return (inputs,), torch.randint(work.classes, (count,))
+
+    return Entry(work.name, "table of step_cost", size, work.model, batch)
+
+
 ENTRIES = [
-    Entry("PLR embeddings", "tabular", 64, lambda: embedded(Periodic()), rows(FEATURES)),
-    Entry("Piecewise-linear embeddings", "tabular", 64,
-          lambda: embedded(PiecewiseLinear()), rows(FEATURES)),
-    Entry("FT-Transformer", "tabular", 32, FTTransformer, rows(FEATURES)),
-    Entry("SAINT, rows meet", "tabular", 32, Saint, rows(FEATURES)),
-    Entry("TabNet, ghost BatchNorm", "tabular", 64, TabNet, rows(FEATURES)),
-    Entry("Tabular ResNet, PReLU", "tabular", 64, residual_rows, rows(FEATURES)),
-    Entry("NODE, soft trees", "tabular", 64, Trees, rows(FEATURES)),
-    Entry("TabM, shared ensemble", "tabular", 64, Ensemble, rows(FEATURES)),
+    of_rows("PLR embeddings", 64, lambda: embedded(Periodic())),
+    of_rows("Piecewise-linear embeddings", 64, lambda: embedded(PiecewiseLinear())),
+    of_rows("FT-Transformer", 32, ft_transformer),
+    of_rows("SAINT, rows meet", 32, Saint),
+    of_rows("TabNet, ghost BatchNorm", 64, TabNet),
+    of_rows("Tabular ResNet, PReLU", 64, residual_rows),
+    of_rows("NODE, soft trees", 64, Trees),
+    of_rows("TabM, shared ensemble", 64, Ensemble),
     Entry("DCN, categories", "tabular", 64, Cross, numbers_and_categories),
-    Entry("Mixture of experts", "tabular", 64, Experts, rows(FEATURES)),
-]  # fmt: skip
+    of_rows("Mixture of experts", 64, Experts),
+    of_rows("MLP, weight norm", 64, weight_norm_net),
+    of_rows("MLP, x @ self.W", 64, RawMLP),
+    of_rows("MLP, BatchNorm, dropout", 64, batch_norm_mlp),
+    of_rows("MLP, SELU, alpha dropout", 64, self_normalising),
+    of_rows("MLP, one hidden layer", 32, lambda: mlp(FEATURES, 32, 2)),
+    of_rows("MLP, wide", 64, lambda: mlp(FEATURES, 1024, 1024, 2)),
+    of_rows("Logistic regression", 32, lambda: nn.Linear(FEATURES, 2)),
+    *map(from_table, TABLE),
+]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.zoo.blocks import Apply, Scale, Skip, head, mean, swapped, widening
 from benchmarks.zoo.entry import Entry, images
-from benchmarks.zoo.vision_residual import head
 
 
 class LayerNorm(nn.LayerNorm):
@@ -19,13 +19,11 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class LayerNorm2d(nn.LayerNorm):
+class LayerNorm2d(LayerNorm):
     """Normalises the channels of (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -33,9 +31,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, window: int = 0, token: bool = False) -> None:
         super().__init__()
-        self.heads, self.token = heads, token
+        self.heads, self.table = heads, None
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.table = None
         if window:
             offsets = (2 * window - 1) ** 2
             self.table = nn.Parameter(torch.randn(offsets + 3 * token, heads) * 0.02)
@@ -44,13 +41,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size, length, width = x.shape
         qkv = self.qkv(x).reshape(size, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        bias = None if self.table is None else self._bias(length)
+        bias = None
+        if self.table is not None:
+            rows = self.table[self.index.flatten()].view(length, length, -1)
+            bias = rows.permute(2, 0, 1).contiguous().unsqueeze(0)
         mixed = F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias)
         return self.out(mixed.transpose(1, 2).reshape(size, length, width))
-
-    def _bias(self, length: int) -> Tensor:
-        rows = self.table[self.index.flatten()]
-        return rows.view(length, length, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
 
 
 def _offsets(window: int, token: bool) -> Tensor:
@@ -67,27 +63,11 @@ def _offsets(window: int, token: bool) -> Tensor:
     return index
 
 
-class Block(nn.Module):
+def block(width: int, attention: nn.Module, mlp: nn.Module, scale: float = 0) -> nn.Sequential:
     """Attention and MLP with skips; with learned scales of the branches where asked."""
-
-    def __init__(self, width: int, attention: nn.Module, mlp: nn.Module, scale: float = 0) -> None:
-        super().__init__()
-        self.norm1, self.attention = LayerNorm(width, eps=1e-6), attention
-        self.norm2, self.mlp = LayerNorm(width, eps=1e-6), mlp
-        self.scales = nn.ParameterList()
-        if scale:
-            self.scales.extend(nn.Parameter(torch.full((width,), scale)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second = self.scales if len(self.scales) else (1, 1)
-        x = x + first * self.attention(self.norm1(x))
-        return x + second * self.mlp(self.norm2(x))
-
-
-def mlp(width: int, ratio: int = 4) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width)
-    )
+    scales = [[Scale(width, scale)] if scale else [] for _ in range(2)]
+    branches = zip((attention, mlp), scales, strict=True)
+    return nn.Sequential(*(Skip(LayerNorm(width, eps=1e-6), f, *by) for f, by in branches))
 
 
 class ViT(nn.Module):
@@ -111,7 +91,8 @@ class ViT(nn.Module):
 
 
 def vit(tokens: int = 1, scale: float = 0, **bias: Any) -> ViT:
-    return ViT([Block(96, Attention(96, 4, **bias), mlp(96), scale) for _ in range(3)], 96, tokens)
+    blocks = [block(96, Attention(96, 4, **bias), widening(96), scale) for _ in range(3)]
+    return ViT(blocks, 96, tokens)
 
 
 class RotaryAttention(nn.Module):
@@ -186,52 +167,38 @@ class Merge(nn.Module):
         return self.narrow(self.norm(torch.cat(parts, -1))).flatten(1, 2)
 
 
-class Swin(nn.Module):
-    def __init__(self, width: int = 48) -> None:
-        super().__init__()
-        self.patches, self.norm = nn.Conv2d(3, width, 2, 2), LayerNorm(width)
-        stages = [
-            *(Block(width, Windows(width, 3, 4, 16, s), mlp(width)) for s in (0, 2)),
-            Merge(width, 16),
-            *(Block(2 * width, Windows(2 * width, 6, 4, 8, s), mlp(2 * width)) for s in (0, 2)),
-        ]
-        self.stages = nn.Sequential(*stages)
-        self.last, self.head = LayerNorm(2 * width), nn.Linear(2 * width, 10)
+def swin(width: int = 48) -> nn.Sequential:
+    def stage(width: int, heads: int, side: int) -> list[nn.Module]:
+        return [block(width, Windows(width, heads, 4, side, s), widening(width)) for s in (0, 2)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.patches(x).flatten(2).transpose(1, 2))
-        return self.head(self.last(self.stages(x)).mean(1))
-
-
-class ConvNeXtBlock(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.norm, self.mlp = LayerNorm(width), mlp(width)
-        self.scale = nn.Parameter(torch.full((width,), 1e-1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.mlp(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))
-        return x + (self.scale * hidden).permute(0, 3, 1, 2)
-
-
-def convnext(width: int = 40) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, width, 4, 4), LayerNorm2d(width), ConvNeXtBlock(width), ConvNeXtBlock(width),
-        LayerNorm2d(width), nn.Conv2d(width, 2 * width, 2, 2),
-        ConvNeXtBlock(2 * width), ConvNeXtBlock(2 * width), head(2 * width),
+        nn.Conv2d(3, width, 2, 2), nn.Flatten(2), swapped(), LayerNorm(width),
+        *stage(width, 3, 16), Merge(width, 16), *stage(2 * width, 6, 8),
+        LayerNorm(2 * width), mean(), nn.Linear(2 * width, 10),
     )  # fmt: skip
 
 
-class MixerBlock(nn.Module):
-    def __init__(self, width: int, length: int) -> None:
-        super().__init__()
-        self.norm1, self.across = LayerNorm(width), mlp(length, 1)
-        self.norm2, self.along = LayerNorm(width), mlp(width)
+def convnext(width: int = 40) -> nn.Sequential:
+    def part(width: int) -> Skip:
+        return Skip(
+            nn.Conv2d(width, width, 7, padding=3, groups=width),
+            Apply(lambda x: x.permute(0, 2, 3, 1)), LayerNorm(width), widening(width),
+            Scale(width, 0.1), Apply(lambda x: x.permute(0, 3, 1, 2)),
+        )  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.across(self.norm1(x).transpose(1, 2)).transpose(1, 2)
-        return x + self.along(self.norm2(x))
+    return nn.Sequential(
+        nn.Conv2d(3, width, 4, 4), LayerNorm2d(width), part(width), part(width),
+        LayerNorm2d(width), nn.Conv2d(width, 2 * width, 2, 2), part(2 * width), part(2 * width),
+        head(2 * width),
+    )  # fmt: skip
+
+
+def mixer() -> ViT:
+    def layers() -> list[nn.Module]:
+        across = Skip(LayerNorm(96), swapped(), widening(64, 1), swapped())
+        return [across, Skip(LayerNorm(96), widening(96))]
+
+    return ViT([layer for _ in range(4) for layer in layers()], tokens=0)
 
 
 class PoolBlock(nn.Module):
@@ -255,12 +222,11 @@ ENTRIES = [
     Entry("BEiT, bias tables", "vision", 16,
           lambda: vit(scale=0.1, window=8, token=True), images(32)),
     Entry("EVA, rotary, SwiGLU", "vision", 16,
-          lambda: ViT([Block(96, RotaryAttention(96, 4), SwiGLU(96, 256)) for _ in range(3)]),
+          lambda: ViT([block(96, RotaryAttention(96, 4), SwiGLU(96, 256)) for _ in range(3)]),
           images(32)),
-    Entry("Swin, bias tables", "vision", 16, Swin, images(32)),
+    Entry("Swin, bias tables", "vision", 16, swin, images(32)),
     Entry("ConvNeXt", "vision", 16, convnext, images(32)),
-    Entry("MLP-Mixer", "vision", 16,
-          lambda: ViT([MixerBlock(96, 64) for _ in range(4)], tokens=0), images(32)),
+    Entry("MLP-Mixer", "vision", 16, mixer, images(32)),
     Entry("PoolFormer", "vision", 16,
           lambda: nn.Sequential(
               nn.Conv2d(3, 64, 4, 4), *(PoolBlock(64) for _ in range(4)), head(64)), images(32)),

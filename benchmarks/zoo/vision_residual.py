@@ -2,67 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.zoo.blocks import RELU, Joined, Make, SqueezeExcite, conv, head, normed
 from benchmarks.zoo.entry import Batch, Entry, images, per_picture
-
-Norm = Callable[[int], nn.Module]
-
-
-def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the size but for its stride, without bias."""
-    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-
-
-def head(width: int, classes: int = 10) -> nn.Sequential:
-    """A mean over the pixels, and a linear classifier."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
 class Residual(nn.Module):
     """Convolutions beside a skip, which is projected where the shape changes."""
 
-    def __init__(self, body: nn.Sequential, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(
+        self, body: list[nn.Module], inputs: int, outputs: int, stride: int, norm: Make
+    ) -> None:
         super().__init__()
-        self.body = body
-        self.skip = nn.Sequential()
+        self.body, self.skip = nn.Sequential(*body), nn.Sequential()
         if stride != 1 or inputs != outputs:
-            self.skip = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+            self.skip.extend(normed(inputs, outputs, 1, stride, norm=norm))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + self.skip(x), inplace=True)
 
 
-def basic(inputs: int, outputs: int, stride: int, norm: Norm = nn.BatchNorm2d) -> Residual:
+def basic(inputs: int, outputs: int, stride: int, norm: Make = nn.BatchNorm2d) -> Residual:
     """Two convolutions, as in ResNet-18."""
-    body = nn.Sequential(
-        conv(inputs, outputs, 3, stride), norm(outputs), nn.ReLU(inplace=True),
-        conv(outputs, outputs), norm(outputs),
-    )  # fmt: skip
-    return Residual(body, inputs, outputs, stride)
+    body = normed(inputs, outputs, 3, stride, act=RELU, norm=norm)
+    return Residual([*body, *normed(outputs, outputs, norm=norm)], inputs, outputs, stride, norm)
 
 
 def bottleneck(inputs: int, outputs: int, stride: int, groups: int = 1, ratio: int = 4) -> Residual:
     """Narrow, convolve, widen, as in ResNet-50 and RegNet."""
     width = outputs // ratio
-    body = nn.Sequential(
-        conv(inputs, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-        conv(width, width, 3, stride, groups), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-        conv(width, outputs, 1), nn.BatchNorm2d(outputs),
-    )  # fmt: skip
-    return Residual(body, inputs, outputs, stride)
+    body = normed(inputs, width, 1, act=RELU) + normed(width, width, 3, stride, groups, act=RELU)
+    return Residual([*body, *normed(width, outputs, 1)], inputs, outputs, stride, nn.BatchNorm2d)
 
 
 def resnet(
-    block: Callable[[int, int, int], nn.Module], depths: list[int], widths: list[int], stem: int
+    block: Make, depths: list[int], widths: list[int], stem: int = 16, norm: Make = nn.BatchNorm2d
 ) -> nn.Sequential:
     """A stem, stages that halve the picture, a head."""
-    layers: list[nn.Module] = [conv(3, stem), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)]
-    inputs = stem
+    layers, inputs = normed(3, stem, act=RELU, norm=norm), stem
     for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
         for index in range(depth):
             layers.append(block(inputs, width, 2 if stage and not index else 1))
@@ -71,28 +53,8 @@ def resnet(
 
 
 def group_norm_resnet() -> nn.Sequential:
-    def block(inputs: int, outputs: int, stride: int) -> Residual:
-        made = basic(inputs, outputs, stride, lambda width: nn.GroupNorm(4, width))
-        if len(made.skip):
-            made.skip[1] = nn.GroupNorm(4, outputs)
-        return made
-
-    model = resnet(block, [2, 2, 2], [16, 32, 64], 16)
-    model[1] = nn.GroupNorm(4, 16)
-    return model
-
-
-class SqueezeExcite(nn.Module):
-    """Gates of the channels from their means."""
-
-    def __init__(self, width: int, ratio: int = 4) -> None:
-        super().__init__()
-        self.narrow = nn.Conv2d(width, width // ratio, 1)
-        self.widen = nn.Conv2d(width // ratio, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gates = self.widen(F.relu(self.narrow(x.mean((2, 3), keepdim=True))))
-        return x * gates.sigmoid()
+    norm = partial(nn.GroupNorm, 4)
+    return resnet(partial(basic, norm=norm), [2, 2, 2], [16, 32, 64], norm=norm)
 
 
 def regnet() -> nn.Sequential:
@@ -101,32 +63,22 @@ def regnet() -> nn.Sequential:
         made.body.insert(6, SqueezeExcite(outputs))
         return made
 
-    return resnet(block, [1, 2, 3], [24, 56, 104], 16)
-
-
-class Dense(nn.Module):
-    """Every layer reads all maps before it."""
-
-    def __init__(self, inputs: int, growth: int) -> None:
-        super().__init__()
-        self.first, self.narrow = nn.BatchNorm2d(inputs), conv(inputs, 4 * growth, 1)
-        self.second, self.grow = nn.BatchNorm2d(4 * growth), conv(4 * growth, growth)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.narrow(F.relu(self.first(x)))
-        return torch.cat([x, self.grow(F.relu(self.second(hidden)))], 1)
+    return resnet(block, [1, 2, 3], [24, 56, 104])
 
 
 def densenet(growth: int = 12, depths: tuple[int, ...] = (4, 6, 4)) -> nn.Sequential:
-    layers: list[nn.Module] = [conv(3, 2 * growth)]
+    """Every layer reads all maps before it."""
     width = 2 * growth
+    layers: list[nn.Module] = [conv(3, width)]
     for stage, depth in enumerate(depths):
         if stage:
             layers += [nn.BatchNorm2d(width), nn.ReLU(), conv(width, width // 2, 1)]
             layers += [nn.AvgPool2d(2)]
             width //= 2
         for _ in range(depth):
-            layers.append(Dense(width, growth))
+            new = [nn.BatchNorm2d(width), nn.ReLU(), conv(width, 4 * growth, 1)]
+            new += [nn.BatchNorm2d(4 * growth), nn.ReLU(), conv(4 * growth, growth)]
+            layers.append(Joined([nn.Identity(), nn.Sequential(*new)]))
             width += growth
     return nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU(), head(width))
 
@@ -138,16 +90,14 @@ class UNet(nn.Module):
         super().__init__()
 
         def twice(inputs: int, outputs: int) -> nn.Sequential:
-            return nn.Sequential(
-                conv(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
-                conv(outputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
-            )  # fmt: skip
+            first = normed(inputs, outputs, act=RELU)
+            return nn.Sequential(*first, *normed(outputs, outputs, act=RELU))
 
         self.down = nn.ModuleList([twice(3, width), twice(width, 2 * width)])
         self.bottom = twice(2 * width, 4 * width)
         wider = (4 * width, 2 * width)
         self.lift = nn.ModuleList(nn.ConvTranspose2d(w, w // 2, 2, 2) for w in wider)
-        self.up = nn.ModuleList([twice(4 * width, 2 * width), twice(2 * width, width)])
+        self.up = nn.ModuleList(twice(w, w // 2) for w in wider)
         self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,7 +187,7 @@ def vgg() -> nn.Sequential:
     layers: list[nn.Module] = []
     inputs = 3
     for width, halve in [(16, False), (32, True), (64, False), (64, True), (128, True)]:
-        layers += [conv(inputs, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += normed(inputs, width, act=RELU)
         layers += [nn.MaxPool2d(2)] if halve else []
         inputs = width
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 64), nn.ReLU(), nn.Dropout(),
@@ -246,11 +196,11 @@ def vgg() -> nn.Sequential:
 
 ENTRIES = [
     Entry("ResNet-18", "vision", 16,
-          lambda: resnet(basic, [2, 2, 2, 2], [16, 32, 64, 128], 16), images(32)),
+          lambda: resnet(basic, [2, 2, 2, 2], [16, 32, 64, 128]), images(32)),
     Entry("ResNet-50", "vision", 16,
-          lambda: resnet(bottleneck, [3, 4, 6, 3], [64, 128, 256, 512], 16), images(24)),
+          lambda: resnet(bottleneck, [3, 4, 6, 3], [64, 128, 256, 512]), images(24)),
     Entry("WideResNet", "vision", 16,
-          lambda: resnet(basic, [1, 1, 1], [32, 64, 128], 16), images(32)),
+          lambda: resnet(basic, [1, 1, 1], [32, 64, 128]), images(32)),
     Entry("ResNet, GroupNorm", "vision", 16, group_norm_resnet, images(32)),
     Entry("ResNetV2, standardised weights", "vision", 16, resnet_v2, images(32)),
     Entry("NFNet", "vision", 16, nfnet, images(32)),

@@ -1,15 +1,29 @@
-"""The processes that train one model, and the few things that they tell each other."""
+"""The processes that train one model, what they tell each other, and the rows of all of them.
+
+Each product with G of the batch of all ranks is one of every rank's own rows, and one collective.
+Under FSDP no more than one group of layers is ever whole::
+
+    s = G G^T c = sum over groups of G_l (G_l^T c)
+
+Every group of columns has a term of its own, so the direction ``G_l^T c`` is made, summed over the
+ranks, used and dropped, group after group: P numbers are sent, and one group of them is held.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import reduce
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from irw_optim.gradients.materialized import numbers_of
+from irw_optim.gradients.ghost import GhostGradients
+from irw_optim.gradients.layers import ConvolutionCall, EmbeddingCall, LayerCall, LinearCall
+from irw_optim.gradients.materialized import MEMORY_BOUND, numbers_of, widened
+from irw_optim.gradients.protocol import Direction, PerSampleGradients, StackedGradients
 
 # Renamed in torch 2.13, which warns of the older name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -62,15 +76,16 @@ class Ranks:
                 break
             self._capacity = max(self.sizes)  # the same on every rank, as the sizes are
         bodies = messages[:, len(front) :].view(self.number, self._capacity, width)
-        joined = [body[:n] for body, n in zip(bodies, self.sizes, strict=True)]
-        return [front[1:] for front in fronts], torch.cat(joined)
+        return [front[1:] for front in fronts], self._joined(bodies)
 
     def gather(self, values: Tensor) -> Tensor:
         """The values (n, ...) of every sample of the batch, n being this rank's `sizes`."""
         most = max(self.sizes)
         room = values.new_zeros(most, *values.shape[1:])
         room[: len(values)] = values
-        bodies = self._gathered(room)
+        return self._joined(self._gathered(room))
+
+    def _joined(self, bodies: Tensor) -> Tensor:
         return torch.cat([body[:n] for body, n in zip(bodies, self.sizes, strict=True)])
 
     def each(self, numbers: Tensor) -> Tensor:
@@ -125,3 +140,155 @@ class Ranks:
             return received
         _all_gather(received.view(-1), message.reshape(-1), group=self.group)
         return received
+
+
+class GlobalGradients:
+    """The rows of all ranks in the order of the ranks: G = [G_0; G_1; ...].
+
+    Args:
+        rows: this rank's rows, G_r.
+        ranks: who knows how many samples each rank has.
+        layout: the columns, as parameters in an order that all ranks have.
+    """
+
+    def __init__(self, rows: PerSampleGradients, ranks: Ranks, layout: Sequence[Tensor]) -> None:
+        self.rows = rows
+        self.ranks = ranks
+        self.layout = layout
+        self.batch_size = sum(ranks.sizes)
+
+    def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """G^T w = sum over ranks of G_r^T w_r: an all-reduce of P numbers."""
+        return self.ranks.total(self.rows.combine(weights[self.ranks.own]), self.layout)
+
+    def dot(self, direction: Direction) -> Tensor:
+        """G v = [G_0 v; G_1 v; ...]: an all-gather of B numbers."""
+        return self.ranks.gather(self.rows.dot(direction))
+
+    def gram(self) -> Tensor:
+        """G G^T: see `gram_over`."""
+        return gram_over(self.rows, self.ranks, self.layout)
+
+
+class LayerwiseGradients(GlobalGradients):
+    """The same with the columns in groups, of which FSDP has one at a time."""
+
+    rows: GhostGradients
+
+    def __init__(
+        self, rows: GhostGradients, ranks: Ranks, groups: Sequence[Sequence[Tensor]]
+    ) -> None:
+        super().__init__(rows, ranks, [p for group in groups for p in group])
+        self.groups = groups
+
+    def align(self, coefficients: Tensor, factor: float = 1.0) -> Tensor:
+        """G (G^T c), (B,): an all-reduce for each group, P numbers together, and a gather of B.
+
+        With a factor that of ``factor`` times G: see `RescaledGradients`.
+        """
+        own = coefficients[self.ranks.own]
+        # Of the columns, since a rank without samples has no rows to go by, and gathers too.
+        double = any(p.dtype == torch.float64 for p in self.layout)
+        scores = own.new_zeros(len(own), dtype=torch.float64 if double else torch.float32)
+        for group in self.groups:
+            part = self.rows.restricted_to(set(group))
+            direction = self.ranks.total(part.combine(own), group)
+            if factor != 1.0:
+                direction = {p: widened(t) * factor for p, t in direction.items()}
+            if part.calls:
+                scores += part.dot(direction) * factor
+        return self.ranks.gather(scores)
+
+    align_rescaled = align
+
+    def gram(self) -> Tensor:
+        """G G^T, group after group."""
+        each = (
+            gram_over(self.rows.restricted_to(set(group)), self.ranks, group)
+            for group in self.groups
+        )
+        return reduce(torch.add, each)
+
+    def combine(self, weights: object) -> NoReturn:
+        """Not on offer, and no `dot` with a direction: both are as large as the model."""
+        raise NotImplementedError(
+            "a rule of one's own asked for a sum of gradients, which is as large as the model that "
+            "FSDP shards: expected weighting='irw', 'cvar' or 'uniform'"
+        )
+
+    dot = combine  # type: ignore[assignment]
+
+
+def gram_over(rows: PerSampleGradients, ranks: Ranks, layout: Sequence[Tensor]) -> Tensor:
+    """G G^T over all ranks, (B, B): what an outlier filter looks at, on every rank.
+
+    Layers whose per-sample gradient is a product of their input and their output gradient send
+    these factors, a layer at a time: B (in + out) numbers, and for sequences T times that. All
+    else (norms, tied weights, what only autodiff covers, factors of another shape on another rank)
+    sends its rows, of which no more than a block exists at once.
+    """
+    parts = rows.parts if isinstance(rows, StackedGradients) else [rows]
+    ghosts = [part for part in parts if isinstance(part, GhostGradients)]
+    calls = [(call, ghost) for ghost in ghosts for call in _sent_by_factors(ghost)]
+    number = {p: i for i, p in enumerate(layout)}
+    mine = [_outline(call, number) for call, _ in calls]
+    if any(other != mine for other in ranks.objects(mine)):
+        calls = []
+    gram = torch.zeros((), device=layout[0].device)
+    done: set[Tensor] = set()
+    for call, ghost in calls:
+        joined = call.copy()  # as if it had had the samples of all ranks
+        joined.layout = None  # the batch is first already
+        joined.input = ranks.gather(call.input)
+        joined.set_output_gradient(ranks.gather(call.b / ghost.seed))
+        gram = gram + joined.gram()
+        done.update(call.parameters.values())
+    left = [p for p in layout if p not in done]
+    if left:
+        parts = [p.restricted_to(set(left)) if isinstance(p, GhostGradients) else p for p in parts]
+        gram = gram + _by_rows([p for p in parts if getattr(p, "calls", True)], ranks, left)
+    return gram
+
+
+def _sent_by_factors(ghost: GhostGradients) -> list[LayerCall]:
+    """The calls whose batch stands first in all they keep, and that share no parameter."""
+    uses = Counter(p for call in ghost.calls for p in call.parameters.values())
+    return [
+        call
+        for call in ghost.calls
+        if isinstance(call, LinearCall | ConvolutionCall | EmbeddingCall)
+        and len(call.input) == len(call.b) == ghost.batch_size
+        and all(uses[p] == 1 for p in call.parameters.values())
+    ]
+
+
+def _outline(call: LayerCall, number: dict[Tensor, int]) -> object:
+    """What must be equal on all ranks, for their factors to make one call."""
+    factors = [(str(t.dtype), *t.shape[1:]) for t in (call.input, call.b)]
+    roles = {role: number[p] for role, p in call.parameters.items()}
+    return type(call).__name__, roles, factors
+
+
+def _by_rows(
+    parts: Sequence[PerSampleGradients], ranks: Ranks, columns: Sequence[Tensor]
+) -> Tensor:
+    """K_ij = <g_i, g_j> for this rank's i and everybody's j, a block of j at a time."""
+    size, own = sum(ranks.sizes), ranks.own
+    like = numbers_of(widened(columns[0].new_empty(0)))
+    step = max(1, MEMORY_BOUND // max(1, sum(p.numel() for p in columns)))
+    gram = like.new_zeros(own.stop - own.start, size)
+    for start in range(0, size, step):
+        block = range(start, min(start + step, size))
+        sent: dict[Tensor, Tensor] = {}
+        for place, sample in enumerate(block):
+            if own.start <= sample < own.stop:
+                one = like.new_zeros(len(gram))
+                one[sample - own.start] = 1
+                for p, row in (item for part in parts for item in part.combine(one).items()):
+                    sent.setdefault(p, row.new_zeros(len(block), *row.shape))[place] = row
+        received = ranks.total(sent, columns, (len(block),))
+        for place, sample in enumerate(block):
+            direction = {p: rows[place] for p, rows in received.items()}
+            for part in parts:
+                gram[:, sample] += part.dot(direction)
+    return ranks.gather(gram)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -21,7 +23,7 @@ from irw_optim.attachments import Attachment, Removable
 from irw_optim.backward.weighted_loss import Weigher, weighted_loss
 from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.ranks import Ranks
+from irw_optim.distributed.ranks import GlobalGradients, Ranks
 from irw_optim.distributed.weigher import OverRanks
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.processes import several_processes
@@ -51,6 +53,10 @@ class Options(Protocol):
     @property
     def worst_off(self) -> str:
         """``"global"`` or ``"local"``."""
+
+    @property
+    def weighting(self) -> object:
+        """A name, or a rule."""
 
     @property
     def accumulation_steps(self) -> int:
@@ -88,9 +94,7 @@ class Replicas(Renewed):
         if self.watch is None:
             self.begin()
         around = _AROUND.get(self.model)
-        found = around() if around is not None else None
-        if found is None or dist.get_world_size(found.process_group) == 1:
-            found = replica_in(self.model)
+        found = replica_in(self.model, None if around is None else around())
         if found is not None:
             check_replica(found)
         return found
@@ -105,15 +109,14 @@ class Replicas(Renewed):
         if replica.static_graph and most_passes > 1:
             raise NotImplementedError(
                 f"accumulation_steps={most_passes} in DistributedDataParallel(static_graph=True): "
-                "passes without a gradient of their own are no static graph; leave static_graph "
-                "out, or use accumulation_steps=1"
+                "passes without a gradient of their own are no static graph; leave one of them out"
             )
         self.synced = replica.require_backward_grad_sync
         if options.worst_off == "local":
             return alone
         if self.ranks is None or self.ranks.group is not replica.process_group:
             self.ranks = Ranks(replica.process_group, options.described())
-        return OverRanks(alone, self.ranks, scored, most_passes)
+        return OverRanks(alone, self.ranks, partial(GlobalGradients, layout=scored), most_passes)
 
     def weighted_loss(
         self,
@@ -137,9 +140,9 @@ class Replicas(Renewed):
         """Raise where DDP would not reduce what is added to ``p.grad`` now."""
         if not self.synced:
             raise RuntimeError(
-                "a logical batch ends before its last pass, and the passes that it has had ran "
-                "under no_sync(): each process would keep a gradient of its own. Leave the last "
-                "pass before step() out of no_sync()"
+                "a logical batch ends before its last pass, and all that it has had ran under "
+                "no_sync(): each process would keep a gradient of its own. Leave the last pass "
+                "before step() out of no_sync()"
             )
 
     def release(self) -> None:
@@ -156,12 +159,15 @@ def _ddp_around(model: nn.Module) -> DistributedDataParallel | None:
     return None
 
 
-def replica_in(model: nn.Module) -> DistributedDataParallel | None:
-    """The DDP over several processes that the model is, or that is in it."""
-    found = next(replicas_in(model), None) if several_processes() else None
-    if found is None or dist.get_world_size(found.process_group) == 1:
-        return None
-    return found
+def replica_in(
+    model: nn.Module, around: DistributedDataParallel | None = None
+) -> DistributedDataParallel | None:
+    """The DDP over several processes that is known to be around the model, or in it."""
+    if several_processes():
+        for found in chain(filter(None, [around]), replicas_in(model)):
+            if dist.get_world_size(found.process_group) > 1:
+                return found
+    return None
 
 
 def replicas_in(model: nn.Module) -> Iterator[DistributedDataParallel]:
@@ -175,14 +181,13 @@ def check_replica(replica: DistributedDataParallel) -> None:
         if isinstance(module, nn.SyncBatchNorm):
             raise NotImplementedError(
                 f"{name} is a SyncBatchNorm: a sample's gradient would run through the batches of "
-                "all processes, and no process has all of it; use GroupNorm or LayerNorm, or "
-                "BatchNorm with the statistics of each process by itself"
+                "all processes; use GroupNorm, LayerNorm or BatchNorm"
             )
     if replica._join_config.enable:
         raise NotImplementedError(
             "the model trains inside DistributedDataParallel.join(): a process without data would "
-            "miss the collectives that choose the weights; leave join() out and give that process "
-            "empty batches, criterion(model(x[:0]), y[:0]).backward()"
+            "miss the collectives of the weights; leave join() out and give that process empty "
+            "batches, criterion(model(x[:0]), y[:0]).backward()"
         )
 
 
@@ -200,19 +205,16 @@ def _say_that_there_is_none(model: nn.Module | None) -> None:
 def prepare_static_graph(loss: Tensor, replica: DistributedDataParallel) -> None:
     """Tell a DDP with ``static_graph=True`` of the backward pass of this loss, when it runs.
 
-    In its first iteration it reduces everything at the end of backward. A node behind the model's
-    output asks for that, which the nested pass would meet, whose end is too early. So it is asked
-    for here, where the outer pass begins, and that node is told so.
-
-    A first pass of all under no_sync() is refused: torch does not survive it.
+    In its first iteration it reduces everything at the end of backward, which a node behind the
+    model's output asks for: the nested pass would meet that node, and ends too early. So it is
+    asked for here, where the outer pass begins, and that node is told so.
     """
     if not replica.static_graph or replica._static_graph_delay_allreduce_enqueued:
         return
     if not replica.require_backward_grad_sync:
         raise RuntimeError(
             "the first backward pass of DistributedDataParallel(static_graph=True) is under "
-            "no_sync(), which torch's reducer does not expect: run the first iteration without "
-            "no_sync(), or leave static_graph out"
+            "no_sync(), which torch's reducer does not survive: leave one of them out"
         )
 
     def ask(_: Tensor) -> None:

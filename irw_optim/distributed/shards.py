@@ -13,140 +13,47 @@ value. The second is the user's, which goes on with the weights as the gradient 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from irw_optim.backward.weighted_loss import Weigher, deferred_loss, seed_of
+from irw_optim.backward.weighted_loss import Weigher, deferred_loss
 from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.ranks import Ranks
+from irw_optim.distributed.ranks import LayerwiseGradients, Ranks
 from irw_optim.distributed.replicas import Options, Replicas
-from irw_optim.distributed.sharding import groups_of, names_of
-from irw_optim.distributed.weigher import FactorsOfLosses, OverRanks
-from irw_optim.gradients.coverage import Covering
-from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
+from irw_optim.distributed.weigher import OverRanks, ShardedPass
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.verification import Difference, differences, probe_of, wrong_among
-from irw_optim.processes import is_sharded
+from irw_optim.processes import is_shard, is_sharded, is_sharded_here
 
-WAY_OUT = (
-    "choose score_parameters= without them (score_parameters='last' for the last layer), or train "
-    "with DistributedDataParallel, where autodiff takes them"
-)
+TESTED_FROM = "2.13"
+"""The torch from which on FSDP's own tables are those that are read here."""
 
 
-class ShardedPass(FactorsOfLosses):
-    """The backward pass of one batch, of which all ranks have their part.
+def groups_of(model: nn.Module) -> list[dict[Tensor, Tensor]]:
+    """What FSDP gathers together, in the order of the model's modules: {shard: whole parameter}.
 
-    Raises:
-        NotImplementedError: inputs that require a gradient, which would be a weighted one.
+    torch offers no public way from one to the other. Groups that were never gathered, on any rank
+    then, are left out.
     """
+    states: list[Any] = [m._get_fsdp_state() for m in model.modules() if is_sharded_here(m)]  # type: ignore[operator]
+    groups = dict.fromkeys(group for state in states for group in state._fsdp_param_groups)
+    found = []
+    for group in groups:
+        pairs = ((p.sharded_param, getattr(p, "_unsharded_param", None)) for p in group.fsdp_params)
+        found.append({shard: whole for shard, whole in pairs if whole is not None})
+    return found
 
-    captured: LossGradients
 
-    def __init__(
-        self,
-        batch: PerSampleLosses,
-        captured: LossGradients,
-        scored: Callable[[Tensor], bool],
-        weigher: Weigher,
-        model: nn.Module,
-        ranks: Ranks,
-    ) -> None:
-        if captured.others:
-            raise NotImplementedError(
-                f"the losses also lead to {', '.join(names_of(captured.others, model))}, which are "
-                "no parameters of the model: under fully_shard their gradient would be the "
-                "weighted one. Detach them, model(x.detach()), or take their gradient from a "
-                "criterion that is not attached"
-            )
-        super().__init__(batch, weigher)
-        self.captured = captured
-        self.scored = scored
-        self.model = model
-        self.ranks = ranks
-
-    def rows(self, upstream: Tensor) -> GhostGradients:
-        """G of this rank, from a pass that all ranks make alike."""
-        batch, columns = self.captured, {p for p in self.captured.leaves if self.scored(p)}
-        if not columns:
-            raise RuntimeError(
-                "the losses do not depend on any parameter that makes the scores: expected losses "
-                "computed from the model, and score_parameters among its trainable parameters"
-            )
-        covering, check = self._agree(columns)
-        losses, seed = batch.losses, seed_of(upstream, self.batch)
-        sites = [s for s in batch.graph.sites if columns.intersection(s.call.parameters.values())]
-        for site in sites:
-            site.call.forget_values()
-        if len(losses):
-            rows = ghost_gradients(losses, sites, seed, retain_graph=True).restricted_to(columns)
-        else:  # this rank goes along, since the others need its shards
-            edges = [site.edge for site in sites]
-            torch.autograd.grad(
-                losses, edges, torch.ones_like(losses), retain_graph=True, allow_unused=True
-            )
-            rows = GhostGradients([], 0, seed)
-        if check:
-            self._check(rows, columns)
-            if covering is not None:
-                covering.agree()
-        return rows
-
-    def _agree(self, columns: set[Tensor]) -> tuple[Covering | None, bool]:
-        """What is known of the products of this rank's batch, if it has one, and whether to check.
-
-        All ranks check where one has to, and refuse what one does not cover: an all-gather of 2.
-        """
-        batch = self.captured
-        missing: set[Tensor] = set()
-        covering, due = None, False
-        if len(batch.losses):
-            covering = batch.engine.covering(batch, sharded=True)
-            missing, due = columns - covering.covered, self.captured.engine.check_is_due(covering)
-        told = self.ranks.each(batch.losses.new_tensor([bool(missing), due]))
-        anything_missing, check = told.amax(0).tolist()
-        if anything_missing:
-            raise NotImplementedError(
-                "under fully_shard the scores need parameters that the ghost products cover, and "
-                f"they do not cover {self._of_all_ranks(missing)}: {WAY_OUT}"
-            )
-        return covering, bool(check)
-
-    def _check(self, rows: GhostGradients, columns: set[Tensor]) -> None:
-        """Compare the products with autograd's own gradients, each layer's as it arrives."""
-        losses = self.captured.losses
-        probe = probe_of(losses, self.captured.engine.random)
-        found: dict[Tensor, Difference] = {}
-
-        def compare(leaf: Tensor) -> None:
-            truth = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            claim = rows.restricted_to({leaf}).combine(probe).get(leaf)
-            (found[leaf],) = differences([leaf], [truth], [claim], rows)
-            leaf.grad = None
-
-        with ExitStack() as undo:
-            for leaf in columns:
-                undo.callback(setattr, leaf, "grad", leaf.grad)
-                leaf.grad = None
-                undo.callback(leaf.register_post_accumulate_grad_hook(compare).remove)
-            torch.autograd.backward(losses, probe, retain_graph=True, inputs=list(columns))
-            for leaf in columns - found.keys():  # autograd has none
-                compare(leaf)
-        names = self._of_all_ranks(wrong_among(list(found.values())))
-        if names:
-            raise RuntimeError(
-                f"the ghost products differ from autograd for {names}: the forward mixes samples "
-                "or uses these parameters outside their layers, and under fully_shard nothing else "
-                f"makes scores; {WAY_OUT}"
-            )
-
-    def _of_all_ranks(self, parameters: Iterable[Tensor]) -> str:
-        told = self.ranks.objects(names_of(parameters, self.model))
-        return ", ".join(sorted({name for names in told for name in names}))
+def names_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[str]:
+    """Names in the model of whole parameters; shapes for what is not the model's."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    for group in groups_of(model):
+        names |= {whole: names[shard] for shard, whole in group.items() if shard in names}
+    return [names.get(p, f"a leaf of shape {tuple(p.shape)}") for p in parameters]
 
 
 class Shards(Renewed):
@@ -187,9 +94,8 @@ class Shards(Renewed):
         """Who weighs the batch of all processes, or that of this one where each weighs its own."""
         if options.worst_off == "local":
             return alone
-        groups = self.columns(scored)
-        layout = [p for group in groups for p in group]
-        return OverRanks(alone, self.ranks(options), layout, groups=groups)
+        over_groups = partial(LayerwiseGradients, groups=self.columns(scored))
+        return OverRanks(alone, self.ranks(options), over_groups)
 
     def weighted_loss(
         self,
@@ -198,9 +104,21 @@ class Shards(Renewed):
         scored: Callable[[Tensor], bool],
         weigher: Weigher,
     ) -> Tensor:
-        """The criterion's value, whose gradient is ``sum_i c_i grad(loss_i)``."""
+        """The criterion's value, whose gradient is ``sum_i c_i grad(loss_i)``.
+
+        Raises:
+            NotImplementedError: inputs that require a gradient, which would be a weighted one.
+        """
         assert self.model is not None, "released"
-        weighted = ShardedPass(batch, captured, scored, weigher, self.model, self.ranks())
+        named = partial(names_of, self.model)
+        if captured.others:
+            raise NotImplementedError(
+                f"the losses also lead to {', '.join(named(captured.others))}, which are "
+                "no parameters of the model: under fully_shard their gradient would be the "
+                "weighted one. Detach them, model(x.detach()), or take their gradient from a "
+                "criterion that is not attached"
+            )
+        weighted = ShardedPass(batch, weigher, captured, scored, self.ranks(), named)
         return deferred_loss(batch.value, weighted, [captured.losses])
 
     def check_reduced(self) -> None:
@@ -219,3 +137,83 @@ def processes_of(model: nn.Module | None) -> Processes:
     if model is not None and is_sharded(model):
         return Shards(model)
     return Replicas(model)
+
+
+def check_sharding(
+    model: nn.Module | None,
+    criterion: nn.Module | None,
+    parameters: Iterable[Tensor],
+    engine: object,
+    options: Options,
+) -> None:
+    """Check a sharded model, and the options that it does not take.
+
+    Raises:
+        NotImplementedError: parameters that `fully_shard` does not reduce, or shards in more than
+            one dimension, or an option whose gradients would be as large as the model.
+    """
+    if model is None or not is_sharded(model):
+        if any(map(is_shard, parameters)):
+            raise NotImplementedError(
+                "the optimizer holds DTensors, and model= is no module that fully_shard was "
+                "applied to: expected IRWOptimizer(..., model=model) with fully_shard(model); "
+                "tensor parallelism is not supported"
+            )
+        return
+    if torch.__version__ < TESTED_FROM:  # it compares as a version
+        raise NotImplementedError(
+            f"fully_shard with torch {torch.__version__}: expected torch {TESTED_FROM} or newer; "
+            "update it, or train with DistributedDataParallel"
+        )
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            raise NotImplementedError(
+                "model is in DistributedDataParallel and in fully_shard: expected one of them"
+            )
+        if is_sharded_here(module):
+            module.reshard()  # type: ignore[operator]  # a forward leaves the outermost whole
+    meshes = set()
+    name: str
+    p: Any
+    for name, p in model.named_parameters():
+        if not is_shard(p):
+            if p.requires_grad:
+                raise NotImplementedError(
+                    f"{name} is not sharded, and FSDP would not reduce its gradient: expected "
+                    "fully_shard(model) on the whole model, after its layers, before the optimizer"
+                )
+            continue
+        if len(p.placements) != 1 or not p.placements[0].is_shard():
+            raise NotImplementedError(
+                f"{name} is placed as {p.placements}: expected fully_shard over one dimension; "
+                "HSDP and tensor parallelism are not supported"
+            )
+        meshes.add(p.device_mesh)
+    if len(meshes) > 1:
+        raise NotImplementedError(
+            f"the parameters are sharded over {len(meshes)} groups of processes: expected one mesh "
+            "for the whole model"
+        )
+    for name, p in () if criterion is None else criterion.named_parameters():
+        if p.requires_grad and not is_shard(p):
+            raise NotImplementedError(
+                f"criterion has a parameter, {name}, that fully_shard does not reduce: make the "
+                "criterion a part of the model, or freeze it with requires_grad_(False)"
+            )
+    if engine == "autodiff":
+        raise NotImplementedError(
+            "engine='autodiff' under fully_shard would need all parameters at once; use "
+            "engine='auto', or train with DistributedDataParallel"
+        )
+    weighting, steps = options.weighting, options.accumulation_steps
+    if not isinstance(weighting, str) and getattr(weighting, "needs_gradients", True):
+        raise NotImplementedError(
+            f"weighting={weighting!r} under fully_shard: a rule of one's own may ask for sums as "
+            "large as the model; expected 'irw', 'cvar', 'uniform', or a rule with "
+            "needs_gradients=False"
+        )
+    if steps != 1:
+        raise NotImplementedError(
+            f"accumulation_steps={steps} under fully_shard: passes weighed together would each "
+            "keep their graph; use accumulation_steps=1, which adds up passes weighed by themselves"
+        )

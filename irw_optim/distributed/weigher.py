@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from irw_optim.backward.passes import Pass, counts_of, elements_of
-from irw_optim.backward.weighted_loss import Deferred, Weigher, deferred_loss
+from irw_optim.backward.weighted_loss import Deferred, Weigher, deferred_loss, seed_of
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.gradients import GlobalGradients, LayerwiseGradients
 from irw_optim.distributed.ranks import Ranks
-from irw_optim.gradients.ghost import GhostGradients
+from irw_optim.gradients.coverage import Covering
+from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
+from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.verification import Difference, differences, probe_of, wrong_among
 from irw_optim.weighting.local_scheme import NoRows
+
+WAY_OUT = (
+    "choose score_parameters= without them (score_parameters='last' for the last layer), or train "
+    "with DistributedDataParallel, where autodiff takes them"
+)
 
 
 class OverRanks:
@@ -25,25 +34,22 @@ class OverRanks:
     Args:
         alone: who would weigh this rank's, and whom to tell what was decided.
         ranks: who takes part.
-        layout: the parameters that make the scores, in an order that all ranks have.
+        rows_of_all: makes the rows of all ranks of this rank's.
         most_passes: how many passes are weighed together, at most.
-        groups: of the layout, where no more than one is ever whole.
     """
 
     def __init__(
         self,
         alone: Weigher,
         ranks: Ranks,
-        layout: Sequence[Tensor],
+        rows_of_all: Callable[[Any, Ranks], PerSampleGradients],
         most_passes: int = 1,
-        groups: Sequence[Sequence[Tensor]] | None = None,
     ) -> None:
         self.scheme = copy(alone.scheme)  # a scheme that holds weights goes on to the next batch
         self.note = alone.note
         self.ranks = ranks
-        self.layout = layout
+        self.rows_of_all = rows_of_all
         self.most_passes = most_passes
-        self.groups = groups
 
     def coefficients(self, passes: Sequence[Pass], rows: PerSampleGradients) -> Tensor:
         """The factor on the gradient of every loss of this rank, (B_r,).
@@ -55,16 +61,11 @@ class OverRanks:
         batch, length = join(passes, ranks, self.most_passes)
         over_ranks = getattr(self.scheme, "over_ranks", None)
         scheme = self.scheme if over_ranks is None else over_ranks(ranks)
-        record = scheme.decide(batch, self._over_ranks(rows))
+        record = scheme.decide(batch, self.rows_of_all(rows, ranks))
         own = torch.zeros_like(record.worst_off)
         own[ranks.own] = True
         self.note(replace(record, own=own))
         return record.weights[ranks.own] * (ranks.number * length)
-
-    def _over_ranks(self, rows: PerSampleGradients) -> PerSampleGradients:
-        if self.groups is not None and isinstance(rows, GhostGradients):
-            return LayerwiseGradients(rows, self.ranks, self.groups)
-        return GlobalGradients(rows, self.ranks, self.layout)
 
     def loss(self, batch: PerSampleLosses) -> Tensor:
         """A node between losses and scalar: who goes backward are all, who goes forward may not."""
@@ -72,17 +73,12 @@ class OverRanks:
         return deferred_loss(batch.value, FactorsOfLosses(detached, self), [batch.losses])
 
 
+@dataclass(eq=False)
 class FactorsOfLosses(Deferred):
-    """Behind a node between losses and scalar, which hands the losses their factors.
+    """Behind a node between losses and scalar, which hands the losses their factors."""
 
-    Args:
-        batch: the per-sample losses, detached.
-        weigher: chooses the factors.
-    """
-
-    def __init__(self, batch: PerSampleLosses, weigher: Weigher) -> None:
-        self.batch = batch
-        self.weigher = weigher
+    batch: PerSampleLosses  # detached
+    weigher: Weigher
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
         """The factor of every loss, for the gradient ``upstream`` of the scalar loss."""
@@ -94,19 +90,107 @@ class FactorsOfLosses(Deferred):
         return NoRows(len(self.batch.losses))
 
 
+@dataclass(eq=False)
+class ShardedPass(FactorsOfLosses):
+    """The backward pass of one batch, of which all ranks have their part."""
+
+    captured: LossGradients = field()
+    scored: Callable[[Tensor], bool]  # which leaves' gradients make the score
+    ranks: Ranks
+    names_of: Callable[[Iterable[Tensor]], list[str]]
+
+    def rows(self, upstream: Tensor) -> GhostGradients:
+        """G of this rank, from a pass that all ranks make alike."""
+        losses, columns = self.captured.losses, set(filter(self.scored, self.captured.leaves))
+        if not columns:
+            raise RuntimeError(
+                "the losses do not depend on any parameter that makes the scores: expected losses "
+                "computed from the model, and score_parameters among its trainable parameters"
+            )
+        covering, check = self._agree(columns)
+        sites = self.captured.graph.sites
+        sites = [s for s in sites if columns.intersection(s.call.parameters.values())]
+        for site in sites:
+            site.call.forget_values()
+        seed = seed_of(upstream, self.batch)
+        if len(losses):
+            rows = ghost_gradients(losses, sites, seed, retain_graph=True).restricted_to(columns)
+        else:  # this rank goes along, since the others need its shards
+            edges = [site.edge for site in sites]
+            torch.autograd.grad(
+                losses, edges, torch.ones_like(losses), retain_graph=True, allow_unused=True
+            )
+            rows = GhostGradients([], 0, seed)
+        if check:
+            self._check(rows, columns)
+            if covering is not None:
+                covering.agree()
+        return rows
+
+    def _agree(self, columns: set[Tensor]) -> tuple[Covering | None, bool]:
+        """What is known of the products of this rank's batch, if it has one, and whether to check.
+
+        All ranks check where one has to, and refuse what one does not cover: an all-gather of 2.
+        """
+        batch = self.captured
+        missing: set[Tensor] = set()
+        covering, due = None, False
+        if len(batch.losses):
+            covering = batch.engine.covering(batch, sharded=True)
+            missing, due = columns - covering.covered, batch.engine.check_is_due(covering)
+        told = self.ranks.each(batch.losses.new_tensor([bool(missing), due]))
+        anything_missing, check = told.amax(0).tolist()
+        if anything_missing:
+            raise NotImplementedError(
+                "under fully_shard the scores are ghost products, and they do not cover "
+                f"{self._of_all_ranks(missing)}: {WAY_OUT}"
+            )
+        return covering, bool(check)
+
+    def _check(self, rows: GhostGradients, columns: set[Tensor]) -> None:
+        """Compare the products with autograd's own gradients, each layer's as it arrives."""
+        losses = self.captured.losses
+        probe = probe_of(losses, self.captured.engine.random)
+        found: dict[Tensor, Difference] = {}
+
+        def compare(leaf: Tensor) -> None:
+            truth = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            claim = rows.restricted_to({leaf}).combine(probe).get(leaf)
+            (found[leaf],) = differences([leaf], [truth], [claim], rows)
+            leaf.grad = None
+
+        with ExitStack() as undo:
+            for leaf in columns:
+                undo.callback(setattr, leaf, "grad", leaf.grad)
+                leaf.grad = None
+                undo.callback(leaf.register_post_accumulate_grad_hook(compare).remove)
+            torch.autograd.backward(losses, probe, retain_graph=True, inputs=list(columns))
+            for leaf in columns - found.keys():  # autograd has none
+                compare(leaf)
+        names = self._of_all_ranks(wrong_among(list(found.values())))
+        if names:
+            raise RuntimeError(
+                f"the ghost products differ from autograd for {names}: the forward mixes samples "
+                f"or uses these parameters outside their layers; {WAY_OUT}"
+            )
+
+    def _of_all_ranks(self, parameters: Iterable[Tensor]) -> str:
+        told = self.ranks.objects(self.names_of(parameters))
+        return ", ".join(sorted({name for names in told for name in names}))
+
+
 def join(
     passes: Sequence[Pass], ranks: Ranks, most_passes: int = 1
 ) -> tuple[PerSampleLosses, float]:
     """Gather the losses of all ranks, by one all-gather, and the length of their gradient.
 
-    A sum over a batch is a sum over shards. A mean divides by the number of elements, or by the
-    class weights in it: both are sums over shards too, and the quotient is taken once they are
-    complete. So shards need not be of equal size.
+    A mean divides by the number of elements, or by the class weights in it: both are sums over
+    shards, and the quotient is taken once they are complete. So shards need not be of equal size.
 
     Returns:
         Losses, labels and counts of all samples, in the order of the ranks, without a graph; and
-        the factor on ``sum_i w_i g_i`` that keeps the length of the gradient that one process
-        would have on this batch, the factors on the losses included.
+        the factor on ``sum_i w_i g_i`` that gives the gradient the length that it would have in
+        one process, the factors on the losses included.
 
     Raises:
         RuntimeError: losses with different factors on different ranks, on all of them alike.
@@ -148,10 +232,9 @@ def _length(headers: Sequence[Sequence[float]], summed: bool) -> float:
         first = factors[0]
         if any(abs(factor - first) > 1e-5 * abs(first) for factor in factors):
             raise RuntimeError(
-                f"the losses of the processes carry different factors, {list(factors)}: the "
-                "gradient of the batch of all processes has one. Leave out what makes up for "
-                "shards of unequal size (it is accounted for), or use "
-                "IRWOptimizer(..., worst_off='local')"
+                f"the losses of the processes carry different factors, {list(factors)}: expected "
+                "one. Leave out what makes up for shards of unequal size (it is accounted for), or "
+                "use IRWOptimizer(..., worst_off='local')"
             )
         total, divisor = sum(elements), sum(divisors)
         length += first * (total if summed else total / divisor if divisor else 1.0)

@@ -9,8 +9,8 @@ clipping). Then every pass has to be heard, and which it is, is found out by com
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,7 @@ from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.gradients.recomputation import NOTHING
 from irw_optim.gradients.verification import equal
+from irw_optim.torch_internals import silent
 
 End: TypeAlias = Tensor | GradientEdge
 """Where a gradient is wanted: a leaf, or an edge of the graph."""
@@ -55,16 +56,16 @@ class BackwardPasses:
         cotangent, edges = weights.to(self.losses.dtype), self.graph.edges
         found: list[Any] = [edges.get(end, end) for end in ends]
         with self.one_forward:
-            return pull_back(self.losses, cotangent, found, self.graph.order)
+            return pull_back(self.losses, cotangent, found, self.graph)
 
     def push(self, direction: Direction) -> Tensor:
         """How much every loss changes along a direction of the leaves, (B,), if it can be told."""
         if self.known.get(HOOKS_CHANGE):
             raise NoPushForwardError("hooks on activations have a say in it")
-        edges = self.graph.edges
-        changes = {edges[p].node: v.to(p.dtype) for p, v in direction.items() if p in edges}
+        numbers = {p: n for n, p in enumerate(self.graph.leaves)}
+        changes = {numbers[p]: v.to(p.dtype) for p, v in direction.items() if p in numbers}
         with self.one_forward:
-            return push_forward(self.losses, changes, self.graph.order)
+            return push_forward(self.losses, changes, self.graph)
 
     def with_hooks(
         self, ends: Sequence[End], weights: Tensor, *, retain_graph: bool = True
@@ -114,17 +115,3 @@ def backward_to(
             retain_graph=retain_graph,
             allow_unused=True,
         )
-
-
-@contextmanager
-def silent(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """The leaves' hooks are not called."""
-    hooks = [p._backward_hooks for p in leaves if p._backward_hooks]
-    saved = [(table, dict(table)) for table in hooks]
-    for table in hooks:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table, entries in saved:
-            table.update(entries)

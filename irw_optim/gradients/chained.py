@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.backward_passes import silent
 from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.places import Places
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import push_through
+from irw_optim.torch_internals import silent
 
 
 class Chain(NamedTuple):
@@ -29,6 +30,7 @@ class Chain(NamedTuple):
     end: tuple[Node, int]  # what computed it, and the number of its output
     order: Sequence[Node]  # the nodes in between, each before those it reads from
     leaves: Mapping[Node, Tensor]  # by the nodes that accumulate their gradients
+    places: Places
 
 
 class ChainPlaces(NamedTuple):
@@ -37,12 +39,14 @@ class ChainPlaces(NamedTuple):
     end: tuple[int, int]
     order: tuple[int, ...]
     leaves: tuple[int, ...]
+    places: Places
 
     def among(self, graph: Graph) -> Chain:
         """The chain of one graph."""
         end, number = self.end
         leaves = {graph.leaf_nodes[n]: graph.leaves[n] for n in self.leaves}
-        return Chain((graph.order[end], number), [graph.order[n] for n in self.order], leaves)
+        order = [graph.order[n] for n in self.order]
+        return Chain((graph.order[end], number), order, leaves, self.places)
 
 
 class ChainedCall(LayerCall):
@@ -95,9 +99,11 @@ class ChainedCall(LayerCall):
         reached = {p: v for p, v in direction.items() if p in mine}
         values = dict(reached)
         for placeholder, chain in self.chains.items():
-            changes = {n: reached[p] for n, p in chain.leaves.items() if p in reached}
-            with torch.no_grad():
-                change = push_through(chain.order, changes, chain.end) if changes else None
+            leaves = enumerate(chain.leaves.values())
+            changes = {n: reached[p] for n, p in leaves if p in reached}
+            if not changes:
+                continue
+            change = push_through(chain.order, chain.end[1], chain.places, changes)
             if change is not None:
                 values[placeholder] = widened(change)
         return self.call.dot(values)

@@ -30,9 +30,9 @@ from irw_optim.gradients.compiling import (
 )
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
 from irw_optim.gradients.graph import Graph, Plan
-from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, silence_of, weighed_by, without_cudnn
+from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, needed_on, weighed_by, without_cudnn
 from irw_optim.gradients.location import arranged
-from irw_optim.gradients.mixing import Batch, follow_batch, rows_that_entered
+from irw_optim.gradients.mixing import Batch, follow_batch, is_foreign, rows_that_entered
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import NOTHING_READ, plan_of, read_around, read_in_a_pass
 from irw_optim.processes import is_sharded_here
@@ -80,7 +80,7 @@ class Engine(Renewed):
     def begin(self) -> None:
         """Know nothing of the model yet."""
         being_copied = self.model is not None and "_modules" not in vars(self.model)
-        self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
+        self.hooks: list[Attachment] | None = None if being_copied else needed_on(self.model)
         self.has_layer_hooks = self.sees_fused = self.made_anew = False
         model = None if being_copied else self.model
         prepare(model)
@@ -94,6 +94,7 @@ class Engine(Renewed):
         self.known: dict[str, bool] = {}
         self.coverings: dict[Hashable, Covering] = {}
         self.plans: dict[Hashable, Plan] = {}
+        self.common: dict[Hashable, dict[str, Any]] = {}
         self.trust: dict[Hashable, Trust] = {}
         self.told: set[str] = set()
         self.uses = 0
@@ -125,8 +126,9 @@ class Engine(Renewed):
         if at.followed and not sharded:
             spares = batch.one_product and self.kind == "auto"
             found = read_in_a_pass(losses, graph, at, own, spares_memory=spares)
-        elif self.sees_fused and at.mixed_by and not sharded:
-            around, found = read_around(losses, graph, own, may_be_of_compiled)
+        elif at.mixed_by and not at.surely_mixes and not sharded:
+            opaque = may_be_of_compiled if self.sees_fused else is_foreign
+            around, found = read_around(losses, graph, own, opaque)
             at = at if found is None else around
         if found is not None:
             graph.sites = found[1]
@@ -158,6 +160,12 @@ class Engine(Renewed):
             _remember(self.plans, graph.kind, plan_of(found[0] if found else (), graph, covering))
         return covering
 
+    def common_to(self, kind: Hashable) -> dict[str, Any]:
+        """What is kept for all graphs of one kind."""
+        if kind not in self.common:
+            _remember(self.common, kind, {})
+        return self.common[kind]
+
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
         """Whether a change can be pushed through a graph without quick products."""
         if self.kind == "ghost":
@@ -177,7 +185,7 @@ class Engine(Renewed):
             self.hooks = [*(self.hooks or ()), *around]
             self.tell(logging.INFO, "kept out around", KEPT_OUT_AROUND)
         elif self.sees_fused:
-            self.hooks, self.has_layer_hooks = [*silence_of(model), *keep_out(model)], False
+            self.hooks, self.has_layer_hooks = [*needed_on(model), *keep_out(model)], False
             self.tell(logging.WARNING, "kept out", KEPT_OUT)
         elif self.known.pop(IN_CUDNN, False) and (layers := without_cudnn(model)):
             self.hooks = [*(self.hooks or ()), *layers]

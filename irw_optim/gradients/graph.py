@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 from irw_optim.gradients.layers import LayerCall, LinearCall
 from irw_optim.gradients.mixing_rules import RULES, picking, picks_of
 from irw_optim.gradients.nodes import base_name
+from irw_optim.gradients.packed import ENDS_RUN
 
 if TYPE_CHECKING:
     from irw_optim.gradients.coverage import Covering
@@ -39,11 +40,17 @@ class Graph:
     wiring: tuple[int | tuple[int, int], ...]  # who reads from whom, as numbers
     sites: list[CallSite] = field(default_factory=list)  # layer calls, as far as they are known
     kind: Hashable = None  # equal for graphs in which everything is at the same places
+    common: dict[str, Any] = field(default_factory=dict)  # what is kept for all graphs of the kind
 
     @cached_property
     def nodes(self) -> dict[Node, int]:
         """The place of each node in the order."""
         return {node: place for place, node in enumerate(self.order)}
+
+    @cached_property
+    def leaf_numbers(self) -> dict[Node, int]:
+        """The place of each leaf's node among the leaves'."""
+        return {node: number for number, node in enumerate(self.leaf_nodes)}
 
     @cached_property
     def edges(self) -> dict[Any, GradientEdge]:
@@ -56,6 +63,12 @@ NO_GRAPH = Graph([], [], [], ())
 """In the place of one that is over."""
 
 
+def read_by(node: Any) -> Sequence[tuple[Node | None, int]]:
+    """What a node reads; what a `Run` reads that ends there."""
+    edges: Sequence[tuple[Node | None, int]] = node.next_functions
+    return node.run.edges if type(node) is ENDS_RUN else edges  # type: ignore[attr-defined]
+
+
 def walk(losses: Tensor) -> Graph:
     """Follow the graph from the losses to its leaves."""
     leaves: list[Tensor] = []
@@ -65,7 +78,7 @@ def walk(losses: Tensor) -> Graph:
     root = losses.grad_fn
     seen: dict[Node, int] = {} if root is None else {root: 0}
     # Depth first; a node is written down when all that it reads from is: the order, from its end.
-    path = [] if root is None else [(root, iter(root.next_functions))]
+    path = [] if root is None else [(root, iter(read_by(root)))]
     while path:
         node, parents = path[-1]
         for parent, output in parents:
@@ -78,7 +91,9 @@ def walk(losses: Tensor) -> Graph:
                 continue
             seen[parent] = number = len(seen)
             wiring.append((number, output) if output else number)
-            following = parent.next_functions
+            # As `read_by`, without a call for every node.
+            ends_run = type(parent) is ENDS_RUN
+            following = parent.run.edges if ends_run else parent.next_functions  # type: ignore[attr-defined]
             if not following and (leaf := getattr(parent, "variable", None)) is not None:
                 leaves.append(leaf)
                 leaf_nodes.append(parent)
@@ -98,11 +113,8 @@ def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
     for node in graph.order:
         kind = type(node)
         found.append(kind)
-        outputs = node._input_metadata
-        if len(outputs) == 1:
-            found.append(tuple(outputs[0].shape))
-        else:
-            found.append(tuple([tuple(output.shape) for output in outputs]))
+        for output in node._input_metadata:
+            found += (tuple(output.shape), output.dtype)
         settings = _SETTINGS_OF.get(kind, _settings_of)
         if settings is not None:
             found.append(settings(node))

@@ -11,12 +11,17 @@ from torch import nn
 
 from irw_optim.attachments import Attachment, Removable
 from irw_optim.gradients.compiling import KeptOut, OnForward
+from irw_optim.gradients.packed import packed_as_one
 
 
-def silence_of(model: nn.Module | None) -> list[Attachment]:
-    """Keeps Opacus' hooks quiet for as long as somebody holds it."""
-    silenced = model is not None and hasattr(model, "hooks_enabled")
-    return [OpacusSilenced.on(model)] if silenced else []  # type: ignore[arg-type]
+def needed_on(model: nn.Module | None) -> list[Attachment]:
+    """What any engine needs, for as long as somebody holds it."""
+    if model is None:
+        return []
+    silence: list[Attachment] = (
+        [OpacusSilenced.on(model)] if hasattr(model, "hooks_enabled") else []
+    )
+    return [*silence, *packed_as_one(model)]
 
 
 class OpacusSilenced(Attachment):

@@ -256,8 +256,10 @@ class LossGradients:
     @cached_property
     def passes(self) -> BackwardPasses:
         """Backward passes from the losses, of one memory."""
-        assert self.graph is not NO_GRAPH, "the backward pass is over"
-        return BackwardPasses(self.losses, self.graph, self.engine.known, self.one_forward)
+        graph, engine = self.graph, self.engine
+        assert graph is not NO_GRAPH, "the backward pass is over"
+        graph.common = engine.common_to(graph.kind)
+        return BackwardPasses(self.losses, graph, engine.known, self.one_forward)
 
     @cached_property
     def one_forward(self) -> AbstractContextManager[object]:

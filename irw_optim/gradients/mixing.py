@@ -22,12 +22,14 @@ from irw_optim.gradients.mixing_rules import (
     RULES,
     handed_on,
     mixing,
+    packed,
     permuting,
     removing,
     reshaped,
     swapping,
 )
 from irw_optim.gradients.nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, shape_of
+from irw_optim.gradients.packed import ENDS_RUN
 
 
 class Crossing(NamedTuple):
@@ -161,6 +163,8 @@ def rule_for(node: Node) -> Rule:
         rule = RULES.get(base_name(node), mixing)
         if isinstance(node, BackwardCFunction):  # a function in Python may have any name
             rule = handed_on if _is_torchs_identity(node) else mixing
+        if type(node) is ENDS_RUN:
+            rule = packed
         _RULE_OF[type(node)] = rule
     return rule
 
@@ -168,6 +172,11 @@ def rule_for(node: Node) -> Rule:
 def is_known(node: Node) -> bool:
     """Whether a node has a rule."""
     return rule_for(node) is not mixing
+
+
+def is_foreign(node: Node) -> bool:
+    """Whether a node is a function in Python of which nothing is known."""
+    return isinstance(node, BackwardCFunction) and not is_known(node)
 
 
 def is_view(node: Node) -> bool:

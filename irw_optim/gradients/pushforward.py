@@ -16,200 +16,145 @@ consumers first. Nothing is freed on the way.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.forward import (
-    FORWARD,
-    ForwardRule,
-    Tangents,
-    diagonal,
-    of_single_losses,
-    transposed,
-)
-from irw_optim.gradients.mixing import rule_for
-from irw_optim.gradients.mixing_rules import RULES, elementwise, handed_on, unreduced
-from irw_optim.gradients.nodes import Rule, base_name, pull
-
-Place: TypeAlias = tuple[Node, int]
-"""A node, and the number of one of its outputs."""
-
-_OF_KIND: dict[Rule | None, ForwardRule] = {elementwise: diagonal, unreduced: of_single_losses}
+from irw_optim.gradients.forward import Tangents, transposed
+from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.places import NOTHING, Operation, Places, number_at, places_of
 
 
 class NoPushForwardError(RuntimeError):
     """An operation whose derivative can only be pulled back."""
 
 
-def push(node: Node, tangents: Tangents) -> Tangents:
+def push(node: Node, operation: Operation, tangents: Tangents) -> Tangents:
     """The changes of a node's outputs for changes of its inputs; of the first, if no other.
 
     Raises:
         NoPushForwardError: the operation has no rule, and no double backward.
     """
+    if operation.hands_on:
+        return tangents
     try:
-        return _pushed(node, tangents)
+        try:
+            changes = None if operation.rule is None else operation.rule(node, tangents)
+        except AttributeError:  # another version of torch saves it under another name
+            changes = None
+        if changes is None:
+            changes = transposed(node, tangents)
+        if isinstance(changes, Tensor):
+            changes = [changes]
+        for number, change in enumerate(changes):
+            if change is None:
+                continue
+            dtype, shape = operation.dtypes[number], operation.shapes[number]
+            if change.dtype != dtype or change.shape != shape:
+                changes = list(changes)
+                changes[number] = change.to(dtype).expand(shape)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # no double backward; sparse or nested numbers
         reason = str(error).partition("\n")[0]
         raise NoPushForwardError(f"{node.name()}: {reason}") from error
-
-
-def _pushed(node: Any, tangents: Tangents) -> Tangents:
-    if rule_for(node) is handed_on:
-        return tangents
-    outputs = node._input_metadata
-    rule = None if _is_complex(tangents, outputs) else _rule_of(node)
-    try:
-        changes = None if rule is None else rule(node, tangents)
-    except AttributeError:  # another version of torch saves it under another name
-        changes = None
-    if changes is None:
-        changes = transposed(node, tangents)
-    if isinstance(changes, Tensor):
-        return [_fitted(changes, outputs[0])]
-    return [None if c is None else _fitted(c, m) for c, m in zip(changes, outputs, strict=True)]
-
-
-def _fitted(change: Tensor, output: Any) -> Tensor:
-    dtype, shape = output.dtype, tuple(output.shape)
-    if change.dtype != dtype:
-        change = change.to(dtype)
-    return change if change.shape == shape else change.expand(shape)
-
-
-def _rule_of(node: Node) -> ForwardRule | None:
-    name = base_name(node)
-    if name in FORWARD:
-        return FORWARD[name]
-    return _OF_KIND.get(RULES.get(name))
+    return changes
 
 
 def push_through(
-    order: Sequence[Node], leaves: Mapping[Node, Tensor], wanted: Place
+    order: Sequence[Node], output: int, places: Places, leaves: Mapping[int, Tensor]
 ) -> Tensor | None:
-    """The change of one output for changes of leaves, given for their nodes; None for none.
+    """The change of an output of the first node for changes of leaves, by their numbers; or None.
 
     The order is that of the nodes that lead to it, each before those it reads from.
 
     Raises:
         NoPushForwardError: a change arrives at an operation that cannot push it.
     """
-    read = [node.next_functions for node in order]
-    readers = Counter(chain.from_iterable(read))
-    readers[wanted] += 1
-    changed: dict[Any, Tensor] = {(node, 0): t for node, t in leaves.items()}
+    changed: list[Tensor | None] = [None] * (places.count + 1)  # the last for `NOTHING`
+    for number, change in leaves.items():
+        changed[places.leaves[number]] = change
     with torch.no_grad():
-        for node, places in zip(reversed(order), reversed(read), strict=True):
-            tangents = [changed.get(place) for place in places]
-            arrives = False
-            for place, tangent in zip(places, tangents, strict=True):
+        for place, operation, dying, writes in places.way_forward:
+            tangents = [changed[n] for n in operation.reads]
+            for n in dying:
+                changed[n] = None
+            for tangent in tangents:
                 if tangent is not None:
-                    arrives = True
-                    readers[place] -= 1
-                    if not readers[place]:
-                        del changed[place]
-            if not arrives:
+                    break
+            else:
                 continue
-            for number, change in enumerate(push(node, tangents)):
-                if change is not None and readers[node, number]:
-                    changed[node, number] = change
-    return changed.get(wanted)
-
-
-def _is_complex(tangents: Tangents, outputs: Sequence[Any]) -> bool:
-    for tangent in tangents:
-        if tangent is not None and tangent.is_complex():
-            return True
-    for output in outputs:  # noqa: SIM110 (a generator takes as long as an operation)
-        if output.dtype.is_complex:
-            return True
-    return False
+            changes = push(order[place], operation, tangents)
+            for number, n in writes:
+                if number < len(changes):
+                    changed[n] = changes[number]
+    return changed[places.first[0] + output]
 
 
 def pull_back(
-    losses: Tensor, cotangent: Tensor, edges: Sequence[GradientEdge], order: Sequence[Node]
+    losses: Tensor, cotangent: Tensor, edges: Sequence[GradientEdge], graph: Graph
 ) -> list[Tensor | None]:
-    """The gradient of ``<cotangent, losses>``, both (B,), at edges of the graph, where it arrives.
-
-    The order is that of the nodes that lead to the losses, each before those it reads from.
-    """
-    found: list[Tensor | None] = [None] * len(edges)
+    """The gradient of ``<cotangent, losses>``, both (B,), at edges of their graph; or None."""
+    order, places = graph.order, places_of(graph)
     if losses.grad_fn is None:
-        return found
-    wanted: dict[Node, list[tuple[int, int]]] = {}
-    for number, edge in enumerate(edges):
-        wanted.setdefault(edge.node, []).append((edge.output_nr, number))
-    # What is neither wanted nor leads to anything wanted need not be run.
-    leading: set[Node] = set()
-    for node in reversed(order):
-        for parent, _ in node.next_functions:
-            if parent in wanted or parent in leading:
-                leading.add(node)
-                break
-    met = leading | wanted.keys()
-    arrived: dict[Node, list[Tensor | None]] = {}
-
-    def arrive(node: Node, output: int, gradient: Tensor) -> None:
-        outputs: Any = node._input_metadata
-        metadata = outputs[output]
-        if gradient.shape != tuple(metadata.shape):
-            gradient = gradient.sum_to_size(metadata.shape)
-        if gradient.dtype != metadata.dtype:
-            if gradient.is_complex() and not metadata.dtype.is_complex:
-                gradient = gradient.real
-            gradient = gradient.to(metadata.dtype)
-        here = arrived.get(node)
-        if here is None:
-            here = arrived[node] = [None] * len(outputs)
-        before = here[output]
-        here[output] = gradient if before is None else before + gradient
+        return [None] * len(edges)
+    wanted = [number_at(edge, graph) for edge in edges]
+    way = places.way_back(frozenset(wanted))
+    arrived: list[Tensor | None] = [None] * (places.count + 1)
+    shapes, dtypes = places.shapes, places.dtypes
 
     def run() -> None:
+        arrived[places.first[0] + losses.output_nr] = cotangent
         with torch.no_grad():
-            if root in met:
-                arrive(root, losses.output_nr, cotangent)
-            for node in (*order, *wanted):  # leaves are in no order
-                gradients = arrived.pop(node, None)
-                if gradients is None:
+            for place, operation, reads, stays in way:
+                makes = operation.makes
+                gradients = arrived[makes]
+                for gradient in gradients:
+                    if gradient is not None:
+                        break
+                else:
                     continue
-                for output, number in wanted.get(node, ()):
-                    found[number] = gradients[output]
-                if node in leading:
-                    results = pull(node, gradients)
-                    for (parent, output), part in zip(node.next_functions, results, strict=True):
-                        if part is not None and parent in met:
-                            arrive(parent, output, part)
+                if not stays:
+                    arrived[makes] = [None] * len(gradients)
+                for n, part in zip(reads, operation.pull(order[place], gradients), strict=True):
+                    if n == NOTHING or part is None:
+                        continue
+                    if part.shape != shapes[n] or part.dtype != dtypes[n]:
+                        part = _fitted(part, shapes[n], dtypes[n])
+                    before = arrived[n]
+                    arrived[n] = part if before is None else before + part
 
-    root = losses.grad_fn
     in_a_pass(losses, edges, run)
-    return found
+    return [None if n == NOTHING else arrived[n] for n in wanted]
 
 
-def push_forward(losses: Tensor, direction: Mapping[Node, Tensor], order: Sequence[Node]) -> Tensor:
-    """How much every loss changes along a direction, given for the leaves' nodes: (B,).
+def _fitted(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Of the shape and type of what it is the gradient of."""
+    if gradient.shape != shape:
+        gradient = gradient.sum_to_size(shape)
+    if gradient.is_complex() and not dtype.is_complex:
+        gradient = gradient.real
+    return gradient.to(dtype)
+
+
+def push_forward(losses: Tensor, direction: Mapping[int, Tensor], graph: Graph) -> Tensor:
+    """How much every loss changes along a direction, given by the leaves' numbers: (B,).
 
     Raises:
         NoPushForwardError: an operation on the way can only be pulled back.
     """
     if not direction or losses.grad_fn is None:
         return torch.zeros_like(losses)
-    end = (losses.grad_fn, losses.output_nr)
     found: list[Tensor | None] = []
 
     def run() -> None:
-        with torch.no_grad():
-            found.append(push_through(order, direction, end))
+        found.append(push_through(graph.order, losses.output_nr, places_of(graph), direction))
 
-    in_a_pass(losses, [GradientEdge(leaf, 0) for leaf in direction], run)
+    in_a_pass(losses, [GradientEdge(graph.leaf_nodes[n], 0) for n in direction], run)
     return torch.zeros_like(losses) if found[0] is None else found[0]
 
 

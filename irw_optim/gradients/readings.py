@@ -23,6 +23,7 @@ from irw_optim.gradients.layers import FIRST, LayerCall, Layout, LinearCall
 from irw_optim.gradients.mixing import Batch, follow_batch
 from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
 from irw_optim.gradients.nodes import base_name
+from irw_optim.gradients.places import Places
 from irw_optim.gradients.pushforward import in_a_pass
 from irw_optim.gradients.recomputation import unless_recomputed
 
@@ -212,7 +213,8 @@ def _weight_at(
         return None
     metadata = node._input_metadata[number]
     stand_in = torch.empty(tuple(metadata.shape), dtype=metadata.dtype, device="meta")
-    chain = ChainPlaces((graph.nodes[node], number), order, made_of)
+    nodes, leaf_nodes = [graph.order[n] for n in order], [graph.leaf_nodes[n] for n in made_of]
+    chain = ChainPlaces((order[0], number), order, made_of, Places(nodes, leaf_nodes))
     return Weight(stand_in.requires_grad_(), chain)
 
 

@@ -48,16 +48,9 @@ def check_arguments(
     check_model(model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if (model is not None and is_sharded(model)) or any(map(is_shard, parameters)):
-        from irw_optim.distributed.sharding import check_sharding
+        from irw_optim.distributed.shards import check_sharding
 
-        check_sharding(
-            model,
-            criterion,
-            parameters,
-            engine=engine,
-            weighting=options.weighting,
-            accumulation_steps=options.accumulation_steps,
-        )
+        check_sharding(model, criterion, parameters, engine, options)
     check_parameters(parameters, model, criterion)
 
 
@@ -153,7 +146,7 @@ def check_parameters(
         return
     own: set[Tensor] = set(model.parameters())
     if is_sharded(model):
-        from irw_optim.distributed.sharding import groups_of
+        from irw_optim.distributed.shards import groups_of
 
         own.update(*groups_of(model))  # a forward hides some
     own.update(criterion.parameters() if criterion is not None else ())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from irw_optim.errors import DPGuaranteeError
 
-from .config import IRWDPConfig
+from .mechanism import IRWDPConfig
 
 if TYPE_CHECKING:
     from .engine import IRWPrivacyEngine

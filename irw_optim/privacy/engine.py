@@ -11,16 +11,17 @@ import torch.distributed as dist
 from opacus import PrivacyEngine
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.grad_sample import GradSampleHooks
+from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from irw_optim.errors import DPGuaranteeError
+from irw_optim.restored import undo_inside
 
 from . import refusals
-from .config import IRWDPConfig
-from .distributed import DistributedIRWDPOptimizer, every_draw
 from .ghost import GhostBatch
+from .mechanism import IRWDPConfig
 from .optimizer import IRWDPOptimizer
 
 
@@ -68,13 +69,10 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         criterion: nn.Module | None = None,
         batch_first: bool = True,
         loss_reduction: str = "mean",
-        poisson_sampling: bool = True,
-        clipping: str = "flat",
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
-        rand_on_empty: bool = False,
-        **unknown: Any,
+        **others: Any,
     ) -> tuple[Any, IRWDPOptimizer, DataLoader[Any]]:
         """Make a training private; arguments that Opacus shares mean what they mean there.
 
@@ -90,14 +88,12 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
                 losses; it is followed in place. None: call ``optimizer.step(losses=losses)``.
             batch_first: whether the batch is dimension 0 of the model's input.
             loss_reduction: the reduction of the loss that goes backward.
-            poisson_sampling: must be True.
-            clipping: must be "flat".
             noise_generator: source of the noise, for tests; its seed must stay secret.
             grad_sample_mode: "hooks", "functorch" or "ew" are Opacus' ways to per-sample gradients;
                 "ghost" makes the same step without them, and needs `criterion`.
             wrap_model: False attaches hooks to the model, as ghost mode always does.
-            rand_on_empty: must be False.
-            **unknown: refused; a misspelt argument must not give another mechanism.
+            **others: Opacus' poisson_sampling, clipping and rand_on_empty, at their defaults; all
+                else is refused, since a misspelt argument would give another mechanism.
 
         Returns:
             The model (or the hooks object), the private optimizer and the Poisson loader.
@@ -107,16 +103,14 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             NotImplementedError: what could be private but is not built.
             TypeError, ValueError: a value outside its range. Nothing has changed in any case.
         """
-        refusals.refuse_options(unknown, of=self.make_private)
+        refusals.check_fixed(others)
+        refusals.refuse_options(others, of=self.make_private)
         noise_multiplier, max_grad_norm = refusals.check_mechanism(
             irw, optimizer, noise_multiplier, max_grad_norm, loss_reduction
         )
-        refusals.check_loader(
-            data_loader, poisson_sampling=poisson_sampling, rand_on_empty=rand_on_empty
-        )
+        refusals.check_loader(data_loader)
         refusals.check_module(module, optimizer, criterion)
         refusals.check_ways(
-            clipping,
             grad_sample_mode,
             criterion,
             loss_reduction,
@@ -165,7 +159,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         """`make_private` with the noise that spends `target_epsilon` in `epochs` passes.
 
         Args:
-            data_loader: loader of the whole data set.
+            data_loader: as of `make_private`.
             target_epsilon: the budget.
             target_delta: probability with which the budget may fail; well below 1/N.
             epochs: passes over the loader.
@@ -177,9 +171,9 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         """
         if len(self.accountant):
             raise DPGuaranteeError(
-                "make_private_with_epsilon on an engine that has accounted for steps already: the "
-                "noise would be calculated for a fresh budget and the target overspent. Use a new "
-                "IRWPrivacyEngine, or make_private with a noise_multiplier of your own"
+                "make_private_with_epsilon on an engine that has accounted for steps already would "
+                "overspend the target: use a new IRWPrivacyEngine, or make_private with a "
+                "noise_multiplier of your own"
             )
         return self.make_private(
             data_loader=data_loader,
@@ -200,7 +194,11 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         loader: DataLoader[Any] = super()._prepare_data_loader(
             data_loader, distributed=distributed, **options
         )
-        return every_draw(loader, self.secure_rng) if distributed else loader
+        if distributed:
+            sampler: Any = loader.batch_sampler
+            sampler.__class__ = _EveryDraw  # a DataLoader takes no other one once it is made
+            sampler.generator = self.secure_rng or _of_this_rank(data_loader.generator)
+        return loader
 
     def _prepare_optimizer(
         self,
@@ -213,15 +211,43 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         grad_sample_mode: str,
         **options: Any,
     ) -> IRWDPOptimizer:
-        kind = DistributedIRWDPOptimizer if distributed else IRWDPOptimizer
         ranks = dist.get_world_size() if distributed else 1  # Opacus gives the share of one rank
-        return kind(
+        private = IRWDPOptimizer(
             optimizer,
             expected_batch_size=expected_batch_size * ranks,
             generator=self.secure_rng if self.secure_mode else noise_generator,
             secure_mode=self.secure_mode,
             **options,
         )
+        private.over_ranks = distributed
+        return private
+
+
+class _EveryDraw(DistributedUniformWithReplacementSampler):  # type: ignore[misc]  # untyped
+    """Poisson sampling from this rank's shard, the draws of nobody included.
+
+    Opacus' own sampler leaves those out: the rank would miss a step that the others take.
+    """
+
+    def __iter__(self) -> Iterator[list[int]]:
+        seeded = torch.Generator().manual_seed(self.shuffle_seed + self.epoch)
+        order = torch.randperm(self.total_size, generator=seeded, device="cpu")
+        mine = order[self.rank :: self.num_replicas]
+        for _ in range(len(self)):
+            chances = torch.rand(len(mine), generator=self.generator, device="cpu")
+            yield mine[chances < self.sample_rate].tolist()
+
+
+def _of_this_rank(given: torch.Generator | None) -> torch.Generator:
+    """Draws of this rank, by the initial seed of the loader's generator or by the system's.
+
+    Amplification by sampling needs independent ones, and scripts seed all ranks alike.
+    """
+    own = torch.Generator()
+    if given is None:
+        own.seed()
+        return own
+    return own.manual_seed(given.initial_seed() + 1 + dist.get_rank())
 
 
 @contextmanager
@@ -231,17 +257,11 @@ def _undone_on_error(objects: Iterable[object]) -> Iterator[None]:
     Opacus hooks the model first and raises later: it would stay half private.
     """
     attributes = [vars(thing) for thing in objects if hasattr(thing, "__dict__")]
-    tables: list[Any] = [
-        value
-        for own in attributes
-        for value in (own, *own.values())
-        if isinstance(value, dict | list)
-    ]
-    before = [(table, table.copy()) for table in tables]
+    tables = [t for own in attributes for t in (own, *own.values()) if isinstance(t, dict | list)]
+    undo = list(filter(None, map(undo_inside, tables)))
     try:
         yield
     except BaseException:
-        for table, contents in before:
-            table.clear()
-            table.update(contents) if isinstance(table, dict) else table.extend(contents)
+        for action in undo:
+            action()
         raise

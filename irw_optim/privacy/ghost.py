@@ -17,14 +17,11 @@ from irw_optim.backward.weighted_loss import Deferred, deferred_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import Engine
-from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.layers import FIRST
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.norms import row_norms
-from irw_optim.gradients.protocol import Direction
 from irw_optim.torch_internals import will_run
 
-from .pending import ClippableGradients, GradSampleRows, PendingBatch
+from .pending import ClippableGradients, GhostRows, GradSampleRows, PendingBatch
 
 
 class GhostBatch(PendingBatch):
@@ -34,28 +31,22 @@ class GhostBatch(PendingBatch):
         super().__init__(loss_reduction)
         self._engine = Engine(model, "auto")
         self._engine.add_layer_hooks()  # a batch of one sample does not show where the batch is
-        self._rows: list[ClippableGradients | None] = []
 
     def unfollow(self) -> None:
         """Leave the criterion and the model as they were."""
         super().unfollow()
         self._engine.remove_hooks()
 
-    def clear(self) -> None:
-        """Forget losses and rows."""
-        super().clear()
-        self._rows.clear()
-
     def rows(self, parameters: Sequence[Tensor], batch_size: int) -> ClippableGradients:
         """The rows of the one backward pass, if it is that of the losses given."""
-        rows = self._rows[0] if len(self._rows) == 1 else None
+        rows: GhostRows | None = self._arrived[0][1] if len(self._arrived) == 1 else None
         if rows is None and batch_size == 0:
             return GradSampleRows.read(parameters, 0)
         if rows is None or rows.batch_size != batch_size:
             raise DPGuaranteeError(
-                f"losses has {batch_size} samples, but {len(self._rows)} backward passes ran since "
-                "the last step, or one of another size: in ghost mode call the criterion that "
-                "make_private was given, backward, and step() without losses"
+                f"losses has {batch_size} samples, but {len(self._arrived)} backward passes ran "
+                "since the last step, or one of another size: in ghost mode call the criterion "
+                "that make_private was given, backward, and step() without losses"
             )
         return rows
 
@@ -66,12 +57,11 @@ class GhostBatch(PendingBatch):
         anchor = torch.zeros_like(batch.value, requires_grad=True)  # something to go backward to
         return deferred_loss(batch.value, _Arrival(self, batch.losses.detach(), captured), [anchor])
 
-    def note(self, losses: Tensor, rows: ClippableGradients | None) -> None:
-        """Keep what a backward pass has brought; None for those of a batch of no samples."""
-        self._backwarded.append(losses)
-        self._rows.append(rows)
+    def arrived(self, losses: Tensor, captured: LossGradients | None, upstream: Tensor) -> None:
+        """Keep what a backward pass has brought; no rows are those of a batch of no samples."""
+        self._arrived.append((losses, captured and self._rows_of(captured, upstream)))
 
-    def rows_of(self, captured: LossGradients, upstream: Tensor) -> GhostRows:
+    def _rows_of(self, captured: LossGradients, upstream: Tensor) -> GhostRows:
         """Run the engine behind a vector of losses; NotImplementedError where it does not cover."""
         if any(map(will_run, captured.graph.order)):
             raise NotImplementedError(
@@ -83,9 +73,8 @@ class GhostBatch(PendingBatch):
         captured.start(torch.ones_like(upstream), keep_graph=False)
         uncovered = set(captured.uncovered)
         for call, _, shape, _ in captured.graph.sites:
-            # The engine also finds a batch that is folded or does not stand first; but a Poisson
-            # batch has any size, and a wrong guess would mix samples.
-            # Unless the graph has proven it.
+            # A folded batch, or one that does not stand first, must be proven by the graph: of a
+            # Poisson batch's size a guess may be wrong, and would mix samples.
             first = shape[:1] == (batch_size,) and call.layout == FIRST
             if not (captured.apart and call.layout is not None) and not first:
                 uncovered.update(call.parameters.values())
@@ -112,33 +101,14 @@ class _Arrival(Deferred):
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
         """Nothing goes on to the parameters: their gradient is made by the private step."""
         self.passed = True  # also where the graph is kept
-        pending, captured, rows = self.pending(), self.captured, None
-        if pending is not None:  # else it is gone, with its optimizer
-            try:
-                if captured is not None:
-                    rows = pending.rows_of(captured, upstream)
-            finally:
-                self.leave()
-            pending.note(self.losses, rows)
+        pending = self.pending()
+        try:
+            if pending is not None:  # else it is gone, with its optimizer
+                pending.arrived(self.losses, self.captured, upstream)
+        finally:
+            self.leave()
         return [None]
 
     def leave(self) -> None:
         super().leave()
         self.captured = None
-
-
-class GhostRows(GhostGradients):
-    """Ghost products with norms, of which any row can be dropped; seed: 1 / the losses' factor."""
-
-    def norms(self) -> Tensor:
-        """|g_i| over all parameters, (B,)."""
-        return row_norms(self)
-
-    def dot(self, direction: Direction) -> Tensor:
-        """<g_i, v>, (B,)."""
-        return super().dot(direction) if direction else self.seed.new_zeros(self.batch_size)
-
-    def without(self, dropped: Tensor) -> GhostRows:
-        """The same gradients with zero rows where `dropped` (B,) bool."""
-        calls = [call.without(dropped) for call in self.calls]
-        return GhostRows(calls, self.batch_size, self.seed)

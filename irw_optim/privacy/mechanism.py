@@ -26,16 +26,135 @@ counts halves their sensitivity (Andrew et al., 2021, Theorem 1).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import IRWDPConfig
+from irw_optim.arguments import real_number, whole_number
+from irw_optim.errors import DPGuaranteeError
 
 _QUANTILE_RANGE = (1e-6, 1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IRWDPConfig:
+    """How DP-IRW weighs a sample, and how it splits the noise budget of a step.
+
+    All of it is public: choose it without looking at the data, or account for the tuning.
+
+    Args:
+        init_threshold: loss threshold of the first step, > 0; ``math.log(number of classes)``,
+            the loss of a model that knows nothing. A public constant, never taken from the data.
+        alpha: share of the samples whose loss is meant to lie above the threshold, in (0, 1).
+        saturation: share of the samples whose alignment is meant to reach full weight, in (0, 1).
+        tail_weight: weight of a sample above the loss threshold, in [0, 1].
+        floor: least weight of any sample, in [0, 1]; 1 is DP-SGD.
+        direction_share: share of the step's privacy budget for the worst-off direction, in [0, 1);
+            0 turns the direction off: only the loss threshold weighs.
+        count_share: share of the step's privacy budget for each noisy count.
+        direction_momentum: share of the old direction kept at each step, in [0, 1).
+        quantile_lr: step size of the two thresholds on the log scale, in (0, 10].
+        init_scale: alignment that earns full weight at the first step, > 0.
+        warmup_steps: steps at the start in which every sample weighs 1.
+
+    Raises:
+        ValueError: a parameter outside its range.
+        DPGuaranteeError: shares that leave no budget for the gradient, or an option that weighs
+            a sample by others (an outlier filter, say).
+
+    Example:
+        >>> import math
+        >>> config = IRWDPConfig(init_threshold=math.log(10))
+        >>> round(config.gradient_share, 3)
+        0.89
+    """
+
+    init_threshold: float
+    alpha: float = 0.3
+    saturation: float = 0.1
+    tail_weight: float = 1.0
+    floor: float = 0.0
+    direction_share: float = 0.1
+    count_share: float = 0.005
+    direction_momentum: float = 0.2
+    quantile_lr: float = 0.2
+    init_scale: float = 0.1
+    warmup_steps: int = 1
+
+    def __new__(cls, *args: Any, **options: Any) -> IRWDPConfig:
+        """Name the options that cannot be private before Python calls them unknown."""
+        refuse_batch_level_options(options)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        plain: dict[str, float] = {
+            "warmup_steps": whole_number("warmup_steps", self.warmup_steps, 0)
+        }
+        for name, interval in _INTERVALS.items():
+            meaning = "public, such as math.log(classes)" if name == "init_threshold" else ""
+            plain[name] = real_number(name, getattr(self, name), interval, meaning)
+        vars(self).update(plain)  # frozen for everybody else
+        # Without its own direction nothing but the threshold can give a sample any weight.
+        if not self.uses_direction and self.floor == self.tail_weight == 0:
+            raise ValueError(
+                "direction_share=0, tail_weight=0 and floor=0 weigh every sample 0: "
+                "expected at least one of them above 0"
+            )
+        if self.gradient_share <= 0:
+            raise DPGuaranteeError(
+                f"direction_share={self.direction_share} and {self.count_releases} counts at "
+                f"count_share={self.count_share} leave {self.gradient_share:.4g} of the noise "
+                "budget for the gradient: expected a positive rest; lower direction_share or "
+                "count_share"
+            )
+
+    @property
+    def uses_direction(self) -> bool:
+        """Whether the worst-off direction is released at all."""
+        return self.direction_share > 0
+
+    @property
+    def count_releases(self) -> int:
+        """Number of noisy counts a step: the tail count, and with a direction the saturated one."""
+        return 2 if self.uses_direction else 1
+
+    @property
+    def gradient_share(self) -> float:
+        """r_g, what the other releases leave of the step's privacy budget."""
+        return 1.0 - self.direction_share - self.count_releases * self.count_share
+
+
+_INTERVALS = {
+    **dict.fromkeys(["alpha", "saturation", "count_share"], "(0, 1)"),
+    **dict.fromkeys(["tail_weight", "floor"], "[0, 1]"),
+    **dict.fromkeys(["direction_share", "direction_momentum"], "[0, 1)"),
+    **dict.fromkeys(["init_threshold", "init_scale"], "(0, inf)"),
+    "quantile_lr": "(0, 10]",
+}
+
+
+_BATCH_LEVEL = {
+    "outliers": "an outlier filter compares the samples of a batch",
+    "center": "centring subtracts the mean gradient of the batch",
+    "class_balance": "class balancing divides by the class counts of the batch",
+    "weighting": "a weighting of the whole batch sees every sample",
+    "scheme": "the global scheme weighs a sample by the whole data set",
+    "sampler": "weighted resampling replaces Poisson sampling",
+}
+
+
+def refuse_batch_level_options(options: dict[str, Any]) -> None:
+    """Raise for options of the plain IRWOptimizer that no per-sample clipping makes private."""
+    for name, reason in _BATCH_LEVEL.items():
+        if options.get(name) is not None:
+            raise DPGuaranteeError(
+                f"{name}={options[name]!r}: {reason}, so one person changes the weights of others "
+                f"and the reported epsilon would be false. DP-IRW has no such option; leave {name} "
+                "out"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,12 +171,10 @@ def noise_scales(noise_multiplier: float, config: IRWDPConfig) -> NoiseScales:
 
     The sensitivity of a count is 1/2, and sigma_b = sigma / (2 sqrt(r_b)).
     """
-    direction = math.inf
-    if config.uses_direction:
-        direction = noise_multiplier / math.sqrt(config.direction_share)
+    share = config.direction_share
     return NoiseScales(
         gradient=noise_multiplier / math.sqrt(config.gradient_share),
-        direction=direction,
+        direction=noise_multiplier / math.sqrt(share) if share else math.inf,
         count=0.5 * noise_multiplier / math.sqrt(config.count_share),
     )
 
@@ -78,11 +195,6 @@ class PublicState:
     direction: Mapping[Tensor, Tensor] = field(default_factory=dict)
     steps: int = 0
 
-    @classmethod
-    def initial(cls, config: IRWDPConfig) -> PublicState:
-        """The state before any data was seen."""
-        return cls(threshold=config.init_threshold, scale=config.init_scale)
-
 
 @dataclass(frozen=True)
 class SampleTerms:
@@ -97,15 +209,9 @@ class SampleTerms:
     weights: Tensor  # w_i in [0, 1]
     counted: Tensor  # 0.0 for the ones that are not finite, 1.0 for all others
 
-    @property
-    def tail_count(self) -> Tensor:
-        """Sum of m_i - 1/2 over the counted samples, 0-dim."""
-        return (self.tail - 0.5 * self.counted).sum()
-
-    @property
-    def saturated_count(self) -> Tensor:
-        """Sum of k_i - 1/2 over the counted samples, 0-dim."""
-        return (self.saturated - 0.5 * self.counted).sum()
+    def counts(self) -> list[Tensor]:
+        """Sums of m_i - 1/2 and of k_i - 1/2 over the counted samples, each 0-dim."""
+        return [(term - 0.5 * self.counted).sum() for term in (self.tail, self.saturated)]
 
 
 def sample_terms(
@@ -181,54 +287,4 @@ def next_state(
         scale=scale,
         direction=direction,
         steps=state.steps + 1,
-    )
-
-
-def dump(state: PublicState, config: IRWDPConfig, parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """Plain numbers and tensors; the state of the noise generator would give the noise away."""
-    return {
-        "config": asdict(config),
-        "threshold": state.threshold,
-        "scale": state.scale,
-        "steps": state.steps,
-        "direction": [state.direction.get(p) for p in parameters],
-    }
-
-
-def restore(saved: Any, config: IRWDPConfig, parameters: Sequence[Tensor]) -> PublicState:
-    """The state that `dump` saved; ValueError for other DP-IRW parameters or another model."""
-    if saved is None:
-        raise ValueError(
-            "state_dict has no 'irw_dp' entry: it was not saved by an IRWDPOptimizer, so threshold "
-            "and direction are missing"
-        )
-    differing = [
-        f"{name}={value!r} here, {saved['config'].get(name)!r} saved"
-        for name, value in asdict(config).items()
-        if saved["config"].get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"state_dict was saved with other DP-IRW parameters ({'; '.join(differing)}): expected "
-            "the same IRWDPConfig"
-        )
-    directions = saved["direction"]
-    shapes = [None if v is None else v.shape for v in directions]
-    wanted = [p.shape for p in parameters]
-    if len(shapes) != len(wanted) or any(
-        shape not in (None, like) for shape, like in zip(shapes, wanted, strict=True)
-    ):
-        raise ValueError(
-            f"state_dict's direction has tensors of shapes {shapes} but the parameters have "
-            f"{wanted}: expected the same model"
-        )
-    return PublicState(
-        threshold=saved["threshold"],
-        scale=saved["scale"],
-        steps=saved["steps"],
-        direction={
-            p: v.to(device=p.device, copy=True)
-            for p, v in zip(parameters, directions, strict=True)
-            if v is not None
-        },
     )

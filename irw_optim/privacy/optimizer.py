@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 from torch import Tensor
 from torch.optim import Optimizer
 
+from irw_optim.arguments import as_real
 from irw_optim.errors import DPGuaranteeError
 
-from ..arguments import as_real
-from . import refusals
-from .config import IRWDPConfig
-from .mechanism import (
-    NoiseScales,
-    PublicState,
-    Released,
-    SampleTerms,
-    dump,
-    next_state,
-    noise_scales,
-    restore,
-    sample_terms,
-)
+from . import mechanism, refusals
+from .mechanism import IRWDPConfig, NoiseScales, PublicState, Released, SampleTerms
 from .pending import ClippableGradients, PendingBatch
 
-
-@dataclass
-class _Sums:
-    """The four sums over the samples so far, without noise: private."""
-
-    gradient: dict[Tensor, Tensor]
-    direction: dict[Tensor, Tensor]
-    tail_count: Tensor
-    saturated_count: Tensor
-
-    def add(self, other: _Sums) -> None:
-        for p, total in self.gradient.items():
-            total += other.gradient[p]
-        for p, total in self.direction.items():
-            total += other.direction[p]
-        self.tail_count += other.tail_count
-        self.saturated_count += other.saturated_count
+Sums = dict[str, dict[Any, Tensor]]
+"""Over the samples: ``gradient`` and ``direction`` by parameter, and the ``count``s."""
 
 
 class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
@@ -57,7 +32,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     `noise_multiplier`, which is what Opacus' accountants are told.
 
     Args:
-        optimizer: the optimizer that takes the noisy gradient.
+        optimizer: takes the noisy gradient.
         irw: the parameters of DP-IRW.
         noise_multiplier: sigma of the whole step; noise schedulers may move it.
         max_grad_norm: C, the norm to which each sample's gradient is clipped.
@@ -67,10 +42,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         secure_mode: use Opacus' noise that resists floating-point attacks.
 
     Raises:
-        DPGuaranteeError: an optimizer that would see gradients without noise, or an option that
-            weighs samples by one another.
-        ValueError: a value outside its range.
-        NotImplementedError: an optimizer whose step needs a closure.
+        DPGuaranteeError, NotImplementedError, TypeError, ValueError: as
+            `IRWPrivacyEngine.make_private`.
 
     Example:
         >>> from opacus import GradSampleModule
@@ -86,6 +59,21 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         >>> optimizer.public_state.steps
         1
     """
+
+    public_state: PublicState
+    """Threshold, scale, direction and step count: functions of noisy releases, public."""
+
+    last_release: Released | None = None
+    """The noisy counts and the noisy direction of the last step: public."""
+
+    over_ranks = False
+    """Whether a step is that of all ranks on their joined batch: one noise, that of rank 0.
+
+    All compute the same next state; ``expected_batch_size`` is that of all ranks together.
+    """
+
+    accumulated_iterations = 1
+    """One Poisson batch a step, whatever its physical batches; read by accountants."""
 
     def __init__(
         self,
@@ -104,9 +92,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         sigma, bound = refusals.check_mechanism(
             irw, optimizer, noise_multiplier, max_grad_norm, loss_reduction
         )
-        size = as_real(
-            expected_batch_size
-        )  # known, as the actual one of a Poisson batch is private
+        # Known to all, unlike the size of the Poisson batch at hand.
+        size = as_real(expected_batch_size)
         if size is None or not 0 < size < math.inf:
             raise ValueError(
                 f"expected_batch_size={expected_batch_size!r}: expected a positive number, the "
@@ -123,27 +110,13 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         )
         self.irw = irw
         self.pending = PendingBatch(loss_reduction)
-        self._public_state = PublicState.initial(irw)
-        self._last_release: Released | None = None
-        self._logical_batch: _Sums | None = None  # while it goes on
-
-    @property
-    def public_state(self) -> PublicState:
-        """Threshold, scale, direction and step count: functions of noisy releases, public."""
-        return self._public_state
-
-    @property
-    def last_release(self) -> Released | None:
-        """The noisy counts and the noisy direction of the last step: public."""
-        return self._last_release
+        self.public_state = PublicState(irw.init_threshold, irw.init_scale)
+        self._logical_batch: Sums | None = None  # while it goes on; without noise, so private
 
     @property
     def noise_scales(self) -> NoiseScales:
         """The noise of the single releases at the present `noise_multiplier`."""
-        return noise_scales(self.noise_multiplier, self.irw)
-
-    accumulated_iterations = 1
-    """One Poisson batch a step, whatever its physical batches; read by accountants."""
+        return mechanism.noise_scales(self.noise_multiplier, self.irw)
 
     def step(self, closure: Any = None, *, losses: Tensor | None = None) -> float | None:
         """Clip, weigh, sum, and at the end of a logical batch add noise, account and step.
@@ -161,8 +134,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """
         if closure is not None:
             raise NotImplementedError(
-                "closure: a closure takes several looks at a batch for one step's privacy budget; "
-                "call backward and then step()"
+                "closure: it looks at a batch more than once for one step's privacy budget; call "
+                "backward and then step()"
             )
         if self.pre_step(losses=losses):
             return self.original_optimizer.step()  # type: ignore[no-any-return]
@@ -176,9 +149,9 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         self.pending.clear()
         for p in self.params:
             _mark_as_processed(getattr(p, "grad_sample", None))
-        if self._logical_batch is not None:
-            self._logical_batch.add(sums)
-            sums = self._logical_batch
+        for kind, totals in (self._logical_batch or {}).items():
+            for key, earlier in totals.items():
+                sums[kind][key] += earlier
         self._is_last_step_skipped = self._check_skip_next_step()
         self._logical_batch = sums if self._is_last_step_skipped else None
         if self._is_last_step_skipped:
@@ -186,14 +159,14 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         released = self._release(sums)
         if self.step_hook:
             self.step_hook(self)  # account before anything can be learnt from the release
-        self._public_state = next_state(
-            self._public_state,
+        self.public_state = mechanism.next_state(
+            self.public_state,
             released,
             self.irw,
             max_grad_norm=self.max_grad_norm,
             expected_batch_size=self.expected_batch_size,
         )
-        self._last_release = released
+        self.last_release = released
         return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -214,7 +187,14 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             DPGuaranteeError: in the middle of a logical batch, whose sums are private.
         """
         self._refuse_mid_batch("state_dict()")
-        public = dump(self._public_state, self.irw, self._all_parameters)
+        state = self.public_state
+        public = {
+            "config": asdict(self.irw),
+            "threshold": state.threshold,
+            "scale": state.scale,
+            "steps": state.steps,
+            "direction": [state.direction.get(p) for p in self._all_parameters],
+        }
         return {**self.original_optimizer.state_dict(), "irw_dp": public}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -227,9 +207,13 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         self._refuse_mid_batch("load_state_dict()")
         inner = dict(state_dict)
         saved = inner.pop("irw_dp", None)
-        public = restore(saved, self.irw, self._all_parameters)
+        refusals.check_checkpoint(saved, self.irw, self._all_parameters)
         self.original_optimizer.load_state_dict(inner)
-        self._public_state = public
+        pairs = zip(self._all_parameters, saved["direction"], strict=True)
+        direction = {p: v.to(device=p.device, copy=True) for p, v in pairs if v is not None}
+        self.public_state = PublicState(
+            saved["threshold"], saved["scale"], direction, saved["steps"]
+        )
 
     def detach(self) -> None:
         """Leave criterion and model as they were; `make_private` may then take them again."""
@@ -246,42 +230,53 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         return [p for group in self.param_groups for p in group["params"]]
 
     def _weigh(self, losses: Tensor, rows: ClippableGradients) -> SampleTerms:
-        norms, state = rows.norms(), self._public_state
+        norms, state = rows.norms(), self.public_state
         products = rows.dot(state.direction).to(norms)
-        return sample_terms(losses.to(norms), norms, products, state, self.irw, self.max_grad_norm)
+        return mechanism.sample_terms(
+            losses.to(norms), norms, products, state, self.irw, self.max_grad_norm
+        )
 
-    def _sums(self, rows: ClippableGradients, terms: SampleTerms) -> _Sums:
+    def _sums(self, rows: ClippableGradients, terms: SampleTerms) -> Sums:
         dropped = terms.counted == 0
         if dropped.any():
             rows = rows.without(dropped)
-        return _Sums(
-            gradient=self._sum(rows, terms.clip * terms.weights),
-            direction=self._sum(rows, terms.clip * terms.tail) if self.irw.uses_direction else {},
-            tail_count=terms.tail_count,
-            saturated_count=terms.saturated_count,
-        )
 
-    def _sum(self, rows: ClippableGradients, weights: Tensor) -> dict[Tensor, Tensor]:
-        """Sum of w_i g_i for every parameter, zero where the losses do not depend on it."""
-        total = rows.combine(weights)
-        return {p: total[p] if p in total else torch.zeros_like(p) for p in self.params}
+        def total(weights: Tensor) -> dict[Any, Tensor]:
+            """Sum of w_i g_i for every parameter, zero where the losses do not depend on it."""
+            found = rows.combine(weights)
+            return {p: found[p] if p in found else torch.zeros_like(p) for p in self.params}
 
-    def _release(self, sums: _Sums) -> Released:
-        """Noise on the four sums; the gradient goes to ``p.grad``, ready for the inner step."""
+        counts = terms.counts()[: self.irw.count_releases]
+        sums = {"gradient": total(terms.clip * terms.weights), "count": dict(enumerate(counts))}
+        if self.irw.uses_direction:
+            sums["direction"] = total(terms.clip * terms.tail)
+        return sums
+
+    def _release(self, sums: Sums) -> Released:
+        """Noise on the sums; the gradient goes to ``p.grad``, ready for the inner step."""
         scales, C = self.noise_scales, self.max_grad_norm
-        for p, total in sums.gradient.items():
-            p.grad = self._noisy(total, scales.gradient * C).view_as(p).to(p.dtype)
+        stds = {
+            "gradient": scales.gradient * C,
+            "count": scales.count,
+            "direction": scales.direction * C,
+        }
+        noisy = {
+            kind: {key: self._noisy(total, stds[kind]) for key, total in totals.items()}
+            for kind, totals in sums.items()
+        }
+        for p, total in noisy["gradient"].items():
+            p.grad = total.view_as(p).to(p.dtype)
         self.scale_grad()
-        tail_count = self._noisy(sums.tail_count, scales.count)
-        if not self.irw.uses_direction:
-            return Released(tail_count.item())
-        saturated_count = self._noisy(sums.saturated_count, scales.count)
-        tail, saturated = torch.stack([tail_count, saturated_count]).tolist()
-        direction = {p: self._noisy(t, scales.direction * C) for p, t in sums.direction.items()}
-        return Released(tail, saturated, direction)
+        counts = torch.stack([*noisy["count"].values()]).tolist()
+        tail, saturated = [*counts, None][:2]
+        return Released(tail, saturated, noisy.get("direction"))
 
     def _noisy(self, total: Tensor, std: float) -> Tensor:
-        return total + self._noise(std, total)
+        silent = self.over_ranks and dist.get_rank() > 0
+        noisy = total + (0 if silent else self._noise(std, total))
+        if self.over_ranks:
+            dist.all_reduce(noisy)
+        return noisy
 
     def _noise(self, std: float, like: Tensor) -> Tensor:
         noise: Tensor = _generate_noise(

@@ -8,8 +8,9 @@ samples may meet, else at batches 1, 2, 4, 8, ...
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +18,18 @@ from torch import Tensor, nn
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.criterion.attached import AttachedCriterion
 from irw_optim.errors import DPGuaranteeError
+from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import MaterializedGradients, as_matrix
 from irw_optim.gradients.mixing import follow_batch
-from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.norms import row_norms
+from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.verification import compare, probe_of
 
-
-class ClippableGradients(PerSampleGradients, Protocol):
-    """What the private optimizer asks of an engine beyond the three products."""
-
-    def norms(self) -> Tensor:
-        """|g_i| over all parameters, (B,)."""
-
-    def without(self, dropped: Tensor) -> ClippableGradients:
-        """The same gradients with zero rows where `dropped` (B,) bool: 0 times NaN is NaN."""
+_ONE_PASS = (
+    "a sample could be counted twice. Call step() and zero_grad() after each backward, use "
+    "BatchMemoryManager for large batches"
+)
 
 
 class GradSampleRows(MaterializedGradients):
@@ -44,12 +42,11 @@ class GradSampleRows(MaterializedGradients):
 
     def without(self, dropped: Tensor) -> GradSampleRows:
         """The same gradients with zero rows where `dropped` (B,) bool."""
-
-        def kept(block: Tensor) -> Tensor:
-            column = dropped.to(block.device).view(-1, *(1,) * (block.ndim - 1))
-            return block.masked_fill(column, 0.0)
-
-        return GradSampleRows({p: kept(block) for p, block in self.rows.items()})
+        zeroed = {
+            p: r.reshape(len(r), -1).masked_fill(dropped.to(r.device)[:, None], 0.0).view_as(r)
+            for p, r in self.rows.items()
+        }
+        return GradSampleRows(zeroed)
 
     @classmethod
     def read(cls, parameters: Sequence[Tensor], batch_size: int) -> GradSampleRows:
@@ -57,22 +54,28 @@ class GradSampleRows(MaterializedGradients):
 
         A batch of no samples may come without one: many models cannot be run on it.
         """
-        blocks = [_single(p) for p in parameters]
-        if batch_size == 0 and all(block is None for block in blocks):
-            return cls({p: p.detach().new_zeros((0, *p.shape)) for p in parameters})
         rows: dict[Tensor, Tensor] = {}
-        for p, block in zip(parameters, blocks, strict=True):
+        for p in parameters:
+            which, block = f"a parameter of shape {tuple(p.shape)}", getattr(p, "grad_sample", None)
+            if isinstance(block, list):
+                if len(block) > 1:
+                    raise DPGuaranteeError(
+                        f"grad_sample holds {len(block)} backward passes: {_ONE_PASS}"
+                    )
+                block = block[0] if block else None
+            if block is None and batch_size == 0:
+                block = p.detach().new_zeros((0, *p.shape))
             if block is None:
                 raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} has no grad_sample: call backward "
-                    "before step, and freeze (requires_grad_(False)) parameters that the loss "
-                    "does not use"
+                    f"{which} has no grad_sample: call backward before step; the model must go "
+                    "through IRWPrivacyEngine.make_private, or be an opacus GradSampleModule; "
+                    "freeze (requires_grad_(False)) parameters that the loss does not use"
                 )
             if len(block) != batch_size:
                 raise DPGuaranteeError(
-                    f"losses has {batch_size} samples but a parameter of shape {tuple(p.shape)} "
-                    f"has {len(block)} per-sample gradients: expected one loss per sample of the "
-                    "batch, in its order, and a model that keeps the batch in dimension 0"
+                    f"losses has {batch_size} samples but {which} has {len(block)} per-sample "
+                    "gradients: expected one loss per sample of the batch, in its order, and a "
+                    "model that keeps the batch in dimension 0"
                 )
             if hasattr(block, "_processed"):
                 raise DPGuaranteeError(
@@ -83,22 +86,24 @@ class GradSampleRows(MaterializedGradients):
         return cls(rows)
 
 
-def _single(parameter: Tensor) -> Tensor | None:
-    if not hasattr(parameter, "grad_sample"):
-        raise ValueError(
-            f"a parameter of shape {tuple(parameter.shape)} has no grad_sample: the model must go "
-            "through IRWPrivacyEngine.make_private, or be an opacus GradSampleModule"
-        )
-    block = parameter.grad_sample
-    if not isinstance(block, list):
-        return block  # type: ignore[no-any-return]  # Opacus sets a tensor or None
-    if len(block) > 1:
-        raise DPGuaranteeError(
-            f"grad_sample holds {len(block)} backward passes: gradient accumulation counts a "
-            "sample twice. Call step() and zero_grad() after each backward, or let "
-            "BatchMemoryManager split large batches"
-        )
-    return block[0] if block else None
+class GhostRows(GhostGradients):
+    """Ghost products with norms, of which any row can be dropped; seed: 1 / the losses' factor."""
+
+    def norms(self) -> Tensor:
+        """|g_i| over all parameters, (B,)."""
+        return row_norms(self)
+
+    def dot(self, direction: Direction) -> Tensor:
+        """<g_i, v>, (B,)."""
+        return super().dot(direction) if direction else self.seed.new_zeros(self.batch_size)
+
+    def without(self, dropped: Tensor) -> GhostRows:
+        """The same gradients with zero rows where `dropped` (B,) bool."""
+        calls = [call.without(dropped) for call in self.calls]
+        return GhostRows(calls, self.batch_size, self.seed)
+
+
+ClippableGradients = GradSampleRows | GhostRows
 
 
 class SpotCheck:
@@ -106,47 +111,47 @@ class SpotCheck:
 
     def __init__(self, hooks: Any) -> None:
         self.hooks = hooks
-        self.parameters = [p for p in hooks._module.parameters() if p.requires_grad]
         self.random = torch.Generator().manual_seed(0)
         self.batches = 0
-        self.probe: Tensor | None = None
-        self.truth: dict[Tensor, Tensor | None] = {}
-        self.scale = torch.ones(0)  # (B,), what the training loop multiplied the losses with
 
-    def look(self, losses: Tensor) -> None:
-        """Take the gradient of a combination of losses (B,), if it is time; their graph stays."""
-        self.probe = None
+    def look(self, losses: Tensor) -> Callable[[Tensor, GradSampleRows], None] | None:
+        """Take the gradient of a combination of losses (B,), if it is time; their graph stays.
+
+        What is given back raises a DPGuaranteeError unless the rows of the batch are autograd's;
+        before them it takes what the training loop multiplied the losses with, (B,).
+        """
         if len(losses) < 2:
-            return  # nobody to mix with
+            return None  # nobody to mix with
         batch = follow_batch(losses, walk(losses))
         self.batches += 1
         seldom = self.batches & (self.batches - 1) == 0
         if batch.mixed_by is None and not batch.computes_shared and not seldom:
-            return
-        self.probe = probe_of(losses, self.random)
+            return None
+        probe = probe_of(losses, self.random)
+        parameters = [p for p in self.hooks._module.parameters() if p.requires_grad]
         self.hooks.disable_hooks()
         try:
             gradients = torch.autograd.grad(
-                losses, self.parameters, self.probe, retain_graph=True, allow_unused=True
+                losses, parameters, probe, retain_graph=True, allow_unused=True
             )
         finally:
             self.hooks.enable_hooks()
-        self.truth = dict(zip(self.parameters, gradients, strict=True))
+        truth = dict(zip(parameters, gradients, strict=True))
 
-    def check(self, rows: GradSampleRows) -> None:
-        """Raise a DPGuaranteeError unless the rows of the batch looked at last are autograd's."""
-        if self.probe is None or not bool(self.scale.all()):
-            return
-        weights, self.probe = self.probe / self.scale, None
-        covered = [p for p in self.truth if p in rows.rows]
-        wrong = compare(covered, [self.truth[p] for p in covered], weights, rows)
-        if wrong:
-            raise DPGuaranteeError(
-                f"the per-sample gradients differ from autograd's by {max(wrong.values()):.2g} of "
-                "the gradient: the forward mixes the samples of a batch, or uses parameters "
-                "outside their layers, so one person changes the gradients of others. Use "
-                "layers that treat each sample alone"
-            )
+        def check(scale: Tensor, rows: GradSampleRows) -> None:
+            if not bool(scale.all()):
+                return
+            covered = [p for p in truth if p in rows.rows]
+            wrong = compare(covered, [truth[p] for p in covered], probe / scale, rows)
+            if wrong:
+                raise DPGuaranteeError(
+                    "the per-sample gradients differ from autograd's by "
+                    f"{max(wrong.values()):.2g} of the gradient: the forward mixes the samples of "
+                    "a batch, or uses parameters outside their layers. Use layers that treat each "
+                    "sample alone"
+                )
+
+        return check
 
 
 class PendingBatch:
@@ -156,7 +161,7 @@ class PendingBatch:
     """
 
     def __init__(self, loss_reduction: str = "mean") -> None:
-        self._backwarded: list[Tensor] = []
+        self._arrived: list[tuple[Tensor, Any]] = []  # of each pass, losses and what is theirs
         self._reduction = loss_reduction
         self._attached: AttachedCriterion | None = None
         self._spot_check: SpotCheck | None = None
@@ -184,14 +189,12 @@ class PendingBatch:
         losses = batch.losses
         if not losses.requires_grad:
             return batch.value
-        if self._spot_check is not None:
-            self._spot_check.look(losses)
+        check = self._spot_check and self._spot_check.look(losses)
         averaged = self._reduction == "mean"
 
         def arrive(gradient: Tensor) -> None:
-            self._backwarded.append(losses.detach())
-            if self._spot_check is not None:
-                self._spot_check.scale = gradient * len(losses) if averaged else gradient
+            scale = gradient * len(losses) if averaged else gradient
+            self._arrived.append((losses.detach(), check and partial(check, scale)))
 
         losses.register_hook(arrive)
         reduced = losses.mean() if averaged else losses.sum()
@@ -199,32 +202,37 @@ class PendingBatch:
 
     def clear(self) -> None:
         """Forget the losses whose gradients were thrown away."""
-        self._backwarded.clear()
+        self._arrived.clear()
 
     def losses(self, given: Tensor | None = None) -> Tensor:
         """The losses of this backward pass, (B,), or those ``given``; they stay until `clear`."""
         if given is not None:
-            return _checked(given)
-        if not self._backwarded:
+            expected = "expected a floating-point tensor of shape (B,), one loss per sample"
+            if not isinstance(given, Tensor):
+                raise DPGuaranteeError(f"losses={given!r}: {expected}")
+            if given.ndim != 1 or not given.is_floating_point():
+                raise DPGuaranteeError(
+                    f"losses has shape {tuple(given.shape)} and dtype {given.dtype}: {expected}, "
+                    'as from F.cross_entropy(output, target, reduction="none")'
+                )
+            return given.detach()
+        if not self._arrived:
             raise DPGuaranteeError(
-                "losses are missing: the weights need one loss per sample; give "
-                "make_private(criterion=criterion) and call that criterion in training mode, or "
-                "call optimizer.step(losses=losses) with losses of shape (B,)"
+                "losses are missing: give make_private(criterion=criterion) and call that one "
+                "in training mode, or call optimizer.step(losses=losses) with losses of shape (B,)"
             )
-        if len(self._backwarded) > 1:
+        if len(self._arrived) > 1:
             raise DPGuaranteeError(
-                f"{len(self._backwarded)} backward passes since the last step: a sample could be "
-                "counted twice. Call step() and zero_grad() after each backward, use "
-                "BatchMemoryManager for large batches, and for a sum of criteria "
-                "optimizer.step(losses=...) with the summed per-sample losses"
+                f"{len(self._arrived)} backward passes since the last step: {_ONE_PASS}, and for a "
+                "sum of criteria optimizer.step(losses=...) with the summed per-sample losses"
             )
-        return self._backwarded[0]
+        return self._arrived[0][0]
 
     def rows(self, parameters: Sequence[Tensor], batch_size: int) -> ClippableGradients:
         """The per-sample gradients of the same backward pass, which are those of plain autograd."""
         rows = GradSampleRows.read(parameters, batch_size)
-        if self._spot_check is not None:
-            self._spot_check.check(rows)
+        if self._arrived and (check := self._arrived[-1][1]):
+            check(rows)
         return rows
 
 
@@ -233,15 +241,3 @@ def follower_of(criterion: nn.Module) -> object | None:
     attached = AttachedCriterion.found_on(criterion)
     listener = None if attached is None else attached.listener()
     return getattr(listener, "__self__", None)
-
-
-def _checked(losses: object) -> Tensor:
-    expected = "expected a floating-point tensor of shape (B,), one loss per sample"
-    if not isinstance(losses, Tensor):
-        raise DPGuaranteeError(f"losses={losses!r}: {expected}")
-    if losses.ndim != 1 or not losses.is_floating_point():
-        raise DPGuaranteeError(
-            f"losses has shape {tuple(losses.shape)} and dtype {losses.dtype}: {expected}, as "
-            'from F.cross_entropy(output, target, reduction="none")'
-        )
-    return losses.detach()

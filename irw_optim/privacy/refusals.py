@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from opacus.data_loader import DPDataLoader
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from irw_optim.arguments import real_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.hooks import weighed_by
 from irw_optim.optimizer.checks import optimizers_inside
 
-from ..arguments import as_real
-from .config import IRWDPConfig, refuse_batch_level_options
+from .mechanism import IRWDPConfig, refuse_batch_level_options
 from .pending import PendingBatch, follower_of
 
 
@@ -42,6 +42,28 @@ def refuse_options(unknown: dict[str, Any], *, of: Callable[..., Any]) -> None:
         raise TypeError(f"{of.__name__} got an unexpected keyword argument {name!r}: {hint}")
 
 
+def check_fixed(options: dict[str, Any]) -> None:
+    """Take out the arguments of Opacus' `make_private` that have one value here, or raise."""
+    for name, (value, error, why) in _FIXED.items():
+        if (given := options.pop(name, value)) != value:
+            raise error(f"{name}={given!r}: {why}; leave {name}={value!r}")
+
+
+_FIXED: dict[str, tuple[object, type[Exception], str]] = {
+    "poisson_sampling": (
+        True,
+        DPGuaranteeError,
+        "the accountants' amplification by sampling holds for independent draws only",
+    ),
+    "rand_on_empty": (
+        False,
+        DPGuaranteeError,
+        "a made-up sample that only empty batches have doubles what one person can change",
+    ),
+    "clipping": ("flat", NotImplementedError, "no other is built for DP-IRW"),
+}
+
+
 def check_mechanism(
     irw: object,
     optimizer: object,
@@ -50,12 +72,37 @@ def check_mechanism(
     loss_reduction: object,
 ) -> tuple[float, float]:
     """Sigma >= 0 and C > 0 as plain numbers, if all that a step is made of is as it should be."""
+    from irw_optim.optimizer import IRWOptimizer  # it imports this package for its own refusals
+
     if not isinstance(irw, IRWDPConfig):
         raise TypeError(
             f"irw={irw!r}: expected an IRWDPConfig, for example "
             "irw=IRWDPConfig(init_threshold=math.log(number_of_classes))"
         )
-    _check_optimizer(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r}: expected a torch optimizer such as "
+            "torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    for inner in optimizers_inside(optimizer):
+        what = f"optimizer is a {type(inner).__name__}, or wraps one"
+        if isinstance(inner, IRWOptimizer):
+            raise DPGuaranteeError(
+                "optimizer is an IRWOptimizer, or wraps one: its weights depend on the whole batch "
+                "before the noise, so the reported epsilon would be false. Pass the plain torch "
+                "optimizer, detach() the IRWOptimizer from the model, and give "
+                "make_private(..., irw=IRWDPConfig(...))"
+            )
+        if isinstance(inner, DPOptimizer):
+            raise DPGuaranteeError(
+                f"{what}: two clippings and two noises would be accounted as one. Pass the plain "
+                "torch optimizer"
+            )
+        if isinstance(inner, torch.optim.LBFGS):
+            raise NotImplementedError(
+                f"{what}, which needs a closure: one privacy budget pays for one look at a batch; "
+                "use a first-order optimizer"
+            )
     if isinstance(max_grad_norm, Sequence):
         raise NotImplementedError(
             f"max_grad_norm={max_grad_norm!r}: per-layer clipping is not built for DP-IRW; "
@@ -65,50 +112,11 @@ def check_mechanism(
         raise ValueError(
             f"loss_reduction={loss_reduction!r}: expected 'mean' or 'sum', as of the criterion"
         )
-    sigma = _finite("noise_multiplier", noise_multiplier, "0 or a positive number")
-    bound = _finite("max_grad_norm", max_grad_norm, "a positive number")
-    return sigma, bound
-
-
-def _finite(name: str, value: object, wanted: str) -> float:
-    if (number := as_real(value)) is None:
-        raise TypeError(f"{name}={value!r}: expected a number")
-    if not 0 <= number < math.inf or (number == 0 and wanted == "a positive number"):
-        raise ValueError(f"{name}={value!r}: expected {wanted}")
-    return number
-
-
-def _check_optimizer(optimizer: object) -> None:
-    """Raise for an optimizer that would see gradients before the noise, or needs a closure."""
-    from irw_optim.optimizer import IRWOptimizer  # it imports this package for its own refusals
-
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer={optimizer!r}: expected a torch optimizer such as "
-            "torch.optim.SGD(model.parameters(), lr=0.1)"
-        )
-    for inner in optimizers_inside(optimizer):
-        if isinstance(inner, IRWOptimizer):
-            raise DPGuaranteeError(
-                "optimizer is an IRWOptimizer, or wraps one: it reads the per-sample gradients "
-                "before the noise, and its weights depend on the whole batch, so the reported "
-                "epsilon would be false. Pass the plain torch optimizer, detach() the IRWOptimizer "
-                "from the model, and give make_private(..., irw=IRWDPConfig(...))"
-            )
-        if isinstance(inner, DPOptimizer):
-            raise DPGuaranteeError(
-                f"optimizer is a {type(inner).__name__}, or wraps one: two clippings and two "
-                "noises would be accounted as one. Pass the plain torch optimizer"
-            )
-        if isinstance(inner, torch.optim.LBFGS):
-            raise NotImplementedError(
-                "optimizer is LBFGS, which needs a closure: one privacy budget pays for one look "
-                "at a batch; use a first-order optimizer"
-            )
+    sigma = real_number("noise_multiplier", noise_multiplier, "[0, inf)")
+    return sigma, real_number("max_grad_norm", max_grad_norm, "(0, inf)")
 
 
 def check_ways(
-    clipping: str,
     mode: str,
     criterion: nn.Module | None,
     loss_reduction: str,
@@ -122,18 +130,14 @@ def check_ways(
     With another reduction of the criterion than Opacus undoes, the clipping of one sample would
     depend on how many others were drawn, which is private.
     """
-    if clipping != "flat":
-        raise NotImplementedError(
-            f"clipping={clipping!r}: only clipping='flat' is built for DP-IRW"
-        )
     if mode not in ("hooks", "functorch", "ew", "ghost"):
         raise NotImplementedError(
             f"grad_sample_mode={mode!r}: DP-IRW is built for 'hooks', 'functorch', 'ew' and 'ghost'"
         )
     if mode == "ghost" and criterion is None:
         raise ValueError(
-            "grad_sample_mode='ghost' without a criterion: expected criterion=, whose backward "
-            "makes the ghost products; PerSampleLoss(function) makes one of any function"
+            "grad_sample_mode='ghost' without a criterion: expected criterion=; "
+            "PerSampleLoss(function) makes one of any function"
         )
     if mode == "ghost" and not batch_first:
         raise NotImplementedError(
@@ -143,33 +147,18 @@ def check_ways(
     if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
         raise TypeError(f"noise_generator={noise_generator!r}: expected a torch.Generator or None")
     if noise_generator is not None and secure_mode:
-        raise ValueError(
-            "noise_generator is given in secure mode, which draws from a generator of its own: "
-            "leave noise_generator out"
-        )
+        raise ValueError("noise_generator is given, but secure mode has its own: leave it out")
     if criterion is not None:
         validate_criterion(criterion)
         if criterion.reduction != loss_reduction:
             raise ValueError(
-                f"criterion {type(criterion).__name__} has reduction={criterion.reduction!r} but "
-                f"loss_reduction={loss_reduction!r}: expected the same; construct the criterion "
-                f"with reduction={loss_reduction!r}"
+                f"criterion {type(criterion).__name__} has reduction={criterion.reduction!r} and "
+                f"loss_reduction={loss_reduction!r}: expected the same"
             )
 
 
-def check_loader(loader: DataLoader[Any], *, poisson_sampling: bool, rand_on_empty: bool) -> None:
+def check_loader(loader: DataLoader[Any]) -> None:
     """Raise unless the loader can become one that draws each sample independently."""
-    if not poisson_sampling:
-        raise DPGuaranteeError(
-            "poisson_sampling=False: the accountants' amplification by sampling holds for "
-            "independent draws only; leave poisson_sampling=True"
-        )
-    if rand_on_empty:
-        raise DPGuaranteeError(
-            "rand_on_empty=True: a made-up sample that only empty batches have doubles what one "
-            "person can change; leave rand_on_empty=False (empty batches are stepped on as they "
-            "are)"
-        )
     if not isinstance(loader, DataLoader):
         raise TypeError(f"data_loader={loader!r}: expected a torch.utils.data.DataLoader")
     if hasattr(loader.dataset, "__len__") and not len(loader.dataset):
@@ -181,10 +170,10 @@ def check_loader(loader: DataLoader[Any], *, poisson_sampling: bool, rand_on_emp
     for sampler in (loader.sampler, loader.batch_sampler):
         if type(sampler) not in (SequentialSampler, RandomSampler, BatchSampler):
             raise DPGuaranteeError(
-                f"data_loader draws with {type(sampler).__name__}: only Poisson sampling over the "
-                "whole data set is accounted for, so it would silently be replaced. Pass a loader "
-                "without a sampler of its own (a torch.utils.data.Subset for a part of the data); "
-                "global IRW weights and resampling are not private"
+                f"data_loader draws with {type(sampler).__name__}, which Poisson sampling would "
+                "silently replace: pass a loader without a sampler of its own (over a "
+                "torch.utils.data.Subset for a part of the data); global IRW weights and "
+                "resampling are not private"
             )
     if isinstance(loader.sampler, RandomSampler) and loader.sampler.replacement:
         raise DPGuaranteeError(
@@ -203,8 +192,8 @@ def check_module(
         where = f"{name or 'the model'} is a {type(child).__name__}"
         if isinstance(child, _BatchNorm):
             raise DPGuaranteeError(
-                f"{where}: batch statistics let one sample change the gradients of all others "
-                "(frozen parameters do not help while it is in training mode). Use GroupNorm, as "
+                f"{where}: batch statistics let one sample change the gradients of all others, "
+                "also where it is frozen. Use GroupNorm, as "
                 "IRWPrivacyEngine.get_compatible_module(model) does, or a frozen affine layer"
             )
         if isinstance(child, _InstanceNorm) and child.track_running_stats:
@@ -217,15 +206,13 @@ def check_module(
                 f"{where}: it averages or shards gradients before the noise; DP-IRW is built for "
                 "opacus.distributed.DifferentiallyPrivateDistributedDataParallel"
             )
-        if weighed_by(child) or any(_is_irw_hook(hook) for hook in _hooks(child)):
+        if weighed_by(child) or any(map(_is_irw_hook, _hooks(child))):
             raise DPGuaranteeError(
-                f"an IRWOptimizer (or a private one in ghost mode) is attached to the model: "
-                f"{_REWEIGHTED_EARLIER}"
+                f"an IRWOptimizer, or a private one in ghost mode, is attached to the model: "
+                f"{_REWEIGHTED}"
             )
     if criterion is not None and not isinstance(follower_of(criterion), PendingBatch | None):
-        raise DPGuaranteeError(
-            f"an IRWOptimizer is attached to the criterion: {_REWEIGHTED_EARLIER}"
-        )
+        raise DPGuaranteeError(f"an IRWOptimizer is attached to the criterion: {_REWEIGHTED}")
     own = set(module.parameters())
     foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in own]
     if foreign:  # nothing makes their gradients private
@@ -235,15 +222,13 @@ def check_module(
         )
 
 
-_REWEIGHTED_EARLIER = (
-    "it reweights the gradients by the whole batch before they are clipped. Call its detach() first"
-)
+_REWEIGHTED = "gradients are reweighted before they are clipped. Call its detach() first"
 
 
 def _hooks(module: nn.Module) -> list[Callable[..., Any]]:
     tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    hooks = [hook for table in tables for hook in table.values()]
-    return [*hooks, vars(module)["forward"]] if "forward" in vars(module) else hooks
+    replaced = [forward] if (forward := vars(module).get("forward")) else []
+    return [hook for table in tables for hook in table.values()] + replaced
 
 
 def _is_irw_hook(hook: Callable[..., Any]) -> bool:
@@ -252,3 +237,28 @@ def _is_irw_hook(hook: Callable[..., Any]) -> bool:
         hook = hook.func
     home = getattr(hook, "__module__", None) or type(hook).__module__
     return home.startswith("irw_optim.") and not home.startswith("irw_optim.privacy.")
+
+
+def check_checkpoint(saved: Any, config: IRWDPConfig, parameters: Sequence[Tensor]) -> None:
+    """Raise unless it is one of an IRWDPOptimizer with these parameters, and of this model."""
+    if saved is None:
+        raise ValueError("state_dict has no 'irw_dp' entry: expected that of an IRWDPOptimizer")
+    differing = [
+        f"{name}={value!r} here, {saved['config'].get(name)!r} saved"
+        for name, value in asdict(config).items()
+        if saved["config"].get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"state_dict was saved with other DP-IRW parameters ({'; '.join(differing)}): expected "
+            "the same IRWDPConfig"
+        )
+    shapes = [None if v is None else v.shape for v in saved["direction"]]
+    wanted = [p.shape for p in parameters]
+    if len(shapes) != len(wanted) or any(
+        shape not in (None, like) for shape, like in zip(shapes, wanted, strict=True)
+    ):
+        raise ValueError(
+            f"state_dict's direction has tensors of shapes {shapes} but the parameters have "
+            f"{wanted}: expected the same model"
+        )

@@ -5,10 +5,56 @@ how sure that is. A remedy is a function of a `Training` that returns a trained 
 own takes part as well.
 """
 
-from irw_optim.remedies._compare import compare_remedies as compare_remedies
-from irw_optim.remedies._comparison import Comparison, Difference
-from irw_optim.remedies._training import REMEDIES as REMEDIES
-from irw_optim.remedies._training import Fitted, Recipe, Remedy, Training
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from irw_optim.arguments import as_whole, whole_number
+from irw_optim.criterion import validate_criterion
+from irw_optim.metrics._inputs import ArrayLike, GroupsLike
+from irw_optim.remedies._comparison import Comparison
+from irw_optim.remedies._data import (
+    Data,
+    Numbers,
+    Samples,
+    cluster_numbers,
+    group_names,
+    logits_of,
+)
+from irw_optim.remedies._judging import (
+    Difference,
+    Judge,
+    conclude,
+    signs_of_hurt,
+    unseen_by_clusters,
+)
+from irw_optim.remedies._training import (
+    ORACLE,
+    PLAIN,
+    REMEDIES,
+    Fitted,
+    Recipe,
+    Remedy,
+    Training,
+    oracle_logits,
+)
+from irw_optim.restored import randomness_restored
+from irw_optim.schemes.batch_losses import Forward
+from irw_optim.schemes.progress import progress_bar
+from irw_optim.weighting.ranges import check_alpha
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "Comparison",
@@ -18,3 +64,219 @@ __all__ = [
     "Remedy",
     "Training",
 ]
+
+ADAM = partial(torch.optim.Adam, lr=1e-3)
+
+
+def compare_remedies(
+    make_model: Callable[[], nn.Module],
+    criterion: nn.Module,
+    train: Data,
+    validation: Data,
+    *,
+    groups: GroupsLike | None = None,
+    remedies: Iterable[str] | Mapping[str, Remedy] | None = None,
+    seeds: int | Iterable[int] = 5,
+    epochs: int = 10,
+    batch_size: int = 128,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = ADAM,
+    scheduler: Callable[[torch.optim.Optimizer, int], Any] | None = CosineAnnealingLR,
+    alpha: float = 0.3,
+    clusters: ArrayLike | None = None,
+    n_clusters: int = 4,
+    min_cell: int = 20,
+    forward: Forward | None = None,
+    loader_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Train a model with each remedy, and say which one to take, if any, and how sure that is.
+
+    Every remedy starts from the same initialisation of a seed and takes the same number of steps
+    (balancing with half the steps: half of them; the two stages: a fifth more, for the early
+    model). All is measured on the validation data, after the last step: nothing is selected.
+
+    Needs the extra: ``pip install "irw-optim[report]"``.
+
+    Args:
+        make_model: gives a new, untrained model: (N, classes) logits, or one number a sample.
+        criterion: a classification loss, as of `IRWOptimizer`.
+        train: a map-style data set, or ``(X, y)`` as NumPy arrays, tensors, lists or pandas.
+        validation: as ``train``, of other people.
+        groups: of the people of ``validation``, one column or several, which are intersected. They
+            add worst group and headroom, and decide; no remedy sees them.
+        remedies: names of `REMEDIES`, or ``{name: remedy}``, in the order in which a simpler one is
+            preferred; ``{**REMEDIES, "mine": mine}`` adds one. None takes all; plain is always in.
+        seeds: how many, or which.
+        epochs: of a training, in whole batches.
+        batch_size: of a step.
+        optimizer: makes one of the parameters; Adam with a learning rate of 0.001.
+        scheduler: ``scheduler(optimizer, steps)``, stepped after each step; cosine decay to 0. None
+            leaves the learning rate alone.
+        alpha: of the two single trainings with IRW.
+        clusters: (N,) of the validation data, in place of k-means of its inputs as they are.
+        n_clusters: of k-means.
+        min_cell: people that a cell or a group needs to count.
+        forward: ``forward(model, batch)`` gives the criterion's arguments, the model's output
+            first, for batches that are no pair (inputs, target).
+        loader_options: of the DataLoaders over data sets: ``num_workers``, ``collate_fn``.
+        progress: show a bar, on a terminal or in a notebook.
+
+    Raises:
+        ImportError: the extra ``report`` is not installed.
+        TypeError, ValueError: an argument that does not fit, before anything trains.
+
+    Warns:
+        UserWarning: no groups, and clusters that are seen to miss somebody.
+    """
+    for needed in ("fairlearn", "jinja2", "matplotlib", "pandas", "rich"):
+        if find_spec(needed) is None:
+            raise ImportError(f'compare_remedies needs {needed}: pip install "irw-optim[report]"')
+    chosen = _chosen(remedies)
+    count = as_whole(seeds)
+    asked = list(seeds) if isinstance(seeds, Iterable) else list(range(count or 0))
+    numbers = [number for number in map(as_whole, asked) if number is not None]
+    if not numbers or len(numbers) != len(asked):
+        raise ValueError(f"seeds={seeds!r}: expected how many, >= 1, or a list of whole numbers")
+    epochs = whole_number("epochs", epochs, 1)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    n_clusters = whole_number("n_clusters", n_clusters, 1)
+    min_cell = whole_number("min_cell", min_cell, 1)
+    alpha = check_alpha(alpha)
+    validate_criterion(criterion)
+    with randomness_restored():
+        model = make_model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"make_model() gave {model!r}: expected a torch.nn.Module")
+        options = loader_options or {}
+        people = Samples("train", train, model, criterion, options, forward)
+        judged = Samples("validation", validation, model, criterion, options, forward)
+        outputs, labels = people.read(model)
+        classes = logits_of(outputs[:1], criterion).shape[1]
+        _, truth = judged.read(model)
+        _check_optimizer(optimizer, scheduler, model)
+        if len(labels.unique()) < 2:
+            raise ValueError("train has a single class: expected two or more")
+        inputs = judged.inputs(needed=clusters is None)
+        cluster = cluster_numbers(inputs, clusters, n_clusters, judged)
+        named = None if groups is None else group_names(groups, judged)
+        judge = Judge(truth, cluster, named, min_cell)
+        steps = epochs * max(1, len(people) // batch_size)
+        recipe = Recipe(make_model, criterion, optimizer, scheduler, steps, batch_size, forward)
+        trainings = [Training(recipe, people, labels, classes, seed, alpha) for seed in numbers]
+        rare = min(truth.unique().tolist(), key=lambda label: int((labels == label).sum()))
+        runs, predictions = _train_all(trainings, chosen, judged, judge, rare, progress)
+        right = predictions[PLAIN] == judge.labels
+        flat = None if inputs is None else inputs.reshape(len(inputs), -1).cpu().numpy()
+        blind = None if named is not None else unseen_by_clusters(flat, judge, right)
+    if blind is not None:
+        warnings.warn(f"no groups were given, and {blind}", stacklevel=2)
+    settings = {
+        "training": f"{steps} steps of {min(batch_size, len(people))} samples ({epochs} epochs of "
+        f"{len(people):,}), {_named(optimizer)}, {_named(scheduler)}; the last step counts",
+        "validation": f"{len(judged):,} people",
+        "seeds": ", ".join(map(str, numbers)),
+    }
+    take, sentences = conclude(runs, predictions, judge, blind)
+    signs = signs_of_hurt(runs, rare)
+    return Comparison(runs, predictions, take, sentences, signs, settings, judge)
+
+
+def _train_all(
+    trainings: list[Training],
+    remedies: dict[str, Remedy],
+    judged: Samples,
+    judge: Judge,
+    rare: int,
+    progress: bool,
+) -> tuple[pd.DataFrame, dict[str, Numbers]]:
+    """Every remedy with every seed: a row of numbers for each, and what it predicts."""
+    import pandas as pd
+
+    recipe, labels, truth = trainings[0].recipe, trainings[0].labels, torch.from_numpy(judge.labels)
+    rows: list[dict[str, Any]] = []
+
+    def note(name: str, seed: int, logits: Tensor, **more: Any) -> None:
+        predicted = {"predicted": logits.argmax(1).numpy()}
+        rows.append({"remedy": name, "seed": seed, **judge.measure(logits), **more, **predicted})
+
+    steps = len(remedies) * len(trainings) * recipe.steps
+    with progress_bar("", steps, progress) as advance:
+        for i, training in enumerate(trainings):
+            training.advance = advance
+            for name, remedy in remedies.items():
+                advance(0, f"seed {i + 1} of {len(trainings)}, {name}")
+                training.spared, started = 0.0, time.perf_counter()
+                fitted = remedy(training)
+                seconds = time.perf_counter() - started + training.spared
+                fitted = fitted if isinstance(fitted, Fitted) else Fitted(fitted)
+                logits, of_train = (_decided(some, fitted) for some in (judged, training.samples))
+                measured = {
+                    "effective share": fitted.effective_share,
+                    "time": seconds,
+                    "rare, train": accuracy_of(rare, of_train, labels),
+                    "rare, validation": accuracy_of(rare, logits, truth),
+                    "held": fitted.held,
+                }
+                note(name, training.seed, logits, **measured)
+            if "group" in judge.parts:
+                note(ORACLE, training.seed, oracle_logits(training, judged, judge.parts["group"]))
+    runs = pd.DataFrame(rows).set_index(["remedy", "seed"])
+    each = runs.pop("predicted").groupby(level="remedy", sort=False)
+    return runs, {name: np.stack(list(predicted)) for name, predicted in each}
+
+
+def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, Remedy]:
+    """Plain first, then what was asked for."""
+    if isinstance(remedies, str):
+        remedies = [remedies]
+    if not isinstance(remedies, Mapping):
+        asked = list(REMEDIES if remedies is None else remedies)
+        unknown = [name for name in asked if name not in REMEDIES]
+        if unknown:
+            raise ValueError(
+                f"remedies={asked!r}: {unknown[0]!r} is none; expected names out of "
+                f"{list(REMEDIES)}, or {{name: remedy}} for one of your own"
+            )
+        remedies = {name: REMEDIES[name] for name in asked}
+    for name, remedy in remedies.items():
+        if not callable(remedy):
+            raise TypeError(f"remedies[{name!r}]={remedy!r}: expected a function of a Training")
+    return {PLAIN: REMEDIES[PLAIN], **remedies}
+
+
+def _check_optimizer(optimizer: Any, scheduler: Any, model: nn.Module) -> None:
+    try:
+        made = optimizer(model.parameters())
+    except Exception as error:
+        raise TypeError(
+            f"optimizer={optimizer!r} cannot be called with the parameters ({error}): expected a "
+            "function, for example lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        ) from error
+    if scheduler is not None and not callable(scheduler):
+        raise TypeError(
+            f"scheduler={scheduler!r}: expected a function of optimizer and number of steps, or "
+            " None for a constant learning rate"
+        )
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optimizer(parameters) gave {made!r}: expected a torch.optim.Optimizer")
+
+
+def _decided(samples: Samples, fitted: Fitted) -> Tensor:
+    """The logits by which a remedy decides, (N, classes)."""
+    logits = logits_of(samples.read(fitted.model)[0], samples.criterion)
+    return logits if fitted.shift is None else logits + fitted.shift
+
+
+def _named(made: Any) -> str:
+    """A factory in words."""
+    if made is None:
+        return "constant learning rate"
+    if isinstance(made, partial):
+        return f"{_named(made.func)}({', '.join(f'{k}={v}' for k, v in made.keywords.items())})"
+    return str(getattr(made, "__name__", type(made).__name__))
+
+
+def accuracy_of(label: int, logits: Tensor, labels: Tensor) -> float:
+    """Share of right predictions among the people of a class; NaN where there are none."""
+    own = labels == label
+    return float((logits[own].argmax(1) == label).double().mean())

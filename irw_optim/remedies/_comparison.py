@@ -1,46 +1,56 @@
-"""What was found: the table, the differences to plain training, and what may be concluded."""
+"""What was found: as a table, as sentences, as a figure, and as a page that needs nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from irw_optim.remedies._measuring import METRICS, Judge, Metric, Numbers, group_names
-from irw_optim.remedies._training import BALANCED, ORACLE, PLAIN
-from irw_optim.schemes.class_by_class import FEW
+from irw_optim.remedies._data import Numbers, group_names
+from irw_optim.remedies._judging import Difference, Judge, as_text, difference, worst_part
+from irw_optim.remedies._training import ORACLE, PLAIN
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CONFIDENCE = 0.95
 
-BY_HEART = 0.2
-"""How much better a class is in training than in validation where it is learnt by heart."""
+class Metric(NamedTuple):
+    """A column; ``sign`` is 1 where more is better, -1 where less is; ``percent`` is for shares."""
+
+    name: str
+    meaning: str
+    sign: int = 1
+    percent: bool = True
 
 
-class Difference(NamedTuple):
-    """A remedy minus plain training, seed by seed.
+METRICS = (
+    Metric("accuracy", "share of right predictions"),
+    Metric("worst group", "accuracy of the worst group that was named"),
+    Metric("worst class", "accuracy of the worst class"),
+    Metric("worst cell", "accuracy of the worst label × cluster cell"),
+    Metric("score", "mean of worst class and worst cell: what to choose by without groups"),
+    Metric("tail loss", "mean of the worst tenth of the log losses", -1, False),
+    Metric("calibration error", "mean gap between confidence and accuracy, ten bins", -1),
+    Metric("effective share", "effective sample size of the weights, share of N", 0),
+    Metric("time", "seconds of training", 0, False),
+)
 
-    Attributes:
-        mean: over the seeds.
-        low: of its t interval over the seeds; NaN for a single seed.
-        high: of the same.
-    """
 
-    mean: float
-    low: float
-    high: float
+# Of Okabe and Ito's colours; the markers say the same.
+LOOKS = {1: ("#0072B2", "^", "▲"), -1: ("#D55E00", "v", "▼"), 0: ("#777777", "o", "")}
 
-    @property
-    def clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
+
+def looks(found: Difference, metric: Metric) -> tuple[str, str, str]:
+    """Colour, marker and sign of what is clearly better than plain, clearly worse, or neither."""
+    return LOOKS[int(found.clear) * metric.sign * (1 if found.mean > 0 else -1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,170 +121,176 @@ class Comparison:
 
     def figure(self) -> Figure:
         """A panel for each metric, a dot and its interval for each remedy."""
-        from irw_optim.remedies._page import draw
+        from matplotlib import rc_context
 
-        return draw(self)
+        from irw_optim.monitor.figures import STYLE, ShownFigure
+
+        shown, names = self._shown
+        size = 2.6 * len(shown) + 1.6, 0.9 + 0.34 * len(names)
+        with rc_context(STYLE):
+            figure = ShownFigure(size, layout="constrained")
+            axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+            for axis, metric in zip(axes, shown, strict=True):
+                self._dots(axis, metric, names)
+        return figure
 
     def to_html(self, path: Any = None) -> str:
         """One page that needs nothing from anywhere else; written to ``path`` if one is given."""
-        from irw_optim.remedies._page import page
-
-        return page(self, path)
+        text = self._page(whole=True)
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text, encoding="utf-8")
+        return text
 
     def _repr_html_(self) -> str:
-        from irw_optim.remedies._page import page
-
-        return page(self, whole=False)
+        return self._page(whole=False)
 
     def __str__(self) -> str:
-        from irw_optim.remedies._page import cells
-
         left_out = ["score"] if ORACLE in self.predictions else []  # the groups decide
-        table = cells(self).drop(columns=["tail loss", "calibration error", "time", *left_out])
+        table = self._cells().drop(columns=["tail loss", "calibration error", "time", *left_out])
         marks = "▲ better, ▼ worse than plain: the 95 % interval over the seeds excludes 0"
         said = [f"A sign against {name}: {'; '.join(of)}." for name, of in self.signs.items()]
         lines = [fill(one, 98, break_on_hyphens=False) for one in (*self.sentences, *said)]
         return f"{table.to_string()}\n{marks}\n\n" + "\n".join(lines)
 
+    def _cells(self) -> pd.DataFrame:
+        """The table as text: ▲ and ▼ stand for clearly better and worse than plain."""
+        table = self.table.astype(object)
+        for metric in self.metrics:
+            for name, value in self.table[metric.name].items():
+                mark = looks(self.difference(str(name), metric.name), metric)[2] or " "
+                number = f"{100 * value:.1f}" if metric.percent else f"{value:.2f}"
+                table.loc[name, metric.name] = f"{'' if np.isnan(value) else number} {mark}"
+        return table.rename_axis(None)
 
-def paired(runs: pd.DataFrame, remedy: str, other: str, metric: str) -> Numbers:
-    """One remedy minus another, (seeds,)."""
-    found: Numbers = (runs.loc[remedy, metric] - runs.loc[other, metric]).to_numpy()
-    return found
+    @property
+    def _shown(self) -> tuple[list[Metric], list[str]]:
+        """The shares where more is better, and the rows."""
+        shown = [m for m in self.metrics if m.percent and m.sign > 0]
+        if ORACLE in self.predictions:  # the groups decide
+            shown = [m for m in shown if m.name != "score"]
+        return shown, [name for name in self.predictions if name != PLAIN]
 
-
-def difference(runs: pd.DataFrame, remedy: str, metric: str, other: str = PLAIN) -> Difference:
-    """Of one remedy to plain training, or to another."""
-    from scipy import stats
-
-    differences = paired(runs, remedy, other, metric)
-    mean, number = float(differences.mean()), len(differences)
-    if number < 2:
-        return Difference(mean, np.nan, np.nan)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, number - 1) * differences.std(ddof=1) / number**0.5
-    return Difference(mean, mean - float(half), mean + float(half))
-
-
-def worst_part(judge: Judge, kind: str, predicted: Numbers) -> tuple[Any, int, float]:
-    """The part that fares worst on average over the seeds: name, people, accuracy."""
-    found = judge.accuracies(kind, predicted == judge.labels).mean(0)
-    worst = int(found.argmin())
-    return judge.names[kind][worst], int(judge.sizes(kind)[worst]), float(found[worst])
-
-
-def signs_of_hurt(runs: pd.DataFrame, rare: int) -> dict[str, list[str]]:
-    """How each remedy is seen to hurt, for those that are; ``rare`` is training's rarest class."""
-    means = runs.groupby(level="remedy", sort=False).mean()
-    apart = means["rare, train"] - means["rare, validation"]
-    found: dict[str, list[str]] = {}
-    for name in means.index.drop([PLAIN, ORACLE], errors="ignore"):
-        one, said = means.loc[name], found.setdefault(name, [])
-        if apart[name] > max(BY_HEART, apart[PLAIN] + BY_HEART / 2):
-            said.append(
-                f"it learns class {rare} by heart: {one['rare, train']:.0%} right in training, "
-                f"{one['rare, validation']:.0%} in validation"
+    def _dots(self, axis: Axes, metric: Metric, names: list[str]) -> None:
+        axis.axvline(0, color="black", linewidth=1)
+        for row, name in enumerate(names):
+            found = self.difference(name, metric.name)
+            colour, marker, _ = looks(found, metric)
+            low, high = np.nan_to_num([found.mean - found.low, found.high - found.mean])
+            axis.errorbar(
+                100 * found.mean,
+                row,
+                xerr=[[100 * low], [100 * high]],
+                fmt=marker,
+                color=colour,
+                markerfacecolor="none" if name == ORACLE else colour,
             )
-        if one["held"] and one["effective share"] < FEW:
-            said.append(f"its held weights rest on {one['effective share']:.0%} of the samples")
-        if BALANCED in means.index and name != BALANCED:
-            more = difference(runs, name, "accuracy", BALANCED)
-            if more.high < 0 or (np.isnan(more.high) and more.mean < 0):
-                lost = Difference(-more.mean, -more.high, -more.low)
-                said.append(f"it costs accuracy, {points(lost)} more than {BALANCED}")
-    return {name: said for name, said in found.items() if said}
+        axis.set_title(f"{metric.name} (plain: {self.table.loc[PLAIN, metric.name]:.1%})")
+        axis.set_xlabel("points against plain")
+        axis.grid(axis="y", visible=False)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+
+    def _panels(self) -> Iterator[str]:
+        """The figure as an SVG for each metric, which takes the colour of the text around it."""
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        from irw_optim.monitor.figures import STYLE
+
+        shown, names = self._shown
+        bare = {"figure.facecolor": "none", "axes.facecolor": "none", "grid.color": "#8885"}
+        for metric in shown:
+            with rc_context(STYLE | bare | {"axes.titlesize": 8.5}):
+                figure = Figure((3.5, 0.9 + 0.25 * len(names)), layout="constrained")
+                self._dots(figure.subplots(), metric, names)
+                file = io.StringIO()
+                figure.savefig(file, format="svg", metadata={"Date": None})
+            said = f'<svg role="img" aria-label="{metric.name}, differences to plain"'
+            text = file.getvalue().replace("<svg", said, 1).replace("#000000", "currentColor")
+            yield text[text.index("<svg") :]
+
+    def _page(self, whole: bool) -> str:
+        """The sentences and the figure first; what is long can be opened."""
+        from jinja2 import Environment, StrictUndefined
+
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+        return environment.from_string(PAGE).render(
+            result=self,
+            whole=whole,
+            panels=self._panels(),
+            table=_html(self._cells()),
+            more=dict(self._more()),
+        )
+
+    def _more(self) -> Iterator[tuple[str, str]]:
+        """What is long: titles and tables."""
+        import pandas as pd
+
+        def told(name: str, metric: Metric) -> str:
+            found = self.difference(name, metric.name)
+            return f"{as_text(found, '', metric.percent)} {looks(found, metric)[2]}"
+
+        names = [name for name in self.predictions if name != PLAIN]
+        known = [metric for metric in self.metrics if metric.sign]
+        differences = {metric.name: [told(name, metric) for name in names] for metric in known}
+        title = "Differences to plain training, with their intervals"
+        yield title, _html(pd.DataFrame(differences, names))
+        for kind, parts in self.judge.names.items():
+            shares = {
+                name: 100 * self.judge.accuracies(kind, predicted == self.judge.labels).mean(0)
+                for name, predicted in self.predictions.items()
+            }
+            if kind == "cell":
+                parts = [f"class {name}, cluster {', '.join(map(str, of))}" for name, of in parts]
+            table = pd.DataFrame({"people": self.judge.sizes(kind), **shares}, parts)
+            yield f"Accuracy of every {kind}", _html(table.rename_axis(columns=kind), 1)
+        yield "Every run", _html(self.runs.drop(columns=["held"]).reset_index(), 3, index=False)
 
 
-def conclude(
-    runs: pd.DataFrame,
-    predictions: Mapping[str, Numbers],
-    judge: Judge,
-    blind: str | None,
-) -> tuple[str, list[str]]:
-    """The remedy to take, and five sentences."""
-    names = [name for name in predictions if name not in (PLAIN, ORACLE)]
-    moves = {name: judge.moves(found == judge.labels) for name, found in predictions.items()}
-    grouped = "group" in judge.parts
-    metric = "worst group" if grouped else "score"
-    means = runs[metric].groupby(level="remedy").mean()
-
-    def better(one: str, other: str, confidence: float) -> bool:
-        differences = paired(runs, one, other, metric)
-        return beyond_chance(differences, moves[one] - moves[other], confidence)
-
-    adjusted = 1 - (1 - CONFIDENCE) / max(1, len(names))
-    clear = [name for name in names if better(name, PLAIN, adjusted)]
-    if clear:
-        best = max(clear, key=means.get)
-        shown = take = next(name for name in clear if not better(best, name, CONFIDENCE))
-        first = f"Take {take}, the simplest of those that are not clearly worse than the best"
-    else:
-        take, shown = PLAIN, max(names, key=means.get, default=PLAIN)
-        first = f"No remedy is clearly better than plain training; the nearest is {shown}"
-    gain, price = difference(runs, shown, metric), difference(runs, shown, "accuracy")
-    part, people, share = worst_part(judge, "group" if grouped else "cell", predictions[take])
-    whose = part if grouped else f"class {part[0]} in cluster {', '.join(map(str, part[1]))}"
-    error = np.sqrt(share * (1 - share) / people)
-    worst_off = (
-        f"Worst off under {take}: {whose}, {people:,} people, of whom {share:.0%} are decided "
-        f"rightly (standard error {error:.1%})."
-    )
-    number = len(runs.loc[PLAIN])
-    sure = (
-        "One seed has no spread, so nothing here is sure."
-        if number < 2
-        else f"“Clearly” is beyond chance at {CONFIDENCE:.0%}, over {number} seeds and over the "
-        f"people of the validation data alike, adjusted for {len(names)} remedies."
-    )
-    if take == PLAIN and number < 5:
-        sure += " More seeds would make the intervals narrower."
-    last = "Without groups, clusters stand in for them: whom they do not see, this does not know."
-    if blind is not None:
-        last = f"Without groups, mind: {blind}."
-    elif grouped:
-        room = difference(runs, ORACLE, metric)
-        rest = ": reweighting has little to offer here"
-        if room.low > 0:
-            rest = f", of which {shown} recovers {gain.mean / room.mean:.0%}"
-        last = f"Headroom: a last layer fitted anew, groups known, has {points(room)}{rest}."
-    what = "worst group" if grouped else "mean of worst class and worst label × cluster cell"
-    sentences = [
-        f"{first}: {points(gain)} in the {what}.",
-        f"Its accuracy is {runs.loc[shown, 'accuracy'].mean():.1%}, {points(price)} against plain.",
-        worst_off,
-        sure,
-        last,
-    ]
-    return take, sentences
+def _html(table: pd.DataFrame, digits: int = 0, index: bool = True) -> str:
+    numbers = f"{{:.{digits}f}}".format
+    text: str = table.to_html(border=0, na_rep="", float_format=numbers, index=index)
+    return text
 
 
-def beyond_chance(differences: Numbers, moves: Numbers, confidence: float) -> bool:
-    """Whether the mean of paired differences (seeds,) is above what is made by chance.
-
-    ``moves`` (N,) is how each person moves it. The variances of seeds and people add up, by
-    Satterthwaite's degrees of freedom.
-    """
-    from scipy import stats
-
-    number = len(differences)
-    if number < 2:
-        return False
-    of_seeds, of_people = differences.var(ddof=1) / number, (moves**2).sum()
-    freedom = (number - 1) * (of_seeds + of_people) ** 2 / max(of_seeds**2, 1e-300)
-    limit = stats.t.ppf((1 + confidence) / 2, freedom) * (of_seeds + of_people) ** 0.5
-    return bool(differences.mean() > limit)
-
-
-def as_text(found: Difference, unit: str = "", percent: bool = True) -> str:
-    """A difference with its interval; shares in points.
-
-    >>> as_text(Difference(0.1, 0.05, 0.15), " points")
-    '+10.0 points (+5.0 to +15.0)'
-    """
-    scale, digits = (100, 1) if percent else (1, 2)
-    mean, low, high = (f"{scale * value:+.{digits}f}".replace("-", "−") for value in found)
-    return f"{mean}{unit}" + ("" if np.isnan(found.low) else f" ({low} to {high})")
-
-
-def points(found: Difference) -> str:
-    """A difference of shares in points."""
-    return as_text(found, " points")
+PAGE = """{% if whole %}<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Remedies compared</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"></head><body>{% endif %}
+<div class="irw-remedies">
+<style>
+.irw-remedies { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; }
+.irw-remedies ol > li:first-child { font-weight: 600; }
+.irw-remedies figure { margin: 1em 0; display: grid; gap: 1em;
+  grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
+.irw-remedies figcaption { grid-column: 1 / -1; }
+.irw-remedies svg { width: 100%; height: auto; max-width: 28rem; fill: currentColor; }
+.irw-remedies div { overflow-x: auto; }
+.irw-remedies table { border-collapse: collapse; }
+.irw-remedies :is(th, td) { padding: .2em .6em; text-align: right; white-space: nowrap; }
+.irw-remedies thead th { white-space: normal; vertical-align: bottom; }
+.irw-remedies :is(th, td):first-child { text-align: left; position: sticky; left: 0;
+  background: var(--jp-layout-color0, var(--vscode-editor-background, Canvas)); }
+.irw-remedies tr { border-bottom: 1px solid #8885; }
+.irw-remedies summary { cursor: pointer; padding: .2em 0; }
+@media (max-width: 30rem) { .irw-remedies tbody :is(th, td):first-child { white-space: normal; } }
+</style>
+<h1>Which remedy, if any?</h1>
+<ol>{% for sentence in result.sentences %}<li>{{ sentence }}</li>{% endfor %}</ol>
+<figure>{% for panel in panels %}{{ panel | safe }}{% endfor %}<figcaption>Differences to plain
+training, mean and 95 % t interval over the seeds, paired: ▲ better, ▼ worse, ● neither.
+</figcaption></figure>
+<div>{{ table | safe }}</div>
+{% if result.signs %}<h2>Signs that a remedy hurts</h2><ul>
+{% for name, said in result.signs.items() %}<li>{{ name }}: {{ said | join("; ") }}.</li>
+{% endfor %}</ul>{% endif %}
+<details><summary>What the columns are, and how it was made</summary><dl>
+{% for m in result.metrics %}<dt>{{ m.name }}</dt><dd>{{ m.meaning }}{% if m.percent %}, in %
+{% endif %}</dd>{% endfor %}{% for name, value in result.settings.items() %}<dt>{{ name }}</dt>
+<dd>{{ value }}</dd>{% endfor %}</dl></details>
+{% for title, table in more.items() %}<details><summary>{{ title }}</summary>
+<div>{{ table | safe }}</div></details>
+{% endfor %}
+</div>{% if whole %}</body></html>{% endif %}
+"""

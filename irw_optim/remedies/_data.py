@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.metrics._inputs import as_array, as_classes, check_numbers
+from irw_optim.metrics._clusters import as_rows, kmeans
+from irw_optim.metrics._groups import intersect
+from irw_optim.metrics._inputs import (
+    as_array,
+    as_classes,
+    as_columns,
+    as_vector,
+    check_lengths,
+    check_numbers,
+)
 from irw_optim.schemes.batch_losses import BatchLosses, Forward, eval_mode, inputs_and_target
+
+Numbers = npt.NDArray[Any]
 
 Data: TypeAlias = Dataset[Any] | tuple[Any, Any]
 """A map-style data set, or ``(X, y)``: NumPy arrays, tensors, lists or pandas."""
@@ -59,6 +71,20 @@ class Samples:
             drawn = (piece.tolist() for piece in pieces)
             options = {k: v for k, v in self.options.items() if k != "batch_size"}
             yield from DataLoader(self.dataset, batch_sampler=drawn, **options)
+
+    def inputs(self, needed: bool) -> Tensor | None:
+        """Those of all samples, (N, ...), where they are at hand or ``needed`` for clusters."""
+        if type(self.dataset) is TensorDataset:
+            return self.dataset.tensors[0]
+        found = []
+        for batch in self.batches(torch.arange(len(self)).split(1024)) if needed else ():
+            if not isinstance(batch, list | tuple) or not isinstance(batch[0], Tensor):
+                raise ValueError(
+                    f"the inputs of {self.name} are no tensors, so they cannot be clustered: give "
+                    "clusters=, (N,) numbers from any clustering of the people, or of an embedding"
+                )
+            found.append(batch[0])
+        return torch.cat(found) if found else None
 
     def read(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Outputs (N, ...) and classes (N,) of all samples, in evaluation mode, on the CPU."""
@@ -161,3 +187,50 @@ def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
         return x.long()
     parameter = next(model.parameters(), None)
     return x.to(torch.get_default_dtype() if parameter is None else parameter.dtype)
+
+
+def logits_of(outputs: Tensor, criterion: nn.Module) -> Tensor:
+    """Outputs of a model, (N,), (N, 1) or (N, C), as logits (N, C) with C >= 2.
+
+    >>> logits_of(torch.tensor([2.0]), nn.BCEWithLogitsLoss())
+    tensor([[0., 2.]])
+    """
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        return outputs.float()
+    if outputs.ndim > 2 or (outputs.ndim == 2 and outputs.shape[1] == 0):
+        raise ValueError(
+            f"the model's outputs have shape {tuple(outputs.shape)}: expected (N, classes), or one "
+            "number a sample for two classes"
+        )
+    one = outputs.float().flatten()
+    if isinstance(criterion, nn.BCELoss):
+        one = one.clamp(1e-7, 1 - 1e-7).logit()
+    return torch.stack([torch.zeros_like(one), one], 1)
+
+
+def group_names(groups: Any, people: Sized) -> Numbers:
+    """The group of each person, (N,): the values of all columns, numbers with the column's name."""
+    columns = as_columns(groups)
+    for name, column in columns.items():
+        check_lengths(**{"validation": people, f"groups[{name!r}]": column})
+    texts = [
+        [str(v) if column.dtype.kind in "US" else f"{name} {v}" for v in column]
+        for name, column in columns.items()
+    ]
+    return np.array([", ".join(values) for values in zip(*texts, strict=True)])
+
+
+def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, people: Sized) -> Numbers:
+    """The cluster of each person, (N,): as given, or by k-means of the inputs as they are."""
+    if clusters is not None:
+        numbers = as_vector("clusters", clusters, "cluster")
+        check_lengths(validation=people, clusters=numbers)
+        return intersect({"cluster": numbers})[1]
+    try:
+        rows = as_rows(as_array(inputs))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"validation inputs cannot be clustered ({error}): give clusters=, (N,) numbers from "
+            "any clustering of them, or of an embedding"
+        ) from error
+    return kmeans(rows, min(n_clusters, len(rows)), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from irw_optim import IRWOptimizer
-from irw_optim.remedies._data import ClassLosses, Samples
-from irw_optim.remedies._measuring import Judge
+from irw_optim.remedies._data import ClassLosses, Numbers, Samples
 from irw_optim.schemes import ClassByClassSampler
 from irw_optim.schemes.batch_losses import Forward
 
@@ -60,11 +60,9 @@ class Recipe:
 
     Attributes:
         make_model: gives an untrained model.
-        criterion: of the training.
         optimizer: makes an optimizer of the parameters.
         scheduler: makes a learning rate's schedule of optimizer and number of steps; None: none.
-        steps: of a training.
-        batch_size: of a step.
+        steps: of one training, with ``batch_size`` samples each.
         forward: gives the criterion's arguments; None for batches (inputs, target).
     """
 
@@ -82,7 +80,6 @@ class Training:
     """What a remedy is given: one seed's training, with all that the remedies share.
 
     Attributes:
-        recipe: model, criterion, optimizer, steps.
         samples: the training data; ``samples.loader()`` reads it in order.
         labels: (N,) int64, its classes.
         classes: how many outputs the model decides between.
@@ -232,11 +229,11 @@ REMEDIES: dict[str, Remedy] = {
 """By name, in the order in which a simpler one is preferred to one that is no better."""
 
 
-def oracle_logits(training: Training, samples: Samples, judge: Judge) -> Tensor:
+def oracle_logits(training: Training, samples: Samples, groups: Numbers) -> Tensor:
     """Logits (N, C) of plain training's model, its last layer fitted again with groups balanced.
 
-    Each half of the people is decided by a layer fitted to the other half, whose groups it is told
-    (Kirichenko et al. 2023, "Last layer re-training is sufficient").
+    Each half of the people is decided by a layer fitted to the other half, whose groups it is told,
+    by number, -1 for nobody's (Kirichenko et al. 2023, "Last layer re-training is sufficient").
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
@@ -245,20 +242,19 @@ def oracle_logits(training: Training, samples: Samples, judge: Judge) -> Tensor:
     model = plain(training).model
     seen: list[Tensor] = []
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    hooks = [
-        m.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach())) for m in linear[-1:]
-    ]
-    outputs, labels = samples.read(model)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for layer in linear[-1:]:
+            hook = layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
+            hooks.callback(hook.remove)
+        outputs, labels = samples.read(model)
     features = torch.cat(seen).cpu() if seen else outputs
     if features.ndim != 2 or len(features) != len(labels):
         features = outputs.reshape(len(labels), -1)
-    x, y, codes = StandardScaler().fit_transform(features), labels.numpy(), judge.parts["group"]
-    weight = (codes >= 0) / np.bincount(codes + 1, minlength=2)[codes + 1].clip(min=1)
+    x, y = StandardScaler().fit_transform(features), labels.numpy()
+    weight = (groups >= 0) / np.bincount(groups + 1, minlength=2)[groups + 1].clip(min=1)
     found = torch.full((len(y), training.classes), -100.0)
     halves = StratifiedKFold(2, shuffle=True, random_state=0)
-    for one, other in halves.split(x, np.maximum(codes, 0)):
+    for one, other in halves.split(x, np.maximum(groups, 0)):
         scaled = weight[one] / weight[one].mean()
         fit = LogisticRegression(max_iter=1000).fit(x[one], y[one], scaled)
         said = np.log(fit.predict_proba(x[other]).clip(min=1e-30))

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses
-from irw_optim.distributed.sharding import check_whole
+from irw_optim.processes import check_whole
 from irw_optim.restored import randomness_restored
 
 logger = logging.getLogger("irw_optim")

@@ -3,12 +3,281 @@
 The extra ``sklearn`` has what it needs: ``pip install "irw-optim[sklearn]"``.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 try:
     import skorch  # noqa: F401
 except ImportError as error:
     raise ImportError('irw_optim.sklearn needs skorch: pip install "irw-optim[sklearn]"') from error
 
-from irw_optim.sklearn._estimators import IRWClassifier, IRWRegressor
-from irw_optim.sklearn._net import mlp
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.base import ClassifierMixin, RegressorMixin
+from sklearn.utils import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from irw_optim.arguments import as_real
+from irw_optim.gradients.selection import ScoreParameters
+from irw_optim.sklearn._net import (
+    Estimator,
+    ReweightedClassifier,
+    ReweightedRegressor,
+    mlp,
+    refuse,
+    takes,
+)
+from irw_optim.weighting import ScoreRule
+from irw_optim.weighting.outliers import OutlierFilter
 
 __all__ = ["IRWClassifier", "IRWRegressor", "mlp"]
+
+
+class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
+    """A neural network trained with intrinsic reweighting, as a classifier of scikit-learn.
+
+    Each `fit` makes a module, a criterion and an optimizer, wraps the optimizer in
+    `irw_optim.IRWOptimizer`, and trains for ``max_epochs`` on shuffled batches with skorch.
+    Arguments of what is made have its prefix, as in skorch: ``module__dropout=0.1``,
+    ``optimizer__weight_decay=1e-4``, ``criterion__label_smoothing=0.1``. Standardise the columns
+    of X first, as for every neural network. X may be sparse: it is made dense batch by batch.
+
+    Args:
+        module: None for `mlp`, or a class, function or instance that makes (B, classes) logits out
+            of float32 rows (B, features, ...). A class or function with arguments ``n_features``
+            and ``n_outputs`` is told both; an instance is copied for every fit.
+        alpha: lower bound on the share of the smallest group, in (0, 1].
+        outliers, center, class_balance, mix, warmup_steps, score_parameters, weighting, engine:
+            those of `irw_optim.IRWOptimizer`.
+        class_weight: None, ``"balanced"``, or {label: factor}: factors on the losses, given to the
+            criterion as ``weight=``. The worst-off are found among the losses times these.
+        threshold: for two classes: `predict` says ``classes_[1]`` where its probability is at least
+            this, without another fit. None takes the likeliest class.
+        criterion: None for `torch.nn.CrossEntropyLoss`, or the class of one that takes logits and
+            class numbers.
+        optimizer: the class of any torch optimizer.
+        lr, max_epochs, callbacks, device, verbose: those of skorch.
+        batch_size: samples in a batch; the worst-off are alpha * batch_size of them.
+        train_split: None, or a split of skorch such as ``ValidSplit(5, stratified=True)``, whose
+            second part is not trained on but scored after every epoch.
+        predict_nonlinearity: from the module's output to probabilities; ``"auto"`` is softmax for
+            `torch.nn.CrossEntropyLoss`, and nothing for others.
+        random_state: of parameters, order and dropout: a seed, a `numpy.random.RandomState`, or
+            None for NumPy's global one. torch's own random state is left as it was.
+
+    Attributes:
+        classes_: (C,) the labels, sorted.
+        n_features_in_: columns of X.
+        feature_names_in_: their names, where X had names of strings.
+        net_: the net of skorch, with ``module_``, ``history`` and ``optimizer_``, the
+            `irw_optim.IRWOptimizer`.
+
+    >>> from sklearn.datasets import load_iris
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sklearn.preprocessing import StandardScaler
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = make_pipeline(StandardScaler(), IRWClassifier(alpha=0.3, random_state=0))
+    >>> model.fit(X, y).predict_proba(X).shape
+    (150, 3)
+    """
+
+    _net = ReweightedClassifier
+    _criterion = nn.CrossEntropyLoss
+    _meaning = "one for each class of y"
+    classes_: npt.NDArray[Any]
+
+    def __init__(
+        self,
+        module: Any = None,
+        *,
+        alpha: float = 0.3,
+        outliers: OutlierFilter | None = None,
+        center: float = 0.0,
+        class_balance: bool = False,
+        mix: float = 0.0,
+        warmup_steps: int = 0,
+        score_parameters: ScoreParameters = None,
+        weighting: str | ScoreRule = "irw",
+        engine: str = "auto",
+        class_weight: Any = None,
+        threshold: float | None = None,
+        criterion: Any = None,
+        optimizer: Any = torch.optim.Adam,
+        lr: float = 0.001,
+        max_epochs: int = 50,
+        batch_size: int = 64,
+        callbacks: Any = None,
+        train_split: Any = None,
+        predict_nonlinearity: Any = "auto",
+        device: Any = "cpu",
+        random_state: Any = None,
+        verbose: int = 0,
+        **nested: Any,
+    ) -> None:
+        self._keep(locals())
+
+    def fit(self, X: Any, y: Any, **refused: Any) -> IRWClassifier:
+        """Train a new net on (N, features) and N labels, which may be strings.
+
+        Raises:
+            TypeError, ValueError: data or arguments that are impossible; ``sample_weight``.
+        """
+        refuse(refused)
+        return self._fit(X, y, self.max_epochs)
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, **refused: Any) -> IRWClassifier:
+        """Train on, one pass over these data; the first call begins, and is told all classes.
+
+        Raises:
+            ValueError: no classes in the first call, or labels that are none of them.
+        """
+        refuse(refused)
+        begin = not hasattr(self, "net_")
+        if begin and classes is None:
+            raise ValueError(
+                "classes=None in the first call of partial_fit: expected all labels that there "
+                "will be, partial_fit(X, y, classes=numpy.unique(all_labels))"
+            )
+        if begin and isinstance(self.class_weight, str):
+            raise ValueError(
+                f"class_weight={self.class_weight!r} needs all data at once: expected "
+                "{label: factor} for partial_fit, or fit"
+            )
+        return self._fit(X, y, 1, begin, classes)
+
+    def _fit(
+        self, X: Any, y: Any, epochs: int, begin: bool = True, classes: Any = None
+    ) -> IRWClassifier:
+        X, y = self._checked(X, y, reset=begin)
+        check_classification_targets(y)
+        if begin:
+            self._begin_with(np.unique(y if classes is None else classes), X, y)
+        unknown = np.setdiff1d(y, self.classes_)
+        if len(unknown):
+            raise ValueError(
+                f"y has labels that are not among classes: {unknown.tolist()}; expected some of "
+                f"{self.classes_.tolist()}, or fit on all of them"
+            )
+        return self._train(X, np.searchsorted(self.classes_, y), epochs)  # type: ignore[no-any-return]
+
+    def _begin_with(self, classes: npt.NDArray[Any], X: Any, y: Any) -> None:
+        self._check_threshold(len(classes))
+        options = {}
+        if self.class_weight is not None:
+            if self.criterion is not None and not takes(self.criterion, "weight"):
+                raise TypeError(
+                    f"class_weight={self.class_weight!r} goes to the criterion as weight=: "
+                    "expected criterion=torch.nn.CrossEntropyLoss or another class that takes it, "
+                    f"not {self.criterion}"
+                )
+            factors = compute_class_weight(self.class_weight, classes=classes, y=y)
+            options["criterion__weight"] = torch.as_tensor(factors, dtype=torch.float32)
+        self._begin(X, len(classes), **options)
+        self.classes_ = classes
+
+    def _check_threshold(self, classes: int) -> None:
+        if self.threshold is None:
+            return
+        if (share := as_real(self.threshold)) is None or not 0 <= share <= 1:
+            raise ValueError(
+                f"threshold={self.threshold!r}: expected None, or a probability in [0, 1] from "
+                "which on classes_[1] is predicted"
+            )
+        if classes != 2:
+            raise ValueError(
+                f"threshold={self.threshold!r} with {classes} classes: expected None, which takes "
+                "the likeliest, or two classes"
+            )
+
+    def predict_proba(self, X: Any) -> npt.NDArray[Any]:
+        """Probabilities (N, classes), in the order of ``classes_``.
+
+        Raises:
+            ValueError: what the module gives are no probabilities.
+        """
+        scores = self._predicted(X).astype(np.float64)
+        if (scores < 0).any() or (abs(scores.sum(1) - 1) > 1e-3).any():
+            raise ValueError(
+                f"predict_nonlinearity={self.predict_nonlinearity!r} makes no probabilities with "
+                f"the criterion {self.net_.criterion_}: expected a function from the module's "
+                "output, such as functools.partial(torch.softmax, dim=1)"
+            )
+        return scores / scores.sum(1, keepdims=True)  # type: ignore[no-any-return]
+
+    def predict(self, X: Any) -> npt.NDArray[Any]:
+        """The likeliest label of each row, or by ``threshold``."""
+        check_is_fitted(self, "net_")
+        self._check_threshold(len(self.classes_))
+        if self.threshold is None:
+            return self.classes_[self._predicted(X).argmax(1)]  # type: ignore[no-any-return]
+        second = self.predict_proba(X)[:, 1] >= self.threshold
+        return self.classes_[second.astype(int)]  # type: ignore[no-any-return]
+
+
+class IRWRegressor(RegressorMixin, Estimator):  # type: ignore[misc]
+    """A neural network trained with intrinsic reweighting, as a regressor of scikit-learn.
+
+    Arguments and attributes are those of `IRWClassifier`, where they do not speak of classes. The
+    criterion is `torch.nn.MSELoss` where none is given, and gets outputs and targets of shape
+    (B, 1). Scale y, for example with `sklearn.compose.TransformedTargetRegressor`.
+
+    >>> from sklearn.datasets import make_regression
+    >>> from sklearn.preprocessing import scale
+    >>> X, y = make_regression(n_samples=100, n_features=3, random_state=0)
+    >>> IRWRegressor(alpha=0.3, random_state=0).fit(X, scale(y)).predict(X).shape
+    (100,)
+    """
+
+    _net = ReweightedRegressor
+    _criterion = nn.MSELoss
+    _meaning = "one number a row"
+
+    def __init__(
+        self,
+        module: Any = None,
+        *,
+        alpha: float = 0.3,
+        outliers: OutlierFilter | None = None,
+        center: float = 0.0,
+        mix: float = 0.0,
+        warmup_steps: int = 0,
+        score_parameters: ScoreParameters = None,
+        weighting: str | ScoreRule = "irw",
+        engine: str = "auto",
+        criterion: Any = None,
+        optimizer: Any = torch.optim.Adam,
+        lr: float = 0.001,
+        max_epochs: int = 50,
+        batch_size: int = 64,
+        callbacks: Any = None,
+        train_split: Any = None,
+        predict_nonlinearity: Any = "auto",
+        device: Any = "cpu",
+        random_state: Any = None,
+        verbose: int = 0,
+        **nested: Any,
+    ) -> None:
+        self._keep(locals())
+
+    def fit(self, X: Any, y: Any, **refused: Any) -> IRWRegressor:
+        """Train a new net on (N, features) and targets (N,); errors as of `IRWClassifier.fit`."""
+        return self._fit(X, y, refused, self.max_epochs, begin=True)
+
+    def partial_fit(self, X: Any, y: Any, **refused: Any) -> IRWRegressor:
+        """Train on, one pass over these data; the first call begins."""
+        return self._fit(X, y, refused, epochs=1, begin=not hasattr(self, "net_"))
+
+    def _fit(self, X: Any, y: Any, refused: Any, epochs: int, begin: bool) -> IRWRegressor:
+        refuse(refused)
+        X, y = self._checked(X, y, reset=begin, y_numeric=True)
+        if begin:
+            self._begin(X, n_outputs=1)
+        return self._train(X, y.astype(np.float32)[:, None], epochs)  # type: ignore[no-any-return]
+
+    def predict(self, X: Any) -> npt.NDArray[Any]:
+        """The prediction for each row, (N,)."""
+        return self._predicted(X)[:, 0]  # type: ignore[no-any-return]

@@ -1,19 +1,37 @@
-"""What the estimators train: skorch's nets, with `IRWOptimizer` around the optimizer they make."""
+"""What classifier and regressor share: the net that they train, arguments, X and randomness.
+
+The nets are skorch's, with `IRWOptimizer` around the optimizer that they make.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from scipy import sparse
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
 from skorch import NeuralNetClassifier, NeuralNetRegressor
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from irw_optim.arguments import whole_number
 from irw_optim.optimizer import IRWOptimizer
+
+try:
+    from sklearn.utils.validation import validate_data
+except ImportError:  # before scikit-learn 1.6
+
+    def validate_data(estimator: Any, *arrays: Any, **options: Any) -> Any:
+        return estimator._validate_data(*arrays, **options)
 
 
 def mlp(
@@ -37,12 +55,12 @@ def mlp(
       (2): Linear(in_features=16, out_features=2, bias=True)
     )
     """
-    layers: list[nn.Module] = []
-    for width_in, width in pairwise([n_features, *hidden_layer_sizes]):
+    widths, layers = [n_features, *hidden_layer_sizes], list[nn.Module]()
+    for width_in, width in pairwise(widths):
         layers += [nn.Linear(width_in, width), nn.ReLU()]
         if dropout:
             layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Linear([n_features, *hidden_layer_sizes][-1], n_outputs))
+    return nn.Sequential(*layers, nn.Linear(widths[-1], n_outputs))
 
 
 class Rows(Dataset[Any]):
@@ -107,3 +125,175 @@ class ReweightedClassifier(Reweighted, NeuralNetClassifier):  # type: ignore[mis
 
 class ReweightedRegressor(Reweighted, NeuralNetRegressor):  # type: ignore[misc]
     """skorch's regressor with IRW."""
+
+
+FOR_THE_OPTIMIZER = (
+    *("alpha", "outliers", "center", "class_balance", "mix", "warmup_steps"),
+    *("score_parameters", "weighting", "engine"),
+)
+FOR_THE_NET = (
+    *("optimizer", "lr", "max_epochs", "batch_size", "callbacks", "train_split"),
+    *("predict_nonlinearity", "device", "verbose"),
+)
+PREFIXES = ("module", "criterion", "optimizer", "iterator_train", "iterator_valid", "callbacks")
+
+
+class Estimator(BaseEstimator):  # type: ignore[misc]
+    """The half of an estimator that does not look at y."""
+
+    _net: ClassVar[type[Any]]
+    _criterion: ClassVar[type[nn.Module]]
+    _meaning: ClassVar[str]
+
+    def _keep(self, given: dict[str, Any]) -> None:
+        """Keep what a constructor was given, which are its ``locals()``."""
+        del given["self"]
+        nested = given.pop("nested")
+        self.__dict__.update(given)
+        self._take(nested)
+
+    def _take(self, nested: Mapping[str, Any]) -> None:
+        """Keep arguments with a prefix, or name those that have none."""
+        unknown = [name for name in nested if not _has_prefix(name)]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no argument {unknown[0]!r}: expected one of "
+                f"{', '.join(self._get_param_names())}, or an argument of what it builds, such as "
+                f"module__dropout=0.1 (prefixes: {', '.join(f'{p}__' for p in PREFIXES)})"
+            )
+        self.__dict__.update(nested)
+
+    def _nested(self, prefix: str = "") -> dict[str, Any]:
+        start = f"{prefix}__" if prefix else ""
+        return {k: v for k, v in vars(self).items() if _has_prefix(k) and k.startswith(start)}
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments, those with a prefix included."""
+        return {**super().get_params(deep=deep), **self._nested()}
+
+    def set_params(self, **params: Any) -> Any:
+        """Set arguments, also with a prefix; the next `fit` takes them, `threshold` counts at once.
+
+        Raises:
+            ValueError: an argument that there is not.
+        """
+        nested = {name: value for name, value in params.items() if _has_prefix(name)}
+        super().set_params(**{name: v for name, v in params.items() if name not in nested})
+        self._take(nested)
+        return self
+
+    def _checked(self, *arrays: Any, reset: bool, **options: Any) -> Any:
+        return validate_data(
+            self,
+            *arrays,
+            reset=reset,
+            dtype=np.float32,
+            accept_sparse="csr",
+            allow_nd=self.module is not None,
+            **options,
+        )
+
+    def _predicted(self, X: Any) -> Any:
+        """What the net says of X, (N, n_outputs)."""
+        check_is_fitted(self, "net_")
+        return self.net_.predict_proba(self._checked(X, reset=False))
+
+    def _begin(self, X: Any, n_outputs: int, **options: Any) -> None:
+        """Make a new net for these data; a fit that fails later leaves none behind."""
+        self.__dict__.pop("net_", None)
+        self._random = check_random_state(self.random_state)
+        whole_number("max_epochs", self.max_epochs, least=1)
+        if not callable(self.optimizer) or isinstance(self.optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer is of the type {type(self.optimizer).__name__}: expected a class such "
+                "as torch.optim.SGD, of which every fit makes one; its arguments are lr=0.1 and "
+                "optimizer__momentum=0.9"
+            )
+        sizes = {"n_features": X.shape[1], "n_outputs": n_outputs}
+        maker = mlp if self.module is None else self.module
+        told = {f"module__{n}": size for n, size in sizes.items() if takes(maker, n)}
+        criterion = self._criterion if self.criterion is None else self.criterion
+        given = self.get_params(deep=False)
+        with self._seeded():
+            net = self._net(
+                self._new("module", maker, told),
+                criterion=self._new("criterion", criterion, options),
+                irw={name: given[name] for name in FOR_THE_OPTIMIZER if name in given},
+                **{name: given[name] for name in FOR_THE_NET},
+                **{**IN_BATCHES, **told, **self._nested()},
+                **options,
+            ).initialize()
+            output = net.forward(X[:1])
+        shape = tuple((output[0] if isinstance(output, tuple) else output).shape)
+        if shape != (1, n_outputs):
+            raise ValueError(
+                f"module gives one row of X an output of shape {shape}: expected (1, {n_outputs}), "
+                f"{self._meaning}, so a last layer such as torch.nn.Linear(..., {n_outputs}); a "
+                "module whose constructor has arguments n_features and n_outputs is told both"
+            )
+        self.net_ = net
+
+    def _new(self, name: str, given: Any, told: Mapping[str, Any]) -> Any:
+        """What to make module or criterion of; one that was made already is copied, as by clone."""
+        if not isinstance(given, nn.Module):
+            nested = {k.partition("__")[2]: v for k, v in {**told, **self._nested(name)}.items()}
+            try:
+                inspect.signature(given).bind(**nested)
+            except TypeError as error:
+                raise TypeError(
+                    f"{name}={given!r} cannot make one: {error}; expected the class of a "
+                    f"torch.nn.Module, or a function that makes one, with its arguments as "
+                    f"{name}__...; a function from outputs and targets to losses goes in as "
+                    "criterion=irw_optim.PerSampleLoss(function)"
+                ) from error
+            return given
+        if too_late := self._nested(name):
+            raise TypeError(
+                f"{name} is a {type(given).__name__} that is made already, so {too_late} comes too "
+                f"late: expected the class, {name}={type(given).__name__}, and all arguments for "
+                f"it with the prefix {name}__"
+            )
+        return copy.deepcopy(given)
+
+    def _train(self, X: Any, y: Any, epochs: int) -> Any:
+        with self._seeded():
+            self.net_.partial_fit(X, y, epochs=epochs)
+        return self
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Let torch draw from ``random_state``, and outside go on as if nothing had been drawn."""
+        device = torch.device(self.device or "cpu")
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self._random.randint(2**31 - 1))
+            yield
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+
+def _has_prefix(name: str) -> bool:
+    prefix, _, rest = name.partition("__")
+    return prefix in PREFIXES and bool(rest)
+
+
+def takes(maker: Any, argument: str) -> bool:
+    """Whether a class or function has an argument of this name."""
+    if isinstance(maker, nn.Module) or not callable(maker):
+        return False
+    return argument in inspect.signature(maker).parameters
+
+
+def refuse(keywords: Mapping[str, Any]) -> None:
+    """Refuse what fit does not take, and say what to use in place of sample weights."""
+    if "sample_weight" in keywords:
+        raise TypeError(
+            "sample_weight is not taken: IRW itself decides in every batch how much a sample "
+            "counts; expected class_weight={label: weight} or class_balance=True for weights by "
+            "class, or a training loop with IRWOptimizer and losses of your own, "
+            "optimizer.backward(losses * weights)"
+        )
+    if keywords:
+        raise TypeError(f"fit() got an unexpected keyword argument {next(iter(keywords))!r}")

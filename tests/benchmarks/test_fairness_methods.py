@@ -275,7 +275,7 @@ class TestClassByClass:
 
     def test_the_control_weighs_by_the_loss(self, data):
         model = self.early(data)
-        found = stages.class_by_class(stages.by_loss, model, data, 0.5)
+        found = stages.class_by_class(stages.BY_LOSS, model, data, 0.5)
         losses = nn.functional.cross_entropy(outputs_of(model, data.x), data.y, reduction="none")
         for label in (0, 1):
             own = data.y == label

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.evidence import demo, unseen
+from benchmarks.evidence import demo, dots, unseen
 from benchmarks.evidence import report as pictures
 from benchmarks.evidence.analysis import Estimate
 from benchmarks.evidence.sweep import RESULTS
@@ -59,7 +59,7 @@ def test_what_lies_beyond_the_edge_is_an_arrow_with_its_number():
     from matplotlib.figure import Figure
 
     axis = Figure().subplots()
-    pictures._dot(axis, Estimate(-0.73, 0.01), 0.0, pictures.BLUE, left=-52)
+    dots._dot(axis, Estimate(-0.73, 0.01), 0.0, dots.BLUE, left=-52)
     assert axis.lines[0].get_xdata() == [-52]
     assert axis.texts[0].get_text() == "−73"
 

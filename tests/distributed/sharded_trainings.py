@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from trainings import CLASSES, FEATURES, MODELS, Training, Transformer
 
 from irw_optim import IRWOptimizer
-from irw_optim.distributed.sharding import TESTED_FROM
+from irw_optim.distributed.shards import TESTED_FROM
 
 
 def with_batch_statistics() -> nn.Module:

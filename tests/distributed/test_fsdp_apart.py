@@ -26,7 +26,7 @@ from trainings import CLASSES, FEATURES, Transformer, data, whole
 
 from irw_optim import IRWMonitor
 from irw_optim.distributed.ranks import Ranks
-from irw_optim.distributed.sharding import groups_of
+from irw_optim.distributed.shards import groups_of
 from irw_optim.gradients.layers import LayerCall
 
 pytestmark = [

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from irw_optim.gradients import pushforward
+from irw_optim.gradients import places
 from irw_optim.gradients.forward import FORWARD
+from irw_optim.gradients.places import Places
 from irw_optim.gradients.pushforward import NoPushForwardError, push
 
 
@@ -249,7 +250,8 @@ def test_hooks_do_not_hear_it() -> None:
     node = output.grad_fn
     assert node is not None
     node.register_hook(lambda *_: heard.append(x))
-    push(node, [torch.ones(3, 4, dtype=torch.float64)])
+    (operation,) = Places([node], []).operations
+    push(node, operation, [torch.ones(3, 4, dtype=torch.float64)])
     assert not heard
 
 
@@ -259,7 +261,7 @@ def test_a_rule_that_misses_what_another_version_saves(monkeypatch: pytest.Monke
 
     monkeypatch.setitem(FORWARD, "Mul", outdated)
     assert_case(case("mul", torch.mul, (3, 4), (3, 1)))
-    assert pushforward.FORWARD is FORWARD
+    assert places.FORWARD is FORWARD
 
 
 def test_nothing_is_freed() -> None:

@@ -135,7 +135,7 @@ def aim(s: Setting) -> None:
     losses = optimizer.pending.losses()
     rows = optimizer.pending.rows(optimizer.params, len(losses))
     products = rows.dot(direction) / rows.norms()
-    optimizer._public_state = replace(
+    optimizer.public_state = replace(
         state,
         threshold=losses.quantile(0.6).item(),
         scale=products[products > 0].quantile(0.5).item(),

@@ -100,8 +100,7 @@ def test_weights_follow_the_formula():
     torch.testing.assert_close(terms.weights, torch.tensor(expected).double(), rtol=1e-5, atol=0)
     assert terms.tail.tolist() == [0, 0, 0, 1, 1]
     assert terms.saturated.tolist() == (alignment > 0.4).double().tolist()
-    assert terms.tail_count.item() == 2 - 5 / 2
-    assert terms.saturated_count.item() == 1 - 5 / 2
+    assert torch.stack(terms.counts()).tolist() == [2 - 5 / 2, 1 - 5 / 2]
 
 
 def test_everybody_weighs_one_in_the_warm_up():
@@ -154,7 +153,7 @@ def test_thresholds_stay_in_their_range(value):
 def test_a_threshold_finds_the_quantile_of_the_losses():
     """Fed the true counts, tau settles where the share alpha lies above it."""
     losses = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 3
-    state = PublicState.initial(CONFIG)
+    state = PublicState(CONFIG.init_threshold, CONFIG.init_scale)
     for _ in range(200):
         count = ((losses > state.threshold).double() - 0.5).sum().item()
         state = next_state(
@@ -165,7 +164,7 @@ def test_a_threshold_finds_the_quantile_of_the_losses():
 
 def test_without_a_direction_only_the_threshold_moves():
     config = replace(CONFIG, direction_share=0.0)
-    state = PublicState.initial(config)
+    state = PublicState(config.init_threshold, config.init_scale)
     after = next_state(state, Released(3.0), config, max_grad_norm=1.0, expected_batch_size=8)
     assert after.scale == state.scale
     assert not after.direction

@@ -65,7 +65,7 @@ def test_locality_through_physical_batches(kind, monkeypatch):
         with torch.no_grad():
             for p, old in zip(s.optimizer.params, parameters, strict=True):
                 p.copy_(old)
-        s.optimizer._public_state = start
+        s.optimizer.public_state = start
         seen.clear()
         rows = [i for i in range(n) if i != removed]
         loader = DataLoader(TensorDataset(s.x, s.y), batch_sampler=[rows])
@@ -159,7 +159,7 @@ def test_the_worst_sample_reaches_the_bound(kind, direction_share, floor, drawn)
     noise_multiplier = 1.3
     config = replace(CONFIG, direction_share=direction_share, floor=floor)
     s = setting(kind, config=config, noise_multiplier=noise_multiplier, max_grad_norm=1e-3)
-    s.optimizer._public_state = replace(
+    s.optimizer.public_state = replace(
         s.optimizer.public_state, threshold=1e-6, scale=1e-6, steps=1
     )
     assert contribution(s, [0], drawn) * noise_multiplier == pytest.approx(1, abs=2e-3)
@@ -186,7 +186,7 @@ def test_a_sample_that_is_not_finite_contributes_nothing(where, value, drawn):
         with torch.no_grad():
             for p, old in zip(s.optimizer.params, before, strict=True):
                 p.copy_(old)
-        s.optimizer._public_state = start
+        s.optimizer.public_state = start
         s.backward(rows)
         s.optimizer.step(losses=losses)
         r = s.optimizer.last_release

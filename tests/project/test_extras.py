@@ -124,7 +124,7 @@ def test_an_extra_is_all_that_is_needed(extra: str, code: str, library: str) -> 
 
 
 def test_what_the_comparison_asks_for_is_what_the_extra_brings() -> None:
-    source = (ROOT / "irw_optim/remedies/_compare.py").read_text(encoding="utf-8")
+    source = (ROOT / "irw_optim/remedies/__init__.py").read_text(encoding="utf-8")
     asked = re.search(r"for needed in \((.*?)\):", source)
     definition = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extra = re.search(r"^report = \[\n(.*?)^\]", definition, re.MULTILINE | re.DOTALL)

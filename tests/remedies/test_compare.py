@@ -15,11 +15,12 @@ from torch import nn
 from irw_optim import compare_remedies
 from irw_optim.metrics import worst_cell_accuracy, worst_group_accuracy
 from irw_optim.remedies import REMEDIES, Fitted
-from irw_optim.remedies._comparison import beyond_chance, signs_of_hurt
-from irw_optim.remedies._measuring import (
+from irw_optim.remedies._data import logits_of
+from irw_optim.remedies._judging import (
     Judge,
+    beyond_chance,
     calibration_error,
-    logits_of,
+    signs_of_hurt,
     unseen_by_clusters,
 )
 

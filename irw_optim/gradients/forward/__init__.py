@@ -10,16 +10,25 @@ applies, and then reads every ``_saved_`` tensor once.
 """
 
 from irw_optim.gradients.forward import _fused, _layers, _plain
-from irw_optim.gradients.forward._plain import diagonal, of_single_losses
+from irw_optim.gradients.forward._plain import (
+    RESHAPED,
+    by_pull,
+    diagonal,
+    of_single_losses,
+    reshaped,
+)
 from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents, transposed
 
 __all__ = [
     "FORWARD",
+    "RESHAPED",
     "Changes",
     "ForwardRule",
     "Tangents",
+    "by_pull",
     "diagonal",
     "of_single_losses",
+    "reshaped",
     "transposed",
 ]
 

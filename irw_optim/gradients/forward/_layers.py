@@ -1,4 +1,4 @@
-"""Changes through products, convolutions, normalisations, lookups, grids and distances."""
+"""Changes through products, convolutions, windows, normalisations, lookups, grids, distances."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
     if not training:
         mean, rstd = running_mean, (running_variance + eps).rsqrt()
     scale = d_gain * rstd
-    shift = -mean * scale if d_bias is None else d_bias - mean * scale
+    shift = -mean * scale if d_bias is None else torch.addcmul(d_bias, mean, scale, value=-1)
     moved = shift.view(across) if change is None else change.add_(shift.view(across))
     return torch.addcmul(moved, x, scale.view(across))
 
@@ -210,7 +210,25 @@ def _lengthened(distance: Tensor, apart: Tensor, moved: Tensor, p: float) -> Ten
     return (slope * moved).sum(-1)
 
 
+def _averaged_in_windows(node: Any, change: Tensor) -> Tensor:
+    operation: Any = torch.ops.aten.avg_pool2d.default
+    found: Tensor = operation(change, *(saved(node, name) for name in _WINDOWS))
+    return found
+
+
+_WINDOWS = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+
+
+def _largest_in_windows(node: Any, change: Tensor) -> Tensor:
+    where = node._saved_result1
+    return change.flatten(-2).gather(-1, where.flatten(-2)).view(where.shape)
+
+
 RULES: dict[str, ForwardRule] = {
+    "AvgPool2D": of_one(_averaged_in_windows),
+    "MaxPool2DWithIndices": of_one(_largest_in_windows),
+    "ChannelShuffle": of_one(lambda node, t: F.channel_shuffle(t, saved(node, "groups"))),
+    "PixelShuffle": of_one(lambda node, t: F.pixel_shuffle(t, saved(node, "upscale_factor"))),
     "Mm": _bilinear(torch.mm, "self", "mat2"),
     "Bmm": _bilinear(torch.bmm, "self", "mat2"),
     "Mv": _bilinear(torch.mv, "self", "vec"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents, of_one
-from irw_optim.gradients.nodes import pull, read_by, saved, shape_of
+from irw_optim.gradients.nodes import base_name, pull, read_by, saved, shape_of
 
 
 def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
@@ -23,6 +23,17 @@ def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
     return pull(node, [tangent, *[None] * len(others)])[number]
 
 
+def by_pull(node: Any, tangents: Tangents) -> Tensor:
+    """`diagonal`, of one input and one output of one shape and type."""
+    found: Tensor = node(*tangents)
+    return found
+
+
+def reshaped(shape: torch.Size) -> ForwardRule:
+    """The numbers as they are, in another shape."""
+    return of_one(lambda node, t: t.reshape(shape))
+
+
 def of_single_losses(node: Any, tangents: Tangents) -> Tensor | None:
     """Elementwise, unless the losses are averaged."""
     return None if node._saved_reduction else diagonal(node, tangents)
@@ -30,7 +41,7 @@ def of_single_losses(node: Any, tangents: Tangents) -> Tensor | None:
 
 def _again(method: str, *settings: str) -> ForwardRule:
     """What was done to the input is done to the change."""
-    return of_one(lambda node, t: getattr(t, method)(*(saved(node, name) for name in settings)))
+    return of_one(lambda node, t: getattr(t, method)(*[saved(node, name) for name in settings]))
 
 
 def _reduced(method: str) -> ForwardRule:
@@ -59,16 +70,21 @@ def _indexed(node: Any, change: Tensor) -> Changes:
 
 
 def _joined(node: Any, tangents: Tangents) -> Tensor | None:
+    """Neighbours of a shape that nothing tells, as they have no gradient, are one block."""
     present = next(t for t in tangents if t is not None)
-    parts = []
+    dim, shape = saved(node, "dim"), list(shape_of(node))
+    parts: list[Tensor | None] = []
     for number, tangent in enumerate(tangents):
-        if tangent is None:
-            metadata = read_by(node, number)
-            if metadata is None:
-                return None  # of a shape that nothing tells
+        metadata = read_by(node, number)
+        if tangent is None and metadata is not None:
             tangent = present.new_zeros(tuple(metadata.shape))
-        parts.append(tangent)
-    return torch.cat(parts, saved(node, "dim"))
+        if tangent is not None or not parts or parts[-1] is not None:
+            parts.append(tangent)
+    known = [part for part in parts if part is not None]
+    if len(parts) - len(known) > 1:
+        return None
+    shape[dim] -= sum(part.shape[dim] for part in known)
+    return torch.cat([present.new_zeros(shape) if p is None else p for p in parts], dim)
 
 
 def _stacked(node: Any, tangents: Tangents) -> Tensor:
@@ -76,9 +92,62 @@ def _stacked(node: Any, tangents: Tangents) -> Tensor:
     return torch.stack([zero if t is None else t for t in tangents], saved(node, "dim"))
 
 
-def _largest_in_windows(node: Any, change: Tensor) -> Tensor:
-    where = node._saved_result1
-    return change.flatten(-2).gather(-1, where.flatten(-2)).view(where.shape)
+def _scattered(node: Any, tangents: Tangents) -> Tensor | None:
+    """Autograd gives each of several numbers for one place the gradient of that place."""
+    into, put = _two(tangents)
+    where = saved(node, "dim"), node._saved_index
+    total = put.new_zeros(shape_of(node)) if into is None else into  # type: ignore[union-attr]
+    if base_name(node) == "Scatter":
+        total = total.scatter(*where, 0.0)
+    return total if put is None else total.scatter_add(*where, put)
+
+
+def _index_added(node: Any, tangents: Tangents) -> Tensor | None:
+    into, terms = tangents
+    if terms is None:
+        return into
+    into = terms.new_zeros(shape_of(node)) if into is None else into
+    return into.index_add(saved(node, "dim"), node._saved_index, terms, alpha=node._saved_alpha)
+
+
+def _index_put(node: Any, tangents: Tangents) -> Tensor | None:
+    into, put = tangents
+    operation: Any = torch.ops.aten.index_put.default
+    where = list(node._saved_indices)
+    total = put.new_zeros(shape_of(node)) if into is None else into  # type: ignore[union-attr]
+    if not node._saved_accumulate:
+        total = operation(total, where, total.new_zeros(()))
+    return total if put is None else operation(total, where, put, True)
+
+
+def _found_by_size(node: Any, change: Tensor) -> Tensor:
+    """The largest, the smallest, those in order: each where it was found."""
+    indices, dim = node._saved_indices, saved(node, "dim")
+    if getattr(node, "_saved_keepdim", True):
+        return change.gather(dim, indices)
+    return change.gather(dim, indices.unsqueeze(dim)).squeeze(dim)
+
+
+def _gated(node: Any, change: Tensor) -> Tensor:
+    dim = saved(node, "dim")
+    (value, gate), (d_value, d_gate) = (t.chunk(2, dim) for t in (node._saved_self, change))
+    opened = gate.sigmoid()
+    return torch.addcmul(d_value, value * (1 - opened), d_gate) * opened
+
+
+def _bent(node: Any, tangents: Tangents) -> Tensor:
+    """PReLU, by its slope below zero."""
+    d_input, d_slope = (0.0 if t is None else t for t in tangents)
+    values, slope = node._saved_self, node._saved_weight
+    return torch.where(values > 0, d_input, slope * d_input + values * d_slope)
+
+
+def _packed(node: Any, change: Tensor) -> Tensor:
+    """Time by time, of as many sequences as are as long; the rest of the change is padding."""
+    sizes = node._saved_result1.to(change.device)
+    by_time = change.transpose(0, 1) if node._saved_batch_first else change
+    present = torch.arange(by_time.shape[1], device=change.device) < sizes.unsqueeze(1)
+    return by_time[: len(sizes)][present]
 
 
 def _softmax(node: Any, tangents: Tangents) -> Tensor | None:
@@ -100,10 +169,17 @@ def _two(tangents: Tangents) -> Tangents:
 
 def _sum(node: Any, tangents: Tangents) -> Tensor | None:
     left, right = _two(tangents)
-    alpha: float = getattr(node, "_saved_alpha", 1) * (-1 if node.name().startswith("Sub") else 1)
-    if left is not None and right is not None:
-        return torch.add(left, right, alpha=alpha)
-    return left if right is None or alpha == 1 else right * alpha
+    if right is None:
+        return left
+    alpha: float = getattr(node, "_saved_alpha", 1)
+    if left is None:
+        return right if alpha == 1 else right * alpha
+    return torch.add(left, right, alpha=alpha)
+
+
+def _difference(node: Any, tangents: Tangents) -> Tensor | None:
+    left, right = _two(tangents)
+    return _sum(node, (left, None if right is None else -right))
 
 
 def _product(node: Any, tangents: Tangents) -> Tensor | None:
@@ -164,10 +240,9 @@ def _of_separate_samples(node: Any, change: Tensor) -> Tensor:
     return (gradient * change).movedim(batch_dim, 0).reshape(*output.shape, -1).sum(-1)
 
 
-_RESHAPED = "Alias Clone Detach ReshapeAlias Squeeze UnsafeView Unsqueeze View"
+RESHAPED = "Alias", "Clone", "Detach", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"
 
 RULES: dict[str, ForwardRule] = {
-    _RESHAPED: of_one(lambda node, t: t.reshape(shape_of(node))),
     "Expand LiftFresh ToCopy": of_one(lambda node, t: t.to(node._input_metadata[0].device)),
     "T": of_one(lambda node, t: t.t()),
     "Transpose": _again("transpose", "dim0", "dim1"),
@@ -182,15 +257,27 @@ RULES: dict[str, ForwardRule] = {
     "Index": of_one(_indexed),
     "IndexSelect": _again("index_select", "dim", "index"),
     "Gather": _again("gather", "dim", "index"),
+    "IndexAdd": _index_added,
+    "IndexPut": _index_put,
+    "Scatter ScatterAdd": _scattered,
+    "Kthvalue Max Median Min Mode Sort Topk": of_one(_found_by_size),
+    "Cumsum": _again("cumsum", "dim"),
+    "Flip": _again("flip", "dims"),
+    "Roll": _again("roll", "shifts", "dims"),
+    "Repeat": _again("repeat", "repeats"),
+    "Unfold": _again("unfold", "dimension", "size", "step"),
     "ConstantPadNd": of_one(lambda node, t: F.pad(t, saved(node, "pad"))),
     "Tril": _again("tril", "diagonal"),
     "Triu": _again("triu", "diagonal"),
     "Sum": _reduced("sum"),
     "Mean": _reduced("mean"),
-    "MaxPool2DWithIndices": of_one(_largest_in_windows),
+    "Glu": of_one(_gated),
+    "PackPaddedSequence": of_one(_packed),
+    "PreluKernel": _bent,
     "Softmax SafeSoftmax": _softmax,
     "LogSoftmax": of_one(_log_softmax),
-    "Add Sub": _sum,
+    "Add": _sum,
+    "Sub": _difference,
     "Mul": _product,
     "Div": _quotient,
     "Where": _where,

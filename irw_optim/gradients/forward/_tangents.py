@@ -6,6 +6,7 @@ u -> J^T u is what a node does. It is linear, so its derivative by u, along t, i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, TypeAlias
 
@@ -28,8 +29,8 @@ def of_one(rule: Callable[[Any, Tensor], Changes]) -> ForwardRule:
     """A rule for operations that read one tensor, which is given its change."""
 
     def of_node(node: Any, tangents: Tangents) -> Changes:
-        (change,) = (t for t in tangents if t is not None)
-        return rule(node, change)
+        (change,) = tangents if len(tangents) == 1 else [t for t in tangents if t is not None]
+        return rule(node, change)  # type: ignore[arg-type]
 
     return of_node
 
@@ -51,6 +52,10 @@ def transposed(node: Any, tangents: Tangents) -> Tangents:
     with torch.enable_grad():
         seeds = [_seed(node, metadata).requires_grad_() for metadata in node._input_metadata]
         pulled = pull(node, seeds)
+        if base_name(node) == _COPIED_IN and len(tangents) == 2:
+            copied = _copied_in(seeds[0].detach(), pulled, tangents)
+            if copied is not None:
+                return [copied]
         gradients, directions = [], []
         for number, tangent in changing:
             gradient = pulled[number]
@@ -73,19 +78,55 @@ _SAYS_NOT = "its gradient does not depend as it should on what it is given"
 
 def _may_hide(node: Node) -> bool:
     """Functions in Python may detach what they are given; copies into views may call such."""
-    return base_name(node) in ("", "torch::autograd::CopySlices")
+    return base_name(node) in ("", _COPIED_IN)
+
+
+_COPIED_IN = "torch::autograd::CopySlices"
+
+
+def _copied_in(numbers: Tensor, pulled: Tangents, tangents: Tangents) -> Tensor | None:
+    """The change where numbers were copied into a view, which shows in where their own come from.
+
+    Of several numbers in one place, or where they were changed on the way, it says nothing.
+    """
+    into, put = tangents
+    rest, copied = (None if p is None else p.detach().flatten() for p in pulled)
+    line = numbers.flatten()
+    if copied is None or not len(copied):
+        return None
+    where = torch.searchsorted(line, copied).clamp_(max=len(line) - 1)
+    after = (where + 1).clamp_(max=len(line) - 1)
+    once = (line[where] == copied) & ((line[after] > copied) | (after == where))
+    if not once.all() or (rest is not None and rest[where].any()):
+        return None
+    found = torch.zeros_like(line) if into is None else into.flatten().index_fill(0, where, 0.0)
+    if put is not None:
+        found.index_copy_(0, where, put.to(line.dtype).flatten())
+    return found.view(numbers.shape)
 
 
 def _seed(node: Node, metadata: Any) -> Tensor:
     shape: Sequence[int] = metadata.shape
     options: Any = {"dtype": metadata.dtype, "device": metadata.device}
-    if _may_hide(node):  # no two alike: what is linear is seen to be
-        numbers = torch.linspace(0.5, 1.5, prod(shape), dtype=torch.float32)
-        return numbers.to(**options).view(shape)
+    if _may_hide(node):  # no two alike, and none made of others: what is linear is seen to be
+        make = _different if prod(shape) <= _MOST_KEPT else _different.__wrapped__
+        return make(prod(shape), metadata.dtype, metadata.device).view(shape).clone()
     if base_name(node) == "Logcumsumexp":  # its backward takes a logarithm
         return torch.ones(shape, **options)
     return torch.zeros(shape, **options)
 
+
+@lru_cache(maxsize=1)
+def _different(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers from 0.5 to 1.5, each larger than the one before."""
+    wide = torch.promote_types(dtype, torch.float32).to_real()
+    steps = torch.arange(count, dtype=wide, device=device)
+    numbers = (steps * 0.6180339887498949).frac_().div_(2).add_(steps)
+    return numbers.div_(max(1, count)).add_(0.5).to(dtype)
+
+
+_MOST_KEPT = 2**16
+"""Numbers that are kept for the next operation of the same shape."""
 
 _Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 

@@ -1,0 +1,165 @@
+"""The tensors of a graph as numbers: who makes which, who reads it, and of what shape it is.
+
+Looked up once for all graphs of one kind, so that a pass of ours spends its time in the operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from irw_optim.gradients.forward import (
+    FORWARD,
+    RESHAPED,
+    ForwardRule,
+    by_pull,
+    diagonal,
+    of_single_losses,
+    reshaped,
+)
+from irw_optim.gradients.graph import Graph, read_by
+from irw_optim.gradients.mixing import rule_for
+from irw_optim.gradients.mixing_rules import RULES, elementwise, handed_on, unreduced
+from irw_optim.gradients.nodes import Rule, base_name, pull
+from irw_optim.gradients.packed import ENDS_RUN, pull_run, push_run
+
+NOTHING = -1
+"""The number of what has no gradient."""
+
+_OF_KIND: dict[Rule | None, ForwardRule] = {elementwise: diagonal, unreduced: of_single_losses}
+
+
+Pulled = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
+
+
+class Operation(NamedTuple):
+    """What is known of a node, or of a `Run` that ends there, without holding it."""
+
+    reads: tuple[int, ...]  # the numbers of its inputs
+    makes: slice  # those of its outputs
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    rule: ForwardRule | None  # None: by its own derivative
+    pull: Pulled
+    hands_on: bool  # whether each output is one of the inputs
+
+
+class Push(NamedTuple):
+    """A change on its way through one operation."""
+
+    place: int
+    operation: Operation
+    dying: tuple[int, ...]  # inputs that nobody reads after it
+    writes: tuple[tuple[int, int], ...]  # which outputs somebody reads, and their numbers
+
+
+class Pull(NamedTuple):
+    """A gradient on its way back through one operation."""
+
+    place: int
+    operation: Operation
+    reads: tuple[int, ...]  # `NOTHING` for what leads nowhere
+    stays: bool  # whether a gradient that is wanted arrives here
+
+
+class Places:
+    """Of the nodes of a graph, each before those it reads from, and of its leaves."""
+
+    def __init__(self, order: Sequence[Node], leaf_nodes: Sequence[Node]) -> None:
+        self.first: list[int] = []  # of each node's outputs, then of the leaves
+        self.shapes: list[torch.Size] = []
+        self.dtypes: list[torch.dtype] = []
+        starts: dict[Node | None, int] = {}
+        node: Any
+        for node in (*order, *leaf_nodes):
+            starts[node] = len(self.shapes)
+            self.first.append(starts[node])
+            outputs = node._input_metadata
+            self.shapes += [torch.Size(output.shape) for output in outputs]
+            self.dtypes += [output.dtype for output in outputs]
+        self.count = len(self.shapes)
+        self.leaves = self.first[len(order) :]
+        self.operations: list[Operation] = []
+        for node, first in zip(order, self.first, strict=False):
+            makes = slice(first, first + len(node._input_metadata))
+            reads = tuple(
+                starts[parent] + number if parent in starts else NOTHING
+                for parent, number in read_by(node)
+            )
+            self.operations.append(self._operation(node, reads, makes))
+        self._ways_back: dict[frozenset[int], list[Pull]] = {}
+
+    def _operation(self, node: Node, reads: tuple[int, ...], makes: slice) -> Operation:
+        shapes, dtypes = self.shapes[makes], self.dtypes[makes]
+        if type(node) is ENDS_RUN:
+            return Operation(reads, makes, shapes, dtypes, push_run, pull_run, False)
+        touched = [self.dtypes[n] for n in reads if n != NOTHING] + dtypes
+        rule = None if any(dtype.is_complex for dtype in touched) else _rule_of(node, shapes)
+        if rule is diagonal and len(reads) == len(shapes) == 1:
+            alike = shapes == self.shapes[slice(reads[0], reads[0] + 1)] and len({*touched}) == 1
+            rule = by_pull if alike else rule
+        hands_on = rule_for(node) is handed_on
+        return Operation(reads, makes, shapes, dtypes, rule, pull, hands_on)
+
+    @cached_property
+    def way_forward(self) -> list[Push]:
+        """The operations, from the leaves on."""
+        met: set[int] = set()
+        way = []
+        for place, operation in enumerate(self.operations):
+            first, last = operation.makes.start, operation.makes.stop
+            writes = [(n - first, n) for n in range(first, last) if n in met or not place]
+            dying = {n for n in operation.reads if n != NOTHING} - met
+            way.append(Push(place, operation, tuple(dying), tuple(writes)))
+            met |= dying
+        return way[::-1]
+
+    def way_back(self, wanted: frozenset[int]) -> list[Pull]:
+        """The operations on the way from the end to some tensors."""
+        way = self._ways_back.get(wanted)
+        if way is None:
+            way = self._ways_back[wanted] = self._towards(wanted)
+        return way
+
+    def _towards(self, wanted: frozenset[int]) -> list[Pull]:
+        needed = set(wanted)
+        way = []
+        for place, operation in reversed(list(enumerate(self.operations))):
+            reads = tuple(n if n in needed else NOTHING for n in operation.reads)
+            made = range(operation.makes.start, operation.makes.stop)
+            if any(n != NOTHING for n in reads):
+                needed.update(made)
+                stays = not wanted.isdisjoint(made)
+                way.append(Pull(place, operation, reads, stays))
+        return way[::-1]
+
+
+def places_of(graph: Graph) -> Places:
+    """Those of its kind."""
+    found: Places | None = graph.common.get("places")
+    if found is None:
+        found = graph.common["places"] = Places(graph.order, graph.leaf_nodes)
+    return found
+
+
+def number_at(edge: GradientEdge, graph: Graph) -> int:
+    """Of the tensor whose gradient arrives at an edge."""
+    place = graph.nodes.get(edge.node)
+    if place is not None:
+        return places_of(graph).first[place] + edge.output_nr
+    leaf = graph.leaf_numbers.get(edge.node)
+    return NOTHING if leaf is None else places_of(graph).leaves[leaf]
+
+
+def _rule_of(node: Node, shapes: Sequence[torch.Size]) -> ForwardRule | None:
+    name = base_name(node)
+    if name in RESHAPED:
+        return reshaped(shapes[0])
+    if name in FORWARD:
+        return FORWARD[name]
+    return _OF_KIND.get(RULES.get(name))

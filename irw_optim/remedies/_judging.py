@@ -1,0 +1,297 @@
+"""What the models do on the validation data, in numbers, and what may be concluded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from irw_optim.metrics import worst_alpha_loss, worst_cell_accuracy
+from irw_optim.metrics._groups import intersect
+from irw_optim.remedies._data import Numbers
+from irw_optim.remedies._training import BALANCED, ORACLE, PLAIN
+from irw_optim.schemes.class_by_class import FEW
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONFIDENCE = 0.95
+
+BY_HEART = 0.2
+"""How much better a class is in training than in validation where it is learnt by heart."""
+
+TOLD, MISLED, NEAR = 0.9, 20, 0.1
+"""A shortcut tells that share of the classes, misleads as many, who fare so much worse."""
+
+
+class Judge:
+    """Measures models on one set of people; what does not depend on the model is made once.
+
+    ``parts`` has (N,) numbers of everybody's ``"class"``, ``"cell"`` and, where groups are named,
+    ``"group"``, -1 for whoever counts nowhere; ``names`` has the names of these numbers.
+    """
+
+    def __init__(
+        self, labels: Tensor, clusters: Numbers, groups: Numbers | None, min_cell: int
+    ) -> None:
+        self.labels = labels.numpy()
+        self.names: dict[str, list[Any]] = {}
+        self.parts: dict[str, Numbers] = {}
+        self.names["class"], self.parts["class"] = intersect({"class": self.labels})
+        found = worst_cell_accuracy(self.labels, self.labels, clusters, min_cell=min_cell)
+        cells = [cell for cell in found.cells if cell.counted]
+        self.names["cell"] = [(cell.label, cell.clusters) for cell in cells]
+        self.parts["cell"] = np.full(len(self.labels), -1)
+        for number, cell in enumerate(cells):
+            inside = (self.labels == cell.label) & np.isin(clusters, cell.clusters)
+            self.parts["cell"][inside] = number
+        if groups is not None:
+            names, member = intersect({"group": groups})
+            sizes = np.bincount(member)
+            large = sizes >= min_cell
+            if not large.any():
+                raise ValueError(
+                    f"min_cell={min_cell}: the largest group has {sizes.max()} people: give more "
+                    "validation data, or a lower min_cell"
+                )
+            self.names["group"] = [names[number] for number in np.flatnonzero(large)]
+            self.parts["group"] = np.where(large, large.cumsum() - 1, -1)[member]
+
+    def sizes(self, kind: str) -> Numbers:
+        """How many people each part has."""
+        part = self.parts[kind]
+        return np.bincount(part[part >= 0])
+
+    def accuracies(self, kind: str, right: Numbers) -> Numbers:
+        """Accuracy of each part, (M, parts), of M models: ``right`` (M, N)."""
+        part, sizes = self.parts[kind], self.sizes(kind)
+        inside = part >= 0
+        hits = [np.bincount(part[inside], one[inside], len(sizes)) for one in right]
+        return np.stack(hits) / sizes
+
+    def moves(self, right: Numbers) -> Numbers:
+        """How each person moves what to choose by, (N,), in the mean over the models.
+
+        That is the worst group where groups are named, else the mean of worst class and worst cell.
+        By the delta method, the root of the sum of squares is the standard error that comes from
+        who happens to be in the validation data.
+        """
+        kinds = ["group"] if "group" in self.parts else ["class", "cell"]
+        moves = np.zeros(right.shape[1])
+        for kind in kinds:
+            found = self.accuracies(kind, right)
+            for one, accuracies in zip(right, found, strict=True):
+                inside = self.parts[kind] == accuracies.argmin()
+                off = (one[inside] - accuracies.min()) / inside.sum()
+                moves[inside] += off / len(kinds) / len(right)
+        return moves
+
+    def measure(self, logits: Tensor) -> dict[str, float]:
+        """A number for each metric that needs no training."""
+        predicted = logits.argmax(1).numpy()
+        right = (predicted == self.labels)[None]
+        found = {"accuracy": float(right.mean())}
+        for kind in self.parts:
+            found[f"worst {kind}"] = float(self.accuracies(kind, right).min())
+        found["score"] = (found["worst class"] + found["worst cell"]) / 2
+        truth = torch.from_numpy(self.labels)
+        losses = F.cross_entropy(logits, truth, reduction="none").clamp(max=100.0)
+        found["tail loss"] = worst_alpha_loss(losses, 0.1)
+        found["calibration error"] = calibration_error(logits, right[0])
+        return found
+
+
+def calibration_error(logits: Tensor, right: Numbers) -> float:
+    """Mean |share of right predictions - confidence| over ten bins with as many people each."""
+    from sklearn.calibration import calibration_curve
+
+    confidence = logits.softmax(1).amax(1).clamp(0, 1).numpy()
+    share, said = calibration_curve(right, confidence, n_bins=10, strategy="quantile")
+    return float(np.abs(share - said).mean())
+
+
+def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> str | None:
+    """Why the score by clusters may be blind here, of plain training's ``right`` (seeds, N).
+
+    A shortcut that one feature shows does not move a cluster's centre. So a tree with a leaf a
+    class looks for one: who is misled by it, and do they fare worse than the worst cell?
+    """
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.tree import DecisionTreeClassifier
+
+    least = float(judge.accuracies("cell", right).mean(0).min())
+    if inputs is not None:
+        leaves = max(2, len(judge.names["class"]))
+        tree = DecisionTreeClassifier(max_leaf_nodes=leaves, class_weight="balanced")
+        said = tree.fit(inputs, judge.labels).predict(inputs)
+        told = balanced_accuracy_score(judge.labels, said)
+        for label in judge.names["class"] if told >= TOLD else []:
+            misled = (judge.labels == label) & (said != label)
+            if misled.sum() >= MISLED and (share := float(right[:, misled].mean())) < least - NEAR:
+                return (
+                    f"feature {tree.tree_.feature[0]} alone tells {told:.0%} of the classes; of "
+                    f"{misled.sum()} people of class {label} whom it misleads plain training gets "
+                    f"{share:.0%} right, {least:.0%} in the worst cell: the clusters do not see "
+                    "this shortcut, and the score may prefer the models that use it"
+                )
+    if least > max(0.01, float(judge.accuracies("class", right).mean(0).min()) - 0.01):
+        return (
+            "no cluster fares worse than its class: the clusters say nothing that the classes do "
+            "not, and a group that they do not see (a shortcut, say) would be missed"
+        )
+    return None
+
+
+class Difference(NamedTuple):
+    """A remedy minus plain training, seed by seed.
+
+    Attributes:
+        mean: over the seeds.
+        low: of its t interval over the seeds; NaN for a single seed.
+        high: of the same.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+def difference(runs: pd.DataFrame, remedy: str, metric: str, other: str = PLAIN) -> Difference:
+    """Of one remedy to plain training, or to another."""
+    from scipy import stats
+
+    differences = (runs.loc[remedy, metric] - runs.loc[other, metric]).to_numpy()
+    mean, number = float(differences.mean()), len(differences)
+    if number < 2:
+        return Difference(mean, np.nan, np.nan)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, number - 1) * differences.std(ddof=1) / number**0.5
+    return Difference(mean, mean - float(half), mean + float(half))
+
+
+def worst_part(judge: Judge, kind: str, predicted: Numbers) -> tuple[Any, int, float]:
+    """The part that fares worst on average over the seeds: name, people, accuracy."""
+    found = judge.accuracies(kind, predicted == judge.labels).mean(0)
+    worst = int(found.argmin())
+    return judge.names[kind][worst], int(judge.sizes(kind)[worst]), float(found[worst])
+
+
+def signs_of_hurt(runs: pd.DataFrame, rare: int) -> dict[str, list[str]]:
+    """How each remedy is seen to hurt, for those that are; ``rare`` is training's rarest class."""
+    means = runs.groupby(level="remedy", sort=False).mean()
+    apart = means["rare, train"] - means["rare, validation"]
+    found: dict[str, list[str]] = {}
+    for name in means.index.drop([PLAIN, ORACLE], errors="ignore"):
+        one, said = means.loc[name], found.setdefault(name, [])
+        if apart[name] > max(BY_HEART, apart[PLAIN] + BY_HEART / 2):
+            said.append(
+                f"it learns class {rare} by heart: {one['rare, train']:.0%} right in training, "
+                f"{one['rare, validation']:.0%} in validation"
+            )
+        if one["held"] and one["effective share"] < FEW:
+            said.append(f"its held weights rest on {one['effective share']:.0%} of the samples")
+        if BALANCED in means.index and name != BALANCED:
+            more = difference(runs, name, "accuracy", BALANCED)
+            if more.high < 0 or (np.isnan(more.high) and more.mean < 0):
+                lost = Difference(-more.mean, -more.high, -more.low)
+                said.append(f"it costs accuracy, {as_text(lost)} more than {BALANCED}")
+    return {name: said for name, said in found.items() if said}
+
+
+def conclude(
+    runs: pd.DataFrame,
+    predictions: Mapping[str, Numbers],
+    judge: Judge,
+    blind: str | None,
+) -> tuple[str, list[str]]:
+    """The remedy to take, and five sentences."""
+    names = [name for name in predictions if name not in (PLAIN, ORACLE)]
+    moves = {name: judge.moves(found == judge.labels) for name, found in predictions.items()}
+    grouped = "group" in judge.parts
+    metric = "worst group" if grouped else "score"
+    means = runs.groupby(level="remedy").mean()
+
+    def better(one: str, other: str, confidence: float) -> bool:
+        differences = (runs.loc[one, metric] - runs.loc[other, metric]).to_numpy()
+        return beyond_chance(differences, moves[one] - moves[other], confidence)
+
+    adjusted = 1 - (1 - CONFIDENCE) / max(1, len(names))
+    clear = [name for name in names if better(name, PLAIN, adjusted)]
+    if clear:
+        best = max(clear, key=means[metric].get)
+        shown = take = next(name for name in clear if not better(best, name, CONFIDENCE))
+        first = f"Take {take}, the simplest of those that are not clearly worse than the best"
+    else:
+        take, shown = PLAIN, max(names, key=means[metric].get, default=PLAIN)
+        first = f"No remedy is clearly better than plain training; the nearest is {shown}"
+    gain, price = difference(runs, shown, metric), difference(runs, shown, "accuracy")
+    sure, number = "One seed has no spread, so nothing here is sure.", len(runs.loc[PLAIN])
+    if number > 1:
+        sure = (
+            f"“Clearly” is beyond chance at {CONFIDENCE:.0%}, over {number} seeds and over the "
+            f"people of the validation data alike, adjusted for {len(names)} remedies."
+        )
+    if take == PLAIN and number < 5:
+        sure += " More seeds would make the intervals narrower."
+    last = "Without groups, clusters stand in for them: whom they do not see, this does not know."
+    if blind is not None:
+        last = f"Without groups, mind: {blind}."
+    elif grouped:
+        room = difference(runs, ORACLE, metric)
+        rest = ": reweighting has little to offer here"
+        if room.low > 0:
+            rest = f", of which {shown} recovers {gain.mean / room.mean:.0%}"
+        last = f"Headroom: a last layer fitted anew, groups known, has {as_text(room)}{rest}."
+    what = "worst group" if grouped else "mean of worst class and worst label × cluster cell"
+    part, people, share = worst_part(judge, "group" if grouped else "cell", predictions[take])
+    whose = part if grouped else f"class {part[0]} in cluster {', '.join(map(str, part[1]))}"
+    worst_off = (
+        f"Worst off under {take}: {whose}, {people:,} people, of whom {share:.0%} are decided "
+        f"rightly (standard error {np.sqrt(share * (1 - share) / people):.1%})."
+    )
+    sentences = [
+        f"{first}: {as_text(gain)} in the {what}.",
+        f"Its accuracy is {means.loc[shown, 'accuracy']:.1%}, {as_text(price)} against plain.",
+        worst_off,
+        sure,
+        last,
+    ]
+    return take, sentences
+
+
+def beyond_chance(differences: Numbers, moves: Numbers, confidence: float) -> bool:
+    """Whether the mean of paired differences (seeds,) is above what is made by chance.
+
+    ``moves`` (N,) is how each person moves it. The variances of seeds and people add up, by
+    Satterthwaite's degrees of freedom.
+    """
+    from scipy import stats
+
+    number = len(differences)
+    if number < 2:
+        return False
+    of_seeds, of_people = differences.var(ddof=1) / number, (moves**2).sum()
+    freedom = (number - 1) * (of_seeds + of_people) ** 2 / max(of_seeds**2, 1e-300)
+    limit = stats.t.ppf((1 + confidence) / 2, freedom) * (of_seeds + of_people) ** 0.5
+    return bool(differences.mean() > limit)
+
+
+def as_text(found: Difference, unit: str = " points", percent: bool = True) -> str:
+    """A difference with its interval; nothing where it is not known.
+
+    >>> as_text(Difference(0.1, 0.05, 0.15))
+    '+10.0 points (+5.0 to +15.0)'
+    """
+    if np.isnan(found.mean):
+        return ""
+    scale, digits = (100, 1) if percent else (1, 2)
+    mean, low, high = (f"{scale * value:+.{digits}f}".replace("-", "−") for value in found)
+    return f"{mean}{unit}" + ("" if np.isnan(found.low) else f" ({low} to {high})")
