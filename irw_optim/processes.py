@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
+has_group: Callable[[], bool] = getattr(dist, "is_initialized", lambda: False)
+"""Whether a default process group is there."""
+
 
 def several_processes() -> bool:
-    """Whether a default process group of more than one is there."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Whether one of more than one process is."""
+    return has_group() and dist.get_world_size() > 1
 
 
 def place() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without a process group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    return (dist.get_rank(), dist.get_world_size()) if has_group() else (0, 1)
 
 
 def is_sharded(model: nn.Module) -> bool:

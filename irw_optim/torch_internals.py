@@ -20,9 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
-_will_execute: Any = getattr(torch._C, "_will_engine_execute_node", None)
-_keeps_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 _engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
 _disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 _frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
@@ -31,32 +28,36 @@ _without_mode: Any = getattr(torch.overrides, "_pop_mode_temporarily", None)
 _set_compiler: Any = getattr(_frames, "set_eval_frame", None)
 
 
+def _by_autograd(
+    losses: Any, cotangents: Any, retain: bool, again: bool, edges: Any, *_: Any, **__: Any
+) -> Any:
+    return torch.autograd.grad(losses, edges, cotangents, retain, again, allow_unused=True)
+
+
+run_backward: Any = getattr(_engine, "run_backward", _by_autograd)
+"""``torch.autograd.grad`` without its checks, which take as long as a small pass itself."""
+
+
 def gradients_at(
-    start: Tensor | GradientEdge,
-    ends: Sequence[Any],
-    cotangent: Tensor,
-    *,
-    retain_graph: bool,
+    start: Tensor | GradientEdge, ends: Sequence[Any], cotangent: Tensor, *, retain_graph: bool
 ) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad`` at tensors or edges, for arguments that are known to be right.
-
-    Its checks take as long as the pass itself through a small model.
-    """
-    if _run_backward is None or not ends:
-        return torch.autograd.grad(
-            start, ends, cotangent, retain_graph=retain_graph, allow_unused=True
-        )
-    return _run_backward(  # type: ignore[no-any-return]
-        (start,), (cotangent,), retain_graph, False, tuple(ends), True, accumulate_grad=False
-    )
+    """The gradients of one tensor at tensors or edges, where they arrive, by `run_backward`."""
+    if not ends:
+        return ()
+    once = (start,), (cotangent,), retain_graph, False, tuple(ends), True
+    return run_backward(*once, accumulate_grad=False)  # type: ignore[no-any-return]
 
 
-def graph_is_kept() -> bool:
-    """Whether the backward pass that runs now was called with ``retain_graph=True``.
+graph_is_kept: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+"""Whether the backward pass that runs now was called with ``retain_graph=True``.
 
-    Where torch does not tell, it is taken to be: then memory is let go later.
-    """
-    return True if _keeps_graph is None else _keeps_graph()
+Where torch does not tell, it is taken to be: then memory is let go later.
+"""
+
+will_run: Callable[[Node], bool] = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
+"""Whether the backward pass that runs now goes through a node after this one."""
 
 
 def is_plain_autograd() -> bool:
@@ -72,15 +73,10 @@ def is_plain_autograd() -> bool:
     return not dual and transforms() is None and hooks(True) is None
 
 
-def is_walked_on(nodes: Iterable[Node]) -> bool:
-    """Whether the backward pass that runs now goes through some of these nodes after this one."""
-    return _will_execute is None or any(map(_will_execute, nodes))
-
-
 def is_wanted(leaf: Node) -> bool:
     """Whether the backward pass that runs now asks for the gradient that a node accumulates."""
     try:
-        return True if _will_execute is None else _will_execute(leaf)
+        return will_run(leaf)
     except RuntimeError:  # torch's answer for a leaf that `autograd.grad` was asked for
         return True
 

@@ -28,7 +28,7 @@ from irw_optim.gradients.ghost import check_inputs
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.materialized import blocked_gram, widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
-from irw_optim.torch_internals import is_walked_on, is_wanted
+from irw_optim.torch_internals import is_wanted, will_run
 
 
 class LogicalBatch:
@@ -101,7 +101,7 @@ class _Member(BatchPass):
         weighted = is_wanted(self.anchor.node)
         if weighted:
             self.passed = True
-            walked = is_walked_on(captured.graph.order)
+            walked = any(map(will_run, captured.graph.order))
             captured.start(seed_of(upstream, self.batch), keep_graph or walked)
             if walked and not keep_graph and captured.finished_by_autograd:
                 captured.close()

@@ -20,7 +20,7 @@ from irw_optim.backward.passes import Pass, as_one
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.torch_internals import graph_is_kept, is_walked_on
+from irw_optim.torch_internals import graph_is_kept, will_run
 from irw_optim.weighting.local_scheme import NoRows, Scheme
 from irw_optim.weighting.record import StepRecord
 
@@ -111,7 +111,7 @@ class WeightedPass(BatchPass):
         total: dict[Tensor, Tensor] = {}
         others = captured.others and list(filter(captured.is_wanted, captured.others))
         weighted = not others or any(map(captured.is_wanted, captured.leaves))
-        keep_graph = keep_graph or is_walked_on(captured.graph.order)
+        keep_graph = keep_graph or any(map(will_run, captured.graph.order))
         if weighted:
             captured.start(seed_of(upstream, batch), keep_graph)
         if others:

@@ -15,7 +15,7 @@ and a weighting replaces the n_i / Σ n by weights of its own that sum to 1.
 """
 
 from irw_optim.criterion._custom import PerSampleLoss
-from irw_optim.criterion._dispatch import per_sample_losses, validate_criterion
 from irw_optim.criterion._rules import PerSampleLosses
+from irw_optim.criterion.attached import per_sample_losses, validate_criterion
 
 __all__ = ["PerSampleLoss", "PerSampleLosses", "per_sample_losses", "validate_criterion"]

@@ -1,8 +1,8 @@
-"""How a criterion is called: unreduced, with its own reduction, or so that nobody can tell."""
+"""How a criterion is called once more, so that nobody can tell."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -11,23 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from irw_optim.criterion._rules import forward_of
 from irw_optim.restored import randomness_restored, undo_state
-
-
-def unreduced(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What the criterion returns with ``reduction="none"``; its own reduction is put back."""
-    attributes = vars(criterion)  # nn.Module's __setattr__ takes as long as a small loss
-    own = attributes.get("reduction")
-    attributes["reduction"] = "none"
-    try:
-        # Not criterion(...): that would run its hooks, and this may be called from one of them.
-        elements: Tensor = forward_of(criterion)(*args, **kwargs)
-    finally:
-        if own is None:
-            del attributes["reduction"]  # it was the class's
-        else:
-            attributes["reduction"] = own
-    return elements
 
 
 def value_of_its_own(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
@@ -53,11 +38,6 @@ def is_due(criterion: nn.Module, uses: WeakKeyDictionary[nn.Module, int]) -> boo
     """Counts a use, and tells whether it is the 1st, 2nd, 4th, 8th, ..."""
     count = uses[criterion] = uses.get(criterion, 0) + 1
     return not count & (count - 1)
-
-
-def forward_of(criterion: nn.Module) -> Callable[..., Any]:
-    """The criterion's own forward: what stands in for one names it ``original``."""
-    return getattr(criterion.forward, "original", criterion.forward)
 
 
 @contextmanager

@@ -15,8 +15,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from irw_optim.criterion._calls import forward_of, is_due, rehearsal, unreduced
-from irw_optim.criterion._rules import RULES, PerSampleLosses, Rule, plain
+from irw_optim.criterion._calls import is_due, rehearsal
+from irw_optim.criterion._rules import (
+    RULES,
+    PerSampleLosses,
+    Rule,
+    forward_of,
+    plain,
+    unreduced,
+)
 
 _SHAPE = "one loss per sample, of shape (B,) or (B, ...)"
 

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from irw_optim.criterion._calls import forward_of
-
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -56,6 +54,35 @@ class PerSampleLosses(NamedTuple):
         return counts / counts.sum().clamp(min=1) * self.scale
 
 
+def unreduced(
+    criterion: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    forward: Callable[..., Any] | None = None,
+) -> Tensor:
+    """What the criterion returns with ``reduction="none"``; its own reduction is put back.
+
+    By its own `forward_of`, if that is not given.
+    """
+    attributes = vars(criterion)  # nn.Module's __setattr__ takes as long as a small loss
+    own = attributes.get("reduction")
+    attributes["reduction"] = "none"
+    try:
+        # Not criterion(...): that would run its hooks, and this may be called from one of them.
+        elements: Tensor = (forward or forward_of(criterion))(*args, **kwargs)
+    finally:
+        if own is None:
+            del attributes["reduction"]  # it was the class's
+        else:
+            attributes["reduction"] = own
+    return elements
+
+
+def forward_of(criterion: nn.Module) -> Callable[..., Any]:
+    """The criterion's own forward: what stands in for one names it ``original``."""
+    return getattr(criterion.forward, "original", criterion.forward)
+
+
 def fold(
     elements: Tensor,
     batch: int,
@@ -76,9 +103,14 @@ def fold(
         labels: Passed on.
     """
     detached = elements.detach()
-    if valid is None:
-        losses, counts = _row_means(elements, batch), None
-        total: Tensor | int = elements.numel()
+    counts: Tensor | None = None
+    total: Tensor | int = elements.numel()
+    if valid is None and total == batch:
+        # A view costs time and a node in the graph.
+        losses = elements if elements.dim() == 1 else elements.reshape(-1)
+    elif valid is None:
+        rows = elements.reshape(batch, -1)
+        losses = rows.mean(1) if total else rows.sum(1)  # the mean of nothing would be NaN
     else:
         losses, counts = _valid_row_means(elements, valid, batch)
         total = torch.count_nonzero(valid)
@@ -99,21 +131,9 @@ def fold(
     return PerSampleLosses(losses, value, scale, labels, counts, total, reduction == "sum")
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """The tensor itself where it is 1-D already: a view costs time and a node in the graph."""
-    return tensor if tensor.dim() == 1 else tensor.reshape(-1)
-
-
-def _row_means(elements: Tensor, batch: int) -> Tensor:
-    if elements.numel() == batch:
-        return elements if elements.dim() == 1 else flat(elements)
-    rows = elements.reshape(batch, -1)
-    return rows.mean(1) if rows.shape[1] else rows.sum(1)  # the mean of nothing would be NaN
-
-
 def _valid_row_means(elements: Tensor, valid: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     if elements.numel() == batch:
-        return flat(elements), flat(valid).long()
+        return elements.reshape(-1), valid.reshape(-1).long()
     counts = valid.reshape(batch, -1).sum(1)
     return _quotient(elements.reshape(batch, -1), counts.clamp(min=1), 1), counts
 
@@ -237,7 +257,8 @@ def _labels(target: Tensor, batch: int, threshold: float | None = None) -> Tenso
     """Classes (B,) if the target is one number a sample; 1 above the threshold for two classes."""
     if target.numel() != batch:
         return None
-    return flat(target if threshold is None else target > threshold).long()
+    labels = target if threshold is None else target > threshold
+    return (labels if labels.dim() == 1 else labels.reshape(-1)).long()
 
 
 RULES: dict[type[nn.Module], Rule] = {

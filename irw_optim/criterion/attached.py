@@ -1,7 +1,8 @@
-"""Takes the place of a criterion's ``forward``, in place, and gives it back.
+"""The losses of a criterion: asked of it, or heard of whenever a training loop calls it.
 
-The criterion stays the object that the training loop calls; while the model trains, the scalar it
-returns carries the weighted gradient instead of the averaged one.
+For the latter something takes the place of its ``forward``, in place, and gives it back. The
+criterion stays the object that the loop calls; while the model trains, the scalar it returns
+carries the weighted gradient instead of the averaged one.
 """
 
 from __future__ import annotations
@@ -16,12 +17,174 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
-from irw_optim.criterion._dispatch import per_sample_losses, validate_criterion
-from irw_optim.criterion._rules import PerSampleLosses
+from irw_optim.criterion._calls import value_of_its_own
+from irw_optim.criterion._custom import (
+    check_elements,
+    check_leading_dimension,
+    check_rows_are_samples,
+    with_own_value,
+)
+from irw_optim.criterion._rules import (
+    PerSampleLosses,
+    Rule,
+    find_rule,
+    forward_of,
+    plain,
+    unreduced,
+)
 from irw_optim.notebook import in_a_notebook
 from irw_optim.torch_internals import uncompiled
 
 logger = logging.getLogger("irw_optim")
+
+_CUSTOM = Rule(plain, trusted=False)
+_WAYS_OUT = (
+    "wrap a function that returns losses of shape (B,) as PerSampleLoss(fn), or leave criterion "
+    "out and call optimizer.backward(losses) in place of loss.backward()"
+)
+
+
+def per_sample_losses(
+    criterion: nn.Module, *args: Any, batch_size: int | None = None, **kwargs: Any
+) -> PerSampleLosses:
+    """Computes a criterion's loss for each sample of the batch, differentiably.
+
+    The criterion runs unreduced and without its hooks, and is left as it was. A module that is not
+    torch's runs once more, with its own reduction: the value is always its own, and a reduction
+    other than the mean or sum of its elements is refused at the batch that shows it (counters,
+    buffers and random states see one call). A :class:`PerSampleLoss` spares that. Samples are
+    dimension 0 of the elements (of the losses, for CTC, of shape (B,)): a loss of shape (B, T)
+    becomes the mean over each sample's own T elements, those with ``ignore_index`` left out.
+
+    Args:
+        criterion: A ``torch.nn`` loss with a reduction, a :class:`PerSampleLoss`, or any module
+            that returns (B, ...) elements when its attribute ``reduction`` is ``"none"``.
+        *args: What the criterion is called with.
+        batch_size: Number of samples B where the call has flattened them with a further
+            dimension, as in logits (B·T, V) against targets (B·T,): the elements' dimension 0 is
+            then folded row-major into (B, T). None: each row is a sample.
+        **kwargs: What the criterion is called with.
+
+    Returns:
+        Losses of shape (B,), and how they make up the criterion's value.
+
+    Raises:
+        TypeError: If per-sample losses cannot be had from such a criterion.
+        ValueError: If its ``reduction`` is ``"none"`` or unknown, the elements have no batch
+            dimension or are reduced over the batch, their number of rows is no multiple of
+            `batch_size`, or the criterion's own value is not their mean or sum.
+
+    Example:
+        >>> import torch
+        >>> from irw_optim.criterion import per_sample_losses
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
+        >>> batch = per_sample_losses(torch.nn.CrossEntropyLoss(), logits, torch.tensor([0, 1]))
+        >>> batch.losses
+        tensor([0.1269, 0.6931], grad_fn=<NllLossBackward0>)
+        >>> batch.value, batch.scale
+        (tensor(0.4100), 1.0)
+    """
+    return _losses_by(validate_criterion(criterion), criterion, args, kwargs, batch_size)
+
+
+def _losses_by(
+    rule: Rule,
+    criterion: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_size: int | None = None,
+    forward: Callable[..., Any] | None = None,
+) -> PerSampleLosses:
+    """`per_sample_losses`, of a criterion whose rule is known; its ``forward`` may be, too."""
+    own = value_of_its_own(criterion, args, kwargs) if rule is _CUSTOM else None
+    elements = unreduced(criterion, args, kwargs, forward)
+    if not rule.trusted:
+        check_elements(criterion, elements)
+        if batch_size is None:
+            check_leading_dimension(criterion, elements, (*args, *kwargs.values()))
+    if batch_size is None and elements.dim():
+        batch = elements.shape[0]
+    else:
+        batch = _number_of_samples(criterion, elements, batch_size)
+    if not rule.trusted:
+        check_rows_are_samples(criterion, elements, batch, args, kwargs)
+    result = rule.compute(criterion, elements, batch, *args, **kwargs)
+    if rule is not _CUSTOM:
+        return result
+    return with_own_value(criterion, own, result, elements, args, kwargs)
+
+
+def validate_criterion(criterion: nn.Module) -> Rule:
+    """The rule of a criterion; raises for what can be seen to be impossible before a call.
+
+    Args:
+        criterion: for :func:`per_sample_losses`.
+
+    Raises:
+        TypeError: no ``nn.Module``, compiled, or without a reduction.
+        ValueError: its reduction is ``"none"`` or unknown.
+
+    >>> _ = validate_criterion(nn.MSELoss())
+    >>> validate_criterion(nn.MSELoss(reduction="none"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: criterion MSELoss has reduction='none', which leaves ...
+    """
+    if isinstance(criterion, type):
+        name = criterion.__name__
+        raise TypeError(
+            f"criterion={name} is a class: expected an instance, not a class, criterion={name}()"
+        )
+    if not isinstance(criterion, nn.Module):
+        raise TypeError(
+            f"criterion={criterion!r} is no nn.Module, so its call cannot be followed: expected "
+            f"one, such as torch.nn.CrossEntropyLoss(); or {_WAYS_OUT}"
+        )
+    rule = find_rule(criterion) or _CUSTOM
+    if rule is _CUSTOM and _is_compiled(criterion):
+        raise TypeError(
+            f"criterion {type(criterion).__name__} is compiled, which fixes its reduction: use the "
+            f"module it was compiled from, here and in the training loop, or {_WAYS_OUT}"
+        )
+    reduction = getattr(criterion, "reduction", None)
+    if reduction in rule.reductions:
+        return rule
+    name = type(criterion).__name__
+    if reduction == "none":
+        raise ValueError(
+            f"criterion {name} has reduction='none', which leaves the reduction to the training "
+            f"loop: construct it with reduction={rule.reductions[0]!r}, or leave criterion out and "
+            "call optimizer.backward(losses) with the losses it returns"
+        )
+    if reduction is None:
+        raise TypeError(f"criterion {name} has no reduction to switch off: {_WAYS_OUT}")
+    raise ValueError(
+        f"criterion {name} has reduction={reduction!r}; known are {', '.join(rule.reductions)}: "
+        f"use one of them, or {_WAYS_OUT}"
+    )
+
+
+def _is_compiled(criterion: nn.Module) -> bool:
+    # What torch.compile returns is of a private class; _orig_mod is how its state_dict names it.
+    return isinstance(criterion, torch.jit.ScriptModule) or hasattr(criterion, "_orig_mod")
+
+
+def _number_of_samples(criterion: nn.Module, elements: Tensor, batch_size: int | None) -> int:
+    if elements.dim() == 0:
+        raise ValueError(
+            f"{type(criterion).__name__} was called on a single sample without a batch dimension: "
+            "add one, as in criterion(output.unsqueeze(0), target.unsqueeze(0))"
+        )
+    rows = elements.shape[0]
+    if batch_size is None or batch_size == rows:
+        return rows
+    if batch_size < 1 or rows % batch_size:
+        raise ValueError(
+            f"batch_size={batch_size} must divide the {rows} rows of losses of shape "
+            f"{tuple(elements.shape)} that {type(criterion).__name__} computed"
+        )
+    return batch_size
+
 
 Listener = Callable[[PerSampleLosses], Tensor]
 
@@ -85,17 +248,22 @@ class _Forward(Replacement):
         self.criterion = criterion
         self.model = model
         self.listener = listener
+        self.seen: object = None  # what decides on the criterion's rule and its own forward
 
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The listener's scalar while the model trains, else what the criterion returns."""
         listener, model, criterion = self.listener(), self.model(), self.criterion
         training = torch.is_grad_enabled() and model is not None and model.training
+        reduction = getattr(criterion, "reduction", None)
         # A criterion may call itself while its losses are asked for, without a reduction.
-        unreduced = getattr(criterion, "reduction", None) == "none"
-        if listener is None or not training or unreduced:
+        if listener is None or not training or reduction == "none":
             return self.original(*args, **kwargs)
-        return listener(per_sample_losses(criterion, *args, **kwargs))
+        as_seen = type(criterion).forward, vars(criterion).get("forward"), reduction
+        if as_seen != self.seen:
+            self.rule, self.forward = validate_criterion(criterion), forward_of(criterion)
+            self.seen = as_seen
+        return listener(_losses_by(self.rule, criterion, args, kwargs, forward=self.forward))
 
     @property
     def original(self) -> Callable[..., Any]:

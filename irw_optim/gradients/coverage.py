@@ -37,6 +37,7 @@ class Covering:
     trust: Trust  # what is known of these
     alone: set[Tensor]  # what nothing but covered layers read, as the graph shows
     reached: set[int] = field(default_factory=set)  # numbers of calls that a gradient arrived at
+    is_settled: bool = False  # whether checks alone can show that anything is left to autograd
 
     def __post_init__(self) -> None:
         self.lose(self.trust.lost)
@@ -58,6 +59,7 @@ class Covering:
         self.trust.lost |= lost
         self.covers_all = self.covers_all and self.covered.isdisjoint(lost)
         self.covered -= lost
+        self.is_settled = False
 
 
 def covering_of(
@@ -70,12 +72,13 @@ def covering_of(
     """Who covers what in a graph of a new kind."""
     inside: set[Tensor] = set()
     outside: set[Tensor] = set()
-    for call, _, _ in graph.sites:
+    calls = [site.call for site in graph.sites]
+    for call in calls:
         (inside if call.layout is not None else outside).update(call.parameters.values())
     covered = inside.difference(outside).intersection(own)
     covers_all = covered.issuperset(own) and covered.issuperset(inside | outside)
-    sparse = any(call.needs_autograd_combine for call, _, _ in graph.sites)
-    layers = Counter(p for site in graph.sites for p in site.call.parameters.values())
+    sparse = any(call.needs_autograd_combine for call in calls)
+    layers = Counter(p for call in calls for p in call.parameters.values())
     counted = dict(zip(graph.leaves, batch.reads, strict=False))
     alone = {p for p in covered if counted.get(p) == layers[p]}
     covers_all = covers_all and not sparse
@@ -86,7 +89,7 @@ def reads_of(graph: Graph, own: Sequence[Tensor], batch: Batch) -> list[Hashable
     """The ways in which parameters are read: by which layers, and by how many operations."""
     by_layers: list[Hashable] = [
         (type(call), *call.arrangement(), *map(_name, call.parameters.values()))
-        for call, _, _ in graph.sites
+        for call in (site.call for site in graph.sites)
     ]
     mine = set(own)
     counted = zip(graph.leaves, batch.reads, strict=False)

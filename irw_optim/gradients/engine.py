@@ -29,13 +29,13 @@ from irw_optim.gradients.compiling import (
     prepare,
 )
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
-from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.graph import Graph, Plan
 from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, silence_of, weighed_by, without_cudnn
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.mixing import Batch, follow_batch, is_foreign, rows_that_entered
 from irw_optim.gradients.packed import packed_as_one
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.gradients.readings import NOTHING_READ, Plan, read_around, read_in_a_pass
+from irw_optim.gradients.readings import NOTHING_READ, plan_of, read_around, read_in_a_pass
 from irw_optim.processes import is_sharded_here
 
 logger = logging.getLogger("irw_optim")
@@ -159,7 +159,7 @@ class Engine(Renewed):
                 if not sharded and (rows := rows_that_entered(graph, at, size)):
                     self.tell(logging.WARNING, "parts", _PARTS.format(losses=size, rows=rows))
         if found is not None or always:
-            _remember(self.plans, graph.kind, Plan.of(found[0] if found else (), graph, covering))
+            _remember(self.plans, graph.kind, plan_of(found[0] if found else (), graph, covering))
         return covering
 
     def common_to(self, kind: Hashable) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.layers._products import gram_of_rows, summed_rows
 from irw_optim.gradients.protocol import Direction, added
 from irw_optim.gradients.side_by_side import Part, side_by_side
-from irw_optim.torch_internals import gradients_at
+from irw_optim.torch_internals import run_backward
 
 
 class GhostGradients:
@@ -41,7 +41,7 @@ class GhostGradients:
         self._factor = None if seed.device.type == "cpu" and seed.item() == 1.0 else seed
 
     @cached_property
-    def parts(self) -> tuple[list[Part], list[LayerCall]]:
+    def parts(self) -> tuple[Sequence[Part], list[LayerCall]]:
         """The calls as their products are taken; and those that share parameters."""
         return side_by_side(self.calls)
 
@@ -60,15 +60,14 @@ class GhostGradients:
     def combine(self, weights: Tensor, *, release: bool = False) -> dict[Tensor, Tensor]:
         """G^T w; with ``release`` for the last time: each layer's a and b go as they are used."""
         rows = RowWeights(weights if self._factor is None else weights / self._factor)
-        apart, meeting = self.parts
-        parts: list[Part] = [*apart, *meeting]
-        parts.reverse()
+        apart, meeting = map(list, map(reversed, self.parts))
         if release:
             self.calls, self.of_every_site, self.parts = [], (), ([], [])
-            del apart, meeting
         total: dict[Tensor, Tensor] = {}
-        while parts:
-            for parameter, part in parts.pop().combine(rows).items():
+        while apart:
+            total.update(apart.pop().combine(rows))
+        while meeting:
+            for parameter, part in meeting.pop().combine(rows).items():
                 total[parameter] = total[parameter] + part if parameter in total else part
         return total
 
@@ -132,8 +131,10 @@ def ghost_gradients(
     asked: list[tuple[int, CallSite, bool]] = []
     edges: list[GradientEdge] = []
     waiting: dict[int, RemovableHandle] = {}
+    all_plain = losses.is_cpu
     for number, site in enumerate(sites):
-        makes_rows = site.call.makes_rows(site.shape)
+        all_plain = all_plain and site.is_plain
+        makes_rows = not site.is_plain and site.call.makes_rows(site.shape)
         # A node that passes nothing on is not run, and its hooks are not called.
         if makes_rows and not retain_graph and number in reached and site.call.passes_on:
             arrival = partial(_arrive, calls, number, site)
@@ -145,8 +146,10 @@ def ghost_gradients(
         if backward is not None:
             gradients = backward(edges)
         else:
-            cotangent = seed.to(losses.dtype).expand_as(losses)
-            gradients = gradients_at(losses, edges, cotangent, retain_graph=retain_graph)
+            factor = seed if seed.dtype == losses.dtype else seed.to(losses.dtype)
+            cotangent = factor.expand(losses.shape)
+            once = (losses,), (cotangent,), retain_graph, False, tuple(edges), True
+            gradients = run_backward(*once, accumulate_grad=False)
     finally:
         for handle in waiting.values():
             handle.remove()
@@ -158,7 +161,10 @@ def ghost_gradients(
             "no gradient arrived at a layer that one arrived at before: expected a forward that "
             'uses its layers alike in every step; set engine="autodiff" for one that does not'
         )
-    return GhostGradients(calls, losses.shape[0], seed)
+    ghost = GhostGradients(calls, losses.shape[0], seed)
+    if all_plain:  # a small step has no time for more
+        ghost.parts = ghost.calls, []
+    return ghost
 
 
 def _arrive(
@@ -174,9 +180,12 @@ def _settled(site: CallSite, gradient: Tensor, retain_graph: bool, makes_rows: b
     call = site.call.copy() if retain_graph else site.call
     if call.input._version != call.version:
         check_inputs([call])
-    call.set_output_gradient(
-        gradient if gradient.shape == site.shape else gradient.reshape(site.shape)
-    )
+    if gradient.shape != site.shape:
+        gradient = gradient.reshape(site.shape)
+    if site.is_plain:
+        call.output_gradient = gradient
+    else:
+        call.set_output_gradient(gradient)
     if not makes_rows:
         return call
     rows = RowsCall(call)

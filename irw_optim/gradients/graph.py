@@ -1,18 +1,24 @@
-"""The autograd graph behind a vector of losses, as it is recorded."""
+"""The autograd graph behind a vector of losses, as it is recorded, and what its kind tells."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.layers import LayerCall
+from irw_optim.gradients.layers import LayerCall, LinearCall
+from irw_optim.gradients.mixing_rules import RULES, picking, picks_of
+from irw_optim.gradients.nodes import base_name
 from irw_optim.gradients.packed import ENDS_RUN
+
+if TYPE_CHECKING:
+    from irw_optim.gradients.coverage import Covering
 
 
 class CallSite(NamedTuple):
@@ -21,6 +27,7 @@ class CallSite(NamedTuple):
     call: LayerCall
     edge: GradientEdge
     shape: torch.Size
+    is_plain: bool = False  # whether it is a `Remade` call: makes no rows, and takes b as it is
 
 
 @dataclass(eq=False)
@@ -84,7 +91,9 @@ def walk(losses: Tensor) -> Graph:
                 continue
             seen[parent] = number = len(seen)
             wiring.append((number, output) if output else number)
-            following = read_by(parent)
+            # As `read_by`, without a call for every node.
+            ends_run = type(parent) is ENDS_RUN
+            following = parent.run.edges if ends_run else parent.next_functions  # type: ignore[attr-defined]
             if not following and (leaf := getattr(parent, "variable", None)) is not None:
                 leaves.append(leaf)
                 leaf_nodes.append(parent)
@@ -96,6 +105,78 @@ def walk(losses: Tensor) -> Graph:
             order.append(node)
     order.reverse()
     return Graph(leaves, leaf_nodes, order, tuple(wiring))
+
+
+def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
+    """What decides where the batch is and which calls a layer makes: equal in graphs of a kind."""
+    found: list[object] = [losses.shape, losses.output_nr, graph.wiring]
+    for node in graph.order:
+        kind = type(node)
+        found.append(kind)
+        for output in node._input_metadata:
+            found += (tuple(output.shape), output.dtype)
+        settings = _SETTINGS_OF.get(kind, _settings_of)
+        if settings is not None:
+            found.append(settings(node))
+    return tuple(found)
+
+
+_SETTINGS = "dim dim0 dim1 dims keepdim normalized_shape pad reduction repeats size stride training"
+"""All that a rule of `mixing_rules` reads beside the shapes and, of indices, their `picks_of`."""
+
+_FACTORS = {"Addmm": ("_saved_alpha", "_saved_beta")}
+"""What a `Remade` call depends on beside these."""
+
+_SETTINGS_OF: dict[type[Node], Callable[[Any], object] | None] = {}
+"""How to read them of a node; None where there are none."""
+
+
+def _settings_of(node: Node) -> object:
+    """Of a kind that `_SETTINGS_OF` did not know until now."""
+    name = base_name(node)
+    saved = [f"_saved_{setting}" for setting in _SETTINGS.split()]
+    names = [*filter(partial(hasattr, node), saved), *_FACTORS.get(name, ())]
+    read: Callable[[Any], object] | None = None
+    if RULES.get(name) is picking:
+        read = picks_of
+    elif names:
+        values = attrgetter(*names)
+        lists = any(isinstance(getattr(node, setting), list) for setting in names)
+        read = (lambda n: repr(values(n))) if lists else values
+    _SETTINGS_OF[type(node)] = read
+    return None if read is None else read(node)
+
+
+class Remade(NamedTuple):
+    """A linear map of samples without positions, the only one with its parameters.
+
+    Nothing but the input differs between the graphs of one kind.
+    """
+
+    place: int  # of its node in the graph's order
+    input: str  # the node's name for it
+    call: LinearCall  # as it was in an earlier graph, with its input let go
+    shape: torch.Size
+
+
+@dataclass
+class Plan:
+    """What every graph of one kind reads, and what is known of the products."""
+
+    covering: Covering
+    read: Callable[[Graph, Tensor], list[CallSite] | None]  # None: other settings than ever
+    remade: Sequence[Remade] | None  # where these are all
+
+    def sites(self, graph: Graph, losses: Tensor) -> list[CallSite] | None:
+        """The layer calls of another graph."""
+        if self.remade is None:
+            return self.read(graph, losses)
+        sites: list[CallSite] = []
+        for place, input, call, shape in self.remade:
+            node = graph.order[place]
+            edge = GradientEdge(node, 0)
+            sites.append(CallSite(call.of(getattr(node, input)), edge, shape, True))
+        return sites
 
 
 def refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:

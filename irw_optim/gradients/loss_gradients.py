@@ -20,11 +20,16 @@ from irw_optim.gradients.compiling import is_compiled
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
-from irw_optim.gradients.graph import NO_GRAPH, CallSite, refuse_reentrant_checkpoints, walk
-from irw_optim.gradients.mixing import fingerprint
+from irw_optim.gradients.graph import (
+    NO_GRAPH,
+    CallSite,
+    fingerprint,
+    refuse_reentrant_checkpoints,
+    walk,
+)
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.recomputation import NOTHING, RECOMPUTES, OneForward
-from irw_optim.gradients.verification import compare, in_half_precision, probe_of
+from irw_optim.gradients.verification import compare, in_half_precision, probe_of, rows_by
 from irw_optim.torch_internals import is_wanted
 
 NOTHING_TO_SCORE = (
@@ -37,6 +42,9 @@ NOTHING_TO_SCORE = (
 MANY_LOSSES = 8
 """So many other losses that wait for their backward pass on one graph are worth a word."""
 
+NO_LOSSES = torch.empty(0)
+"""In the place of those whose backward pass is over."""
+
 _LOCK = Lock()
 
 
@@ -46,7 +54,7 @@ class LossGradients:
     Args:
         engine: what is known from earlier batches.
         losses: (B,), with their graph.
-        owns: tells, of the leaves, the model's (and more, perhaps); None for all.
+        owns: tells, of the leaves, the model's (and more, perhaps), or None for all.
         one_product: whether a single G (G^T c) is all that is asked of G.
     """
 
@@ -54,7 +62,7 @@ class LossGradients:
         self,
         engine: Engine,
         losses: Tensor,
-        owns: Callable[[Sequence[Tensor]], set[Tensor]] | None = None,
+        owns: Callable[[Sequence[Tensor]], set[Tensor] | None] | None = None,
         *,
         one_product: bool = False,
     ) -> None:
@@ -69,7 +77,7 @@ class LossGradients:
         self.leaves: list[Tensor] = graph.leaves  # those of the model
         self.others: list[Tensor] = []  # inputs, other networks: their gradient is the plain one
         own = None if owns is None else owns(graph.leaves)
-        if own is not None and not own.issuperset(graph.leaves):
+        if own is not None:
             self.leaves = [leaf for leaf in graph.leaves if leaf in own]
             self.others = [leaf for leaf in graph.leaves if leaf not in own]
         self.one_product = one_product
@@ -77,11 +85,12 @@ class LossGradients:
         self.uncovered = self.finished_by_autograd = self.leaves
         self.ghost: GhostGradients | None = None
         graph.kind = (*fingerprint(losses, graph), one_product, *map(id, self.leaves))
-        if graph.kind not in engine.plans:
+        self.plan = engine.plans.get(graph.kind)
+        if self.plan is None:
             refuse_reentrant_checkpoints(graph.order)
         self.sharing: WeakSet[LossGradients] | tuple[()] = ()
         with _LOCK:
-            for other in WAITING:
+            for other in WAITING if len(WAITING) else ():  # to go through none of them takes long
                 if not graph.nodes.keys().isdisjoint(other.graph.nodes.keys()):
                     other.sharing = other.sharing or WeakSet()
                     self.sharing = self.sharing or WeakSet()
@@ -106,26 +115,29 @@ class LossGradients:
         The losses carry the ``seed`` through it, 0-dim and not zero.
         """
         size, engine, graph = self.losses.shape[0], self.engine, self.graph
-        looks = graph.kind not in engine.plans or engine.uses & (engine.uses + 1) == 0
-        if not (looks or engine.known.get(RECOMPUTES)):
-            self.one_forward = NOTHING
+        plan = self.plan or engine.plans.get(graph.kind)
+        if plan is not None and engine.uses & (engine.uses + 1):  # no check for hooks is due
+            if not engine.known.get(RECOMPUTES):
+                self.one_forward = NOTHING
+            covering, trust = plan.covering, plan.covering.trust
+            as_ever = covering.is_settled and not engine.known and trust.uses & (trust.uses + 1)
+            if as_ever and (sites := plan.sites(graph, self.losses)) is not None:
+                engine.uses += 1
+                trust.uses += 1
+                graph.sites = sites
+                self._take_products(covering, seed, keep_graph)
+                return
         with self.one_forward:
             covering = engine.covering(self)
-        self.apart = covering.mixed_by is None and size > 1
         check_hooks = bool(size) and engine.hook_check_is_due(graph)
         check = bool(size and covering.covered) and engine.check_is_due(covering)
         hooks_change = engine.known.get(HOOKS_CHANGE)
         if covering.covers_all and covering.covered and not (check or check_hooks or hooks_change):
-            self.uncovered = self.finished_by_autograd = []
-            retain = keep_graph or bool(self.sharing or self.others)
-            known = covering.reached
+            covering.is_settled = bool(size)
             with self.one_forward:
-                self.ghost = ghost_gradients(
-                    self.losses, graph.sites, seed, retain_graph=retain, reached=known
-                )
-            if len(self.ghost.calls) != len(known):
-                covering.reached = self.ghost.reached
+                self._take_products(covering, seed, keep_graph)
             return
+        self.apart = covering.mixed_by is None and size > 1
         passes = self.passes
         if not covering.covered:
             if check_hooks:
@@ -151,13 +163,26 @@ class LossGradients:
         self.finished_by_autograd = [p for p in self.leaves if p not in covered or p in sparse]
         self.ghost = ghost.restricted_to(covered)
 
+    def _take_products(self, covering: Covering, seed: Tensor, keep_graph: bool) -> None:
+        """Where nothing is left to autograd, or due to be compared with it."""
+        self.apart = covering.mixed_by is None and self.losses.shape[0] > 1
+        self.uncovered = self.finished_by_autograd = []
+        retain, known = keep_graph or bool(self.sharing or self.others), covering.reached
+        self.ghost = ghost = ghost_gradients(
+            self.losses, self.graph.sites, seed, retain_graph=retain, reached=known
+        )
+        if len(ghost.calls) != len(known):
+            covering.reached = ghost.reached
+
     def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
         """G with the columns of the chosen parameters."""
         if self.ghost is not None and not self.uncovered and all(map(parameters, self.leaves)):
             return self.ghost
         chosen = list(filter(parameters, self.leaves))
         if self.engine.own is not None:
-            return self._by_own_engine(self.engine.own, chosen)
+            if not chosen:
+                raise RuntimeError(NOTHING_TO_SCORE)
+            return rows_by(self.engine, self.engine.own, self.losses, chosen, self.passes)
         parts: list[PerSampleGradients] = []
         if self.ghost is not None and (part := self.ghost.restricted_to(set(chosen))).calls:
             parts.append(part)
@@ -225,8 +250,7 @@ class LossGradients:
         if engine.known.get("row_by_row"):
             engine.left()
         self.ghost = None
-        self.losses = self.losses.detach()
-        self.graph = NO_GRAPH
+        self.losses, self.graph = NO_LOSSES, NO_GRAPH
         vars(self).pop("passes", None)
 
     @cached_property
@@ -241,27 +265,6 @@ class LossGradients:
     def one_forward(self) -> AbstractContextManager[object]:
         """Around whatever may compute a part of the forward again."""
         return OneForward(self.engine.model, self.engine.known)
-
-    def _by_own_engine(
-        self,
-        own: Callable[[Tensor, Sequence[Tensor]], PerSampleGradients],
-        parameters: Sequence[Tensor],
-    ) -> PerSampleGradients:
-        """The user's, compared with autograd at uses 1, 2, 4, 8, ..."""
-        if not parameters:
-            raise RuntimeError(NOTHING_TO_SCORE)
-        with torch.enable_grad():
-            rows = own(self.losses, parameters)
-        if self.engine.uses & (self.engine.uses - 1) == 0:
-            probe = probe_of(self.losses, self.engine.random)
-            wrong = compare(parameters, self.passes.without_hooks(parameters, probe), probe, rows)
-            if wrong:
-                raise RuntimeError(
-                    f"engine={own!r} is not exact for {self.engine.names_of(wrong)}: combine(w) "
-                    f"differs from autograd by {max(wrong.values()):.2g} of the gradient; expected "
-                    'the sum of w_i times the gradient of loss i, or engine="auto"'
-                )
-        return rows
 
     def _edges_aside(self, rest: Sequence[Tensor]) -> list[GradientEdge]:
         """Layers that a pass to the rest would not come by, and whose hooks it should meet."""

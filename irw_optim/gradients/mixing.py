@@ -10,9 +10,8 @@ may mix; so may one whose result is read sample by sample here and whole there, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
@@ -25,8 +24,6 @@ from irw_optim.gradients.mixing_rules import (
     mixing,
     packed,
     permuting,
-    picking,
-    picks_of,
     removing,
     reshaped,
     swapping,
@@ -156,29 +153,7 @@ def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:
     return rows if not others and 1 < rows < losses and losses % rows == 0 else None
 
 
-def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
-    """What decides where the batch is: equal for graphs of which `follow_batch` says the same."""
-    found: list[object] = [losses.shape, losses.output_nr, graph.wiring]
-    for node in graph.order:
-        kind = type(node)
-        found.append(kind)
-        outputs = node._input_metadata
-        for output in outputs:
-            found += (tuple(output.shape), output.dtype)
-        settings = SETTINGS_OF.get(kind, settings_of)
-        if settings is not None:
-            found.append(settings(node))
-    return tuple(found)
-
-
-_SETTINGS = "dim dim0 dim1 dims keepdim normalized_shape pad reduction repeats size stride training"
-"""All that a rule reads beside the shapes and, of indices, what `picks_of` says."""
-
-
 _RULE_OF: dict[type[Node], Rule] = {}
-
-SETTINGS_OF: dict[type[Node], Callable[[Any], object] | None] = {}
-"""How to read what the rule of a node looks at beside the shapes; None for nothing."""
 
 
 def rule_for(node: Node) -> Rule:
@@ -207,21 +182,6 @@ def is_foreign(node: Node) -> bool:
 def is_view(node: Node) -> bool:
     """Whether a node hands on numbers as they are."""
     return rule_for(node) in (permuting, removing, reshaped, swapping)
-
-
-def settings_of(node: Node) -> object:
-    """Of a kind that `SETTINGS_OF` did not know until now."""
-    saved = [f"_saved_{name}" for name in _SETTINGS.split()]
-    names = [name for name in saved if hasattr(node, name)]
-    read: Callable[[Any], object] | None = None
-    if rule_for(node) is picking:
-        read = picks_of
-    elif names:
-        values = attrgetter(*names)
-        lists = any(isinstance(getattr(node, name), list) for name in names)
-        read = (lambda n: repr(values(n))) if lists else values
-    SETTINGS_OF[type(node)] = read
-    return None if read is None else read(node)
 
 
 def _is_torchs_identity(node: BackwardCFunction) -> bool:

@@ -8,6 +8,7 @@ from. What it shares among the samples is a weight, or was computed from weights
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -17,8 +18,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.chained import ChainedCall, ChainPlaces
 from irw_optim.gradients.coverage import Covering
-from irw_optim.gradients.graph import CallSite, Graph
-from irw_optim.gradients.layers import FIRST, LayerCall, Layout
+from irw_optim.gradients.graph import CallSite, Graph, Plan, Remade
+from irw_optim.gradients.layers import FIRST, LayerCall, Layout, LinearCall
 from irw_optim.gradients.mixing import Batch, follow_batch
 from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
 from irw_optim.gradients.nodes import base_name
@@ -28,8 +29,8 @@ from irw_optim.gradients.recomputation import unless_recomputed
 
 _Value = TypeVar("_Value")
 
-_MATRIX_PRODUCTS = ("Addmm", "Mm")
-"""They take a weight or its transpose alike."""
+_INPUTS = {"Addmm": "_saved_mat1", "Mm": "_saved_self"}
+"""How products with a matrix, which take a weight or its transpose alike, call the samples."""
 
 
 class Reading(NamedTuple):
@@ -62,7 +63,7 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
     sites: list[CallSite] = []
     for place, output, inputs in batch.crossings:
         node: Any = graph.order[place]
-        turns = base_name(node) in _MATRIX_PRODUCTS
+        turns = base_name(node) in _INPUTS
         shared = {n: _weight_at(node.next_functions[n], graph, leaves, turns) for n in inputs}
         weights = {n: weight for n, weight in shared.items() if weight is not None}
         if not weights:
@@ -133,26 +134,40 @@ def sites_of(
     return sites
 
 
-class Plan:
-    """What every graph of one kind reads, and what is known of the products."""
+def plan_of(readings: Sequence[Reading], graph: Graph, covering: Covering) -> Plan:
+    """For graphs of the kind of one whose layer calls have found their batch."""
+    settled = _with_layouts(readings, graph)
 
-    def __init__(self, readings: list[Reading], covering: Covering) -> None:
-        self.readings = readings
-        self.covering = covering
-        # Operations tell their slopes in a backward pass alone.
-        self.asks = any(reading.rule is of_each_number for reading in readings)
+    def read(graph: Graph, losses: Tensor) -> list[CallSite] | None:
+        return sites_of(settled, graph, losses.shape[0])
 
-    @classmethod
-    def of(cls, readings: Sequence[Reading], graph: Graph, covering: Covering) -> Plan:
-        """Of a graph whose layer calls have found their batch."""
-        return cls(_with_layouts(readings, graph), covering)
+    def read_in_a_pass(graph: Graph, losses: Tensor) -> list[CallSite] | None:
+        return in_a_pass_to_all(losses, graph, partial(read, graph, losses))
 
-    def sites(self, graph: Graph, losses: Tensor) -> list[CallSite] | None:
-        """`sites_of` another graph."""
-        if not self.asks:
-            return sites_of(self.readings, graph, losses.shape[0])
-        follow = partial(sites_of, self.readings, graph, losses.shape[0])
-        return in_a_pass_to_all(losses, graph, follow)
+    # Operations tell their slopes in a backward pass alone.
+    asks = any(reading.rule is of_each_number for reading in readings)
+    return Plan(covering, read_in_a_pass if asks else read, _remade(readings, graph))
+
+
+def _remade(readings: Sequence[Reading], graph: Graph) -> list[Remade] | None:
+    """The calls of linear maps of samples without positions, where they are all there is."""
+    remade: list[Remade] = []
+    for reading, site in zip(readings, graph.sites, strict=False):
+        node = site.edge.node
+        input = _INPUTS.get(base_name(node))
+        call = site.call
+        if input is None or graph.order[reading.place] is not node or type(call) is not LinearCall:
+            return None
+        if call.layout != FIRST or call.input.ndim != 2:
+            return None
+        known = copy(call)
+        known.let_go()
+        known.layout = FIRST  # told by identity
+        remade.append(Remade(reading.place, input, known, site.shape))
+    parameters = [p for known in remade for p in known.call.parameters.values()]
+    if not len(remade) == len(readings) == len(graph.sites):
+        return None
+    return remade if len(set(parameters)) == len(parameters) else None
 
 
 def in_a_pass_to_all(losses: Tensor, graph: Graph, look: Callable[[], _Value]) -> _Value:
@@ -174,7 +189,7 @@ def _chained(call: LayerCall, computed: Sequence[Weight], graph: Graph) -> Layer
 def _with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
     """As their calls were found to have them in this graph."""
     found: dict[tuple[Node, int], list[Layout | None]] = {}
-    for call, edge, _ in graph.sites:
+    for call, edge, *_ in graph.sites:
         layout = FIRST if call.layout == FIRST else call.layout  # told by identity, in a hurry
         found.setdefault((edge.node, edge.output_nr), []).append(layout)
     layouts = [found.get((graph.order[r.place], r.output)) for r in readings]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +44,12 @@ def align_in_range(
     Where none helps (the gradients are zero, or not finite themselves), the product is plain. The
     losses, (B,), are to be finite as well.
     """
-    scores = align(gradients, coefficients)
+    aligned = getattr(gradients, "align", None) or partial(align, gradients)
+    scores: Tensor = aligned(coefficients)
     look = _look(scores, gradients, losses)
     if look.doubted:
         gradients.settle_doubt()  # type: ignore[attr-defined]
-        scores = align(gradients, coefficients)
+        scores = aligned(coefficients)
         look = _look(scores, gradients, losses)
     if look.in_range:
         return Aligned(scores, 1.0, look.finite, look.mass)

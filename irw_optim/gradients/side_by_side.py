@@ -46,18 +46,8 @@ Part: TypeAlias = "LayerCall | Rows | LinearMaps"
 def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall]]:
     """What stands for the calls, without a parameter in two; and those that share parameters."""
     device = calls[0].input.device.type if calls else "cpu"
-    seen: set[Tensor] = set()
-    number, as_they_are = 0, device == "cpu"
-    for call in calls:
-        number += len(call.parameters)
-        seen.update(call.parameters.values())
-        as_they_are = as_they_are and type(call) is LinearCall and call.input.ndim == 2
-    if number == len(seen) and as_they_are:  # a small step has no time for more
-        return list(calls), []
-    shared: set[Tensor] = set()
-    if number != len(seen):
-        uses = Counter(p for call in calls for p in call.parameters.values())
-        shared = {p for p, n in uses.items() if n > 1}
+    uses = Counter(p for call in calls for p in call.parameters.values())
+    shared = {p for p, n in uses.items() if n > 1}
     few = FEW.get(device, MORE)
     alone: list[Part] = []
     meeting: list[LayerCall] = []
@@ -130,7 +120,7 @@ class Rows:
 
     def _sum(self, weights: RowWeights) -> Tensor:
         """R^T w."""
-        return self.matrix.t().mv(weights.in_dtype(self.matrix.dtype))
+        return self.matrix.t().mv(weights.values.to(self.matrix.dtype))
 
 
 class LinearMaps:
@@ -156,7 +146,7 @@ class LinearMaps:
         return outputs.mul_(self.b).sum(1)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        weighted = self.b * weights.in_dtype(self.b.dtype).unsqueeze(1)
+        weighted = self.b * weights.values.to(self.b.dtype).unsqueeze(1)
         sums = weighted.sum(0).split(self.widths)
         result: dict[Tensor, Tensor] = {}
         each = zip(self.calls, self.inputs, self._parted(weighted), sums, strict=True)
@@ -169,7 +159,7 @@ class LinearMaps:
 
     def align(self, coefficients: RowWeights) -> Tensor:
         """Row i of b_k times a_k (a_k^T c b_k) + sum of c b_k: `dot` after `combine`, in one."""
-        weighted = self.b * coefficients.in_dtype(self.b.dtype).unsqueeze(1)
+        weighted = self.b * coefficients.values.to(self.b.dtype).unsqueeze(1)
         sums = weighted.sum(0).split(self.widths)
         outputs = torch.empty_like(self.b)
         parted = zip(self._parted(weighted), self._parted(outputs), sums, strict=True)

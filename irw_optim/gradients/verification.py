@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from irw_optim.gradients.protocol import PerSampleGradients
+
+if TYPE_CHECKING:
+    from irw_optim.gradients.backward_passes import BackwardPasses
+    from irw_optim.gradients.engine import Engine, OwnEngine
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
 """Far above rounding, also of sums in which large terms cancel; far below what mixing does."""
@@ -124,3 +128,25 @@ def _precision_of_products() -> str:
 
 def _dtypes(gradients: PerSampleGradients | None) -> set[torch.dtype]:
     return {call.precision for call in getattr(gradients, "calls", ())}
+
+
+def rows_by(
+    engine: Engine,
+    own: OwnEngine,
+    losses: Tensor,
+    parameters: Sequence[Tensor],
+    passes: BackwardPasses,
+) -> PerSampleGradients:
+    """Those of the user's ``own`` engine, compared with autograd at uses 1, 2, 4, 8, ..."""
+    with torch.enable_grad():
+        rows = own(losses, parameters)
+    if engine.uses & (engine.uses - 1) == 0:
+        probe = probe_of(losses, engine.random)
+        wrong = compare(parameters, passes.without_hooks(parameters, probe), probe, rows)
+        if wrong:
+            raise RuntimeError(
+                f"engine={own!r} is not exact for {engine.names_of(wrong)}: combine(w) differs "
+                f"from autograd by {max(wrong.values()):.2g} of the gradient; expected the sum of "
+                'w_i times the gradient of loss i, or engine="auto"'
+            )
+    return rows

@@ -21,7 +21,7 @@ from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
 from irw_optim.optimizer.checks import check_unrecorded, has_gradient
 from irw_optim.optimizer.options import Options
 from irw_optim.optimizer.other_terms import OtherTerms
-from irw_optim.processes import is_sharded, several_processes
+from irw_optim.processes import has_group, is_sharded, several_processes
 from irw_optim.weighting.local_scheme import Averaging, Scheme
 from irw_optim.weighting.record import StepRecord
 
@@ -112,7 +112,7 @@ class WeightedBackward(Renewed):
         losses = batch.losses
         if not losses.requires_grad:
             return batch.value
-        processes, options = self.processes, self.options
+        processes, options = self.processes if has_group() else self._processes, self.options
         warming_up = self.steps < options.warmup_steps
         if warming_up and self.discarded == max(options.warmup_steps, 10):
             logger.warning(
@@ -121,7 +121,8 @@ class WeightedBackward(Renewed):
                 options.warmup_steps,
                 self.discarded,
             )
-        scheme = Averaging() if warming_up else self.scheme
+        scheme: Scheme = options.local if self.held is None else self.held
+        scheme = Averaging() if warming_up else scheme
         scored = self.scored
         weigher: Weigher = OneProcess(scheme, self.note)
         if processes is not None:
@@ -143,7 +144,7 @@ class WeightedBackward(Renewed):
         else:
             make = weighted_loss if processes is None else processes.weighted_loss
         leaves = scored if processes is None else processes.leaves_of(scored)
-        detached = batch._replace(losses=losses.detach())
+        detached = PerSampleLosses(losses.detach(), *batch[1:])
         loss = make(detached, captured, set(leaves).__contains__, weigher)
         if processes is None and self.other_terms.watching:
             self.other_terms.watch(loss)
@@ -215,13 +216,15 @@ class WeightedBackward(Renewed):
             self.attached.remove()
         self.attached = self._given = None
 
-    def _owns(self, leaves: Sequence[Tensor]) -> set[Tensor]:
-        """The parameters of the model, and those that are updated."""
+    def _owns(self, leaves: Sequence[Tensor]) -> set[Tensor] | None:
+        """The parameters of the model, and those that are updated; None where all leaves are."""
         if not self._own.issuperset(leaves):  # or some have become parameters since
             model = self.engine.model
             known = [*self.parameters, *(() if model is None else model.parameters())]
             self._own = set(known if self.processes is None else self.processes.leaves_of(known))
-        return self._own
+            if not self._own.issuperset(leaves):
+                return self._own
+        return None
 
     def _join_processes(self) -> None:
         """Load what several processes need, which most trainings do not."""

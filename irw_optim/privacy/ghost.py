@@ -19,7 +19,7 @@ from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.layers import FIRST
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.torch_internals import is_walked_on
+from irw_optim.torch_internals import will_run
 
 from .pending import ClippableGradients, GhostRows, GradSampleRows, PendingBatch
 
@@ -63,7 +63,7 @@ class GhostBatch(PendingBatch):
 
     def _rows_of(self, captured: LossGradients, upstream: Tensor) -> GhostRows:
         """Run the engine behind a vector of losses; NotImplementedError where it does not cover."""
-        if is_walked_on(captured.graph.order):
+        if any(map(will_run, captured.graph.order)):
             raise NotImplementedError(
                 "grad_sample_mode='ghost': another term of the loss uses the same outputs, and "
                 "would not be clipped; put it into the criterion (a PerSampleLoss), or use "
@@ -72,7 +72,7 @@ class GhostBatch(PendingBatch):
         batch_size = len(captured.losses)
         captured.start(torch.ones_like(upstream), keep_graph=False)
         uncovered = set(captured.uncovered)
-        for call, _, shape in captured.graph.sites:
+        for call, _, shape, _ in captured.graph.sites:
             # A folded batch, or one that does not stand first, must be proven by the graph: of a
             # Poisson batch's size a guess may be wrong, and would mix samples.
             first = shape[:1] == (batch_size,) and call.layout == FIRST

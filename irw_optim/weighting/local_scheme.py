@@ -52,7 +52,7 @@ class LocalScheme:
     class_balance: bool = False
     mix: float = 0.0
 
-    @property
+    @cached_property
     def needs_gradients(self) -> bool:
         """Whether the weights depend on more than the losses."""
         return self.outliers is not None or getattr(self.rule, "needs_gradients", True)
@@ -66,7 +66,7 @@ class LocalScheme:
         self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
     ) -> StepRecord:
         """The weights of one batch; ``removed`` (B,) bool are its outliers, if known already."""
-        losses = batch.losses.detach()
+        losses = batch.losses.detach() if batch.losses.requires_grad else batch.losses
         labels = batch.labels if self.class_balance else None
         if self.class_balance and labels is None:
             raise ValueError(
@@ -82,7 +82,7 @@ class LocalScheme:
             outliers=self.outliers,
             labels=labels,
             mix=self.mix,
-            present=present_in(batch),
+            present=None if batch.counts is None else present_in(batch),
             removed=removed,
         )
         return StepRecord(**vars(decided), losses=losses, labels=batch.labels)

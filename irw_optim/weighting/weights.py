@@ -70,7 +70,7 @@ def worst_off(losses: Tensor, alpha: float) -> Tensor:
     tensor([False,  True, False, False])
     """
     check_losses(losses)
-    return _worst_off(losses, check_alpha(alpha))
+    return _worst_off(losses.detach(), check_alpha(alpha))
 
 
 def irw_weights(
@@ -275,7 +275,7 @@ def uniform(like: Tensor, kept: Tensor | None = None) -> Tensor:
 
 
 def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tensor:
-    losses, size = losses.detach(), losses.shape[0]
+    size = losses.shape[0]
     if kept is None:
         worst_first = losses.argsort(descending=True, stable=True)
         mask = torch.zeros_like(losses, dtype=torch.bool)

@@ -262,3 +262,42 @@ def test_the_loop_sees_the_value_of_the_criterion_to_the_bit(weighting):
     optimizer = IRWOptimizer(sgd, **options)
     assert optimizer.criterion is criterion  # and it lives
     assert torch.equal(criterion(body(x), y).detach(), own.detach())
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "reduction": lambda c: setattr(c, "reduction", "sum"),
+    "weight": lambda c: setattr(c, "weight", CLASS_WEIGHTS),
+    "label_smoothing": lambda c: setattr(c, "label_smoothing", 0.2),
+    "ignore_index": lambda c: setattr(c, "ignore_index", 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_on_a_criterion_is_noticed(change):
+    torch.manual_seed(0)
+    model, criterion = nn.Linear(WIDTH, C).double(), nn.CrossEntropyLoss()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(sgd, alpha=ALPHA, model=model, criterion=criterion)
+    x, y = torch.randn(B, WIDTH).double(), torch.tensor([0, 1, 2, 0, 2, 1])
+    for step in range(4):
+        if step == 2:
+            CHANGES[change](criterion)
+        own = nn.CrossEntropyLoss(
+            criterion.weight, ignore_index=criterion.ignore_index, reduction=criterion.reduction,
+            label_smoothing=criterion.label_smoothing,
+        )  # fmt: skip
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        torch.testing.assert_close(loss, own(model(x), y))
+        loss.backward()
+        own.reduction = "none"
+        torch.testing.assert_close(optimizer.last_step.losses, own(model(x), y).detach())
+        grown = criterion.reduction == "sum"
+        total = model.weight.grad.clone()
+        model.zero_grad()
+        weights = optimizer.last_step.weights
+        length = loss.new_tensor(B if grown else 1.0)
+        if change == "weight" and step >= 2:
+            length = B / CLASS_WEIGHTS[y].sum()
+        (own(model(x), y) * weights).sum().mul(length).backward()
+        torch.testing.assert_close(total, model.weight.grad)

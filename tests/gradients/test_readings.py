@@ -325,3 +325,36 @@ def test_a_function_in_python_is_read_around(
             assert reference.error(p.grad, gradient) < 1e-9
         optimizer.step()
     assert (optimizer.engine.covered_parameters() == set(model.parameters())) == quick
+
+
+CHANGES = {
+    "a frozen weight": lambda m: m[0].weight.requires_grad_(False),
+    "a frozen bias": lambda m: m[2].bias.requires_grad_(False),
+    "no bias": lambda m: setattr(m[2], "bias", None),
+    "tied weights": lambda m: setattr(m[2], "weight", m[0].weight),
+    "another precision": lambda m: m.float(),
+    "another operation": lambda m: setattr(m, "1", nn.Tanh()),
+    "batch statistics": lambda m: setattr(m, "1", nn.BatchNorm1d(D, affine=False).double()),
+    "another scale": lambda m: setattr(m[2], "forward", lambda x: scaled(m[2], x)),
+}
+
+
+def scaled(linear: nn.Linear, x: Tensor) -> Tensor:
+    return torch.addmm(linear.bias, x, linear.weight.t(), beta=0.5)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_in_which_nothing_is_due_notices_what_has_changed(change):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)).double()
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.05), alpha=ALPHA, model=model)
+    for step in range(8):
+        if step == 5:  # checks are due at uses 1, 2, 4 and 8
+            CHANGES[change](model)
+        x = torch.randn(B, D).to(model[0].weight.dtype)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        truth = reference.step(losses_of(model, x), trainable, ALPHA)
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(model, x))
+        agree(optimizer, model, truth, 1e-10 if x.dtype == torch.float64 else 1e-4)
+        optimizer.step()

@@ -65,7 +65,7 @@ def captured(model: nn.Module, x: Tensor, y: Tensor):
     graph = walk(losses)
     graph.sites = sites_noted(graph.order)
     assert len(hooks) == len(graph.sites)
-    for call, _, shape in graph.sites:
+    for call, _, shape, _ in graph.sites:
         assert call.find_batch(B, shape)
     return losses, graph
 

@@ -78,9 +78,9 @@ def test_the_way_of_a_plain_step():
         threading.setprofile(None)  # type: ignore[arg-type]
     files = {Path(file).relative_to(HOME) for file, _ in met}
     assert not [file for file in files if file.parts[0] in RARE]
-    assert 20 < len(met) <= 110
-    assert len(set(met)) <= 80
-    assert len(files) <= 24
+    assert 20 < len(met) <= 64
+    assert len(set(met)) <= 52
+    assert len(files) <= 12
 
 
 def test_what_a_plain_training_loads():

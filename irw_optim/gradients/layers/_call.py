@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -74,11 +75,11 @@ def layouts_of(
     return tuple(found)
 
 
+@dataclass
 class RowWeights:
     """The weights of the B rows, (B,), and which rows have any: found once for all layers."""
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    values: Tensor
 
     @cached_property
     def used(self) -> Tensor | None:
@@ -87,9 +88,6 @@ class RowWeights:
             return None
         used = self.values.nonzero().squeeze(1)
         return used if len(used) < 0.8 * len(self.values) else None
-
-    def in_dtype(self, dtype: torch.dtype) -> Tensor:
-        return self.values if self.values.dtype == dtype else self.values.to(dtype)
 
     @cached_property
     def used_values(self) -> Tensor:

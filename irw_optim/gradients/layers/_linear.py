@@ -63,7 +63,7 @@ class AffineCall(LayerCall):
         result: dict[Tensor, Tensor] = {}
         for role, parameter in self.parameters.items():
             if role == "bias":
-                result[parameter] = weights.in_dtype(self.bias_rows.dtype) @ self.bias_rows
+                result[parameter] = weights.values.to(self.bias_rows.dtype) @ self.bias_rows
             else:
                 result[parameter] = self.weight_gradient(*self.used_rows(weights), narrow=narrow)
         return result
@@ -93,6 +93,15 @@ class LinearCall(AffineCall):
         self.transposed = transposed
         self.time_major = time_major
 
+    def of(self, input: Tensor) -> LinearCall:
+        """The same call in another graph, where it has read this, (B, in)."""
+        twin = object.__new__(LinearCall)
+        vars(twin).update(vars(self))
+        twin.recorded = twin.input = input.detach()
+        twin.version = input._version
+        twin.passes_on = input.requires_grad
+        return twin
+
     @cached_property
     def bias_rows(self) -> Tensor:
         b = self.output_gradient
@@ -112,11 +121,12 @@ class LinearCall(AffineCall):
         many = a.ndim > 2 or a.numel() + b.numel() >= GATHER_FROM
         if many or b.dtype in WIDER or "weight" not in parameters:
             return super().combine(weights, narrow=narrow)
-        b = b * weights.in_dtype(b.dtype).view(-1, 1)
-        weight = a.t().mm(b) if self.transposed else b.t().mm(a)
+        values = weights.values
+        b = b.t() * (values if values.dtype == b.dtype else values.to(b.dtype))
+        weight = a.t().mm(b.t()) if self.transposed else b.mm(a)
         result = {parameters["weight"]: weight}
         if "bias" in parameters:
-            result[parameters["bias"]] = b.sum(0)
+            result[parameters["bias"]] = b.sum(1)
         return result
 
     def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
@@ -157,7 +167,8 @@ class LinearCall(AffineCall):
             a, b = operands(a, b)
         if used is None:
             kernel = self.kernel(a, b, a, b)
-            return kernel.mv(coefficients.in_dtype(kernel.dtype))
+            values = coefficients.values
+            return kernel.mv(values if values.dtype == kernel.dtype else values.to(kernel.dtype))
         kernel = self.kernel(a, b, a.index_select(0, used), b.index_select(0, used))
         return kernel.mv(coefficients.used_values.to(kernel.dtype))
 

@@ -187,7 +187,7 @@ class ElementwiseCall(LayerCall):
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
         rows = self.reduced
-        return self.scatter((weights.in_dtype(rows.dtype) @ as_matrix(rows)).view(self.size))
+        return self.scatter((weights.values.to(rows.dtype) @ as_matrix(rows)).view(self.size))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         parameter = self.parameters["weight"]
