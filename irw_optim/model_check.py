@@ -1,8 +1,4 @@
-"""`verify`: is the optimizer exact on this model, and what does it cost?
-
-One batch, compared with a loop of plain autograd over its samples; the model, its buffers,
-gradients and every source of chance are left as they were.
-"""
+"""`verify`: is the optimizer exact on this model, and what does it cost?"""
 
 from __future__ import annotations
 
@@ -134,14 +130,16 @@ def verify(
 ) -> Verification:
     """Run one batch through `IRWOptimizer` and through a loop over its samples, and compare.
 
+    The model, its buffers, gradients and every source of chance are left as they were.
+
     Args:
         model: as it will be trained, in train mode or with parts in eval mode.
         inputs: one batch; a tuple is passed as positional arguments, a mapping by name.
         targets: second argument of the criterion.
         criterion: the loss module.
         alpha: as for `IRWOptimizer`.
-        outliers: as for `IRWOptimizer`.
-        engine: as for `IRWOptimizer`.
+        outliers: as there.
+        engine: as there.
         repeats: timed rounds; the loop itself takes B backward passes once.
 
     Raises:

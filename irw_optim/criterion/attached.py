@@ -15,7 +15,7 @@ from weakref import WeakMethod, ref
 import torch
 from torch import Tensor, nn
 
-from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
+from irw_optim.attachments import Attachment, Removable, Replaced, Replacement
 from irw_optim.criterion._dispatch import per_sample_losses, validate_criterion
 from irw_optim.criterion._rules import PerSampleLosses
 from irw_optim.notebook import in_a_notebook
@@ -73,7 +73,7 @@ class AttachedCriterion(Attachment):
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
         """Attach, and yield what removes it."""
-        yield replace_on(module, "forward", _Forward(module, self.model, self.listener))
+        yield Replaced(module, "forward", _Forward(module, self.model, self.listener))
 
 
 class _Forward(Replacement):

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from irw_optim.attachments import Renewed
 from irw_optim.backward.weighted_loss import Weigher, deferred_loss, seed_of
-from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import Options, Replicas

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from io import BytesIO
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib import rc_context
@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from irw_optim.monitor.course import Course, column, parts_of
-from irw_optim.monitor.rows import Array
+from irw_optim.monitor.rows import Array, Course, column, parts_of
 
 MOST_LINES = 8
 """More classes or groups than that are shown as the largest ones."""
@@ -46,27 +45,21 @@ class ShownFigure(Figure):
         return file.getvalue()
 
 
-class Panel(NamedTuple):
-    """A question, whether this course can answer it, and how."""
-
-    title: str
-    answers: Callable[[Course], bool]
-    draw: Draw
-
-
 def draw(course: Course) -> Figure:
     """All panels that the course has something for; a RuntimeError where there are no rows."""
     if not course.rows:
         raise RuntimeError("nothing was recorded yet: expected a call after optimizer.step()")
-    panels = [panel for panel in PANELS if panel.answers(course)]
+    panels = [(title, panel) for title, answers, panel in PANELS if answers(course)]
     lines = -(-len(panels) // 2)
     with rc_context(STYLE):
         figure = ShownFigure((11, 2.4 * lines), layout="constrained")
         axes = figure.subplots(lines, 2, sharex=True, squeeze=False).flatten()
-        for axis, panel in zip(axes, panels, strict=False):
-            panel.draw(axis, course)
-            _warm_up(axis, course)
-            axis.set_title(panel.title)
+        plain = [row.step for row in course.rows if not row.numbers["weighted"]]
+        for axis, (title, panel) in zip(axes, panels, strict=False):
+            panel(axis, course)
+            if plain:
+                axis.axvspan(plain[0], plain[-1], color="#eeeeee", zorder=0, label="warm-up")
+            axis.set_title(title)
             axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
@@ -125,7 +118,7 @@ def _gradient(axis: Axes, course: Course) -> None:
     _line(axis, course, norms, "norm of the step's gradient", "#0072B2", show_each=True)
     fallback = column(course.rows, "fallback") > 0
     if fallback.any():
-        steps = course.steps[fallback]
+        steps = _steps(course)[fallback]
         axis.plot(steps, norms[fallback], "x", color="#D55E00", label="fallback to uniform weights")
     if (norms > 0).any():
         axis.set_yscale("log")
@@ -142,24 +135,25 @@ def _knows(kind: str) -> Callable[[Course], bool]:
     return lambda course: any(kind in row.breakdowns for row in course.rows)
 
 
-PANELS = (
-    Panel("Losses of a batch", lambda course: True, _losses),
-    Panel("Who carries a step", lambda course: True, _carriers),
-    Panel("Share of the weight, by class", _knows("class"), _weight_by("class")),
-    Panel("Share of the weight, by group", _knows("group"), _weight_by("group")),
-    Panel("Mean loss, by group", _knows("group"), _loss_by_group),
-    Panel(
+PANELS: tuple[tuple[str, Callable[[Course], bool], Draw], ...] = (
+    ("Losses of a batch", lambda _: True, _losses),
+    ("Who carries a step", lambda _: True, _carriers),
+    ("Share of the weight, by class", _knows("class"), _weight_by("class")),
+    ("Share of the weight, by group", _knows("group"), _weight_by("group")),
+    ("Mean loss, by group", _knows("group"), _loss_by_group),
+    (
         "Removed by the outlier filter",
         lambda course: bool(column(course.rows, "removed_share").any()),
         _removed,
     ),
-    Panel(
+    (
         "Do held weights still know the worst-off?",
         lambda course: bool(np.isfinite(column(course.rows, "held_agreement")).any()),
         _held,
     ),
-    Panel("Length of the gradient", lambda course: True, _gradient),
+    ("Length of the gradient", lambda _: True, _gradient),
 )
+"""What each asks, whether a course can answer it, and how."""
 
 
 def _line(
@@ -167,8 +161,12 @@ def _line(
 ) -> None:
     """A running mean over a fortieth of the course; each row behind it, if asked for."""
     if show_each:
-        axis.plot(course.steps, values, ".", color=colour, alpha=0.2, markersize=2)
-    axis.plot(course.steps, _smooth(values), color=colour, label=label, linewidth=1.5)
+        axis.plot(_steps(course), values, ".", color=colour, alpha=0.2, markersize=2)
+    axis.plot(_steps(course), _smooth(values), color=colour, label=label, linewidth=1.5)
+
+
+def _steps(course: Course) -> Array:
+    return np.array([row.step for row in course.rows])
 
 
 def _smooth(values: Array) -> Array:
@@ -195,12 +193,6 @@ def _shown(course: Course, kind: str) -> list[tuple[Hashable, str]]:
     parts = parts_of(course.rows, kind)
     largest = sorted(parts, key=lambda part: -parts[part].samples)[:MOST_LINES]
     return list(zip(sorted(largest, key=str), COLOURS, strict=False))
-
-
-def _warm_up(axis: Axes, course: Course) -> None:
-    plain = [row.step for row in course.rows if not row.numbers["weighted"]]
-    if plain:
-        axis.axvspan(plain[0], plain[-1], color="#eeeeee", zorder=0, label="warm-up")
 
 
 def _percent(axis: Axes) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.metrics._inputs import as_array, as_classes, check_numbers
+from irw_optim.metrics._groups import as_array, as_classes, check_numbers
 from irw_optim.schemes.batch_losses import BatchLosses, Forward, eval_mode, inputs_and_target
 
 Data: TypeAlias = Dataset[Any] | tuple[Any, Any]

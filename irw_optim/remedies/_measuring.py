@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from irw_optim.metrics import worst_alpha_loss, worst_cell_accuracy
-from irw_optim.metrics._clusters import as_rows, kmeans
-from irw_optim.metrics._groups import intersect
-from irw_optim.metrics._inputs import as_array, as_columns, as_vector, check_lengths
+from irw_optim.metrics._groups import (
+    as_array,
+    as_columns,
+    as_rows,
+    as_vector,
+    check_lengths,
+    intersect,
+)
+from irw_optim.metrics._reports import kmeans
 
 Numbers = npt.NDArray[Any]
 

@@ -1,8 +1,4 @@
-"""The local scheme in each class by itself, and the draws of a second training by its weights.
-
-Between classes the sign of <g_i, g_S> is little but the label: those of the class that has the
-majority in S help it, the others do not. Inside a class it says who is like the worst-off.
-"""
+"""The draws of a second training, by weights that an early model gives each class by itself."""
 
 from __future__ import annotations
 
@@ -15,25 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from irw_optim.backward.passes import some_of
-from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.metrics._groups import Group
-from irw_optim.metrics._inputs import ArrayLike, as_classes
+from irw_optim.metrics._groups import ArrayLike, Group, as_classes
 from irw_optim.schemes.batch_losses import Forward
-from irw_optim.schemes.dataset_gradients import DatasetGradients
+from irw_optim.schemes.deciding import WithinClasses, class_codes
+from irw_optim.schemes.global_weights import weigh_by
 from irw_optim.schemes.reading import DatasetReader
 from irw_optim.schemes.resampling import ResamplingSampler
-from irw_optim.schemes.weighing import weigh_by
 from irw_optim.weighting import Alignment
-from irw_optim.weighting.local_scheme import LocalScheme, present_in
 from irw_optim.weighting.ranges import check_alpha, check_options
-from irw_optim.weighting.record import StepRecord
 from irw_optim.weighting.weights import ScoreRule
 
 FEW = 1 / 3
-"""Weights that rest on a smaller share of the samples than that have the second model learn them by
-heart: seen where a rare class was right in 96 % of training and half of the test."""
+"""Weights that rest on fewer of the samples have the second model learn them by heart: seen where a
+rare class was right in 96 % of training and half of the test."""
 
 
 @dataclass(frozen=True)
@@ -44,67 +35,6 @@ class _ByLoss:
 
     def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
         return losses.detach()
-
-
-@dataclass(frozen=True)
-class WithinClasses(LocalScheme):
-    """Weighs the samples of each class against each other; of C classes each has the weight 1 / C.
-
-    The classes are ``given``, (N,) int64, or those of the criterion's target.
-    """
-
-    given: Tensor | None = None
-
-    def decide(
-        self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
-    ) -> StepRecord:
-        """The weights of all samples; in a class without a positive score they are even."""
-        assert isinstance(rows, DatasetGradients)
-        labels = batch.labels if self.given is None else self.given.to(batch.losses.device)
-        if labels is None:
-            raise ValueError(
-                "weights within classes need one class a sample, and the criterion's target shows "
-                "none: give labels=, one class for each sample of the data set"
-            )
-        batch = batch._replace(labels=labels)
-        present = present_in(batch)
-        inside = torch.ones_like(labels, dtype=torch.bool) if present is None else present
-        members = [(labels == label) & inside for label in labels[inside].unique()]
-        records = []
-        for own in members:
-            out = None if removed is None else removed[own]
-            if out is not None and bool(out.all()):
-                out = torch.zeros_like(out)  # nobody of a class of which all would be
-            records.append(super().decide(some_of(batch, own), rows.of(own), out))
-
-        places = torch.cat([own.nonzero().squeeze(1) for own in members])
-
-        def joined(name: str) -> Tensor:
-            parts = torch.cat([getattr(record, name) for record in records])
-            return parts.new_zeros(len(labels)).index_copy(0, places, parts)
-
-        return StepRecord(
-            worst_off=joined("worst_off"),
-            outliers=joined("outliers"),
-            scores=joined("scores"),
-            weights=joined("weights") / len(members),
-            fallback=torch.stack([record.fallback for record in records]).all(),
-            losses=batch.losses.detach(),
-            labels=labels,
-        )
-
-
-def class_codes(labels: ArrayLike | None, size: int) -> Tensor | None:
-    """Labels of any kind as numbers from 0, (N,) int64; numbers that nobody has are no matter."""
-    if labels is None:
-        return None
-    classes = as_classes("labels", labels)
-    if len(classes) != size:
-        raise ValueError(
-            f"labels has {len(classes)} entries and the data set {size} samples: expected one "
-            "class for each, in the order of the data set"
-        )
-    return torch.from_numpy(np.unique(classes, return_inverse=True)[1].astype(np.int64))
 
 
 RULES: dict[str, ScoreRule] = {"gradients": Alignment(), "losses": _ByLoss()}
@@ -128,7 +58,7 @@ class ClassByClassSampler(ResamplingSampler):
     Args:
         model: the early one.
         criterion: as of `global_weights`; class weights in it make no difference.
-        loader: as of `global_weights`.
+        loader: as there.
         by: ``"gradients"``, IRW weights with S the worst-off ``alpha`` of each class;
             ``"losses"``, in proportion to the loss: the control, which needs no gradients.
         alpha: share of each class that makes S, in (0, 1]; not used by ``"losses"``.

@@ -15,10 +15,10 @@ from irw_optim.errors import DPGuaranteeError
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.processes import place
 from irw_optim.schemes.batch_losses import BatchLosses, Forward
-from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
-from irw_optim.schemes.reading import DatasetReader, indexed_loader
-from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader
-from irw_optim.schemes.weighing import check_block, weigh_dataset
+from irw_optim.schemes.deciding import HeldWeights
+from irw_optim.schemes.global_weights import check_block, weigh_dataset
+from irw_optim.schemes.reading import DatasetReader, indexed_loader, indices_and_batch
+from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader, check_sample_weights
 from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.record import StepRecord
 
@@ -31,7 +31,7 @@ class GlobalScheme:
     The loop iterates over the scheme in place of its loader. The optimizer's options hold for the
     data set, with ``warmup_steps`` of plain averaging first. One renewal costs about one and a half
     epochs of plain training. The processes of a DistributedDataParallel, each with the same data
-    set, share it out between them, and step as one process would on all their batches.
+    set, share it out, and step as one process would on all their batches.
 
     Args:
         optimizer: its local scheme is replaced until `detach`.
@@ -43,7 +43,7 @@ class GlobalScheme:
             weight, renormalised in the batch. ``"resampling"``: batches drawn with replacement in
             proportion to the weights, without the loader's sampler, and plain steps.
         criterion: None takes the optimizer's.
-        forward: as of `irw_optim.schemes.global_weights`, for batches that are no pairs.
+        forward: as of `global_weights`, for batches that are no pairs.
         batch_size: as there, for the renewals.
         outlier_block: as there.
         progress: as there.
@@ -102,18 +102,16 @@ class GlobalScheme:
         number = getattr(loader.sampler, "num_replicas", number)
         self._sampler: ResamplingSampler | None = None
         if use == "resampling":
-            generator, even = torch.Generator().manual_seed(seed), torch.ones(self._reader.size)
+            even, generator = torch.ones(self._reader.size), torch.Generator().manual_seed(seed)
             self._sampler = ResamplingSampler(
                 even, generator=generator, rank=rank, world_size=number
             )
         self._equal_on_ranks = {"refresh": self.refresh, "unit": unit, "use": use, "seed": seed}
         # Renewed before a batch is drawn: resampling draws it by the weights.
-        self.loader = ResumableLoader(
-            indexed_loader(loader, self._sampler), self._renew_if_due, (rank, number)
-        )
+        indexed = indexed_loader(loader, self._sampler)
+        self.loader = ResumableLoader(indexed, self._renew_if_due, (rank, number))
         self._held = HeldWeights(resampled=self._sampler is not None)
-        self._batches = 0
-        self._renewed_at = 0
+        self._batches = self._renewed_at = 0
         optimizer.scheme = self._held
         finalize(self, _restore_local_scheme, ref(optimizer), self._held).atexit = False
 
@@ -132,8 +130,9 @@ class GlobalScheme:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        for indices, batch in self.loader:
-            self._take(indices)
+        for drawn in self.loader:
+            self._batches += 1
+            self._held.indices, batch = indices_and_batch(drawn)
             yield batch
         self._held.indices = None  # a batch of the same size from elsewhere is another one
 
@@ -155,7 +154,8 @@ class GlobalScheme:
                 'use="reweighting"'
             )
         self._renew_if_due()
-        self._take(indices)
+        self._batches += 1
+        self._held.indices = indices
 
     def renew(self) -> StepRecord:
         """Make new weights now, with the model as it is.
@@ -169,22 +169,22 @@ class GlobalScheme:
                 f"{len(self._sampler.weights)} when the draws were set up: "
                 'make a new GlobalScheme(..., use="resampling")'
             )
-        chosen, processes = self.optimizer.scored_parameters(), self.optimizer.processes
-        self._held.record = weigh_dataset(
+        optimizer = self.optimizer
+        self._held.record = record = weigh_dataset(
             self._reader,
             self._losses_of,
-            self.optimizer.engine,
-            chosen.__contains__,
-            self.optimizer.local_scheme,
-            outlier_block=self.outlier_block,
-            progress=self.progress,
-            replica=None if processes is None else processes.find(),
-            equal_on_ranks=self._equal_on_ranks,
+            optimizer.engine,
+            optimizer.scored_parameters(),
+            optimizer.local_scheme,
+            self.outlier_block,
+            self.progress,
+            None if optimizer.processes is None else optimizer.processes.find(),
+            self._equal_on_ranks,
         )
         self._renewed_at = self._now()
         if self._sampler is not None:
-            self._sampler.weights = self._held.record.weights
-        return self._held.record
+            self._sampler.weights = record.weights
+        return record
 
     def detach(self) -> None:
         """Give the optimizer its local scheme back."""
@@ -195,12 +195,10 @@ class GlobalScheme:
 
         Save the states of model, optimizer and random numbers with it.
         """
-        record = None
-        if self.record is not None:
-            known = vars(self.record).items()
-            record = {name: t for name, t in known if t is None or isinstance(t, Tensor)}
+        known = {} if self.record is None else vars(self.record)
+        record = {name: t for name, t in known.items() if t is None or isinstance(t, Tensor)}
         return {
-            "record": record,
+            "record": record or None,
             "batches": self._batches,
             "renewed_at": self._renewed_at,
             "loader": self.loader.state_dict(),
@@ -238,10 +236,6 @@ class GlobalScheme:
         self.loader.load_state_dict(state_dict["loader"])
         if self._sampler is not None:
             self._sampler.load_state_dict(state_dict["sampler"])
-
-    def _take(self, indices: Tensor) -> None:
-        self._batches += 1
-        self._held.indices = indices
 
     def _now(self) -> int:
         return self.optimizer.steps if self.unit == "steps" else self._batches

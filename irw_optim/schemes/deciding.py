@@ -1,18 +1,23 @@
-"""Weights that were decided before the batch came: what the optimizer holds between renewals."""
+"""The schemes beside the local one: weights held from before the batch came, and class by class."""
 
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from irw_optim.backward.passes import some_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.metrics._groups import ArrayLike, as_classes
+from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.weighting import normalise
-from irw_optim.weighting.local_scheme import Averaging, present_in
+from irw_optim.weighting.local_scheme import Averaging, LocalScheme, present_in
 from irw_optim.weighting.record import StepRecord
 
 
@@ -81,7 +86,7 @@ class HeldWeights:
     def __copy__(self) -> HeldWeights:
         """The same weights for the same batch, whatever batch comes next."""
         same = HeldWeights(self.resampled)
-        vars(same).update(vars(self))
+        same.record, same.indices = self.record, self.indices
         return same
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,26 +118,63 @@ class HeldWeights:
         return indices.to(record.weights.device, torch.int64)
 
 
-def check_sample_weights(weights: object, size: int | None = None) -> None:
-    """Raise for weights, (N,), that are not of a data set of this ``size``, or are unusable."""
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"weights is {kind}: expected a floating-point tensor of shape (N,)")
-    if weights.ndim != 1:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}: expected (N,)")
-    renew = "make new ones with global_weights(...)"
-    if size is not None and len(weights) != size:
-        raise ValueError(
-            f"weights has {len(weights)} entries but the data set has {size} samples: they are "
-            f"stale or belong to another data set; {renew}"
+@dataclass(frozen=True)
+class WithinClasses(LocalScheme):
+    """Weighs the samples of each class against each other; of C classes each has the weight 1 / C.
+
+    Between classes the sign of <g_i, g_S> is little but the label: those of the class that has the
+    majority in S help it, the others do not. Inside a class it says who is like the worst-off. The
+    classes are ``given``, (N,) int64, or those of the criterion's target.
+    """
+
+    given: Tensor | None = None
+
+    def decide(
+        self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
+    ) -> StepRecord:
+        """The weights of all samples; in a class without a positive score they are even."""
+        assert isinstance(rows, DatasetGradients)
+        labels = batch.labels if self.given is None else self.given.to(batch.losses.device)
+        if labels is None:
+            raise ValueError(
+                "weights within classes need one class a sample, and the criterion's target shows "
+                "none: give labels=, one class for each sample of the data set"
+            )
+        batch = batch._replace(labels=labels)
+        present = present_in(batch)
+        inside = torch.ones_like(labels, dtype=torch.bool) if present is None else present
+        members = [(labels == label) & inside for label in labels[inside].unique()]
+        records = []
+        for own in members:
+            out = None if removed is None else removed[own]
+            if out is not None and bool(out.all()):
+                out = torch.zeros_like(out)  # nobody of a class of which all would be
+            records.append(super().decide(some_of(batch, own), rows.of(own), out))
+        places = torch.cat([own.nonzero().squeeze(1) for own in members])
+
+        def joined(name: str) -> Tensor:
+            parts = torch.cat([getattr(record, name) for record in records])
+            return parts.new_zeros(len(labels)).index_copy(0, places, parts)
+
+        return StepRecord(
+            worst_off=joined("worst_off"),
+            outliers=joined("outliers"),
+            scores=joined("scores"),
+            weights=joined("weights") / len(members),
+            fallback=torch.stack([record.fallback for record in records]).all(),
+            losses=batch.losses.detach(),
+            labels=labels,
         )
-    if not weights.isfinite().all():
-        broken = (~weights.isfinite()).nonzero().flatten().tolist()
+
+
+def class_codes(labels: ArrayLike | None, size: int) -> Tensor | None:
+    """Labels of any kind as numbers from 0, (N,) int64; numbers that nobody has are no matter."""
+    if labels is None:
+        return None
+    classes = as_classes("labels", labels)
+    if len(classes) != size:
         raise ValueError(
-            f"weights has {len(broken)} NaN or infinite entries, the first at index {broken[0]}; "
-            f"{renew}"
+            f"labels has {len(classes)} entries and the data set {size} samples: expected one "
+            "class for each, in the order of the data set"
         )
-    if bool((weights < 0).any()):
-        raise ValueError(f"weights has negative entries, down to {float(weights.min()):g}")
-    if not bool((weights > 0).any()):
-        raise ValueError(f"weights has no positive entry: nobody would be drawn or count; {renew}")
+    return torch.from_numpy(np.unique(classes, return_inverse=True)[1].astype(np.int64))
