@@ -210,9 +210,7 @@ def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:
         raise TypeError(f"{name} holds no numbers: {expected}; {mend}") from error
     if numbers.ndim != 1:
         raise ValueError(f"{name} has shape {tuple(numbers.shape)}: {expected}, of shape (N,)")
-    if not len(numbers):
-        return numbers.long()
-    if numbers.is_floating_point() or numbers.is_complex():
+    if len(numbers) and (numbers.is_floating_point() or numbers.is_complex()):
         raise TypeError(f"{name} has dtype {numbers.dtype}: {expected}; {mend}")
     numbers = numbers.long()
     outside = (numbers < 0) | (numbers >= num_groups)

@@ -29,7 +29,7 @@ from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import Weights
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_TOLERANCE_OF_HALF = 5e-2
+_IN_HALF = 5e-2
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def verify(
         "gradient": _relative(_flat(found), _flat(expected.values())),
     }
     lowest = {t.dtype.to_real() for t in (losses, *batch.parameters)}
-    tolerance = max(_TOLERANCE.get(d, _TOLERANCE_OF_HALF) for d in lowest)
+    tolerance = max(_TOLERANCE.get(d, _IN_HALF) for d in lowest)
     return Verification(
         _engines_by_module(model, covered),
         errors,

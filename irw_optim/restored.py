@@ -1,8 +1,7 @@
 """Passes through a model that leave no trace: what a forward may change, as it was before.
 
 That is buffers and gradients, what the modules keep in attributes of their own (a counter, a
-running mean), and every source of chance in reach (torch's generators, ``random``, NumPy,
-generators that a module holds).
+generator), and the global sources of chance of torch, ``random`` and NumPy.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from torch import Tensor, nn
 
 Undo = Callable[[], object]
 
-_OF_MODULES = frozenset(vars(nn.Module()))
-"""What every module has: parameters, hooks and the like are no state of a forward."""
+_OF_MODULES = frozenset(vars(nn.Module()))  # parameters, hooks: no state of a forward
 
 
 @contextmanager

@@ -162,9 +162,8 @@ def as_vector(name: str, values: ArrayLike, each: str, mend: str = "") -> Array:
         )
     if not len(array):
         raise ValueError(f"{name} is empty: expected one {each} a sample")
-    gaps = np.asarray(array != array)
-    if array.dtype == object:
-        gaps = np.array([not _is_known(value) for value in array], dtype=bool)
+    objects = array.dtype == object
+    gaps = np.array([not _is_known(v) for v in array]) if objects else np.asarray(array != array)
     if gaps.any():
         raise ValueError(
             f"{name} has no value for {gaps.sum()} of {len(array)} samples, the first at "
@@ -172,7 +171,7 @@ def as_vector(name: str, values: ArrayLike, each: str, mend: str = "") -> Array:
             "a value of their own"
         )
     # Objects (pandas' strings) are slow to compare and cannot always be sorted.
-    return np.asarray(array.tolist()) if array.dtype == object else array
+    return np.asarray(array.tolist()) if objects else array
 
 
 def as_losses(losses: ArrayLike) -> npt.NDArray[np.float64]:

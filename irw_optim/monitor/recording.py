@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from irw_optim.metrics._groups import GroupsLike, as_columns, intersect
 from irw_optim.monitor.rows import Array, Breakdown, Row
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.schemes.deciding import HeldWeights
+from irw_optim.schemes.weighing import HeldWeights
 from irw_optim.weighting import worst_off_count
 from irw_optim.weighting.record import StepRecord
 

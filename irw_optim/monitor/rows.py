@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -104,6 +104,7 @@ def send(row: Row, logger: Logger) -> None:
             logger.add_scalar(name, value, row.step)
 
 
+@dataclass(eq=False)
 class Course:
     """The first row, and the newest at every interval: the whole training, ever more thinly.
 
@@ -112,10 +113,9 @@ class Course:
     and n steps there are C/2 to C rows, and about C (1 + log2(n/C) / 2) were ever made.
     """
 
-    def __init__(self, every: int, capacity: int) -> None:
-        self.interval = every
-        self.capacity = capacity
-        self.rows: list[Row] = []
+    interval: int
+    capacity: int
+    rows: list[Row] = field(default_factory=list)
 
     def due(self, step: int) -> bool:
         """Whether a row of this step is wanted."""

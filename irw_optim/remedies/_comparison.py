@@ -12,7 +12,7 @@ import numpy as np
 
 from irw_optim.remedies._measuring import METRICS, Judge, Metric, Numbers, group_names
 from irw_optim.remedies._training import BALANCED, ORACLE, PLAIN
-from irw_optim.schemes.class_by_class import FEW
+from irw_optim.schemes.global_weights import FEW
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -61,8 +61,7 @@ class BatchLosses:
 
     def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
         check_whole(model, "a weight for every sample of a data set")
-        self.model = model
-        self.criterion = criterion
+        self.model, self.criterion = model, criterion
         self.forward = forward or inputs_and_target
 
     def __call__(self, batch: Any) -> PerSampleLosses:

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -51,29 +52,24 @@ INTERLEAVED = 8
 """Batches that neighbours in the data set are dealt out to, for the losses: reading stays local."""
 
 
+@dataclass(eq=False)
 class DatasetGradients:
     """The gradients of a data set's samples with respect to the parameters that are ``scored``.
 
     ``advance`` is told of every batch that was read, by its number of samples.
     """
 
-    def __init__(
-        self,
-        reader: DatasetReader,
-        losses_of: Callable[[Any], PerSampleLosses],
-        engine: Engine,
-        scored: Callable[[Tensor], bool],
-        advance: Callable[[int], None],
-    ) -> None:
-        self.reader = reader
-        self.samples = torch.arange(reader.size, device="cpu")  # the rows, as dataset indices
-        self.losses_of = losses_of
-        self.engine = engine
-        self.scored = scored
-        self.advance = advance
+    reader: DatasetReader
+    losses_of: Callable[[Any], PerSampleLosses]
+    engine: Engine
+    scored: Callable[[Tensor], bool]
+    advance: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        self.samples = torch.arange(self.reader.size, device="cpu")  # the rows, as dataset indices
+        self.consistency = LossConsistency(self.reader.size)
         self._combined: tuple[Tensor, Direction] | None = None  # w and G^T w, for `dot` to check
         self._sizes = 0.0, 0.0  # known once the engine has seen a batch
-        self.consistency = LossConsistency(reader.size)
 
     @property
     def batch_size(self) -> int:
@@ -254,13 +250,12 @@ class DatasetGradients:
         return part._replace(losses=part.losses.detach())
 
 
+@dataclass(eq=False)
 class DatasetOverRanks(DatasetGradients):
     """The same rows on every process of ``ranks``, which run a part each: all are collectives."""
 
-    def __init__(self, ranks: Ranks, layout: Sequence[Tensor], *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.ranks = ranks
-        self.layout = layout  # the columns, as parameters in an order that all ranks have
+    ranks: Ranks
+    layout: Sequence[Tensor]  # the columns, as parameters in an order that all ranks have
 
     def losses(self) -> PerSampleLosses:
         """The losses of all rows: an all-gather of n numbers."""

@@ -15,10 +15,9 @@ from irw_optim.errors import DPGuaranteeError
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.processes import place
 from irw_optim.schemes.batch_losses import BatchLosses, Forward
-from irw_optim.schemes.deciding import HeldWeights
-from irw_optim.schemes.global_weights import check_block, weigh_dataset
 from irw_optim.schemes.reading import DatasetReader, indexed_loader, indices_and_batch
 from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader, check_sample_weights
+from irw_optim.schemes.weighing import HeldWeights, check_block, weigh_dataset
 from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.record import StepRecord
 
@@ -212,16 +211,16 @@ class GlobalScheme:
             ValueError: weights of another data set, a state of the other ``use``, or of the middle
                 of another process's epoch; nothing has changed.
         """
-        record = state_dict["record"]
+        record, draws = state_dict["record"], state_dict["sampler"]
         if record is not None:
             check_sample_weights(record["weights"], self._reader.size)
-        if (state_dict["sampler"] is None) != (self._sampler is None):
+        if (draws is None) != (self._sampler is None):
             raise ValueError(
                 "the state is that of a GlobalScheme with another use=: expected one with "
                 f"use={USES[self._sampler is not None]!r}"
             )
-        if self._sampler is not None:
-            check_sample_weights(state_dict["sampler"]["weights"], self._reader.size)
+        if draws is not None:
+            check_sample_weights(draws["weights"], self._reader.size)
         self.loader.check(state_dict["loader"])
         if record is not None:
             device = next(self._model.parameters()).device
@@ -235,7 +234,7 @@ class GlobalScheme:
             self._renewed_at = self._batches - held_for
         self.loader.load_state_dict(state_dict["loader"])
         if self._sampler is not None:
-            self._sampler.load_state_dict(state_dict["sampler"])
+            self._sampler.load_state_dict(draws)
 
     def _now(self) -> int:
         return self.optimizer.steps if self.unit == "steps" else self._batches

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -217,16 +218,16 @@ def _tolerance(table: Mapping[Any, float], values: Tensor, full_precision: bool)
     return table.get(values.dtype if full_precision else None, table[None])
 
 
+@dataclass(eq=False)
 class LossConsistency:
     """The losses of N samples in all batches, and by how much those of one sample differ."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._batches: list[tuple[Tensor, Tensor]] = []
+    size: int
+    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def note(self, samples: Tensor, losses: Tensor) -> None:
         """Take the losses (b,) of these samples (b,), dataset indices on the CPU."""
-        self._batches.append((samples, forward_ad.unpack_dual(losses.detach()).primal))
+        self.batches.append((samples, forward_ad.unpack_dual(losses.detach()).primal))
 
     def differing_batches(self, full_precision: bool) -> list[list[int]]:
         """The batches with the sample whose losses differ most, if they do so beyond rounding."""
@@ -234,7 +235,7 @@ class LossConsistency:
         tolerance = _tolerance(_OF_THE_MEAN_LOSS, mean, full_precision)
         if not float(difference) > tolerance * abs(float(mean)):
             return []
-        batches = [samples.tolist() for samples, _ in self._batches]
+        batches = [samples.tolist() for samples, _ in self.batches]
         return [batch for batch in batches if int(sample) in batch]
 
     def warn(self, model: nn.Module) -> None:
@@ -252,9 +253,9 @@ class LossConsistency:
 
     def _most_different(self) -> tuple[Tensor, Tensor, Tensor]:
         """The largest difference, whose it is, and the mean loss, all 0-dim."""
-        losses = torch.cat([losses for _, losses in self._batches]).cpu()
-        samples = torch.cat([samples for samples, _ in self._batches])
-        nothing = losses.new_full((self._size,), -torch.inf)
+        losses = torch.cat([losses for _, losses in self.batches]).cpu()
+        samples = torch.cat([samples for samples, _ in self.batches])
+        nothing = losses.new_full((self.size,), -torch.inf)
         most = nothing.scatter_reduce(0, samples, losses, "amax")
         least = nothing.neg().scatter_reduce(0, samples, losses, "amin")
         difference = (most - least).nan_to_num(0.0, neginf=0.0)  # of some nothing is known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,6 +155,7 @@ class ResamplingSampler(Sampler[int]):
                 yield index
 
 
+@dataclass(eq=False)
 class ResumableLoader:
     """Iterates over a loader; its state says how far, and what the order was drawn from.
 
@@ -162,13 +164,12 @@ class ResumableLoader:
     `ResamplingSampler`, come out the same. ``share`` is this process's rank, and of how many.
     """
 
-    def __init__(
-        self, loader: DataLoader[Any], before_batch: Callable[[], None], share: tuple[int, int]
-    ) -> None:
-        self.loader = loader
-        self.share = share
-        self.before_batch = before_batch
-        self.position = 0
+    loader: DataLoader[Any]
+    before_batch: Callable[[], None]
+    share: tuple[int, int]
+    position: int = 0
+
+    def __post_init__(self) -> None:
         self._resumes = False
         self._start_states: list[Tensor] = []
 

@@ -38,7 +38,7 @@ def course(parts: dict[str, list[list[float]]] | None = None, **numbers: Any) ->
     tables = {kind: np.array(rows) for kind, rows in (parts or {}).items()}
     breakdowns = {kind: Breakdown(tuple(range(len(t))), t) for kind, t in tables.items()}
     columns = {**HEALTHY, **numbers}
-    made = Course(every=1, capacity=ROWS)
+    made = Course(interval=1, capacity=ROWS)
     for step in range(1, ROWS + 1):
         at = {n: v(step / ROWS) if callable(v) else v for n, v in columns.items()}
         made.add(Row(step, at, breakdowns))
