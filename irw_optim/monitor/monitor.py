@@ -185,7 +185,7 @@ class IRWMonitor:
             from irw_optim.monitor.figures import draw
         except ImportError as error:
             raise ImportError('plot() needs matplotlib: pip install "irw-optim[report]"') from error
-        return draw(self._course)
+        return draw(self._course.rows)
 
     def _repr_html_(self) -> str:
         rows = self.rows()[-5:]

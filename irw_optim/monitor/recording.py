@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -172,30 +172,29 @@ class WeightAge:
     """Watches the weights that an optimizer's scheme holds, by identity: it waits for nothing."""
 
     def __init__(self) -> None:
-        self.step = 0
-        self._known: ref[StepRecord] | None = None
-        self._resumed: float | None = None
+        self.load({"step": 0, "weights": None})
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there, if the scheme comes back with the same weights."""
+        self.step: int = state["step"]
+        self._resumed: float | None = state["weights"]
+        self._known: Callable[[], StepRecord | None] = lambda: None
 
     def age(self, scheme: object, step: int) -> int | None:
         """Steps since the first with the weights held now; None for a local scheme."""
         record = scheme.record if isinstance(scheme, HeldWeights) else None
         if record is None:
             return None
-        if self._known is None or self._known() is not record:
-            self._known = ref(record)
+        if self._known() is not record:
             if self._resumed is None or self._resumed != _fingerprint(record):
                 self.step = step
-            self._resumed = None
+            self._known, self._resumed = ref(record), None
         return step - self.step
 
     def state(self) -> dict[str, Any]:
         """The step since which the weights are held, and which weights, by what is in them."""
-        record = None if self._known is None else self._known()
+        record = self._known()
         return {"step": self.step, "weights": None if record is None else _fingerprint(record)}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from there, if the scheme comes back with the same weights."""
-        self.step, self._known, self._resumed = state["step"], None, state["weights"]
 
     __getstate__, __setstate__ = state, load
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -127,7 +127,6 @@ def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, where a sample's gradient is its own; afterwards no trace is left."""
-    modes = [(module, module.training) for module in model.modules()]
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             warn_once(
@@ -136,19 +135,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
                 "batch even in eval mode: the weights depend on the batch size and on the order of "
                 "the data set; use track_running_stats=True",
             )
-    # CuDNN has no backward for recurrent layers in eval mode; torch's own kernels have.
-    recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modes)
-    kernels: Any = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
     number = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     devices = {torch.device("cuda", i) for i in range(number)}
     devices |= {parameter.device for parameter in model.parameters()}
-    try:
-        with randomness_restored(devices), kernels:
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with randomness_restored(devices), ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # CuDNN has no backward for recurrent layers in eval mode; torch's own kernels have.
+            undo.enter_context(torch.backends.cudnn.flags(enabled=False))
+        model.eval()
+        yield
 
 
 def warn_once(model: nn.Module, message: str) -> None:
@@ -168,7 +165,7 @@ def jvp(
     with warnings.catch_warnings(), torch.no_grad(), forward_ad.dual_level():
         warnings.filterwarnings("ignore", "`torch.jit.script`")  # torch's, of its own derivatives
         dual = {p: forward_ad.make_dual(p.detach(), v) for p, v in direction.items()}
-        with _in_place_of(dual, model), _differentiable_attention():
+        with _differentiable(model, dual):
             losses = losses_of(batch).losses
         value, tangent = forward_ad.unpack_dual(losses)
     return widened(torch.zeros_like(value) if tangent is None else tangent)
@@ -222,12 +219,16 @@ def check_difference(difference: Tensor, scale: Tensor) -> None:
 
 
 @contextmanager
-def _in_place_of(values: Direction, model: nn.Module) -> Iterator[None]:
-    """Give the modules these values in place of their parameters.
+def _differentiable(model: nn.Module, values: Direction) -> Iterator[None]:
+    """The modules with these values in place of parameters, and attention by plain operations.
 
-    ``torch.func.functional_call`` puts a value back where a module has two names.
+    ``torch.func.functional_call`` puts a value back where a module has two names; fused kernels of
+    attention have no derivative in forward mode.
     """
-    with ExitStack() as undo:
+    mha = torch.backends.mha
+    with ExitStack() as undo, sdpa_kernel(SDPBackend.MATH):
+        undo.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
 
         def change(where: dict[str, Any], name: str, value: Any) -> None:
             undo.callback(where.__setitem__, name, where[name])
@@ -241,15 +242,3 @@ def _in_place_of(values: Direction, model: nn.Module) -> Iterator[None]:
                 inside = [w if w is None else values.get(w, w) for w in module._flat_weights]
                 change(vars(module), "_flat_weights", inside)
         yield
-
-
-@contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Attention by operations that have a forward derivative; its fused kernels have none."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

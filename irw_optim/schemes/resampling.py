@@ -197,8 +197,7 @@ class ResumableLoader:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there at the next iteration; errors as `check`."""
-        self.check(state_dict)
+        """Go on from there, after `check`, at the next iteration."""
         self.position = state_dict["position"]
         self._start_states = [state.cpu() for state in state_dict["began_with"]]
         self._resumes = self.position > 0
