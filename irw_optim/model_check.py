@@ -41,14 +41,12 @@ class Verification:
         errors: relative error of ``scores``, ``weights`` and ``gradient`` against the loop.
         tolerance: what counts as equal in the dtype of the losses.
         time_ratio: median time of a step over that of a plain step.
-        memory_ratio: peak of the tensors that a step makes, over that of a plain step; NaN where
-            that cannot be measured.
+        memory_ratio: the same of the peak of the tensors that a step makes; NaN if not measured.
         deterministic: whether two passes from one state give the same losses; where they do not,
             the errors say nothing.
         reason: why some modules have no quick products; "" where all have.
         plain_seconds: median time of a plain step.
-        one_by_one: how many samples take a backward pass each for their scores; 0 where changes go
-            forwards through the graph.
+        one_by_one: how many samples take a backward pass each for their scores, or 0.
     """
 
     engines: dict[str, str]

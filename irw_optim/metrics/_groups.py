@@ -39,8 +39,7 @@ def group_accuracy(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> 
 
     Raises:
         TypeError: labels and predictions of different kinds.
-        ValueError: lengths that differ, empty input, predictions that are scores, and missing
-            values: whether they are a group of their own is for the user to say.
+        ValueError: lengths that differ, empty input, missing values, predictions that are scores.
 
     >>> y_true, y_pred, sex, old = [1, 0, 1, 1], [1, 0, 0, 1], ["f", "f", "m", "m"], [0, 1, 0, 1]
     >>> group_accuracy(y_true, y_pred, sex)
@@ -68,8 +67,6 @@ def worst_group_accuracy(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLik
 
 def mad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
     """MAD, the largest gap between two groups' accuracies; arguments of `group_accuracy`.
-
-    0 for one group.
 
     >>> mad([1, 0, 1, 1], [1, 0, 0, 1], groups=["f", "f", "m", "m"])
     0.5

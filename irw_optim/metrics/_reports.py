@@ -86,7 +86,7 @@ def group_report(
 ) -> GroupReport:
     """Accuracy, and any other metric, by group, with the disparities between the groups.
 
-    Needs fairlearn: ``pip install "irw-optim[report]"``. The other metrics of this module do not.
+    Needs fairlearn: ``pip install "irw-optim[report]"``.
 
     Args:
         y_true: (N,) class labels.
@@ -213,9 +213,9 @@ def worst_cluster_accuracy(
     The clusters are those of scikit-learn's KMeans on the inputs, flattened: standardise features
     in different units before. For many models, cluster once and call `worst_cell_accuracy`.
 
-    Of one class, all clusters with fewer than ``min_cell`` samples are merged into one cell. If
-    that is still smaller it counts in ``worst_class`` only. (An accuracy from fewer than 20 samples
-    can have a standard error above 0.11.)
+    Of one class, all clusters with fewer than ``min_cell`` samples are one cell, which counts in
+    ``worst_class`` only where it is still smaller. (An accuracy from fewer than 20 samples can have
+    a standard error above 0.11.)
 
     Args:
         inputs: (N, ...) numbers, what the model predicts from.

@@ -38,12 +38,12 @@ class IRWMonitor:
 
     A row is one step's `IRWOptimizer.last_step` in numbers (O(B) work, and one norm of ``p.grad``);
     no other step waits for the device. When ``capacity`` rows are there, every second one is let
-    go and the interval doubles, so that the rows always cover the whole training evenly. Steps
-    that a gradient scaler skipped are no steps.
+    go and the interval doubles: the rows cover the whole training evenly. Steps that a gradient
+    scaler skipped are no steps.
 
     Of several backward passes that add up to a step the newest is recorded, with
-    ``accumulation_steps`` the whole logical batch; of several processes that weigh their samples
-    together all samples, and by group this process's.
+    ``accumulation_steps`` the whole logical batch; of processes that weigh their samples together
+    all samples, and by group this process's.
 
     Args:
         optimizer: the one that trains, or a proxy of it from Accelerate or Lightning.
@@ -97,8 +97,7 @@ class IRWMonitor:
     def groups(self, groups: GroupsLike) -> None:
         """Say which groups the batch at hand is of, for the evaluation: training never sees them.
 
-        Call it before ``optimizer.step()``, once for each backward pass; steps without it have no
-        columns by group.
+        To be called before ``optimizer.step()``, once for each backward pass.
 
         Args:
             groups: (B,) numbers or strings in the order of the batch; (B, c) several columns, or
@@ -197,8 +196,7 @@ class IRWMonitor:
     def diagnose(self) -> list[Finding]:
         """What the rows show of the known ways in which training with these weights fails.
 
-        The table of findings is in ``docs/diagnostics.md``. Before 20 rows of weighted steps there
-        is one, which says that.
+        ``docs/diagnostics.md`` has the table. Before 20 weighted rows there is one finding.
         """
         return diagnose(self._course)
 

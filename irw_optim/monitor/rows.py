@@ -109,8 +109,7 @@ class Course:
     """The first row, and the newest at every interval: the whole training, ever more thinly.
 
     A ring of the newest rows would forget how a training began, which its present is compared with.
-    So when the memory is full every second row is let go and the interval doubles: with capacity C
-    and n steps there are C/2 to C rows, and about C (1 + log2(n/C) / 2) were ever made.
+    So when the memory is full every second row is let go and the interval doubles.
     """
 
     interval: int

@@ -4,10 +4,9 @@ The derivative is G v by forward-mode differentiation, without a graph::
 
     G v = d/dt losses(parameters + t v)   at t = 0
 
-It is exact wherever backward is the derivative, which ``torch.no_grad()`` may stop. So the weighted
-sum of the scores is compared with <G^T w, v> where G^T w is known, as for S, and the scores of the
-first batch with the engine's. Where they differ, or an operation has no derivative in forward mode,
-the engine does it.
+It is exact wherever backward is the derivative, which ``torch.no_grad()`` may stop: so the first
+batch's scores are compared with the engine's, and the weighted sum of all with <G^T w, v>. Where
+they differ, or an operation has no such derivative, the engine makes them.
 """
 
 from __future__ import annotations
@@ -185,8 +184,8 @@ def sizes_of(graph: Graph, samples: int) -> tuple[float, float]:
 def forward_mode_pays_off(engine: Engine, sizes: tuple[float, float], batch_size: int) -> bool:
     """Whether to try it for batches of an engine's model, of these `sizes_of` a sample.
 
-    It saves the hooks and the Python for every layer: a gain where batches are small
-    (``benchmarks.cost renewal``). Numbers of low precision do not carry derivatives well.
+    It saves the hooks and the Python for every layer, a gain where batches are small; numbers of
+    low precision do not carry derivatives well.
     """
     outputs, attention = sizes
     return (

@@ -6,8 +6,7 @@ and lists over batches that are run again for every product, in O(P) memory; the
     G^T w = sum over batches G_b^T w_b        only batches of samples with a weight are run
     G v   = [G_b v for every batch b]
 
-Of several processes, any may read any sample. So the work of each product is shared out anew, and
-nobody waits for the one whose part has all of the worst off.
+Any process may read any sample: the work of each product is shared out anew.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ class GlobalScheme:
     """Trains with weights of the whole data set, renewed every ``refresh`` epochs or steps.
 
     The loop iterates over the scheme in place of its loader. The optimizer's options hold for the
-    data set, with ``warmup_steps`` of plain averaging first. One renewal costs about one and a half
-    epochs of plain training. The processes of a DistributedDataParallel, each with the same data
-    set, share it out, and step as one process would on all their batches.
+    data set, with ``warmup_steps`` of plain averaging first. A renewal costs about 1.5 epochs of
+    plain training. The processes of a DistributedDataParallel, with the same data set each, share
+    it out, and step as one process would on all their batches.
 
     Args:
         optimizer: its local scheme is replaced until `detach`.
@@ -136,10 +136,9 @@ class GlobalScheme:
         self._held.indices = None  # a batch of the same size from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
-        """Say which samples the next batch holds, in a loop with a loader of its own.
+        """Say which samples the next batch holds, in a loop over a loader of an `IndexedDataset`.
 
-        ``for indices, (x, y) in loader`` over an `IndexedDataset`, with this call first. Renews the
-        weights where that is due.
+        It comes first in the loop, and renews the weights where that is due.
 
         Args:
             indices: (B,) int64, of the data set.
@@ -190,10 +189,7 @@ class GlobalScheme:
         _restore_local_scheme(ref(self.optimizer), self._held)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to resume with, exactly, also in the middle of an epoch.
-
-        Save the states of model, optimizer and random numbers with it.
-        """
+        """All to resume with, also in mid-epoch, besides model, optimizer and random states."""
         known = {} if self.record is None else vars(self.record)
         record = {name: t for name, t in known.items() if t is None or isinstance(t, Tensor)}
         return {
@@ -208,8 +204,8 @@ class GlobalScheme:
         """Take over a state of `state_dict`, for the same data set, loader and ``use``.
 
         Raises:
-            ValueError: weights of another data set, a state of the other ``use``, or of the middle
-                of another process's epoch; nothing has changed.
+            ValueError: a state of another data set or ``use``, or of the middle of another
+                process's epoch; nothing has changed.
         """
         record, draws = state_dict["record"], state_dict["sampler"]
         if record is not None:

@@ -84,7 +84,7 @@ def global_weights(
             ``forward`` understands, without random augmentation.
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers: filter in gradient space, for example `DBSCANFilter` (IRWO), in blocks.
-        score_parameters: as of `IRWOptimizer`: whose gradients make the scores.
+        score_parameters: as of `IRWOptimizer`.
         progress: show a bar, in a notebook, or on a terminal if rich is installed.
         center: beta >= 0; above 0, pass 2 covers the whole data set.
         class_balance: give every class of the data set the same total weight.
@@ -133,9 +133,9 @@ def global_weights(
 class WithinClasses(LocalScheme):
     """Weighs the samples of each class against each other; of C classes each has the weight 1 / C.
 
-    Between classes the sign of <g_i, g_S> is little but the label: those of the class that has the
-    majority in S help it, the others do not. Inside a class it says who is like the worst-off. The
-    classes are ``given``, (N,) int64, or those of the criterion's target.
+    Between classes the sign of <g_i, g_S> is little but the label: the class that has the majority
+    in S helps it. Inside a class it says who is like the worst-off. The classes are ``given``, (N,)
+    int64, or those of the criterion's target.
     """
 
     given: Tensor | None = None

@@ -96,14 +96,13 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     >>> next(iter(DataLoader(data, batch_size=2)))
     [tensor([0, 1]), [tensor([5., 6.])]]
 
-    A ``collate_fn`` of your own that keeps the order of the samples need not know of indices:
+    A ``collate_fn`` that keeps the order of the samples need not know of indices:
 
     >>> loader = DataLoader(data, batch_size=2, collate_fn=data.collate(lambda samples: samples))
     >>> next(iter(loader))
     (tensor([0, 1]), [(tensor(5.),), (tensor(6.),)])
 
-    One that sorts, leaves out or repeats samples takes the pairs, and says what it did, also in a
-    loader that is given to `GlobalScheme` or `global_weights`:
+    One that sorts, leaves out or repeats samples takes the pairs, and says what it did:
 
     >>> def longest_first(pairs):
     ...     indices, samples = zip(*sorted(pairs, key=lambda pair: -pair[1][0]))

@@ -18,9 +18,9 @@ from irw_optim.schemes.reading import idle_copy, sampler_of
 class ResamplingSampler(Sampler[int]):
     """Draws dataset indices with probability proportional to their weights.
 
-    Every epoch has its own draws, set by the seed and the epoch's number alone. New ``weights``
-    count from the next index on (without replacement: from the next epoch on); a DataLoader with
-    workers has up to ``num_workers * prefetch_factor`` batches drawn in advance.
+    Every epoch has its own draws, by the seed and the epoch's number alone. New ``weights`` count
+    from the next index on (without replacement, the next epoch); a DataLoader with workers has up
+    to ``num_workers * prefetch_factor`` batches drawn in advance.
 
     Args:
         weights: (N,) non-negative, not all 0; need not sum to 1.
