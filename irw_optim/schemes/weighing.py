@@ -77,8 +77,10 @@ def weigh_by(
     hooked = Engine(model, engine)
     try:
         losses_of, block = BatchLosses(model, criterion, forward), check_block(outlier_block)
-        of = reader, losses_of, hooked, scored, scheme
-        return weigh_dataset(*of, block, progress, replica_in(model), told)
+        replica = replica_in(model)
+        return weigh_dataset(
+            reader, losses_of, hooked, scored, scheme, block, progress, replica, told
+        )
     finally:
         hooked.remove_hooks()
 
