@@ -39,7 +39,7 @@ class AlphaEstimate(NamedTuple):
         lower_bound: the alpha to train with: min_k pi_k is at least this, with probability
             ``confidence``. 0 where the survey is too small to tell, or a group is empty.
         proportions: estimated share of each group; they sum to 1.
-        intervals: for each group by itself, (low, high) that contains its share with probability
+        intervals: of each group, (low, high) that contains its share with probability
             ``confidence`` or more.
         confidence: of the bound, and of each interval.
         responses: number of answers.
@@ -61,8 +61,8 @@ def randomized_response(
 ) -> Tensor:
     """Each person's answer: the true group with probability p, else one of the m at random.
 
-    torch's generators are made for simulation, not against an adversary. Where the promise to
-    people counts, let them flip real coins, or draw from the operating system's randomness.
+    torch's generators are for simulation. Where the promise to people counts, let them flip real
+    coins, or draw from the operating system's randomness.
 
     Args:
         groups: (N,) true groups, whole numbers in 0 ... m - 1.
@@ -94,8 +94,8 @@ def randomized_response(
 def privacy_of(truth_probability: float, num_groups: int) -> float:
     """The epsilon of one answer's (epsilon, 0)-differential privacy: ln(1 + p m / (1 - p)).
 
-    An answer has probability p + (1 - p)/m if it is true and (1 - p)/m if it is not; epsilon is the
-    logarithm of their ratio. Who is asked twice, with fresh coins, has spent it twice.
+    It is the logarithm of the ratio of an answer's probabilities, p + (1 - p)/m if it is true and
+    (1 - p)/m if not. Who is asked twice, with fresh coins, has spent it twice.
 
     Args:
         truth_probability: p in [0, 1].
@@ -130,8 +130,8 @@ def estimate_alpha(
     The intervals are Clopper and Pearson's of Binomial(N, rho_k), whose ends go through the same
     formula, which is increasing, and are cut at 0 and 1.
 
-    The lower bound is the least of the one-sided bounds L_k at ``confidence``. No correction for
-    several groups is needed: with k* the truly smallest group, min_k L_k <= L_k*, which exceeds
+    The lower bound is the least of the one-sided bounds L_k at ``confidence``, which needs no
+    correction for several groups: with k* the truly smallest, min_k L_k <= L_k*, which exceeds
     pi_k* with probability 1 - ``confidence`` at most.
 
     Args:
@@ -159,8 +159,7 @@ def estimate_alpha(
         raise ValueError("responses is empty: expected the answers of one person or more")
 
     def share_of(rho: Vector) -> Vector:
-        shares: Vector = (rho - (1 - p) / num_groups) / p
-        return shares
+        return np.asarray((rho - (1 - p) / num_groups) / p)
 
     counts = torch.bincount(answers, minlength=num_groups).cpu().numpy()
     proportions = project_onto_simplex(share_of(counts / len(answers)))
@@ -171,7 +170,7 @@ def estimate_alpha(
         alpha=float(proportions.min()),
         lower_bound=float(share_of(bound).clip(0, 1).min()),
         proportions=tuple(proportions.tolist()),
-        intervals=tuple((start, end) for start, end in intervals.tolist()),
+        intervals=tuple(map(tuple, intervals.tolist())),
         confidence=confidence,
         responses=len(answers),
     )
@@ -190,8 +189,7 @@ def project_onto_simplex(point: npt.ArrayLike) -> Vector:
     descending = np.sort(v)[::-1]
     thresholds = (descending.cumsum() - 1) / np.arange(1, len(v) + 1)
     positive = np.flatnonzero(descending > thresholds)[-1]
-    projected: Vector = (v - thresholds[positive]).clip(min=0)
-    return projected
+    return np.asarray((v - thresholds[positive]).clip(min=0))
 
 
 def _clopper_pearson(
@@ -212,9 +210,7 @@ def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:
         raise TypeError(f"{name} holds no numbers: {expected}; {mend}") from error
     if numbers.ndim != 1:
         raise ValueError(f"{name} has shape {tuple(numbers.shape)}: {expected}, of shape (N,)")
-    if not len(numbers):
-        return numbers.long()
-    if numbers.is_floating_point() or numbers.is_complex():
+    if len(numbers) and (numbers.is_floating_point() or numbers.is_complex()):
         raise TypeError(f"{name} has dtype {numbers.dtype}: {expected}; {mend}")
     numbers = numbers.long()
     outside = (numbers < 0) | (numbers >= num_groups)

@@ -1,4 +1,4 @@
-"""What is put on modules that belong to somebody else, and how it comes off again.
+"""What is put on modules that belong to somebody else, how it comes off, and what copies carry.
 
 An attachment is on a module once, for as long as somebody holds it: the owners are counted by
 Python itself. Copies and pickles of the module are without it.
@@ -7,13 +7,34 @@ Python itself. Copies and pickles of the module are without it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary, finalize, ref
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 _Attached = TypeVar("_Attached", bound="Attachment")
+
+
+class Renewed:
+    """Copies and pickles carry what lasts; what belongs to one process or one moment begins anew.
+
+    Attributes:
+        PASSING: the names of the latter, which `begin` sets.
+    """
+
+    PASSING: ClassVar[tuple[str, ...]]
+
+    def begin(self) -> None:
+        """Set what passes, in a new object and in a copy alike."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self.PASSING}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.begin()
 
 
 class Change(Protocol):
@@ -96,20 +117,18 @@ class OfModule(Replacement):
         return module
 
 
-def replace_on(module: nn.Module, name: str, replacement: Replacement) -> Change:
-    """Let it stand in the module's ``__dict__`` under this name."""
-    replacement.previous = vars(module).get(name)
-    vars(module)[name] = replacement
-    return _Replaced(module, name, replacement)
+class Replaced:
+    """Lets a replacement stand in the module's ``__dict__`` under a name."""
 
-
-class _Replaced:
     def __init__(self, module: nn.Module, name: str, replacement: Replacement) -> None:
+        replacement.previous = vars(module).get(name)
+        vars(module)[name] = replacement
         self.module = ref(module)
         self.name = name
         self.replacement = ref(replacement)
 
     def remove(self) -> None:
+        """Undo it, unless somebody has put something else there since."""
         module = self.module()
         if module is not None and vars(module).get(self.name) is self.replacement():
             self.clean(vars(module))
@@ -131,9 +150,9 @@ class PlainCopies(Attachment):
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
         """Attach, and yield what removes it."""
-        yield replace_on(module, "__reduce_ex__", _Reduce(module))
+        yield Replaced(module, "__reduce_ex__", _Reduce(module))
         if hasattr(type(module), "__deepcopy__"):
-            yield replace_on(module, "__deepcopy__", _Deepcopy(module))
+            yield Replaced(module, "__deepcopy__", _Deepcopy(module))
 
 
 class _Reduce(OfModule):

@@ -1,8 +1,4 @@
-"""`verify`: is the optimizer exact on this model, and what does it cost?
-
-One batch, compared with a loop of plain autograd over its samples; the model, its buffers,
-gradients and every source of chance are left as they were.
-"""
+"""`verify`: is the optimizer exact on this model, and what does it cost?"""
 
 from __future__ import annotations
 
@@ -33,7 +29,7 @@ from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import Weights
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_TOLERANCE_OF_HALF = 5e-2
+_IN_HALF = 5e-2
 
 
 @dataclass(frozen=True)
@@ -45,14 +41,12 @@ class Verification:
         errors: relative error of ``scores``, ``weights`` and ``gradient`` against the loop.
         tolerance: what counts as equal in the dtype of the losses.
         time_ratio: median time of a step over that of a plain step.
-        memory_ratio: peak of the tensors that a step makes, over that of a plain step; NaN where
-            that cannot be measured.
+        memory_ratio: the same of the peak of the tensors that a step makes; NaN if not measured.
         deterministic: whether two passes from one state give the same losses; where they do not,
             the errors say nothing.
         reason: why some modules have no quick products; "" where all have.
         plain_seconds: median time of a plain step.
-        one_by_one: how many samples take a backward pass each for their scores; 0 where changes go
-            forwards through the graph.
+        one_by_one: how many samples take a backward pass each for their scores, or 0.
     """
 
     engines: dict[str, str]
@@ -134,14 +128,16 @@ def verify(
 ) -> Verification:
     """Run one batch through `IRWOptimizer` and through a loop over its samples, and compare.
 
+    The model, its buffers, gradients and every source of chance are left as they were.
+
     Args:
         model: as it will be trained, in train mode or with parts in eval mode.
         inputs: one batch; a tuple is passed as positional arguments, a mapping by name.
         targets: second argument of the criterion.
         criterion: the loss module.
         alpha: as for `IRWOptimizer`.
-        outliers: as for `IRWOptimizer`.
-        engine: as for `IRWOptimizer`.
+        outliers: as there.
+        engine: as there.
         repeats: timed rounds; the loop itself takes B backward passes once.
 
     Raises:
@@ -204,7 +200,7 @@ def verify(
         "gradient": _relative(_flat(found), _flat(expected.values())),
     }
     lowest = {t.dtype.to_real() for t in (losses, *batch.parameters)}
-    tolerance = max(_TOLERANCE.get(d, _TOLERANCE_OF_HALF) for d in lowest)
+    tolerance = max(_TOLERANCE.get(d, _IN_HALF) for d in lowest)
     return Verification(
         _engines_by_module(model, covered),
         errors,

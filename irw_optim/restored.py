@@ -1,8 +1,7 @@
 """Passes through a model that leave no trace: what a forward may change, as it was before.
 
 That is buffers and gradients, what the modules keep in attributes of their own (a counter, a
-running mean), and every source of chance in reach (torch's generators, ``random``, NumPy,
-generators that a module holds).
+generator), and the global sources of chance of torch, ``random`` and NumPy.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
 from types import ModuleType
@@ -22,22 +21,20 @@ from torch import Tensor, nn
 
 Undo = Callable[[], object]
 
-_OF_MODULES = frozenset(vars(nn.Module()))
-"""What every module has: parameters, hooks and the like are no state of a forward."""
+_OF_MODULES = frozenset(vars(nn.Module()))  # parameters, hooks: no state of a forward
 
 
 @contextmanager
 def restored(*modules: nn.Module) -> Iterator[None]:
     """Put back, after the block, what a pass through these modules may change."""
     parameters = [p for module in modules for p in module.parameters()]
-    undo: list[Undo] = [partial(setattr, p, "grad", p.grad) for p in parameters]
-    undo += [action for module in modules for action in undo_state(module)]
-    with randomness_restored(p.device for p in parameters):
-        try:
-            yield
-        finally:
-            for action in undo:
-                action()
+    with randomness_restored(p.device for p in parameters), ExitStack() as undo:
+        for p in parameters:
+            undo.callback(setattr, p, "grad", p.grad)
+        for module in modules:
+            for action in undo_state(module):
+                undo.callback(action)
+        yield
 
 
 @contextmanager
@@ -46,26 +43,19 @@ def randomness_restored(
 ) -> Iterator[Any]:
     """Put back, after the block, the global generators of Python, NumPy and torch.
 
-    Args:
-        devices: those whose generators are put back besides the CPU's.
-        numpy: whether NumPy's is among them; its state takes long to save, and is yielded.
+    On the CPU and these ``devices``; NumPy's state, which takes long to save, is yielded.
     """
-    undo: list[Undo] = [
-        partial(random.setstate, random.getstate()),
-        partial(torch.set_rng_state, torch.get_rng_state()),
-    ]
-    of_numpy = np.random.get_state() if numpy else None
-    if of_numpy is not None:
-        undo.append(partial(np.random.set_state, of_numpy))
-    for device in set(devices):
-        if device.type not in ("cpu", "meta"):
-            module: Any = torch.get_device_module(device)
-            undo.append(partial(module.set_rng_state, module.get_rng_state(device), device))
-    try:
+    with ExitStack() as undo:
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(torch.set_rng_state, torch.get_rng_state())
+        of_numpy = np.random.get_state() if numpy else None
+        if of_numpy is not None:
+            undo.callback(np.random.set_state, of_numpy)
+        for device in set(devices):
+            if device.type not in ("cpu", "meta"):
+                module: Any = torch.get_device_module(device)
+                undo.callback(module.set_rng_state, module.get_rng_state(device), device)
         yield of_numpy
-    finally:
-        for action in undo:
-            action()
 
 
 def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]:
@@ -76,20 +66,19 @@ def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]
     graph may need it as it is. Changes by ``running_mean`` and ``.data`` are not counted.
     """
     for part in module.modules():
-        attributes = vars(part)
-        yield _undo_dict(attributes)
+        yield _undo_dict(vars(part))
         yield _undo_dict(part._buffers)
-        own = [value for name, value in attributes.items() if name not in _OF_MODULES]
+        own = [value for name, value in vars(part).items() if name not in _OF_MODULES]
         for value in (*own, *part._buffers.values()):
-            if isinstance(value, Tensor):
-                if not (value.requires_grad or value.is_inference()):
-                    yield _undo_tensor(value, by_version)
-            elif (undo := undo_inside(value)) is not None:
+            if (undo := undo_inside(value, by_version)) is not None:
                 yield undo
 
 
-def undo_inside(value: Any) -> Undo | None:
+def undo_inside(value: Any, by_version: bool = False) -> Undo | None:
     """How to restore what can change inside an attribute; None where nothing is known to."""
+    if isinstance(value, Tensor):
+        plain = not (value.requires_grad or value.is_inference())
+        return _undo_tensor(value, by_version) if plain else None
     if isinstance(value, torch.Generator | np.random.RandomState):
         state: Any = value.get_state()
         return partial(value.set_state, state)

@@ -16,7 +16,7 @@ from weakref import WeakMethod, ref
 import torch
 from torch import Tensor, nn
 
-from irw_optim.attachments import Attachment, Removable, Replacement, replace_on
+from irw_optim.attachments import Attachment, Removable, Replaced, Replacement
 from irw_optim.criterion._calls import value_of_its_own
 from irw_optim.criterion._custom import (
     check_elements,
@@ -236,7 +236,7 @@ class AttachedCriterion(Attachment):
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
         """Attach, and yield what removes it."""
-        yield replace_on(module, "forward", _Forward(module, self.model, self.listener))
+        yield Replaced(module, "forward", _Forward(module, self.model, self.listener))
 
 
 class _Forward(Replacement):

@@ -19,9 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from irw_optim.attachments import Attachment, Removable
+from irw_optim.attachments import Attachment, Removable, Renewed
 from irw_optim.backward.weighted_loss import Weigher, weighted_loss
-from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import GlobalGradients, Ranks
 from irw_optim.distributed.weigher import OverRanks

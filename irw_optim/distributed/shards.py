@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from irw_optim.attachments import Renewed
 from irw_optim.backward.weighted_loss import Weigher, deferred_loss
-from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import LayerwiseGradients, Ranks
 from irw_optim.distributed.replicas import Options, Replicas

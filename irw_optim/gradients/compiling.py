@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from irw_optim.attachments import Attachment, OfModule, Removable, replace_on
+from irw_optim.attachments import Attachment, OfModule, Removable, Replaced
 from irw_optim.torch_internals import (
     compile_for_each_layer,
     compiled_again,
@@ -47,7 +47,7 @@ class OnForward(Attachment):
     stands_in: ClassVar[type[KeptOut]]
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        yield replace_on(module, "forward", self.stands_in(module))
+        yield Replaced(module, "forward", self.stands_in(module))
 
 
 class ItselfKeptOut(KeptOut):

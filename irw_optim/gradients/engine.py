@@ -14,8 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from irw_optim.attachments import Attachment
-from irw_optim.copies import Renewed
+from irw_optim.attachments import Attachment, Renewed
 from irw_optim.gradients.capture import hook_layers
 from irw_optim.gradients.compiling import (
     KEPT_OUT,

@@ -12,21 +12,21 @@ The groups' labels are needed here, in evaluation, only::
 nobody's group is known.
 """
 
-from irw_optim.metrics._clusters import (
-    Cell,
-    ClusterAccuracy,
-    worst_cell_accuracy,
-    worst_cluster_accuracy,
-)
 from irw_optim.metrics._groups import (
-    GroupReport,
     group_accuracy,
-    group_report,
     loss_variance,
     mad,
     tad,
     worst_alpha_loss,
     worst_group_accuracy,
+)
+from irw_optim.metrics._reports import (
+    Cell,
+    ClusterAccuracy,
+    GroupReport,
+    group_report,
+    worst_cell_accuracy,
+    worst_cluster_accuracy,
 )
 
 __all__ = [

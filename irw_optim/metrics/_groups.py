@@ -1,34 +1,28 @@
-"""How the groups fare, and how the losses are spread: in one number each, and as a table."""
+"""How the groups fare, and how the losses are spread, in one number each.
+
+What a user may hand in is checked and turned into numpy arrays of shape (N,) here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Hashable, Mapping, Sized
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from irw_optim.metrics._inputs import (
-    Array,
-    ArrayLike,
-    GroupsLike,
-    as_columns,
-    as_losses,
-    as_predictions,
-    check_lengths,
-)
 from irw_optim.weighting import worst_off_count
 from irw_optim.weighting.ranges import check_alpha
 
-if TYPE_CHECKING:
-    import pandas as pd
+Array: TypeAlias = npt.NDArray[Any]
+ArrayLike: TypeAlias = Tensor | npt.ArrayLike
+GroupsLike: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
+"""One column (N,), several (N, c), or columns by name: a mapping or a pandas DataFrame."""
 
 Group: TypeAlias = Hashable
 """A value of the one column of groups, or a tuple with a value of each."""
-
-Metric: TypeAlias = Callable[..., Any]
-"""``metric(y_true, y_pred) -> number``: those of sklearn.metrics and fairlearn.metrics, say."""
 
 
 def group_accuracy(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> dict[Group, float]:
@@ -45,8 +39,7 @@ def group_accuracy(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> 
 
     Raises:
         TypeError: labels and predictions of different kinds.
-        ValueError: lengths that differ, empty input, predictions that are scores, and missing
-            values: whether they are a group of their own is for the user to say.
+        ValueError: lengths that differ, empty input, missing values, predictions that are scores.
 
     >>> y_true, y_pred, sex, old = [1, 0, 1, 1], [1, 0, 0, 1], ["f", "f", "m", "m"], [0, 1, 0, 1]
     >>> group_accuracy(y_true, y_pred, sex)
@@ -59,7 +52,8 @@ def group_accuracy(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> 
     for column in columns.values():
         check_lengths(y_true=true, groups=column)
     names, member = intersect(columns)
-    return dict(zip(names, share_in(member, true == predicted).tolist(), strict=True))
+    shares = np.bincount(member, weights=true == predicted) / np.bincount(member)
+    return dict(zip(names, shares.tolist(), strict=True))
 
 
 def worst_group_accuracy(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
@@ -73,8 +67,6 @@ def worst_group_accuracy(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLik
 
 def mad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
     """MAD, the largest gap between two groups' accuracies; arguments of `group_accuracy`.
-
-    0 for one group.
 
     >>> mad([1, 0, 1, 1], [1, 0, 0, 1], groups=["f", "f", "m", "m"])
     0.5
@@ -93,12 +85,7 @@ def tad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
     0.5
     """
     true, predicted = as_predictions(y_true, y_pred)
-    accuracies = group_accuracy(true, predicted, groups)
-    return total_disparity(accuracies, float((true == predicted).mean()))
-
-
-def total_disparity(accuracies: Mapping[Group, float], overall: float) -> float:
-    """sum_g ``|acc_g - acc|``."""
+    accuracies, overall = group_accuracy(true, predicted, groups), (true == predicted).mean()
     return float(sum(abs(accuracy - overall) for accuracy in accuracies.values()))
 
 
@@ -137,146 +124,134 @@ def worst_alpha_loss(losses: ArrayLike, alpha: float) -> float:
 
 def intersect(columns: Mapping[str, Array]) -> tuple[list[Group], npt.NDArray[np.intp]]:
     """The combinations of values that occur, sorted, and which of them each sample is in."""
-    values, codes = zip(
-        *(np.unique(column, return_inverse=True) for column in columns.values()), strict=True
-    )
-    lists = [value.tolist() for value in values]
-    if len(lists) == 1:
-        return lists[0], codes[0]
-    cells, member = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
-    keys: list[Group] = [
-        tuple(names[code] for names, code in zip(lists, cell, strict=True)) for cell in cells
-    ]
-    return keys, member.reshape(-1)  # numpy 2.0 gave the inverse a second axis
+    each = [np.unique(column, return_inverse=True) for column in columns.values()]
+    if len(each) == 1:
+        return each[0][0].tolist(), each[0][1]
+    codes = np.stack([code for _, code in each], axis=1)
+    cells, member = np.unique(codes, axis=0, return_inverse=True)
+    named = [values[cell].tolist() for (values, _), cell in zip(each, cells.T, strict=True)]
+    return list(zip(*named, strict=True)), member.reshape(-1)  # numpy 2.0 gave a second axis
 
 
-def share_in(member: npt.NDArray[np.intp], right: Array) -> npt.NDArray[np.float64]:
-    """The share of True inside each group, in the order of the groups' numbers."""
-    shares: npt.NDArray[np.float64] = np.bincount(member, weights=right) / np.bincount(member)
-    return shares
+def as_array(values: ArrayLike) -> Array:
+    """Any tensor, list, array or pandas column as a numpy array on the CPU."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
+    array = np.asarray(values)
+    if array.dtype.kind in "US" and not isinstance(values, np.ndarray):
+        return np.asarray(values, dtype=object)  # numpy would turn NaN into the string "nan"
+    return array
 
 
-@dataclass(frozen=True, eq=False)
-class GroupReport:
-    """What `group_report` found; ``print(report)`` shows it.
-
-    Attributes:
-        by_group: one row for each group: ``samples``, ``accuracy``, ``mean loss`` if losses were
-            given, and the metrics asked for.
-        overall: the same for everybody.
-        worst_group: the group that fares worst, the first of several.
-        worst_group_accuracy: its accuracy.
-        mad: largest gap between two groups' accuracies.
-        tad: sum over the groups of the distance to the overall accuracy.
-        loss_variance: VAR, if losses were given.
-        worst_alpha_loss: mean of the worst ceil(alpha N) losses, if losses and alpha were given.
-    """
-
-    by_group: pd.DataFrame
-    overall: pd.Series
-    worst_group: Group
-    worst_group_accuracy: float
-    mad: float
-    tad: float
-    loss_variance: float | None = None
-    worst_alpha_loss: float | None = None
-
-    def __str__(self) -> str:
-        numbers = {
-            f"worst group {self.worst_group}": self.worst_group_accuracy,
-            "MAD": self.mad,
-            "TAD": self.tad,
-            "loss variance": self.loss_variance,
-            "worst-alpha loss": self.worst_alpha_loss,
-        }
-        given = [f"{name}: {value:.4f}" for name, value in numbers.items() if value is not None]
-        table = self.by_group.to_string(float_format="{:.4f}".format)
-        overall = ", ".join(f"{name} {value:.6g}" for name, value in self.overall.items())
-        return f"{table}\noverall: {overall}\n" + "\n".join(given)
+def _is_known(value: object) -> bool:
+    """False for None, NaN, NaT and pandas.NA, which are not equal to themselves."""
+    same: object = value == value
+    return value is not None and isinstance(same, bool | np.bool_) and bool(same)
 
 
-def group_report(
-    y_true: ArrayLike,
-    y_pred: ArrayLike,
-    groups: GroupsLike,
-    *,
-    losses: ArrayLike | None = None,
-    alpha: float | None = None,
-    metrics: Mapping[str, Metric] | None = None,
-) -> GroupReport:
-    """Accuracy, and any other metric, by group, with the disparities between the groups.
+def as_vector(name: str, values: ArrayLike, each: str, mend: str = "") -> Array:
+    """``values`` as (N,), N >= 1, nothing missing; ``each`` says what an entry is."""
+    array = as_array(values)
+    if array.ndim != 1:
+        raise ValueError(
+            f"{name} has shape {array.shape}: expected (N,), one {each} a sample{mend}"
+        )
+    if not len(array):
+        raise ValueError(f"{name} is empty: expected one {each} a sample")
+    objects = array.dtype == object
+    gaps = np.array([not _is_known(v) for v in array]) if objects else np.asarray(array != array)
+    if gaps.any():
+        raise ValueError(
+            f"{name} has no value for {gaps.sum()} of {len(array)} samples, the first at "
+            f"{gaps.argmax()}: expected one {each} a sample; leave these samples out, or give them "
+            "a value of their own"
+        )
+    # Objects (pandas' strings) are slow to compare and cannot always be sorted.
+    return np.asarray(array.tolist()) if objects else array
 
-    Needs fairlearn: ``pip install "irw-optim[report]"``. The other metrics of this module do not.
 
-    Args:
-        y_true: (N,) class labels.
-        y_pred: (N,) predicted classes.
-        groups: as of `group_accuracy`.
-        losses: (N,), for the mean loss of each group and the variance of all.
-        alpha: share in (0, 1], for the mean of the worst losses.
-        metrics: further columns, {name: metric(y_true, y_pred)}.
+def as_losses(losses: ArrayLike) -> npt.NDArray[np.float64]:
+    """Per-sample losses as float64, (N,), finite."""
+    array = as_vector("losses", losses, "loss")
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"losses has dtype {array.dtype}: expected numbers, one loss a sample")
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"losses[{np.isinf(array).argmax()}] is infinite: expected finite losses; look for "
+            "log(0) in the criterion, or leave these samples out"
+        )
+    return array.astype(np.float64)
 
-    Raises:
-        ImportError: fairlearn is not installed.
-        TypeError, ValueError: as of `group_accuracy`; ``alpha`` outside (0, 1] or without losses;
-            a metric with a name that is taken.
 
-    >>> y_true, y_pred, sex = [1, 0, 1, 1], [1, 0, 0, 1], ["f", "f", "m", "m"]
-    >>> report = group_report(y_true, y_pred, {"sex": sex}, losses=[0.1, 0.1, 0.9, 0.5], alpha=0.25)
-    >>> print(report)
-         samples  accuracy  mean loss
-    sex
-    f          2    1.0000     0.1000
-    m          2    0.5000     0.7000
-    overall: samples 4, accuracy 0.75, mean loss 0.4
-    worst group m: 0.5000
-    MAD: 0.5000
-    TAD: 0.5000
-    loss variance: 0.1100
-    worst-alpha loss: 0.9000
-    """
-    true, predicted = as_predictions(y_true, y_pred)
-    columns = as_columns(groups)
-    accuracies = group_accuracy(true, predicted, columns)
-    if losses is None and alpha is not None:
-        raise ValueError(f"alpha={alpha!r} without losses: expected losses=, one loss a sample")
-    try:
-        from fairlearn.metrics import MetricFrame, count
-        from sklearn.metrics import accuracy_score
-    except ImportError as error:
-        raise ImportError(
-            'group_report needs fairlearn: pip install "irw-optim[report]"'
-        ) from error
+def as_classes(name: str, values: ArrayLike) -> Array:
+    """Class labels, (N,): numbers without fractions, or strings."""
+    array = as_vector(name, values, "class", "; of scores, scores.argmax(-1)")
+    if array.dtype.kind == "f" and (fractions := array != np.round(array)).any():
+        first = int(fractions.argmax())
+        raise ValueError(
+            f"{name}[{first}]={array[first]:g} is no class: expected class labels; of scores, "
+            f"{name} = (scores > 0.5) or scores.argmax(-1)"
+        )
+    return array
 
-    table: dict[str, Metric] = {"samples": count, "accuracy": accuracy_score}
-    sample_params, variance, worst_losses = {}, None, None
-    if losses is not None:
-        values = as_losses(losses)
-        check_lengths(y_true=true, losses=values)
-        variance = loss_variance(values)
-        worst_losses = None if alpha is None else worst_alpha_loss(values, alpha)
-        table["mean loss"] = lambda y_true, y_pred, losses: losses.mean()
-        sample_params["mean loss"] = {"losses": values}
-    taken = sorted(set(table) & set(metrics or {}))
-    if taken:
-        raise ValueError(f"metrics names {taken[0]!r}, which is a column already: rename it")
-    frame = MetricFrame(
-        metrics={**table, **(metrics or {})},
-        y_true=true,
-        y_pred=predicted,
-        sensitive_features=columns,
-        sample_params=sample_params,
-    )
-    # MetricFrame has a row of NaN for each combination of groups that nobody is in.
-    by_group = frame.by_group[frame.by_group["samples"] > 0].astype({"samples": int})
-    worst = min(accuracies, key=lambda group: accuracies[group])
-    return GroupReport(
-        by_group=by_group,
-        overall=frame.overall,
-        worst_group=worst,
-        worst_group_accuracy=accuracies[worst],
-        mad=max(accuracies.values()) - accuracies[worst],
-        tad=total_disparity(accuracies, float(frame.overall["accuracy"])),
-        loss_variance=variance,
-        worst_alpha_loss=worst_losses,
-    )
+
+def as_predictions(y_true: ArrayLike, y_pred: ArrayLike) -> tuple[Array, Array]:
+    """True and predicted classes of the same samples, comparable with each other."""
+    true, predicted = as_classes("y_true", y_true), as_classes("y_pred", y_pred)
+    check_lengths(y_true=true, y_pred=predicted)
+    if (true.dtype.kind in "US") != (predicted.dtype.kind in "US"):
+        raise TypeError(
+            f"y_true has dtype {true.dtype} and y_pred {predicted.dtype}: expected both to be "
+            "strings, or both numbers, so that a right prediction equals its label"
+        )
+    return true, predicted
+
+
+def as_columns(groups: GroupsLike) -> dict[str, Array]:
+    """The columns of ``groups`` by name; without names of their own, group, or group_0, ..."""
+    if isinstance(groups, Mapping) or (hasattr(groups, "columns") and hasattr(groups, "items")):
+        columns = [(str(n), f"groups[{str(n)!r}]", column) for n, column in groups.items()]
+        given = "groups has no column"
+    elif (array := as_array(groups)).ndim == 2:
+        columns = [(f"group_{i}", f"groups[:, {i}]", column) for i, column in enumerate(array.T)]
+        given = f"groups has shape {array.shape}"
+    else:
+        return {"group": as_vector("groups", array, "group")}
+    if not columns:
+        raise ValueError(f"{given}: expected one column or more")
+    return {name: as_vector(named, column, "group") for name, named, column in columns}
+
+
+def as_rows(inputs: ArrayLike) -> Array:
+    """Inputs of any shape (N, ...) as finite rows (N, d)."""
+    array = as_array(inputs)
+    if array.ndim < 2 or not array.size:
+        raise ValueError(
+            f"inputs has shape {array.shape}: expected (N, ...), the features of each sample; "
+            "inputs.reshape(-1, 1) for a single feature"
+        )
+    check_numbers("inputs", array)
+    return array.reshape(len(array), -1)
+
+
+def check_numbers(name: str, array: Array) -> None:
+    """Raise unless ``array``, (N, ...), holds finite numbers."""
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} has dtype {array.dtype}: expected numbers; encode categories")
+    broken = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+    if broken.any():
+        raise ValueError(
+            f"{name}[{broken.argmax()}] has NaN or infinity: fill it, or leave the sample out"
+        )
+
+
+def check_lengths(**arrays: Sized) -> None:
+    """Raise unless all have as many samples as the first."""
+    (first, reference), *others = arrays.items()
+    for name, array in others:
+        if len(array) != len(reference):
+            raise ValueError(
+                f"{first} has {len(reference)} samples and {name} has {len(array)}: "
+                "expected the same samples in the same order"
+            )

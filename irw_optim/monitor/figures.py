@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from io import BytesIO
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib import rc_context
@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from irw_optim.monitor.course import Course, column, parts_of
-from irw_optim.monitor.rows import Array
+from irw_optim.monitor.rows import Array, Row, column, parts_of
 
 MOST_LINES = 8
 """More classes or groups than that are shown as the largest ones."""
@@ -34,7 +33,7 @@ STYLE: Any = {
     "legend.fontsize": 8,
 }
 
-Draw: TypeAlias = Callable[[Axes, Course], None]
+Draw: TypeAlias = Callable[[Axes, Sequence[Row]], None]
 
 
 class ShownFigure(Figure):
@@ -46,27 +45,21 @@ class ShownFigure(Figure):
         return file.getvalue()
 
 
-class Panel(NamedTuple):
-    """A question, whether this course can answer it, and how."""
-
-    title: str
-    answers: Callable[[Course], bool]
-    draw: Draw
-
-
-def draw(course: Course) -> Figure:
-    """All panels that the course has something for; a RuntimeError where there are no rows."""
-    if not course.rows:
+def draw(rows: Sequence[Row]) -> Figure:
+    """All panels that the rows have something for; a RuntimeError where there are none."""
+    if not rows:
         raise RuntimeError("nothing was recorded yet: expected a call after optimizer.step()")
-    panels = [panel for panel in PANELS if panel.answers(course)]
+    panels = [(title, panel) for title, answers, panel in PANELS if answers(rows)]
     lines = -(-len(panels) // 2)
     with rc_context(STYLE):
         figure = ShownFigure((11, 2.4 * lines), layout="constrained")
         axes = figure.subplots(lines, 2, sharex=True, squeeze=False).flatten()
-        for axis, panel in zip(axes, panels, strict=False):
-            panel.draw(axis, course)
-            _warm_up(axis, course)
-            axis.set_title(panel.title)
+        plain = [row.step for row in rows if not row.numbers["weighted"]]
+        for axis, (title, panel) in zip(axes, panels, strict=False):
+            panel(axis, rows)
+            if plain:
+                axis.axvspan(plain[0], plain[-1], color="#eeeeee", zorder=0, label="warm-up")
+            axis.set_title(title)
             axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
@@ -76,32 +69,32 @@ def draw(course: Course) -> Figure:
     return figure
 
 
-def _losses(axis: Axes, course: Course) -> None:
+def _losses(axis: Axes, rows: Sequence[Row]) -> None:
     for name, label, colour in (
         ("loss_q99", "99 % quantile", "#999999"),
         ("worst_alpha_loss", "worst α-fraction, mean", "#D55E00"),
         ("mean_loss", "all, mean", "#0072B2"),
     ):
-        _line(axis, course, column(course.rows, name), label, colour, show_each=True)
+        _line(axis, rows, column(rows, name), label, colour, show_each=True)
     axis.set_ylim(bottom=0)
 
 
-def _carriers(axis: Axes, course: Course) -> None:
+def _carriers(axis: Axes, rows: Sequence[Row]) -> None:
     for name, label, colour in (
         ("effective_share", "effective sample size", "#0072B2"),
         ("zero_share", "weight 0", "#999999"),
         ("worst_off_weight", "weight of the worst-off", "#D55E00"),
         ("largest_weight", "weight of one sample, largest", "#009E73"),
     ):
-        _line(axis, course, column(course.rows, name), label, colour)
+        _line(axis, rows, column(rows, name), label, colour)
     _percent(axis)
 
 
 def _weight_by(kind: str) -> Draw:
-    def panel(axis: Axes, course: Course) -> None:
-        _by_part(axis, course, kind, "weight", 0.0)
-        parts = parts_of(course.rows, kind)
-        for part, colour in _shown(course, kind):
+    def panel(axis: Axes, rows: Sequence[Row]) -> None:
+        _by_part(axis, rows, kind, "weight", 0.0)
+        parts = parts_of(rows, kind)
+        for part, colour in _shown(rows, kind):
             axis.axhline(parts[part].samples, color=colour, linestyle=":", linewidth=1)
         axis.plot([], [], color="black", linestyle=":", linewidth=1, label="share of samples")
         _percent(axis)
@@ -109,66 +102,71 @@ def _weight_by(kind: str) -> Draw:
     return panel
 
 
-def _loss_by_group(axis: Axes, course: Course) -> None:
-    _by_part(axis, course, "group", "loss")
+def _loss_by_group(axis: Axes, rows: Sequence[Row]) -> None:
+    _by_part(axis, rows, "group", "loss")
     axis.set_ylim(bottom=0)
 
 
-def _removed(axis: Axes, course: Course) -> None:
-    _line(axis, course, column(course.rows, "removed_share"), "everybody", "#000000")
-    _by_part(axis, course, "group" if _knows("group")(course) else "class", "removed")
+def _removed(axis: Axes, rows: Sequence[Row]) -> None:
+    _line(axis, rows, column(rows, "removed_share"), "everybody", "#000000")
+    _by_part(axis, rows, "group" if _knows("group")(rows) else "class", "removed")
     _percent(axis)
 
 
-def _gradient(axis: Axes, course: Course) -> None:
-    norms = column(course.rows, "gradient_norm")
-    _line(axis, course, norms, "norm of the step's gradient", "#0072B2", show_each=True)
-    fallback = column(course.rows, "fallback") > 0
+def _gradient(axis: Axes, rows: Sequence[Row]) -> None:
+    norms = column(rows, "gradient_norm")
+    _line(axis, rows, norms, "norm of the step's gradient", "#0072B2", show_each=True)
+    fallback = column(rows, "fallback") > 0
     if fallback.any():
-        steps = course.steps[fallback]
+        steps = _steps(rows)[fallback]
         axis.plot(steps, norms[fallback], "x", color="#D55E00", label="fallback to uniform weights")
     if (norms > 0).any():
         axis.set_yscale("log")
 
 
-def _held(axis: Axes, course: Course) -> None:
-    values = column(course.rows, "held_agreement")
-    _line(axis, course, values, "S has the larger loss", "#0072B2", show_each=True)
+def _held(axis: Axes, rows: Sequence[Row]) -> None:
+    values = column(rows, "held_agreement")
+    _line(axis, rows, values, "S has the larger loss", "#0072B2", show_each=True)
     axis.axhline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
     _percent(axis)
 
 
-def _knows(kind: str) -> Callable[[Course], bool]:
-    return lambda course: any(kind in row.breakdowns for row in course.rows)
+def _knows(kind: str) -> Callable[[Sequence[Row]], bool]:
+    return lambda rows: any(kind in row.breakdowns for row in rows)
 
 
-PANELS = (
-    Panel("Losses of a batch", lambda course: True, _losses),
-    Panel("Who carries a step", lambda course: True, _carriers),
-    Panel("Share of the weight, by class", _knows("class"), _weight_by("class")),
-    Panel("Share of the weight, by group", _knows("group"), _weight_by("group")),
-    Panel("Mean loss, by group", _knows("group"), _loss_by_group),
-    Panel(
+PANELS: tuple[tuple[str, Callable[[Sequence[Row]], bool], Draw], ...] = (
+    ("Losses of a batch", lambda _: True, _losses),
+    ("Who carries a step", lambda _: True, _carriers),
+    ("Share of the weight, by class", _knows("class"), _weight_by("class")),
+    ("Share of the weight, by group", _knows("group"), _weight_by("group")),
+    ("Mean loss, by group", _knows("group"), _loss_by_group),
+    (
         "Removed by the outlier filter",
-        lambda course: bool(column(course.rows, "removed_share").any()),
+        lambda rows: bool(column(rows, "removed_share").any()),
         _removed,
     ),
-    Panel(
+    (
         "Do held weights still know the worst-off?",
-        lambda course: bool(np.isfinite(column(course.rows, "held_agreement")).any()),
+        lambda rows: bool(np.isfinite(column(rows, "held_agreement")).any()),
         _held,
     ),
-    Panel("Length of the gradient", lambda course: True, _gradient),
+    ("Length of the gradient", lambda _: True, _gradient),
 )
+"""What each asks, whether the rows can answer it, and how."""
 
 
 def _line(
-    axis: Axes, course: Course, values: Array, label: str, colour: str, show_each: bool = False
+    axis: Axes, rows: Sequence[Row], values: Array, label: str, colour: str, show_each: bool = False
 ) -> None:
     """A running mean over a fortieth of the course; each row behind it, if asked for."""
     if show_each:
-        axis.plot(course.steps, values, ".", color=colour, alpha=0.2, markersize=2)
-    axis.plot(course.steps, _smooth(values), color=colour, label=label, linewidth=1.5)
+        axis.plot(_steps(rows), values, ".", color=colour, alpha=0.2, markersize=2)
+    axis.plot(_steps(rows), _smooth(values), color=colour, label=label, linewidth=1.5)
+
+
+def _steps(rows: Sequence[Row]) -> Array:
+    return np.array([row.step for row in rows])
 
 
 def _smooth(values: Array) -> Array:
@@ -181,26 +179,20 @@ def _smooth(values: Array) -> Array:
 
 
 def _by_part(
-    axis: Axes, course: Course, kind: str, name: str, absent: float = float("nan")
+    axis: Axes, rows: Sequence[Row], kind: str, name: str, absent: float = float("nan")
 ) -> None:
     """A line for each part; gaps in rows that do not know the partition."""
-    tables = [row.breakdowns.get(kind) for row in course.rows]
-    for part, colour in _shown(course, kind):
+    tables = [row.breakdowns.get(kind) for row in rows]
+    for part, colour in _shown(rows, kind):
         values = [np.nan if t is None else t.column(name).get(part, absent) for t in tables]
-        _line(axis, course, np.array(values), f"{kind} {part}", colour)
+        _line(axis, rows, np.array(values), f"{kind} {part}", colour)
 
 
-def _shown(course: Course, kind: str) -> list[tuple[Hashable, str]]:
+def _shown(rows: Sequence[Row], kind: str) -> list[tuple[Hashable, str]]:
     """The parts with the most samples, and their colours, in order of their names."""
-    parts = parts_of(course.rows, kind)
+    parts = parts_of(rows, kind)
     largest = sorted(parts, key=lambda part: -parts[part].samples)[:MOST_LINES]
     return list(zip(sorted(largest, key=str), COLOURS, strict=False))
-
-
-def _warm_up(axis: Axes, course: Course) -> None:
-    plain = [row.step for row in course.rows if not row.numbers["weighted"]]
-    if plain:
-        axis.axvspan(plain[0], plain[-1], color="#eeeeee", zorder=0, label="warm-up")
 
 
 def _percent(axis: Axes) -> None:

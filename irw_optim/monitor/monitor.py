@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import csv
 from collections import deque
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakMethod, finalize
+from weakref import finalize, proxy
 
 from torch.optim import Optimizer
 
 from irw_optim.arguments import whole_number
 from irw_optim.attachments import Removable, remove_all
-from irw_optim.metrics._inputs import GroupsLike
-from irw_optim.monitor.course import Course, History
+from irw_optim.metrics._groups import GroupsLike
 from irw_optim.monitor.recording import WeightAge, row_of
-from irw_optim.monitor.rows import Logger, Row, check_logger, send
+from irw_optim.monitor.rows import Course, Logger, Row, send
 from irw_optim.monitor.signatures import Finding, diagnose
 from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
@@ -32,7 +30,6 @@ class IRWMonitor:
 
     The training loop stays as it was::
 
-        optimizer = IRWOptimizer(SGD(...), alpha=0.3, model=model, criterion=criterion)
         monitor = IRWMonitor(optimizer)
         ...                              # train
         monitor.plot().savefig("training.svg")
@@ -41,12 +38,12 @@ class IRWMonitor:
 
     A row is one step's `IRWOptimizer.last_step` in numbers (O(B) work, and one norm of ``p.grad``);
     no other step waits for the device. When ``capacity`` rows are there, every second one is let
-    go and the interval doubles, so that the rows always cover the whole training evenly. Steps
-    that a gradient scaler skipped are no steps.
+    go and the interval doubles: the rows cover the whole training evenly. Steps that a gradient
+    scaler skipped are no steps.
 
     Of several backward passes that add up to a step the newest is recorded, with
-    ``accumulation_steps`` the whole logical batch; of several processes that weigh their samples
-    together all samples, and by group those of this process.
+    ``accumulation_steps`` the whole logical batch; of processes that weigh their samples together
+    all samples, and by group this process's.
 
     Args:
         optimizer: the one that trains, or a proxy of it from Accelerate or Lightning.
@@ -58,7 +55,7 @@ class IRWMonitor:
         optimizer: the `IRWOptimizer` listened to.
 
     Raises:
-        TypeError, ValueError: an argument that is impossible, named with what is allowed.
+        TypeError, ValueError: an argument that is impossible.
 
     >>> import torch
     >>> from irw_optim import IRWOptimizer
@@ -72,19 +69,19 @@ class IRWMonitor:
     ...     x = torch.randn(20, 4)
     ...     optimizer.zero_grad()
     ...     criterion(model(x), (x[:, 0] > 0).long()).backward()
+    ...     monitor.groups(["f"] * 15 + ["m"] * 5)  # if they are known, for the evaluation
     ...     optimizer.step()
     >>> [row["step"] for row in monitor.rows()]
     [1, 10, 20, 30, 40]
     >>> first, *_, last = monitor.rows()
-    >>> last["worst_alpha_loss"] < first["worst_alpha_loss"]
-    True
+    >>> last["worst_alpha_loss"] < first["worst_alpha_loss"], last["samples/group_f"]
+    (True, 0.75)
     """
 
     def __init__(self, optimizer: Optimizer, *, every: int = 1, capacity: int = 1000) -> None:
         self.optimizer = _irw_optimizer(optimizer)
-        self._history = History(
-            whole_number("every", every, 1), whole_number("capacity", capacity, 10)
-        )
+        every, capacity = whole_number("every", every, 1), whole_number("capacity", capacity, 10)
+        self._course = Course(every, capacity)
         self._held = WeightAge()
         self._steps_before = self.optimizer.steps
         self._begin()
@@ -100,25 +97,11 @@ class IRWMonitor:
     def groups(self, groups: GroupsLike) -> None:
         """Say which groups the batch at hand is of, for the evaluation: training never sees them.
 
-        Call it before ``optimizer.step()``, once for each backward pass; steps without it have no
-        columns by group.
+        To be called before ``optimizer.step()``, once for each backward pass.
 
         Args:
             groups: (B,) numbers or strings in the order of the batch; (B, c) several columns, or
                 {name: (B,)}, which are intersected.
-
-        >>> import torch
-        >>> from irw_optim import IRWOptimizer
-        >>> _ = torch.manual_seed(0)
-        >>> model, criterion = torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss()
-        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> optimizer = IRWOptimizer(sgd, alpha=0.5, model=model, criterion=criterion)
-        >>> monitor = IRWMonitor(optimizer)
-        >>> criterion(model(torch.randn(4, 2)), torch.tensor([0, 1, 0, 1])).backward()
-        >>> monitor.groups(["f", "f", "m", "f"])
-        >>> optimizer.step()
-        >>> monitor.rows()[0]["samples/group_f"]
-        0.75
         """
         self._passes.append(groups)
 
@@ -135,8 +118,15 @@ class IRWMonitor:
         Raises:
             TypeError: it has neither.
         """
-        check_logger(logger)
-        for row in self._history.rows:
+        if isinstance(logger, type) or not (
+            hasattr(logger, "add_scalar") or hasattr(logger, "log_metrics")
+        ):
+            raise TypeError(
+                f"logger={logger!r}: expected a torch.utils.tensorboard.SummaryWriter, a Lightning "
+                "logger such as CSVLogger(path), or an object with add_scalar(tag, value, step) or "
+                "log_metrics(metrics, step)"
+            )
+        for row in self._course.rows:
             send(row, logger)
         self._loggers.append(logger)
         self._listen()
@@ -149,16 +139,16 @@ class IRWMonitor:
 
     def __len__(self) -> int:
         """Rows kept."""
-        return len(self._history.rows)
+        return len(self._course.rows)
 
     @property
     def interval(self) -> int:
         """Steps between rows by now."""
-        return self._history.interval
+        return self._course.interval
 
     def rows(self) -> list[dict[str, float]]:
         """One dictionary a recorded step; ``docs/diagnostics.md`` lists the columns."""
-        return [row.flat() for row in self._history.rows]
+        return [row.flat() for row in self._course.rows]
 
     def frame(self) -> pd.DataFrame:
         """The rows as a DataFrame with the steps as index; NaN where a row lacks a column.
@@ -194,7 +184,7 @@ class IRWMonitor:
             from irw_optim.monitor.figures import draw
         except ImportError as error:
             raise ImportError('plot() needs matplotlib: pip install "irw-optim[report]"') from error
-        return draw(Course(self._history.rows))
+        return draw(self._course.rows)
 
     def _repr_html_(self) -> str:
         rows = self.rows()[-5:]
@@ -206,24 +196,23 @@ class IRWMonitor:
     def diagnose(self) -> list[Finding]:
         """What the rows show of the known ways in which training with these weights fails.
 
-        The table of findings is in ``docs/diagnostics.md``. Before 20 rows of weighted steps there
-        is one, which says that.
+        ``docs/diagnostics.md`` has the table. Before 20 weighted rows there is one finding.
         """
-        return diagnose(Course(self._history.rows))
+        return diagnose(self._course)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows and the interval, as plain data that ``torch.load(weights_only=True)`` takes."""
         return {
-            "interval": self._history.interval,
-            "rows": [row.state() for row in self._history.rows],
+            "interval": self._course.interval,
+            "rows": [row.state() for row in self._course.rows],
             "held": self._held.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the rows of a checkpoint, in place of those here; the capacity stays."""
-        self._history = History(state_dict["interval"], self._history.capacity)
+        self._course = Course(state_dict["interval"], self._course.capacity)
         for row in state_dict["rows"]:
-            self._history.add(Row.of_state(row))
+            self._course.add(Row.of_state(row))
         self._held.load(state_dict["held"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,30 +226,28 @@ class IRWMonitor:
 
     def _listen(self) -> None:
         """Hear of the steps; a monitor without a logger may be forgotten, and ends with that."""
-        before, after = self._before_step, self._after_step
-        if not self._loggers:
-            before, after = _weakly(before), _weakly(after)
+        monitor = self if self._loggers else proxy(self)
         remove_all(self._handles)
         self._handles += [
-            self.optimizer.register_step_pre_hook(before),
-            self.optimizer.register_step_post_hook(after),
+            self.optimizer.register_step_pre_hook(lambda *_: monitor._before_step()),
+            self.optimizer.register_step_post_hook(lambda *_: monitor._after_step()),
         ]
 
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self) -> None:
         self._steps_before = self.optimizer.steps
 
-    def _after_step(self, *_: object) -> None:
+    def _after_step(self) -> None:
         passes = list(self._passes)
         self._passes.clear()
         step, record = self.optimizer.steps, self.optimizer.last_step
         if step == self._steps_before or record is None or not len(record.losses):
             return  # skipped, not on weights of ours, or on nobody
         held_for = self._held.age(self.optimizer.scheme, step)
-        if not self._history.due(step):
+        if not self._course.due(step):
             return
         row = row_of(self.optimizer, record, held_for, passes)
         if row is not None:
-            self._history.add(row)
+            self._course.add(row)
             for logger in self._loggers:
                 send(row, logger)
 
@@ -270,16 +257,6 @@ def _columns_of(rows: list[dict[str, float]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    known = WeakMethod(method)
-
-    def call(*args: object) -> None:
-        if (alive := known()) is not None:
-            alive(*args)
-
-    return call
-
-
 def _irw_optimizer(optimizer: Any) -> IRWOptimizer:
     inside = getattr(optimizer, "optimizer", None)  # of Accelerate's and Lightning's proxies
     for candidate in (inside, optimizer):
@@ -287,6 +264,6 @@ def _irw_optimizer(optimizer: Any) -> IRWOptimizer:
             return candidate
     raise TypeError(
         f"optimizer is a {type(optimizer).__name__}: expected the IRWOptimizer that trains, as in "
-        "IRWMonitor(IRWOptimizer(...)). A private optimizer "
-        "cannot be listened to: what its samples' weights say is not covered by the guarantee"
+        "IRWMonitor(IRWOptimizer(...)). A private optimizer cannot be listened to: what its "
+        "samples' weights say is not covered by the guarantee"
     )

@@ -1,9 +1,9 @@
-"""One step of an optimizer as a row: everything here runs on recorded steps alone."""
+"""One step of an optimizer as a row: O(B) work, on recorded steps alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import ref
 
 import numpy as np
@@ -11,11 +11,30 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from irw_optim.metrics._inputs import GroupsLike, as_columns
-from irw_optim.monitor.rows import Array, Batch, Row, by_class, by_group, read, summarise
+from irw_optim.metrics._groups import GroupsLike, as_columns, intersect
+from irw_optim.monitor.rows import Array, Breakdown, Row
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.schemes.held_weights import HeldWeights
+from irw_optim.schemes.weighing import HeldWeights
+from irw_optim.weighting import worst_off_count
 from irw_optim.weighting.record import StepRecord
+
+
+class Batch(NamedTuple):
+    """A step's record as numpy arrays of shape (B,) on the CPU."""
+
+    losses: Array
+    worst_off: Array
+    outliers: Array
+    weights: Array
+    fallback: float
+    gradient_norm: float
+    labels: Array | None
+
+    def part(self, chosen: Array) -> Batch:
+        """The chosen samples, (B,) bool."""
+        fields: dict[str, Any] = self._asdict()
+        arrays = {n: v[chosen] for n, v in fields.items() if isinstance(v, np.ndarray)}
+        return Batch(**{**fields, **arrays})
 
 
 def row_of(
@@ -26,42 +45,101 @@ def row_of(
 ) -> Row | None:
     """The row of the step that the optimizer just took; None where nobody has a target.
 
-    The weights were made ``held_for`` steps ago, None for a local scheme; ``passes`` has the groups
-    of each backward pass, oldest first. A ValueError where these do not fit.
+    ``passes`` has the groups of each backward pass, oldest first; a ValueError if they do not fit.
     """
-    batch = read(record, gradient_norm(optimizer))
-    own = record.own  # of several processes, whose samples the record holds
-    mine = batch if own is None else batch.part(own.cpu().numpy())
-    groups = groups_of(passes, len(mine.losses)) if passes else None
-    held = worst_off_when_made(optimizer.scheme)
+    batch, scheme = read(record, gradient_norm(optimizer)), optimizer.scheme
+    counted = own = np.ones(len(batch.losses), dtype=bool)
+    if record.own is not None:  # of several processes, whose samples the record holds
+        own = record.own.cpu().numpy()
+    groups = groups_of(passes, int(own.sum())) if passes else None
     ignored = getattr(optimizer.criterion, "ignore_index", None)
-    batch = batch.part(with_a_target(batch, ignored))
-    counted = with_a_target(mine, ignored)
-    mine = mine.part(counted)
+    if batch.labels is not None and ignored is not None:
+        counted = np.asarray(batch.labels != ignored)
+    batch, mine, mine_counted = batch.part(counted), batch.part(own & counted), counted[own]
     if not len(batch.losses):
         return None
-    unknown = float("nan")
+    held_agreement = float("nan")
+    if isinstance(scheme, HeldWeights) and scheme.record is not None and scheme.indices is not None:
+        worst_off = scheme.record.worst_off  # when the weights were made
+        in_s = worst_off[scheme.indices.to(worst_off.device)].cpu().numpy()
+        held_agreement = agreement(mine.losses, in_s[mine_counted])
     numbers = {
         "weighted": float(optimizer.steps > optimizer.warmup_steps),
         **summarise(batch, float(optimizer.own_state()["alpha"])),
-        "held_for": unknown if held_for is None else float(held_for),
-        "resampled": float(getattr(optimizer.scheme, "resampled", False)),
-        "held_agreement": unknown if held is None else agreement(mine.losses, held[counted]),
+        "held_for": float("nan") if held_for is None else float(held_for),
+        "resampled": float(getattr(scheme, "resampled", False)),
+        "held_agreement": held_agreement,
     }
-    classes = by_class(batch)
-    breakdowns = {} if classes is None else {"class": classes}
+    breakdowns = {}
+    if batch.labels is not None:
+        breakdowns["class"] = by_group(batch, {"class": batch.labels})
     if groups is not None and len(mine.losses):
-        of_mine = {name: column[counted] for name, column in groups.items()}
+        of_mine = {name: column[mine_counted] for name, column in groups.items()}
         breakdowns["group"] = by_group(mine, of_mine)
     return Row(optimizer.steps, numbers, breakdowns)
 
 
-def groups_of(passes: Sequence[GroupsLike], size: int) -> dict[str, Array]:
-    """The groups of the newest backward passes that have ``size`` samples together, by column.
+def read(record: StepRecord, gradient_norm: Tensor) -> Batch:
+    """Bring a record to the CPU, float32, waiting for the device once (twice with labels)."""
+    like = record.losses
+    vectors = [record.losses, record.worst_off, record.outliers, record.weights]
+    vectors += [v.to(like.device).expand_as(like) for v in (record.fallback, gradient_norm)]
+    losses, worst_off, outliers, weights, fallback, norm = (
+        torch.stack([v.float() for v in vectors]).cpu().numpy()
+    )
+    labels = None if record.labels is None else record.labels.cpu().numpy()
+    return Batch(losses, worst_off, outliers, weights, float(fallback[0]), float(norm[0]), labels)
 
-    >>> groups_of([["old"], ["a"], ["b", "b"]], size=3)["group"].tolist()
-    ['a', 'b', 'b']
-    """
+
+def summarise(batch: Batch, alpha: float) -> dict[str, float]:
+    """The columns that hold for a batch as a whole; B >= 1."""
+    losses, weights = batch.losses.astype(np.float64), batch.weights.astype(np.float64)
+    size, squares = len(losses), float(weights @ weights)
+    effective = float(weights.sum()) ** 2 / squares if squares else 0.0
+    ascending = np.sort(losses)
+    median, q90, q99 = ascending[np.ceil(np.array([0.5, 0.9, 0.99]) * size).astype(int) - 1]
+    numbers = {
+        "samples": size,
+        "worst_off_samples": batch.worst_off.sum(),
+        "effective_samples": effective,
+        "effective_share": effective / size,
+        "weight_spread": (size * weights).std(),
+        "zero_share": (weights == 0).mean(),
+        "largest_weight": weights.max(),
+        "worst_off_weight": weights @ batch.worst_off,
+        "removed_share": batch.outliers.mean(),
+        "mean_loss": losses.mean(),
+        "worst_alpha_loss": ascending[-worst_off_count(size, alpha) :].mean(),
+        "loss_median": median,
+        "loss_q90": q90,
+        "loss_q99": q99,
+        "largest_loss": ascending[-1],
+        "gradient_norm": batch.gradient_norm,
+        "fallback": batch.fallback,
+    }
+    return {name: float(number) for name, number in numbers.items()}
+
+
+def by_group(batch: Batch, groups: Mapping[str, Array]) -> Breakdown:
+    """The batch by group; of several columns, by each combination that occurs."""
+    parts, member = intersect(groups)
+    size = np.bincount(member)
+
+    def in_each(values: Array) -> Array:
+        return np.bincount(member, weights=values)
+
+    columns = [
+        size / size.sum(),
+        in_each(batch.worst_off) / max(batch.worst_off.sum(), 1.0),
+        in_each(batch.weights) / (batch.weights.sum() or 1.0),
+        in_each(batch.outliers) / size,
+        in_each(batch.losses) / size,
+    ]
+    return Breakdown(tuple(parts), np.stack(columns, axis=1))
+
+
+def groups_of(passes: Sequence[GroupsLike], size: int) -> dict[str, Array]:
+    """The groups of the newest backward passes that have ``size`` samples together, by column."""
     given = [as_columns(groups) for groups in passes]
     lengths = [len(next(iter(columns.values()))) for columns in given]
     first = len(given)
@@ -74,13 +152,6 @@ def groups_of(passes: Sequence[GroupsLike], size: int) -> dict[str, Array]:
             "one call for each backward pass"
         )
     return {name: np.concatenate([columns[name] for columns in given[first:]]) for name in given[0]}
-
-
-def with_a_target(batch: Batch, ignored: int | None) -> Array:
-    """(B,) bool, False for targets that the criterion ignores, which are nobody's."""
-    if batch.labels is None or ignored is None:
-        return np.ones(len(batch.losses), dtype=bool)
-    return np.asarray(batch.labels != ignored)
 
 
 def gradient_norm(optimizer: IRWOptimizer) -> Tensor:
@@ -101,30 +172,29 @@ class WeightAge:
     """Watches the weights that an optimizer's scheme holds, by identity: it waits for nothing."""
 
     def __init__(self) -> None:
-        self.step = 0
-        self._known: ref[StepRecord] | None = None
-        self._resumed: float | None = None
+        self.load({"step": 0, "weights": None})
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there, if the scheme comes back with the same weights."""
+        self.step: int = state["step"]
+        self._resumed: float | None = state["weights"]
+        self._known: Callable[[], StepRecord | None] = lambda: None
 
     def age(self, scheme: object, step: int) -> int | None:
         """Steps since the first with the weights held now; None for a local scheme."""
         record = scheme.record if isinstance(scheme, HeldWeights) else None
         if record is None:
             return None
-        if self._known is None or self._known() is not record:
-            self._known = ref(record)
+        if self._known() is not record:
             if self._resumed is None or self._resumed != _fingerprint(record):
                 self.step = step
-            self._resumed = None
+            self._known, self._resumed = ref(record), None
         return step - self.step
 
     def state(self) -> dict[str, Any]:
         """The step since which the weights are held, and which weights, by what is in them."""
-        record = None if self._known is None else self._known()
+        record = self._known()
         return {"step": self.step, "weights": None if record is None else _fingerprint(record)}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from there, if the scheme comes back with the same weights."""
-        self.step, self._known, self._resumed = state["step"], None, state["weights"]
 
     __getstate__, __setstate__ = state, load
 
@@ -133,22 +203,10 @@ def _fingerprint(record: StepRecord) -> float:
     return float(record.losses.double().sum())
 
 
-def worst_off_when_made(scheme: object) -> Array | None:
-    """Who of the newest batch was among the worst off when the weights were made, (B,)."""
-    if not isinstance(scheme, HeldWeights) or scheme.record is None or scheme.indices is None:
-        return None
-    worst_off = scheme.record.worst_off
-    return worst_off[scheme.indices.to(worst_off.device)].cpu().numpy()
-
-
 def agreement(losses: Array, worst_off: Array) -> float:
     """The area under the ROC curve of S by the losses (B,), NaN where everybody is in S, or nobody.
 
-    It is P(a member of S has a larger loss than somebody else), ties counting half: 1 where the
-    worst off are still those, 1/2 where S says nothing any more.
-
-    >>> agreement(np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, False, True, False]))
-    0.75
+    That is P(a member of S has a larger loss than somebody else): 1/2 where S says nothing more.
     """
     from sklearn.metrics import roc_auc_score  # takes longer to import than this package
 

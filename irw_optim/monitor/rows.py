@@ -1,47 +1,23 @@
-"""What is kept of one step, and given to loggers: a row of numbers, and on whom they fell.
+"""The rows of a training: what is kept of a step and given to loggers, and the course of them all.
 
-``docs/diagnostics.md`` says what the columns mean. O(B) work.
+``docs/diagnostics.md`` says what the columns mean.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
-
-from irw_optim.metrics._groups import intersect
-from irw_optim.weighting import worst_off_count
-from irw_optim.weighting.record import StepRecord
 
 Array: TypeAlias = npt.NDArray[Any]
 
 OF_A_PART = ("samples", "worst_off", "weight", "removed", "loss")
 """Columns of a `Breakdown`: shares of the batch, of S, of the weight; its own share that was
 removed; its mean loss."""
-
-
-class Batch(NamedTuple):
-    """A step's record as numpy arrays of shape (B,) on the CPU."""
-
-    losses: Array
-    worst_off: Array
-    outliers: Array
-    weights: Array
-    fallback: float
-    gradient_norm: float
-    labels: Array | None
-
-    def part(self, chosen: Array) -> Batch:
-        """The chosen samples, (B,) bool."""
-        fields: dict[str, Any] = self._asdict()
-        arrays = {n: v[chosen] for n, v in fields.items() if isinstance(v, np.ndarray)}
-        return Batch(**{**fields, **arrays})
 
 
 class Breakdown(NamedTuple):
@@ -58,10 +34,7 @@ class Breakdown(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One recorded step: what holds for the batch as a whole, by column, and for its parts.
-
-    The parts are those by ``"class"`` and by ``"group"``, where these are known.
-    """
+    """One recorded step: numbers of the batch, and by ``"class"`` and ``"group"`` if known."""
 
     step: int
     numbers: dict[str, float]
@@ -89,69 +62,6 @@ class Row:
         tables = state["breakdowns"].items()
         by_kind = {k: Breakdown(tuple(parts), np.array(numbers)) for k, (parts, numbers) in tables}
         return cls(state["step"], dict(state["numbers"]), by_kind)
-
-
-def read(record: StepRecord, gradient_norm: Tensor) -> Batch:
-    """Bring a record to the CPU, float32, waiting for the device once (twice with labels)."""
-    like = record.losses
-    vectors = [record.losses, record.worst_off, record.outliers, record.weights]
-    vectors += [v.to(like.device).expand_as(like) for v in (record.fallback, gradient_norm)]
-    losses, worst_off, outliers, weights, fallback, norm = (
-        torch.stack([v.float() for v in vectors]).cpu().numpy()
-    )
-    labels = None if record.labels is None else record.labels.cpu().numpy()
-    return Batch(losses, worst_off, outliers, weights, float(fallback[0]), float(norm[0]), labels)
-
-
-def summarise(batch: Batch, alpha: float) -> dict[str, float]:
-    """The columns that hold for a batch as a whole; B >= 1."""
-    losses, weights = batch.losses.astype(np.float64), batch.weights.astype(np.float64)
-    size, squares = len(losses), float(weights @ weights)
-    effective = float(weights.sum()) ** 2 / squares if squares else 0.0
-    ascending = np.sort(losses)
-    median, q90, q99 = ascending[np.ceil(np.array([0.5, 0.9, 0.99]) * size).astype(int) - 1]
-    return {
-        "samples": float(size),
-        "worst_off_samples": float(batch.worst_off.sum()),
-        "effective_samples": effective,
-        "effective_share": effective / size,
-        "weight_spread": float((size * weights).std()),
-        "zero_share": float((weights == 0).mean()),
-        "largest_weight": float(weights.max()),
-        "worst_off_weight": float(weights @ batch.worst_off),
-        "removed_share": float(batch.outliers.mean()),
-        "mean_loss": float(losses.mean()),
-        "worst_alpha_loss": float(ascending[-worst_off_count(size, alpha) :].mean()),
-        "loss_median": float(median),
-        "loss_q90": float(q90),
-        "loss_q99": float(q99),
-        "largest_loss": float(ascending[-1]),
-        "gradient_norm": batch.gradient_norm,
-        "fallback": batch.fallback,
-    }
-
-
-def by_class(batch: Batch) -> Breakdown | None:
-    """The batch by class; None where the criterion's target shows no classes."""
-    return None if batch.labels is None else by_group(batch, {"class": batch.labels})
-
-
-def by_group(batch: Batch, groups: Mapping[str, Array]) -> Breakdown:
-    """The batch by group; of several columns, by each combination that occurs."""
-    parts, member = intersect(groups)
-    size = np.bincount(member)
-
-    def in_each(values: Array) -> Array:
-        return np.bincount(member, weights=values)
-
-    columns = [
-        size / size.sum(),
-        in_each(batch.worst_off) / max(batch.worst_off.sum(), 1.0),
-        in_each(batch.weights) / (batch.weights.sum() or 1.0),
-        in_each(batch.outliers) / size,
-        in_each(batch.losses) / size,
-    ]
-    return Breakdown(tuple(parts), np.stack(columns, axis=1))
 
 
 def _text(part: Hashable) -> str:
@@ -182,18 +92,6 @@ class MetricsLogger(Protocol):
 Logger: TypeAlias = ScalarWriter | MetricsLogger
 
 
-def check_logger(logger: Any) -> None:
-    """Raise a TypeError that says what can take rows, if this cannot."""
-    if isinstance(logger, type) or not (
-        hasattr(logger, "add_scalar") or hasattr(logger, "log_metrics")
-    ):
-        raise TypeError(
-            f"logger={logger!r}: expected a torch.utils.tensorboard.SummaryWriter, a Lightning "
-            "logger such as CSVLogger(path), or an object with add_scalar(tag, value, step) or "
-            "log_metrics(metrics, step)"
-        )
-
-
 def send(row: Row, logger: Logger) -> None:
     """Give a row to a logger; what is not known in it (NaN) is left out."""
     numbers = row.flat(MOST_PARTS)
@@ -204,3 +102,92 @@ def send(row: Row, logger: Logger) -> None:
     else:
         for name, value in known.items():
             logger.add_scalar(name, value, row.step)
+
+
+@dataclass(eq=False)
+class Course:
+    """The first row, and the newest at every interval: the whole training, ever more thinly.
+
+    A ring of the newest rows would forget how a training began, which its present is compared with.
+    So when the memory is full every second row is let go and the interval doubles.
+    """
+
+    interval: int
+    capacity: int
+    rows: list[Row] = field(default_factory=list)
+
+    def due(self, step: int) -> bool:
+        """Whether a row of this step is wanted."""
+        return not self.rows or step % self.interval == 0
+
+    def add(self, row: Row) -> None:
+        """Take a row; where the training went back to a checkpoint, what came after it goes."""
+        while self.rows and self.rows[-1].step >= row.step:
+            self.rows.pop()
+        self.rows.append(row)
+        while len(self.rows) > self.capacity:
+            self.interval *= 2
+            first, *others = self.rows
+            self.rows = [first, *(r for r in others if r.step % self.interval == 0)]
+
+    @property
+    def weighted(self) -> list[Row]:
+        """The rows after the warm-up."""
+        return [row for row in self.rows if row.numbers["weighted"]]
+
+    @property
+    def recent(self) -> list[Row]:
+        """The later half of these."""
+        return self.weighted[len(self.weighted) // 2 :]
+
+    def recent_with(self, *, held: bool) -> list[Row]:
+        """Those whose weights a global scheme held, or whose step made its own."""
+        return [row for row in self.recent if np.isnan(row.numbers["held_for"]) != held]
+
+
+def column(rows: Sequence[Row], name: str) -> Array:
+    """One number of each row, float64."""
+    return np.array([row.numbers[name] for row in rows], dtype=np.float64)
+
+
+def medians(rows: Sequence[Row], *names: str) -> list[float]:
+    """The median of each of these columns."""
+    return [float(np.median(column(rows, name))) for name in names]
+
+
+def mean(rows: Sequence[Row], name: str) -> float:
+    """The mean of a column; 0 without rows."""
+    return float(column(rows, name).mean()) if rows else 0.0
+
+
+def blocks(values: Array, count: int) -> tuple[Array, float]:
+    """Means of ``count`` equal stretches, and the standard error of one by the scatter in them."""
+    stretches = np.array_split(values, count)
+    inside = np.concatenate([stretch - stretch.mean() for stretch in stretches])
+    variance = float((inside**2).sum()) / max(1, len(values) - count)
+    return np.array([s.mean() for s in stretches]), (variance * count / len(values)) ** 0.5
+
+
+class Part(NamedTuple):
+    """A class or a group over many steps: as in a `Breakdown`, on average, but for ``seen``."""
+
+    seen: float  # samples of it in all steps
+    samples: float
+    weight: float
+    removed: float
+    loss: float
+
+
+def parts_of(rows: Sequence[Row], kind: str) -> dict[Hashable, Part]:
+    """Each class or group (``kind``) over the rows that know it, in the order of first sight."""
+    known = [row for row in rows if kind in row.breakdowns]
+    sums: dict[Hashable, Array] = {}
+    for row in known:
+        parts, numbers = row.breakdowns[kind]
+        for part, (samples, _, weight, removed, loss) in zip(parts, numbers.tolist(), strict=True):
+            seen = samples * row.numbers["samples"]
+            added = np.array([seen, samples, weight, removed * seen, loss * seen])
+            sums[part] = sums.get(part, 0) + added
+    steps = len(known)
+    each = {part: (total, [1, steps, steps, total[0], total[0]]) for part, total in sums.items()}
+    return {part: Part(*(total / by).tolist()) for part, (total, by) in each.items()}

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from irw_optim.attachments import Renewed
 from irw_optim.backward.accumulation import LogicalBatch
 from irw_optim.backward.weighted_loss import OneProcess, Weigher, ordinary_loss, weighted_loss
-from irw_optim.copies import Renewed
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.criterion.attached import AttachedCriterion
 from irw_optim.gradients.engine import Engine

@@ -16,7 +16,7 @@ from weakref import finalize, ref
 
 from torch.optim import Optimizer
 
-from irw_optim.copies import Renewed
+from irw_optim.attachments import Renewed
 from irw_optim.optimizer.options import described
 from irw_optim.optimizer.own_steps import own_step
 from irw_optim.optimizer.weighted_backward import WeightedBackward

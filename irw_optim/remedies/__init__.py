@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from irw_optim.arguments import as_whole, whole_number
 from irw_optim.criterion import validate_criterion
-from irw_optim.metrics._inputs import ArrayLike, GroupsLike
+from irw_optim.metrics._groups import ArrayLike, GroupsLike
+from irw_optim.notebook import progress_bar
 from irw_optim.remedies._comparison import Comparison
 from irw_optim.remedies._data import (
     Data,
@@ -50,7 +51,6 @@ from irw_optim.remedies._training import (
 )
 from irw_optim.restored import randomness_restored
 from irw_optim.schemes.batch_losses import Forward
-from irw_optim.schemes.progress import progress_bar
 from irw_optim.weighting.ranges import check_alpha
 
 if TYPE_CHECKING:

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.metrics._clusters import as_rows, kmeans
-from irw_optim.metrics._groups import intersect
-from irw_optim.metrics._inputs import (
+from irw_optim.metrics._groups import (
     as_array,
     as_classes,
     as_columns,
+    as_rows,
     as_vector,
     check_lengths,
     check_numbers,
+    intersect,
 )
+from irw_optim.metrics._reports import kmeans
 from irw_optim.schemes.batch_losses import BatchLosses, Forward, eval_mode, inputs_and_target
 
 Numbers = npt.NDArray[Any]

@@ -14,7 +14,7 @@ from irw_optim.metrics import worst_alpha_loss, worst_cell_accuracy
 from irw_optim.metrics._groups import intersect
 from irw_optim.remedies._data import Numbers
 from irw_optim.remedies._training import BALANCED, ORACLE, PLAIN
-from irw_optim.schemes.class_by_class import FEW
+from irw_optim.schemes.global_weights import FEW
 
 if TYPE_CHECKING:
     import pandas as pd

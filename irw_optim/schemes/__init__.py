@@ -5,9 +5,8 @@ batch is drawn. So the weights can scale the gradients (reweighting) or be the d
 batches are drawn from (resampling). Source: arXiv 2411.03068; measurements: ``docs/schemes.md``.
 """
 
-from irw_optim.schemes.class_by_class import ClassByClassSampler
 from irw_optim.schemes.global_scheme import GlobalScheme
-from irw_optim.schemes.global_weights import global_weights
+from irw_optim.schemes.global_weights import ClassByClassSampler, global_weights
 from irw_optim.schemes.reading import IndexedDataset
 from irw_optim.schemes.resampling import ResamplingSampler
 

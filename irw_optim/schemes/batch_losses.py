@@ -1,25 +1,36 @@
-"""The losses of a batch as a loader yields it, and whether they are the same in every batch.
+"""The losses of a batch as a loader yields it, and their derivative along a direction.
 
-The weights of a data set are the same for any batch size, unless the forward mixes the samples,
-pads them to the longest without a mask, or is given other views of them in every pass. A sample is
-read two or three times, each time in another batch, and its losses are compared.
+The derivative is G v by forward-mode differentiation, without a graph::
+
+    G v = d/dt losses(parameters + t v)   at t = 0
+
+It is exact wherever backward is the derivative, which ``torch.no_grad()`` may stop: so the first
+batch's scores are compared with the engine's, and the weighted sum of all with <G^T w, v>. Where
+they differ, or an operation has no such derivative, the engine makes them.
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakSet
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses
+from irw_optim.gradients.engine import Engine
+from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.nodes import shape_of
+from irw_optim.gradients.protocol import Direction
 from irw_optim.processes import check_whole
 from irw_optim.restored import randomness_restored
 
@@ -27,13 +38,21 @@ logger = logging.getLogger("irw_optim")
 
 _warned: WeakSet[nn.Module] = WeakSet()
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""Of the mean loss: far above what another kernel for another batch size rounds differently."""
-
-_LOW_PRECISION = 0.1
-
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 """``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""
+
+SMALL = 2**20
+"""Outputs of layers in a batch, up to which what surrounds the arithmetic costs more than it."""
+
+ATTENTION_AT_MOST = 1 / 4
+"""As a share of the outputs of layers: numbers in matrices of attention that a fused kernel spares,
+whose time and memory grow with the square of the length."""
+
+LAYERS = ("Addmm", "Mm", "Convolution", "Embedding", "Native", "Cudnn", "Mkldnn")
+"""How the names of the operations begin that layers take: products, norms, tables, recurrence."""
+
+FORWARD_FAILS = "forward mode fails"
+"""What an `Engine` remembers of its model, beside what the engines know."""
 
 
 class BatchLosses:
@@ -41,24 +60,23 @@ class BatchLosses:
 
     def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
         check_whole(model, "a weight for every sample of a data set")
-        self.model = model
-        self.criterion = criterion
-        self.forward = forward
+        self.model, self.criterion = model, criterion
+        self.forward = forward or inputs_and_target
 
     def __call__(self, batch: Any) -> PerSampleLosses:
         """The losses, with their graph where gradients are enabled."""
-        model, arguments = self.model, self.forward or inputs_and_target
+        model = self.model
         if isinstance(model, DistributedDataParallel):
             model = model.module  # its own forward would wait for a backward pass of every process
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        output, *others = arguments(model, _on(device, batch))
+        output, *others = self.forward(model, _on(device, batch))
         if others and type(self.criterion).__module__.startswith("torch.nn."):  # tensors alone
-            others[0] = as_target(self.criterion, others[0], device)
+            others[0] = _as_target(self.criterion, others[0], device)
         return per_sample_losses(self.criterion, output, *others)
 
 
-def as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
+def _as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
     """A target as a criterion of torch takes it: numbers as a tensor, classes as int64."""
     name = type(criterion).__name__
     if not isinstance(target, Tensor):
@@ -108,86 +126,118 @@ def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, where a sample's gradient is its own; afterwards no trace is left."""
-    _warn_of_batch_statistics(model)
-    modes = [(module, module.training) for module in model.modules()]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            warn_once(
+                model,
+                f"{name} ({type(module).__name__}) has no running statistics and normalises by the "
+                "batch even in eval mode: the weights depend on the batch size and on the order of "
+                "the data set; use track_running_stats=True",
+            )
     number = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     devices = {torch.device("cuda", i) for i in range(number)}
     devices |= {parameter.device for parameter in model.parameters()}
-    try:
-        with randomness_restored(devices), _recurrent_backward_in_eval_mode(model):
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with randomness_restored(devices), ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # CuDNN has no backward for recurrent layers in eval mode; torch's own kernels have.
+            undo.enter_context(torch.backends.cudnn.flags(enabled=False))
+        model.eval()
+        yield
 
 
-def _recurrent_backward_in_eval_mode(model: nn.Module) -> Any:
-    """CuDNN has no backward for recurrent layers in eval mode; torch's own kernels have."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-
-
-def _warn_of_batch_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            _warn_once(
-                model,
-                "%s (%s) has no running statistics and normalises by the batch even in eval mode: "
-                "the weights depend on the batch size and on the order of the data set; use "
-                "track_running_stats=True",
-                name,
-                type(module).__name__,
-            )
-            return
-
-
-def _warn_once(model: nn.Module, message: str, *arguments: object) -> None:
+def warn_once(model: nn.Module, message: str) -> None:
+    """Log one warning for a model."""
     if model not in _warned:
         _warned.add(model)
-        logger.warning(message, *arguments)
+        logger.warning("%s", message)
 
 
-class LossConsistency:
-    """The losses of N samples in all batches, and by how much those of one sample differ."""
+def jvp(
+    model: nn.Module,
+    losses_of: Callable[[Any], PerSampleLosses],
+    batch: Any,
+    direction: Direction,
+) -> Tensor:
+    """G v for one batch, (B,), v being 0 where it is not given; RuntimeError if torch cannot."""
+    with warnings.catch_warnings(), torch.no_grad(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", "`torch.jit.script`")  # torch's, of its own derivatives
+        dual = {p: forward_ad.make_dual(p.detach(), v) for p, v in direction.items()}
+        with _differentiable(model, dual):
+            losses = losses_of(batch).losses
+        value, tangent = forward_ad.unpack_dual(losses)
+    return widened(torch.zeros_like(value) if tangent is None else tangent)
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._batches: list[tuple[Tensor, Tensor]] = []
 
-    def note(self, samples: Tensor, losses: Tensor) -> None:
-        """Take the losses (b,) of these samples (b,), dataset indices on the CPU."""
-        self._batches.append((samples, forward_ad.unpack_dual(losses.detach()).primal))
+def sizes_of(graph: Graph, samples: int) -> tuple[float, float]:
+    """For a sample: numbers in layers' outputs, and in matrices of fused attention."""
 
-    def differing_batches(self, full_precision: bool) -> list[list[int]]:
-        """The batches with the sample whose losses differ most, if they do so beyond rounding."""
-        difference, sample, mean = self._most_different()
-        tolerance = _TOLERANCE.get(mean.dtype, _LOW_PRECISION) if full_precision else _LOW_PRECISION
-        if not float(difference) > tolerance * abs(float(mean)):
-            return []
-        batches = [samples.tolist() for samples, _ in self._batches]
-        return [batch for batch in batches if int(sample) in batch]
+    def shapes(*operations: str) -> list[torch.Size]:
+        return [shape_of(node) for node in graph.order if node.name().startswith(operations)]
 
-    def warn(self, model: nn.Module) -> None:
-        """Say, once for a model, what that means for its weights."""
-        difference, _, mean = self._most_different()
-        _warn_once(
-            model,
-            "a sample's loss differs by up to %.2g (the mean loss is %.2g) from one batch to "
-            "another: the forward mixes the samples of a batch, pads them without a mask, or "
-            "data set, collate_fn or model draw at random. The weights depend on the batch "
-            "size, on the order of the data set or on the draws; use a model in which each "
-            "sample stands for itself, and leave random augmentation out of the scoring",
-            float(difference),
-            float(mean),
+    outputs = sum(shape.numel() for shape in shapes(*LAYERS))
+    attention = sum(s[:-1].numel() * s[-2] for s in shapes("ScaledDotProduct"))
+    return outputs / samples, attention / samples
+
+
+def forward_mode_pays_off(engine: Engine, sizes: tuple[float, float], batch_size: int) -> bool:
+    """Whether to try it for batches of an engine's model, of these `sizes_of` a sample.
+
+    It saves the hooks and the Python for every layer, a gain where batches are small; numbers of
+    low precision do not carry derivatives well.
+    """
+    outputs, attention = sizes
+    return (
+        not engine.known.get(FORWARD_FAILS)
+        and engine.kind == "auto"
+        and engine.model is not None
+        and batch_size * outputs <= SMALL
+        and attention <= ATTENTION_AT_MOST * outputs
+        and in_full_precision(engine)
+    )
+
+
+def in_full_precision(engine: Engine) -> bool:
+    """Whether an engine's model computes in float32 or better throughout."""
+    parameters = [] if engine.model is None else list(engine.model.parameters())
+    return all(p.dtype in (torch.float32, torch.float64) for p in parameters) and not any(
+        torch.is_autocast_enabled(device) for device in {p.device.type for p in parameters}
+    )
+
+
+def check_difference(difference: Tensor, scale: Tensor) -> None:
+    """Raise a RuntimeError for a difference to the backward pass that is more than rounding."""
+    if not bool(scale.isfinite()):
+        return  # which is for the scheme to say
+    tolerance = 1e-8 if scale.dtype == torch.float64 else 1e-3
+    if not bool(difference <= tolerance * scale + torch.finfo(scale.dtype).tiny):
+        raise RuntimeError(
+            f"it differs from backward by {float(difference):.2g} in {float(scale):.2g}"
         )
 
-    def _most_different(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest difference, whose it is, and the mean loss, all 0-dim."""
-        losses = torch.cat([losses for _, losses in self._batches]).cpu()
-        samples = torch.cat([samples for samples, _ in self._batches])
-        nothing = losses.new_full((self._size,), -torch.inf)
-        most = nothing.scatter_reduce(0, samples, losses, "amax")
-        least = nothing.neg().scatter_reduce(0, samples, losses, "amin")
-        difference = (most - least).nan_to_num(0.0, neginf=0.0)  # of some nothing is known
-        return *difference.max(0), least[least.isfinite()].mean()
+
+@contextmanager
+def _differentiable(model: nn.Module, values: Direction) -> Iterator[None]:
+    """The modules with these values in place of parameters, and attention by plain operations.
+
+    ``torch.func.functional_call`` puts a value back where a module has two names; fused kernels of
+    attention have no derivative in forward mode.
+    """
+    mha = torch.backends.mha
+    with ExitStack() as undo, sdpa_kernel(SDPBackend.MATH):
+        undo.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
+
+        def change(where: dict[str, Any], name: str, value: Any) -> None:
+            undo.callback(where.__setitem__, name, where[name])
+            where[name] = value
+
+        for module in list(model.modules()):
+            for name, p in module._parameters.items():
+                if p is not None and p in values:
+                    change(module._parameters, name, values[p])
+            if isinstance(module, nn.RNNBase):
+                inside = [w if w is None else values.get(w, w) for w in module._flat_weights]
+                change(vars(module), "_flat_weights", inside)
+        yield

@@ -15,10 +15,9 @@ from irw_optim.errors import DPGuaranteeError
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.processes import place
 from irw_optim.schemes.batch_losses import BatchLosses, Forward
-from irw_optim.schemes.held_weights import HeldWeights, check_sample_weights
-from irw_optim.schemes.reading import DatasetReader, indexed_loader
-from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader
-from irw_optim.schemes.weighing import check_block, weigh_dataset
+from irw_optim.schemes.reading import DatasetReader, indexed_loader, indices_and_batch
+from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader, check_sample_weights
+from irw_optim.schemes.weighing import HeldWeights, check_block, weigh_dataset
 from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.record import StepRecord
 
@@ -29,9 +28,9 @@ class GlobalScheme:
     """Trains with weights of the whole data set, renewed every ``refresh`` epochs or steps.
 
     The loop iterates over the scheme in place of its loader. The optimizer's options hold for the
-    data set, with ``warmup_steps`` of plain averaging first. One renewal costs about one and a half
-    epochs of plain training. The processes of a DistributedDataParallel, each with the same data
-    set, share it out between them, and step as one process would on all their batches.
+    data set, with ``warmup_steps`` of plain averaging first. A renewal costs about 1.5 epochs of
+    plain training. The processes of a DistributedDataParallel, with the same data set each, share
+    it out, and step as one process would on all their batches.
 
     Args:
         optimizer: its local scheme is replaced until `detach`.
@@ -43,7 +42,7 @@ class GlobalScheme:
             weight, renormalised in the batch. ``"resampling"``: batches drawn with replacement in
             proportion to the weights, without the loader's sampler, and plain steps.
         criterion: None takes the optimizer's.
-        forward: as of `irw_optim.schemes.global_weights`, for batches that are no pairs.
+        forward: as of `global_weights`, for batches that are no pairs.
         batch_size: as there, for the renewals.
         outlier_block: as there.
         progress: as there.
@@ -102,18 +101,16 @@ class GlobalScheme:
         number = getattr(loader.sampler, "num_replicas", number)
         self._sampler: ResamplingSampler | None = None
         if use == "resampling":
-            generator, even = torch.Generator().manual_seed(seed), torch.ones(self._reader.size)
+            even, generator = torch.ones(self._reader.size), torch.Generator().manual_seed(seed)
             self._sampler = ResamplingSampler(
                 even, generator=generator, rank=rank, world_size=number
             )
         self._equal_on_ranks = {"refresh": self.refresh, "unit": unit, "use": use, "seed": seed}
         # Renewed before a batch is drawn: resampling draws it by the weights.
-        self.loader = ResumableLoader(
-            indexed_loader(loader, self._sampler), self._renew_if_due, (rank, number)
-        )
+        indexed = indexed_loader(loader, self._sampler)
+        self.loader = ResumableLoader(indexed, self._renew_if_due, (rank, number))
         self._held = HeldWeights(resampled=self._sampler is not None)
-        self._batches = 0
-        self._renewed_at = 0
+        self._batches = self._renewed_at = 0
         optimizer.scheme = self._held
         finalize(self, _restore_local_scheme, ref(optimizer), self._held).atexit = False
 
@@ -132,16 +129,16 @@ class GlobalScheme:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        for indices, batch in self.loader:
-            self._take(indices)
+        for drawn in self.loader:
+            self._batches += 1
+            self._held.indices, batch = indices_and_batch(drawn)
             yield batch
         self._held.indices = None  # a batch of the same size from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
-        """Say which samples the next batch holds, in a loop with a loader of its own.
+        """Say which samples the next batch holds, in a loop over a loader of an `IndexedDataset`.
 
-        ``for indices, (x, y) in loader`` over an `IndexedDataset`, with this call first. Renews the
-        weights where that is due.
+        It comes first in the loop, and renews the weights where that is due.
 
         Args:
             indices: (B,) int64, of the data set.
@@ -155,7 +152,8 @@ class GlobalScheme:
                 'use="reweighting"'
             )
         self._renew_if_due()
-        self._take(indices)
+        self._batches += 1
+        self._held.indices = indices
 
     def renew(self) -> StepRecord:
         """Make new weights now, with the model as it is.
@@ -169,38 +167,33 @@ class GlobalScheme:
                 f"{len(self._sampler.weights)} when the draws were set up: "
                 'make a new GlobalScheme(..., use="resampling")'
             )
-        chosen, processes = self.optimizer.scored_parameters(), self.optimizer.processes
-        self._held.record = weigh_dataset(
+        optimizer = self.optimizer
+        self._held.record = record = weigh_dataset(
             self._reader,
             self._losses_of,
-            self.optimizer.engine,
-            chosen.__contains__,
-            self.optimizer.local_scheme,
-            outlier_block=self.outlier_block,
-            progress=self.progress,
-            replica=None if processes is None else processes.find(),
-            equal_on_ranks=self._equal_on_ranks,
+            optimizer.engine,
+            optimizer.scored_parameters(),
+            optimizer.local_scheme,
+            self.outlier_block,
+            self.progress,
+            None if optimizer.processes is None else optimizer.processes.find(),
+            self._equal_on_ranks,
         )
         self._renewed_at = self._now()
         if self._sampler is not None:
-            self._sampler.weights = self._held.record.weights
-        return self._held.record
+            self._sampler.weights = record.weights
+        return record
 
     def detach(self) -> None:
         """Give the optimizer its local scheme back."""
         _restore_local_scheme(ref(self.optimizer), self._held)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to resume with, exactly, also in the middle of an epoch.
-
-        Save the states of model, optimizer and random numbers with it.
-        """
-        record = None
-        if self.record is not None:
-            known = vars(self.record).items()
-            record = {name: t for name, t in known if t is None or isinstance(t, Tensor)}
+        """All to resume with, also in mid-epoch, besides model, optimizer and random states."""
+        known = {} if self.record is None else vars(self.record)
+        record = {name: t for name, t in known.items() if t is None or isinstance(t, Tensor)}
         return {
-            "record": record,
+            "record": record or None,
             "batches": self._batches,
             "renewed_at": self._renewed_at,
             "loader": self.loader.state_dict(),
@@ -211,19 +204,19 @@ class GlobalScheme:
         """Take over a state of `state_dict`, for the same data set, loader and ``use``.
 
         Raises:
-            ValueError: weights of another data set, a state of the other ``use``, or of the middle
-                of another process's epoch; nothing has changed.
+            ValueError: a state of another data set or ``use``, or of the middle of another
+                process's epoch; nothing has changed.
         """
-        record = state_dict["record"]
+        record, draws = state_dict["record"], state_dict["sampler"]
         if record is not None:
             check_sample_weights(record["weights"], self._reader.size)
-        if (state_dict["sampler"] is None) != (self._sampler is None):
+        if (draws is None) != (self._sampler is None):
             raise ValueError(
                 "the state is that of a GlobalScheme with another use=: expected one with "
                 f"use={USES[self._sampler is not None]!r}"
             )
-        if self._sampler is not None:
-            check_sample_weights(state_dict["sampler"]["weights"], self._reader.size)
+        if draws is not None:
+            check_sample_weights(draws["weights"], self._reader.size)
         self.loader.check(state_dict["loader"])
         if record is not None:
             device = next(self._model.parameters()).device
@@ -237,11 +230,7 @@ class GlobalScheme:
             self._renewed_at = self._batches - held_for
         self.loader.load_state_dict(state_dict["loader"])
         if self._sampler is not None:
-            self._sampler.load_state_dict(state_dict["sampler"])
-
-    def _take(self, indices: Tensor) -> None:
-        self._batches += 1
-        self._held.indices = indices
+            self._sampler.load_state_dict(draws)
 
     def _now(self) -> int:
         return self.optimizer.steps if self.unit == "steps" else self._batches

@@ -1,36 +1,50 @@
-"""Weights of a whole data set, in the memory of one batch and one gradient.
-
-The local scheme on a single batch of all N samples, whose gradients are run again when needed::
-
-    losses = G.losses()                          # pass 1: forward
-    S      = worst_off(losses, alpha)
-    g_S    = G.combine(S)                        # pass 2: over the members of S alone
-    s      = G.dot(g_S)                          # pass 3: forward, and backward to the layers,
-                                                 #         or the derivative along g_S forward
-    w      = s.clamp(min=0) / s.clamp(min=0).sum()
-
-With forward, gradients of outputs and gradients of weights at 1 each, that is 1 + 3 alpha + 3,
-against 3 for an epoch of plain training.
-"""
+"""Weights of a data set by a model in no training, for whoever reads them or draws by them."""
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from irw_optim.arguments import true_or_false
+from irw_optim.backward.passes import some_of
+from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.selection import ScoreParameters
-from irw_optim.metrics._inputs import ArrayLike
+from irw_optim.metrics._groups import ArrayLike, Group, as_classes
+from irw_optim.optimizer.options import Options
 from irw_optim.schemes.batch_losses import Forward
-from irw_optim.schemes.class_by_class import WithinClasses, class_codes
+from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.schemes.reading import DatasetReader
+from irw_optim.schemes.resampling import ResamplingSampler
 from irw_optim.schemes.weighing import weigh_by
 from irw_optim.weighting import Alignment
-from irw_optim.weighting.local_scheme import LocalScheme
+from irw_optim.weighting.local_scheme import LocalScheme, present_in
 from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.ranges import check_alpha, check_options
+from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting.weights import ScoreRule
+
+FEW = 1 / 3
+"""Weights that rest on fewer of the samples have the second model learn them by heart: seen where a
+rare class was right in 96 % of training and half of the test."""
+
+
+@dataclass(frozen=True)
+class _ByLoss:
+    """Scores in proportion to the loss: the control, for which no gradient is needed."""
+
+    needs_gradients = False
+
+    def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
+        return losses.detach()
+
+
+RULES: dict[str, ScoreRule] = {"gradients": Alignment(), "losses": _ByLoss()}
 
 
 def global_weights(
@@ -60,9 +74,8 @@ def global_weights(
     sampler nor on the batch size. A sample's loss that depends on who else is in its batch is
     logged as a warning. Model, random states and ``p.grad`` are as before afterwards.
 
-    The processes of a DistributedDataParallel all call this with the same data set, share the
-    reading out between them, and get the weights of one process. Given the module inside, a process
-    makes them by itself.
+    The processes of a DistributedDataParallel, with the same data set each, share the reading out
+    and get the weights of one process. Given the module inside, a process makes them by itself.
 
     Args:
         model: gives the gradients; its parameters decide the device.
@@ -71,7 +84,7 @@ def global_weights(
             ``forward`` understands, without random augmentation.
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers: filter in gradient space, for example `DBSCANFilter` (IRWO), in blocks.
-        score_parameters: as of `IRWOptimizer`: whose gradients make the scores.
+        score_parameters: as of `IRWOptimizer`.
         progress: show a bar, in a notebook, or on a terminal if rich is installed.
         center: beta >= 0; above 0, pass 2 covers the whole data set.
         class_balance: give every class of the data set the same total weight.
@@ -106,15 +119,180 @@ def global_weights(
     within_classes = true_or_false("within_classes", within_classes)
     if labels is not None and not within_classes:
         raise ValueError("labels are given and within_classes=False: give within_classes=True")
-    alpha = check_alpha(alpha)
-    check_options(center=center, mix=mix)
-    class_balance = true_or_false("class_balance", class_balance)
+    scheme = Options(alpha, outliers, center, class_balance, mix).local
     reader = DatasetReader(loader, batch_size)
-    rule, mix = Alignment(float(center)), float(mix)
-    scheme = LocalScheme(alpha, rule, outliers, class_balance, mix)
     if within_classes:
         codes = class_codes(labels, reader.size)
-        scheme = WithinClasses(alpha, rule, outliers, mix=mix, given=codes)
+        scheme = WithinClasses(scheme.alpha, scheme.rule, outliers, mix=scheme.mix, given=codes)
     return weigh_by(
         scheme, model, criterion, reader, score_parameters, progress, outlier_block, forward, engine
     ).weights
+
+
+@dataclass(frozen=True)
+class WithinClasses(LocalScheme):
+    """Weighs the samples of each class against each other; of C classes each has the weight 1 / C.
+
+    Between classes the sign of <g_i, g_S> is little but the label: the class that has the majority
+    in S helps it. Inside a class it says who is like the worst-off. The classes are ``given``, (N,)
+    int64, or those of the criterion's target.
+    """
+
+    given: Tensor | None = None
+
+    def decide(
+        self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
+    ) -> StepRecord:
+        """The weights of all samples; in a class without a positive score they are even."""
+        assert isinstance(rows, DatasetGradients)
+        labels = batch.labels if self.given is None else self.given.to(batch.losses.device)
+        if labels is None:
+            raise ValueError(
+                "weights within classes need one class a sample, and the criterion's target shows "
+                "none: give labels=, one class for each sample of the data set"
+            )
+        batch = batch._replace(labels=labels)
+        present = present_in(batch)
+        inside = torch.ones_like(labels, dtype=torch.bool) if present is None else present
+        members = [(labels == label) & inside for label in labels[inside].unique()]
+        records = []
+        for own in members:
+            out = None if removed is None else removed[own]
+            if out is not None and bool(out.all()):
+                out = torch.zeros_like(out)  # nobody of a class of which all would be
+            records.append(super().decide(some_of(batch, own), rows.of(own), out))
+        places = torch.cat([own.nonzero().squeeze(1) for own in members])
+        found: dict[str, Any] = {}
+        for name in ("worst_off", "outliers", "scores", "weights"):
+            parts = torch.cat([getattr(record, name) for record in records])
+            found[name] = parts.new_zeros(len(labels)).index_copy(0, places, parts)
+        found["weights"] /= len(members)
+        found["fallback"] = torch.stack([record.fallback for record in records]).all()
+        return StepRecord(**found, losses=batch.losses.detach(), labels=labels)
+
+
+def class_codes(labels: ArrayLike | None, size: int) -> Tensor | None:
+    """Labels of any kind as numbers from 0, (N,) int64; numbers that nobody has are no matter."""
+    if labels is None:
+        return None
+    classes = as_classes("labels", labels)
+    if len(classes) != size:
+        raise ValueError(
+            f"labels has {len(classes)} entries and the data set {size} samples: expected one "
+            "class for each, in the order of the data set"
+        )
+    return torch.from_numpy(np.unique(classes, return_inverse=True)[1].astype(np.int64))
+
+
+class ClassShare(NamedTuple):
+    """A class of the data set, and how many of its samples its weights rest on: 1 / sum(w^2)."""
+
+    label: Group
+    samples: int
+    effective_samples: float
+
+
+class ClassByClassSampler(ResamplingSampler):
+    """Draws for a second training, in which an early model says who of each class needs it most.
+
+    Train the early one with class weights for a fifth of the steps, and a new model plainly with
+    ``DataLoader(data, batch_size=64, sampler=sampler)``. Every class has the same share of the
+    draws; inside a class, ``mix`` of it goes to all alike.
+
+    Args:
+        model: the early one.
+        criterion: as of `global_weights`; class weights in it make no difference.
+        loader: as there.
+        by: ``"gradients"``, IRW weights with S the worst-off ``alpha`` of each class;
+            ``"losses"``, in proportion to the loss: the control, which needs no gradients.
+        alpha: share of each class that makes S, in (0, 1]; not used by ``"losses"``.
+        mix: in [0, 1].
+        labels: (N,) classes in any form; None takes them out of the criterion's target.
+        num_samples: draws an epoch; None takes N.
+        generator: gives the seed of the draws.
+        batch_size: samples read at once; None takes the loader's.
+        forward: as of `global_weights`, for batches that are no pairs.
+        progress: show a bar.
+
+    Attributes:
+        classes: a `ClassShare` for each class.
+        effective_share: of all N samples, how many the weights rest on, in (0, 1].
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; a target without classes.
+
+    Warns:
+        UserWarning: weights that rest on less than a third of a class, or of all.
+
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> data = TensorDataset(torch.randn(40, 2), torch.tensor([0] * 24 + [1] * 16))
+    >>> loader, early = DataLoader(data, batch_size=8), nn.Linear(2, 2)
+    >>> sampler = ClassByClassSampler(early, nn.CrossEntropyLoss(), loader, by="losses")
+    >>> print(sampler)
+    class 0: weights rest on 20 of 24 samples
+    class 1: weights rest on 14 of 16 samples
+    all: 0.82 of 40 samples
+    >>> [round(float(sampler.weights[data.tensors[1] == label].sum()), 4) for label in (0, 1)]
+    [0.5, 0.5]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        loader: DataLoader[Any],
+        *,
+        by: str = "gradients",
+        alpha: float = 0.5,
+        mix: float = 0.5,
+        labels: ArrayLike | None = None,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+        forward: Forward | None = None,
+        progress: bool = True,
+    ) -> None:
+        if by not in RULES:
+            raise ValueError(f"by={by!r}: expected one of {', '.join(map(repr, RULES))}")
+        local, reader = Options(alpha, mix=mix).local, DatasetReader(loader, batch_size)
+        codes = class_codes(labels, reader.size)
+        scheme = WithinClasses(local.alpha, RULES[by], mix=local.mix, given=codes)
+        record = weigh_by(scheme, model, criterion, reader, None, progress, forward=forward)
+        super().__init__(record.weights, num_samples, generator=generator)
+        assert record.labels is not None
+        member, weights = record.labels.cpu(), self.weights.double()
+        drawn = member[weights > 0].unique()  # samples whose target is ignored are in no class
+        names = drawn.tolist() if labels is None else np.unique(as_classes("labels", labels))
+        self.classes = tuple(
+            ClassShare(name, int((member == number).sum()), _effective(weights[member == number]))
+            for name, number in zip(list(names), drawn, strict=True)
+        )
+        self.effective_share = _effective(weights) / len(weights)
+        few = [
+            f"{effective:.0f} of the {size} samples of class {label}"
+            for label, size, effective in self.classes
+            if effective < FEW * size
+        ]
+        if self.effective_share < FEW:
+            few.append(f"{self.effective_share:.2f} of all {len(weights)} samples")
+        if few:
+            warnings.warn(
+                f"the weights rest on {' and on '.join(few)}, less than a third: the second model "
+                "may learn these by heart; compare the accuracy of each class in training and "
+                "validation, raise mix, or balance the classes instead",
+                stacklevel=2,
+            )
+
+    def __str__(self) -> str:
+        each = [
+            f"class {label}: weights rest on {effective:.0f} of {size} samples"
+            for label, size, effective in self.classes
+        ]
+        return "\n".join([*each, f"all: {self.effective_share:.2f} of {len(self.weights)} samples"])
+
+
+def _effective(weights: Tensor) -> float:
+    """How many samples weights rest on, whatever they sum to."""
+    return float(weights.sum().square() / weights.square().sum())

@@ -1,4 +1,4 @@
-"""Do batches hold the samples in the order in which they were asked for?
+"""Are the batches what the weights take them for: in the order asked for, and the same each time?
 
 A ``collate_fn`` may sort by length, fill gaps with other samples, or shuffle; every weight would
 then go to another sample. A batch that is the same in whatever order its samples come shows it
@@ -6,23 +6,27 @@ without a model. Else the losses do, and what they change by along a direction v
 
     losses(collate([a, b, c])) == losses(collate([c, b, a])).flip(0)
 
-A batch drawn at random is asked, and every batch with a loss that was another one elsewhere.
+A batch drawn at random is asked, and every batch with a loss that was another one elsewhere: a
+sample is read two or three times, each time in another batch, and its losses are the same unless
+the forward mixes the samples, pads them without a mask, or is given other views of them.
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
 
 from irw_optim.gradients.protocol import Direction
 from irw_optim.restored import randomness_restored
-from irw_optim.schemes.forward_mode import in_full_precision
+from irw_optim.schemes.batch_losses import in_full_precision, warn_once
 
 if TYPE_CHECKING:
     from irw_optim.schemes.dataset_gradients import DatasetGradients
@@ -38,10 +42,11 @@ REMEDY = (
     ", whose collate_fn takes (index, sample) pairs and returns (indices, batch)"
 )
 
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
-"""Of the largest number in a column: the same samples in a batch of the same size."""
+_OF_THE_LARGEST = {torch.float64: 1e-8, torch.float32: 1e-4, None: 3e-2}
+"""Tolerances, None for low precision: the same samples in a batch of the same size."""
 
-_LOW_PRECISION = 3e-2
+_OF_THE_MEAN_LOSS = {torch.float64: 1e-6, torch.float32: 1e-2, None: 0.1}
+"""Far above what another kernel for another batch size rounds differently."""
 
 
 class RefusedError(Exception):
@@ -80,23 +85,21 @@ def refuse_sorting(collate_fn: Collate, samples: Sequence[Any]) -> None:
     # Ties keep their order in most sorts: two neighbours say whether it is theirs or ours.
     neighbours = straight[: -1 : max(1, len(samples) // 4)]
     others = [straight[::-1], *(_exchanged(straight, i, i + 1) for i in neighbours)]
+
+    def differ(order: list[int]) -> bool:
+        """Not where what it exchanges makes the same batch alone."""
+        moved = [([place], 0) for k, i in enumerate(order) if i != k for place in (i, k)]
+        alone = rearranged(collate_fn, moved, samples)
+        return not all(map(_same, alone[::2], alone[1::2]))
+
     with randomness_restored():
-        batches = rearranged(collate_fn, [(o, 0) for o in (straight, *others)], samples)
-        pairs = zip(others, batches[1:], strict=True)
-        suspects = [order for order, batch in pairs if _same(batches[0], batch)]
-        sorts = any(_differ(collate_fn, samples, order) for order in suspects)
-    if sorts:
-        raise ValueError(
-            f"collate_fn={_name_of(collate_fn)} puts the samples of a batch in an order of its "
-            f"own, and weights would go to the wrong ones: {REMEDY}"
-        )
-
-
-def _differ(collate_fn: Collate, samples: Sequence[Any], order: Sequence[int]) -> bool:
-    """Whether an order changes anything: not where what it exchanges makes the same batch alone."""
-    moved = [(i, k) for k, i in enumerate(order) if i != k]
-    alone = rearranged(collate_fn, [([place], 0) for pair in moved for place in pair], samples)
-    return not all(map(_same, alone[::2], alone[1::2]))
+        first, *batches = rearranged(collate_fn, [(o, 0) for o in (straight, *others)], samples)
+        pairs = zip(others, batches, strict=True)
+        if any(_same(first, batch) and differ(order) for order, batch in pairs):
+            raise ValueError(
+                f"collate_fn={_name_of(collate_fn)} puts the samples of a batch in an order of its "
+                f"own, and weights would go to the wrong ones: {REMEDY}"
+            )
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -133,9 +136,8 @@ def batches_to_check(rows: DatasetGradients, losses: Tensor, seed: int) -> list[
         positions, sizes = rows.interleaved()
         return [rows.samples[some] for some in positions.split(sizes)]
     number = max(rows.reader.batch_size, rows.reader.loader.batch_size or 1)
-    drawn = torch.randperm(
-        rows.batch_size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
-    )
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randperm(rows.batch_size, generator=generator, device="cpu")
     # In the order of the data set, which may be the only one that is taken.
     return [drawn[:number].sort().values]
 
@@ -146,69 +148,115 @@ def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tens
     Where all losses are equal, their derivatives along a random direction in these parameters
     are not.
     """
-    reader, number = rows.reader, len(asked)
+    number = len(asked)
     if number < 2:
         return
     straight = list(range(number))
     pairs = sorted({(0, number - 1), (0, number // 2)})
     arrangements: list[Arrangement] = [(straight, 0), (straight[::-1], 0), (straight, 1)]
     arrangements += [(_exchanged(straight, *pair), 0) for pair in pairs]
-    direction = None if parameters is None else _random_direction(parameters)
-
-    batches = zip(reader.rearranged(asked, arrangements), arrangements, strict=True)
+    tables = _tables(rows, asked, arrangements, parameters)
 
     def alike(one: Tensor, other: Tensor) -> bool:
-        tolerance = _LOW_PRECISION
-        if in_full_precision(rows.engine):
-            tolerance = _TOLERANCE[first.dtype]
+        tolerance = _tolerance(_OF_THE_LARGEST, first, in_full_precision(rows.engine))
         scale = first.nan_to_num().abs().amax(0)
         return bool(((one - other).nan_to_num().abs() <= tolerance * scale).all())
 
-    def next_table() -> Tensor:
-        """Rows by sample, in the order of ``asked``."""
-        (places, batch), (_, draws) = next(batches)
-        torch.manual_seed(draws)  # a model may draw in eval mode too
-        found = rows.probe(asked[places], batch, direction)
-        return torch.empty_like(found).index_copy(0, places.to(found.device), found)
-
-    def only_exchanges() -> bool:
-        """Whether samples that change places change their own rows alone, as some pair shows."""
-        shown = False
-        for places in pairs:
-            pair, table = torch.tensor(places, device="cpu"), next_table()
-            back, others = pair.flip(0), torch.ones(number, dtype=torch.bool, device="cpu")
-            others[pair] = False
-            if not alike(first[pair], first[back]):
-                stayed = alike(first[pair], table[back])
-                if stayed or not alike(first[others], table[others]):
-                    return False
-                shown = True
-        return shown
-
-    first = next_table()
+    first = next(tables)
     try:
-        reversed_ = next_table()
+        reversed_ = next(tables)
     except Exception:  # what takes no order but the one it is given makes none of its own
         return
     if alike(first, reversed_):
         return
-    name = _name_of(reader.loader.collate_fn)
-    if alike(first, next_table()):
+    name = _name_of(rows.reader.loader.collate_fn)
+    if alike(first, next(tables)):
         raise ValueError(
             f"collate_fn={name} (or forward=) gives the samples of a batch in an order of its own, "
             "or others: the losses of the same samples differ when it is handed them the other way "
             f"round, and weights would go to the wrong samples; {REMEDY}"
         )
-    if not only_exchanges():
+    # Samples that change places have to change their own rows alone, as some pair has to show.
+    shown = False
+    for places, table in zip(pairs, tables, strict=True):
+        pair = torch.tensor(places, device="cpu")
+        back, others = pair.flip(0), [i for i in straight if i not in places]
+        if not alike(first[pair], first[back]):
+            stayed = alike(first[pair], table[back])
+            shown = not stayed and alike(first[others], table[others])
+            if not shown:
+                break
+    if not shown:
         raise ValueError(
             f"collate_fn={name} (or forward=) draws at random, and the order of its samples cannot "
             f"be verified: what a sample gives depends on more than its place; {REMEDY}"
         )
 
 
-def _random_direction(parameters: Sequence[Tensor]) -> Direction:
-    generator = torch.Generator("cpu").manual_seed(0)
-    return {
-        p: torch.randn(p.shape, dtype=p.dtype, generator=generator, device="cpu").to(p.device)
-        for p in parameters
-    }
+def _tables(
+    rows: DatasetGradients,
+    asked: Tensor,
+    arrangements: Sequence[Arrangement],
+    parameters: Sequence[Tensor] | None,
+) -> Iterator[Tensor]:
+    """What tells the samples apart, for each arrangement; rows in the order of ``asked``."""
+    direction: Direction | None = None
+    if parameters is not None:
+        generator = torch.Generator("cpu").manual_seed(0)
+        direction = {
+            p: torch.randn(p.shape, dtype=p.dtype, generator=generator, device="cpu").to(p.device)
+            for p in parameters
+        }
+    batches = rows.reader.rearranged(asked, arrangements)
+    for (places, batch), (_, seed) in zip(batches, arrangements, strict=True):
+        torch.manual_seed(seed)  # a model may draw in eval mode too
+        found = rows.probe(asked[places], batch, direction)
+        yield torch.empty_like(found).index_copy(0, places.to(found.device), found)
+
+
+def _tolerance(table: Mapping[Any, float], values: Tensor, full_precision: bool) -> float:
+    return table.get(values.dtype if full_precision else None, table[None])
+
+
+@dataclass(eq=False)
+class LossConsistency:
+    """The losses of N samples in all batches, and by how much those of one sample differ."""
+
+    size: int
+    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def note(self, samples: Tensor, losses: Tensor) -> None:
+        """Take the losses (b,) of these samples (b,), dataset indices on the CPU."""
+        self.batches.append((samples, forward_ad.unpack_dual(losses.detach()).primal))
+
+    def differing_batches(self, full_precision: bool) -> list[list[int]]:
+        """The batches with the sample whose losses differ most, if they do so beyond rounding."""
+        difference, sample, mean = self._most_different()
+        tolerance = _tolerance(_OF_THE_MEAN_LOSS, mean, full_precision)
+        if not float(difference) > tolerance * abs(float(mean)):
+            return []
+        batches = [samples.tolist() for samples, _ in self.batches]
+        return [batch for batch in batches if int(sample) in batch]
+
+    def warn(self, model: nn.Module) -> None:
+        """Say, once for a model, what that means for its weights."""
+        difference, _, mean = self._most_different()
+        warn_once(
+            model,
+            f"a sample's loss differs by up to {float(difference):.2g} (the mean loss is "
+            f"{float(mean):.2g}) from one batch to another: the forward mixes the samples of a "
+            "batch, pads them without a mask, or data set, collate_fn or model draw at random. The "
+            "weights depend on the batch size, on the order of the data set or on the draws; use "
+            "a model in which each sample stands for itself, and leave random augmentation out of "
+            "the scoring",
+        )
+
+    def _most_different(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest difference, whose it is, and the mean loss, all 0-dim."""
+        losses = torch.cat([losses for _, losses in self.batches]).cpu()
+        samples = torch.cat([samples for samples, _ in self.batches])
+        nothing = losses.new_full((self.size,), -torch.inf)
+        most = nothing.scatter_reduce(0, samples, losses, "amax")
+        least = nothing.neg().scatter_reduce(0, samples, losses, "amin")
+        difference = (most - least).nan_to_num(0.0, neginf=0.0)  # of some nothing is known
+        return *difference.max(0), least[least.isfinite()].mean()

@@ -28,13 +28,13 @@ def check_loader(loader: object) -> None:
         raise TypeError(
             f"loader={loader!r}: expected a torch.utils.data.DataLoader over a map-style data set"
         )
-    name = type(loader.dataset).__name__
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        kind = "iterable" if isinstance(loader.dataset, IterableDataset) else "without a length"
+    iterable = isinstance(loader.dataset, IterableDataset)
+    if iterable or not hasattr(loader.dataset, "__len__"):
         raise TypeError(
-            f"loader.dataset is {kind} ({name}): the global scheme holds one weight for each "
-            "index of a map-style data set, with __getitem__ and __len__; the local scheme, "
-            "IRWOptimizer by itself, works with any stream of batches"
+            f"loader.dataset is {'iterable' if iterable else 'without a length'} "
+            f"({type(loader.dataset).__name__}): the global scheme holds one weight for each index "
+            "of a map-style data set, with __getitem__ and __len__; the local scheme, IRWOptimizer "
+            "by itself, works with any stream of batches"
         )
     if loader.batch_sampler is None:
         raise ValueError(
@@ -45,7 +45,7 @@ def check_loader(loader: object) -> None:
     if isinstance(sampler, SubsetRandomSampler):
         raise ValueError(
             f"loader has a SubsetRandomSampler: it draws {len(sampler)} of the "
-            f"{len(loader.dataset)} samples, but the weights would be those of all of them; use "
+            f"{len(loader.dataset)} samples, but the weights would be those of all; use "
             "DataLoader(torch.utils.data.Subset(dataset, indices), shuffle=True, ...)"
         )
 
@@ -65,12 +65,9 @@ _WORKERS = (
 )
 
 
-def loader_like(
-    loader: DataLoader[Any], data: Dataset[Any], collate: Callable[[Any], Any], **changes: Any
-) -> DataLoader[Any]:
+def _loader_like(loader: DataLoader[Any], data: Dataset[Any], **changes: Any) -> DataLoader[Any]:
     """A loader over ``data`` with the workers of another one; ``changes`` say what it draws."""
-    same = {name: getattr(loader, name) for name in _WORKERS}
-    return DataLoader(data, collate_fn=collate, **{**same, **changes})
+    return DataLoader(data, **{**{name: getattr(loader, name) for name in _WORKERS}, **changes})
 
 
 def idle_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -83,8 +80,8 @@ def idle_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
 class IndexedDataset(Dataset[tuple[int, Any]]):
     """A map-style data set whose samples come with their index: ``data[i] == (i, dataset[i])``.
 
-    A loader over it yields ``(indices, batch)``. `GlobalScheme` makes such a loader itself; this
-    is for loops with a loader of their own, which call `GlobalScheme.select`.
+    A loader over it yields ``(indices, batch)``: for loops with a loader of their own, which call
+    `GlobalScheme.select`. A scheme that is iterated over makes such a loader itself.
 
     Args:
         dataset: map-style, with a length.
@@ -99,14 +96,13 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     >>> next(iter(DataLoader(data, batch_size=2)))
     [tensor([0, 1]), [tensor([5., 6.])]]
 
-    A ``collate_fn`` of your own that keeps the order of the samples need not know of indices:
+    A ``collate_fn`` that keeps the order of the samples need not know of indices:
 
     >>> loader = DataLoader(data, batch_size=2, collate_fn=data.collate(lambda samples: samples))
     >>> next(iter(loader))
     (tensor([0, 1]), [(tensor(5.),), (tensor(6.),)])
 
-    One that sorts, leaves out or repeats samples takes the pairs, and says what it did, also in a
-    loader that is given to `GlobalScheme` or `global_weights`:
+    One that sorts, leaves out or repeats samples takes the pairs, and says what it did:
 
     >>> def longest_first(pairs):
     ...     indices, samples = zip(*sorted(pairs, key=lambda pair: -pair[1][0]))
@@ -162,11 +158,7 @@ def _is_due(uses: int) -> bool:
     return uses & (uses - 1) == 0
 
 
-def _indices_first(collate_fn: Callable[[Any], Any], pairs: list[Any]) -> tuple[Tensor, Any]:
-    return _indices_and_batch(collate_fn(pairs))
-
-
-def _indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
+def indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
     """A batch of an `IndexedDataset` as indices, (B,) int64 on the CPU, and the rest."""
     if isinstance(batch, list | tuple) and len(batch) == 2:
         indices, rest = batch
@@ -181,7 +173,7 @@ def _indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
 
 
 def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None) -> DataLoader[Any]:
-    """A loader of the same batches, indices in front; sampler and generator are shared."""
+    """A loader of the same batches, as of an `IndexedDataset`; sampler and generator are shared."""
     check_loader(loader)
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
@@ -190,9 +182,7 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
             "IndexedDataset(dataset) and call scheme.select(indices) before each batch"
         )
     data, collate = loader.dataset, loader.collate_fn
-    if isinstance(data, IndexedDataset):
-        collate = partial(_indices_first, collate)
-    else:
+    if not isinstance(data, IndexedDataset):
         data, collate = IndexedDataset(data), IndexedCollate(collate)
     shape: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
     if sampler is not None:
@@ -205,14 +195,11 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
         drop_last = getattr(loader.batch_sampler, "drop_last", False)
         shape = {"batch_size": size, "drop_last": drop_last, "sampler": sampler}
     own = {"generator": loader.generator, "persistent_workers": loader.persistent_workers}
-    return loader_like(loader, data, collate, **shape, **own)
+    return _loader_like(loader, data, collate_fn=collate, **shape, **own)
 
 
 class DatasetReader:
-    """A loader's data set without the loader's order: no shuffling, no sampler, no drop_last.
-
-    The loader is not iterated: its sampler and generator stay where they are.
-    """
+    """A loader's data set in any order: its sampler and generator stay where they are."""
 
     def __init__(self, loader: DataLoader[Any], batch_size: int | None = None) -> None:
         check_loader(loader)
@@ -240,18 +227,12 @@ class DatasetReader:
         self.uses += 1
         return _is_due(self.uses)
 
-    @property
-    def collates(self) -> bool:
-        """Whether the user makes the batches, and not torch."""
-        return self.loader.collate_fn is not default_collate
-
     def batches(
         self, samples: Tensor, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Any]]:
         """Yield the batches of ``samples``, (n,) dataset indices on the CPU, in such pieces.
 
-        Each with the places in ``samples`` of those that it holds, in its own order: that of the
-        data set, unless the ``collate_fn`` of an `IndexedDataset` says otherwise.
+        Each with the places in ``samples`` of those that it holds, in its own order.
         """
         if not len(samples):
             return
@@ -277,15 +258,15 @@ class DatasetReader:
             yield taken[places], batch
 
     def _loader(self, batches: Sequence[list[int]], collate: Callable[[Any], Any]) -> Any:
-        workers = min(self.loader.num_workers, len(batches))
-        shape = {"batch_sampler": batches, "num_workers": workers}
-        return loader_like(self.loader, self.loader.dataset, collate, **shape)
+        loader, workers = self.loader, min(self.loader.num_workers, len(batches))
+        own: dict[str, Any] = {"batch_sampler": batches, "num_workers": workers}
+        return _loader_like(loader, loader.dataset, collate_fn=collate, **own)
 
     def _places(self, piece: Tensor, batch: Any) -> tuple[Tensor, Any]:
         """Where in the piece the samples of its batch are, and the batch without its indices."""
         if not isinstance(self.loader.dataset, IndexedDataset):
             return torch.arange(len(piece), device="cpu"), batch
-        told, batch = _indices_and_batch(batch)
+        told, batch = indices_and_batch(batch)
         wanted, places = piece.sort()
         found, order = told.sort()
         if not torch.equal(wanted, found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +12,15 @@ from torch.utils.data import DataLoader, Sampler
 
 from irw_optim.arguments import whole_number
 from irw_optim.processes import place
-from irw_optim.schemes.held_weights import check_sample_weights
 from irw_optim.schemes.reading import idle_copy, sampler_of
 
 
 class ResamplingSampler(Sampler[int]):
     """Draws dataset indices with probability proportional to their weights.
 
-    Every epoch has its own draws, set by the seed and the epoch's number alone. New ``weights``
-    count from the next index on (without replacement: from the next epoch on); a DataLoader with
-    workers has up to ``num_workers * prefetch_factor`` batches drawn in advance. Several processes
-    together draw what one would.
+    Every epoch has its own draws, by the seed and the epoch's number alone. New ``weights`` count
+    from the next index on (without replacement, the next epoch); a DataLoader with workers has up
+    to ``num_workers * prefetch_factor`` batches drawn in advance.
 
     Args:
         weights: (N,) non-negative, not all 0; need not sum to 1.
@@ -29,15 +28,14 @@ class ResamplingSampler(Sampler[int]):
         replacement: whether a sample may come twice. Without it, the inclusion probabilities are
             not proportional to the weights, which with ``num_samples=N`` only order the epoch.
         generator: gives the seed, drawn from it once; None is seed 0. All ranks need equal seeds.
-        rank: of this process, which takes the draws ``rank``, ``rank + world_size``, ... of the
-            epoch, lengthened to a multiple as in DistributedSampler.
-        world_size: number of processes. None for both takes the process group's, where there is
-            one; 0 and 1 draw everything here.
+        rank: of this process, which takes the draws ``rank``, ``rank + world_size``, ... of those
+            that one process would make, lengthened to a multiple as in DistributedSampler.
+        world_size: number of processes. None for both takes the process group's, if there is one.
 
     Raises:
         TypeError: weights that are no floating-point tensor.
-        ValueError: weights of another shape, NaN, negative or all 0; more draws without
-            replacement than positive weights; a rank outside the world, or one without the other.
+        ValueError: weights that cannot be drawn by; more draws without replacement than positive
+            weights; a rank outside the world, or one without the other.
 
     >>> sampler = ResamplingSampler(torch.tensor([0.0, 3.0, 1.0]), num_samples=8)
     >>> first, second = list(sampler), list(sampler)
@@ -79,7 +77,8 @@ class ResamplingSampler(Sampler[int]):
         self.epoch = 0
         self._drawn: list[int] = []
         self._repeated: list[int] = []
-        self._hold(weights)
+        self._weights = weights  # as long as all that come later
+        self.weights = weights
 
     @property
     def weights(self) -> Tensor:
@@ -89,7 +88,16 @@ class ResamplingSampler(Sampler[int]):
     @weights.setter
     def weights(self, weights: Tensor) -> None:
         check_sample_weights(weights, len(self._weights))
-        self._hold(weights)
+        weights = weights.detach().cpu()
+        possible, asked = int((weights > 0).sum()), self.num_samples * self.world_size
+        if not self.replacement and asked > possible:
+            raise ValueError(
+                f"num_samples={asked} without replacement, but only {possible} weights are "
+                "positive: expected no more draws than that, or replacement=True"
+            )
+        self._weights = weights
+        # A mass of 0 leaves two equal entries, and the search skips the second: never drawn.
+        self._cumulative = weights.double().cumsum(0)
 
     def __len__(self) -> int:
         """Draws of this rank in an epoch."""
@@ -99,19 +107,23 @@ class ResamplingSampler(Sampler[int]):
         generator = torch.Generator("cpu").manual_seed((self.seed + self.epoch) % 2**63)
         self.epoch += 1
         self._drawn, self._repeated = self._repeated, []
+        asked = self.num_samples * self.world_size
+        number = asked if self.replacement else len(self.weights)
+        draws = torch.rand(number, generator=generator, dtype=torch.float64, device="cpu")
+        own = slice(self.rank, asked, self.world_size)
         if self.replacement:
-            return self._with_replacement(generator, self._drawn)
-        return self._without_replacement(generator)
+            return self._with_replacement(draws[own], self._drawn)
+        # The first arrivals of exponential clocks with these rates are successive draws in
+        # proportion to the weights left (Efraimidis and Spirakis 2006).
+        arrivals = -torch.log1p(-draws) / self.weights
+        return iter(arrivals.argsort()[own].tolist())
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration that of this epoch; without it, epochs count up by themselves."""
         self.epoch = epoch
 
     def resume_epoch(self) -> None:
-        """Make the next iteration that of the epoch that was broken off.
-
-        It first repeats the draws that were made: the weights held now would give others.
-        """
+        """Make the next iteration that of the epoch that was broken off, with the draws it made."""
         self.epoch -= 1
         self._repeated = self._drawn
 
@@ -127,21 +139,7 @@ class ResamplingSampler(Sampler[int]):
         self.epoch = state_dict["epoch"]
         self._drawn = state_dict["drawn"].tolist()
 
-    def _hold(self, weights: Tensor) -> None:
-        weights = weights.detach().cpu()
-        possible, asked = int((weights > 0).sum()), self.num_samples * self.world_size
-        if not self.replacement and asked > possible:
-            raise ValueError(
-                f"num_samples={asked} without replacement, but only {possible} weights are "
-                "positive: expected no more draws than that, or replacement=True"
-            )
-        self._weights = weights
-        # A mass of 0 leaves two equal entries, and the search skips the second: never drawn.
-        self._cumulative = self._weights.double().cumsum(0)
-
-    def _with_replacement(self, generator: torch.Generator, drawn: list[int]) -> Iterator[int]:
-        draws = self._uniform(generator, self.num_samples * self.world_size)
-        draws = draws[self.rank :: self.world_size]
+    def _with_replacement(self, draws: Tensor, drawn: list[int]) -> Iterator[int]:
         yield from list(drawn)
         while len(drawn) < len(draws):
             cumulative = self._cumulative
@@ -156,39 +154,22 @@ class ResamplingSampler(Sampler[int]):
                 drawn.append(index)
                 yield index
 
-    def _without_replacement(self, generator: torch.Generator) -> Iterator[int]:
-        # The first arrivals of exponential clocks with these rates are successive draws in
-        # proportion to the weights left (Efraimidis and Spirakis 2006).
-        arrivals = -torch.log1p(-self._uniform(generator, len(self.weights))) / self._weights
-        total = self.num_samples * self.world_size
-        yield from arrivals.argsort()[:total][self.rank :: self.world_size].tolist()
 
-    def _uniform(self, generator: torch.Generator, number: int) -> Tensor:
-        return torch.rand(number, generator=generator, dtype=torch.float64, device="cpu")
-
-
+@dataclass(eq=False)
 class ResumableLoader:
     """Iterates over a loader; its state says how far, and what the order was drawn from.
 
-    A broken epoch goes on: its batches are read again up to where it stopped, and dropped. Orders
-    drawn from torch's random numbers, or by a `ResamplingSampler`, come out the same.
-
-    Args:
-        loader: any DataLoader.
-        before_batch: called before each batch is drawn, dropped ones excepted.
-        share: this process's rank, and how many processes draw from the data set.
+    A broken epoch goes on: its batches are read again up to where it stopped, and dropped, without
+    a call of ``before_batch``. Orders drawn from torch's random numbers, or by a
+    `ResamplingSampler`, come out the same. ``share`` is this process's rank, and of how many.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        before_batch: Callable[[], None],
-        share: tuple[int, int] = (0, 1),
-    ) -> None:
-        self.loader = loader
-        self.share = share
-        self.before_batch = before_batch
-        self.position = 0
+    loader: DataLoader[Any]
+    before_batch: Callable[[], None]
+    share: tuple[int, int]
+    position: int = 0
+
+    def __post_init__(self) -> None:
         self._resumes = False
         self._start_states: list[Tensor] = []
 
@@ -197,7 +178,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Any]:
         batches = self._resume() if self._resumes else self._start()
-        while self.position < len(self.loader):
+        while self.position < len(self):
             self.before_batch()
             batch = next(batches, None)
             if batch is None:
@@ -216,8 +197,7 @@ class ResumableLoader:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there at the next iteration; errors as `check`, with nothing changed."""
-        self.check(state_dict)
+        """Go on from there, after `check`, at the next iteration."""
         self.position = state_dict["position"]
         self._start_states = [state.cpu() for state in state_dict["began_with"]]
         self._resumes = self.position > 0
@@ -225,16 +205,14 @@ class ResumableLoader:
     def check(self, state_dict: dict[str, Any]) -> None:
         """Raise a ValueError for the middle of an epoch that was another process's."""
         saved, own = tuple(state_dict["share"]), self.share
-        if not state_dict["position"] or saved == own:
-            return
         # A DistributedSampler's order is that of its seed and epoch, on all ranks the same.
-        if saved[1] == own[1] and hasattr(sampler_of(self.loader), "num_replicas"):
-            return
-        raise ValueError(
-            f"the state is from the middle of an epoch of process {saved[0]} of {saved[1]}, and "
-            f"this is process {own[0]} of {own[1]}: expected a state saved between epochs, or by "
-            "each process for itself"
-        )
+        alike = saved[1] == own[1] and hasattr(sampler_of(self.loader), "num_replicas")
+        if state_dict["position"] and saved != own and not alike:
+            raise ValueError(
+                f"the state is from the middle of an epoch of process {saved[0]} of {saved[1]}, "
+                f"and this is process {own[0]} of {own[1]}: expected a state saved between epochs, "
+                "or by each process for itself"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "loader": idle_copy(self.loader)}
@@ -265,3 +243,24 @@ class ResumableLoader:
         sources = (self.loader, self.loader.sampler, sampler_of(self.loader))
         found = [getattr(source, "generator", None) for source in sources]
         return list({id(g): g for g in found if g is not None}.values())
+
+
+def check_sample_weights(weights: object, size: int | None = None) -> None:
+    """Raise for weights, (N,), that are not of a data set of this ``size``, or are unusable."""
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights is {kind}: expected a floating-point tensor of shape (N,)")
+    if weights.ndim != 1:
+        raise ValueError(f"weights has shape {tuple(weights.shape)}: expected (N,)")
+    wrong = ""
+    if size is not None and len(weights) != size:
+        wrong = f"{len(weights)} entries but the data set has {size} samples: they are stale or "
+        wrong += "belong to another data set"
+    elif len(broken := (~weights.isfinite()).nonzero().flatten()):
+        wrong = f"{len(broken)} NaN or infinite entries, the first at index {broken[0]}"
+    elif bool((weights < 0).any()):
+        wrong = f"negative entries, down to {float(weights.min()):g}"
+    elif not bool((weights > 0).any()):
+        wrong = "no positive entry: nobody would be drawn or count"
+    if wrong:
+        raise ValueError(f"weights has {wrong}; make new ones with global_weights(...)")

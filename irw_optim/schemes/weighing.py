@@ -1,31 +1,52 @@
-"""The local scheme on one batch of all samples of a data set, which is never at hand at once."""
+"""The weights of a whole data set: how they are made, and held for the batches to come.
+
+The local scheme on a single batch of all N samples, whose gradients are run again when needed::
+
+    losses = G.losses()                          # pass 1: forward
+    S      = worst_off(losses, alpha)
+    g_S    = G.combine(S)                        # pass 2: over the members of S alone
+    s      = G.dot(g_S)                          # pass 3: forward, and backward to the layers,
+                                                 #         or the derivative along g_S forward
+    w      = s.clamp(min=0) / s.clamp(min=0).sum()
+
+With forward, gradients of outputs and gradients of weights at 1 each, that is 1 + 3 alpha + 3,
+against 3 for an epoch of plain training. It takes the memory of one batch and one gradient.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 
 from irw_optim.arguments import whole_number
-from irw_optim.criterion import validate_criterion
+from irw_optim.criterion import PerSampleLosses, validate_criterion
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import replica_in
 from irw_optim.gradients.engine import ENGINES, Engine
+from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.rescaling import gram_in_range, unscaled
 from irw_optim.gradients.selection import ScoreParameters, select_parameters
+from irw_optim.notebook import progress_bar
 from irw_optim.optimizer.options import described
-from irw_optim.schemes.batch_losses import BatchLosses, Forward, eval_mode
+from irw_optim.schemes.batch_losses import (
+    BatchLosses,
+    Forward,
+    eval_mode,
+    in_full_precision,
+    inputs_and_target,
+)
 from irw_optim.schemes.dataset_gradients import DatasetGradients, DatasetOverRanks
-from irw_optim.schemes.forward_mode import in_full_precision
 from irw_optim.schemes.order import batches_to_check, check_order
-from irw_optim.schemes.progress import progress_bar
 from irw_optim.schemes.reading import DatasetReader
-from irw_optim.weighting import Alignment, worst_off_count
-from irw_optim.weighting.local_scheme import LocalScheme, present_in
+from irw_optim.weighting import Alignment, normalise, worst_off_count
+from irw_optim.weighting.local_scheme import Averaging, LocalScheme, present_in
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
 from irw_optim.weighting.record import StepRecord
 
@@ -41,32 +62,24 @@ def weigh_by(
     forward: Forward | None = None,
     engine: str = "auto",
 ) -> StepRecord:
-    """`weigh_dataset` by a model in no training; arguments as of `global_weights`."""
+    """`weigh_dataset` by a model in no training."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected a torch.nn.Module")
     validate_criterion(criterion)
     allowed = [kind for kind in ENGINES if kind != "grad_sample"]
     if engine not in allowed:
-        why = ""
-        if engine == "grad_sample":
-            why = ", which reads what a backward pass of the training loop left in p.grad_sample"
+        why = ", which reads what a training loop left in p.grad_sample"
+        why = why if engine == "grad_sample" else ""
         raise ValueError(f"engine={engine!r}{why}: expected one of {', '.join(map(repr, allowed))}")
     scored = select_parameters(model, score_parameters)
+    told = {"within_classes": type(scheme) is not LocalScheme}
+    told |= {name: described(value) for name, value in vars(scheme).items()}
     hooked = Engine(model, engine)
     try:
+        losses_of, block = BatchLosses(model, criterion, forward), check_block(outlier_block)
+        replica = replica_in(model)
         return weigh_dataset(
-            reader,
-            BatchLosses(model, criterion, forward),
-            hooked,
-            scored.__contains__,
-            scheme,
-            outlier_block=check_block(outlier_block),
-            progress=progress,
-            replica=replica_in(model),
-            equal_on_ranks={
-                "within_classes": type(scheme) is not LocalScheme,
-                **{name: described(value) for name, value in vars(scheme).items()},
-            },
+            reader, losses_of, hooked, scored, scheme, block, progress, replica, told
         )
     finally:
         hooked.remove_hooks()
@@ -82,9 +95,8 @@ def weigh_dataset(
     reader: DatasetReader,
     losses_of: BatchLosses,
     engine: Engine,
-    scored: Callable[[Tensor], bool],
+    scored: Container[Tensor],
     scheme: LocalScheme,
-    *,
     outlier_block: int,
     progress: bool,
     replica: DistributedDataParallel | None,
@@ -110,20 +122,16 @@ def weigh_dataset(
     if ranks is not None:
         to_read, progress = to_read // ranks.number, progress and ranks.rank == 0
     with eval_mode(model), progress_bar("global weights", to_read, progress) as bar:
-        layout = [p for p in model.parameters() if p.requires_grad and scored(p)]
-        parts = reader, losses_of, engine, scored, bar
+        layout = [p for p in model.parameters() if p.requires_grad and p in scored]
+        parts = reader, losses_of, engine, scored.__contains__, bar
         rows = DatasetGradients(*parts)
         if ranks is not None:
-            rows = DatasetOverRanks(ranks, layout, *parts)
+            rows = DatasetOverRanks(*parts, ranks, layout)
         everybody = rows.losses()
         _check_finite(everybody.losses, "losses")
-        if scheme.class_balance and everybody.labels is None:
-            raise ValueError(
-                "class_balance=True needs one class label a sample, and the criterion's target "
-                "shows none: use a criterion whose target is a class, or set class_balance=False"
-            )
         compared = layout if scheme.needs_gradients else None
-        arranged = reader.collates or losses_of.forward is not None
+        by_torch = reader.loader.collate_fn is default_collate
+        arranged = not by_torch or losses_of.forward is not inputs_and_target
         due = reader.check_is_due()
         if arranged and due:
             for asked in batches_to_check(rows, everybody.losses, reader.uses):
@@ -159,9 +167,8 @@ def _outliers_in_blocks(
     The blocks are drawn at random (those of a sorted data set would have one class each), once and
     for all. Processes share them out. Nobody is removed of a block of which all would be.
     """
-    order = torch.randperm(
-        rows.batch_size, generator=torch.Generator("cpu").manual_seed(0), device="cpu"
-    )
+    generator = torch.Generator("cpu").manual_seed(0)
+    order = torch.randperm(rows.batch_size, generator=generator, device="cpu")
     if present is not None:
         order = order[present.cpu()[order]]
     pieces = order.tensor_split(math.ceil(len(order) / block))
@@ -185,3 +192,96 @@ def _check_finite(values: Tensor, what: str) -> None:
             f"the {what} of {len(broken)} samples are not finite (dataset indices {named}): "
             "no weights were made; look at these samples, or at the model's parameters"
         )
+
+
+@dataclass(eq=False)
+class HeldWeights:
+    """Takes the place of an optimizer's local scheme: the weights of the batch's own samples.
+
+    Batches that are ``resampled``, drawn in proportion to the weights, make plain steps.
+    """
+
+    needs_gradients = False
+
+    resampled: bool
+    record: StepRecord | None = None
+    indices: Tensor | None = None
+
+    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None = None) -> StepRecord:
+        """The held weights of the batch's samples, renormalised; uniform where nobody has any."""
+        if self.resampled:
+            return Averaging().decide(batch, rows)
+        losses = batch.losses.detach()
+        indices, record = self._selected(len(losses)), self.record
+        assert record is not None  # or it would have been said
+        held, present = record.weights[indices].to(losses.device), present_in(batch)
+        if present is not None:  # as in every batch, those whose target is ignored are not there
+            held = held * present
+        weights, fallback = normalise(held, present)
+        return StepRecord(
+            worst_off=record.worst_off[indices],
+            outliers=record.outliers[indices],
+            scores=record.scores[indices],
+            weights=weights,
+            fallback=fallback,
+            losses=losses,
+            labels=batch.labels,
+        )
+
+    def over_ranks(self, ranks: Ranks) -> HeldWeights:
+        """What decides for the batch of all processes; errors as `decide`'s, on all of them alike.
+
+        Every one holds all weights: it takes an all-gather of B indices.
+        """
+        if self.resampled:
+            return self
+        size = ranks.sizes[ranks.rank]
+        failure: Exception | None = None
+        try:
+            told = self._selected(size)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if self.record is None:  # nowhere, then: nobody waits
+                raise
+            # The others wait for as many indices, and are told by ones that cannot be.
+            told, failure = torch.full((size,), -1, device=self.record.weights.device), error
+        everybody = ranks.gather(told)
+        if failure is not None:
+            raise failure
+        if bool((everybody < 0).any()):
+            raise RuntimeError(
+                "another process does not know which samples its batch holds, or they are not "
+                "those of the weights: its own error says more"
+            )
+        return replace(self, indices=everybody)
+
+    def __copy__(self) -> HeldWeights:
+        """The same weights for the same batch, whatever batch comes next."""
+        return replace(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds the weights, and is told of its own batches."""
+        return {**vars(self), "indices": None}
+
+    def _selected(self, size: int) -> Tensor:
+        """The indices of a batch of so many samples, where the weights are: (B,)."""
+        record, indices = self.record, self.indices
+        if indices is None and not size:  # a process without samples
+            indices = torch.empty(0)
+        if record is None or indices is None:
+            raise RuntimeError(
+                "the global scheme does not know which samples this batch holds: iterate over it, "
+                "for batch in scheme, or call scheme.select(indices) before the criterion"
+            )
+        if len(indices) != size:
+            raise ValueError(
+                f"the batch has {size} losses but {len(indices)} indices were selected: "
+                "expected the losses of the batch that the scheme yielded last"
+            )
+        known = len(record.weights)
+        if size and not 0 <= int(indices.min()) <= int(indices.max()) < known:
+            raise IndexError(
+                f"the batch has the indices {int(indices.min())} to {int(indices.max())}, but the "
+                f"weights are those of {known} samples: they are stale or belong to another data "
+                "set; call scheme.renew()"
+            )
+        return indices.to(record.weights.device, torch.int64)

@@ -71,8 +71,8 @@ class LocalScheme:
         if self.class_balance and labels is None:
             raise ValueError(
                 "class_balance=True needs one class label a sample, and the criterion's target "
-                "shows none: call optimizer.backward(losses, labels=labels), or set "
-                "class_balance=False"
+                "shows none: call optimizer.backward(losses, labels=labels), use a criterion whose "
+                "target is a class, or set class_balance=False"
             )
         decided = weigh(
             losses,

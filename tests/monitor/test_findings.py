@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from irw_optim import DBSCANFilter
 from irw_optim.monitor import Finding, IRWMonitor
-from irw_optim.monitor.course import blocks
+from irw_optim.monitor.rows import blocks
 from irw_optim.monitor.signatures import SIGNATURES
 
 BALANCED: dict[str, Any] = {"class_balance": True}
@@ -307,6 +307,11 @@ def test_a_finding_reads_as_a_sentence_and_what_to_do() -> None:
 
 def test_every_signature_says_what_it_is() -> None:
     assert all(signature.__doc__ for signature in SIGNATURES)
+
+
+def test_the_error_of_a_block_is_that_of_the_scatter_inside() -> None:
+    means, error = blocks(torch.tensor([1.0, 3.0, 1.0, 3.0]).numpy(), 2)
+    assert (means.tolist(), error) == ([2.0, 2.0], 1.0)
 
 
 def test_blocks_of_a_course_without_scatter_have_no_error() -> None:

@@ -396,5 +396,5 @@ def test_many_classes_in_little_memory() -> None:
     monitor = IRWMonitor(optimizer)
     criterion(model(X), torch.arange(80) * 6).backward()
     optimizer.step()
-    (row,) = monitor._history.rows
+    (row,) = monitor._course.rows
     assert row.breakdowns["class"].numbers.shape == (80, 5)

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from irw_optim.monitor.course import Course
-from irw_optim.monitor.rows import Breakdown, Row
+from irw_optim.monitor.rows import Breakdown, Course, Row
 from irw_optim.monitor.signatures import diagnose
 
 NAN = float("nan")
@@ -39,16 +38,11 @@ def course(parts: dict[str, list[list[float]]] | None = None, **numbers: Any) ->
     tables = {kind: np.array(rows) for kind, rows in (parts or {}).items()}
     breakdowns = {kind: Breakdown(tuple(range(len(t))), t) for kind, t in tables.items()}
     columns = {**HEALTHY, **numbers}
-    return Course(
-        [
-            Row(
-                step,
-                {n: v(step / ROWS) if callable(v) else v for n, v in columns.items()},
-                breakdowns,
-            )
-            for step in range(1, ROWS + 1)
-        ]
-    )
+    made = Course(interval=1, capacity=ROWS)
+    for step in range(1, ROWS + 1):
+        at = {n: v(step / ROWS) if callable(v) else v for n, v in columns.items()}
+        made.add(Row(step, at, breakdowns))
+    return made
 
 
 def down_and_up_to(end: float) -> Callable[[float], float]:

@@ -515,23 +515,23 @@ class TestAConstructorThatFails:
             raise ZeroDivisionError
 
         def fail_on(kind: type[nn.Module]) -> Any:
-            plain = compiling.replace_on
+            plain = compiling.Replaced
             return lambda module, *rest: (fail if isinstance(module, kind) else plain)(
                 module, *rest
             )
 
         if where == "hooks":
-            monkeypatch.setattr(compiling, "replace_on", fail_on(nn.LayerNorm))
+            monkeypatch.setattr(compiling, "Replaced", fail_on(nn.LayerNorm))
             model.append(nn.LayerNorm(3).double())
             before = traces(model, criterion)
             sgd = torch.optim.SGD(model.parameters(), lr=0.1)
             inner = dict(vars(sgd))
         elif where == "a pair":
-            monkeypatch.setattr(compiling, "replace_on", fail_on(Scaled))
+            monkeypatch.setattr(compiling, "Replaced", fail_on(Scaled))
         elif where == "processes":
             monkeypatch.setattr(weighted_backward, "is_sharded", fail)
         elif where == "criterion":
-            monkeypatch.setattr(attached, "replace_on", fail)
+            monkeypatch.setattr(attached, "Replaced", fail)
         else:
             monkeypatch.setattr(irw_optimizer.OptimizerWrapper, "begin", fail)
         options = {"model": model, "criterion": criterion, "engine": "ghost"}

@@ -34,7 +34,6 @@ ROOMS = {
     "arguments",
     "attachments",
     "backward",
-    "copies",
     "criterion",
     "distributed",
     "errors",

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from irw_optim import IRWMonitor, IRWOptimizer
-from irw_optim.notebook import in_a_notebook
-from irw_optim.schemes.progress import progress_bar
+from irw_optim.notebook import html_table, in_a_notebook, progress_bar
 
 
 def trained():
@@ -26,6 +25,11 @@ def trained():
         criterion(model(x), y).backward()
         optimizer.step()
     return optimizer, monitor
+
+
+def test_a_table_of_any_text():
+    shown = "<table><tr><th>module</th></tr><tr><td>a &lt; b</td></tr></table>"
+    assert html_table(["module"], [["a < b"]]) == shown
 
 
 def test_the_newest_step():

@@ -10,14 +10,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
+import irw_optim.schemes.batch_losses as batch_losses
 import irw_optim.schemes.dataset_gradients as dataset_gradients
-import irw_optim.schemes.forward_mode as forward_mode
 from irw_optim import IRWOptimizer
 from irw_optim.criterion import per_sample_losses
 from irw_optim.gradients.engine import Engine
 from irw_optim.schemes import GlobalScheme, global_weights
-from irw_optim.schemes.batch_losses import BatchLosses
-from irw_optim.schemes.forward_mode import jvp
+from irw_optim.schemes.batch_losses import BatchLosses, jvp
 from irw_optim.schemes.reading import DatasetReader
 
 N, CLASSES = 53, 3
@@ -282,7 +281,7 @@ class Attention(nn.Module):
 
 def batches_along(monkeypatch, model, x, y):
     """The sizes of the batches that went through forward mode; the weights are right."""
-    sizes, real = [], forward_mode.jvp
+    sizes, real = [], batch_losses.jvp
 
     def noting(model, losses_of, batch, direction):
         sizes.append(len(batch[1]))
@@ -296,9 +295,9 @@ def batches_along(monkeypatch, model, x, y):
 def test_large_batches_are_left_to_the_engine(monkeypatch):
     model, (x, y) = Pictures().double(), batch()
     of_a_batch = 8 * (20 + 20 + 8 + CLASSES)
-    monkeypatch.setattr(forward_mode, "SMALL", of_a_batch)
+    monkeypatch.setattr(batch_losses, "SMALL", of_a_batch)
     assert batches_along(monkeypatch, model, x, y) == [8, 16, 16, 13]
-    monkeypatch.setattr(forward_mode, "SMALL", of_a_batch - 1)
+    monkeypatch.setattr(batch_losses, "SMALL", of_a_batch - 1)
     assert batches_along(monkeypatch, model, x, y) == []
 
 
@@ -314,13 +313,13 @@ def test_losses_are_read_two_batches_at_once_without_a_graph():
 @pytest.mark.parametrize("length", [4, 5])
 def test_long_attention_is_left_to_the_engine(length, monkeypatch):
     # 2 T^2 numbers of attention to 44 T + 3 outputs of layers.
-    monkeypatch.setattr(forward_mode, "ATTENTION_AT_MOST", 32 / (44 * 4 + CLASSES))
+    monkeypatch.setattr(batch_losses, "ATTENTION_AT_MOST", 32 / (44 * 4 + CLASSES))
     model, x, y = Attention().double(), torch.randint(6, (N, length)), batch()[1]
     assert bool(batches_along(monkeypatch, model, x, y)) == (length == 4)
 
 
 def test_attention_that_makes_its_matrix_anyway_does_not_count(monkeypatch):
-    monkeypatch.setattr(forward_mode, "ATTENTION_AT_MOST", 0.0)
+    monkeypatch.setattr(batch_losses, "ATTENTION_AT_MOST", 0.0)
     model, x, y = Attention().double(), torch.randint(6, (N, 5)), batch()[1]
     with sdpa_kernel(SDPBackend.MATH):
         assert batches_along(monkeypatch, model, x, y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from irw_optim.schemes.held_weights import HeldWeights
+from irw_optim.schemes.weighing import HeldWeights
 
 
 def test_resampled_batches_are_averaged_over_ranks():
