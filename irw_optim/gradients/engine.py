@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from irw_optim.gradients.compiling import (
     prepare,
 )
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
-from irw_optim.gradients.graph import Graph, Plan
+from irw_optim.gradients.graph import Graph, OfKinds, Plan
 from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, silence_of, weighed_by, without_cudnn
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.mixing import Batch, follow_batch, is_foreign, rows_that_entered
@@ -38,11 +38,6 @@ from irw_optim.gradients.readings import NOTHING_READ, plan_of, read_around, rea
 from irw_optim.processes import is_sharded_here
 
 logger = logging.getLogger("irw_optim")
-
-_Value = TypeVar("_Value")
-
-KNOWN_GRAPHS = 256
-"""Kinds of graphs remembered at once: a forward that changes for ever must not fill the memory."""
 
 OwnEngine = Callable[[Tensor, Sequence[Tensor]], PerSampleGradients]
 """``own(losses, parameters)`` gives the gradients of single losses, which have their graph yet."""
@@ -92,14 +87,14 @@ class Engine(Renewed):
             ):
                 self.add_layer_hooks()
         self.known: dict[str, bool] = {}
-        self.coverings: dict[Hashable, Covering] = {}
-        self.plans: dict[Hashable, Plan] = {}
-        self.common: dict[Hashable, dict[str, Any]] = {}
+        self.coverings: OfKinds[Covering] = OfKinds()
+        self.plans: OfKinds[Plan] = OfKinds()
+        self.common: OfKinds[dict[str, Any]] = OfKinds()  # as graphs have it
         self.trust: dict[Hashable, Trust] = {}
         self.told: set[str] = set()
         self.uses = 0
         self.unfamiliar = True
-        self.checked_for_hooks: dict[Hashable, bool] = {}
+        self.checked_for_hooks: OfKinds[bool] = OfKinds()
         self.random = torch.Generator().manual_seed(0)
 
     def add_layer_hooks(self) -> None:
@@ -150,7 +145,7 @@ class Engine(Renewed):
             trust = self.trust.setdefault((size > 1, at.mixed_by), Trust())
             covering = covering_of(graph, own, at, reads, trust)
             if size > 1:
-                _remember(self.coverings, kind, covering)
+                self.coverings[kind] = covering
                 if found is NOTHING_READ:
                     self.tell(logging.INFO, "recomputed", _RECOMPUTED)
                 elif not sharded:
@@ -158,14 +153,8 @@ class Engine(Renewed):
                 if not sharded and (rows := rows_that_entered(graph, at, size)):
                     self.tell(logging.WARNING, "parts", _PARTS.format(losses=size, rows=rows))
         if found is not None or always:
-            _remember(self.plans, graph.kind, plan_of(found[0] if found else (), graph, covering))
+            self.plans[graph.kind] = plan_of(found[0] if found else (), graph, covering)
         return covering
-
-    def common_to(self, kind: Hashable) -> dict[str, Any]:
-        """What is kept for all graphs of one kind."""
-        if kind not in self.common:
-            _remember(self.common, kind, {})
-        return self.common[kind]
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
         """Whether a change can be pushed through a graph without quick products."""
@@ -230,7 +219,7 @@ class Engine(Renewed):
             return False
         kind = graph.wiring, tuple(map(type, graph.order))
         new = kind not in self.checked_for_hooks
-        _remember(self.checked_for_hooks, kind, True)
+        self.checked_for_hooks[kind] = True
         return new
 
     def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:
@@ -293,12 +282,6 @@ class Engine(Renewed):
         """Say it once for a model; a forward that varies would say it at every turn."""
         logger.log(logging.DEBUG if about in self.told else level, text)
         self.told.add(about)
-
-
-def _remember(known: dict[Hashable, _Value], key: Hashable, value: _Value) -> None:
-    if len(known) >= KNOWN_GRAPHS:
-        known.clear()
-    known[key] = value
 
 
 _RECOMPUTED = (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from irw_optim.gradients.packed import ENDS_RUN
 
 if TYPE_CHECKING:
     from irw_optim.gradients.coverage import Covering
+
+_Value = TypeVar("_Value")
 
 
 class CallSite(NamedTuple):
@@ -57,6 +59,17 @@ class Graph:
         """Where the gradients of the leaves arrive."""
         ends = [GradientEdge(node, 0) for node in self.leaf_nodes]
         return dict(zip(self.leaves, ends, strict=True))
+
+
+class OfKinds(dict[Hashable, _Value]):
+    """What is known by kinds of graphs: a forward that changes for ever must not fill memory."""
+
+    MOST = 256
+
+    def __setitem__(self, kind: Hashable, value: _Value) -> None:
+        if kind not in self and len(self) >= self.MOST:
+            self.clear()
+        super().__setitem__(kind, value)
 
 
 NO_GRAPH = Graph([], [], [], ())

@@ -258,7 +258,7 @@ class LossGradients:
         """Backward passes from the losses, of one memory."""
         graph, engine = self.graph, self.engine
         assert graph is not NO_GRAPH, "the backward pass is over"
-        graph.common = engine.common_to(graph.kind)
+        graph.common = engine.common[graph.kind] = engine.common.get(graph.kind, graph.common)
         return BackwardPasses(self.losses, graph, engine.known, self.one_forward)
 
     @cached_property

@@ -22,7 +22,6 @@ from irw_optim.gradients.mixing_rules import (
     RULES,
     handed_on,
     mixing,
-    packed,
     permuting,
     removing,
     reshaped,
@@ -164,9 +163,14 @@ def rule_for(node: Node) -> Rule:
         if isinstance(node, BackwardCFunction):  # a function in Python may have any name
             rule = handed_on if _is_torchs_identity(node) else mixing
         if type(node) is ENDS_RUN:
-            rule = packed
+            rule = _packed
         _RULE_OF[type(node)] = rule
     return rule
+
+
+def _packed(output: Output) -> Sequence[int]:
+    """Whose a row of a packed sequence is, no stride tells."""
+    raise MixesError
 
 
 def is_known(node: Node) -> bool:

@@ -223,11 +223,6 @@ def handed_on(output: Output) -> Sequence[int]:
     return [output.stride if number == output.number else UNREAD for number in numbers]
 
 
-def packed(output: Output) -> Sequence[int]:
-    """Rows of a packed sequence belong to whose they are, in an order that no stride tells."""
-    mixes()
-
-
 def mixing(output: Output) -> Sequence[int]:
     """Of an operation without a rule nothing is known."""
     mixes()
