@@ -18,6 +18,7 @@ from irw_optim import IRWOptimizer
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.packed import ENDS_RUN
+from irw_optim.torch_internals import is_plain_autograd
 
 SIZE, LENGTH, WIDTH = 6, 5, 4
 
@@ -83,7 +84,8 @@ def assert_exact(model: nn.Module, steps: int = 3, *, as_one: bool = True) -> No
         torch.manual_seed(9)
         loss = criterion(output := model(tokens, lengths), target)
         ends = [node for node in walk(output.sum()).order if type(node) is ENDS_RUN]
-        assert bool(ends) == (as_one and step > 0)  # the first graph shows that samples meet
+        # The first graph shows that samples meet; torch 2.6 does not tell who else follows.
+        assert bool(ends) == (as_one and step > 0 and is_plain_autograd())
         model.eval()  # what a forward was, it stays
         loss.backward()
         model.train()
