@@ -94,10 +94,10 @@ def _copied_in(numbers: Tensor, pulled: Tangents, tangents: Tangents) -> Tensor 
     line = numbers.flatten()
     if copied is None or not len(copied):
         return None
+    if len(line) > _MOST_APART or line.dtype not in (torch.float32, torch.float64):
+        return None
     where = torch.searchsorted(line, copied).clamp_(max=len(line) - 1)
-    after = (where + 1).clamp_(max=len(line) - 1)
-    once = (line[where] == copied) & ((line[after] > copied) | (after == where))
-    if not once.all() or (rest is not None and rest[where].any()):
+    if not torch.equal(line[where], copied) or (rest is not None and rest[where].any()):
         return None
     found = torch.zeros_like(line) if into is None else into.flatten().index_fill(0, where, 0.0)
     if put is not None:
@@ -124,6 +124,9 @@ def _different(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     numbers = (steps * 0.6180339887498949).frac_().div_(2).add_(steps)
     return numbers.div_(max(1, count)).add_(0.5).to(dtype)
 
+
+_MOST_APART = 2**20
+"""Of so many, float32 holds all apart."""
 
 _MOST_KEPT = 2**16
 """Numbers that are kept for the next operation of the same shape."""
