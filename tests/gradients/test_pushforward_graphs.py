@@ -6,14 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import reference
 import torch
 from pushes import Case, assert_case, assert_pushed, case, numbers
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from irw_optim import IRWOptimizer
 from irw_optim.gradients import places
 from irw_optim.gradients.forward import FORWARD
+from irw_optim.gradients.graph import OfKinds
 from irw_optim.gradients.places import Places
 from irw_optim.gradients.pushforward import NoPushForwardError, push
 
@@ -270,3 +273,26 @@ def test_nothing_is_freed() -> None:
     assert_pushed(output, [x], 1e-10)
     assert_pushed(output, [x], 1e-10)
     output.sum().backward()
+
+
+def test_what_is_known_of_graphs_does_not_outlive_their_types() -> None:
+    first = nn.Linear(4, 5, bias=False)  # a shift in front of BatchNorm has no gradient
+    model = nn.Sequential(first, nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), alpha=0.4, model=model)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9)) * 2:
+        model.to(dtype)
+        for _ in range(2):
+            x = torch.randn(6, 4, dtype=dtype)
+            oracle = reference.step(model(x).square().sum(1), model.parameters(), 0.4)
+            optimizer.zero_grad()
+            optimizer.backward(model(x).square().sum(1))
+            for p, gradient in zip(model.parameters(), oracle.gradients, strict=True):
+                assert reference.error(p.grad, gradient) < tolerance
+
+
+def test_kinds_of_graphs_do_not_fill_the_memory() -> None:
+    known: OfKinds[int] = OfKinds()
+    for kind in range(3 * OfKinds.MOST):
+        known[kind] = known[kind] = kind
+        assert known[kind] == kind
+        assert len(known) <= OfKinds.MOST
