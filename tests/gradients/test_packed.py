@@ -56,6 +56,18 @@ class Reader(nn.Module):
         return self.head(pad_packed_sequence(output, batch_first=True)[0].sum(1))
 
 
+class Computed(Reader):
+    """With weights that are made anew in each forward, as some reparametrizations have it."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        layer = self.layer
+        layer._flat_weights = [1.5 * getattr(layer, name) for name in layer._flat_weights_names]
+        try:
+            return super().forward(*inputs)
+        finally:
+            layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
+
+
 class Recomputed(Reader):
     def forward(self, *inputs: Tensor) -> Tensor:
         return checkpoint(super().forward, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
@@ -131,12 +143,14 @@ def test_step_by_step_where_somebody_else_follows() -> None:
     normed = Reader(nn.GRU, "outputs")
     weight_norm(normed.layer, "weight_hh_l0")
     assert_exact(normed, as_one=False)
+    assert_exact(Computed(nn.GRU, "outputs"), as_one=False)
     assert_exact(Recomputed(nn.LSTM, "outputs"), as_one=False)
 
 
 def test_no_step_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutodiffGradients, "_row", lambda *_: pytest.fail("one pass a sample"))
     assert_exact(Reader(nn.LSTM, "outputs", bidirectional=True))
+    assert_exact(Reader(nn.GRU, "outputs", num_layers=2, dropout=0.5))
 
 
 def test_hooks_hear_one_pass() -> None:
@@ -156,11 +170,13 @@ def test_hooks_hear_one_pass() -> None:
     model, criterion = Heard(nn.GRU, ""), nn.CrossEntropyLoss()
     model.layer.weight_hh_l0.register_hook(lambda _: heard.append("weight"))
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    IRWOptimizer(inner, alpha=0.4, model=model, criterion=criterion)
+    optimizer = IRWOptimizer(inner, alpha=0.4, model=model, criterion=criterion)
     for step in range(4):
         heard.clear()
+        optimizer.zero_grad()
         tokens, lengths, target = batch(step)
         criterion(model(tokens, lengths), target).backward()
+        assert optimizer.last_step is not None
         assert sorted(heard) == ["embedded", "last", "output", "packed", "weight"]
 
 
