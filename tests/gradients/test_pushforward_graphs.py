@@ -122,6 +122,7 @@ def _written(x: Tensor, y: Tensor) -> Tensor:
     z = x * 2
     z[1:, ::2] = y.exp()
     z[0] *= x[1]
+    z[:2, 1] += y[:, 1]
     z.diagonal().add_(1.5).mul_(y[0, 0])
     z.t()[2].copy_(x[:, 0] ** 2)
     return z.sin()
