@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -36,17 +36,6 @@ def _by_autograd(
 
 run_backward: Any = getattr(_engine, "run_backward", _by_autograd)
 """``torch.autograd.grad`` without its checks, which take as long as a small pass itself."""
-
-
-def gradients_at(
-    start: Tensor | GradientEdge, ends: Sequence[Any], cotangent: Tensor, *, retain_graph: bool
-) -> Sequence[Tensor | None]:
-    """The gradients of one tensor at tensors or edges, where they arrive, by `run_backward`."""
-    if not ends:
-        return ()
-    once = (start,), (cotangent,), retain_graph, False, tuple(ends), True
-    return run_backward(*once, accumulate_grad=False)  # type: ignore[no-any-return]
-
 
 graph_is_kept: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True

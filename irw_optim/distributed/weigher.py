@@ -17,6 +17,7 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
+from irw_optim.gradients.graph import gradients_at
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.verification import Difference, differences, probe_of, wrong_among
@@ -117,9 +118,7 @@ class ShardedPass(FactorsOfLosses):
             rows = ghost_gradients(losses, sites, seed, retain_graph=True).restricted_to(columns)
         else:  # this rank goes along, since the others need its shards
             edges = [site.edge for site in sites]
-            torch.autograd.grad(
-                losses, edges, torch.ones_like(losses), retain_graph=True, allow_unused=True
-            )
+            gradients_at(losses, edges, torch.ones_like(losses), retain_graph=True)
             rows = GhostGradients([], 0, seed)
         if check:
             self._check(rows, columns)

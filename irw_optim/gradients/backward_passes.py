@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.graph import Graph, gradients_at
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.gradients.recomputation import NOTHING
 from irw_optim.gradients.verification import equal
-from irw_optim.torch_internals import gradients_at, silent
+from irw_optim.torch_internals import silent
 
 End: TypeAlias = Tensor | GradientEdge
 """Where a gradient is wanted: a leaf, or an edge of the graph."""

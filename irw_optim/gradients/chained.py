@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.graph import Graph, gradients_at
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.places import Places
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import push_through
-from irw_optim.torch_internals import gradients_at, silent
+from irw_optim.torch_internals import silent
 
 
 class Chain(NamedTuple):

@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from irw_optim.gradients.graph import CallSite
+from irw_optim.gradients.graph import CallSite, gradients_at
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.layers._products import gram_of_rows, summed_rows
 from irw_optim.gradients.protocol import Direction, added
 from irw_optim.gradients.side_by_side import Part, side_by_side
-from irw_optim.torch_internals import run_backward
 
 
 class GhostGradients:
@@ -148,8 +147,7 @@ def ghost_gradients(
         else:
             factor = seed if seed.dtype == losses.dtype else seed.to(losses.dtype)
             cotangent = factor.expand(losses.shape)
-            once = (losses,), (cotangent,), retain_graph, False, tuple(edges), True
-            gradients = run_backward(*once, accumulate_grad=False)
+            gradients = gradients_at(losses, edges, cotangent, retain_graph=retain_graph)
     finally:
         for handle in waiting.values():
             handle.remove()

@@ -16,6 +16,7 @@ from irw_optim.gradients.layers import LayerCall, LinearCall
 from irw_optim.gradients.mixing_rules import RULES, picking, picks_of
 from irw_optim.gradients.nodes import base_name
 from irw_optim.gradients.packed import ENDS_RUN
+from irw_optim.torch_internals import run_backward
 
 if TYPE_CHECKING:
     from irw_optim.gradients.coverage import Covering
@@ -118,6 +119,16 @@ def walk(losses: Tensor) -> Graph:
             order.append(node)
     order.reverse()
     return Graph(leaves, leaf_nodes, order, tuple(wiring))
+
+
+def gradients_at(
+    start: Tensor | GradientEdge, ends: Sequence[Any], cotangent: Tensor, *, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """The gradients of one tensor at tensors or edges, where they arrive, by `run_backward`."""
+    if not ends:
+        return ()
+    once = (start,), (cotangent,), retain_graph, False, tuple(ends), True
+    return run_backward(*once, accumulate_grad=False)  # type: ignore[no-any-return]
 
 
 def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:

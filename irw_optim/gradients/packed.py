@@ -37,39 +37,8 @@ class Run:
         draws = layer.training and layer.dropout and layer.num_layers > 1
         self.random = torch.get_rng_state() if draws else None
 
-    def push(self, end: Any, changes: Tangents) -> Tangents:
-        values = [*self.values, *(weight.detach() for weight in self.weights)]
-        load_dual_numbers()
-        with torch.no_grad(), forward_ad.dual_level():
-            dual = [
-                value if change is None else forward_ad.make_dual(value, change)
-                for value, change in zip(values, changes, strict=True)
-            ]
-            count = len(self.values)
-            sequence, states = _with(dual[:count], *self.given)
-            if states is None:  # as torch takes them, but dual from the first step on
-                zeros = [values[0].new_zeros(tuple(m.shape)) for m in end._input_metadata[1:]]
-                first = [forward_ad.make_dual(zero, zero.clone()) for zero in zeros]
-                states = tuple(first) if len(first) > 1 else first[0]
-            with self._as_it_was(dual[count:]):
-                left = self.forward(sequence, states)
-            return [forward_ad.unpack_dual(tensor).tangent for tensor in _tensors(*left)]
-
-    def pull(self, end: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        arriving = [
-            (GradientEdge(parent, number), gradient)
-            for (parent, number), gradient in zip(end.next_functions, gradients, strict=True)
-            if gradient is not None and parent is not None
-        ]
-        edges, values = zip(*arriving, strict=True)
-        wanted = [GradientEdge(node, number) for node, number in self.edges if node is not None]
-        with silent(self.weights):
-            found = torch.autograd.grad(edges, wanted, values, retain_graph=True, allow_unused=True)
-        gradient_of = iter(found)
-        return [None if node is None else next(gradient_of) for node, _ in self.edges]
-
     @contextmanager
-    def _as_it_was(self, weights: list[Tensor]) -> Iterator[None]:
+    def as_it_was(self, weights: list[Tensor]) -> Iterator[None]:
         """The layer, with other weights, as it was when it ran."""
         layer = self.layer
         before, training = layer._flat_weights, layer.training
@@ -91,16 +60,41 @@ def _edge(tensor: Tensor) -> tuple[Node | None, int]:
     return edge.node, edge.output_nr
 
 
-def push_run(node: Any, changes: Tangents) -> Tangents:
-    """The changes of what left, for those of what entered and of the weights."""
-    run: Run = node.run
-    return run.push(node, changes)
+def push_run(end: Any, changes: Tangents) -> Tangents:
+    """The changes of what left a run, for those of what entered and of the weights."""
+    run: Run = end.run
+    values = [*run.values, *(weight.detach() for weight in run.weights)]
+    load_dual_numbers()
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = [
+            value if change is None else forward_ad.make_dual(value, change)
+            for value, change in zip(values, changes, strict=True)
+        ]
+        count = len(run.values)
+        sequence, states = _with(dual[:count], *run.given)
+        if states is None:  # as torch takes them, but dual from the first step on
+            zeros = [values[0].new_zeros(tuple(m.shape)) for m in end._input_metadata[1:]]
+            first = [forward_ad.make_dual(zero, zero.clone()) for zero in zeros]
+            states = tuple(first) if len(first) > 1 else first[0]
+        with run.as_it_was(dual[count:]):
+            left = run.forward(sequence, states)
+        return [forward_ad.unpack_dual(tensor).tangent for tensor in _tensors(*left)]
 
 
-def pull_run(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gradients of what entered and of the weights, for those of what left."""
-    run: Run = node.run
-    return run.pull(node, gradients)
+def pull_run(end: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The gradients of what entered a run and of the weights, for those of what left."""
+    run: Run = end.run
+    arriving = [
+        (GradientEdge(parent, number), gradient)
+        for (parent, number), gradient in zip(end.next_functions, gradients, strict=True)
+        if gradient is not None and parent is not None
+    ]
+    edges, values = zip(*arriving, strict=True)
+    wanted = [GradientEdge(node, number) for node, number in run.edges if node is not None]
+    with silent(run.weights):
+        found = torch.autograd.grad(edges, wanted, values, retain_graph=True, allow_unused=True)
+    gradient_of = iter(found)
+    return [None if node is None else next(gradient_of) for node, _ in run.edges]
 
 
 class _Leave(torch.autograd.Function):

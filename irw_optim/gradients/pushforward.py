@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.forward import Tangents, transposed
-from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.graph import Graph, gradients_at
 from irw_optim.gradients.places import NOTHING, Operation, Places, number_at, places_of
-from irw_optim.torch_internals import gradients_at
 
 
 class NoPushForwardError(RuntimeError):

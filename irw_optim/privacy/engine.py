@@ -69,10 +69,13 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         criterion: nn.Module | None = None,
         batch_first: bool = True,
         loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
-        **others: Any,
+        rand_on_empty: bool = False,
+        **unknown: Any,
     ) -> tuple[Any, IRWDPOptimizer, DataLoader[Any]]:
         """Make a training private; arguments that Opacus shares mean what they mean there.
 
@@ -88,12 +91,14 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
                 losses; it is followed in place. None: call ``optimizer.step(losses=losses)``.
             batch_first: whether the batch is dimension 0 of the model's input.
             loss_reduction: the reduction of the loss that goes backward.
+            poisson_sampling: must be True.
+            clipping: must be "flat".
             noise_generator: source of the noise, for tests; its seed must stay secret.
             grad_sample_mode: "hooks", "functorch" or "ew" are Opacus' ways to per-sample gradients;
                 "ghost" makes the same step without them, and needs `criterion`.
             wrap_model: False attaches hooks to the model, as ghost mode always does.
-            **others: Opacus' poisson_sampling, clipping and rand_on_empty, at their defaults; all
-                else is refused, since a misspelt argument would give another mechanism.
+            rand_on_empty: must be False.
+            **unknown: refused; a misspelt argument must not give another mechanism.
 
         Returns:
             The model (or the hooks object), the private optimizer and the Poisson loader.
@@ -103,8 +108,10 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             NotImplementedError: what could be private but is not built.
             TypeError, ValueError: a value outside its range. Nothing has changed in any case.
         """
-        refusals.check_fixed(others)
-        refusals.refuse_options(others, of=self.make_private)
+        refusals.refuse_options(unknown, of=self.make_private)
+        refusals.check_fixed(
+            poisson_sampling=poisson_sampling, rand_on_empty=rand_on_empty, clipping=clipping
+        )
         noise_multiplier, max_grad_norm = refusals.check_mechanism(
             irw, optimizer, noise_multiplier, max_grad_norm, loss_reduction
         )
@@ -195,9 +202,13 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             data_loader, distributed=distributed, **options
         )
         if distributed:
-            sampler: Any = loader.batch_sampler
-            sampler.__class__ = _EveryDraw  # a DataLoader takes no other one once it is made
-            sampler.generator = self.secure_rng or _of_this_rank(data_loader.generator)
+            shard: Any = loader.batch_sampler
+            own = _EveryDraw(
+                total_size=shard.total_size,
+                sample_rate=shard.sample_rate,
+                generator=self.secure_rng or _of_this_rank(data_loader.generator),
+            )
+            object.__setattr__(loader, "batch_sampler", own)  # which a DataLoader itself refuses
         return loader
 
     def _prepare_optimizer(

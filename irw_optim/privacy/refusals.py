@@ -42,10 +42,11 @@ def refuse_options(unknown: dict[str, Any], *, of: Callable[..., Any]) -> None:
         raise TypeError(f"{of.__name__} got an unexpected keyword argument {name!r}: {hint}")
 
 
-def check_fixed(options: dict[str, Any]) -> None:
-    """Take out the arguments of Opacus' `make_private` that have one value here, or raise."""
-    for name, (value, error, why) in _FIXED.items():
-        if (given := options.pop(name, value)) != value:
+def check_fixed(**options: object) -> None:
+    """Refuse arguments of Opacus' `make_private` that have one value here with any other."""
+    for name, given in options.items():
+        value, error, why = _FIXED[name]
+        if given != value:
             raise error(f"{name}={given!r}: {why}; leave {name}={value!r}")
 
 

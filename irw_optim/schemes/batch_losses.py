@@ -12,7 +12,6 @@ they differ, or an operation has no such derivative, the engine makes them.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -33,6 +32,7 @@ from irw_optim.gradients.nodes import shape_of
 from irw_optim.gradients.protocol import Direction
 from irw_optim.processes import check_whole
 from irw_optim.restored import randomness_restored
+from irw_optim.torch_internals import load_dual_numbers
 
 logger = logging.getLogger("irw_optim")
 
@@ -161,8 +161,8 @@ def jvp(
     direction: Direction,
 ) -> Tensor:
     """G v for one batch, (B,), v being 0 where it is not given; RuntimeError if torch cannot."""
-    with warnings.catch_warnings(), torch.no_grad(), forward_ad.dual_level():
-        warnings.filterwarnings("ignore", "`torch.jit.script`")  # torch's, of its own derivatives
+    load_dual_numbers()
+    with torch.no_grad(), forward_ad.dual_level():
         dual = {p: forward_ad.make_dual(p.detach(), v) for p, v in direction.items()}
         with _differentiable(model, dual):
             losses = losses_of(batch).losses
