@@ -20,6 +20,7 @@ from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.graph import gradients_at
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.recomputation import OneForward
 from irw_optim.gradients.verification import Difference, differences, probe_of, wrong_among
 from irw_optim.weighting.local_scheme import NoRows
 
@@ -101,29 +102,35 @@ class ShardedPass(FactorsOfLosses):
     names_of: Callable[[Iterable[Tensor]], list[str]]
 
     def rows(self, upstream: Tensor) -> GhostGradients:
-        """G of this rank, from a pass that all ranks make alike."""
+        """G of this rank, from a pass that all ranks make alike; the user's is still to come."""
         losses, columns = self.captured.losses, set(filter(self.scored, self.captured.leaves))
         if not columns:
             raise RuntimeError(
                 "the losses do not depend on any parameter that makes the scores: expected losses "
                 "computed from the model, and score_parameters among its trainable parameters"
             )
-        covering, check = self._agree(columns)
+        one_forward = OneForward(self.captured.engine.model, self.captured.engine.known)
+        with one_forward:
+            covering, check = self._agree(columns)
         sites = self.captured.graph.sites
         sites = [s for s in sites if columns.intersection(s.call.parameters.values())]
         for site in sites:
             site.call.forget_values()
         seed = seed_of(upstream, self.batch)
-        if len(losses):
-            rows = ghost_gradients(losses, sites, seed, retain_graph=True).restricted_to(columns)
-        else:  # this rank goes along, since the others need its shards
-            edges = [site.edge for site in sites]
-            gradients_at(losses, edges, torch.ones_like(losses), retain_graph=True)
-            rows = GhostGradients([], 0, seed)
+        with one_forward:
+            if len(losses):
+                ghost = ghost_gradients(losses, sites, seed, retain_graph=True)
+                rows = ghost.restricted_to(columns)
+            else:  # this rank goes along, since the others need its shards
+                edges = [site.edge for site in sites]
+                gradients_at(losses, edges, torch.ones_like(losses), retain_graph=True)
+                rows = GhostGradients([], 0, seed)
         if check:
-            self._check(rows, columns)
+            with one_forward:
+                self._check(rows, columns)
             if covering is not None:
                 covering.agree()
+        one_forward.start_over()
         return rows
 
     def _agree(self, columns: set[Tensor]) -> tuple[Covering | None, bool]:

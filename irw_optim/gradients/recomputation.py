@@ -91,9 +91,13 @@ class OneForward(AbstractContextManager[None]):
     def __enter__(self) -> None:
         if not self.before:
             self.before = [_state(buffers) for buffers in self.buffers]
+        self.start_over()
+        self.marks = [_marks(buffers) for buffers in self.buffers]
+
+    def start_over(self) -> None:
+        """Have what comes next begin with the buffers that the first pass met."""
         for place in self.after:
             _put(self.buffers[place], self.before[place])
-        self.marks = [_marks(buffers) for buffers in self.buffers]
 
     def __exit__(self, *raised: object) -> None:
         for place, (buffers, marks) in enumerate(zip(self.buffers, self.marks, strict=True)):
