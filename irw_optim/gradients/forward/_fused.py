@@ -117,11 +117,10 @@ def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
     of_inputs = states.new_zeros(shape) if change is None else change.expand(shape)
     d_state = torch.zeros_like(state) if d_state is None else d_state
     d_cell = torch.zeros_like(cell) if d_cell is None else d_cell
-    of_gates = torch.cat([gates.of_states.flatten(2), gates.of_output], 2)
     recurrent, cells, found = values["weight_hh"].t(), 3 * states.shape[2], []
     for first, slope, forget, to_cell in zip(
         of_inputs.unbind(),
-        of_gates.unbind(),
+        gates.slopes.flatten(2).unbind(),
         gates.forget.unbind(),
         gates.to_cell.unbind(),
         strict=True,

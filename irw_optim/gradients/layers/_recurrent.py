@@ -11,6 +11,7 @@ from copy import copy
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
@@ -26,31 +27,33 @@ RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class Gates(NamedTuple):
-    """An LSTM's inner values, time first."""
+    """What an LSTM's gates i, f, g, o and cells hand on, time first."""
 
-    of_states: Tensor  # (T, B, 3, H), what the gradient of a cell gives the gates i, f and g
-    of_output: Tensor  # (T, B, H), what the gradient of a state gives the gate o
-    to_cell: Tensor  # (T, B, H), what it gives the cell
-    forget: Tensor  # (T, B, H), what the cell before gets
+    slopes: Tensor  # (T, B, 4, H), what the gradient of a cell gives i, f and g, of a state o
+    to_cell: Tensor  # (T, B, H), what that of a state gives the cell
+    forget: Tensor  # (T, B, H), what that of a cell gives the cell before
 
 
 def gates_of(
     inputs: Tensor, before: Tensor, first_cell: Tensor, values: Mapping[str, Tensor]
 ) -> Gates:
     """The inner values of an LSTM that has run, with the state ``before`` each step, (T, B, H)."""
-    wide = {name: widened(value) for name, value in values.items()}
-    total = inputs @ wide["weight_ih"].t() + before @ wide["weight_hh"].t()
-    for name in ("bias_ih", "bias_hh"):
-        if name in wide:
-            total += wide[name]
+    weight_ih, weight_hh, *biases = (widened(values[name]) for name in RECURRENT if name in values)
+    total = F.linear(inputs, weight_ih, biases[0] + biases[1] if biases else None)
+    total.flatten(0, 1).addmm_(before.flatten(0, 1), weight_hh.t())
     i, f, g, o = total.unflatten(2, (4, -1)).unbind(2)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    i, f, g, o = i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
     cells = [first_cell.to(i.dtype)]
-    for new, kept in zip(i * g, f, strict=True):
+    for new, kept in zip((i * g).unbind(), f.unbind(), strict=True):
         cells.append(torch.addcmul(new, kept, cells[-1]))
-    cells_before, squashed = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh_()
-    of_states = torch.stack([g * i * (1 - i), cells_before * f * (1 - f), i * (1 - g * g)], dim=2)
-    return Gates(of_states, squashed * o * (1 - o), o * (1 - squashed * squashed), f)
+    squashed = torch.stack(cells[1:]).tanh_()
+    slopes = [
+        torch.ops.aten.sigmoid_backward(g, i),
+        torch.ops.aten.sigmoid_backward(torch.stack(cells[:-1]), f),
+        torch.ops.aten.tanh_backward(i, g),
+        torch.ops.aten.sigmoid_backward(squashed, o),
+    ]
+    return Gates(torch.stack(slopes, 2), torch.ops.aten.tanh_backward(o, squashed), f)
 
 
 class LSTMCall(LayerCall):
@@ -108,26 +111,29 @@ class LSTMCall(LayerCall):
     def _back_through_time(self, gates: Gates, gradient: Tensor) -> Tensor:
         """The gradient of the gates, (T, B, 4 H)."""
         weight = widened(self.values["weight_hh"])
-        state = torch.zeros_like(gates.forget[0])
-        cell = torch.zeros_like(state)
-        arriving: Tensor | None = None
+        length, batch, _, size = gates.slopes.shape
+        state = cell = gates.forget.new_zeros(batch, size)
+        arriving = [state] * length
         if self.output == 0:
-            arriving = self._in_order(gradient.transpose(0, 1))
+            arriving = list(self._in_order(gradient.transpose(0, 1)).unbind())
         elif self.output == 1:
-            state = gradient.to(state.dtype)
+            arriving[-1] = gradient.to(state.dtype)
         else:
             cell = gradient.to(state.dtype)
-        length, batch, size = gates.forget.shape
-        b = gates.forget.new_empty(length, batch, 4, size)
-        for t in reversed(range(length)):
-            if arriving is not None:
-                state = state + arriving[t]
-            cell = torch.addcmul(cell, state, gates.to_cell[t])
-            torch.mul(gates.of_states[t], cell.unsqueeze(1), out=b[t, :, :3])
-            torch.mul(gates.of_output[t], state, out=b[t, :, 3])
-            state = b[t].view(batch, 4 * size) @ weight
-            cell = cell * gates.forget[t]
-        return b.view(length, batch, 4 * size)
+        b = torch.empty_like(gates.slopes)
+        of_gates = b.view(length, batch, 4 * size)
+        states = zip(b[:, :, :3].unbind(), gates.slopes[:, :, :3].unbind(), strict=True)
+        outputs = zip(b[:, :, 3].unbind(), gates.slopes[:, :, 3].unbind(), strict=True)
+        ways = zip(gates.to_cell.unbind(), gates.forget.unbind(), strict=True)
+        steps = list(zip(arriving, states, outputs, ways, of_gates.unbind(), strict=True))
+        later: Tensor | None = None  # the gradient of the gates one step later
+        for here, (to_ifg, of_ifg), (to_o, of_o), (to_cell, forget), all_four in reversed(steps):
+            state = here if later is None else torch.addmm(here, later, weight)
+            cell = torch.addcmul(cell, state, to_cell)
+            torch.mul(of_ifg, cell.unsqueeze(1), out=to_ifg)
+            torch.mul(of_o, state, out=to_o)
+            cell, later = cell * forget, all_four
+        return of_gates
 
     def let_go(self) -> None:
         super().let_go()
