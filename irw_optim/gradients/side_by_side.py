@@ -6,7 +6,8 @@ small linear maps share whatever is no matrix product. With b = [b_1 | b_2 | ...
     sum_i w_i g_i   (w b)^T a_k, a product a map, and one sum of w b: all biases
     <g_i, v>        a_k V_k^T + v_k, a product a map, and one row-wise sum of their product with b
 
-What is large stays by itself, and so does what meets another call in a parameter.
+What is large stays by itself, and so does what meets another call in a parameter, unless both are
+steps of one small map.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from irw_optim.gradients.layers import (
+    FIRST,
     ConvolutionCall,
     ElementwiseCall,
     LayerCall,
@@ -46,9 +48,10 @@ Part: TypeAlias = "LayerCall | Rows | LinearMaps"
 def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall]]:
     """What stands for the calls, without a parameter in two; and those that share parameters."""
     device = calls[0].input.device.type if calls else "cpu"
-    uses = Counter(p for call in calls for p in call.parameters.values())
-    shared = {p for p, n in uses.items() if n > 1}
     few = FEW.get(device, MORE)
+    shared = _in_several(calls)
+    if shared and len(joined := _steps_as_one(calls, few)) < len(calls):
+        calls, shared = joined, _in_several(joined)
     alone: list[Part] = []
     meeting: list[LayerCall] = []
     maps: dict[torch.dtype, list[LinearCall]] = {}
@@ -71,6 +74,32 @@ def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall
     for blocks in rows.values():
         alone.append(Rows(blocks))
     return alone, meeting
+
+
+def _in_several(calls: Sequence[LayerCall]) -> set[Tensor]:
+    """The parameters of more than one call."""
+    uses = Counter(p for call in calls for p in call.parameters.values())
+    return {p for p, n in uses.items() if n > 1}
+
+
+def _steps_as_one(calls: Sequence[LayerCall], few: int) -> list[LayerCall]:
+    """With the calls of one small map at every step of time as one call with positions."""
+    found: dict[object, list[LayerCall]] = {}
+    for number, call in enumerate(calls):
+        key: object = number
+        a, b = call.input, call.output_gradient
+        if type(call) is LinearCall and a.ndim == 2 and a.numel() + b.numel() <= few:
+            key = (*map(id, call.parameters.values()), call.transposed, a.dtype, b.dtype, a.shape)
+        found.setdefault(key, []).append(call)
+    return [some[0] if len(some) == 1 else _as_positions(some) for some in found.values()]
+
+
+def _as_positions(steps: Sequence[LayerCall]) -> LayerCall:
+    one = steps[0].copy()
+    one.recorded = torch.stack([step.input for step in steps], 1)
+    one.settle(FIRST, one.batch_size)
+    one.set_output_gradient(torch.stack([step.output_gradient for step in steps], 1))
+    return one
 
 
 def _is_small(call: LinearCall, few: int) -> bool:

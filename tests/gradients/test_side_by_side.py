@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import irw_optim.gradients.side_by_side as package
 from irw_optim.gradients.layers import ConvolutionCall, LayerCall, LinearCall, RowsCall, RowWeights
 from irw_optim.gradients.side_by_side import LinearMaps, Rows, side_by_side
 
@@ -82,7 +83,7 @@ def a_convolution() -> ConvolutionCall:
 def test_what_is_small_is_joined_and_what_meets_stays():
     torch.manual_seed(0)
     convolution, other = a_convolution(), RowsCall(a_convolution())
-    tied = maps()[:1] * 2
+    tied = [a_convolution()] * 2
     alone, meeting = side_by_side([convolution, other, *tied])
     assert meeting == tied
     joined = [part for part in alone if isinstance(part, Rows)]
@@ -94,3 +95,33 @@ def test_what_is_small_is_joined_and_what_meets_stays():
     assert combined.keys() == rows.keys()
     aligned = torch.stack([part.align(weights) for part in alone]).sum(0)
     torch.testing.assert_close(aligned, product_with(rows, combined))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_steps_of_one_map_are_one_call(which):
+    """A recurrent layer's: what they share is in one call then, and meets no other."""
+    first = maps()[which]
+    steps = [first]
+    for _ in range(3):
+        step = first.copy()
+        step.recorded = numbers(*first.input.shape)
+        step.settle(first.layout, B)
+        step.set_output_gradient(numbers(*first.output_gradient.shape))
+        steps.append(step)
+    parts, meeting = side_by_side(steps)
+    assert not meeting
+    rows = {p: sum(step.rows()[p] for step in steps) for p in first.parameters.values()}
+    weights = RowWeights(numbers(B))
+    combined = {p: t for part in parts for p, t in part.combine(weights).items()}
+    for p, block in rows.items():
+        torch.testing.assert_close(combined[p], torch.einsum("b,b...->...", weights.values, block))
+    aligned = torch.stack([part.align(weights) for part in parts]).sum(0)
+    torch.testing.assert_close(aligned, product_with(rows, combined))
+
+
+def test_what_is_large_is_not_copied_for_its_steps(monkeypatch):
+    steps = [maps()[0] for _ in range(2)]
+    for step in steps[1:]:
+        step.parameters = steps[0].parameters
+    monkeypatch.setattr(package, "FEW", {"cpu": 1})
+    assert len(side_by_side(steps)[1]) == 2
