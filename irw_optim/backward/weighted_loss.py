@@ -113,7 +113,8 @@ class WeightedPass(BatchPass):
         weighted = not others or any(map(captured.is_wanted, captured.leaves))
         keep_graph = keep_graph or any(map(will_run, captured.graph.order))
         if weighted:
-            captured.start(seed_of(upstream, batch), keep_graph)
+            alike = others or () if batch.counts is None else ()
+            captured.start(seed_of(upstream, batch), keep_graph, alike)
         if others:
             factors = upstream * batch.ordinary_factors()
             total |= captured.plain_sum(others, factors, hooks_ran=weighted)

@@ -109,3 +109,14 @@ def backward_to(
     """
     with silent(leaves), torch.enable_grad():
         return gradients_at(losses, ends, weights.to(losses.dtype), retain_graph=retain_graph)
+
+
+def edges_aside(graph: Graph, rest: Sequence[Tensor]) -> list[GradientEdge]:
+    """Layers that a pass to the rest would not come by, and whose hooks it should meet."""
+    if not graph.sites:
+        return []
+    on_the_way = {graph.edges[leaf].node for leaf in rest}
+    for node in reversed(graph.order):
+        if any(parent in on_the_way for parent, _ in node.next_functions):
+            on_the_way.add(node)
+    return [site.edge for site in graph.sites if site.edge.node not in on_the_way]

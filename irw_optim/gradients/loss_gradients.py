@@ -11,10 +11,9 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.autodiff import AutodiffGradients
-from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses
+from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses, End, edges_aside
 from irw_optim.gradients.capture import forget_calls, sites_noted
 from irw_optim.gradients.compiling import is_compiled
 from irw_optim.gradients.coverage import Covering
@@ -68,8 +67,7 @@ class LossGradients:
     ) -> None:
         if engine.hooks is None:
             engine.begin()
-        self.engine = engine
-        self.losses = losses
+        self.engine, self.losses, self.one_product = engine, losses, one_product
         self.graph = graph = walk(losses)
         if engine.has_layer_hooks:
             graph.sites = sites_noted(graph.order)
@@ -80,10 +78,10 @@ class LossGradients:
         if own is not None:
             self.leaves = [leaf for leaf in graph.leaves if leaf in own]
             self.others = [leaf for leaf in graph.leaves if leaf not in own]
-        self.one_product = one_product
         self.apart = False  # whether the graph proves, in `start`, that no sample reads another
         self.uncovered = self.finished_by_autograd = self.leaves
         self.ghost: GhostGradients | None = None
+        self.came_along: tuple[Sequence[Tensor | None], Tensor] | None = None  # with their seed
         graph.kind = (*fingerprint(losses, graph), one_product, *map(id, self.leaves))
         self.plan = engine.plans.get(graph.kind)
         if self.plan is None:
@@ -92,10 +90,9 @@ class LossGradients:
         with _LOCK:
             for other in WAITING if len(WAITING) else ():  # to go through none of them takes long
                 if not graph.nodes.keys().isdisjoint(other.graph.nodes.keys()):
-                    other.sharing = other.sharing or WeakSet()
-                    self.sharing = self.sharing or WeakSet()
-                    other.sharing.add(self)
-                    self.sharing.add(other)
+                    for one, another in ((self, other), (other, self)):
+                        one.sharing = one.sharing or WeakSet()
+                        one.sharing.add(another)
             WAITING.add(self)
         if len(self.sharing) == MANY_LOSSES:
             engine.tell(
@@ -103,18 +100,18 @@ class LossGradients:
                 "many losses",
                 f"{MANY_LOSSES + 1} losses lead through one graph, such as those of time steps: "
                 "each is a batch of its own, with its own worst-off samples and weights, and goes "
-                "back through all of the graph, so that the cost is quadratic in their number. For "
-                "one batch of sequences, in one backward pass, add up the losses of each sample: "
-                "optimizer.backward(torch.stack(losses).mean(0)) with losses of shape (B,) from "
-                'reduction="none"',
+                "back through all of the graph, at a cost quadratic in their number. For one batch "
+                "of sequences add up the losses of each: optimizer.backward(torch.stack(losses)"
+                '.mean(0)) with losses of shape (B,) from reduction="none"',
             )
 
-    def start(self, seed: Tensor, keep_graph: bool) -> None:
+    def start(self, seed: Tensor, keep_graph: bool, alike: Sequence[Tensor] = ()) -> None:
         """The backward pass to the layers' outputs, with its check where one is due.
 
-        The losses carry the ``seed`` through it, 0-dim and not zero.
+        The losses carry the ``seed`` through it, 0-dim and not zero. Others, whose plain gradient
+        counts all losses ``alike``, get it in the same pass if they can.
         """
-        size, engine, graph = self.losses.shape[0], self.engine, self.graph
+        size, engine, graph, self.came_along = self.losses.shape[0], self.engine, self.graph, None
         plan = self.plan or engine.plans.get(graph.kind)
         if plan is not None and engine.uses & (engine.uses + 1):  # no check for hooks is due
             if not engine.known.get(RECOMPUTES):
@@ -125,7 +122,7 @@ class LossGradients:
                 engine.uses += 1
                 trust.uses += 1
                 graph.sites = sites
-                self._take_products(covering, seed, keep_graph)
+                self._take_products(covering, seed, keep_graph, alike)
                 return
         with self.one_forward:
             covering = engine.covering(self)
@@ -135,15 +132,14 @@ class LossGradients:
         if covering.covers_all and covering.covered and not (check or check_hooks or hooks_change):
             covering.is_settled = bool(size)
             with self.one_forward:
-                self._take_products(covering, seed, keep_graph)
+                self._take_products(covering, seed, keep_graph, alike)
             return
         self.apart = covering.mixed_by is None and size > 1
-        passes = self.passes
-        if not covering.covered:
+        passes, covered = self.passes, covering.covered
+        if not covered:
             if check_hooks:
                 passes.compare_hooks([], seed.expand_as(self.losses), self.leaves)
             return
-        covered = covering.covered
         sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
         check_inputs(site.call for site in sites)
         factors = seed.expand_as(self.losses)
@@ -163,13 +159,23 @@ class LossGradients:
         self.finished_by_autograd = [p for p in self.leaves if p not in covered or p in sparse]
         self.ghost = ghost.restricted_to(covered)
 
-    def _take_products(self, covering: Covering, seed: Tensor, keep_graph: bool) -> None:
+    def _take_products(
+        self, covering: Covering, seed: Tensor, keep_graph: bool, alike: Sequence[Tensor]
+    ) -> None:
         """Where nothing is left to autograd, or due to be compared with it."""
+
+        def on_to_others(edges: Sequence[End]) -> Sequence[Tensor | None]:
+            factors = seed.expand_as(self.losses)
+            found = self.passes.with_hooks([*edges, *alike], factors, retain_graph=retain)
+            self.came_along = found[len(edges) :], seed
+            return found[: len(edges)]
+
         self.apart = covering.mixed_by is None and self.losses.shape[0] > 1
         self.uncovered = self.finished_by_autograd = []
-        retain, known = keep_graph or bool(self.sharing or self.others), covering.reached
+        retain = keep_graph or bool(self.sharing or (self.others and not alike))
+        known, by = covering.reached, on_to_others if alike else None
         self.ghost = ghost = ghost_gradients(
-            self.losses, self.graph.sites, seed, retain_graph=retain, reached=known
+            self.losses, self.graph.sites, seed, retain_graph=retain, reached=known, backward=by
         )
         if len(ghost.calls) != len(known):
             covering.reached = ghost.reached
@@ -215,7 +221,7 @@ class LossGradients:
             if passes.hooks_ran:
                 gradients = passes.without_hooks(rest, weights)
             else:
-                aside = self._edges_aside(rest)
+                aside = edges_aside(self.graph, rest)
                 gradients = passes.with_hooks([*rest, *aside], weights, retain_graph=not last)
             total.update((p, g) for p, g in zip(rest, gradients, strict=False) if g is not None)
         for p, g in total.items():
@@ -230,8 +236,12 @@ class LossGradients:
 
         Hooks on activations hear it, unless they run in another pass of this loss.
         """
-        back = self.passes.without_hooks if hooks_ran else self.passes.with_hooks
-        gradients = back(leaves, factors)
+        if self.came_along is not None:
+            found, seed = self.came_along
+            gradients = [g if g is None else g * (factors[0] / seed) for g in found]
+        else:
+            back = self.passes.without_hooks if hooks_ran else self.passes.with_hooks
+            gradients = list(back(leaves, factors))
         return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
 
     def is_wanted(self, leaf: Tensor) -> bool:
@@ -265,16 +275,6 @@ class LossGradients:
     def one_forward(self) -> AbstractContextManager[object]:
         """Around whatever may compute a part of the forward again."""
         return OneForward(self.engine.model, self.engine.known)
-
-    def _edges_aside(self, rest: Sequence[Tensor]) -> list[GradientEdge]:
-        """Layers that a pass to the rest would not come by, and whose hooks it should meet."""
-        if not self.graph.sites:
-            return []
-        on_the_way = {self.graph.edges[leaf].node for leaf in rest}
-        for node in reversed(self.graph.order):
-            if any(parent in on_the_way for parent, _ in node.next_functions):
-                on_the_way.add(node)
-        return [site.edge for site in self.graph.sites if site.edge.node not in on_the_way]
 
     def _check(self, covering: Covering, sites: list[CallSite], ghost: GhostGradients) -> None:
         """Compare the products with autograd; what is wrong is left to it."""

@@ -14,6 +14,7 @@ from models import mlp
 from torch import Tensor, nn
 
 from irw_optim import IRWOptimizer
+from irw_optim.gradients import backward_passes
 
 B, ALPHA = 8, 0.3
 
@@ -75,6 +76,47 @@ def test_inputs_and_parameters_in_one_pass():
     record = optimizer.last_step
     weighted = torch.autograd.grad(losses @ record.weights, list(twin.parameters()))
     gradients_are(model, weighted)
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.5, 0.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ignored", [-100, 0], ids=["all count", "some ignored"])
+def test_inputs_get_the_ordinary_gradient_in_every_step(factor, reduction, ignored):
+    """Also in those in which it comes by the pass to the layers, and twice where that is kept."""
+    model = network(4, 3)
+    own = nn.CrossEntropyLoss(reduction=reduction, ignore_index=ignored)
+    criterion = copy.deepcopy(own)
+    optimizer = attached(model, criterion)
+    for _ in range(7):
+        (x, y), twin, heard = data(), copy.deepcopy(model), []
+        x.requires_grad_()
+        (expected,) = torch.autograd.grad(factor * own(twin(x), y), x)
+        x.register_hook(heard.append)
+        loss = factor * criterion(model(x), y)
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(x.grad, expected)
+        loss.backward()
+        torch.testing.assert_close(x.grad, 2 * expected)
+        assert len(heard) == 2
+        optimizer.step()
+
+
+def test_the_gradient_of_the_inputs_costs_no_pass_of_its_own(monkeypatch):
+    model, (x, y), criterion, passes = network(4, 3), data(), nn.CrossEntropyLoss(), []
+    x.requires_grad_()
+    optimizer = attached(model, criterion)
+    model[0].register_full_backward_hook(lambda *_: passes.append("heard"))
+    pull_back = backward_passes.pull_back
+    monkeypatch.setattr(
+        backward_passes,
+        "pull_back",
+        lambda *given: [passes.append("unheard"), pull_back(*given)][1],
+    )
+    for _ in range(6):
+        passes.clear()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    assert passes == ["heard"]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
