@@ -174,7 +174,8 @@ EXACT, EXACT_IN_FLOAT32 = 1e-10, 1e-5
 
 EXPLANATION = (
     "Three epochs of batches of 5, 5 and 3 samples. Breaks: as torch counts them until the batch "
-    "of 3, before and after a model is left alone. Compiled regions: for both sizes together. "
+    "of 3, before and after a model is left alone (≤: an earlier run counted those of the batch "
+    "of 3 as well). Compiled regions: for both sizes together. "
     "Error: the largest one of weights and gradients in all steps, against a loop of plain "
     "autograd in float64; * where the model itself computes in float32.\n"
 )
@@ -221,6 +222,13 @@ def _part(row: Found, what: str) -> Found:
     return row.get(what) or {"fails": row.get("fails", "not measured")}
 
 
+def _breaks(part: Found) -> tuple[int, str]:
+    """Their number, and how it is written: at most so many, where both sizes were counted."""
+    both = part.get("breaks_of_both_sizes")
+    number: int = part.get("breaks", 0) if both is None else both
+    return number, str(number) if both is None else f"≤ {number}"
+
+
 def _way(row: Found) -> tuple[str, str]:
     return row["backend"], row["order"]
 
@@ -228,7 +236,7 @@ def _way(row: Found) -> tuple[str, str]:
 def _counts(key: tuple[str, str], rows: list[Found]) -> list[str]:
     plain, ours = ([_part(row, what) for row in rows] for what in ("plain", "ours"))
     ways = [way_of(row) for row in rows]
-    added = [o.get("breaks", 0) - p.get("breaks", 0) for o, p in zip(ours, plain, strict=True)]
+    added = [_breaks(o)[0] - _breaks(p)[0] for o, p in zip(ours, plain, strict=True)]
     limits = [sum(part.get("limits", 0) > 0 for part in parts) for parts in (ours, plain)]
     numbers = [
         len(rows),
@@ -243,7 +251,7 @@ def _counts(key: tuple[str, str], rows: list[Found]) -> list[str]:
 
 def _row(row: Found) -> list[str]:
     counts = [
-        "" if "fails" in part else f"{part['breaks']}, {part['graphs']}"
+        "" if "fails" in part else f"{_breaks(part)[1]}, {part['graphs']}"
         for part in (_part(row, "plain"), _part(row, "ours"))
     ]
     error = _part(row, "ours").get("error")
