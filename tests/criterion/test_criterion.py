@@ -1098,3 +1098,26 @@ def test_per_sample_loss_refuses_other_reductions(reduction: str) -> None:
 def test_per_sample_loss_refuses_what_cannot_be_called() -> None:
     with pytest.raises(TypeError, match="function=3 cannot be called"):
         PerSampleLoss(3)  # type: ignore[arg-type]
+
+
+def test_small_whole_numbers_are_compared_with_what_is_ignored_as_they_are():
+    """156 is what -100 wraps to in uint8."""
+    logits, target = torch.randn(4, 200), torch.tensor([156, 3, 156, 199], dtype=torch.uint8)
+    found = per_sample_losses(nn.CrossEntropyLoss(), logits, target)
+    assert found.counts is None
+    torch.testing.assert_close(found.value, F.cross_entropy(logits, target.long()))
+
+
+def test_own_module_that_knows_no_reduction_none_is_refused_with_its_words():
+    class Strict(nn.Module):
+        reduction = "mean"
+
+        def forward(self, output, target):
+            if self.reduction != "mean":
+                raise ValueError(f"got {self.reduction}")
+            return (output - target).abs().mean()
+
+    with pytest.raises(TypeError, match="Strict with reduction='none' raised ValueError: got none"):
+        per_sample_losses(Strict(), torch.randn(3, 2), torch.randn(3, 2))
+    with pytest.raises(RuntimeError, match="size"):  # its own error, with its own reduction
+        per_sample_losses(Strict(), torch.randn(3, 2), torch.randn(3, 4))
