@@ -62,16 +62,21 @@ def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]
     """What puts back the buffers and attributes of a module and of the modules in it.
 
     Goes into the lists, dicts, sets, tensors, generators and plain objects that attributes name.
-    With ``by_version`` a tensor is written to only if autograd counted a change of it: an earlier
-    graph may need it as it is. Changes by ``running_mean`` and ``.data`` are not counted.
+    With ``by_version`` autograd counts a write to a tensor only if it counted a change of it: an
+    earlier graph may need it as it is. Those of ``running_mean`` and by ``.data`` are not counted.
     """
     for part in module.modules():
-        yield _undo_dict(vars(part))
-        yield _undo_dict(part._buffers)
-        own = [value for name, value in vars(part).items() if name not in _OF_MODULES]
-        for value in (*own, *part._buffers.values()):
-            if (undo := undo_inside(value, by_version)) is not None:
-                yield undo
+        yield from undo_own_state(part, by_version)
+
+
+def undo_own_state(part: nn.Module, by_version: bool = False) -> Iterator[Undo]:
+    """The same of one module, without those in it."""
+    yield _undo_dict(vars(part))
+    yield _undo_dict(part._buffers)
+    own = [value for name, value in vars(part).items() if name not in _OF_MODULES]
+    for value in (*own, *part._buffers.values()):
+        if (undo := undo_inside(value, by_version)) is not None:
+            yield undo
 
 
 def undo_inside(value: Any, by_version: bool = False) -> Undo | None:
@@ -114,8 +119,11 @@ def _undo_tensor(tensor: Tensor, by_version: bool) -> Undo:
     values, version = tensor.detach().clone(), tensor._version
 
     def undo() -> None:
-        if not by_version or tensor._version != version:
-            with torch.no_grad():
+        counted = not by_version or tensor._version != version
+        with torch.no_grad():
+            if counted:
                 tensor.copy_(values)
+            elif 0 not in tensor.stride():  # one that is expanded cannot be written to
+                tensor.data.copy_(values)
 
     return undo

@@ -49,17 +49,23 @@ will_run: Callable[[Node], bool] = getattr(torch._C, "_will_engine_execute_node"
 """Whether the backward pass that runs now goes through a node after this one."""
 
 
+transform: Callable[[], object] = getattr(
+    torch._C._functorch, "peek_interpreter_stack", lambda: None
+)
+"""That of `torch.func` which follows what is computed now; None where torch does not tell."""
+
+
 def is_plain_autograd() -> bool:
     """Whether nobody but autograd follows what is computed now: no transform, no checkpoint.
 
     Where torch does not tell, somebody may.
     """
     hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    transforms: Any = getattr(torch._C._functorch, "peek_interpreter_stack", None)
-    if None in (hooks, transforms) or torch._C._get_tracing_state() is not None:
+    told = hasattr(torch._C._functorch, "peek_interpreter_stack")
+    if hooks is None or not told or torch._C._get_tracing_state() is not None:
         return False
     dual = forward_ad._current_level >= 0
-    return not dual and transforms() is None and hooks(True) is None
+    return not dual and transform() is None and hooks(True) is None
 
 
 def is_wanted(leaf: Node) -> bool:

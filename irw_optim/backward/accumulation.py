@@ -71,6 +71,10 @@ class LogicalBatch:
                         total[leaf] = total[leaf] + gradient if leaf in total else gradient
         finally:
             self.clear()
+        # Frozen since their pass, they keep its gradient as in any accumulation.
+        for leaf in [leaf for leaf in total if not leaf.requires_grad]:
+            gradient = total.pop(leaf)
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         # As a backward pass does it, so that hooks on the leaves are called.
         torch.autograd.backward(list(total), list(total.values()))
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from irw_optim.criterion._rules import forward_of
-from irw_optim.restored import randomness_restored, undo_state
+from irw_optim.restored import randomness_restored, undo_own_state, undo_state
 
 
 def value_of_its_own(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
@@ -47,17 +49,27 @@ def rehearsal(
     """Afterwards random states, and the counters and buffers of the criterion, are as before.
 
     Attributes are restored, with what is in the lists, dicts, tensors, random generators and plain
-    objects that they name. What a criterion changes elsewhere (a file, a global) stays changed.
-    With ``numpy``, the state of NumPy's global generator is among them, and is what is yielded.
+    objects that they name; and so are those of other modules that it calls (a BatchNorm of the
+    model). What a criterion changes elsewhere (a file, a global) stays changed. With ``numpy``, the
+    state of NumPy's global generator is among them, and is what is yielded.
     """
     undo = list(undo_state(criterion, by_version=True))
+    known, here = set(criterion.modules()), get_ident()
+
+    def before_a_call(module: nn.Module, _: object) -> None:
+        if module not in known and get_ident() == here:
+            known.add(module)
+            undo.extend(undo_own_state(module, by_version=True))
+
     devices = {a.device for a in arguments if isinstance(a, Tensor)}
     if torch.cuda.is_initialized():  # where the tensors may be that a dict holds
         devices.add(torch.device("cuda", torch.cuda.current_device()))
     with randomness_restored(devices, numpy=numpy) as saved:
+        heard = register_module_forward_pre_hook(before_a_call)
         try:
             yield saved
         finally:
+            heard.remove()
             for restore in undo:
                 restore()
 

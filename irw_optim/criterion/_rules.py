@@ -203,7 +203,7 @@ def _cross_entropy(
         return fold(elements, batch, criterion.reduction)
     # LinearCrossEntropyLoss writes None for torch's default.
     ignore_index = -100 if criterion.ignore_index is None else criterion.ignore_index
-    valid = target != ignore_index
+    valid = target.long() != ignore_index  # which uint8, whose 156 is its -100, would wrap
     normaliser = None
     if (weight := criterion.weight) is not None:
         # ignore_index need not be a class: look up class 0 there and strike it out.

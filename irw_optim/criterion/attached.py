@@ -15,6 +15,7 @@ from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from irw_optim.attachments import Attachment, Removable, Replaced, Replacement
 from irw_optim.criterion._calls import value_of_its_own
@@ -33,7 +34,7 @@ from irw_optim.criterion._rules import (
     unreduced,
 )
 from irw_optim.notebook import in_a_notebook
-from irw_optim.torch_internals import uncompiled
+from irw_optim.torch_internals import transform, uncompiled
 
 logger = logging.getLogger("irw_optim")
 
@@ -97,7 +98,15 @@ def _losses_by(
 ) -> PerSampleLosses:
     """`per_sample_losses`, of a criterion whose rule is known; its ``forward`` may be, too."""
     own = value_of_its_own(criterion, args, kwargs) if rule is _CUSTOM else None
-    elements = unreduced(criterion, args, kwargs, forward)
+    try:
+        elements = unreduced(criterion, args, kwargs, forward)
+    except Exception as error:
+        if rule is not _CUSTOM:
+            raise
+        raise TypeError(
+            f"{type(criterion).__name__} with reduction='none' raised {type(error).__name__}: "
+            f"{error}. {_WAYS_OUT[0].upper()}{_WAYS_OUT[1:]}"
+        ) from error
     if not rule.trusted:
         check_elements(criterion, elements)
         if batch_size is None:
@@ -252,12 +261,16 @@ class _Forward(Replacement):
 
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The listener's scalar while the model trains, else what the criterion returns."""
+        """The listener's scalar while the model trains, else what the criterion returns.
+
+        So it does under `torch.func` and in forward mode, whose derivatives are the ordinary ones.
+        """
         listener, model, criterion = self.listener(), self.model(), self.criterion
         training = torch.is_grad_enabled() and model is not None and model.training
         reduction = getattr(criterion, "reduction", None)
         # A criterion may call itself while its losses are asked for, without a reduction.
-        if listener is None or not training or reduction == "none":
+        ordinary = forward_ad._current_level >= 0 or transform() is not None
+        if listener is None or not training or reduction == "none" or ordinary:
             return self.original(*args, **kwargs)
         as_seen = type(criterion).forward, vars(criterion).get("forward"), reduction
         if as_seen != self.seen:

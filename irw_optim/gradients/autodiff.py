@@ -32,6 +32,8 @@ from irw_optim.torch_internals import copies, squared_length
 logger = logging.getLogger("irw_optim")
 
 _OTHERWISE = "a change goes forwards otherwise than its gradient goes back"
+_ADDS_UP = "adds up"
+"""What is remembered of a model in which changes went forwards as gradients go back."""
 
 
 class AutodiffGradients:
@@ -62,6 +64,7 @@ class AutodiffGradients:
         self._push = own.push
         self._newest: tuple[Tensor, dict[Tensor, Tensor]] | None = None
         self.doubt: Tensor | None = None
+        self._row_by_row = False  # whatever is known
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         # Copies: recorded graphs (CUDA) write into the same memory at every pass.
@@ -80,7 +83,7 @@ class AutodiffGradients:
     def _scores(self, direction: Direction, *, waits: bool) -> Tensor:
         if not self.batch_size:
             return widened(self.losses.detach())
-        if not self.known.get("row_by_row"):
+        if not (self._row_by_row or self.known.get("row_by_row")):
             mine = {p: direction[p] for p in self.parameters if p in direction}
             try:
                 scores = widened(self._push(mine))
@@ -93,14 +96,19 @@ class AutodiffGradients:
                     return scores
                 if sides is None or self.adds_up(sides.tolist()):
                     return scores
-                self._go_row_by_row(_OTHERWISE)
+                self.settle_doubt()
         rows = (self._row(i) for i in range(self.batch_size))
         return torch.stack([_inner(row, direction) for row in rows])
 
     def settle_doubt(self) -> None:
-        """Take the scores row by row from now on."""
-        self.doubt = None
-        self._go_row_by_row(_OTHERWISE)
+        """Take the scores row by row from now on.
+
+        In this step alone, if both sides have agreed before: then every sample is learnt by heart,
+        and its gradient all rounding.
+        """
+        self.doubt, self._row_by_row = None, True
+        if not self.known.get(_ADDS_UP):
+            self._go_row_by_row(_OTHERWISE)
 
     def gram(self) -> Tensor:
         numbers = sum(p.numel() for p in self.parameters)
@@ -124,7 +132,10 @@ class AutodiffGradients:
         dtype = self.losses.dtype
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 1e-1)
         rounding = torch.finfo(wide(dtype)).tiny  # of numbers below it
-        return not math.isfinite(other) or not abs(one - other) > tolerance * terms + rounding
+        same = not math.isfinite(other) or not abs(one - other) > tolerance * terms + rounding
+        if same and terms > rounding:
+            self.known[_ADDS_UP] = True
+        return same
 
     def _go_row_by_row(self, reason: str) -> None:
         self.known["row_by_row"] = True

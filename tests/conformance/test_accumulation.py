@@ -172,6 +172,19 @@ def test_factors_on_the_losses_give_the_length_of_the_gradient(factors: tuple[fl
         assert reference.error(found, sum(factors) * gradient) < 1e-9
 
 
+def test_frozen_between_the_passes_a_layer_keeps_the_gradient_of_those_before() -> None:
+    run = built("layers", accumulation_steps=K)
+    frozen, losses = run.parameters[0], []
+    for number, (x, y) in enumerate(physical_batches()):
+        frozen.requires_grad_(number == 0)
+        losses.append(cross_entropy(run.model(x), y, reduction="none"))
+        (run.criterion(run.model(x), y) / K).backward()
+    weights = run.optimizer.last_step.weights[: SIZES[0]]
+    (expected,) = torch.autograd.grad(losses[0] @ weights, [frozen.requires_grad_()])
+    assert reference.error(frozen.grad, expected) < 1e-9
+    assert all(p.grad is not None for p in run.parameters)
+
+
 def test_a_sum_criterion() -> None:
     run = built("layers", accumulation_steps=K)
     expected = oracle(run)

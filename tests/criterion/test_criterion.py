@@ -6,6 +6,7 @@ import random
 import secrets
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -1098,3 +1099,62 @@ def test_per_sample_loss_refuses_other_reductions(reduction: str) -> None:
 def test_per_sample_loss_refuses_what_cannot_be_called() -> None:
     with pytest.raises(TypeError, match="function=3 cannot be called"):
         PerSampleLoss(3)  # type: ignore[arg-type]
+
+
+class OnModel(nn.Module):
+    """Runs the model itself: one that it holds, or one that it is called with."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model, self.reduction = model, "mean"
+        self.register_buffer("expanded", torch.ones(1).expand(3))
+
+    def forward(self, x, y, model=None):
+        losses = F.cross_entropy((self.model or model)(x), y, reduction="none")
+        return losses if self.reduction == "none" else losses.mean()
+
+
+@pytest.mark.parametrize("how", ["holds it", "is called with it", "a function"])
+def test_a_model_that_a_criterion_runs_sees_one_forward_a_batch(how):
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 3))
+
+    model, twin = network(), network()
+    criterion: nn.Module = OnModel(model if how == "holds it" else None)
+    if how == "a function":
+        function = partial(F.cross_entropy, reduction="none")
+        criterion = PerSampleLoss(lambda x, y: function(model(x), y))
+    kwargs = {"model": model} if how == "is called with it" else {}
+    torch.manual_seed(1)
+    batches = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(5)]
+    for seed, (x, y) in enumerate(batches):
+        torch.manual_seed(seed)
+        twin(x)
+        torch.manual_seed(seed)
+        per_sample_losses(criterion, x, y, **kwargs)
+        for found, expected in zip(model.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_small_whole_numbers_are_compared_with_what_is_ignored_as_they_are():
+    """156 is what -100 wraps to in uint8."""
+    logits, target = torch.randn(4, 200), torch.tensor([156, 3, 156, 199], dtype=torch.uint8)
+    found = per_sample_losses(nn.CrossEntropyLoss(), logits, target)
+    assert found.counts is None
+    torch.testing.assert_close(found.value, F.cross_entropy(logits, target.long()))
+
+
+def test_own_module_that_knows_no_reduction_none_is_refused_with_its_words():
+    class Strict(nn.Module):
+        reduction = "mean"
+
+        def forward(self, output, target):
+            if self.reduction != "mean":
+                raise ValueError(f"got {self.reduction}")
+            return (output - target).abs().mean()
+
+    with pytest.raises(TypeError, match="Strict with reduction='none' raised ValueError: got none"):
+        per_sample_losses(Strict(), torch.randn(3, 2), torch.randn(3, 2))
+    with pytest.raises(RuntimeError, match="size"):  # its own error, with its own reduction
+        per_sample_losses(Strict(), torch.randn(3, 2), torch.randn(3, 4))

@@ -369,6 +369,31 @@ def test_saturated_probabilities_behind_a_batch_norm():
     assert not optimizer.engine.known.get("row_by_row")
 
 
+def test_a_batch_without_any_gradient_but_rounding_is_no_reason_to_go_row_by_row(caplog):
+    """Both sides of a product differ there; an operation that hides something differs at once."""
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            return 1 - F.cosine_similarity(h, h.flip(0))
+
+    model = Pairs().double()
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.01), alpha=ALPHA, model=model)
+    one = torch.randn(4).double()
+    for x in (torch.randn(B, 4).double(), one.repeat(B, 1), one[None], torch.randn(B, 4).double()):
+        truth = reference.step(model(x), trainable(model), ALPHA)
+        optimizer.zero_grad()
+        optimizer.backward(model(x))
+        if float(truth.G.abs().max()) > 1e-9:
+            agree(optimizer, model, truth)
+        assert not optimizer.engine.known.get("row_by_row")
+    assert "double backward" not in caplog.text
+
+
 def test_gradients_that_are_written_into_the_same_memory():
     """As recorded CUDA graphs do (`make_graphed_callables`)."""
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from agreement import agree
 from models import mlp
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 
 from irw_optim import IRWOptimizer
 from irw_optim.gradients import backward_passes
@@ -201,3 +203,42 @@ def test_two_losses_of_a_logical_batch(shared):
     total = 2 * (1 + 0.4)  # the factors of the four passes
     gradients = torch.autograd.grad(total * (losses @ truth.weights), list(twin.parameters()))
     gradients_are(model, gradients)
+
+
+def along(criterion: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """How a loss changes with the parameters, forwards, and the gradient of each sample's."""
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    ones = {name: torch.ones_like(value) for name, value in values.items()}
+
+    def loss(parameters, inputs=x, targets=y):
+        return criterion(functional_call(model, parameters, (inputs,)), targets)
+
+    def of_one(parameters, inputs, target):
+        return loss(parameters, inputs[None], target[None])
+
+    with forward_ad.dual_level():
+        dual = {n: forward_ad.make_dual(p, ones[n]) for n, p in model.named_parameters()}
+        tangent = forward_ad.unpack_dual(loss(dual)).tangent
+    rows = torch.func.vmap(torch.func.grad(of_one), (None, 0, 0))(values, x, y)
+    return {
+        "jvp": torch.func.jvp(loss, (values,), (ones,))[1],
+        "dual numbers": tangent,
+        "gradient": torch.cat([g.flatten() for g in torch.func.grad(loss)(values).values()]),
+        "rows": torch.cat([row.flatten(1) for row in rows.values()], 1),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # torch's formulas for dual numbers
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_function_transforms_and_forward_mode_see_an_ordinary_criterion(options):
+    model, (x, y) = network(4, 3), data()
+    expected = along(nn.CrossEntropyLoss(), model, x, y)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = attached(model, criterion, **options)
+    found = along(criterion, model, x, y)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+    assert optimizer.last_step is None
+    for _ in range(optimizer.accumulation_steps):
+        criterion(model(x), y).backward()
+    assert optimizer.last_step is not None
