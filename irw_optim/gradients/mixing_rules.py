@@ -233,7 +233,7 @@ _NAMES: dict[Rule, str] = {
         "Log1P Log2 LogSigmoid Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum "
         "NativeDropout Neg Polar Pow PreluKernel Real Reciprocal Relu Relu6 Remainder Round "
         "RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink Sqrt "
-        "Sub Tan Tanh Threshold ToCopy Trunc Where Xlog1Py Xlogy"
+        "Sub Tan Tanh Threshold ToCopy torch::autograd::CopyBackwards Trunc Where Xlog1Py Xlogy"
     ),
     unreduced: (
         "BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss SmoothL1Loss "
