@@ -145,7 +145,10 @@ def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
     return tuple(found)
 
 
-_SETTINGS = "dim dim0 dim1 dims keepdim normalized_shape pad reduction repeats size stride training"
+_SETTINGS = (
+    "dim dim0 dim1 dimension dims keepdim normalized_shape pad reduction repeats size stride "
+    "training"
+)
 """All that a rule of `mixing_rules` reads beside the shapes and, of indices, their `picks_of`."""
 
 _FACTORS = {"Addmm": ("_saved_alpha", "_saved_beta")}

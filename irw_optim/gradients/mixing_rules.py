@@ -79,6 +79,12 @@ def removing(output: Output) -> Sequence[int]:
     return output.all_at(output.dim + (output.dim >= gone))
 
 
+def windowed(output: Output) -> Sequence[int]:
+    """Windows along a remembered dimension, in a last one of their own."""
+    last = len(output.shape) - 1
+    return output.all_at(output.beside([*output.saved_dims("_saved_dimension", last), last]))
+
+
 def swapping(output: Output) -> Sequence[int]:
     """Two dimensions change places."""
     names = [n for n in ("_saved_dim0", "_saved_dim1") if hasattr(output.node, n)]
@@ -114,10 +120,6 @@ def with_weights(leading: Callable[[Output], int]) -> Rule:
     return rule
 
 
-def _not_normalised(output: Output) -> int:
-    return len(output.shape) - len(output.node._saved_normalized_shape)
-
-
 def batch_norm(output: Output) -> Sequence[int]:
     """With statistics of the batch it mixes; in channels, as an instance norm has them, not."""
     in_channels = output.dim == 1  # each sample has its own copy of the weights
@@ -147,11 +149,6 @@ def of_rows(dim: int) -> Rule:
         return mixes() if reduced or output.located != (0, 1) else output.all_at(dim)
 
     return rule
-
-
-def padding(output: Output) -> Sequence[int]:
-    """Pads the last dimensions."""
-    return along_last(len(output.node._saved_pad) // 2)(output)
 
 
 def repeating(output: Output) -> Sequence[int]:
@@ -219,8 +216,7 @@ def strided(output: Output) -> Sequence[int]:
 
 def handed_on(output: Output) -> Sequence[int]:
     """Each output is one of the inputs."""
-    numbers = range(len(output.inputs))
-    return [output.stride if number == output.number else UNREAD for number in numbers]
+    return [output.stride if n == output.number else UNREAD for n in range(len(output.inputs))]
 
 
 def mixing(output: Output) -> Sequence[int]:
@@ -237,7 +233,7 @@ _NAMES: dict[Rule, str] = {
         "Log1P Log2 LogSigmoid Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum "
         "NativeDropout Neg Polar Pow PreluKernel Real Reciprocal Relu Relu6 Remainder Round "
         "RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink Sqrt "
-        "Sub Tan Tanh Threshold ToCopy Trunc Where Xlog1Py Xlogy"
+        "Sub Tan Tanh Threshold ToCopy torch::autograd::CopyBackwards Trunc Where Xlog1Py Xlogy"
     ),
     unreduced: (
         "BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss SmoothL1Loss "
@@ -260,33 +256,38 @@ _NAMES: dict[Rule, str] = {
     ),
     inserting: "Stack",
     removing: "Select Unbind",
+    windowed: "Unfold",
     swapping: "T Transpose",
     permuting: "Permute",
     multiplying: "Addmm Baddbmm Bmm Mm",
     with_weights(lambda output: len(output.shape) - 1): "Linear MkldnnLinear",
     with_weights(lambda output: 1): (
-        "Col2Im Convolution ConvolutionOverrideable Im2Col Mv NativeGroupNorm"
+        "ChannelShuffle Col2Im Convolution ConvolutionOverrideable Im2Col Mv NativeGroupNorm"
     ),
-    with_weights(_not_normalised): "NativeLayerNorm FusedRmsNorm",
+    with_weights(lambda o: len(o.shape) - len(o.node._saved_normalized_shape)): (
+        "NativeLayerNorm FusedRmsNorm"
+    ),
     batch_norm: "CudnnBatchNorm MiopenBatchNorm NativeBatchNorm",
     of_shared_tables: "Embedding EmbeddingBag",
     along_last(1): (
         "AdaptiveMaxPool1D AvgPool1D MaxPool1D ReflectionPad1D ReplicationPad1D UpsampleLinear1D "
-        "UpsampleNearest1D"
+        "UpsampleNearest1D UpsampleNearestExact1D"
     ),
     along_last(2): (
-        "AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices "
-        "ReflectionPad2D ReplicationPad2D ScaledDotProductAttentionMath "
-        "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention "
-        "ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu "
-        "ScaledDotProductFusedAttentionOverrideable "
-        "Tril Triu UpsampleBicubic2D UpsampleBilinear2D UpsampleNearest2D"
+        "AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices ReflectionPad2D "
+        "ReplicationPad2D ScaledDotProductAttentionMath ScaledDotProductCudnnAttention "
+        "ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
+        "ScaledDotProductFlashAttentionForCpu ScaledDotProductFusedAttentionOverrideable Tril Triu "
+        "UpsampleBicubic2D UpsampleBicubic2DAa UpsampleBilinear2D UpsampleBilinear2DAa "
+        "UpsampleNearest2D UpsampleNearestExact2D"
     ),
     along_last(3): (
-        "AdaptiveAvgPool3D AdaptiveMaxPool3D AvgPool3D MaxPool3DWithIndices PixelShuffle "
-        "PixelUnshuffle ReflectionPad3D ReplicationPad3D UpsampleNearest3D UpsampleTrilinear3D"
+        "AdaptiveAvgPool3D AdaptiveMaxPool3D AvgPool3D GridSampler2D MaxPool3DWithIndices "
+        "PixelShuffle PixelUnshuffle ReflectionPad3D ReplicationPad3D UpsampleNearest3D "
+        "UpsampleNearestExact3D UpsampleTrilinear3D"
     ),
-    padding: "ConstantPadNd",
+    along_last(4): "GridSampler3D",
+    lambda output: along_last(len(output.node._saved_pad) // 2)(output): "ConstantPadNd",
     repeating: "Repeat",
     strided: "AsStrided",
     picking: "Index",

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -24,7 +23,6 @@ from irw_optim.gradients.layers import (
     LayerCall,
     LinearCall,
     LSTMCall,
-    NormCall,
     SampleNormCall,
     VectorCall,
 )
@@ -145,16 +143,18 @@ def _group_norm(node: Any, weights: Weights) -> list[LayerCall]:
     mean, scale = (
         t.repeat_interleave(channels, 1)[(..., *[None] * (input.ndim - 2))] for t in of_groups
     )
-    return [SampleNormCall(input, mean, scale, (1,), *_gain_and_bias(weights))]
+    dims = (1 - input.ndim,)
+    return [SampleNormCall(input, mean, scale, dims, *_gain_and_bias(weights))]
 
 
 def _batch_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
     if node._saved_training:
         return None
-    mean, variance = node._saved_running_mean, node._saved_running_var
+    input, mean, variance = node._saved_input, node._saved_running_mean, node._saved_running_var
     eps = getattr(node, "_saved_eps", None) or node._saved_epsilon
-    normalise = partial(F.batch_norm, running_mean=mean, running_var=variance, eps=eps)
-    return [NormCall(node._saved_input, normalise, (1,), *_gain_and_bias(weights))]
+    shape = (len(input), -1, *[1] * (input.ndim - 2))
+    mean, scale = (t.expand(len(input), -1).view(shape) for t in (mean, (variance + eps).rsqrt()))
+    return [SampleNormCall(input, mean, scale, (1 - input.ndim,), *_gain_and_bias(weights))]
 
 
 def _recurrent(output: int, node: Any, weights: Weights) -> list[LayerCall] | None:

@@ -58,6 +58,7 @@ def recurrent(first: bool) -> Operation:
 
 APART: dict[str, Operation] = {
     "elementwise": lambda h: h.tanh() * 2 + h.exp(),
+    "copied": lambda h: (h * 2).copy_(h[:, :1] * square()[0]),
     "broadcast": lambda h: h * square()[0] + h[:, :1],
     "linear": lambda h: F.linear(h, square(), square()[0]),
     "matrix product": lambda h: h @ square(),
@@ -77,6 +78,16 @@ APART: dict[str, Operation] = {
     "pooling": lambda h: F.max_pool1d(h, 2) + F.avg_pool1d(h, 2),
     "windows": lambda h: F.unfold(h[:, None], (2, 3), padding=1).softmax(1),
     "windows and back": lambda h: F.fold(F.unfold(h[:, None], (2, 2)).softmax(1), (T, D), (2, 2)),
+    "windows along a dimension": lambda h: h.unfold(1, 2, 1).sum(2) @ h.unfold(-1, 2, 1)[:, 0].mT,
+    "resized": lambda h: (
+        F.interpolate(h[:, None], (2, 5), mode="bicubic", antialias=True)
+        + F.interpolate(h[:, None], (2, 5), mode="bilinear", antialias=True)
+        + F.interpolate(h[:, None], (2, 5), mode="nearest-exact")
+    ),
+    "sampled at points of its own": lambda h: F.grid_sample(
+        h[:, None], h.view(B, T, 2, 2).tanh(), align_corners=False
+    ),
+    "channels shuffled": lambda h: F.channel_shuffle(h.transpose(1, 2), 2),
     "layer norm": lambda h: F.layer_norm(h, (D,), square()[0]),
     "group norm": lambda h: F.group_norm(h.mT, 2),
     "instance norm": lambda h: F.instance_norm(h.mT),
@@ -122,6 +133,7 @@ MIXED: dict[str, Operation] = {
     "windows over the batch": lambda h: F.fold(
         F.unfold(h.permute(2, 0, 1)[None], (2, 1)).softmax(1), (B, T), (2, 1)
     )[0].permute(1, 2, 0),
+    "windows along the batch": lambda h: F.pad(h, (0, 0, 0, 0, 1, 1)).unfold(0, 3, 1).mean(-1),
     "another fold": lambda h: h.reshape(B * T, D).view(T, B, D).transpose(0, 1),
     "linear over the batch": lambda h: (h.permute(1, 2, 0) @ square(B)).permute(2, 0, 1),
     "between samples": lambda h: (h[:, 0] @ h[:, 0].t()).softmax(-1) @ h[:, 0],

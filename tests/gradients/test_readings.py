@@ -75,6 +75,19 @@ def tied(m: Net, x: Tensor) -> Tensor:
     return F.linear(torch.tanh(F.linear(x, m.square)), m.square.t(), m.p)
 
 
+def of_several_pictures(m: Net, x: Tensor, dim: int) -> Tensor:
+    h = torch.stack([x, x.flip(1), 2 * x], dim).flatten(0, 1).mT
+    mean, variance = torch.linspace(-1, 1, D).to(x), torch.linspace(1, 2, D).to(x)
+    h = F.group_norm(h, 2, m.p, m.q) + F.batch_norm(h, mean, variance, m.q, m.token[0, 0])
+    h = F.conv1d(h, m.kernel, m.p[:3]).tanh()
+    h = F.conv_transpose1d(h, m.kernel).tanh()
+    return (
+        F.conv1d(h, m.square[:, None], groups=D)
+        .unflatten(0, (3, -1) if dim == 0 else (-1, 3))
+        .sum(dim)
+    )
+
+
 FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a product": lambda m, x: x @ m.wide,
     "a product with the transpose": lambda m, x: x @ m.square.t(),
@@ -103,6 +116,8 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "an instance norm": lambda m, x: F.instance_norm(x.mT, weight=m.p, bias=m.q),
     "a convolution": lambda m, x: F.conv1d(x.mT, m.kernel, m.p[:3]),
     "a transposed convolution": lambda m, x: F.conv_transpose1d(x.mT, m.kernel.transpose(0, 1)),
+    "convolutions of several pictures": lambda m, x: of_several_pictures(m, x, 1),
+    "convolutions of several pictures, times first": lambda m, x: of_several_pictures(m, x, 0),
     "standardised weights": standardised,
     "weight norm": lambda m, x: m.weighted(x),
     "a low rank beside the weight": adapted,
@@ -212,6 +227,31 @@ def test_a_fused_lstm(kind, read):
     x = torch.randn(B, T, D)
     model(x)
     optimizer = check(model, x, 1e-4)
+    assert set(model.parameters()) <= optimizer.engine.covered_parameters()
+
+
+class OverRows(nn.Module):
+    """Reads the rows of pictures as sequences, several of a sample at a time."""
+
+    def __init__(self, read: str, first: int) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(D, 3, batch_first=True, bidirectional=True)
+        self.read, self.first, self.last = read, first, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.transpose(0, self.first)
+        output, (state, cell) = self.cell(rows.flatten(0, 1))
+        read = output.sum(1) if self.read == "states" else torch.cat([state[0], cell[1]], 1)
+        return self.last(read.view(*rows.shape[:2], 6).sum(1 - self.first))
+
+
+@pytest.mark.cpu("a device fuses its cells, not the whole")
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("read", ["states", "state and cell"])
+def test_a_fused_lstm_over_several_sequences_of_a_sample(read, first):
+    torch.manual_seed(0)
+    model = OverRows(read, first)
+    optimizer = check(model, torch.randn(B, 3, T, D), 1e-4)
     assert set(model.parameters()) <= optimizer.engine.covered_parameters()
 
 

@@ -281,6 +281,7 @@ RULES: dict[str, ForwardRule] = {
     "Mul": _product,
     "Div": _quotient,
     "Where": _where,
+    "torch::autograd::CopyBackwards": lambda node, tangents: tangents[1],
     "MaskedFill": _masked,
     "Fill": _filled,
     "NllLoss NllLoss2D": of_one(_negative_likelihood),

@@ -67,7 +67,8 @@ def layouts_of(
         return (FIRST,)
     if not is_sequence:
         return ()
-    found = [Layout(dim) for dim, size in enumerate(shape) if size == batch_size]
+    sizes = enumerate(shape)
+    found = [Layout(dim) if dim else FIRST for dim, size in sizes if size == batch_size]
     if batch_size == 1:  # all is of the one sample
         return (found[0] if found else Layout(0, "batch major"),)
     if batch_size and shape[0] > batch_size and shape[0] % batch_size == 0:

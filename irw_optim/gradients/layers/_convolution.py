@@ -21,13 +21,19 @@ PATCHES = 2**20
 
 
 class ConvolutionCall(AffineCall):
-    """Convolutions and transposed ones of any dimension, with `CONVOLUTION` as settings."""
+    """Convolutions and transposed ones of any dimension, with `CONVOLUTION` as settings.
+
+    A sample may have several pictures, as a film has: then input and b are (B, pictures, C, ...).
+    """
+
+    is_sequence = True
 
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> None:
         super().__init__(input, weight=weight, bias=bias)
         self.weight = weight.detach()
         self.settings = [settings[name] for name in CONVOLUTION]
         self.transposed, self.groups = bool(settings["transposed"]), int(settings["groups"])
+        self.features = input.ndim - 1
         # Numbers in what one position reads in one group: a row of the weight.
         self.patch_size = weight.shape[1:].numel()
 
@@ -37,18 +43,22 @@ class ConvolutionCall(AffineCall):
 
     @cached_property
     def bias_rows(self) -> Tensor:
-        return self.output_gradient.flatten(2).sum(2, dtype=wide(self.output_gradient.dtype))
+        b = self.output_gradient
+        others = [d for d in range(1, b.ndim) if d != b.ndim - self.features]
+        return b.sum(others, dtype=wide(b.dtype))
 
     def weight_dot(self, direction: Tensor) -> Tensor:
         a, b = operands(self.input, self.output_gradient)
-        output: Tensor = torch.ops.aten.convolution(a, direction.to(a.dtype), None, *self.settings)
-        return inner(b, output, in_place=True)
+        settings = direction.to(a.dtype), None, *self.settings
+        output: Tensor = torch.ops.aten.convolution(self._pictures(a), *settings)
+        return inner(b, output.view(b.shape), in_place=True)
 
     def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
         """As autograd computes it, without the gradients of input and bias."""
         weight = self.weight  # only its shape and layout count
         if weight.dtype != b.dtype:
             weight = torch.empty_like(weight, dtype=b.dtype)
+        a, b = self._pictures(a), self._pictures(b)
         result = torch.ops.aten.convolution_backward(
             b, a, weight, None, *self.settings, [False, True, False]
         )
@@ -56,16 +66,17 @@ class ConvolutionCall(AffineCall):
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
         """Where few channels are read: neither the rows nor the patches outnumber a and b."""
-        positions = self.input.shape[2:] if self.transposed else output_shape[2:]
+        shape = self.recorded.shape if self.transposed else output_shape
         rows = sum(p.numel() for p in self.parameters.values())
-        patches = positions.numel() * self.patch_size * self.groups
+        patches = shape[2:].numel() * self.patch_size * self.groups
         numbers = self.input.numel() + output_shape.numel()
-        return len(self.input) * max(rows, patches) <= numbers
+        return max(len(self.input) * rows, len(self.recorded) * patches) <= numbers
 
     def weight_rows(self, samples: slice) -> Tensor:
         first, last, _ = samples.indices(len(self.input))
         side = self.input if self.transposed else self.output_gradient
-        numbers = self.patch_size * self.groups * side.shape[2:].numel()
+        numbers = self.patch_size * self.groups * side.shape[1:].numel()
+        numbers //= side.shape[-self.features]  # of channels
         step = max(1, PATCHES // max(1, numbers))
         blocks = []
         for start in range(first, max(first + 1, last), step):
@@ -83,6 +94,7 @@ class ConvolutionCall(AffineCall):
         """
         stride, padding, dilation, *_ = self.settings
         a, b = widened(self.input[samples]), self.b[samples]
+        count, a, b = len(a), self._pictures(a), self._pictures(b)
         many, single = (b, a) if self.transposed else (a, b)
         margins = [side for n in reversed(padding) for side in (n, n)]
         windows = F.pad(many, margins) if any(margins) else many
@@ -93,8 +105,15 @@ class ConvolutionCall(AffineCall):
             windows = windows.narrow(dim, 0, positions[dim - 2])
         first, last = range(2, 2 + len(kernel)), range(2 + len(kernel), windows.ndim)
         windows = windows.permute(0, 1, *last, *first)
-        size = positions.numel()
-        return (
-            windows.reshape(len(single), self.groups, self.patch_size, size),
-            single.reshape(len(single), self.groups, single.shape[1] // self.groups, size),
-        )
+        each, size = len(single) // max(1, count), positions.numel()
+
+        def positions_last(side: Tensor, numbers: int) -> Tensor:
+            side = side.reshape(count, each, self.groups, numbers, size)
+            return side[:, 0] if each == 1 else side.permute(0, 2, 3, 1, 4).flatten(3)
+
+        width = single.shape[1] // self.groups
+        return positions_last(windows, self.patch_size), positions_last(single, width)
+
+    def _pictures(self, side: Tensor) -> Tensor:
+        """One after the other, whoever's they are."""
+        return side.flatten(0, 1) if side.ndim > self.features + 1 else side

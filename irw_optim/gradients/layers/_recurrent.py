@@ -83,25 +83,28 @@ class LSTMCall(LayerCall):
         self.parts: list[LayerCall] = []
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
-        """Behind the time in all states, first in the last ones."""
-        if self.recorded.shape[1] != batch_size:
-            return ()
-        return (Layout(1),) if self.output == 0 else (FIRST,)
+        """Behind the time in all states, first in the last ones; or several rows a sample."""
+        rows, dim = self.recorded.shape[1], int(self.output == 0)
+        if rows == batch_size:
+            return (Layout(dim) if dim else FIRST,)
+        folds = ("batch major", "batch minor") if batch_size and rows % batch_size == 0 else ()
+        return tuple(Layout(dim, fold) for fold in folds)
 
     def settle(self, layout: Layout | None, batch_size: int) -> None:
         self.layout, self.batch_size = layout, batch_size
 
     def set_output_gradient(self, gradient: Tensor) -> None:
         super().set_output_gradient(gradient)
+        assert self.layout is not None
         inputs, states = self._in_order(widened(self.recorded)), self._in_order(self.states)
         before = torch.cat([self.first_state.unsqueeze(0), states[:-1]]).to(inputs.dtype)
         gates = gates_of(inputs, before, self.first_cell, self.values)
-        b = self._back_through_time(gates, self.b)
+        b = self._back_through_time(gates, widened(gradient))
         self.parts = []
         for side, read in (("ih", inputs), ("hh", before)):
             weight, bias = (self.parameters.get(f"{name}_{side}") for name in ("weight", "bias"))
             part = LinearCall(read, weight, bias)
-            part.settle(Layout(1), read.shape[1])
+            part.settle(Layout(1, self.layout.fold), self.batch_size)
             part.set_output_gradient(b)
             self.parts += [part] if part.parameters else []
 
@@ -115,7 +118,7 @@ class LSTMCall(LayerCall):
         state = cell = gates.forget.new_zeros(batch, size)
         arriving = [state] * length
         if self.output == 0:
-            arriving = list(self._in_order(gradient.transpose(0, 1)).unbind())
+            arriving = list(self._in_order(gradient).unbind())
         elif self.output == 1:
             arriving[-1] = gradient.to(state.dtype)
         else:

@@ -72,7 +72,7 @@ class NormCall(LayerCall):
         self.normalise = normalise
         self.dims = dims
         self.is_sequence = min(dims) < 0
-        self.features = len(dims)
+        self.features = -min(dims)
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
         return True
