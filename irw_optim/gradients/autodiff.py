@@ -67,9 +67,9 @@ class AutodiffGradients:
         self._row_by_row = False  # whatever is known
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        # Copies: recorded graphs (CUDA) write into the same memory at every pass.
-        gradients = self._backward(weights)
-        combined = dict(zip(gradients, copies(gradients.values()), strict=True))
+        combined = self._backward(weights)
+        if not self.losses.is_cpu:  # recorded graphs write into the same memory at every pass
+            combined = dict(zip(combined, copies(combined.values()), strict=True))
         self._newest = weights, combined
         return combined
 
