@@ -57,6 +57,7 @@ ELEMENTWISE = [
     case("rounded division", lambda x, y: torch.div(x, y, rounding_mode="floor") + x, M, M),
     case("0-dim", lambda x, y: x * y + x / (2 + y.exp()) - y, (), M),
     case("0-dim alone", lambda x, y: x * y - y / x, (), ()),
+    case("copied over", lambda x, y: (x * 2).copy_(y * y) * x, M, M),
     case("product with itself", lambda x: x * x / (1 + x.square()) + torch.where(x > 0, x, -x), M),
     case("addcmul", lambda x, y, z: torch.addcmul(x, y, z, value=0.7), M, M, (3, 1)),
     case("addcdiv", lambda x, y, z: torch.addcdiv(x, y, z, value=0.7), M, M, (3, 1)),
