@@ -150,6 +150,8 @@ class Output:
         own, stride = self.located or mixes()
         if not shape:
             return SHARED
+        if 0 in shape:
+            return UNREAD  # there are no numbers
         if not 0 <= dim < len(shape) or shape[dim] != self.shape[own]:
             raise MixesError
         return stride * prod(shape[dim + 1 :])

@@ -98,6 +98,7 @@ APART: dict[str, Operation] = {
     "reductions that keep": lambda h: h - h.mean(1, keepdim=True) - h.amax((1, 2), keepdim=True),
     "norm": lambda h: h / h.norm(dim=-1, keepdim=True),
     "concatenation": lambda h: torch.cat([h, h.flip(1)], 1),
+    "concatenation with nothing": lambda h: torch.cat([h[:, :0], h], 1),
     "stacks": lambda h: torch.stack([h, h * 2], 1).unbind(2)[0],
     "a slice of the whole": lambda h: h.narrow(0, 0, B) + h.narrow(1, 0, T),
     "pieces": lambda h: h.chunk(2, -1)[0] * h.split([1, 3], -1)[0],
