@@ -61,7 +61,9 @@ def in_blocks(output: Output) -> Sequence[int]:
     if hasattr(output.node, "_saved_start") and sizes != [output.shape[dim]]:
         sizes.append(start_of(output.node))
     once = (output.located or mixes())[1] * output.batch_size
-    return mixes() if any(size % once for size in sizes) else reshaped(output)
+    if any(size % once for size in sizes):
+        raise MixesError
+    return [UNREAD if 0 in shape else output.stride for shape in read]
 
 
 def along_last(count: int) -> Rule:

@@ -100,7 +100,7 @@ APART: dict[str, Operation] = {
     "concatenation": lambda h: torch.cat([h, h.flip(1)], 1),
     "two views of each sample": lambda h: torch.cat([h, h.exp()]).tanh().chunk(2)[1],
     "the second view of each sample": lambda h: torch.cat([h, h.exp()]).tanh()[B:],
-    "concatenation with nothing": lambda h: torch.cat([h[:, :0], h], 1),
+    "concatenation with nothing": lambda h: torch.cat([torch.cat([h[:, :0], h], 1), h[:0]]),
     "stacks": lambda h: torch.stack([h, h * 2], 1).unbind(2)[0],
     "a slice of the whole": lambda h: h.narrow(0, 0, B) + h.narrow(1, 0, T),
     "pieces": lambda h: h.chunk(2, -1)[0] * h.split([1, 3], -1)[0],
