@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.layers import LayerCall, LinearCall
-from irw_optim.gradients.mixing_rules import RULES, picking, picks_of
-from irw_optim.gradients.nodes import base_name
+from irw_optim.gradients.mixing_rules import RULES, picking
+from irw_optim.gradients.nodes import base_name, picks_of, start_of
 from irw_optim.gradients.packed import ENDS_RUN
 from irw_optim.torch_internals import run_backward
 
@@ -166,12 +166,18 @@ def _settings_of(node: Node) -> object:
     read: Callable[[Any], object] | None = None
     if RULES.get(name) is picking:
         read = picks_of
+    elif name == "Slice":
+        read = _slice
     elif names:
         values = attrgetter(*names)
         lists = any(isinstance(getattr(node, setting), list) for setting in names)
         read = (lambda n: repr(values(n))) if lists else values
     _SETTINGS_OF[type(node)] = read
     return None if read is None else read(node)
+
+
+def _slice(node: Any) -> tuple[int, int]:
+    return node._saved_dim, start_of(node)
 
 
 class Remade(NamedTuple):

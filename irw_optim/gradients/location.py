@@ -10,7 +10,7 @@ gradient of single samples arrives there. It arrives at the sum, which passes it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
@@ -38,7 +38,11 @@ def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
 
     sites: list[CallSite] = []
     for site in graph.sites:
-        right = [n for n in site.call.layouts(batch_size, site.shape) if may_be(n, site)]
+        offered = list(site.call.layouts(batch_size, site.shape))
+        offered += _between(
+            offered, site.shape, batch.places.get(_place(graph, site), 0), batch_size
+        )
+        right = [n for n in offered if may_be(n, site)]
         if site.call.may_lack_batch and not (known(site) and right):
             sums = _sites_of_sums(site, graph, batch_size)
             if sums is not None and all(may_be(Layout(sums[0]), s) for s in sums[1]):
@@ -58,7 +62,20 @@ def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:
     behind = prod(shape[layout.dim + 1 :])
     if layout.fold == "batch major":
         return behind * shape[layout.dim] // batch_size
-    return behind
+    return behind * layout.inner
+
+
+def _between(
+    offered: Sequence[Layout], shape: torch.Size, stride: int, batch_size: int
+) -> list[Layout]:
+    """Where the batch may be folded, with positions on both sides of it."""
+    found = []
+    for layout in offered:
+        inner = stride // max(1, prod(shape[layout.dim + 1 :]))
+        fits = inner > 1 and shape[layout.dim] % (inner * batch_size) == 0
+        if layout.fold == "batch minor" and fits:
+            found.append(layout._replace(fold="between", inner=inner))
+    return found
 
 
 _HANDS_ON = frozenset({"AddBackward0", "UnsqueezeBackward0", "ExpandBackward0", "AliasBackward0"})

@@ -10,11 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 
-from irw_optim.gradients.nodes import SHARED, UNREAD, MixesError, Output, Rule, mixes
+from irw_optim.gradients.nodes import (
+    SHARED,
+    UNREAD,
+    MixesError,
+    Output,
+    Rule,
+    mixes,
+    picks_of,
+    start_of,
+)
 
 
 def elementwise(output: Output) -> Sequence[int]:
@@ -40,10 +48,22 @@ def along(name: str) -> Rule:
     return lambda output: output.all_at(output.beside(output.saved_dims(name)))
 
 
-def sliced(output: Output) -> Sequence[int]:
-    """A part along a remembered dimension, or all of it, as ``x[0:]`` is."""
-    whole = tuple(output.inputs[0]) == tuple(output.shape)
-    return reshaped(output) if whole else along("_saved_dim")(output)
+def in_blocks(output: Output) -> Sequence[int]:
+    """Works along a remembered dimension: that of the batch in blocks that have all samples.
+
+    So two views of each sample are joined, and parted again.
+    """
+    (dim,), read = output.saved_dims(), output.inputs
+    if output.dim != dim:
+        return output.all_at(output.dim)
+    sizes = [shape[dim] if shape else 1 for shape in read]
+    sizes += [made.shape[dim] for made in output.node._input_metadata[: output.number]]
+    if hasattr(output.node, "_saved_start") and sizes != [output.shape[dim]]:
+        sizes.append(start_of(output.node))
+    once = (output.located or mixes())[1] * output.batch_size
+    if any(size % once for size in sizes):
+        raise MixesError
+    return [UNREAD if 0 in shape else output.stride for shape in read]
 
 
 def along_last(count: int) -> Rule:
@@ -175,24 +195,6 @@ def picking(output: Output) -> Sequence[int]:
     raise MixesError
 
 
-def picks_of(node: Any) -> tuple[str, ...]:
-    """What advanced indices take of each dimension."""
-    rows, indices = (*node._input_metadata[0].shape, 0)[0], node._saved_indices
-    ndim = max((index.ndim for index in indices if index is not None), default=0)
-    kinds = []
-    for index in indices:
-        every = index is not None and index.ndim == ndim and _is_every_row(index, rows)
-        kinds.append("whole" if index is None else "every row" if every else "index")
-    return tuple(kinds)
-
-
-def _is_every_row(index: torch.Tensor, rows: int) -> bool:
-    if index.dtype == torch.bool or index.ndim < 1 or index.shape[0] != rows:
-        return False
-    column = torch.arange(rows, device=index.device).view(-1, *[1] * (index.ndim - 1))
-    return bool((index == column).all())
-
-
 def recurrent(output: Output) -> Sequence[int]:
     """A layer over time, time first: input, four weights, states (B, width)."""
     if output.dim != (0 if output.number else 1) or output.node._saved_batch_sizes:
@@ -244,11 +246,10 @@ _NAMES: dict[Rule, str] = {
     of_rows(1): "CtcLoss",
     reshaped: "Alias LiftFresh ReshapeAlias Squeeze UnsafeView Unsqueeze View Detach",
     along("_saved_dim"): (
-        "Cat Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C Gather Glu IndexAdd IndexSelect "
-        "LogSoftmax Logcumsumexp SafeSoftmax Scatter ScatterAdd Softmax Sort Split SplitWithSizes "
-        "Topk UnsafeSplit UnsafeSplitWithSizes"
+        "Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C Gather Glu IndexAdd IndexSelect "
+        "LogSoftmax Logcumsumexp SafeSoftmax Scatter ScatterAdd Softmax Sort Topk"
     ),
-    sliced: "Slice",
+    in_blocks: "Cat Slice Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes",
     along("_saved_dims"): "Flip Roll",
     reducing: (
         "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Norm Prod Std Sum "

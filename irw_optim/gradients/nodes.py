@@ -83,6 +83,30 @@ def _of_tensors(node: Any, results: Sequence[Any]) -> Sequence[Tensor | None]:
     return [None if parent is None else next(needed) for parent, _ in edges]
 
 
+def start_of(node: Any) -> int:
+    """The first row of a slice of rows, one after the other; 1 of any other slice."""
+    of_rows = node._saved_dim == 0 and node._saved_step == 1
+    return signed(node._saved_start or 0) if of_rows else 1
+
+
+def picks_of(node: Any) -> tuple[str, ...]:
+    """What advanced indices take of each dimension."""
+    rows, indices = (*node._input_metadata[0].shape, 0)[0], node._saved_indices
+    ndim = max((index.ndim for index in indices if index is not None), default=0)
+    kinds = []
+    for index in indices:
+        every = index is not None and index.ndim == ndim and _is_every_row(index, rows)
+        kinds.append("whole" if index is None else "every row" if every else "index")
+    return tuple(kinds)
+
+
+def _is_every_row(index: torch.Tensor, rows: int) -> bool:
+    if index.dtype == torch.bool or index.ndim < 1 or index.shape[0] != rows:
+        return False
+    column = torch.arange(rows, device=index.device).view(-1, *[1] * (index.ndim - 1))
+    return bool((index == column).all())
+
+
 SHARED = 0
 """The place of what has no batch."""
 
@@ -150,6 +174,8 @@ class Output:
         own, stride = self.located or mixes()
         if not shape:
             return SHARED
+        if 0 in shape:
+            return UNREAD  # there are no numbers
         if not 0 <= dim < len(shape) or shape[dim] != self.shape[own]:
             raise MixesError
         return stride * prod(shape[dim + 1 :])

@@ -118,6 +118,15 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a transposed convolution": lambda m, x: F.conv_transpose1d(x.mT, m.kernel.transpose(0, 1)),
     "convolutions of several pictures": lambda m, x: of_several_pictures(m, x, 1),
     "convolutions of several pictures, times first": lambda m, x: of_several_pictures(m, x, 0),
+    "two views of each sample": lambda m, x: torch.stack(
+        m.norm(
+            m.linear(
+                F.conv1d(torch.cat([x, x.flip(1)]).mT, m.kernel[..., :1], m.p[:3]).repeat(1, 1, 2)[
+                    ..., :D
+                ]
+            )
+        ).chunk(2)
+    ).prod(0),
     "standardised weights": standardised,
     "weight norm": lambda m, x: m.weighted(x),
     "a low rank beside the weight": adapted,
@@ -233,14 +242,15 @@ def test_a_fused_lstm(kind, read):
 class OverRows(nn.Module):
     """Reads the rows of pictures as sequences, several of a sample at a time."""
 
-    def __init__(self, read: str, first: int) -> None:
+    def __init__(self, read: str, first: int, kind: type[nn.LSTM | nn.GRU] = nn.LSTM) -> None:
         super().__init__()
-        self.cell = nn.LSTM(D, 3, batch_first=True, bidirectional=True)
+        self.cell: Any = kind(D, 3, batch_first=True, bidirectional=True)
         self.read, self.first, self.last = read, first, nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.transpose(0, self.first)
-        output, (state, cell) = self.cell(rows.flatten(0, 1))
+        output, last = self.cell(rows.flatten(0, 1))
+        state, cell = last if isinstance(self.cell, nn.LSTM) else (last, last)
         read = output.sum(1) if self.read == "states" else torch.cat([state[0], cell[1]], 1)
         return self.last(read.view(*rows.shape[:2], 6).sum(1 - self.first))
 
@@ -252,6 +262,16 @@ def test_a_fused_lstm_over_several_sequences_of_a_sample(read, first):
     torch.manual_seed(0)
     model = OverRows(read, first)
     optimizer = check(model, torch.randn(B, 3, T, D), 1e-4)
+    assert set(model.parameters()) <= optimizer.engine.covered_parameters()
+
+
+@pytest.mark.cpu("a device fuses its cells")
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_cells_over_several_sequences_of_a_sample(kind, first):
+    torch.manual_seed(0)
+    model = OverRows("states", first, kind).double()
+    optimizer = check(model, torch.randn(B, 3, T, D).double())
     assert set(model.parameters()) <= optimizer.engine.covered_parameters()
 
 

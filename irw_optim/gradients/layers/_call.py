@@ -30,16 +30,20 @@ GATHER_FROM = 2**17
 class Layout(NamedTuple):
     """Where the batch stands, whatever the sizes.
 
-    In ``dim``, where it may be folded with positions: ``"batch major"`` as in (B * T, d), or
-    ``"batch minor"`` as in (T * B, d).
+    In ``dim``, where it may be folded with positions: ``"batch major"`` as in (B * T, d),
+    ``"batch minor"`` as in (T * B, d), or ``"between"`` as in (T * B * inner, d).
     """
 
     dim: int
     fold: str = ""
+    inner: int = 1
 
     def bring(self, tensor: Tensor, batch_size: int) -> Tensor:
         """The tensor with the batch as its first dimension."""
-        dim, fold = self
+        dim, fold, inner = self
+        if fold == "between":
+            tensor = tensor.unflatten(dim, (-1, batch_size, inner)).movedim(dim + 1, 0)
+            return tensor.flatten(dim + 1, dim + 2)
         if fold == "batch major":
             tensor = tensor.unflatten(dim, (batch_size, -1))
         elif fold == "batch minor":
@@ -71,8 +75,9 @@ def layouts_of(
     found = [Layout(dim) if dim else FIRST for dim, size in sizes if size == batch_size]
     if batch_size == 1:  # all is of the one sample
         return (found[0] if found else Layout(0, "batch major"),)
-    if batch_size and shape[0] > batch_size and shape[0] % batch_size == 0:
-        found += [Layout(0, "batch major"), Layout(0, "batch minor")]
+    for dim, size in enumerate(shape[:2]):
+        if batch_size and size > batch_size and size % batch_size == 0:
+            found += [Layout(dim, "batch major"), Layout(dim, "batch minor")]
     return tuple(found)
 
 

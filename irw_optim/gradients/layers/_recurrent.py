@@ -104,7 +104,7 @@ class LSTMCall(LayerCall):
         for side, read in (("ih", inputs), ("hh", before)):
             weight, bias = (self.parameters.get(f"{name}_{side}") for name in ("weight", "bias"))
             part = LinearCall(read, weight, bias)
-            part.settle(Layout(1, self.layout.fold), self.batch_size)
+            part.settle(self.layout._replace(dim=1), self.batch_size)
             part.set_output_gradient(b)
             self.parts += [part] if part.parameters else []
 
