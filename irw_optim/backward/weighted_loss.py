@@ -20,7 +20,7 @@ from irw_optim.backward.passes import Pass, as_one
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.torch_internals import graph_is_kept, will_run
+from irw_optim.torch_internals import graph_is_kept, uncompiled, will_run
 from irw_optim.weighting.local_scheme import NoRows, Scheme
 from irw_optim.weighting.record import StepRecord
 
@@ -157,6 +157,7 @@ class _DeferredLoss(torch.autograd.Function):
         return value.detach()  # another tensor: its graph is that of the loss
 
     @staticmethod
+    @uncompiled  # where a whole training step is compiled
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         deferred: Deferred = ctx.deferred
         if torch.is_grad_enabled():

@@ -55,7 +55,7 @@ class PerSampleLosses(NamedTuple):
 
 
 def unreduced(
-    criterion: nn.Module,
+    criterion: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     forward: Callable[..., Any] | None = None,
@@ -66,12 +66,19 @@ def unreduced(
     """
     attributes = vars(criterion)  # nn.Module's __setattr__ takes as long as a small loss
     own = attributes.get("reduction")
-    attributes["reduction"] = "none"
+    handed_on = None  # by a property, to the criteria inside
+    if own is None and isinstance(getattr(type(criterion), "reduction", None), property):
+        handed_on = criterion.reduction
+        criterion.reduction = "none"
+    else:
+        attributes["reduction"] = "none"
     try:
         # Not criterion(...): that would run its hooks, and this may be called from one of them.
         elements: Tensor = (forward or forward_of(criterion))(*args, **kwargs)
     finally:
-        if own is None:
+        if handed_on is not None:
+            criterion.reduction = handed_on
+        elif own is None:
             del attributes["reduction"]  # it was the class's
         else:
             attributes["reduction"] = own

@@ -29,6 +29,9 @@ logger = logging.getLogger("irw_optim")
 
 _PARAMS = itemgetter("params")
 
+ALONE = 16
+"""So many batches of one sample are worth a word."""
+
 if TYPE_CHECKING:
     from irw_optim.distributed.shards import Processes
 
@@ -49,6 +52,7 @@ class WeightedBackward(Renewed):
         self.steps = 0  # of the optimizer, on a weighted gradient
         self.last: StepRecord | None = None
         self.discarded = 0  # gradients that were cleared since one was stepped on here
+        self.alone = 0  # batches of one sample, in a row
         self._processes: Processes | None = None
         self._given: nn.Module | None = None
         self.begin()
@@ -156,6 +160,15 @@ class WeightedBackward(Renewed):
         if self.pending and not any(map(has_gradient, self.parameters)):
             self.pending.clear()
             self.discarded += 1
+        if self.alone < ALONE:
+            self.alone = self.alone + 1 if record.losses.shape[0] == 1 else 0
+            if self.alone == ALONE and self.held is None:
+                logger.warning(
+                    "the last %d batches had one sample each, whose weight is 1: nothing is "
+                    "weighed. Expected several samples in a call of the criterion, or several "
+                    "backward passes weighed together, IRWOptimizer(..., accumulation_steps=8)",
+                    ALONE,
+                )
         self.pending.append(record)
         self.last = record
         self.passed = True

@@ -1101,6 +1101,32 @@ def test_per_sample_loss_refuses_what_cannot_be_called() -> None:
         PerSampleLoss(3)  # type: ignore[arg-type]
 
 
+def test_own_module_whose_reduction_is_a_property_that_hands_it_on():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.CrossEntropyLoss(), nn.MultiMarginLoss()
+
+        @property
+        def reduction(self) -> str:
+            return self.first.reduction
+
+        @reduction.setter
+        def reduction(self, value: str) -> None:
+            self.first.reduction = self.second.reduction = value
+
+        def forward(self, output, target):
+            return self.first(output, target) + self.second(output, target)
+
+    criterion, logits, target = Both(), torch.randn(5, 3), torch.randint(3, (5,))
+    found = per_sample_losses(criterion, logits, target)
+    single = [criterion(row[None], one[None]) for row, one in zip(logits, target, strict=True)]
+    torch.testing.assert_close(found.losses, torch.stack(single))
+    assert criterion.reduction == criterion.second.reduction == "mean"
+    criterion.reduction = "sum"
+    assert per_sample_losses(criterion, logits, target).scale == 5
+
+
 class OnModel(nn.Module):
     """Runs the model itself: one that it holds, or one that it is called with."""
 

@@ -98,6 +98,11 @@ LOSSES = [
         (3, 4),
     ),
     case("nll", lambda x: F.nll_loss(x, _CLASSES, reduction="none", ignore_index=0), (3, 4)),
+    case(
+        "nll of uint8",
+        lambda x: F.nll_loss(x, torch.tensor([156, 3], dtype=torch.uint8), reduction="none"),
+        (2, 200),
+    ),
     case("nll of one", lambda x: F.nll_loss(x, _CLASSES[0], reduction="none"), (4,)),
     case(
         "bce",

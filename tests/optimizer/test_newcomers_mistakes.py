@@ -280,6 +280,20 @@ def test_no_such_word_where_its_steps_are_taken(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("passes", [1, 8])
+def test_batches_of_one_sample_are_not_weighed(passes, caplog):
+    w = World()
+    optimizer = w.wrap(accumulation_steps=passes)
+    for _ in range(40):
+        for x, y in zip(w.x.split(1)[:8], w.y.split(1)[:8], strict=True):
+            w.criterion(w.model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (passes == 1)
+    assert all("one sample each, whose weight is 1" in words for words in said)
+
+
 def test_what_the_messages_say_to_write_runs() -> None:
     w = World()
     optimizer = w.wrap(outliers=DBSCANFilter(), warmup_steps=len(w.loader))

@@ -134,6 +134,29 @@ def test_a_compiled_function_around_model_and_criterion() -> None:
     optimizer.step()
 
 
+def test_of_a_compiled_training_step_the_weighing_is_not_compiled() -> None:
+    """Dynamo would take every frame that runs inside of ``backward``, which takes half a minute."""
+    model, criterion = make_model("layer"), nn.CrossEntropyLoss()
+    optimizer = attach(model, criterion)
+    compiled: list[str] = []
+
+    def noting(graph: Any, inputs: Any) -> Any:
+        frames = [node.stack_trace or "" for node in graph.graph.nodes]
+        compiled.extend(frame for frame in frames if "weighted_loss" in frame)
+        return graph.forward
+
+    @torch.compile(backend=noting)
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+
+    for x, y in make_loader():
+        step(x.double(), y)
+    assert not compiled
+    assert optimizer.steps == BATCHES
+
+
 def test_one_whole_graph_cannot_be_had() -> None:
     """Where the graph does not show its operations: it is noticed when the first step is over."""
     model, criterion = make_model("layer"), nn.CrossEntropyLoss()

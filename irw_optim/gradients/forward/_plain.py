@@ -222,7 +222,7 @@ def _filled(node: Any, tangents: Tangents) -> Tensor:
 def _negative_likelihood(node: Any, change: Tensor) -> Tensor | None:
     if node._saved_reduction or change.ndim < 2:
         return None
-    target, weight = node._saved_target, node._saved_weight
+    target, weight = node._saved_target.long(), node._saved_weight  # uint8 is allowed, too
     ignored = target == saved(node, "ignore_index")
     labels = target.masked_fill(ignored, 0)
     picked = change.gather(1, labels.unsqueeze(1)).squeeze(1)
