@@ -9,15 +9,16 @@ clipping). Then every pass has to be heard, and which it is, is found out by com
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.graph import Graph, gradients_at
+from irw_optim.gradients.mixing import is_foreign
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.gradients.recomputation import NOTHING
@@ -42,11 +43,13 @@ class BackwardPasses:
         graph: Graph,
         known: dict[str, bool],
         one_forward: AbstractContextManager[object] = NOTHING,
+        model: nn.Module | None = None,
     ) -> None:
         self.losses = losses
         self.graph = graph
         self.known = known
         self.one_forward = one_forward
+        self.model = model
         self.hooks_ran = False  # whether they have heard a pass of these losses
 
     def without_hooks(self, ends: Sequence[End], weights: Tensor) -> Sequence[Tensor | None]:
@@ -81,7 +84,8 @@ class BackwardPasses:
         self, edges: Sequence[End], weights: Tensor, leaves: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """A pass that is heard, compared with one that is not, as they arrive at the leaves."""
-        found = self.with_hooks([*edges, *leaves], weights)
+        with _nothing_added(self.model, self.graph.order):
+            found = self.with_hooks([*edges, *leaves], weights)
         known = self.known.get(HOOKS_CHANGE)
         if not known and not equal(
             leaves, found[len(edges) :], self.without_hooks(leaves, weights)
@@ -92,6 +96,26 @@ class BackwardPasses:
                 "that the weights need, so that all of them see the same model"
             )
         return found[: len(edges)]
+
+
+@contextmanager
+def _nothing_added(model: nn.Module | None, nodes: Iterable[Node]) -> Iterator[None]:
+    """Raise where a function in Python writes to ``p.grad`` itself, as reversible blocks do."""
+    foreign = {node.name() for node in nodes if is_foreign(node)}
+    parameters = [] if model is None or not foreign else [*model.parameters()]
+    before = [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
+    yield
+    after = [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
+    if any(a is not b or v != w for (a, v), (b, w) in zip(before, after, strict=True)):
+        for p, (gradient, _) in zip(parameters, before, strict=True):
+            p.grad = gradient
+        raise RuntimeError(
+            f"{', '.join(sorted(foreign))}: its backward calls backward() on a part of the model, "
+            "and so adds to p.grad from inside the backward pass: no gradient of single samples "
+            "can be had. Turn it off (a model with reversible layers often has an option), take "
+            "torch.utils.checkpoint with use_reentrant=False for its memory, or have its backward "
+            "return the gradients that torch.autograd.grad computes"
+        )
 
 
 def backward_to(

@@ -269,7 +269,7 @@ class LossGradients:
         graph, engine = self.graph, self.engine
         assert graph is not NO_GRAPH, "the backward pass is over"
         graph.common = engine.common[graph.kind] = engine.common.get(graph.kind, graph.common)
-        return BackwardPasses(self.losses, graph, engine.known, self.one_forward)
+        return BackwardPasses(self.losses, graph, engine.known, self.one_forward, engine.model)
 
     @cached_property
     def one_forward(self) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.forward import (
@@ -47,6 +48,7 @@ class Operation(NamedTuple):
     rule: ForwardRule | None  # None: by its own derivative
     pull: Pulled
     hands_on: bool  # whether each output is one of the inputs
+    fills_in: bool  # whether it is asked where nothing arrives, too: with zeros
 
 
 class Push(NamedTuple):
@@ -97,14 +99,15 @@ class Places:
     def _operation(self, node: Node, reads: tuple[int, ...], makes: slice) -> Operation:
         shapes, dtypes = self.shapes[makes], self.dtypes[makes]
         if type(node) is ENDS_RUN:
-            return Operation(reads, makes, shapes, dtypes, push_run, pull_run, False)
+            return Operation(reads, makes, shapes, dtypes, push_run, pull_run, False, False)
         touched = [self.dtypes[n] for n in reads if n != NOTHING] + dtypes
         rule = None if any(dtype.is_complex for dtype in touched) else _rule_of(node, shapes)
         if rule is diagonal and len(reads) == len(shapes) == 1:
             alike = shapes == self.shapes[slice(reads[0], reads[0] + 1)] and len({*touched}) == 1
             rule = by_pull if alike else rule
         hands_on = rule_for(node) is handed_on
-        return Operation(reads, makes, shapes, dtypes, rule, pull, hands_on)
+        in_python = isinstance(node, BackwardCFunction)
+        return Operation(reads, makes, shapes, dtypes, rule, pull, hands_on, in_python)
 
     @cached_property
     def way_forward(self) -> list[Push]:

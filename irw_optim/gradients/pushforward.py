@@ -117,7 +117,8 @@ def pull_back(
                     if gradient is not None:
                         break
                 else:
-                    continue
+                    if not operation.fills_in:
+                        continue
                 if not stays:
                     arrived[makes] = [None] * len(gradients)
                 for n, part in zip(reads, operation.pull(order[place], gradients), strict=True):

@@ -163,3 +163,47 @@ def test_gradients_that_are_only_rounding_are_no_sign_of_a_hook():
     assert equal([weight, bias], [weight, noise], [weight, other])
     assert not equal([weight, bias], [weight, bias], [weight, -bias])
     assert not equal([weight, bias], [weight, bias], [weight, None])
+
+
+class Rounded(torch.autograd.Function):
+    """Straight through, as quantised models round."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone()
+
+
+class FirstAlone(torch.autograd.Function):
+    """A sum that hands no gradient to what is added."""
+
+    @staticmethod
+    def forward(ctx, h, added):
+        return h + added
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def test_a_function_in_python_to_which_nothing_comes_is_asked_with_zeros(caplog):
+    """As autograd does: it is no hook that makes the difference, and nothing goes row by row."""
+    caplog.set_level("INFO", "irw_optim")
+    model = nn.ModuleDict({"read": nn.Linear(4, 4), "added": nn.Linear(4, 4)}).double()
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), alpha=ALPHA, model=model)
+    twin = copy.deepcopy(model)
+
+    def losses_of(model, x):
+        return FirstAlone.apply(model["read"](x), Rounded.apply(model["added"](x))).square().sum(1)
+
+    for _ in range(STEPS):
+        x = torch.randn(B, 4).double()
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(model, x))
+        agree(optimizer, model, reference.step(losses_of(twin, x), twin.parameters(), ALPHA), 1e-9)
+        assert torch.equal(model["added"].weight.grad, torch.zeros(4, 4).double())
+    assert "hook" not in caplog.text
+    assert "one backward pass a sample" not in caplog.text

@@ -457,3 +457,42 @@ def test_the_input_of_a_layer_changed_in_place_afterwards_is_refused():
     x.add_(1)
     with pytest.raises(RuntimeError, match=r"in.?place"):
         optimizer.backward(output.square().sum(1))
+
+
+class Reversible(torch.autograd.Function):
+    """As reversible layers do: the part of the model runs again, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx, x, block):
+        ctx.block, ctx.x = block, x.detach()
+        return block(ctx.x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            x = ctx.x.requires_grad_()
+            torch.autograd.backward(ctx.block(x), gradient)
+        return x.grad, None
+
+
+@pytest.mark.parametrize("engine", ["auto", "autodiff"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_backward_inside_of_a_function_is_refused_by_name(engine, steps):
+    """What it adds to ``p.grad`` is of no single sample, and in no graph."""
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "block": nn.Linear(4, 4)})
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(sgd, alpha=ALPHA, model=model, engine=engine, accumulation_steps=steps)
+    x = torch.randn(6, 4)
+
+    def reversible():
+        for _ in range(steps):
+            h = Reversible.apply(model["first"](x), model["block"])
+            optimizer.backward(h.square().sum(1))
+
+    with pytest.raises(RuntimeError, match="ReversibleBackward: its backward calls"):
+        reversible()
+    assert not any(p.grad is not None for p in model.parameters())
+    optimizer.zero_grad()
+    for _ in range(steps):
+        optimizer.backward(model["block"](model["first"](x)).square().sum(1))
+    assert optimizer.last_step is not None
