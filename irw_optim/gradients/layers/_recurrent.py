@@ -39,9 +39,9 @@ def gates_of(
 ) -> Gates:
     """The inner values of an LSTM that has run, with the state ``before`` each step, (T, B, H)."""
     weight_ih, weight_hh, *biases = (widened(values[name]) for name in RECURRENT if name in values)
-    total = F.linear(inputs, weight_ih, biases[0] + biases[1] if biases else None)
-    total.flatten(0, 1).addmm_(before.flatten(0, 1), weight_hh.t())
-    i, f, g, o = total.unflatten(2, (4, -1)).unbind(2)
+    total = F.linear(inputs.flatten(0, 1), weight_ih, biases[0] + biases[1] if biases else None)
+    total.addmm_(before.flatten(0, 1), weight_hh.t())
+    i, f, g, o = total.view(*before.shape[:2], 4, -1).unbind(2)
     i, f, g, o = i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
     cells = [first_cell.to(i.dtype)]
     for new, kept in zip((i * g).unbind(), f.unbind(), strict=True):
