@@ -119,6 +119,13 @@ def test_steps_of_one_map_are_one_call(which):
     torch.testing.assert_close(aligned, product_with(rows, combined))
 
 
+def test_maps_of_other_widths_that_share_a_bias_are_no_steps():
+    first, other = maps()[0], maps()[2]
+    other.parameters = first.parameters = {"bias": first.parameters["bias"]}
+    other.set_output_gradient(numbers(*first.output_gradient.shape))
+    assert side_by_side([first, other]) == ([], [first, other])
+
+
 def test_what_is_large_is_not_copied_for_its_steps(monkeypatch):
     steps = [maps()[0] for _ in range(2)]
     for step in steps[1:]:

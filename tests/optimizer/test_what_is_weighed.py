@@ -103,6 +103,21 @@ def test_inputs_get_the_ordinary_gradient_in_every_step(factor, reduction, ignor
         optimizer.step()
 
 
+def test_of_two_inputs_each_gets_its_own_gradient():
+    """Of one loss, one pass after the other."""
+    model, criterion = network(4, 3), nn.CrossEntropyLoss()
+    optimizer = attached(model, criterion)
+    for _ in range(7):
+        (x, y), z = data(), torch.randn(B, 4).double().requires_grad_()
+        x.requires_grad_()
+        expected = torch.autograd.grad(F.cross_entropy(copy.deepcopy(model)(x + 2 * z), y), [x, z])
+        loss = criterion(model(x + 2 * z), y)
+        loss.backward(inputs=[*model.parameters(), x], retain_graph=True)
+        loss.backward(inputs=[*model.parameters(), z])
+        torch.testing.assert_close([x.grad, z.grad], list(expected))
+        optimizer.step()
+
+
 def test_the_gradient_of_the_inputs_costs_no_pass_of_its_own(monkeypatch):
     model, (x, y), criterion, passes = network(4, 3), data(), nn.CrossEntropyLoss(), []
     x.requires_grad_()
