@@ -120,7 +120,7 @@ def test_steps_of_one_map_are_one_call(which):
 
 
 def test_maps_of_other_widths_that_share_a_bias_are_no_steps():
-    first, other = maps()[0], maps()[2]
+    first, other = maps()[:2]
     other.parameters = first.parameters = {"bias": first.parameters["bias"]}
     other.set_output_gradient(numbers(*first.output_gradient.shape))
     assert side_by_side([first, other]) == ([], [first, other])
