@@ -269,7 +269,7 @@ class _Forward(Replacement):
         training = torch.is_grad_enabled() and model is not None and model.training
         reduction = getattr(criterion, "reduction", None)
         # A criterion may call itself while its losses are asked for, without a reduction.
-        ordinary = forward_ad._current_level >= 0 or transform() is not None
+        ordinary = getattr(forward_ad, "_current_level", -1) >= 0 or transform() is not None
         if listener is None or not training or reduction == "none" or ordinary:
             return self.original(*args, **kwargs)
         as_seen = type(criterion).forward, vars(criterion).get("forward"), reduction

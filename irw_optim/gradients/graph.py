@@ -63,13 +63,16 @@ class Graph:
 
 
 class OfKinds(dict[Hashable, _Value]):
-    """What is known by kinds of graphs: a forward that changes for ever must not fill memory."""
+    """What is known by kinds of graphs: a forward that changes for ever must not fill memory.
+
+    The oldest goes: sequences of more lengths than these would else have to learn all anew.
+    """
 
     MOST = 256
 
     def __setitem__(self, kind: Hashable, value: _Value) -> None:
         if kind not in self and len(self) >= self.MOST:
-            self.clear()
+            self.pop(next(iter(self)), None)
         super().__setitem__(kind, value)
 
 

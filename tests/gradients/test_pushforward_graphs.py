@@ -297,3 +297,4 @@ def test_kinds_of_graphs_do_not_fill_the_memory() -> None:
         known[kind] = known[kind] = kind
         assert known[kind] == kind
         assert len(known) <= OfKinds.MOST
+    assert list(known) == list(range(2 * OfKinds.MOST, 3 * OfKinds.MOST))  # the newest

@@ -18,6 +18,7 @@ USED = {
     "_C._will_engine_execute_node": "will_run",
     "_C._autograd._get_current_graph_task_keep_graph": "graph_is_kept",
     "autograd.Variable._execution_engine.queue_callback": "_engine",
+    "_C._functorch.peek_interpreter_stack": "transform",
     "_disable_dynamo": "_disable",
     "_C._dynamo.eval_frame.set_eval_frame": "_set_compiler",
     "overrides._get_current_function_mode_stack": "_modes",
@@ -29,6 +30,7 @@ IN_THEIR_PLACE = {
     "run_backward": torch_internals._by_autograd,
     "will_run": lambda node: True,
     "graph_is_kept": lambda: True,
+    "transform": lambda: None,
 }
 
 
