@@ -31,6 +31,13 @@ def _binary(names: str) -> list[Case]:
     return cases
 
 
+def _turned(x, y):
+    z = torch.view_as_complex(torch.stack([x, y], -1)) * (1 + 2j)
+    z = torch.cat([z[1:], z[:1]])
+    parts = torch.stack([*z.conj().permute(1, 0).unbind(), z[0, 1].expand(3)]).reshape(5, 3)
+    return torch.view_as_real(parts.transpose(0, 1))
+
+
 def _written(x, *rows, at):
     view = (2 * x).t()
     view[at] = rows[0] if rows else 0.0
@@ -141,6 +148,7 @@ MOVES = [
     case("stack", lambda x, y: (torch.stack([x, y, x], 1), torch.stack([x, x * 2], -1)), M, M),
     case("stacks", lambda x, y: (torch.hstack([x, y]), torch.block_diag(x, y)), M, M),
     case("index", lambda x: (x[ROWS], x[:, ROWS], x[MASK], x[ROWS, ROWS], x[ROWS.bool()]), M),
+    case("complex numbers that move", _turned, M, M),
     case("view, filled", partial(_written, at=1), M),
     case("view, mask filled", partial(_written, at=MASK.t()), M),
     case("view, a row", partial(_written, at=1), M, (3,)),

@@ -276,6 +276,9 @@ def test_a_rule_that_misses_what_another_version_saves(monkeypatch: pytest.Monke
         lambda x: torch.maximum(x, -x),
         lambda x: x.masked_select(x > 0),
         lambda x: torch.nn.functional.unfold(x.view(1, 1, 3, 4), 2),
+        lambda x: torch.view_as_complex(x.view(6, 2)),
+        lambda x: torch.view_as_real(x * 1j),
+        lambda x: (x * 1j).t(),
     ],
 )
 def test_goes_forwards_without_a_second_derivative(
@@ -284,7 +287,8 @@ def test_goes_forwards_without_a_second_derivative(
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     node: Any = function(x).grad_fn
     (operation,) = Places([node], []).operations
-    tangents = [torch.ones(edge[0]._input_metadata[0].shape).double() for edge in _read(node)]
+    read = [edge[0]._input_metadata[0] for edge in _read(node)]
+    tangents = [torch.ones(tensor.shape, dtype=tensor.dtype) for tensor in read]
     monkeypatch.setattr(torch.autograd, "grad", None)
     assert push(node, operation, tangents)[0] is not None
 
