@@ -34,6 +34,9 @@ NOTHING = -1
 
 _OF_KIND: dict[Rule | None, ForwardRule] = {elementwise: diagonal, unreduced: of_single_losses}
 
+_MOVES = "Cat Permute Select Slice Stack T Transpose Unbind ViewAsComplex ViewAsReal"
+_OF_COMPLEX = {*RESHAPED, *_MOVES.split()}
+"""What was done to the numbers, complex ones as well, is done to the change."""
 
 Pulled = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
 
@@ -101,7 +104,9 @@ class Places:
         if type(node) is ENDS_RUN:
             return Operation(reads, makes, shapes, dtypes, push_run, pull_run, False, False)
         touched = [self.dtypes[n] for n in reads if n != NOTHING] + dtypes
-        rule = None if any(dtype.is_complex for dtype in touched) else _rule_of(node, shapes)
+        is_complex = any(dtype.is_complex for dtype in touched)
+        pulls = is_complex and base_name(node) not in _OF_COMPLEX
+        rule = None if pulls else _rule_of(node, shapes)
         if rule is diagonal and len(reads) == len(shapes) == 1:
             alike = shapes == self.shapes[slice(reads[0], reads[0] + 1)] and len({*touched}) == 1
             rule = by_pull if alike else rule

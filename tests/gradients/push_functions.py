@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from pushes import Case, case
 
@@ -27,6 +29,19 @@ def _binary(names: str) -> list[Case]:
         cases.append(case(name, function, M, M))
         cases.append(case(f"{name}-broadcast", function, (3, 1), (2, 1, 4)))
     return cases
+
+
+def _turned(x, y):
+    z = torch.view_as_complex(torch.stack([x, y], -1)) * (1 + 2j)
+    z = torch.cat([z[1:], z[:1]])
+    parts = torch.stack([*z.conj().permute(1, 0).unbind(), z[0, 1].expand(3)]).reshape(5, 3)
+    return torch.view_as_real(parts.transpose(0, 1))
+
+
+def _written(x, *rows, at):
+    view = (2 * x).t()
+    view[at] = rows[0] if rows else 0.0
+    return view
 
 
 LABELS = torch.tensor([[0, 2, 1, 0], [2, 2, 0, 1]])
@@ -134,6 +149,12 @@ MOVES = [
     case("stack", lambda x, y: (torch.stack([x, y, x], 1), torch.stack([x, x * 2], -1)), M, M),
     case("stacks", lambda x, y: (torch.hstack([x, y]), torch.block_diag(x, y)), M, M),
     case("index", lambda x: (x[ROWS], x[:, ROWS], x[MASK], x[ROWS, ROWS], x[ROWS.bool()]), M),
+    case("complex numbers that move", _turned, M, M),
+    case("view, filled", partial(_written, at=1), M),
+    case("view, mask filled", partial(_written, at=MASK.t()), M),
+    case("view, a row", partial(_written, at=1), M, (3,)),
+    case("view, one row in many places", partial(_written, at=ROWS[:2]), M, (3,)),
+    case("view, one number in many places", partial(_written, at=MASK.t()), M, ()),
     case("index with gaps", lambda x: (x[ROWS, :, ROWS], x[:, ROWS, None, ROWS]), (3, 3, 3)),
     case("pick", lambda x: (x.index_select(1, ROWS), x.gather(1, LABELS), x.take(LABELS)), M),
     case("take_along_dim", lambda x: torch.take_along_dim(x, LABELS, 1), (2, 4)),

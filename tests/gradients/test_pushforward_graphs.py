@@ -268,6 +268,35 @@ def test_a_rule_that_misses_what_another_version_saves(monkeypatch: pytest.Monke
     assert places.FORWARD is FORWARD
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (2 * x).t().zero_()._base,
+        lambda x: (2 * x)[1].fill_(3.0)._base,
+        lambda x: torch.maximum(x, -x),
+        lambda x: x.masked_select(x > 0),
+        lambda x: torch.nn.functional.unfold(x.view(1, 1, 3, 4), 2),
+        lambda x: torch.view_as_complex(x.view(6, 2)),
+        lambda x: torch.view_as_real(x * 1j),
+        lambda x: (x * 1j).t(),
+    ],
+)
+def test_goes_forwards_without_a_second_derivative(
+    function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    node: Any = function(x).grad_fn
+    (operation,) = Places([node], []).operations
+    read = [edge[0]._input_metadata[0] for edge in _read(node)]
+    tangents = [torch.ones(tensor.shape, dtype=tensor.dtype) for tensor in read]
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    assert push(node, operation, tangents)[0] is not None
+
+
+def _read(node: Any) -> list[Any]:
+    return [edge for edge in node.next_functions if edge[0] is not None]
+
+
 def test_nothing_is_freed() -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     output = (x.logcumsumexp(1) * x.std(1, keepdim=True)).sum(1)

@@ -239,11 +239,16 @@ def _largest_in_windows(node: Any, change: Tensor) -> Tensor:
     return change.flatten(-2).gather(-1, where.flatten(-2)).view(where.shape)
 
 
+_WINDOW = "kernel_size", "dilation", "padding", "stride"
+
 RULES: dict[str, ForwardRule] = {
     "AvgPool2D": of_one(_averaged_in_windows),
     "MaxPool2DWithIndices": of_one(_largest_in_windows),
     "ChannelShuffle": of_one(lambda node, t: F.channel_shuffle(t, saved(node, "groups"))),
     "PixelShuffle": of_one(lambda node, t: F.pixel_shuffle(t, saved(node, "upscale_factor"))),
+    "ViewAsComplex": of_one(lambda node, t: torch.view_as_complex(t.contiguous())),
+    "ViewAsReal": of_one(lambda node, t: torch.view_as_real(t.resolve_conj())),
+    "Im2Col": of_one(lambda node, t: F.unfold(t, *[saved(node, name) for name in _WINDOW])),
     "Mm": _bilinear(torch.mm, "self", "mat2"),
     "Bmm": _bilinear(torch.bmm, "self", "mat2"),
     "Mv": _bilinear(torch.mv, "self", "vec"),

@@ -213,6 +213,16 @@ def _masked(node: Any, tangents: Tangents) -> Tensor:
     return torch.where(node._saved_mask, value, elsewhere)
 
 
+def _larger(node: Any, tangents: Tangents) -> Tensor:
+    """Or the smaller; of two alike a half each, as autograd has it."""
+    left, right = (0.0 if t is None else t for t in tangents)
+    values, others = node._saved_self, node._saved_other
+    won = values > others if base_name(node) == "Maximum" else values < others
+    share = torch.where(values == others, 0.5, won.to(values.dtype))
+    result: Tensor = share * left + (1 - share) * right
+    return result
+
+
 def _filled(node: Any, tangents: Tangents) -> Tensor:
     _, value = _two(tangents)
     output = node._input_metadata[0]
@@ -283,6 +293,8 @@ RULES: dict[str, ForwardRule] = {
     "Where": _where,
     "torch::autograd::CopyBackwards": lambda node, tangents: tangents[1],
     "MaskedFill": _masked,
+    "MaskedSelect": of_one(lambda node, t: t.masked_select(node._saved_mask)),
+    "Maximum Minimum": _larger,
     "Fill": _filled,
     "NllLoss NllLoss2D": of_one(_negative_likelihood),
     "CtcLoss MultiMarginLoss MultilabelMarginLoss": of_one(_of_separate_samples),

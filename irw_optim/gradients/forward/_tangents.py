@@ -52,8 +52,9 @@ def transposed(node: Any, tangents: Tangents) -> Tangents:
     with torch.enable_grad():
         seeds = [_seed(node, metadata).requires_grad_() for metadata in node._input_metadata]
         pulled = pull(node, seeds)
-        if base_name(node) == _COPIED_IN and len(tangents) == 2:
-            copied = _copied_in(seeds[0].detach(), pulled, tangents)
+        if base_name(node) == _COPIED_IN:
+            written = _copied_in if len(tangents) == 2 else _filled_in
+            copied = written(seeds[0].detach(), pulled, tangents)
             if copied is not None:
                 return [copied]
         gradients, directions = [], []
@@ -100,9 +101,20 @@ def _copied_in(numbers: Tensor, pulled: Tangents, tangents: Tangents) -> Tensor 
     if not torch.equal(line[where], copied) or (rest is not None and rest[where].any()):
         return None
     found = torch.zeros_like(line) if into is None else into.flatten().index_fill(0, where, 0.0)
-    if put is not None:
-        found.index_copy_(0, where, put.to(line.dtype).flatten())
+    if put is not None:  # one row may have been written to many
+        found.index_copy_(0, where, put.to(line.dtype).expand(pulled[1].shape).flatten())  # type: ignore[union-attr]
     return found.view(numbers.shape)
+
+
+def _filled_in(numbers: Tensor, pulled: Tangents, tangents: Tangents) -> Tensor | None:
+    """The change where a view was filled with constants: nothing there, elsewhere as it was."""
+    (rest, *more), (into, *_) = pulled, tangents
+    if more or rest is None or into is None or numbers.numel() > _MOST_APART:
+        return None
+    if numbers.dtype not in (torch.float32, torch.float64):
+        return None
+    kept = rest.detach() == numbers
+    return into * kept if bool((kept | (rest.detach() == 0)).all()) else None
 
 
 def _seed(node: Node, metadata: Any) -> Tensor:
