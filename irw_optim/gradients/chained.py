@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
-from irw_optim.gradients.graph import Graph, gradients_at
+from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.places import Places
 from irw_optim.gradients.protocol import Direction
-from irw_optim.gradients.pushforward import push_through
-from irw_optim.torch_internals import silent
+from irw_optim.gradients.pushforward import pull_along, push_through
 
 
 class Chain(NamedTuple):
@@ -103,6 +102,9 @@ class ChainedCall(LayerCall):
             changes = {n: reached[p] for n, p in leaves if p in reached}
             if not changes:
                 continue
+            if chain.places.reshapes:
+                values[placeholder] = widened(changes[0]).reshape(placeholder.shape)
+                continue
             change = push_through(chain.order, chain.end[1], chain.places, changes)
             if change is not None:
                 values[placeholder] = widened(change)
@@ -132,10 +134,14 @@ class ChainedCall(LayerCall):
 
 
 def _pulled_through(chain: Chain, gradient: Tensor) -> dict[Tensor, Tensor]:
-    """Hooks on the leaves wait for the gradient that counts."""
-    node: Any = chain.end[0]
-    gradient = gradient.to(node._input_metadata[chain.end[1]].dtype)
-    edges = [GradientEdge(leaf, 0) for leaf in chain.leaves]
-    with silent(chain.leaves.values()):
-        found = gradients_at(GradientEdge(*chain.end), edges, gradient, retain_graph=True)
-    return {p: g for p, g in zip(chain.leaves.values(), found, strict=True) if g is not None}
+    """Without hooks, as scores are taken: where these change gradients, the comparison tells."""
+    leaves, places = chain.leaves.values(), chain.places
+    if places.reshapes:
+        (leaf,) = leaves
+        return {leaf: gradient.to(leaf.dtype).reshape(leaf.shape)}
+    end = places.first[0] + chain.end[1]
+    arrived: list[Tensor | None] = [None] * (places.count + 1)
+    arrived[end] = gradient.to(places.dtypes[end])
+    pull_along(places.way_back(frozenset(places.leaves)), chain.order, places, arrived)
+    found = zip(leaves, (arrived[n] for n in places.leaves), strict=True)
+    return {p: g for p, g in found if g is not None}

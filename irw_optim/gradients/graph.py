@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.layers import LayerCall, LinearCall
 from irw_optim.gradients.mixing_rules import RULES, picking
-from irw_optim.gradients.nodes import base_name, picks_of, start_of
+from irw_optim.gradients.nodes import base_name, is_block, picks_of
 from irw_optim.gradients.packed import ENDS_RUN
 from irw_optim.torch_internals import run_backward
 
@@ -179,8 +179,8 @@ def _settings_of(node: Node) -> object:
     return None if read is None else read(node)
 
 
-def _slice(node: Any) -> tuple[int, int]:
-    return node._saved_dim, start_of(node)
+def _slice(node: Any) -> tuple[int, bool]:
+    return node._saved_dim, is_block(node)
 
 
 class Remade(NamedTuple):

@@ -19,9 +19,9 @@ from irw_optim.gradients.nodes import (
     MixesError,
     Output,
     Rule,
+    is_block,
     mixes,
     picks_of,
-    start_of,
 )
 
 
@@ -59,7 +59,7 @@ def in_blocks(output: Output) -> Sequence[int]:
     sizes = [shape[dim] if shape else 1 for shape in read]
     sizes += [made.shape[dim] for made in output.node._input_metadata[: output.number]]
     if hasattr(output.node, "_saved_start") and sizes != [output.shape[dim]]:
-        sizes.append(start_of(output.node))
+        sizes.append(output.shape[dim] if is_block(output.node) else 1)
     once = (output.located or mixes())[1] * output.batch_size
     if any(size % once for size in sizes):
         raise MixesError

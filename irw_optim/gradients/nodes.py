@@ -83,10 +83,12 @@ def _of_tensors(node: Any, results: Sequence[Any]) -> Sequence[Tensor | None]:
     return [None if parent is None else next(needed) for parent, _ in edges]
 
 
-def start_of(node: Any) -> int:
-    """The first row of a slice of rows, one after the other; 1 of any other slice."""
-    of_rows = node._saved_dim == 0 and node._saved_step == 1
-    return signed(node._saved_start or 0) if of_rows else 1
+def is_block(node: Any) -> bool:
+    """Whether a slice is of rows, one after the other, behind none or once or twice as many."""
+    rows = (*shape_of(node), 0)[0]
+    if node._saved_dim != 0 or node._saved_step != 1 or not rows:
+        return False
+    return bool(signed(node._saved_start or 0) % rows == 0)
 
 
 def picks_of(node: Any) -> tuple[str, ...]:

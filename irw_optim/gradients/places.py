@@ -98,6 +98,8 @@ class Places:
             )
             self.operations.append(self._operation(node, reads, makes))
         self._ways_back: dict[frozenset[int], list[Pull]] = {}
+        # Whether there is one leaf, of which only the shape changes.
+        self.reshapes = len(leaf_nodes) == 1 and all(base_name(n) in RESHAPED for n in order)
 
     def _operation(self, node: Node, reads: tuple[int, ...], makes: slice) -> Operation:
         shapes, dtypes = self.shapes[makes], self.dtypes[makes]

@@ -26,7 +26,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.forward import Tangents, transposed
 from irw_optim.gradients.graph import Graph, gradients_at
-from irw_optim.gradients.places import NOTHING, Operation, Places, number_at, places_of
+from irw_optim.gradients.places import NOTHING, Operation, Places, Pull, number_at, places_of
 
 
 class NoPushForwardError(RuntimeError):
@@ -105,32 +105,39 @@ def pull_back(
     wanted = [number_at(edge, graph) for edge in edges]
     way = places.way_back(frozenset(wanted))
     arrived: list[Tensor | None] = [None] * (places.count + 1)
-    shapes, dtypes = places.shapes, places.dtypes
 
     def run() -> None:
         arrived[places.first[0] + losses.output_nr] = cotangent
-        with torch.no_grad():
-            for place, operation, reads, stays in way:
-                makes = operation.makes
-                gradients = arrived[makes]
-                for gradient in gradients:
-                    if gradient is not None:
-                        break
-                else:
-                    if not operation.fills_in:
-                        continue
-                if not stays:
-                    arrived[makes] = [None] * len(gradients)
-                for n, part in zip(reads, operation.pull(order[place], gradients), strict=True):
-                    if n == NOTHING or part is None:
-                        continue
-                    if part.shape != shapes[n] or part.dtype != dtypes[n]:
-                        part = _fitted(part, shapes[n], dtypes[n])
-                    before = arrived[n]
-                    arrived[n] = part if before is None else before + part
+        pull_along(way, order, places, arrived)
 
     in_a_pass(losses, edges, run)
     return [None if n == NOTHING else arrived[n] for n in wanted]
+
+
+def pull_along(
+    way: Sequence[Pull], order: Sequence[Node], places: Places, arrived: list[Tensor | None]
+) -> None:
+    """Let what has arrived go on to what was read, and let it go where nobody wants it."""
+    shapes, dtypes = places.shapes, places.dtypes
+    with torch.no_grad():
+        for place, operation, reads, stays in way:
+            makes = operation.makes
+            gradients = arrived[makes]
+            for gradient in gradients:
+                if gradient is not None:
+                    break
+            else:
+                if not operation.fills_in:
+                    continue
+            if not stays:
+                arrived[makes] = [None] * len(gradients)
+            for n, part in zip(reads, operation.pull(order[place], gradients), strict=True):
+                if n == NOTHING or part is None:
+                    continue
+                if part.shape != shapes[n] or part.dtype != dtypes[n]:
+                    part = _fitted(part, shapes[n], dtypes[n])
+                before = arrived[n]
+                arrived[n] = part if before is None else before + part
 
 
 def _fitted(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

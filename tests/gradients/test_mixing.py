@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from irw_optim import IRWOptimizer
-from irw_optim.gradients.graph import walk
+from irw_optim.gradients.graph import fingerprint, walk
 from irw_optim.gradients.mixing import follow_batch
 
 B, T, D = 3, 3, 4  # as long as the batch is large, so that sizes give nothing away
@@ -126,6 +126,9 @@ MIXED: dict[str, Operation] = {
     "rolled": lambda h: h.roll(1, 0),
     "rolled by parts": lambda h: torch.cat([h[1:], h[:1]]),
     "half of two views": lambda h: torch.cat([h, h.exp()])[1 : 1 + B],
+    "a row and a half of two views": lambda h: (
+        torch.cat([h, h.exp(), h])[6:8].sum(0).expand(B, T, D)
+    ),
     "every other row of two views": lambda h: torch.cat([h, h.exp()])[::2],
     "parts of two views": lambda h: torch.cat([h, h.exp()]).split([1, B, B - 1])[1],
     "rolled through": lambda h: h.roll(1),
@@ -199,6 +202,13 @@ def test_samples_that_meet_are_never_missed(name):
     h = input_rows(torch.float32 if name.startswith("LSTM") else torch.float64)
     assert samples_meet(MIXED[name], h)
     assert not batch_is_followed(losses_of(MIXED[name], h), h)
+
+
+def test_slices_from_wherever_are_of_one_kind():
+    h, table = input_rows(), torch.randn(9, D, requires_grad=True) * 1
+    several = [losses_of(lambda h, s=s: h + table[s : s + T], h) for s in (1, 2, 4, 5)]
+    _, *kinds = [fingerprint(losses, walk(losses)) for losses in several]  # the first learns names
+    assert len(set(kinds)) == 1
 
 
 def test_what_is_written_in_place_is_not_followed():

@@ -201,6 +201,19 @@ def test_the_gram_matrix(name):
     assert reference.error(gram, G @ G.T) < 1e-10
 
 
+@pytest.mark.parametrize("computed", [lambda p: p.view(1, D), torch.exp, lambda p: p[None] * 3])
+def test_hooks_on_what_is_computed_of_parameters(computed):
+    """They act on every sample's gradient: on the scores as well as on the step."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        gain = computed(m.p)
+        gain.register_hook(lambda gradient: 2 * gradient)
+        return m.linear(x[:, 0]) * gain
+
+    torch.manual_seed(0)
+    check(Net(forward).double(), torch.randn(B, T, D).double())
+
+
 class Recurrent(nn.Module):
     def __init__(self, read: str, **options: Any) -> None:
         super().__init__()

@@ -219,8 +219,7 @@ def _larger(node: Any, tangents: Tangents) -> Tensor:
     values, others = node._saved_self, node._saved_other
     won = values > others if base_name(node) == "Maximum" else values < others
     share = torch.where(values == others, 0.5, won.to(values.dtype))
-    result: Tensor = share * left + (1 - share) * right
-    return result
+    return torch.add(share * left, (1 - share) * right)
 
 
 def _filled(node: Any, tangents: Tangents) -> Tensor:
