@@ -61,14 +61,14 @@ class AutodiffGradients:
         self.known = {} if known is None else known
         own = BackwardPasses(losses, walk(losses), self.known) if passes is None else passes
         self._pull_back = own.with_hooks if passes is None else own.without_hooks
-        self._push = own.push
+        self._passes = own
         self._newest: tuple[Tensor, dict[Tensor, Tensor]] | None = None
         self.doubt: Tensor | None = None
         self._row_by_row = False  # whatever is known
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         combined = self._backward(weights)
-        if not self.losses.is_cpu:  # recorded graphs write into the same memory at every pass
+        if self._passes.may_share_memory:
             combined = dict(zip(combined, copies(combined.values()), strict=True))
         self._newest = weights, combined
         return combined
@@ -86,7 +86,7 @@ class AutodiffGradients:
         if not (self._row_by_row or self.known.get("row_by_row")):
             mine = {p: direction[p] for p in self.parameters if p in direction}
             try:
-                scores = widened(self._push(mine))
+                scores = widened(self._passes.push(mine))
             except NoPushForwardError as error:
                 self._go_row_by_row(str(error))
             else:

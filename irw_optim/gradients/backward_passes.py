@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.graph import Graph, gradients_at
 from irw_optim.gradients.mixing import is_foreign
+from irw_optim.gradients.places import places_of
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.gradients.recomputation import NOTHING
@@ -51,6 +52,11 @@ class BackwardPasses:
         self.one_forward = one_forward
         self.model = model
         self.hooks_ran = False  # whether they have heard a pass of these losses
+
+    @property
+    def may_share_memory(self) -> bool:
+        """Whether a pass may write where the last one did, as recorded (CUDA) graphs do."""
+        return not self.losses.is_cpu or places_of(self.graph).in_python
 
     def without_hooks(self, ends: Sequence[End], weights: Tensor) -> Sequence[Tensor | None]:
         """The gradient of <weights, losses> at some ends; hooks run where they change it."""

@@ -97,6 +97,7 @@ class Places:
                 for parent, number in read_by(node)
             )
             self.operations.append(self._operation(node, reads, makes))
+        self.in_python = any(operation.fills_in for operation in self.operations)
         self._ways_back: dict[frozenset[int], list[Pull]] = {}
         # Whether there is one leaf, of which only the shape changes.
         self.reshapes = len(leaf_nodes) == 1 and all(base_name(n) in RESHAPED for n in order)
