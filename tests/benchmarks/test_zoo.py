@@ -155,4 +155,6 @@ def test_the_stored_table_is_made_of_the_stored_rows():
     models = json.loads(compiled.RESULTS.read_text())["models"]
     for name, make in (("", compiled.as_markdown), ("_summary", compiled.summary)):
         assert compiled.RESULTS.with_name(f"zoo_compiled{name}.md").read_text() == make(models)
-    assert not [m["name"] for m in models if not compiled.is_exact(m)]
+    page = (compiled.report.ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    for model in models:
+        assert compiled.is_exact(model) or f"{model['name']} " in page, model["name"]
