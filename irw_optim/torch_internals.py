@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from itertools import takewhile
 from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
@@ -55,6 +55,10 @@ transform: Callable[[], object] = getattr(
 """That of `torch.func` which follows what is computed now; None where torch does not tell."""
 
 
+dual_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level", -1)
+"""That of forward mode; -1 outside of it."""
+
+
 def is_plain_autograd() -> bool:
     """Whether nobody but autograd follows what is computed now: no transform, no checkpoint.
 
@@ -64,8 +68,7 @@ def is_plain_autograd() -> bool:
     told = hasattr(torch._C._functorch, "peek_interpreter_stack")
     if hooks is None or not told or torch._C._get_tracing_state() is not None:
         return False
-    dual = forward_ad._current_level >= 0
-    return not dual and transform() is None and hooks(True) is None
+    return dual_level() < 0 and transform() is None and hooks(True) is None
 
 
 def is_wanted(leaf: Node) -> bool:

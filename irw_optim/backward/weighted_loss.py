@@ -113,7 +113,7 @@ class WeightedPass(BatchPass):
         weighted = not others or any(map(captured.is_wanted, captured.leaves))
         keep_graph = keep_graph or any(map(will_run, captured.graph.order))
         if weighted:
-            alike = others or () if batch.counts is None else ()
+            alike = others if others and batch.counts is None else ()
             captured.start(seed_of(upstream, batch), keep_graph, alike)
         if others:
             factors = upstream * batch.ordinary_factors()

@@ -15,7 +15,6 @@ from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from irw_optim.attachments import Attachment, Removable, Replaced, Replacement
 from irw_optim.criterion._calls import value_of_its_own
@@ -34,7 +33,7 @@ from irw_optim.criterion._rules import (
     unreduced,
 )
 from irw_optim.notebook import in_a_notebook
-from irw_optim.torch_internals import transform, uncompiled
+from irw_optim.torch_internals import dual_level, transform, uncompiled
 
 logger = logging.getLogger("irw_optim")
 
@@ -101,7 +100,7 @@ def _losses_by(
     try:
         elements = unreduced(criterion, args, kwargs, forward)
     except Exception as error:
-        if rule is not _CUSTOM:
+        if rule is not _CUSTOM or isinstance(error, torch.OutOfMemoryError):
             raise
         raise TypeError(
             f"{type(criterion).__name__} with reduction='none' raised {type(error).__name__}: "
@@ -269,7 +268,7 @@ class _Forward(Replacement):
         training = torch.is_grad_enabled() and model is not None and model.training
         reduction = getattr(criterion, "reduction", None)
         # A criterion may call itself while its losses are asked for, without a reduction.
-        ordinary = getattr(forward_ad, "_current_level", -1) >= 0 or transform() is not None
+        ordinary = dual_level() >= 0 or transform() is not None
         if listener is None or not training or reduction == "none" or ordinary:
             return self.original(*args, **kwargs)
         as_seen = type(criterion).forward, vars(criterion).get("forward"), reduction

@@ -109,9 +109,9 @@ def _nothing_added(model: nn.Module | None, nodes: Iterable[Node]) -> Iterator[N
     """Raise where a function in Python writes to ``p.grad`` itself, as reversible blocks do."""
     foreign = {node.name() for node in nodes if is_foreign(node)}
     parameters = [] if model is None or not foreign else [*model.parameters()]
-    before = [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
+    before = _gradients_of(parameters)
     yield
-    after = [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
+    after = _gradients_of(parameters)
     if any(a is not b or v != w for (a, v), (b, w) in zip(before, after, strict=True)):
         for p, (gradient, _) in zip(parameters, before, strict=True):
             p.grad = gradient
@@ -122,6 +122,11 @@ def _nothing_added(model: nn.Module | None, nodes: Iterable[Node]) -> Iterator[N
             "torch.utils.checkpoint with use_reentrant=False for its memory, or have its backward "
             "return the gradients that torch.autograd.grad computes"
         )
+
+
+def _gradients_of(parameters: Iterable[Tensor]) -> list[tuple[Tensor | None, int | None]]:
+    """With how often each was changed."""
+    return [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
 
 
 def backward_to(

@@ -1184,3 +1184,16 @@ def test_own_module_that_knows_no_reduction_none_is_refused_with_its_words():
         per_sample_losses(Strict(), torch.randn(3, 2), torch.randn(3, 2))
     with pytest.raises(RuntimeError, match="size"):  # its own error, with its own reduction
         per_sample_losses(Strict(), torch.randn(3, 2), torch.randn(3, 4))
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_criterion():
+    class Large(nn.Module):
+        reduction = "mean"
+
+        def forward(self, output, target):
+            if self.reduction == "none":
+                raise torch.OutOfMemoryError("no memory for the elements")
+            return (output - target).abs().mean()
+
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for the elements"):
+        per_sample_losses(Large(), torch.randn(3, 2), torch.randn(3, 2))
