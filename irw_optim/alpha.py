@@ -1,15 +1,14 @@
 """The share of the smallest group, without anybody's group: alpha from randomised response.
 
-Each person flips a coin on their own: heads, they answer with their true group, tails, with one
-drawn uniformly from all. Nobody's answer gives them away, and the shares can still be computed::
+Each person flips a coin: heads, they answer with their true group, tails, with one drawn uniformly
+from all (Warner 1965; for m groups Kairouz, Bonawitz and Ramage 2016). Nobody's answer gives them
+away, and the shares can still be computed::
 
     answers = randomized_response(groups, num_groups=2)  # each person by themselves
     survey = estimate_alpha(answers, num_groups=2)
     IRWOptimizer(..., alpha=survey.lower_bound)          # (ln 3, 0)-differentially private
 
-The scheme is Warner's (1965), with several groups that of Kairouz, Bonawitz and Ramage (2016).
-With truth probability p and m groups of shares pi_k, answer k is given with probability
-rho_k = p pi_k + (1 - p) / m.
+Of groups with shares pi_k, answer k has the probability rho_k = p pi_k + (1 - p) / m.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 from irw_optim.arguments import real_number, whole_number
 
 Groups: TypeAlias = Tensor | npt.ArrayLike
-"""Group numbers 0 ... m - 1, one a person: a tensor, an array or a list."""
+"""0 ... m - 1, one a person: a tensor, an array or a list."""
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 
@@ -35,13 +34,12 @@ class AlphaEstimate(NamedTuple):
     """What `estimate_alpha` finds.
 
     Attributes:
-        alpha: estimated share of the smallest group, min_k of ``proportions``.
-        lower_bound: the alpha to train with: min_k pi_k is at least this, with probability
-            ``confidence``. 0 where the survey is too small to tell, or a group is empty.
+        alpha: the least of ``proportions``.
+        lower_bound: the alpha to train with: no group is smaller, with probability ``confidence``.
+            0 where the survey is too small to tell, or a group is empty.
         proportions: estimated share of each group; they sum to 1.
-        intervals: of each group, (low, high) that contains its share with probability
-            ``confidence`` or more.
-        confidence: of the bound, and of each interval.
+        intervals: (low, high) around each share.
+        confidence: of the bound, and at least of each interval.
         responses: number of answers.
     """
 
@@ -65,13 +63,13 @@ def randomized_response(
     coins, or draw from the operating system's randomness.
 
     Args:
-        groups: (N,) true groups, whole numbers in 0 ... m - 1.
+        groups: (N,) true groups, 0 ... m - 1.
         num_groups: m >= 2.
         truth_probability: p in [0, 1].
-        generator: on the device of ``groups``; torch's own if None.
+        generator: on the device of ``groups``.
 
     Returns:
-        (N,) int64 on the device of ``groups``.
+        (N,) int64 on the same device.
 
     Raises:
         TypeError, ValueError: an argument of another type, or outside its range.
@@ -92,17 +90,14 @@ def randomized_response(
 
 
 def privacy_of(truth_probability: float, num_groups: int) -> float:
-    """The epsilon of one answer's (epsilon, 0)-differential privacy: ln(1 + p m / (1 - p)).
+    """The epsilon >= 0 of one answer's (epsilon, 0)-differential privacy: ln(1 + p m / (1 - p)).
 
-    It is the logarithm of the ratio of an answer's probabilities, p + (1 - p)/m if it is true and
-    (1 - p)/m if not. Who is asked twice, with fresh coins, has spent it twice.
+    An answer has the probability p + (1 - p)/m if it is true and (1 - p)/m if not. Who is asked
+    twice, with fresh coins, has spent it twice.
 
     Args:
         truth_probability: p in [0, 1].
         num_groups: m >= 2.
-
-    Returns:
-        epsilon >= 0; 0 if nobody tells the truth, infinity if everybody does.
 
     Raises:
         TypeError, ValueError: an argument of another type, or outside its range.
@@ -123,21 +118,18 @@ def estimate_alpha(
 ) -> AlphaEstimate:
     """The shares of the groups, and the alpha to train with, from people's randomised answers.
 
-    With r_k the share of answer k, (r_k - (1 - p)/m) / p is an unbiased estimate of pi_k. These
-    sum to 1 but may be negative; `project_onto_simplex` mends that, at the price of a bias where a
-    share is within a few standard errors of 0. The least of several estimates is biased downwards.
+    With r_k the share of answer k, (r_k - (1 - p)/m) / p is an unbiased estimate of pi_k.
+    `project_onto_simplex` mends negative ones, at the price of a bias where a share is within a few
+    standard errors of 0. The least of several estimates is biased downwards.
 
-    The intervals are Clopper and Pearson's of Binomial(N, rho_k), whose ends go through the same
-    formula, which is increasing, and are cut at 0 and 1.
-
-    The lower bound is the least of the one-sided bounds L_k at ``confidence``, which needs no
-    correction for several groups: with k* the truly smallest, min_k L_k <= L_k*, which exceeds
-    pi_k* with probability 1 - ``confidence`` at most.
+    The intervals are Clopper and Pearson's of Binomial(N, rho_k) through the same formula. The
+    lower bound is the least of the one-sided ones, with no correction for several groups: it is
+    at most that of the smallest.
 
     Args:
-        responses: (N,) answers, N >= 1, whole numbers in 0 ... m - 1.
-        num_groups: m >= 2: the groups that people could answer with, also those that nobody named.
-            A group without members makes alpha 0: leave it out before people are asked.
+        responses: (N,) answers, N >= 1, 0 ... m - 1.
+        num_groups: m >= 2, also those that nobody named. A group without members makes alpha 0:
+            leave it out before people are asked.
         truth_probability: p in (0, 1], as people were told.
         confidence: in (0, 1).
 
@@ -155,32 +147,36 @@ def estimate_alpha(
     p = real_number("truth_probability", truth_probability, "(0, 1]")
     confidence = real_number("confidence", confidence, "(0, 1)")
     answers = _as_groups("responses", responses, num_groups)
-    if not len(answers):
+    total = len(answers)
+    if not total:
         raise ValueError("responses is empty: expected the answers of one person or more")
 
     def share_of(rho: Vector) -> Vector:
         return np.asarray((rho - (1 - p) / num_groups) / p)
 
+    def bounds(tail: float) -> Vector:
+        """Clopper and Pearson's, (groups, 2), each wrong with probability ``tail`` at most."""
+        low = betaincinv(counts.clip(min=1), total - counts + 1, tail)
+        high = betaincinv(counts + 1, (total - counts).clip(min=1), 1 - tail)
+        rho = [np.where(counts == 0, 0.0, low), np.where(counts == total, 1.0, high)]
+        return share_of(np.stack(rho, axis=1)).clip(0, 1)
+
     counts = torch.bincount(answers, minlength=num_groups).cpu().numpy()
-    proportions = project_onto_simplex(share_of(counts / len(answers)))
-    low, high = _clopper_pearson(counts, len(answers), (1 - confidence) / 2)
-    bound, _ = _clopper_pearson(counts, len(answers), 1 - confidence)
-    intervals = share_of(np.stack([low, high], axis=1)).clip(0, 1)
+    proportions = project_onto_simplex(share_of(counts / total))
     return AlphaEstimate(
         alpha=float(proportions.min()),
-        lower_bound=float(share_of(bound).clip(0, 1).min()),
+        lower_bound=float(bounds(1 - confidence)[:, 0].min()),
         proportions=tuple(proportions.tolist()),
-        intervals=tuple(map(tuple, intervals.tolist())),
+        intervals=tuple(map(tuple, bounds((1 - confidence) / 2).tolist())),
         confidence=confidence,
-        responses=len(answers),
+        responses=total,
     )
 
 
 def project_onto_simplex(point: npt.ArrayLike) -> Vector:
     """The closest point to (m,) numbers, in Euclidean distance, that is >= 0 and sums to 1.
 
-    It is max(0, v - t) with the t that makes the sum 1; sorting v tells which coordinates stay
-    positive (Duchi, Shalev-Shwartz, Singer and Chandra 2008, figure 1).
+    It is max(0, v - t); sorting v tells t (Duchi, Shalev-Shwartz, Singer and Chandra 2008, fig. 1).
 
     >>> project_onto_simplex([0.75, 0.75, -0.5]).tolist()
     [0.5, 0.5, 0.0]
@@ -190,15 +186,6 @@ def project_onto_simplex(point: npt.ArrayLike) -> Vector:
     thresholds = (descending.cumsum() - 1) / np.arange(1, len(v) + 1)
     positive = np.flatnonzero(descending > thresholds)[-1]
     return np.asarray((v - thresholds[positive]).clip(min=0))
-
-
-def _clopper_pearson(
-    counts: npt.NDArray[np.int64], total: int, tail: float
-) -> tuple[Vector, Vector]:
-    """Bounds of binomial probabilities, each of them wrong with probability ``tail`` at most."""
-    low = betaincinv(counts.clip(min=1), total - counts + 1, tail)
-    high = betaincinv(counts + 1, (total - counts).clip(min=1), 1 - tail)
-    return np.where(counts == 0, 0.0, low), np.where(counts == total, 1.0, high)
 
 
 def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:

@@ -1,7 +1,6 @@
-"""What counts as a number or as a truth value among arguments, in one place.
+"""Numbers and truth values among arguments: Python's, NumPy's and pandas' alike.
 
-Python's, NumPy's and pandas' alike, as scalars or as arrays without a dimension. The functions give
-the plain Python value, which is what is kept, copied and written to checkpoints.
+Scalars or arrays without a dimension become plain Python values, which checkpoints can hold.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 
 
 def plain(value: object) -> object:
-    """A number or truth value as Python's own; whatever else it is, unchanged."""
+    """A number or truth value as Python's own; all else unchanged."""
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -22,7 +21,7 @@ def plain(value: object) -> object:
 
 
 def as_real(value: object) -> float | None:
-    """The value of a real number, NaN included; None for truth values and what is no number."""
+    """A real number, NaN included; None for truth values and what is no number."""
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, int | float):
         return None
@@ -33,13 +32,13 @@ def as_real(value: object) -> float | None:
 
 
 def as_whole(value: object) -> int | None:
-    """The value of a whole number of an integer type; None for all else, 2.0 and True included."""
+    """A whole number of an integer type; None for all else, 2.0 and True included."""
     number = plain(value)
     return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 def whole_number(name: str, value: object, least: int, expected: str = "") -> int:
-    """The whole number that an argument is; a TypeError for none, a ValueError below ``least``."""
+    """A TypeError for what is no whole number, a ValueError below ``least``."""
     message = f"{name}={value!r}: expected {expected or f'a whole number >= {least}'}"
     if (number := as_whole(value)) is None:
         raise TypeError(message)
@@ -49,10 +48,7 @@ def whole_number(name: str, value: object, least: int, expected: str = "") -> in
 
 
 def real_number(name: str, value: object, interval: str, meaning: str = "") -> float:
-    """The number in ``"(0, 1]"`` or ``"[0, inf)"``, say, that an argument is.
-
-    A TypeError for what is no number, a ValueError for one outside and for NaN.
-    """
+    """A TypeError for what is no number, a ValueError outside ``"(0, inf]"``, say, and for NaN."""
     message = f"{name}={value!r}: expected a number in {interval}"
     message += f", {meaning}" if meaning else ""
     if (number := as_real(value)) is None:
@@ -66,7 +62,7 @@ def real_number(name: str, value: object, interval: str, meaning: str = "") -> f
 
 
 def true_or_false(name: str, value: object) -> bool:
-    """True or False, or a TypeError that names the argument; 0 and 1 are neither."""
+    """A TypeError for all else, 0 and 1 included."""
     flag = plain(value)
     if not isinstance(flag, bool):
         raise TypeError(f"{name}={value!r}: expected True or False")

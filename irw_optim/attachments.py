@@ -1,7 +1,6 @@
 """What is put on modules that belong to somebody else, how it comes off, and what copies carry.
 
-An attachment is on a module once, for as long as somebody holds it: the owners are counted by
-Python itself. Copies and pickles of the module are without it.
+An attachment is on a module once, for as long as somebody holds it, and in no copy of the module.
 """
 
 from __future__ import annotations
@@ -17,11 +16,7 @@ _Attached = TypeVar("_Attached", bound="Attachment")
 
 
 class Renewed:
-    """Copies and pickles carry what lasts; what belongs to one process or one moment begins anew.
-
-    Attributes:
-        PASSING: the names of the latter, which `begin` sets.
-    """
+    """Copies and pickles carry what lasts; what is named ``PASSING`` begins anew in them."""
 
     PASSING: ClassVar[tuple[str, ...]]
 
@@ -41,17 +36,17 @@ class Change(Protocol):
     """What was done to a module; it holds nothing strongly."""
 
     def remove(self) -> None:
-        """Undo it."""
+        """Undo it, unless somebody has put something else there since."""
 
     def clean(self, state: dict[str, Any]) -> None:
-        """Undo it in a copy of the module's ``__dict__``."""
+        """The same in a copy of the module's ``__dict__``."""
 
 
 Removable = RemovableHandle | Change
 
 
 class Attachment:
-    """Something on a module, until nobody holds this object any longer."""
+    """Something on a module, until nobody holds this object."""
 
     def __init__(self, module: nn.Module) -> None:
         self.handles: list[Removable] = []
@@ -77,7 +72,7 @@ class Attachment:
         """The one that is there, if one is."""
         there: Any = _THERE.get(module, {})
         found: Any = there.get(cls)
-        return found if found is not None and found.remove.alive else None
+        return found if found and found.remove.alive else None
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
         """Attach, and yield what removes it."""
@@ -85,17 +80,16 @@ class Attachment:
 
 
 _THERE: WeakKeyDictionary[nn.Module, WeakValueDictionary[type, Attachment]] = WeakKeyDictionary()
-"""What is on which module, by kind."""
 
 
 def remove_all(handles: list[Removable]) -> None:
-    """Take back what is in the list, and empty it."""
+    """Empty the list, last first."""
     while handles:
         handles.pop().remove()
 
 
 class Replacement:
-    """Stands in a module's ``__dict__`` under a name, and knows what was there before."""
+    """Stands in a module's ``__dict__``, and knows what was there before."""
 
     previous: Any = None
 
@@ -123,18 +117,16 @@ class Replaced:
     def __init__(self, module: nn.Module, name: str, replacement: Replacement) -> None:
         replacement.previous = vars(module).get(name)
         vars(module)[name] = replacement
-        self.module = ref(module)
-        self.name = name
-        self.replacement = ref(replacement)
+        self.module, self.name, self.replacement = ref(module), name, ref(replacement)
 
     def remove(self) -> None:
-        """Undo it, unless somebody has put something else there since."""
+        """Put back what was there before."""
         module = self.module()
         if module is not None and vars(module).get(self.name) is self.replacement():
             self.clean(vars(module))
 
     def clean(self, state: dict[str, Any]) -> None:
-        """Put back what was there before, unless somebody has put something else there since."""
+        """The same in a copy."""
         ours = state.get(self.name)
         if isinstance(ours, Replacement):
             del state[self.name]
@@ -143,10 +135,7 @@ class Replaced:
 
 
 class PlainCopies(Attachment):
-    """Lets a module be copied and pickled as what it is without attachments.
-
-    Pickle and `copy` look up ``__reduce_ex__`` on the object itself, not on its class.
-    """
+    """Has copies and pickles without attachments: ``__reduce_ex__`` is looked up on the object."""
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
         """Attach, and yield what removes it."""
@@ -176,7 +165,7 @@ class _Deepcopy(OfModule):
 
 
 def _cleaned(reduced: Any, module: nn.Module) -> Any:
-    """What pickle is told of a module, without what is attached to it."""
+    """What pickle is told of a module, without attachments."""
     if type(reduced) is tuple:
         return tuple(_cleaned(part, module) for part in reduced)
     if type(reduced) is not dict or "_forward_hooks" not in reduced:

@@ -20,8 +20,8 @@ def median_seconds(
 ) -> list[float]:
     """Median time of each step, taken in turns so that a slower machine slows all alike.
 
-    There are ``repeats`` rounds after one to warm up, of ``inner`` calls for steps too short to
-    time alone. They run on ``device``; None is a GPU where there is one.
+    Of ``repeats`` rounds after one to warm up, each ``inner`` calls, on ``device``; None is a GPU
+    where there is one.
     """
     device = _given_or_found(device)
     times: list[list[float]] = [[] for _ in steps]
@@ -38,10 +38,7 @@ def median_seconds(
 
 
 def peak_bytes(step: Step, device: torch.device | str | None = None) -> int:
-    """The most bytes of tensors that one call of the step holds at once, beyond what stays.
-
-    It is the memory of ``device``; None is a GPU where there is one.
-    """
+    """The most bytes of tensors that one call holds at once on a device, beyond what stays."""
     device = _given_or_found(device)
     step()
     if device.type == "cuda":

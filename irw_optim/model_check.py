@@ -41,9 +41,9 @@ class Verification:
         errors: relative error of ``scores``, ``weights`` and ``gradient`` against the loop.
         tolerance: what counts as equal in the dtype of the losses.
         time_ratio: median time of a step over that of a plain step.
-        memory_ratio: the same of the peak of the tensors that a step makes; NaN if not measured.
-        deterministic: whether two passes from one state give the same losses; where they do not,
-            the errors say nothing.
+        memory_ratio: the same of the peak of a step's tensors; NaN if not measured.
+        deterministic: whether two passes from one state give the same losses; if not, the errors
+            say nothing.
         reason: why some modules have no quick products; "" where all have.
         plain_seconds: median time of a plain step.
         one_by_one: how many samples take a backward pass each for their scores, or 0.
@@ -61,14 +61,14 @@ class Verification:
 
     @property
     def exact(self) -> bool:
-        """Whether every error is rounding; False where there was nothing to compare with."""
+        """Whether every error is rounding."""
         return self.deterministic and all(e <= self.tolerance for e in self.errors.values())
 
     def __str__(self) -> str:
-        width = max(len("module"), *(len(name) for name in self.engines))
+        table = {"module": "engine", **self.engines}
+        width = max(map(len, table))
         lines = [self.verdict, *(f"  {line}" for line in self._advice()), ""]
-        lines.append(f"{'module':<{width}}  engine")
-        lines += [f"{name:<{width}}  {engine}" for name, engine in self.engines.items()]
+        lines += [f"{name:<{width}}  {engine}" for name, engine in table.items()]
         lines += ["", "relative error against a loop of plain autograd over the samples"]
         lines += [f"  {name:<9} {error:.1e}" for name, error in self.errors.items()]
         return "\n".join(lines)
@@ -81,7 +81,7 @@ class Verification:
         return said + engines + html_table(header, errors)
 
     def _advice(self) -> list[str]:
-        """Which parameters go the slow way, what that costs, and how to make them quick."""
+        """What goes the slow way, what that costs, and how to make it quick."""
         slow = [name for name, engine in self.engines.items() if engine != "ghost"]
         if not slow or not self.reason:
             return []
@@ -131,14 +131,14 @@ def verify(
     The model, its buffers, gradients and every source of chance are left as they were.
 
     Args:
-        model: as it will be trained, in train mode or with parts in eval mode.
+        model: as it will be trained.
         inputs: one batch; a tuple is passed as positional arguments, a mapping by name.
         targets: second argument of the criterion.
         criterion: the loss module.
-        alpha: as for `IRWOptimizer`.
-        outliers: as there.
-        engine: as there.
-        repeats: timed rounds; the loop itself takes B backward passes once.
+        alpha: as of `IRWOptimizer`.
+        outliers: the same.
+        engine: the same.
+        repeats: timed rounds; the loop takes B backward passes once.
 
     Raises:
         TypeError, ValueError: as `IRWOptimizer` does.
@@ -215,7 +215,7 @@ def verify(
 
 
 class _Batch:
-    """One batch, and what is done with it: every pass starts from the same inputs."""
+    """What is done with one batch: every pass starts from the same inputs."""
 
     def __init__(self, model: nn.Module, inputs: Any, targets: Any, criterion: nn.Module) -> None:
         self.model, self.targets, self.criterion = model, targets, criterion
@@ -224,7 +224,7 @@ class _Batch:
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
 
     def output(self) -> Any:
-        # A forward may change its input in place, and meets it again here.
+        # A forward may change its input in place.
         fresh = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, self.inputs)
         if isinstance(fresh, dict):
             return self.model(**fresh)
@@ -238,7 +238,6 @@ class _Batch:
         self.criterion(self.output(), self.targets).backward()
 
     def cost(self, repeats: int) -> tuple[float, int]:
-        """The seconds of a step, and the most bytes that it makes."""
         (seconds,) = median_seconds([self.step], repeats, device=self.device)
         return seconds, peak_bytes(self.step, self.device)
 
@@ -246,7 +245,7 @@ class _Batch:
 def _by_loop(
     batch: _Batch, alpha: float, outliers: OutlierFilter | None
 ) -> tuple[Weights, dict[Tensor, Tensor], Tensor]:
-    """The weights, the weighted gradient and the losses by plain autograd, sample by sample."""
+    """Weights, weighted gradient and losses by plain autograd, sample by sample."""
     samples = batch.losses()
     losses, reached = samples.losses.detach(), set(walk(samples.losses).leaves)
     scored = [p for p in batch.parameters if p in reached]

@@ -1,4 +1,4 @@
-"""What is shown to who watches, in a notebook or on a terminal, and whether this is one."""
+"""What is shown in a notebook or on a terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def in_a_notebook() -> bool:
 
 
 def html_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    """A plain table, which a notebook shows in its own style."""
+    """A plain table."""
 
     def line(cell: str, values: Iterable[object]) -> str:
         return "<tr>" + "".join(f"<{cell}>{escape(str(v))}</{cell}>" for v in values) + "</tr>"
@@ -29,7 +29,7 @@ def html_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> st
 def progress_bar(
     title: str, total: int, shown: bool
 ) -> AbstractContextManager[Callable[..., None]]:
-    """Give a function that advances a bar of ``total`` steps, and may say what goes on now."""
+    """Give a function that advances a bar, and may say what goes on now."""
     if shown and in_a_notebook():
         return _in_the_browser(title, total)
     if shown and find_spec("rich"):  # the extra "report" has it

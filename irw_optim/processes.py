@@ -12,27 +12,27 @@ has_group: Callable[[], bool] = getattr(dist, "is_initialized", lambda: False)
 
 
 def several_processes() -> bool:
-    """Whether one of more than one process is."""
+    """Whether it has more than one."""
     return has_group() and dist.get_world_size() > 1
 
 
 def place() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) without a process group."""
+    """The rank and the number of processes; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if has_group() else (0, 1)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to the model, or to some of it."""
+    """Whether `fully_shard` was applied to some of the model."""
     return any(map(is_sharded_here, model.modules()))
 
 
 def is_sharded_here(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to this module."""
+    """The same of one module."""
     return "FSDPModule" in _names_of_bases(module)
 
 
 def is_shard(parameter: Tensor) -> bool:
-    """Whether this is a DTensor, by name: importing what makes them takes as long as torch."""
+    """Whether this is a DTensor, by name: to import that takes as long as torch."""
     return "DTensor" in _names_of_bases(parameter)
 
 

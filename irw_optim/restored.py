@@ -1,7 +1,7 @@
-"""Passes through a model that leave no trace: what a forward may change, as it was before.
+"""What a forward may change, as it was before.
 
-That is buffers and gradients, what the modules keep in attributes of their own (a counter, a
-generator), and the global sources of chance of torch, ``random`` and NumPy.
+That is buffers, gradients, what modules keep in attributes of their own (a counter, a generator),
+and the global sources of chance of torch, ``random`` and NumPy.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def restored(*modules: nn.Module) -> Iterator[None]:
 def randomness_restored(
     devices: Iterable[torch.device] = (), *, numpy: bool = True
 ) -> Iterator[Any]:
-    """Put back, after the block, the global generators of Python, NumPy and torch.
+    """Put back, after the block, the global generators of Python, NumPy, and torch on ``devices``.
 
-    On the CPU and these ``devices``; NumPy's state, which takes long to save, is yielded.
+    NumPy's state, which takes long to save, is yielded.
     """
     with ExitStack() as undo:
         undo.callback(random.setstate, random.getstate())
@@ -61,7 +61,6 @@ def randomness_restored(
 def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]:
     """What puts back the buffers and attributes of a module and of the modules in it.
 
-    Goes into the lists, dicts, sets, tensors, generators and plain objects that attributes name.
     With ``by_version`` autograd counts a write to a tensor only if it counted a change of it: an
     earlier graph may need it as it is. Those of ``running_mean`` and by ``.data`` are not counted.
     """
@@ -70,7 +69,7 @@ def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]
 
 
 def undo_own_state(part: nn.Module, by_version: bool = False) -> Iterator[Undo]:
-    """The same of one module, without those in it."""
+    """The same of one module alone."""
     yield _undo_dict(vars(part))
     yield _undo_dict(part._buffers)
     own = [value for name, value in vars(part).items() if name not in _OF_MODULES]
@@ -80,7 +79,7 @@ def undo_own_state(part: nn.Module, by_version: bool = False) -> Iterator[Undo]:
 
 
 def undo_inside(value: Any, by_version: bool = False) -> Undo | None:
-    """How to restore what can change inside an attribute; None where nothing is known to."""
+    """The same of an attribute's value; None where nothing in it is known to change."""
     if isinstance(value, Tensor):
         plain = not (value.requires_grad or value.is_inference())
         return _undo_tensor(value, by_version) if plain else None

@@ -35,35 +35,27 @@ def _by_autograd(
 
 
 run_backward: Any = getattr(_engine, "run_backward", _by_autograd)
-"""``torch.autograd.grad`` without its checks, which take as long as a small pass itself."""
+"""``torch.autograd.grad`` without its checks, which take as long as a small pass."""
 
 graph_is_kept: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
-"""Whether the backward pass that runs now was called with ``retain_graph=True``.
-
-Where torch does not tell, it is taken to be: then memory is let go later.
-"""
+"""Whether the backward pass that runs now retains the graph."""
 
 will_run: Callable[[Node], bool] = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
-"""Whether the backward pass that runs now goes through a node after this one."""
-
+"""Whether it goes through a node after this one."""
 
 transform: Callable[[], object] = getattr(
     torch._C._functorch, "peek_interpreter_stack", lambda: None
 )
-"""That of `torch.func` which follows what is computed now; None where torch does not tell."""
-
+"""That of `torch.func` which follows what is computed now, if any."""
 
 dual_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level", -1)
 """That of forward mode; -1 outside of it."""
 
 
 def is_plain_autograd() -> bool:
-    """Whether nobody but autograd follows what is computed now: no transform, no checkpoint.
-
-    Where torch does not tell, somebody may.
-    """
+    """Whether surely nobody else follows what is computed now: a transform, a checkpoint."""
     hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     told = hasattr(torch._C._functorch, "peek_interpreter_stack")
     if hooks is None or not told or torch._C._get_tracing_state() is not None:
@@ -72,7 +64,7 @@ def is_plain_autograd() -> bool:
 
 
 def is_wanted(leaf: Node) -> bool:
-    """Whether the backward pass that runs now asks for the gradient that a node accumulates."""
+    """Whether it asks for the gradient that a node accumulates."""
     try:
         return will_run(leaf)
     except RuntimeError:  # torch's answer for a leaf that `autograd.grad` was asked for
@@ -80,7 +72,7 @@ def is_wanted(leaf: Node) -> bool:
 
 
 def at_the_end_of_backward(call: Callable[[], None]) -> None:
-    """Call something when the backward pass that runs now is over; at once where torch cannot."""
+    """Call something when the pass that runs now is over; at once where torch cannot."""
     if _engine is None:
         call()
     else:
@@ -88,18 +80,12 @@ def at_the_end_of_backward(call: Callable[[], None]) -> None:
 
 
 def uncompiled(function: _Function) -> _Function:
-    """The function, outside of what torch.compile traces, with all that it calls.
-
-    Unlike `torch.compiler.disable` it does not load the compiler before it is called.
-    """
+    """`torch.compiler.disable`, which does not load the compiler at once."""
     return cast("_Function", _disable(function))
 
 
 def itself_uncompiled(function: _Function) -> _Function:
-    """The function, outside of what torch.compile traces; `compiled_again` ends that inside of it.
-
-    Where torch does not tell who compiles, nothing in it is compiled either.
-    """
+    """The same but for what `compiled_again` calls, where torch tells who compiles."""
     if None in (_set_compiler, _modes, _without_mode):
         return uncompiled(function)
 
@@ -119,7 +105,7 @@ def itself_uncompiled(function: _Function) -> _Function:
 
 
 def _leave_alone(code: CodeType) -> bool:
-    """Whether torch agrees not to compile the frames of a function itself."""
+    """Have torch not compile the frames of a function itself, if it can."""
     if hasattr(_frames, "skip_code"):
         _frames.skip_code(code)
         return True
@@ -133,9 +119,9 @@ def _leave_alone(code: CodeType) -> bool:
 def compiled_again(
     function: Callable[..., Any], apart_from: type[TorchFunctionMode], *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a function with the compiler that `itself_uncompiled` has sent away, if it has.
+    """Call a function with the compiler that `itself_uncompiled` has sent away.
 
-    Modes of the kind ``apart_from`` are not in force meanwhile: torch would compile them, too.
+    Without modes of the kind ``apart_from``, which torch would compile, too.
     """
     compiler, modes = _HERE.compiler, [] if _modes is None else _modes()
     inner = list(takewhile(lambda mode: isinstance(mode, apart_from), reversed(modes)))
@@ -176,19 +162,19 @@ def silent(leaves: Iterable[Tensor]) -> Iterator[None]:
 
 
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Each of them in memory of its own, by one operation."""
+    """Each in memory of its own, by one operation."""
     listed = list(tensors)
     return list(torch._foreach_mul(listed, 1)) if listed else []
 
 
 def squared_length(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of the squares of all numbers in them, by few operations."""
+    """The sum of all squares in them, by few operations."""
     return torch.stack(list(torch._foreach_norm(list(tensors)))).square().sum()
 
 
 @cache
 def load_dual_numbers() -> None:
-    """Have torch compile its formulas for them, which it does at first use, with a warning."""
+    """Have torch compile its formulas for them without its warning."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.filterwarnings("ignore", "`torch.jit.script`")
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
@@ -206,28 +192,22 @@ def sums_wide(device: str) -> bool:
     return True
 
 
-LAYERS_ALIKE = 64
-"""So many layers may call one function."""
-
-
 def compile_for_each_layer() -> None:
-    """Let torch compile a function for each of the layers that call it.
+    """Let torch compile a function for 64 layers that call it: it gives up at the ninth by itself.
 
-    Broken at the layers, a model is no longer compiled as one, and torch gives up on a function at
-    the ninth way in which it is called.
+    Broken at the layers, a model is no longer compiled as one.
     """
     import torch._dynamo.config as config
 
     for name in ("recompile_limit", "cache_size_limit"):
         if hasattr(config, name):
-            setattr(config, name, max(getattr(config, name), LAYERS_ALIKE))
+            setattr(config, name, max(getattr(config, name), 64))
 
 
 def keep_for_further_passes() -> None:
-    """Let compiled code keep what its backward pass reads, as autograd does with a retained graph.
+    """Have compiled code keep what its backward pass reads, where torch lets that write over it.
 
-    By default torch lets a compiled backward pass write over it. Code that was compiled so is
-    dropped, and not taken from a cache either, whose keys don't tell the two apart.
+    Code that was compiled so is dropped, and not taken from a cache, whose keys don't tell.
     """
     import torch._functorch.config as config
 

@@ -1,8 +1,6 @@
-"""From the question whether to reweight at all to a decision on one's own data, in one call.
+"""`compare_remedies`: whether to reweight at all, and how, decided on one's own data.
 
-`compare_remedies` trains plainly and with every remedy, over a few seeds, and says what to take and
-how sure that is. A remedy is a function of a `Training` that returns a trained model, so that one's
-own takes part as well.
+A remedy is a function of a `Training` that returns a trained model.
 """
 
 from __future__ import annotations
@@ -92,32 +90,29 @@ def compare_remedies(
     """Train a model with each remedy, and say which one to take, if any, and how sure that is.
 
     Every remedy starts from the same initialisation of a seed and takes the same number of steps
-    (balancing with half the steps: half of them; the two stages: a fifth more, for the early
-    model). All is measured on the validation data, after the last step: nothing is selected.
-
-    Needs the extra: ``pip install "irw-optim[report]"``.
+    (balancing with half the steps: half of them; the two stages: a fifth more). All is measured on
+    the validation data, after the last step. Needs ``pip install "irw-optim[report]"``.
 
     Args:
-        make_model: gives a new, untrained model: (N, classes) logits, or one number a sample.
+        make_model: gives an untrained model: (N, classes) logits, or one number a sample.
         criterion: a classification loss, as of `IRWOptimizer`.
         train: a map-style data set, or ``(X, y)`` as NumPy arrays, tensors, lists or pandas.
         validation: as ``train``, of other people.
-        groups: of the people of ``validation``, one column or several, which are intersected. They
-            add worst group and headroom, and decide; no remedy sees them.
-        remedies: names of `REMEDIES`, or ``{name: remedy}``, in the order in which a simpler one is
-            preferred; ``{**REMEDIES, "mine": mine}`` adds one. None takes all; plain is always in.
+        groups: of ``validation``, one column or several, which are intersected. They add worst
+            group and headroom, and decide; no remedy sees them.
+        remedies: names of `REMEDIES`, or ``{name: remedy}``, simpler ones first;
+            ``{**REMEDIES, "mine": mine}`` adds one. None takes all; plain is always in.
         seeds: how many, or which.
-        epochs: of a training, in whole batches.
+        epochs: of whole batches.
         batch_size: of a step.
-        optimizer: makes one of the parameters; Adam with a learning rate of 0.001.
-        scheduler: ``scheduler(optimizer, steps)``, stepped after each step; cosine decay to 0. None
-            leaves the learning rate alone.
-        alpha: of the two single trainings with IRW.
-        clusters: (N,) of the validation data, in place of k-means of its inputs as they are.
+        optimizer: makes one of the parameters.
+        scheduler: ``scheduler(optimizer, steps)``, stepped after each step, or None.
+        alpha: of the single trainings with IRW.
+        clusters: (N,) of ``validation``, in place of k-means of its inputs.
         n_clusters: of k-means.
         min_cell: people that a cell or a group needs to count.
         forward: ``forward(model, batch)`` gives the criterion's arguments, the model's output
-            first, for batches that are no pair (inputs, target).
+            first; None for batches (inputs, target).
         loader_options: of the DataLoaders over data sets: ``num_workers``, ``collate_fn``.
         progress: show a bar, on a terminal or in a notebook.
 
@@ -132,8 +127,7 @@ def compare_remedies(
         if find_spec(needed) is None:
             raise ImportError(f'compare_remedies needs {needed}: pip install "irw-optim[report]"')
     chosen = _chosen(remedies)
-    count = as_whole(seeds)
-    asked = list(seeds) if isinstance(seeds, Iterable) else list(range(count or 0))
+    asked = list(seeds if isinstance(seeds, Iterable) else range(as_whole(seeds) or 0))
     numbers = [number for number in map(as_whole, asked) if number is not None]
     if not numbers or len(numbers) != len(asked):
         raise ValueError(f"seeds={seeds!r}: expected how many, >= 1, or a list of whole numbers")
@@ -147,12 +141,13 @@ def compare_remedies(
         model = make_model()
         if not isinstance(model, nn.Module):
             raise TypeError(f"make_model() gave {model!r}: expected a torch.nn.Module")
-        options = loader_options or {}
-        people = Samples("train", train, model, criterion, options, forward)
-        judged = Samples("validation", validation, model, criterion, options, forward)
+        people, judged = (
+            Samples(name, data, model, criterion, loader_options or {}, forward)
+            for name, data in (("train", train), ("validation", validation))
+        )
         outputs, labels = people.read(model)
         classes = logits_of(outputs[:1], criterion).shape[1]
-        _, truth = judged.read(model)
+        truth = judged.read(model)[1]
         _check_optimizer(optimizer, scheduler, model)
         if len(labels.unique()) < 2:
             raise ValueError("train has a single class: expected two or more")
@@ -165,8 +160,8 @@ def compare_remedies(
         trainings = [Training(recipe, people, labels, classes, seed, alpha) for seed in numbers]
         rare = min(truth.unique().tolist(), key=lambda label: int((labels == label).sum()))
         runs, predictions = _train_all(trainings, chosen, judged, judge, rare, progress)
-        right = predictions[PLAIN] == judge.labels
         flat = None if inputs is None else inputs.reshape(len(inputs), -1).cpu().numpy()
+        right = predictions[PLAIN] == judge.labels
         blind = None if named is not None else unseen_by_clusters(flat, judge, right)
     if blind is not None:
         warnings.warn(f"no groups were given, and {blind}", stacklevel=2)
@@ -176,9 +171,8 @@ def compare_remedies(
         "validation": f"{len(judged):,} people",
         "seeds": ", ".join(map(str, numbers)),
     }
-    take, sentences = conclude(runs, predictions, judge, blind)
-    signs = signs_of_hurt(runs, rare)
-    return Comparison(runs, predictions, take, sentences, signs, settings, judge)
+    told = *conclude(runs, predictions, judge, blind), signs_of_hurt(runs, rare)
+    return Comparison(runs, predictions, *told, settings, judge)
 
 
 def _train_all(
@@ -192,14 +186,19 @@ def _train_all(
     """Every remedy with every seed: a row of numbers for each, and what it predicts."""
     import pandas as pd
 
-    recipe, labels, truth = trainings[0].recipe, trainings[0].labels, torch.from_numpy(judge.labels)
+    predictions: dict[str, list[Numbers]] = {}
     rows: list[dict[str, Any]] = []
 
-    def note(name: str, seed: int, logits: Tensor, **more: Any) -> None:
-        predicted = {"predicted": logits.argmax(1).numpy()}
-        rows.append({"remedy": name, "seed": seed, **judge.measure(logits), **more, **predicted})
+    def note(name: str, logits: Tensor, **more: Any) -> None:
+        predictions.setdefault(name, []).append(logits.argmax(1).numpy())
+        rows.append({"remedy": name, "seed": training.seed, **judge.measure(logits), **more})
 
-    steps = len(remedies) * len(trainings) * recipe.steps
+    def rightly(decided: Tensor, labels: Tensor) -> float:
+        """The share of the rarest class; NaN where nobody is of it."""
+        own = labels == rare
+        return float((decided[own].argmax(1) == rare).double().mean())
+
+    steps = len(remedies) * len(trainings) * trainings[0].recipe.steps
     with progress_bar("", steps, progress) as advance:
         for i, training in enumerate(trainings):
             training.advance = advance
@@ -213,20 +212,18 @@ def _train_all(
                 measured = {
                     "effective share": fitted.effective_share,
                     "time": seconds,
-                    "rare, train": accuracy_of(rare, of_train, labels),
-                    "rare, validation": accuracy_of(rare, logits, truth),
+                    "rare, train": rightly(of_train, training.labels),
+                    "rare, validation": rightly(logits, torch.from_numpy(judge.labels)),
                     "held": fitted.held,
                 }
-                note(name, training.seed, logits, **measured)
+                note(name, logits, **measured)
             if "group" in judge.parts:
-                note(ORACLE, training.seed, oracle_logits(training, judged, judge.parts["group"]))
+                note(ORACLE, oracle_logits(training, judged, judge.parts["group"]))
     runs = pd.DataFrame(rows).set_index(["remedy", "seed"])
-    each = runs.pop("predicted").groupby(level="remedy", sort=False)
-    return runs, {name: np.stack(list(predicted)) for name, predicted in each}
+    return runs, {name: np.stack(each) for name, each in predictions.items()}
 
 
 def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, Remedy]:
-    """Plain first, then what was asked for."""
     if isinstance(remedies, str):
         remedies = [remedies]
     if not isinstance(remedies, Mapping):
@@ -255,28 +252,20 @@ def _check_optimizer(optimizer: Any, scheduler: Any, model: nn.Module) -> None:
     if scheduler is not None and not callable(scheduler):
         raise TypeError(
             f"scheduler={scheduler!r}: expected a function of optimizer and number of steps, or "
-            " None for a constant learning rate"
+            "None for a constant learning rate"
         )
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optimizer(parameters) gave {made!r}: expected a torch.optim.Optimizer")
 
 
 def _decided(samples: Samples, fitted: Fitted) -> Tensor:
-    """The logits by which a remedy decides, (N, classes)."""
     logits = logits_of(samples.read(fitted.model)[0], samples.criterion)
     return logits if fitted.shift is None else logits + fitted.shift
 
 
 def _named(made: Any) -> str:
-    """A factory in words."""
     if made is None:
         return "constant learning rate"
     if isinstance(made, partial):
         return f"{_named(made.func)}({', '.join(f'{k}={v}' for k, v in made.keywords.items())})"
     return str(getattr(made, "__name__", type(made).__name__))
-
-
-def accuracy_of(label: int, logits: Tensor, labels: Tensor) -> float:
-    """Share of right predictions among the people of a class; NaN where there are none."""
-    own = labels == label
-    return float((logits[own].argmax(1) == label).double().mean())

@@ -1,4 +1,4 @@
-"""What was found: as a table, as sentences, as a figure, and as a page that needs nothing else."""
+"""What was found, as a table, sentences, a figure, and a page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Metric(NamedTuple):
-    """A column; ``sign`` is 1 where more is better, -1 where less is; ``percent`` is for shares."""
+    """A column; ``sign`` is 1 where more is better, -1 where less is."""
 
     name: str
     meaning: str
@@ -43,13 +43,12 @@ METRICS = (
     Metric("time", "seconds of training", 0, False),
 )
 
-
-# Of Okabe and Ito's colours; the markers say the same.
+# Okabe and Ito's colours.
 LOOKS = {1: ("#0072B2", "^", "▲"), -1: ("#D55E00", "v", "▼"), 0: ("#777777", "o", "")}
 
 
 def looks(found: Difference, metric: Metric) -> tuple[str, str, str]:
-    """Colour, marker and sign of what is clearly better than plain, clearly worse, or neither."""
+    """Colour, marker and sign of clearly better than plain, clearly worse, or neither."""
     return LOOKS[int(found.clear) * metric.sign * (1 if found.mean > 0 else -1)]
 
 
@@ -77,7 +76,7 @@ class Comparison:
 
     @property
     def metrics(self) -> list[Metric]:
-        """The columns, the worst group among them where groups are known."""
+        """The columns; the worst group is one where groups are known."""
         return [metric for metric in METRICS if metric.name in self.runs]
 
     @cached_property
@@ -96,20 +95,16 @@ class Comparison:
         """A row for each remedy and metric: the mean, the difference to plain, its interval."""
         import pandas as pd
 
-        rows = {
-            (name, metric.name): (self.table.loc[name, metric.name], *found)
-            for name in self.predictions
-            for metric in self.metrics
-            for found in [self.difference(name, metric.name)]
-        }
-        index = pd.MultiIndex.from_tuples(rows, names=["remedy", "metric"])
-        return pd.DataFrame(rows.values(), index, ["mean", "difference", "low", "high"])
+        metrics = [metric.name for metric in self.metrics]
+        index = pd.MultiIndex.from_product([self.predictions, metrics], names=["remedy", "metric"])
+        rows = [(self.table.loc[name, of], *self.difference(name, of)) for name, of in index]
+        return pd.DataFrame(rows, index, ["mean", "difference", "low", "high"])
 
     def by_group(self, groups: Any) -> pd.DataFrame:
         """Accuracy of every group under every remedy, mean over the seeds, and its people.
 
         Args:
-            groups: of the validation data, any grouping of it; columns are intersected.
+            groups: any grouping of the validation data; columns are intersected.
         """
         import pandas as pd
 
@@ -125,13 +120,13 @@ class Comparison:
 
         from irw_optim.monitor.figures import STYLE, ShownFigure
 
-        shown, names = self._shown
-        size = 2.6 * len(shown) + 1.6, 0.9 + 0.34 * len(names)
+        shown = self._shown
+        size = 2.6 * len(shown) + 1.6, 0.56 + 0.34 * len(self.predictions)
         with rc_context(STYLE):
             figure = ShownFigure(size, layout="constrained")
             axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
             for axis, metric in zip(axes, shown, strict=True):
-                self._dots(axis, metric, names)
+                self._dots(axis, metric)
         return figure
 
     def to_html(self, path: Any = None) -> str:
@@ -146,15 +141,16 @@ class Comparison:
         return self._page(whole=False)
 
     def __str__(self) -> str:
-        left_out = ["score"] if ORACLE in self.predictions else []  # the groups decide
-        table = self._cells().drop(columns=["tail loss", "calibration error", "time", *left_out])
+        shown = [m.name for m in self._shown]
+        shown.insert(shown.index("worst cell") + 1, "people in it")
+        table = self._cells()[[*shown, "effective share"]].to_string()
         marks = "▲ better, ▼ worse than plain: the 95 % interval over the seeds excludes 0"
         said = [f"A sign against {name}: {'; '.join(of)}." for name, of in self.signs.items()]
         lines = [fill(one, 98, break_on_hyphens=False) for one in (*self.sentences, *said)]
-        return f"{table.to_string()}\n{marks}\n\n" + "\n".join(lines)
+        return f"{table}\n{marks}\n\n" + "\n".join(lines)
 
     def _cells(self) -> pd.DataFrame:
-        """The table as text: ▲ and ▼ stand for clearly better and worse than plain."""
+        """The table as text."""
         table = self.table.astype(object)
         for metric in self.metrics:
             for name, value in self.table[metric.name].items():
@@ -164,14 +160,17 @@ class Comparison:
         return table.rename_axis(None)
 
     @property
-    def _shown(self) -> tuple[list[Metric], list[str]]:
-        """The shares where more is better, and the rows."""
-        shown = [m for m in self.metrics if m.percent and m.sign > 0]
-        if ORACLE in self.predictions:  # the groups decide
-            shown = [m for m in shown if m.name != "score"]
-        return shown, [name for name in self.predictions if name != PLAIN]
+    def _shown(self) -> list[Metric]:
+        """The shares where more is better; where groups are known, they decide."""
+        out = "score" if ORACLE in self.predictions else ""
+        return [m for m in self.metrics if m.percent and m.sign > 0 and m.name != out]
 
-    def _dots(self, axis: Axes, metric: Metric, names: list[str]) -> None:
+    @property
+    def _names(self) -> list[str]:
+        return [name for name in self.predictions if name != PLAIN]
+
+    def _dots(self, axis: Axes, metric: Metric) -> None:
+        names = self._names
         axis.axvline(0, color="black", linewidth=1)
         for row, name in enumerate(names):
             found = self.difference(name, metric.name)
@@ -192,18 +191,17 @@ class Comparison:
         axis.set_ylim(len(names) - 0.5, -0.5)
 
     def _panels(self) -> Iterator[str]:
-        """The figure as an SVG for each metric, which takes the colour of the text around it."""
+        """An SVG for each metric, in the colour of the text around it."""
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
         from irw_optim.monitor.figures import STYLE
 
-        shown, names = self._shown
         bare = {"figure.facecolor": "none", "axes.facecolor": "none", "grid.color": "#8885"}
-        for metric in shown:
+        for metric in self._shown:
             with rc_context(STYLE | bare | {"axes.titlesize": 8.5}):
-                figure = Figure((3.5, 0.9 + 0.25 * len(names)), layout="constrained")
-                self._dots(figure.subplots(), metric, names)
+                figure = Figure((3.5, 0.65 + 0.25 * len(self.predictions)), layout="constrained")
+                self._dots(figure.subplots(), metric)
                 file = io.StringIO()
                 figure.savefig(file, format="svg", metadata={"Date": None})
             said = f'<svg role="img" aria-label="{metric.name}, differences to plain"'
@@ -211,7 +209,6 @@ class Comparison:
             yield text[text.index("<svg") :]
 
     def _page(self, whole: bool) -> str:
-        """The sentences and the figure first; what is long can be opened."""
         from jinja2 import Environment, StrictUndefined
 
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -224,16 +221,15 @@ class Comparison:
         )
 
     def _more(self) -> Iterator[tuple[str, str]]:
-        """What is long: titles and tables."""
+        """Titles and tables of what is long."""
         import pandas as pd
 
         def told(name: str, metric: Metric) -> str:
             found = self.difference(name, metric.name)
             return f"{as_text(found, '', metric.percent)} {looks(found, metric)[2]}"
 
-        names = [name for name in self.predictions if name != PLAIN]
-        known = [metric for metric in self.metrics if metric.sign]
-        differences = {metric.name: [told(name, metric) for name in names] for metric in known}
+        names = self._names
+        differences = {m.name: [told(name, m) for name in names] for m in self.metrics if m.sign}
         title = "Differences to plain training, with their intervals"
         yield title, _html(pd.DataFrame(differences, names))
         for kind, parts in self.judge.names.items():

@@ -1,4 +1,4 @@
-"""Training and validation data: arrays or a map-style data set, checked before anything trains."""
+"""Training and validation data, checked before anything trains."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Data: TypeAlias = Dataset[Any] | tuple[Any, Any]
 
 
 class Samples:
-    """A data set whose batches are asked for by index; model and criterion decide its dtypes."""
+    """A data set that is read by index, in the dtypes of a model and a criterion."""
 
     def __init__(
         self,
@@ -60,11 +60,9 @@ class Samples:
         return len(self.dataset)
 
     def loader(self) -> DataLoader[Any]:
-        """All samples in order."""
         return DataLoader(self.dataset, **{"batch_size": 1024, **self.options})
 
     def batches(self, pieces: Iterable[Tensor]) -> Iterator[Any]:
-        """The batch of each piece of indices."""
         if type(self.dataset) is TensorDataset and "collate_fn" not in self.options:
             for piece in pieces:
                 yield [tensor[piece] for tensor in self.dataset.tensors]
@@ -74,21 +72,18 @@ class Samples:
             yield from DataLoader(self.dataset, batch_sampler=drawn, **options)
 
     def inputs(self, needed: bool) -> Tensor | None:
-        """Those of all samples, (N, ...), where they are at hand or ``needed`` for clusters."""
+        """All, (N, ...), where they are at hand or ``needed`` for clusters."""
         if type(self.dataset) is TensorDataset:
             return self.dataset.tensors[0]
         found = []
-        for batch in self.batches(torch.arange(len(self)).split(1024)) if needed else ():
+        for batch in self.loader() if needed else ():
             if not isinstance(batch, list | tuple) or not isinstance(batch[0], Tensor):
-                raise ValueError(
-                    f"the inputs of {self.name} are no tensors, so they cannot be clustered: give "
-                    "clusters=, (N,) numbers from any clustering of the people, or of an embedding"
-                )
+                raise _cannot_be_clustered("they are no tensors")
             found.append(batch[0])
         return torch.cat(found) if found else None
 
     def read(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Outputs (N, ...) and classes (N,) of all samples, in evaluation mode, on the CPU."""
+        """Outputs (N, ...) and classes (N,) in evaluation mode, on the CPU."""
         outputs, labels, losses_of = [], [], ClassLosses(model, self.criterion, self.forward)
         try:
             with eval_mode(model), torch.no_grad():
@@ -105,22 +100,19 @@ class Samples:
     def _checked(self, part: PerSampleLosses) -> Tensor:
         if part.labels is None:
             raise ValueError(
-                f"{self.name}: the criterion's target is no class a sample: remedies are compared "
-                "on classification, with CrossEntropyLoss or BCEWithLogitsLoss, say"
+                f"{self.name}: the criterion's target is no class a sample: expected "
+                "classification, with CrossEntropyLoss or BCEWithLogitsLoss, say"
             )
         if part.counts is not None and not bool(part.counts.all()):
             raise ValueError(
-                f"{self.name}: {int((part.counts == 0).sum())} targets are ignored by the "
-                "criterion: leave these samples out"
+                f"{self.name}: the criterion ignores {int((part.counts == 0).sum())} targets: "
+                "leave these samples out"
             )
         return part.labels
 
 
 class ClassLosses(BatchLosses):
-    """The losses of a batch with a class for each, also of a criterion that is not torch's.
-
-    ``arguments`` are those of the criterion's last call, the model's output first.
-    """
+    """With classes also of a criterion that is not torch's; ``arguments`` are its last call's."""
 
     def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
         super().__init__(model, criterion, self._kept)
@@ -132,7 +124,6 @@ class ClassLosses(BatchLosses):
         return self.arguments
 
     def __call__(self, batch: Any) -> PerSampleLosses:
-        """The losses; classes are whole numbers in the target, one a sample."""
         part = super().__call__(batch)
         if part.labels is not None or type(self.criterion).__module__.startswith("torch.nn."):
             return part
@@ -153,7 +144,7 @@ def _from_arrays(
     y = as_classes(f"{name} y", y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y)
     if y.dtype.kind in "US":
         raise ValueError(
-            f"{name} y has names, as {y[0]!r}: expected class numbers; make them with "
+            f"{name} y has names, as {y[0]!r}: expected class numbers, as by "
             "sklearn.preprocessing.LabelEncoder"
         )
     if len(x) != len(y):
@@ -175,8 +166,8 @@ def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
             array = array.astype(np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"{name} X has entries that are no numbers ({error}): encode categories first, "
-                "with sklearn.preprocessing.OneHotEncoder, say"
+                f"{name} X has entries that are no numbers ({error}): encode categories first, as "
+                "by sklearn.preprocessing.OneHotEncoder"
             ) from error
     check_numbers(f"{name} X", array)
     if isinstance(values, Tensor):
@@ -191,14 +182,14 @@ def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
 
 
 def logits_of(outputs: Tensor, criterion: nn.Module) -> Tensor:
-    """Outputs of a model, (N,), (N, 1) or (N, C), as logits (N, C) with C >= 2.
+    """Outputs (N,), (N, 1) or (N, C) as logits (N, C), C >= 2.
 
     >>> logits_of(torch.tensor([2.0]), nn.BCEWithLogitsLoss())
     tensor([[0., 2.]])
     """
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         return outputs.float()
-    if outputs.ndim > 2 or (outputs.ndim == 2 and outputs.shape[1] == 0):
+    if outputs.ndim > 2 or outputs.numel() != len(outputs):
         raise ValueError(
             f"the model's outputs have shape {tuple(outputs.shape)}: expected (N, classes), or one "
             "number a sample for two classes"
@@ -210,7 +201,7 @@ def logits_of(outputs: Tensor, criterion: nn.Module) -> Tensor:
 
 
 def group_names(groups: Any, people: Sized) -> Numbers:
-    """The group of each person, (N,): the values of all columns, numbers with the column's name."""
+    """(N,): the values of all columns, numbers with the column's name."""
     columns = as_columns(groups)
     for name, column in columns.items():
         check_lengths(**{"validation": people, f"groups[{name!r}]": column})
@@ -222,7 +213,7 @@ def group_names(groups: Any, people: Sized) -> Numbers:
 
 
 def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, people: Sized) -> Numbers:
-    """The cluster of each person, (N,): as given, or by k-means of the inputs as they are."""
+    """(N,): as given, or by k-means of the inputs as they are."""
     if clusters is not None:
         numbers = as_vector("clusters", clusters, "cluster")
         check_lengths(validation=people, clusters=numbers)
@@ -230,8 +221,12 @@ def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, people: Sized) 
     try:
         rows = as_rows(as_array(inputs))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"validation inputs cannot be clustered ({error}): give clusters=, (N,) numbers from "
-            "any clustering of them, or of an embedding"
-        ) from error
+        raise _cannot_be_clustered(error) from error
     return kmeans(rows, min(n_clusters, len(rows)), 0)
+
+
+def _cannot_be_clustered(why: object) -> ValueError:
+    return ValueError(
+        f"validation inputs cannot be clustered ({why}): give clusters=, (N,) numbers from any "
+        "clustering of the people, or of an embedding"
+    )

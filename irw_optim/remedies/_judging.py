@@ -1,4 +1,4 @@
-"""What the models do on the validation data, in numbers, and what may be concluded."""
+"""What the models do on the validation data, and what may be concluded."""
 
 from __future__ import annotations
 
@@ -29,45 +29,41 @@ TOLD, MISLED, NEAR = 0.9, 20, 0.1
 
 
 class Judge:
-    """Measures models on one set of people; what does not depend on the model is made once.
+    """Measures models on one set of people.
 
     ``parts`` has (N,) numbers of everybody's ``"class"``, ``"cell"`` and, where groups are named,
-    ``"group"``, -1 for whoever counts nowhere; ``names`` has the names of these numbers.
+    ``"group"``, -1 for whoever counts nowhere; ``names`` has their names.
     """
 
     def __init__(
         self, labels: Tensor, clusters: Numbers, groups: Numbers | None, min_cell: int
     ) -> None:
         self.labels = labels.numpy()
-        self.names: dict[str, list[Any]] = {}
-        self.parts: dict[str, Numbers] = {}
-        self.names["class"], self.parts["class"] = intersect({"class": self.labels})
         found = worst_cell_accuracy(self.labels, self.labels, clusters, min_cell=min_cell)
-        cells = [cell for cell in found.cells if cell.counted]
-        self.names["cell"] = [(cell.label, cell.clusters) for cell in cells]
-        self.parts["cell"] = np.full(len(self.labels), -1)
-        for number, cell in enumerate(cells):
-            inside = (self.labels == cell.label) & np.isin(clusters, cell.clusters)
-            self.parts["cell"][inside] = number
+        cells = [(cell.label, cell.clusters) for cell in found.cells if cell.counted]
+        inside = [(self.labels == label) & np.isin(clusters, of) for label, of in cells]
+        classes, class_of = intersect({"class": self.labels})
+        self.names: dict[str, list[Any]] = {"class": classes, "cell": cells}
+        cell_of = np.where(np.any(inside, 0), np.argmax(inside, 0), -1)
+        self.parts: dict[str, Numbers] = {"class": class_of, "cell": cell_of}
         if groups is not None:
             names, member = intersect({"group": groups})
             sizes = np.bincount(member)
             large = sizes >= min_cell
             if not large.any():
                 raise ValueError(
-                    f"min_cell={min_cell}: the largest group has {sizes.max()} people: give more "
-                    "validation data, or a lower min_cell"
+                    f"min_cell={min_cell}: the largest group has {sizes.max()} people: expected "
+                    "more validation data, or a lower min_cell"
                 )
             self.names["group"] = [names[number] for number in np.flatnonzero(large)]
             self.parts["group"] = np.where(large, large.cumsum() - 1, -1)[member]
 
     def sizes(self, kind: str) -> Numbers:
-        """How many people each part has."""
         part = self.parts[kind]
         return np.bincount(part[part >= 0])
 
     def accuracies(self, kind: str, right: Numbers) -> Numbers:
-        """Accuracy of each part, (M, parts), of M models: ``right`` (M, N)."""
+        """(M, parts) of M models, ``right`` (M, N)."""
         part, sizes = self.parts[kind], self.sizes(kind)
         inside = part >= 0
         hits = [np.bincount(part[inside], one[inside], len(sizes)) for one in right]
@@ -76,37 +72,35 @@ class Judge:
     def moves(self, right: Numbers) -> Numbers:
         """How each person moves what to choose by, (N,), in the mean over the models.
 
-        That is the worst group where groups are named, else the mean of worst class and worst cell.
         By the delta method, the root of the sum of squares is the standard error that comes from
         who happens to be in the validation data.
         """
         kinds = ["group"] if "group" in self.parts else ["class", "cell"]
         moves = np.zeros(right.shape[1])
         for kind in kinds:
-            found = self.accuracies(kind, right)
-            for one, accuracies in zip(right, found, strict=True):
+            for one, accuracies in zip(right, self.accuracies(kind, right), strict=True):
                 inside = self.parts[kind] == accuracies.argmin()
                 off = (one[inside] - accuracies.min()) / inside.sum()
                 moves[inside] += off / len(kinds) / len(right)
         return moves
 
     def measure(self, logits: Tensor) -> dict[str, float]:
-        """A number for each metric that needs no training."""
-        predicted = logits.argmax(1).numpy()
-        right = (predicted == self.labels)[None]
-        found = {"accuracy": float(right.mean())}
-        for kind in self.parts:
-            found[f"worst {kind}"] = float(self.accuracies(kind, right).min())
-        found["score"] = (found["worst class"] + found["worst cell"]) / 2
+        """The metrics that need no training."""
         truth = torch.from_numpy(self.labels)
+        right = (logits.argmax(1) == truth).numpy()[None]
+        worst = {f"worst {k}": float(self.accuracies(k, right).min()) for k in self.parts}
         losses = F.cross_entropy(logits, truth, reduction="none").clamp(max=100.0)
-        found["tail loss"] = worst_alpha_loss(losses, 0.1)
-        found["calibration error"] = calibration_error(logits, right[0])
-        return found
+        return {
+            "accuracy": float(right.mean()),
+            **worst,
+            "score": (worst["worst class"] + worst["worst cell"]) / 2,
+            "tail loss": worst_alpha_loss(losses, 0.1),
+            "calibration error": calibration_error(logits, right[0]),
+        }
 
 
 def calibration_error(logits: Tensor, right: Numbers) -> float:
-    """Mean |share of right predictions - confidence| over ten bins with as many people each."""
+    """Mean |share of right predictions - confidence| over ten bins of as many people."""
     from sklearn.calibration import calibration_curve
 
     confidence = logits.softmax(1).amax(1).clamp(0, 1).numpy()
@@ -118,7 +112,7 @@ def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> 
     """Why the score by clusters may be blind here, of plain training's ``right`` (seeds, N).
 
     A shortcut that one feature shows does not move a cluster's centre. So a tree with a leaf a
-    class looks for one: who is misled by it, and do they fare worse than the worst cell?
+    class looks for one: do those whom it misleads fare worse than the worst cell?
     """
     from sklearn.metrics import balanced_accuracy_score
     from sklearn.tree import DecisionTreeClassifier
@@ -147,13 +141,7 @@ def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> 
 
 
 class Difference(NamedTuple):
-    """A remedy minus plain training, seed by seed.
-
-    Attributes:
-        mean: over the seeds.
-        low: of its t interval over the seeds; NaN for a single seed.
-        high: of the same.
-    """
+    """A remedy minus plain training: mean over the seeds, and t interval, NaN for a single one."""
 
     mean: float
     low: float
@@ -166,7 +154,6 @@ class Difference(NamedTuple):
 
 
 def difference(runs: pd.DataFrame, remedy: str, metric: str, other: str = PLAIN) -> Difference:
-    """Of one remedy to plain training, or to another."""
     from scipy import stats
 
     differences = (runs.loc[remedy, metric] - runs.loc[other, metric]).to_numpy()
@@ -178,14 +165,14 @@ def difference(runs: pd.DataFrame, remedy: str, metric: str, other: str = PLAIN)
 
 
 def worst_part(judge: Judge, kind: str, predicted: Numbers) -> tuple[Any, int, float]:
-    """The part that fares worst on average over the seeds: name, people, accuracy."""
+    """The part that fares worst in the mean over the seeds: name, people, accuracy."""
     found = judge.accuracies(kind, predicted == judge.labels).mean(0)
     worst = int(found.argmin())
     return judge.names[kind][worst], int(judge.sizes(kind)[worst]), float(found[worst])
 
 
 def signs_of_hurt(runs: pd.DataFrame, rare: int) -> dict[str, list[str]]:
-    """How each remedy is seen to hurt, for those that are; ``rare`` is training's rarest class."""
+    """How remedies are seen to hurt; ``rare`` is training's rarest class."""
     means = runs.groupby(level="remedy", sort=False).mean()
     apart = means["rare, train"] - means["rare, validation"]
     found: dict[str, list[str]] = {}
@@ -216,6 +203,7 @@ def conclude(
     names = [name for name in predictions if name not in (PLAIN, ORACLE)]
     moves = {name: judge.moves(found == judge.labels) for name, found in predictions.items()}
     grouped = "group" in judge.parts
+    what = "worst group" if grouped else "mean of worst class and worst label × cluster cell"
     metric = "worst group" if grouped else "score"
     means = runs.groupby(level="remedy").mean()
 
@@ -250,21 +238,17 @@ def conclude(
         if room.low > 0:
             rest = f", of which {shown} recovers {gain.mean / room.mean:.0%}"
         last = f"Headroom: a last layer fitted anew, groups known, has {as_text(room)}{rest}."
-    what = "worst group" if grouped else "mean of worst class and worst label × cluster cell"
     part, people, share = worst_part(judge, "group" if grouped else "cell", predictions[take])
     whose = part if grouped else f"class {part[0]} in cluster {', '.join(map(str, part[1]))}"
-    worst_off = (
-        f"Worst off under {take}: {whose}, {people:,} people, of whom {share:.0%} are decided "
-        f"rightly (standard error {np.sqrt(share * (1 - share) / people):.1%})."
-    )
-    sentences = [
+    error = np.sqrt(share * (1 - share) / people)
+    worst_off = f"{people:,} people, of whom {share:.0%} are decided rightly"
+    return take, [
         f"{first}: {as_text(gain)} in the {what}.",
         f"Its accuracy is {means.loc[shown, 'accuracy']:.1%}, {as_text(price)} against plain.",
-        worst_off,
+        f"Worst off under {take}: {whose}, {worst_off} (standard error {error:.1%}).",
         sure,
         last,
     ]
-    return take, sentences
 
 
 def beyond_chance(differences: Numbers, moves: Numbers, confidence: float) -> bool:
@@ -278,14 +262,15 @@ def beyond_chance(differences: Numbers, moves: Numbers, confidence: float) -> bo
     number = len(differences)
     if number < 2:
         return False
-    of_seeds, of_people = differences.var(ddof=1) / number, (moves**2).sum()
-    freedom = (number - 1) * (of_seeds + of_people) ** 2 / max(of_seeds**2, 1e-300)
-    limit = stats.t.ppf((1 + confidence) / 2, freedom) * (of_seeds + of_people) ** 0.5
+    of_seeds = differences.var(ddof=1) / number
+    variance = of_seeds + (moves**2).sum()
+    freedom = (number - 1) * variance**2 / max(of_seeds**2, 1e-300)
+    limit = stats.t.ppf((1 + confidence) / 2, freedom) * variance**0.5
     return bool(differences.mean() > limit)
 
 
 def as_text(found: Difference, unit: str = " points", percent: bool = True) -> str:
-    """A difference with its interval; nothing where it is not known.
+    """A difference with its interval, where they are known.
 
     >>> as_text(Difference(0.1, 0.05, 0.15))
     '+10.0 points (+5.0 to +15.0)'

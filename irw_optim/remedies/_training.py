@@ -1,11 +1,10 @@
-"""The one training loop, and the remedies, which differ in what they ask of `Training.fit`."""
+"""The one training loop, and the remedies, by what they ask of `Training.fit`."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -21,10 +20,9 @@ from irw_optim.schemes import ClassByClassSampler
 from irw_optim.schemes.batch_losses import Forward
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""From the losses of a batch, (B,), and its classes, (B,), to the number that is minimised."""
+"""From the losses (B,) and classes (B,) of a batch to the number that is minimised."""
 
 T = TypeVar("T")
-
 PLAIN, BALANCED, ORACLE = "plain", "class-balanced", "groups known (oracle)"
 EARLY = 0.2
 """Share of the steps after which a model says who is worst off."""
@@ -36,9 +34,8 @@ class Fitted(NamedTuple):
     Attributes:
         model: trained.
         effective_share: the share of the samples that its weights rested on, in (0, 1].
-        shift: (classes,) added to the logits of a model with one output a class; None for nothing.
-        held: whether the weights were made once and held, so that few samples may be learnt by
-            heart.
+        shift: (classes,) added to the logits; None for nothing.
+        held: whether the weights were made once, so that few samples may be learnt by heart.
     """
 
     model: nn.Module
@@ -48,22 +45,16 @@ class Fitted(NamedTuple):
 
 
 class Remedy(Protocol):
-    """Trains one model, or decides otherwise with one."""
+    """Gives a trained model, nearly always by `Training.fit`."""
 
-    def __call__(self, training: Training, /) -> Fitted | nn.Module:
-        """A trained model; nearly always by `Training.fit`."""
+    def __call__(self, training: Training, /) -> Fitted | nn.Module: ...
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What all trainings share.
 
-    Attributes:
-        make_model: gives an untrained model.
-        optimizer: makes an optimizer of the parameters.
-        scheduler: makes a learning rate's schedule of optimizer and number of steps; None: none.
-        steps: of one training, with ``batch_size`` samples each.
-        forward: gives the criterion's arguments; None for batches (inputs, target).
+    The functions are those that `compare_remedies` is given; ``steps`` are of one training.
     """
 
     make_model: Callable[[], nn.Module]
@@ -77,16 +68,16 @@ class Recipe:
 
 @dataclass(eq=False)
 class Training:
-    """What a remedy is given: one seed's training, with all that the remedies share.
+    """What a remedy is given: one seed's training.
 
     Attributes:
         samples: the training data; ``samples.loader()`` reads it in order.
         labels: (N,) int64, its classes.
-        classes: how many outputs the model decides between.
-        seed: of the initialisation and the batches, which all remedies share.
-        alpha: the share of the samples that IRW takes for the worst-off.
+        classes: how many the model decides between.
+        seed: of the initialisation and the batches.
+        alpha: of IRW.
         spared: seconds of work that a remedy found done already.
-        advance: is told of every step, for a progress bar.
+        advance: is told of every step.
     """
 
     recipe: Recipe
@@ -110,7 +101,7 @@ class Training:
         """A model after a share of the steps, from this seed's initialisation.
 
         Args:
-            share: of the steps, in (0, 1]; the schedule fits into them.
+            share: in (0, 1]; the schedule fits into it.
             objective: of a batch; None for the mean.
             sampler: draws the samples; None shuffles them.
             irw: options of `IRWOptimizer`, which then makes the steps.
@@ -151,11 +142,10 @@ class Training:
             self._made[name] = make(), time.perf_counter() - started
         else:
             self.spared += self._made[name][1]
-        made: T = self._made[name][0]
-        return made
+        return self._made[name][0]  # type: ignore[no-any-return]
 
     def _pieces(self, sampler: Sampler[int] | None) -> Iterator[Tensor]:
-        """The indices of each batch, without end; all of the same size."""
+        """The indices of each batch, without end, all of the same size."""
         generator = torch.Generator().manual_seed(self.seed)
         size = min(self.recipe.batch_size, len(self.samples))
         while True:
@@ -168,19 +158,17 @@ class Training:
 
 
 def plain(training: Training) -> Fitted:
-    """The mean of the losses."""
     return training.once(PLAIN, training.fit)
 
 
 def moved_threshold(training: Training) -> Fitted:
-    """Plain training that decides as if the classes were equally frequent (Menon et al. 2021)."""
-    share = training.labels.bincount(minlength=training.classes) / len(training.labels)
+    """Decides as if the classes were equally frequent (Menon et al. 2021)."""
+    share = _sizes(training) / len(training.labels)
     return plain(training)._replace(shift=(-share.log()).masked_fill(share == 0, -torch.inf))
 
 
 def class_balanced(training: Training, share: float = 1.0) -> Fitted:
-    """Every class has the same total weight in the mean of the losses."""
-    weight = 1 / training.labels.bincount(minlength=training.classes).clamp(min=1).double()
+    weight = 1 / _sizes(training).clamp(min=1).double()
     weight = weight / weight[training.labels].mean()
 
     def objective(losses: Tensor, labels: Tensor) -> Tensor:
@@ -188,12 +176,15 @@ def class_balanced(training: Training, share: float = 1.0) -> Fitted:
 
     of_all = weight[training.labels]
     effective = float(of_all.sum().square() / of_all.square().sum() / len(of_all))
-    fitted = training.fit(share=share, objective=objective)
-    return fitted._replace(effective_share=effective)
+    return training.fit(share=share, objective=objective)._replace(effective_share=effective)
+
+
+def _sizes(training: Training) -> Tensor:
+    return training.labels.bincount(minlength=training.classes)
 
 
 def two_stages(training: Training, by: str = "gradients") -> Fitted:
-    """An early class-balanced model says who of each class is worst off; a second learns them."""
+    """An early balanced model says who of each class is worst off; a second learns them."""
     early = training.once("early", lambda: class_balanced(training, EARLY)).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the comparison reports it
@@ -207,33 +198,31 @@ def two_stages(training: Training, by: str = "gradients") -> Fitted:
             forward=training.recipe.forward,
             progress=False,
         )
-    fitted = training.fit(sampler=sampler)
-    return fitted._replace(effective_share=sampler.effective_share, held=True)
+    share = sampler.effective_share
+    return training.fit(sampler=sampler)._replace(effective_share=share, held=True)
 
 
 REMEDIES: dict[str, Remedy] = {
     PLAIN: plain,
     "moved threshold": moved_threshold,
     BALANCED: class_balanced,
-    # It stops before the rare class is learnt by heart.
+    # Before the rare class is learnt by heart.
     "balanced, half the steps": lambda training: class_balanced(training, share=0.5),
-    # For the control no gradient is needed.
     "two stages, by losses": lambda training: two_stages(training, by="losses"),
     "two stages, by gradients": two_stages,
     "IRW": lambda training: training.fit(irw={"alpha": training.alpha}),
-    # With what everybody needs taken off, after plain training for a third of the steps.
     "IRW, centred": lambda training: training.fit(
         irw={"alpha": training.alpha, "center": 1.0, "warmup_steps": training.recipe.steps // 3}
     ),
 }
-"""By name, in the order in which a simpler one is preferred to one that is no better."""
+"""Simpler ones first, which are preferred to those that are no better."""
 
 
 def oracle_logits(training: Training, samples: Samples, groups: Numbers) -> Tensor:
     """Logits (N, C) of plain training's model, its last layer fitted again with groups balanced.
 
-    Each half of the people is decided by a layer fitted to the other half, whose groups it is told,
-    by number, -1 for nobody's (Kirichenko et al. 2023, "Last layer re-training is sufficient").
+    Each half is decided by a layer fitted to the other, whose groups it is told, -1 for nobody's
+    (Kirichenko et al. 2023, "Last layer re-training is sufficient").
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
@@ -242,11 +231,12 @@ def oracle_logits(training: Training, samples: Samples, groups: Numbers) -> Tens
     model = plain(training).model
     seen: list[Tensor] = []
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    with ExitStack() as hooks:
-        for layer in linear[-1:]:
-            hook = layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
-            hooks.callback(hook.remove)
-        outputs, labels = samples.read(model)
+    hooks = [
+        m.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach())) for m in linear[-1:]
+    ]
+    outputs, labels = samples.read(model)
+    for hook in hooks:
+        hook.remove()
     features = torch.cat(seen).cpu() if seen else outputs
     if features.ndim != 2 or len(features) != len(labels):
         features = outputs.reshape(len(labels), -1)

@@ -1,6 +1,6 @@
 """IRW as estimators of scikit-learn: an `IRWOptimizer` inside a skorch net, behind fit and predict.
 
-The extra ``sklearn`` has what it needs: ``pip install "irw-optim[sklearn]"``.
+Needs the extra: ``pip install "irw-optim[sklearn]"``.
 """
 
 from __future__ import annotations
@@ -40,41 +40,39 @@ __all__ = ["IRWClassifier", "IRWRegressor", "mlp"]
 class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     """A neural network trained with intrinsic reweighting, as a classifier of scikit-learn.
 
-    Each `fit` makes a module, a criterion and an optimizer, wraps the optimizer in
-    `irw_optim.IRWOptimizer`, and trains for ``max_epochs`` on shuffled batches with skorch.
-    Arguments of what is made have its prefix, as in skorch: ``module__dropout=0.1``,
-    ``optimizer__weight_decay=1e-4``, ``criterion__label_smoothing=0.1``. Standardise the columns
-    of X first, as for every neural network. X may be sparse: it is made dense batch by batch.
+    Each `fit` makes module, criterion and optimizer, wraps the optimizer in
+    `irw_optim.IRWOptimizer`, and trains on shuffled batches with skorch. Arguments of what is made
+    have its prefix: ``module__dropout=0.1``, ``optimizer__weight_decay=1e-4``,
+    ``criterion__label_smoothing=0.1``. Standardise the columns of X first. X may be sparse: it is
+    made dense batch by batch.
 
     Args:
-        module: None for `mlp`, or a class, function or instance that makes (B, classes) logits out
-            of float32 rows (B, features, ...). A class or function with arguments ``n_features``
-            and ``n_outputs`` is told both; an instance is copied for every fit.
+        module: None for `mlp`, or a class, function or instance from float32 rows
+            (B, features, ...) to logits (B, classes). Arguments ``n_features`` and ``n_outputs`` of
+            a class or function are filled in; an instance is copied for every fit.
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers, center, class_balance, mix, warmup_steps, score_parameters, weighting, engine:
             those of `irw_optim.IRWOptimizer`.
-        class_weight: None, ``"balanced"``, or {label: factor}: factors on the losses, given to the
-            criterion as ``weight=``. The worst-off are found among the losses times these.
-        threshold: for two classes: `predict` says ``classes_[1]`` where its probability is at least
-            this, without another fit. None takes the likeliest class.
-        criterion: None for `torch.nn.CrossEntropyLoss`, or the class of one that takes logits and
-            class numbers.
+        class_weight: None, ``"balanced"``, or {label: factor}: the criterion's ``weight=``, which
+            the worst-off are found with.
+        threshold: for two classes: `predict` says ``classes_[1]`` from this probability on, without
+            another fit. None takes the likeliest class.
+        criterion: None for `torch.nn.CrossEntropyLoss`, or a class that takes logits and class
+            numbers.
         optimizer: the class of any torch optimizer.
         lr, max_epochs, callbacks, device, verbose: those of skorch.
         batch_size: samples in a batch; the worst-off are alpha * batch_size of them.
-        train_split: None, or a split of skorch such as ``ValidSplit(5, stratified=True)``, whose
-            second part is not trained on but scored after every epoch.
-        predict_nonlinearity: from the module's output to probabilities; ``"auto"`` is softmax for
-            `torch.nn.CrossEntropyLoss`, and nothing for others.
-        random_state: of parameters, order and dropout: a seed, a `numpy.random.RandomState`, or
-            None for NumPy's global one. torch's own random state is left as it was.
+        train_split: None, or a split of skorch such as ``ValidSplit(5, stratified=True)``.
+        predict_nonlinearity: from outputs to probabilities; ``"auto"`` is softmax for
+            `torch.nn.CrossEntropyLoss`, nothing for others.
+        random_state: a seed, a `numpy.random.RandomState`, or None for NumPy's global one. torch's
+            own random state is left as it was.
 
     Attributes:
         classes_: (C,) the labels, sorted.
         n_features_in_: columns of X.
-        feature_names_in_: their names, where X had names of strings.
-        net_: the net of skorch, with ``module_``, ``history`` and ``optimizer_``, the
-            `irw_optim.IRWOptimizer`.
+        feature_names_in_: their names, where they are strings.
+        net_: skorch's net, with ``module_``, ``history`` and ``optimizer_``, the `IRWOptimizer`.
 
     >>> from sklearn.datasets import load_iris
     >>> from sklearn.pipeline import make_pipeline
@@ -124,7 +122,7 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         """Train a new net on (N, features) and N labels, which may be strings.
 
         Raises:
-            TypeError, ValueError: data or arguments that are impossible; ``sample_weight``.
+            TypeError, ValueError: impossible data or arguments; ``sample_weight``.
         """
         refuse(refused)
         return self._fit(X, y, self.max_epochs)
@@ -133,7 +131,7 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         """Train on, one pass over these data; the first call begins, and is told all classes.
 
         Raises:
-            ValueError: no classes in the first call, or labels that are none of them.
+            TypeError, ValueError: as of `fit`; no classes at first, or labels that are none.
         """
         refuse(refused)
         begin = not hasattr(self, "net_")
@@ -144,8 +142,8 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
             )
         if begin and isinstance(self.class_weight, str):
             raise ValueError(
-                f"class_weight={self.class_weight!r} needs all data at once: expected "
-                "{label: factor} for partial_fit, or fit"
+                f"class_weight={self.class_weight!r} needs all data at once: expected fit, or "
+                "{label: factor} for partial_fit"
             )
         return self._fit(X, y, 1, begin, classes)
 
@@ -156,8 +154,7 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         check_classification_targets(y)
         if begin:
             self._begin_with(np.unique(y if classes is None else classes), X, y)
-        unknown = np.setdiff1d(y, self.classes_)
-        if len(unknown):
+        if len(unknown := np.setdiff1d(y, self.classes_)):
             raise ValueError(
                 f"y has labels that are not among classes: {unknown.tolist()}; expected some of "
                 f"{self.classes_.tolist()}, or fit on all of them"
@@ -171,8 +168,8 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
             if self.criterion is not None and not takes(self.criterion, "weight"):
                 raise TypeError(
                     f"class_weight={self.class_weight!r} goes to the criterion as weight=: "
-                    "expected criterion=torch.nn.CrossEntropyLoss or another class that takes it, "
-                    f"not {self.criterion}"
+                    "expected criterion=torch.nn.CrossEntropyLoss or another class with it, not "
+                    f"{self.criterion}"
                 )
             factors = compute_class_weight(self.class_weight, classes=classes, y=y)
             options["criterion__weight"] = torch.as_tensor(factors, dtype=torch.float32)
@@ -182,15 +179,11 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     def _check_threshold(self, classes: int) -> None:
         if self.threshold is None:
             return
-        if (share := as_real(self.threshold)) is None or not 0 <= share <= 1:
-            raise ValueError(
-                f"threshold={self.threshold!r}: expected None, or a probability in [0, 1] from "
-                "which on classes_[1] is predicted"
-            )
-        if classes != 2:
+        share = as_real(self.threshold)
+        if classes != 2 or share is None or not 0 <= share <= 1:
             raise ValueError(
                 f"threshold={self.threshold!r} with {classes} classes: expected None, which takes "
-                "the likeliest, or two classes"
+                "the likeliest, or for two a probability in [0, 1] from which on it is classes_[1]"
             )
 
     def predict_proba(self, X: Any) -> npt.NDArray[Any]:
@@ -221,9 +214,9 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
 class IRWRegressor(RegressorMixin, Estimator):  # type: ignore[misc]
     """A neural network trained with intrinsic reweighting, as a regressor of scikit-learn.
 
-    Arguments and attributes are those of `IRWClassifier`, where they do not speak of classes. The
-    criterion is `torch.nn.MSELoss` where none is given, and gets outputs and targets of shape
-    (B, 1). Scale y, for example with `sklearn.compose.TransformedTargetRegressor`.
+    Arguments and attributes are those of `IRWClassifier` that do not speak of classes. The
+    criterion, `torch.nn.MSELoss` where none is given, gets outputs and targets of shape (B, 1).
+    Scale y, with `sklearn.compose.TransformedTargetRegressor`, say.
 
     >>> from sklearn.datasets import make_regression
     >>> from sklearn.preprocessing import scale

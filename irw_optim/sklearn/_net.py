@@ -1,7 +1,4 @@
-"""What classifier and regressor share: the net that they train, arguments, X and randomness.
-
-The nets are skorch's, with `IRWOptimizer` around the optimizer that they make.
-"""
+"""What classifier and regressor share: skorch's net with `IRWOptimizer`, arguments, randomness."""
 
 from __future__ import annotations
 
@@ -45,8 +42,8 @@ def mlp(
     Args:
         n_features: columns of X.
         n_outputs: classes, or columns of y.
-        hidden_layer_sizes: the width of each hidden layer.
-        dropout: probability with which a hidden unit is dropped in training.
+        hidden_layer_sizes: one width a layer.
+        dropout: probability after each hidden layer.
 
     >>> mlp(10, 2, hidden_layer_sizes=(16,))
     Sequential(
@@ -64,10 +61,7 @@ def mlp(
 
 
 class Rows(Dataset[Any]):
-    """Arrays cut into whole batches, and made dense only there.
-
-    skorch's data set cuts row by row, which takes longer than the step where X is sparse.
-    """
+    """Arrays cut into whole batches, and made dense only there: row by row takes longer."""
 
     def __init__(self, X: Any, y: Any = None) -> None:
         self.X = X
@@ -88,11 +82,11 @@ class Rows(Dataset[Any]):
 
 
 def whole(batch: Any) -> Any:
-    """The batch as it is: `Rows` has put it together."""
+    """The batch as `Rows` made it."""
     return batch
 
 
-IN_BATCHES = {
+IN_BATCHES: dict[str, Any] = {
     "dataset": Rows,
     "iterator_train__shuffle": True,
     "iterator_train__collate_fn": whole,
@@ -101,14 +95,14 @@ IN_BATCHES = {
 
 
 class Reweighted:
-    """Wraps the optimizer that a net of skorch makes; ``irw`` has the options."""
+    """Wraps the optimizer that skorch makes; ``irw`` has the options."""
 
     def __init__(self, *args: Any, irw: dict[str, Any], **options: Any) -> None:
         super().__init__(*args, **options)
         self.irw = irw
 
     def initialize_optimizer(self, *args: Any, **options: Any) -> Any:
-        """Make the optimizer as skorch does, and wrap it."""
+        """As skorch does, and wrapped."""
         super().initialize_optimizer(*args, **options)  # type: ignore[misc]
         self.optimizer_: Any = IRWOptimizer(
             self.optimizer_,
@@ -139,32 +133,26 @@ PREFIXES = ("module", "criterion", "optimizer", "iterator_train", "iterator_vali
 
 
 class Estimator(BaseEstimator):  # type: ignore[misc]
-    """The half of an estimator that does not look at y."""
+    """What does not look at y."""
 
     _net: ClassVar[type[Any]]
     _criterion: ClassVar[type[nn.Module]]
     _meaning: ClassVar[str]
 
     def _keep(self, given: dict[str, Any]) -> None:
-        """Keep what a constructor was given, which are its ``locals()``."""
+        """Keep a constructor's ``locals()``."""
         del given["self"]
         nested = given.pop("nested")
-        self.__dict__.update(given)
-        self._take(nested)
+        for name in nested:
+            if not _has_prefix(name):
+                raise TypeError(
+                    f"{type(self).__name__} has no argument {name!r}: expected one of "
+                    f"{', '.join(self._get_param_names())}, or an argument of what it builds, such "
+                    f"as module__dropout=0.1 (prefixes: {'__, '.join(PREFIXES)}__)"
+                )
+        self.__dict__.update(given, **nested)
 
-    def _take(self, nested: Mapping[str, Any]) -> None:
-        """Keep arguments with a prefix, or name those that have none."""
-        unknown = [name for name in nested if not _has_prefix(name)]
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} has no argument {unknown[0]!r}: expected one of "
-                f"{', '.join(self._get_param_names())}, or an argument of what it builds, such as "
-                f"module__dropout=0.1 (prefixes: {', '.join(f'{p}__' for p in PREFIXES)})"
-            )
-        self.__dict__.update(nested)
-
-    def _nested(self, prefix: str = "") -> dict[str, Any]:
-        start = f"{prefix}__" if prefix else ""
+    def _nested(self, start: str = "") -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if _has_prefix(k) and k.startswith(start)}
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -179,7 +167,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         """
         nested = {name: value for name, value in params.items() if _has_prefix(name)}
         super().set_params(**{name: v for name, v in params.items() if name not in nested})
-        self._take(nested)
+        self.__dict__.update(nested)
         return self
 
     def _checked(self, *arrays: Any, reset: bool, **options: Any) -> Any:
@@ -194,7 +182,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         )
 
     def _predicted(self, X: Any) -> Any:
-        """What the net says of X, (N, n_outputs)."""
+        """(N, n_outputs)."""
         check_is_fitted(self, "net_")
         return self.net_.predict_proba(self._checked(X, reset=False))
 
@@ -206,21 +194,20 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         if not callable(self.optimizer) or isinstance(self.optimizer, Optimizer):
             raise TypeError(
                 f"optimizer is of the type {type(self.optimizer).__name__}: expected a class such "
-                "as torch.optim.SGD, of which every fit makes one; its arguments are lr=0.1 and "
-                "optimizer__momentum=0.9"
+                "as torch.optim.SGD, with its arguments as lr=0.1 and optimizer__momentum=0.9"
             )
-        sizes = {"n_features": X.shape[1], "n_outputs": n_outputs}
         maker = mlp if self.module is None else self.module
+        sizes = {"n_features": X.shape[1], "n_outputs": n_outputs}
         told = {f"module__{n}": size for n, size in sizes.items() if takes(maker, n)}
         criterion = self._criterion if self.criterion is None else self.criterion
-        given = self.get_params(deep=False)
+        given = vars(self)
         with self._seeded():
             net = self._net(
                 self._new("module", maker, told),
                 criterion=self._new("criterion", criterion, options),
                 irw={name: given[name] for name in FOR_THE_OPTIMIZER if name in given},
                 **{name: given[name] for name in FOR_THE_NET},
-                **{**IN_BATCHES, **told, **self._nested()},
+                **(IN_BATCHES | told | self._nested()),
                 **options,
             ).initialize()
             output = net.forward(X[:1])
@@ -228,32 +215,32 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         if shape != (1, n_outputs):
             raise ValueError(
                 f"module gives one row of X an output of shape {shape}: expected (1, {n_outputs}), "
-                f"{self._meaning}, so a last layer such as torch.nn.Linear(..., {n_outputs}); a "
-                "module whose constructor has arguments n_features and n_outputs is told both"
+                f"{self._meaning}, as by torch.nn.Linear(..., {n_outputs}); a constructor with "
+                "arguments n_features and n_outputs is told both"
             )
         self.net_ = net
 
     def _new(self, name: str, given: Any, told: Mapping[str, Any]) -> Any:
         """What to make module or criterion of; one that was made already is copied, as by clone."""
-        if not isinstance(given, nn.Module):
-            nested = {k.partition("__")[2]: v for k, v in {**told, **self._nested(name)}.items()}
-            try:
-                inspect.signature(given).bind(**nested)
-            except TypeError as error:
+        nested, kind = self._nested(f"{name}__"), type(given).__name__
+        if isinstance(given, nn.Module):
+            if nested:
                 raise TypeError(
-                    f"{name}={given!r} cannot make one: {error}; expected the class of a "
-                    f"torch.nn.Module, or a function that makes one, with its arguments as "
-                    f"{name}__...; a function from outputs and targets to losses goes in as "
-                    "criterion=irw_optim.PerSampleLoss(function)"
-                ) from error
-            return given
-        if too_late := self._nested(name):
+                    f"{name} is a {kind} that is made already, so {nested} comes too late: "
+                    f"expected the class, {name}={kind}, and its arguments as {name}__..."
+                )
+            return copy.deepcopy(given)
+        try:
+            arguments = {k.partition("__")[2]: v for k, v in {**told, **nested}.items()}
+            inspect.signature(given).bind(**arguments)
+        except TypeError as error:
             raise TypeError(
-                f"{name} is a {type(given).__name__} that is made already, so {too_late} comes too "
-                f"late: expected the class, {name}={type(given).__name__}, and all arguments for "
-                f"it with the prefix {name}__"
-            )
-        return copy.deepcopy(given)
+                f"{name}={given!r} cannot make one: {error}; expected the class of a "
+                f"torch.nn.Module, or a function that makes one, with its arguments as {name}__...;"
+                " a function from outputs and targets to losses goes in as "
+                "criterion=irw_optim.PerSampleLoss(function)"
+            ) from error
+        return given
 
     def _train(self, X: Any, y: Any, epochs: int) -> Any:
         with self._seeded():
@@ -262,7 +249,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
-        """Let torch draw from ``random_state``, and outside go on as if nothing had been drawn."""
+        """Let torch draw from ``random_state`` inside, and leave no trace outside."""
         device = torch.device(self.device or "cpu")
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self._random.randint(2**31 - 1))
@@ -281,19 +268,17 @@ def _has_prefix(name: str) -> bool:
 
 def takes(maker: Any, argument: str) -> bool:
     """Whether a class or function has an argument of this name."""
-    if isinstance(maker, nn.Module) or not callable(maker):
-        return False
-    return argument in inspect.signature(maker).parameters
+    made = isinstance(maker, nn.Module) or not callable(maker)
+    return not made and argument in inspect.signature(maker).parameters
 
 
 def refuse(keywords: Mapping[str, Any]) -> None:
-    """Refuse what fit does not take, and say what to use in place of sample weights."""
+    """Refuse what fit does not take."""
     if "sample_weight" in keywords:
         raise TypeError(
-            "sample_weight is not taken: IRW itself decides in every batch how much a sample "
-            "counts; expected class_weight={label: weight} or class_balance=True for weights by "
-            "class, or a training loop with IRWOptimizer and losses of your own, "
-            "optimizer.backward(losses * weights)"
+            "sample_weight is not taken, since IRW decides how much a sample counts: expected "
+            "class_weight={label: weight} or class_balance=True, or a training loop of your own "
+            "with IRWOptimizer and optimizer.backward(losses * weights)"
         )
     if keywords:
         raise TypeError(f"fit() got an unexpected keyword argument {next(iter(keywords))!r}")

@@ -386,7 +386,7 @@ class TestRefusals:
             ({"alpha": 2}, ValueError, r"alpha=2: expected a number in \(0, 1\]"),
             ({"max_epochs": 0}, ValueError, r"max_epochs=0: expected a whole number >= 1"),
             ({"threshold": 0.3}, ValueError, r"threshold=0\.3 with 3 classes: expected None"),
-            ({"threshold": 3}, ValueError, r"threshold=3: expected None, or a probability"),
+            ({"threshold": 3}, ValueError, r"threshold=3 with .* or for two a probability"),
             (
                 {"module": network(2)},
                 ValueError,
