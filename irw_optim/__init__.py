@@ -30,12 +30,12 @@ __all__ = [
 ]
 
 _WHEN_USED = {
-    "IRWMonitor": "irw_optim.monitor",
-    "Verification": "irw_optim.model_check",
-    "compare_remedies": "irw_optim.remedies",
-    "verify": "irw_optim.model_check",
+    "IRWMonitor": "monitor",
+    "Verification": "model_check",
+    "compare_remedies": "remedies",
+    "verify": "model_check",
 }
-"""What a plain training does not need, and where it is."""
+"""What a plain training does not need."""
 
 
 def __getattr__(name: str) -> Any:
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = globals()[name] = getattr(import_module(_WHEN_USED[name]), name)
+    value = globals()[name] = getattr(import_module(f"irw_optim.{_WHEN_USED[name]}"), name)
     return value
 
 

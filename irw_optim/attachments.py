@@ -64,12 +64,12 @@ class Attachment:
 
     @classmethod
     def on(cls: type[_Attached], module: nn.Module) -> _Attached:
-        """The one that is there already, or a new one."""
+        """The one that is there, or a new one."""
         return cls.found_on(module) or cls(module)
 
     @classmethod
     def found_on(cls: type[_Attached], module: nn.Module) -> _Attached | None:
-        """The one that is there, if one is."""
+        """The one that is there, if any."""
         there: Any = _THERE.get(module, {})
         found: Any = there.get(cls)
         return found if found and found.remove.alive else None
@@ -89,7 +89,7 @@ def remove_all(handles: list[Removable]) -> None:
 
 
 class Replacement:
-    """Stands in a module's ``__dict__``, and knows what was there before."""
+    """Stands in a module's ``__dict__``."""
 
     previous: Any = None
 
@@ -112,7 +112,7 @@ class OfModule(Replacement):
 
 
 class Replaced:
-    """Lets a replacement stand in the module's ``__dict__`` under a name."""
+    """Lets a replacement stand there under a name."""
 
     def __init__(self, module: nn.Module, name: str, replacement: Replacement) -> None:
         replacement.previous = vars(module).get(name)
@@ -138,7 +138,7 @@ class PlainCopies(Attachment):
     """Has copies and pickles without attachments: ``__reduce_ex__`` is looked up on the object."""
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        """Attach, and yield what removes it."""
+        """See `Attachment`."""
         yield Replaced(module, "__reduce_ex__", _Reduce(module))
         if hasattr(type(module), "__deepcopy__"):
             yield Replaced(module, "__deepcopy__", _Deepcopy(module))

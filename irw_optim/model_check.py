@@ -86,19 +86,17 @@ class Verification:
         if not slow or not self.reason:
             return []
         shown = ", ".join(slow[:4]) + (f" and {len(slow) - 4} more" if len(slow) > 4 else "")
+        takes = "two to three plain ones for it"
+        way_out = "a forward in which no sample reads another one is quick"
         if self.one_by_one:
-            cost = f"a step takes {self.one_by_one} backward passes for it, one a sample"
+            takes = f"{self.one_by_one} backward passes for it, one a sample"
             way_out = 'score_parameters="last" or a backward that can be differentiated avoids them'
-        else:
-            cost = "a step takes two to three plain ones for it"
-            way_out = "a forward in which no sample reads another one is quick"
         if "BatchNorm" in self.reason:
             way_out = "GroupNorm or LayerNorm in its place, or model.eval() for it, is quick"
         elif "samples may meet" not in self.reason:
             way_out = 'score_parameters="last" scores by the last layer alone'
-        return [
-            f"exact but without quick products: {shown}, since {self.reason}; {cost}; {way_out}"
-        ]
+        why = f"{shown}, since {self.reason}; a step takes {takes}; {way_out}"
+        return [f"exact but without quick products: {why}"]
 
     @property
     def verdict(self) -> str:
@@ -109,10 +107,11 @@ class Verification:
                 "nothing to compare with. Draw from torch's generators, random, numpy.random, or "
                 "a generator that is an attribute of a module"
             )
-        verdict = "EXACT" if self.exact else "NOT EXACT"
-        cost = f"{self.time_ratio:.2f} times the time and {self.memory_ratio:.2f} times the memory"
-        plain = f"of a plain one, which takes {1000 * self.plain_seconds:.2g} ms"
-        return f"{verdict} (tolerance {self.tolerance:.0e}); a step takes {cost} {plain}"
+        return (
+            f"{'' if self.exact else 'NOT '}EXACT (tolerance {self.tolerance:.0e}); a step takes "
+            f"{self.time_ratio:.2f} times the time and {self.memory_ratio:.2f} times the memory of "
+            f"a plain one, which takes {1000 * self.plain_seconds:.2g} ms"
+        )
 
 
 def verify(
@@ -128,7 +127,7 @@ def verify(
 ) -> Verification:
     """Run one batch through `IRWOptimizer` and through a loop over its samples, and compare.
 
-    The model, its buffers, gradients and every source of chance are left as they were.
+    The model, its gradients and every source of chance are left as they were.
 
     Args:
         model: as it will be trained.
@@ -205,8 +204,8 @@ def verify(
         _engines_by_module(model, covered),
         errors,
         tolerance,
-        _ratio(time, plain_time),
-        _ratio(memory, plain_memory),
+        time / plain_time,
+        memory / plain_memory if plain_memory else nan,
         all(_relative(other, losses) <= tolerance for other in (again, record.losses)),
         reason if any(p not in covered for p in batch.parameters) else "",
         plain_time,
@@ -254,10 +253,6 @@ def _by_loop(
     return truth, rows.combine(truth.weights * samples.scale), losses
 
 
-def _ratio(measured: float, plain: float) -> float:
-    return measured / plain if plain else nan
-
-
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([as_vector(t) for t in tensors])
 
@@ -271,8 +266,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 def _engines_by_module(model: nn.Module, covered: set[Tensor]) -> dict[str, str]:
     engines = {}
     for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if own:
-            kinds = {"ghost" if p in covered else "autodiff" for p in own}
+        own = (p for p in module.parameters(recurse=False) if p.requires_grad)
+        if kinds := {"ghost" if p in covered else "autodiff" for p in own}:
             engines[name or "(the model itself)"] = " and ".join(sorted(kinds, reverse=True))
     return engines

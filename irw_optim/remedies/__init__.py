@@ -21,6 +21,7 @@ from irw_optim.arguments import as_whole, whole_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._groups import ArrayLike, GroupsLike
 from irw_optim.notebook import progress_bar
+from irw_optim.optimizer.checks import check_inner
 from irw_optim.remedies._comparison import Comparison
 from irw_optim.remedies._data import (
     Data,
@@ -183,7 +184,7 @@ def _train_all(
     rare: int,
     progress: bool,
 ) -> tuple[pd.DataFrame, dict[str, Numbers]]:
-    """Every remedy with every seed: a row of numbers for each, and what it predicts."""
+    """Every remedy with every seed: rows of numbers, and what it predicts."""
     import pandas as pd
 
     predictions: dict[str, list[Numbers]] = {}
@@ -224,12 +225,11 @@ def _train_all(
 
 
 def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, Remedy]:
-    if isinstance(remedies, str):
-        remedies = [remedies]
+    if remedies is None or isinstance(remedies, str):
+        remedies = REMEDIES if remedies is None else [remedies]
     if not isinstance(remedies, Mapping):
-        asked = list(REMEDIES if remedies is None else remedies)
-        unknown = [name for name in asked if name not in REMEDIES]
-        if unknown:
+        asked = list(remedies)
+        if unknown := [name for name in asked if name not in REMEDIES]:
             raise ValueError(
                 f"remedies={asked!r}: {unknown[0]!r} is none; expected names out of "
                 f"{list(REMEDIES)}, or {{name: remedy}} for one of your own"
@@ -247,15 +247,14 @@ def _check_optimizer(optimizer: Any, scheduler: Any, model: nn.Module) -> None:
     except Exception as error:
         raise TypeError(
             f"optimizer={optimizer!r} cannot be called with the parameters ({error}): expected a "
-            "function, for example lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+            "function such as functools.partial(torch.optim.SGD, lr=0.1)"
         ) from error
     if scheduler is not None and not callable(scheduler):
         raise TypeError(
             f"scheduler={scheduler!r}: expected a function of optimizer and number of steps, or "
             "None for a constant learning rate"
         )
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"optimizer(parameters) gave {made!r}: expected a torch.optim.Optimizer")
+    check_inner(made)
 
 
 def _decided(samples: Samples, fitted: Fitted) -> Tensor:

@@ -33,7 +33,7 @@ class Metric(NamedTuple):
 
 METRICS = (
     Metric("accuracy", "share of right predictions"),
-    Metric("worst group", "accuracy of the worst group that was named"),
+    Metric("worst group", "accuracy of the worst group"),
     Metric("worst class", "accuracy of the worst class"),
     Metric("worst cell", "accuracy of the worst label × cluster cell"),
     Metric("score", "mean of worst class and worst cell: what to choose by without groups"),
@@ -48,7 +48,6 @@ LOOKS = {1: ("#0072B2", "^", "▲"), -1: ("#D55E00", "v", "▼"), 0: ("#777777",
 
 
 def looks(found: Difference, metric: Metric) -> tuple[str, str, str]:
-    """Colour, marker and sign of clearly better than plain, clearly worse, or neither."""
     return LOOKS[int(found.clear) * metric.sign * (1 if found.mean > 0 else -1)]
 
 
@@ -76,12 +75,11 @@ class Comparison:
 
     @property
     def metrics(self) -> list[Metric]:
-        """The columns; the worst group is one where groups are known."""
         return [metric for metric in METRICS if metric.name in self.runs]
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row for each remedy: means over the seeds, and how many people the worst cell has."""
+        """A row for each remedy: means over the seeds, and the people of the worst cell."""
         means = self.runs.groupby(level="remedy", sort=False).mean()[[m.name for m in self.metrics]]
         people = [worst_part(self.judge, "cell", self.predictions[n])[1] for n in means.index]
         means.insert(list(means).index("worst cell") + 1, "people in it", people)
@@ -92,7 +90,7 @@ class Comparison:
         return difference(self.runs, remedy, metric)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each remedy and metric: the mean, the difference to plain, its interval."""
+        """For each remedy and metric the mean, the difference to plain, its interval."""
         import pandas as pd
 
         metrics = [metric.name for metric in self.metrics]
@@ -130,7 +128,7 @@ class Comparison:
         return figure
 
     def to_html(self, path: Any = None) -> str:
-        """One page that needs nothing from anywhere else; written to ``path`` if one is given."""
+        """One page that needs nothing else; written to ``path`` if one is given."""
         text = self._page(whole=True)
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +148,6 @@ class Comparison:
         return f"{table}\n{marks}\n\n" + "\n".join(lines)
 
     def _cells(self) -> pd.DataFrame:
-        """The table as text."""
         table = self.table.astype(object)
         for metric in self.metrics:
             for name, value in self.table[metric.name].items():
@@ -161,7 +158,7 @@ class Comparison:
 
     @property
     def _shown(self) -> list[Metric]:
-        """The shares where more is better; where groups are known, they decide."""
+        """The shares where more is better; groups, where known, decide without the score."""
         out = "score" if ORACLE in self.predictions else ""
         return [m for m in self.metrics if m.percent and m.sign > 0 and m.name != out]
 
@@ -221,7 +218,6 @@ class Comparison:
         )
 
     def _more(self) -> Iterator[tuple[str, str]]:
-        """Titles and tables of what is long."""
         import pandas as pd
 
         def told(name: str, metric: Metric) -> str:

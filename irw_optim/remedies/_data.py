@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,7 +33,7 @@ Data: TypeAlias = Dataset[Any] | tuple[Any, Any]
 
 
 class Samples:
-    """A data set that is read by index, in the dtypes of a model and a criterion."""
+    """A data set, in the dtypes of a model and a criterion."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Samples:
             yield from DataLoader(self.dataset, batch_sampler=drawn, **options)
 
     def inputs(self, needed: bool) -> Tensor | None:
-        """All, (N, ...), where they are at hand or ``needed`` for clusters."""
+        """(N, ...), where they are at hand or ``needed`` for clusters."""
         if type(self.dataset) is TensorDataset:
             return self.dataset.tensors[0]
         found = []
@@ -112,7 +113,7 @@ class Samples:
 
 
 class ClassLosses(BatchLosses):
-    """With classes also of a criterion that is not torch's; ``arguments`` are its last call's."""
+    """With classes also of a criterion that is not torch's, and ``arguments`` of its last call."""
 
     def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
         super().__init__(model, criterion, self._kept)
@@ -162,13 +163,8 @@ def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
         raise TypeError(f"{name} X is sparse: expected a dense array, X.toarray()")
     array = as_array(values)
     if array.dtype == object:  # pandas, of columns of several kinds
-        try:
+        with suppress(TypeError, ValueError):
             array = array.astype(np.float64)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"{name} X has entries that are no numbers ({error}): encode categories first, as "
-                "by sklearn.preprocessing.OneHotEncoder"
-            ) from error
     check_numbers(f"{name} X", array)
     if isinstance(values, Tensor):
         x = values

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 
 BY_HEART = 0.2
-"""How much better a class is in training than in validation where it is learnt by heart."""
+"""So much better a class is in training where it is learnt by heart."""
 
 TOLD, MISLED, NEAR = 0.9, 20, 0.1
 """A shortcut tells that share of the classes, misleads as many, who fare so much worse."""
@@ -31,8 +31,8 @@ TOLD, MISLED, NEAR = 0.9, 20, 0.1
 class Judge:
     """Measures models on one set of people.
 
-    ``parts`` has (N,) numbers of everybody's ``"class"``, ``"cell"`` and, where groups are named,
-    ``"group"``, -1 for whoever counts nowhere; ``names`` has their names.
+    ``parts`` has everybody's number of ``"class"``, ``"cell"`` and, if known, ``"group"``, (N,), -1
+    for whoever counts nowhere; ``names`` has their names.
     """
 
     def __init__(
@@ -72,8 +72,7 @@ class Judge:
     def moves(self, right: Numbers) -> Numbers:
         """How each person moves what to choose by, (N,), in the mean over the models.
 
-        By the delta method, the root of the sum of squares is the standard error that comes from
-        who happens to be in the validation data.
+        By the delta method, the root of the sum of squares is the standard error over the people.
         """
         kinds = ["group"] if "group" in self.parts else ["class", "cell"]
         moves = np.zeros(right.shape[1])
@@ -85,7 +84,6 @@ class Judge:
         return moves
 
     def measure(self, logits: Tensor) -> dict[str, float]:
-        """The metrics that need no training."""
         truth = torch.from_numpy(self.labels)
         right = (logits.argmax(1) == truth).numpy()[None]
         worst = {f"worst {k}": float(self.accuracies(k, right).min()) for k in self.parts}
@@ -100,7 +98,6 @@ class Judge:
 
 
 def calibration_error(logits: Tensor, right: Numbers) -> float:
-    """Mean |share of right predictions - confidence| over ten bins of as many people."""
     from sklearn.calibration import calibration_curve
 
     confidence = logits.softmax(1).amax(1).clamp(0, 1).numpy()
@@ -111,8 +108,8 @@ def calibration_error(logits: Tensor, right: Numbers) -> float:
 def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> str | None:
     """Why the score by clusters may be blind here, of plain training's ``right`` (seeds, N).
 
-    A shortcut that one feature shows does not move a cluster's centre. So a tree with a leaf a
-    class looks for one: do those whom it misleads fare worse than the worst cell?
+    A shortcut that one feature shows does not move a cluster's centre: a tree with a leaf a class
+    looks for one that misleads people who fare worse than the worst cell.
     """
     from sklearn.metrics import balanced_accuracy_score
     from sklearn.tree import DecisionTreeClassifier
@@ -130,7 +127,7 @@ def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> 
                     f"feature {tree.tree_.feature[0]} alone tells {told:.0%} of the classes; of "
                     f"{misled.sum()} people of class {label} whom it misleads plain training gets "
                     f"{share:.0%} right, {least:.0%} in the worst cell: the clusters do not see "
-                    "this shortcut, and the score may prefer the models that use it"
+                    "this shortcut, and the score may prefer models that use it"
                 )
     if least > max(0.01, float(judge.accuracies("class", right).mean(0).min()) - 0.01):
         return (
@@ -141,7 +138,7 @@ def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> 
 
 
 class Difference(NamedTuple):
-    """A remedy minus plain training: mean over the seeds, and t interval, NaN for a single one."""
+    """A remedy minus plain training: mean over the seeds, and t interval, NaN for one seed."""
 
     mean: float
     low: float
@@ -172,7 +169,6 @@ def worst_part(judge: Judge, kind: str, predicted: Numbers) -> tuple[Any, int, f
 
 
 def signs_of_hurt(runs: pd.DataFrame, rare: int) -> dict[str, list[str]]:
-    """How remedies are seen to hurt; ``rare`` is training's rarest class."""
     means = runs.groupby(level="remedy", sort=False).mean()
     apart = means["rare, train"] - means["rare, validation"]
     found: dict[str, list[str]] = {}
@@ -199,7 +195,6 @@ def conclude(
     judge: Judge,
     blind: str | None,
 ) -> tuple[str, list[str]]:
-    """The remedy to take, and five sentences."""
     names = [name for name in predictions if name not in (PLAIN, ORACLE)]
     moves = {name: judge.moves(found == judge.labels) for name, found in predictions.items()}
     grouped = "group" in judge.parts

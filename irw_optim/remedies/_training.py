@@ -33,8 +33,8 @@ class Fitted(NamedTuple):
 
     Attributes:
         model: trained.
-        effective_share: the share of the samples that its weights rested on, in (0, 1].
-        shift: (classes,) added to the logits; None for nothing.
+        effective_share: of the samples, what its weights rested on, in (0, 1].
+        shift: (classes,) added to the logits.
         held: whether the weights were made once, so that few samples may be learnt by heart.
     """
 
@@ -98,10 +98,10 @@ class Training:
         sampler: Sampler[int] | None = None,
         irw: Mapping[str, Any] | None = None,
     ) -> Fitted:
-        """A model after a share of the steps, from this seed's initialisation.
+        """A model from this seed's initialisation.
 
         Args:
-            share: in (0, 1]; the schedule fits into it.
+            share: of the steps, in (0, 1]; the schedule fits into it.
             objective: of a batch; None for the mean.
             sampler: draws the samples; None shuffles them.
             irw: options of `IRWOptimizer`, which then makes the steps.
@@ -136,7 +136,7 @@ class Training:
         return Fitted(model, sum(rested) / len(rested) if rested else 1.0)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What several remedies begin with, made for the first; its time counts for each."""
+        """What several begin with, made for the first; its time counts for each."""
         if name not in self._made:
             started = time.perf_counter()
             self._made[name] = make(), time.perf_counter() - started
@@ -145,7 +145,7 @@ class Training:
         return self._made[name][0]  # type: ignore[no-any-return]
 
     def _pieces(self, sampler: Sampler[int] | None) -> Iterator[Tensor]:
-        """The indices of each batch, without end, all of the same size."""
+        """Indices of batches of one size, without end."""
         generator = torch.Generator().manual_seed(self.seed)
         size = min(self.recipe.batch_size, len(self.samples))
         while True:
@@ -221,8 +221,8 @@ REMEDIES: dict[str, Remedy] = {
 def oracle_logits(training: Training, samples: Samples, groups: Numbers) -> Tensor:
     """Logits (N, C) of plain training's model, its last layer fitted again with groups balanced.
 
-    Each half is decided by a layer fitted to the other, whose groups it is told, -1 for nobody's
-    (Kirichenko et al. 2023, "Last layer re-training is sufficient").
+    Each half is decided by a layer fitted to the other (Kirichenko et al. 2023, "Last layer
+    re-training is sufficient"). Group -1 is nobody's.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold

@@ -65,7 +65,7 @@ class Rows(Dataset[Any]):
 
     def __init__(self, X: Any, y: Any = None) -> None:
         self.X = X
-        self.y = np.zeros(X.shape[0], dtype=np.int64) if y is None else y  # skorch wants two
+        self.y = np.zeros(X.shape[0], np.int64) if y is None else y  # skorch wants two
 
     def __len__(self) -> int:
         return int(self.X.shape[0])
@@ -82,7 +82,6 @@ class Rows(Dataset[Any]):
 
 
 def whole(batch: Any) -> Any:
-    """The batch as `Rows` made it."""
     return batch
 
 
@@ -95,14 +94,13 @@ IN_BATCHES: dict[str, Any] = {
 
 
 class Reweighted:
-    """Wraps the optimizer that skorch makes; ``irw`` has the options."""
+    """A net of skorch whose optimizer is wrapped."""
 
     def __init__(self, *args: Any, irw: dict[str, Any], **options: Any) -> None:
         super().__init__(*args, **options)
         self.irw = irw
 
     def initialize_optimizer(self, *args: Any, **options: Any) -> Any:
-        """As skorch does, and wrapped."""
         super().initialize_optimizer(*args, **options)  # type: ignore[misc]
         self.optimizer_: Any = IRWOptimizer(
             self.optimizer_,
@@ -114,11 +112,11 @@ class Reweighted:
 
 
 class ReweightedClassifier(Reweighted, NeuralNetClassifier):  # type: ignore[misc]
-    """skorch's classifier with IRW."""
+    pass
 
 
 class ReweightedRegressor(Reweighted, NeuralNetRegressor):  # type: ignore[misc]
-    """skorch's regressor with IRW."""
+    pass
 
 
 FOR_THE_OPTIMIZER = (
@@ -140,15 +138,14 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     _meaning: ClassVar[str]
 
     def _keep(self, given: dict[str, Any]) -> None:
-        """Keep a constructor's ``locals()``."""
         del given["self"]
         nested = given.pop("nested")
         for name in nested:
             if not _has_prefix(name):
                 raise TypeError(
                     f"{type(self).__name__} has no argument {name!r}: expected one of "
-                    f"{', '.join(self._get_param_names())}, or an argument of what it builds, such "
-                    f"as module__dropout=0.1 (prefixes: {'__, '.join(PREFIXES)}__)"
+                    f"{', '.join(self._get_param_names())}, or an argument of what it builds, as "
+                    f"module__dropout=0.1 (prefixes: {'__, '.join(PREFIXES)}__)"
                 )
         self.__dict__.update(given, **nested)
 
@@ -156,7 +153,6 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return {k: v for k, v in vars(self).items() if _has_prefix(k) and k.startswith(start)}
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments, those with a prefix included."""
         return {**super().get_params(deep=deep), **self._nested()}
 
     def set_params(self, **params: Any) -> Any:
@@ -182,7 +178,6 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         )
 
     def _predicted(self, X: Any) -> Any:
-        """(N, n_outputs)."""
         check_is_fitted(self, "net_")
         return self.net_.predict_proba(self._checked(X, reset=False))
 
@@ -221,7 +216,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         self.net_ = net
 
     def _new(self, name: str, given: Any, told: Mapping[str, Any]) -> Any:
-        """What to make module or criterion of; one that was made already is copied, as by clone."""
+        """What to make module or criterion of; one that is made already is copied, as by clone."""
         nested, kind = self._nested(f"{name}__"), type(given).__name__
         if isinstance(given, nn.Module):
             if nested:
@@ -236,9 +231,8 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         except TypeError as error:
             raise TypeError(
                 f"{name}={given!r} cannot make one: {error}; expected the class of a "
-                f"torch.nn.Module, or a function that makes one, with its arguments as {name}__...;"
-                " a function from outputs and targets to losses goes in as "
-                "criterion=irw_optim.PerSampleLoss(function)"
+                f"torch.nn.Module, or a function that makes one, with arguments as {name}__..., or "
+                "criterion=irw_optim.PerSampleLoss(function of outputs and targets)"
             ) from error
         return given
 
@@ -267,18 +261,16 @@ def _has_prefix(name: str) -> bool:
 
 
 def takes(maker: Any, argument: str) -> bool:
-    """Whether a class or function has an argument of this name."""
     made = isinstance(maker, nn.Module) or not callable(maker)
     return not made and argument in inspect.signature(maker).parameters
 
 
 def refuse(keywords: Mapping[str, Any]) -> None:
-    """Refuse what fit does not take."""
     if "sample_weight" in keywords:
         raise TypeError(
             "sample_weight is not taken, since IRW decides how much a sample counts: expected "
-            "class_weight={label: weight} or class_balance=True, or a training loop of your own "
-            "with IRWOptimizer and optimizer.backward(losses * weights)"
+            "class_weight={label: weight}, class_balance=True, or a loop of your own with "
+            "IRWOptimizer and optimizer.backward(losses * weights)"
         )
     if keywords:
         raise TypeError(f"fit() got an unexpected keyword argument {next(iter(keywords))!r}")
