@@ -60,7 +60,7 @@ def randomized_response(
     """Each person's answer: the true group with probability p, else one of the m at random.
 
     torch's generators are for simulation. Where the promise to people counts, let them flip real
-    coins, or draw from the operating system's randomness.
+    coins, or draw from the operating system.
 
     Args:
         groups: (N,) true groups, 0 ... m - 1.
@@ -72,12 +72,12 @@ def randomized_response(
         (N,) int64 on the same device.
 
     Raises:
-        TypeError, ValueError: an argument of another type, or outside its range.
+        TypeError, ValueError: an argument that is impossible.
 
     >>> groups = torch.zeros(100_000, dtype=torch.int64)
     >>> generator = torch.Generator().manual_seed(0)
     >>> answers = randomized_response(groups, num_groups=2, generator=generator)
-    >>> round((answers != groups).double().mean().item(), 2)  # half of them toss, half of those lie
+    >>> round((answers != groups).double().mean().item(), 2)
     0.25
     """
     num_groups = whole_number("num_groups", num_groups, 2)
@@ -100,7 +100,7 @@ def privacy_of(truth_probability: float, num_groups: int) -> float:
         num_groups: m >= 2.
 
     Raises:
-        TypeError, ValueError: an argument of another type, or outside its range.
+        TypeError, ValueError: an argument that is impossible.
 
     >>> round(privacy_of(0.5, num_groups=2), 6), round(math.log(3), 6)
     (1.098612, 1.098612)
@@ -119,12 +119,11 @@ def estimate_alpha(
     """The shares of the groups, and the alpha to train with, from people's randomised answers.
 
     With r_k the share of answer k, (r_k - (1 - p)/m) / p is an unbiased estimate of pi_k.
-    `project_onto_simplex` mends negative ones, at the price of a bias where a share is within a few
-    standard errors of 0. The least of several estimates is biased downwards.
+    `project_onto_simplex` mends negative ones, and biases shares within a few standard errors of 0.
+    The least of several estimates is biased downwards.
 
     The intervals are Clopper and Pearson's of Binomial(N, rho_k) through the same formula. The
-    lower bound is the least of the one-sided ones, with no correction for several groups: it is
-    at most that of the smallest.
+    lower bound is the least of one-sided ones, so at most that of the smallest group.
 
     Args:
         responses: (N,) answers, N >= 1, 0 ... m - 1.
@@ -134,9 +133,9 @@ def estimate_alpha(
         confidence: in (0, 1).
 
     Raises:
-        TypeError, ValueError: an argument of another type, or outside its range.
+        TypeError, ValueError: an argument that is impossible.
 
-    >>> answers = [0] * 650 + [1] * 350  # of 1000 people; with p = 1/2 a quarter is chance
+    >>> answers = [0] * 650 + [1] * 350
     >>> survey = estimate_alpha(answers, num_groups=2)
     >>> round(survey.alpha, 3), round(survey.lower_bound, 3)
     (0.2, 0.15)
@@ -155,7 +154,7 @@ def estimate_alpha(
         return np.asarray((rho - (1 - p) / num_groups) / p)
 
     def bounds(tail: float) -> Vector:
-        """Clopper and Pearson's, (groups, 2), each wrong with probability ``tail`` at most."""
+        """(groups, 2), each wrong with probability ``tail`` at most."""
         low = betaincinv(counts.clip(min=1), total - counts + 1, tail)
         high = betaincinv(counts + 1, (total - counts).clip(min=1), 1 - tail)
         rho = [np.where(counts == 0, 0.0, low), np.where(counts == total, 1.0, high)]

@@ -1,7 +1,4 @@
-"""Numbers and truth values among arguments: Python's, NumPy's and pandas' alike.
-
-Scalars or arrays without a dimension become plain Python values, which checkpoints can hold.
-"""
+"""Numbers and truth values among arguments, Python's, NumPy's or pandas', become Python's."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import numpy as np
 
 
 def plain(value: object) -> object:
-    """A number or truth value as Python's own; all else unchanged."""
+    """A number or truth value as Python's; all else unchanged."""
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):

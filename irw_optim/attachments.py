@@ -16,12 +16,12 @@ _Attached = TypeVar("_Attached", bound="Attachment")
 
 
 class Renewed:
-    """Copies and pickles carry what lasts; what is named ``PASSING`` begins anew in them."""
+    """Begins anew in copies and pickles with the attributes that are named ``PASSING``."""
 
     PASSING: ClassVar[tuple[str, ...]]
 
     def begin(self) -> None:
-        """Set what passes, in a new object and in a copy alike."""
+        """Set these, in a new object and in a copy alike."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -33,7 +33,7 @@ class Renewed:
 
 
 class Change(Protocol):
-    """What was done to a module; it holds nothing strongly."""
+    """What was done to a module, without holding it."""
 
     def remove(self) -> None:
         """Undo it, unless somebody has put something else there since."""
@@ -98,14 +98,14 @@ class Replacement:
 
 
 class OfModule(Replacement):
-    """One that knows its module, and does not keep it alive."""
+    """One that knows its module without holding it."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = ref(module)
 
     @property
     def module(self) -> nn.Module:
-        """Whose it is."""
+        """Its module."""
         module = self._module()
         assert module is not None, "called by nobody else"
         return module
@@ -120,13 +120,13 @@ class Replaced:
         self.module, self.name, self.replacement = ref(module), name, ref(replacement)
 
     def remove(self) -> None:
-        """Put back what was there before."""
+        """See `Change`."""
         module = self.module()
         if module is not None and vars(module).get(self.name) is self.replacement():
             self.clean(vars(module))
 
     def clean(self, state: dict[str, Any]) -> None:
-        """The same in a copy."""
+        """See `Change`."""
         ours = state.get(self.name)
         if isinstance(ours, Replacement):
             del state[self.name]

@@ -1,4 +1,4 @@
-"""Time and peak memory of a training step, as ratios within one run."""
+"""Time and peak memory of a training step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ def median_seconds(
 ) -> list[float]:
     """Median time of each step, taken in turns so that a slower machine slows all alike.
 
-    Of ``repeats`` rounds after one to warm up, each ``inner`` calls, on ``device``; None is a GPU
-    where there is one.
+    Of ``repeats`` rounds of ``inner`` calls, after one; ``device`` is a GPU where there is one.
     """
     device = _given_or_found(device)
     times: list[list[float]] = [[] for _ in steps]

@@ -1,4 +1,4 @@
-"""`verify`: is the optimizer exact on this model, and what does it cost?"""
+"""`verify`: is the optimizer exact on a model, and what does it cost?"""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.optimizer.checks import check_model
-from irw_optim.processes import check_whole
 from irw_optim.restored import restored
+from irw_optim.torch_internals import check_whole
 from irw_optim.weighting import Alignment, weigh
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import Weights
@@ -37,16 +37,16 @@ class Verification:
     """What `verify` found; print it.
 
     Attributes:
-        engines: ``"ghost"`` or ``"autodiff"`` for each module that owns trainable parameters.
-        errors: relative error of ``scores``, ``weights`` and ``gradient`` against the loop.
+        engines: ``"ghost"`` or ``"autodiff"`` for each module with trainable parameters.
+        errors: relative ones of ``scores``, ``weights`` and ``gradient``.
         tolerance: what counts as equal in the dtype of the losses.
         time_ratio: median time of a step over that of a plain step.
         memory_ratio: the same of the peak of a step's tensors; NaN if not measured.
         deterministic: whether two passes from one state give the same losses; if not, the errors
             say nothing.
-        reason: why some modules have no quick products; "" where all have.
+        reason: why some modules have no quick products, or "".
         plain_seconds: median time of a plain step.
-        one_by_one: how many samples take a backward pass each for their scores, or 0.
+        one_by_one: how many samples take a backward pass each.
     """
 
     engines: dict[str, str]
@@ -81,7 +81,6 @@ class Verification:
         return said + engines + html_table(header, errors)
 
     def _advice(self) -> list[str]:
-        """What goes the slow way, what that costs, and how to make it quick."""
         slow = [name for name, engine in self.engines.items() if engine != "ghost"]
         if not slow or not self.reason:
             return []
@@ -214,8 +213,6 @@ def verify(
 
 
 class _Batch:
-    """What is done with one batch: every pass starts from the same inputs."""
-
     def __init__(self, model: nn.Module, inputs: Any, targets: Any, criterion: nn.Module) -> None:
         self.model, self.targets, self.criterion = model, targets, criterion
         self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs

@@ -1,8 +1,4 @@
-"""What a forward may change, as it was before.
-
-That is buffers, gradients, what modules keep in attributes of their own (a counter, a generator),
-and the global sources of chance of torch, ``random`` and NumPy.
-"""
+"""Puts back what a forward may change: buffers, gradients, attributes, and sources of chance."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ _OF_MODULES = frozenset(vars(nn.Module()))  # parameters, hooks: no state of a f
 
 @contextmanager
 def restored(*modules: nn.Module) -> Iterator[None]:
-    """Put back, after the block, what a pass through these modules may change."""
+    """Put back, after the block, what these modules may change."""
     parameters = [p for module in modules for p in module.parameters()]
     with randomness_restored(p.device for p in parameters), ExitStack() as undo:
         for p in parameters:
@@ -61,8 +57,8 @@ def randomness_restored(
 def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]:
     """What puts back the buffers and attributes of a module and of the modules in it.
 
-    With ``by_version`` autograd counts a write to a tensor only if it counted a change of it: an
-    earlier graph may need it as it is. Those of ``running_mean`` and by ``.data`` are not counted.
+    With ``by_version`` autograd counts a write to a tensor only if it counted a change of it, as it
+    does not of ``running_mean`` and by ``.data``: an earlier graph may need it as it is.
     """
     for part in module.modules():
         yield from undo_own_state(part, by_version)
@@ -79,7 +75,7 @@ def undo_own_state(part: nn.Module, by_version: bool = False) -> Iterator[Undo]:
 
 
 def undo_inside(value: Any, by_version: bool = False) -> Undo | None:
-    """The same of an attribute's value; None where nothing in it is known to change."""
+    """The same of an attribute's value; None where nothing is known to change."""
     if isinstance(value, Tensor):
         plain = not (value.requires_grad or value.is_inference())
         return _undo_tensor(value, by_version) if plain else None

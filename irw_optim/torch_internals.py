@@ -1,4 +1,4 @@
-"""What is used of torch that it does not promise, and what is done where it is missing."""
+"""What is used of torch that it does not promise or always have, and what stands in for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
@@ -55,7 +56,7 @@ dual_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level", -
 
 
 def is_plain_autograd() -> bool:
-    """Whether surely nobody else follows what is computed now: a transform, a checkpoint."""
+    """Whether surely no transform or checkpoint follows what is computed now."""
     hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     told = hasattr(torch._C._functorch, "peek_interpreter_stack")
     if hooks is None or not told or torch._C._get_tracing_state() is not None:
@@ -72,7 +73,7 @@ def is_wanted(leaf: Node) -> bool:
 
 
 def at_the_end_of_backward(call: Callable[[], None]) -> None:
-    """Call something when the pass that runs now is over; at once where torch cannot."""
+    """Call something when that is over; at once where torch cannot."""
     if _engine is None:
         call()
     else:
@@ -162,19 +163,19 @@ def silent(leaves: Iterable[Tensor]) -> Iterator[None]:
 
 
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Each in memory of its own, by one operation."""
+    """Each in memory of its own."""
     listed = list(tensors)
     return list(torch._foreach_mul(listed, 1)) if listed else []
 
 
 def squared_length(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of all squares in them, by few operations."""
+    """The sum of all squares in them."""
     return torch.stack(list(torch._foreach_norm(list(tensors)))).square().sum()
 
 
 @cache
 def load_dual_numbers() -> None:
-    """Have torch compile its formulas for them without its warning."""
+    """Have torch compile its formulas for them, without a warning."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.filterwarnings("ignore", "`torch.jit.script`")
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
@@ -182,7 +183,7 @@ def load_dual_numbers() -> None:
 
 @cache
 def sums_wide(device: str) -> bool:
-    """Whether a kind of device gives products of bfloat16 in float32 (torch 2.8, on CUDA)."""
+    """Whether a device gives products of bfloat16 in float32 (torch 2.8, on CUDA)."""
     one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     try:
         for stack, multiply in ((one, torch.mm), (one[None], torch.bmm)):
@@ -219,3 +220,44 @@ def keep_for_further_passes() -> None:
     keys: Any = getattr(torch.compiler, "config", None)
     if hasattr(keys, "cache_key_tag"):
         keys.cache_key_tag += "nothing donated"
+
+
+has_group: Callable[[], bool] = getattr(dist, "is_initialized", lambda: False)
+
+
+def several_processes() -> bool:
+    """Whether more than one trains."""
+    return has_group() and dist.get_world_size() > 1
+
+
+def place() -> tuple[int, int]:
+    """The rank and the number of processes; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if has_group() else (0, 1)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to some of the model."""
+    return any(map(is_sharded_here, model.modules()))
+
+
+def is_sharded_here(module: nn.Module) -> bool:
+    """The same of one module."""
+    return "FSDPModule" in _names_of_bases(module)
+
+
+def is_shard(parameter: Tensor) -> bool:
+    """Whether this is a DTensor, by name: to import that takes as long as torch."""
+    return "DTensor" in _names_of_bases(parameter)
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse a sharded model."""
+    if is_sharded(model):
+        raise NotImplementedError(
+            f"{what} is not there for a model under fully_shard: expected a whole one, or "
+            "DistributedDataParallel"
+        )
+
+
+def _names_of_bases(thing: object) -> list[str]:
+    return [kind.__name__ for kind in type(thing).__mro__]

@@ -25,8 +25,7 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import GlobalGradients, Ranks
 from irw_optim.distributed.weigher import OverRanks
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.processes import several_processes
-from irw_optim.torch_internals import at_the_end_of_backward
+from irw_optim.torch_internals import at_the_end_of_backward, several_processes
 
 logger = logging.getLogger("irw_optim")
 

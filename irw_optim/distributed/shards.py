@@ -27,7 +27,7 @@ from irw_optim.distributed.ranks import LayerwiseGradients, Ranks
 from irw_optim.distributed.replicas import Options, Replicas
 from irw_optim.distributed.weigher import OverRanks, ShardedPass
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.processes import is_shard, is_sharded, is_sharded_here
+from irw_optim.torch_internals import is_shard, is_sharded, is_sharded_here
 
 TESTED_FROM = "2.13"
 """The torch from which on FSDP's own tables are those that are read here."""

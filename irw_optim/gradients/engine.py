@@ -35,7 +35,7 @@ from irw_optim.gradients.mixing import Batch, follow_batch, is_foreign, rows_tha
 from irw_optim.gradients.packed import packed_as_one
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import NOTHING_READ, plan_of, read_around, read_in_a_pass
-from irw_optim.processes import is_sharded_here
+from irw_optim.torch_internals import is_sharded_here
 
 logger = logging.getLogger("irw_optim")
 

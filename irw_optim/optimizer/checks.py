@@ -13,7 +13,7 @@ from irw_optim.criterion.attached import check_unattached
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import ENGINES, Engine
 from irw_optim.optimizer.options import Options
-from irw_optim.processes import is_shard, is_sharded, several_processes
+from irw_optim.torch_internals import is_shard, is_sharded, several_processes
 
 
 def check_arguments(

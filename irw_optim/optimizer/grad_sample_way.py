@@ -14,7 +14,7 @@ from irw_optim.gradients.graph import walk
 from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.mixing import follow_batch
 from irw_optim.optimizer.weighted_backward import WeightedBackward
-from irw_optim.processes import several_processes
+from irw_optim.torch_internals import several_processes
 from irw_optim.weighting.ranges import check_losses
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}

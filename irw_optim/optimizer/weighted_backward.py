@@ -21,7 +21,7 @@ from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
 from irw_optim.optimizer.checks import check_unrecorded, has_gradient
 from irw_optim.optimizer.options import Options
 from irw_optim.optimizer.other_terms import OtherTerms
-from irw_optim.processes import has_group, is_sharded, several_processes
+from irw_optim.torch_internals import has_group, is_sharded, several_processes
 from irw_optim.weighting.local_scheme import Averaging, Scheme
 from irw_optim.weighting.record import StepRecord
 

@@ -91,8 +91,8 @@ def compare_remedies(
     """Train a model with each remedy, and say which one to take, if any, and how sure that is.
 
     Every remedy starts from the same initialisation of a seed and takes the same number of steps
-    (balancing with half the steps: half of them; the two stages: a fifth more). All is measured on
-    the validation data, after the last step. Needs ``pip install "irw-optim[report]"``.
+    (balancing with half the steps: half; the two stages: a fifth more). All is measured on the
+    validation data, after the last step. Needs ``pip install "irw-optim[report]"``.
 
     Args:
         make_model: gives an untrained model: (N, classes) logits, or one number a sample.
@@ -195,7 +195,7 @@ def _train_all(
         rows.append({"remedy": name, "seed": training.seed, **judge.measure(logits), **more})
 
     def rightly(decided: Tensor, labels: Tensor) -> float:
-        """The share of the rarest class; NaN where nobody is of it."""
+        """In the rarest class; NaN where nobody is of it."""
         own = labels == rare
         return float((decided[own].argmax(1) == rare).double().mean())
 
@@ -225,10 +225,10 @@ def _train_all(
 
 
 def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, Remedy]:
-    if remedies is None or isinstance(remedies, str):
-        remedies = REMEDIES if remedies is None else [remedies]
+    if remedies is None:
+        return REMEDIES
     if not isinstance(remedies, Mapping):
-        asked = list(remedies)
+        asked = [remedies] if isinstance(remedies, str) else list(remedies)
         if unknown := [name for name in asked if name not in REMEDIES]:
             raise ValueError(
                 f"remedies={asked!r}: {unknown[0]!r} is none; expected names out of "

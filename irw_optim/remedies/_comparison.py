@@ -59,8 +59,8 @@ class Comparison:
         runs: a row for each remedy and seed, with every metric.
         predictions: {remedy: (seeds, N)} classes on the validation data.
         take: the remedy to take, ``"plain"`` where none is clearly better.
-        sentences: five: the decision, its price, who is worst off, how sure it is, and what there
-            is to gain, or not to be seen.
+        sentences: the decision, its price, who is worst off, how sure it is, and what there is to
+            gain, or not to be seen.
         signs: {remedy: how it is seen to hurt}.
         settings: how it was made.
     """

@@ -30,9 +30,8 @@ from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.nodes import shape_of
 from irw_optim.gradients.protocol import Direction
-from irw_optim.processes import check_whole
 from irw_optim.restored import randomness_restored
-from irw_optim.torch_internals import load_dual_numbers
+from irw_optim.torch_internals import check_whole, load_dual_numbers
 
 logger = logging.getLogger("irw_optim")
 

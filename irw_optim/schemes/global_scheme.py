@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from irw_optim.arguments import whole_number
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.processes import place
 from irw_optim.schemes.batch_losses import BatchLosses, Forward
 from irw_optim.schemes.reading import DatasetReader, indexed_loader, indices_and_batch
 from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader, check_sample_weights
 from irw_optim.schemes.weighing import HeldWeights, check_block, weigh_dataset
+from irw_optim.torch_internals import place
 from irw_optim.weighting.local_scheme import LocalScheme
 from irw_optim.weighting.record import StepRecord
 

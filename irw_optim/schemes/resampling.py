@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from irw_optim.arguments import whole_number
-from irw_optim.processes import place
 from irw_optim.schemes.reading import idle_copy, sampler_of
+from irw_optim.torch_internals import place
 
 
 class ResamplingSampler(Sampler[int]):

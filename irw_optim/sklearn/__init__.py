@@ -40,11 +40,10 @@ __all__ = ["IRWClassifier", "IRWRegressor", "mlp"]
 class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     """A neural network trained with intrinsic reweighting, as a classifier of scikit-learn.
 
-    Each `fit` makes module, criterion and optimizer, wraps the optimizer in
-    `irw_optim.IRWOptimizer`, and trains on shuffled batches with skorch. Arguments of what is made
-    have its prefix: ``module__dropout=0.1``, ``optimizer__weight_decay=1e-4``,
-    ``criterion__label_smoothing=0.1``. Standardise the columns of X first. X may be sparse: it is
-    made dense batch by batch.
+    Each `fit` makes module, criterion and optimizer, and trains on shuffled batches with skorch and
+    `irw_optim.IRWOptimizer`. Arguments of what is made have its prefix: ``module__dropout=0.1``,
+    ``optimizer__weight_decay=1e-4``, ``criterion__label_smoothing=0.1``. Standardise the columns of
+    X first. X may be sparse: it is made dense batch by batch.
 
     Args:
         module: None for `mlp`, or a class, function or instance from float32 rows
@@ -55,8 +54,8 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
             those of `irw_optim.IRWOptimizer`.
         class_weight: None, ``"balanced"``, or {label: factor}: the criterion's ``weight=``, which
             the worst-off are found with.
-        threshold: for two classes: `predict` says ``classes_[1]`` from this probability on, without
-            another fit. None takes the likeliest class.
+        threshold: for two classes: `predict` says ``classes_[1]`` from this probability on. None
+            takes the likeliest class.
         criterion: None for `torch.nn.CrossEntropyLoss`, or a class that takes logits and class
             numbers.
         optimizer: the class of any torch optimizer.
@@ -65,8 +64,8 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         train_split: None, or a split of skorch such as ``ValidSplit(5, stratified=True)``.
         predict_nonlinearity: from outputs to probabilities; ``"auto"`` is softmax for
             `torch.nn.CrossEntropyLoss`, nothing for others.
-        random_state: a seed, a `numpy.random.RandomState`, or None for NumPy's global one. torch's
-            own random state is left as it was.
+        random_state: a seed, a `numpy.random.RandomState`, or None for NumPy's global one; torch's
+            own is left as it was.
 
     Attributes:
         classes_: (C,) the labels, sorted.
@@ -131,7 +130,7 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         """Train on, one pass over these data; the first call begins, and is told all classes.
 
         Raises:
-            TypeError, ValueError: as of `fit`; no classes at first, or labels that are none.
+            TypeError, ValueError: as of `fit`; no classes at first, or other labels.
         """
         refuse(refused)
         begin = not hasattr(self, "net_")
@@ -257,7 +256,7 @@ class IRWRegressor(RegressorMixin, Estimator):  # type: ignore[misc]
         self._keep(locals())
 
     def fit(self, X: Any, y: Any, **refused: Any) -> IRWRegressor:
-        """Train a new net on (N, features) and targets (N,); errors as of `IRWClassifier.fit`."""
+        """Train a new net on (N, features) and targets (N,); see `IRWClassifier.fit`."""
         return self._fit(X, y, refused, self.max_epochs, begin=True)
 
     def partial_fit(self, X: Any, y: Any, **refused: Any) -> IRWRegressor:

@@ -70,10 +70,6 @@ class Rows(Dataset[Any]):
     def __len__(self) -> int:
         return int(self.X.shape[0])
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        x, y = self.__getitems__([row])
-        return x[0], y[0]
-
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         x = self.X[rows]
         if sparse.issparse(x):

@@ -42,7 +42,6 @@ ROOMS = {
     "model_check",
     "notebook",
     "optimizer",
-    "processes",
     "restored",
     "torch_internals",
     "weighting",
