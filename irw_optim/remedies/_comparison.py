@@ -209,12 +209,9 @@ class Comparison:
         from jinja2 import Environment, StrictUndefined
 
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+        table, more = _html(self._cells()), list(self._more())
         return environment.from_string(PAGE).render(
-            result=self,
-            whole=whole,
-            panels=self._panels(),
-            table=_html(self._cells()),
-            more=dict(self._more()),
+            result=self, whole=whole, panels=self._panels(), table=table, more=more
         )
 
     def _more(self) -> Iterator[tuple[str, str]]:
@@ -281,7 +278,7 @@ training, mean and 95 % t interval over the seeds, paired: ▲ better, ▼ worse
 {% for m in result.metrics %}<dt>{{ m.name }}</dt><dd>{{ m.meaning }}{% if m.percent %}, in %
 {% endif %}</dd>{% endfor %}{% for name, value in result.settings.items() %}<dt>{{ name }}</dt>
 <dd>{{ value }}</dd>{% endfor %}</dl></details>
-{% for title, table in more.items() %}<details><summary>{{ title }}</summary>
+{% for title, table in more %}<details><summary>{{ title }}</summary>
 <div>{{ table | safe }}</div></details>
 {% endfor %}
 </div>{% if whole %}</body></html>{% endif %}

@@ -148,8 +148,8 @@ def _from_arrays(
             f"{name} y has names, as {y[0]!r}: expected class numbers, as by "
             "sklearn.preprocessing.LabelEncoder"
         )
-    if len(x) != len(y):
-        raise ValueError(f"{name}: X has {len(x)} samples and y {len(y)}: expected as many")
+    both: dict[str, Sized] = {f"{name} X": x, f"{name} y": y}
+    check_lengths(**both)
     target = torch.from_numpy(y.astype(np.int64))
     if isinstance(criterion, nn.BCELoss | nn.BCEWithLogitsLoss | nn.SoftMarginLoss):
         with eval_mode(model), torch.no_grad():

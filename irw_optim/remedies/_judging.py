@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from irw_optim.metrics import worst_alpha_loss, worst_cell_accuracy
 from irw_optim.metrics._groups import intersect
@@ -87,7 +86,7 @@ class Judge:
         truth = torch.from_numpy(self.labels)
         right = (logits.argmax(1) == truth).numpy()[None]
         worst = {f"worst {k}": float(self.accuracies(k, right).min()) for k in self.parts}
-        losses = F.cross_entropy(logits, truth, reduction="none").clamp(max=100.0)
+        losses = nn.functional.cross_entropy(logits, truth, reduction="none").clamp(max=100.0)
         return {
             "accuracy": float(right.mean()),
             **worst,
@@ -182,9 +181,8 @@ def signs_of_hurt(runs: pd.DataFrame, rare: int) -> dict[str, list[str]]:
         if one["held"] and one["effective share"] < FEW:
             said.append(f"its held weights rest on {one['effective share']:.0%} of the samples")
         if BALANCED in means.index and name != BALANCED:
-            more = difference(runs, name, "accuracy", BALANCED)
-            if more.high < 0 or (np.isnan(more.high) and more.mean < 0):
-                lost = Difference(-more.mean, -more.high, -more.low)
+            lost = difference(runs, BALANCED, "accuracy", name)
+            if lost.low > 0 or (np.isnan(lost.low) and lost.mean > 0):
                 said.append(f"it costs accuracy, {as_text(lost)} more than {BALANCED}")
     return {name: said for name, said in found.items() if said}
 
@@ -197,9 +195,9 @@ def conclude(
 ) -> tuple[str, list[str]]:
     names = [name for name in predictions if name not in (PLAIN, ORACLE)]
     moves = {name: judge.moves(found == judge.labels) for name, found in predictions.items()}
-    grouped = "group" in judge.parts
-    what = "worst group" if grouped else "mean of worst class and worst label × cluster cell"
-    metric = "worst group" if grouped else "score"
+    kind, metric, what = "cell", "score", "mean of worst class and worst label × cluster cell"
+    if grouped := "group" in judge.parts:
+        kind, metric, what = "group", "worst group", "worst group"
     means = runs.groupby(level="remedy").mean()
 
     def better(one: str, other: str, confidence: float) -> bool:
@@ -216,7 +214,8 @@ def conclude(
         take, shown = PLAIN, max(names, key=means[metric].get, default=PLAIN)
         first = f"No remedy is clearly better than plain training; the nearest is {shown}"
     gain, price = difference(runs, shown, metric), difference(runs, shown, "accuracy")
-    sure, number = "One seed has no spread, so nothing here is sure.", len(runs.loc[PLAIN])
+    number = len(runs.loc[PLAIN])
+    sure = "One seed has no spread, so nothing here is sure."
     if number > 1:
         sure = (
             f"“Clearly” is beyond chance at {CONFIDENCE:.0%}, over {number} seeds and over the "
@@ -224,16 +223,16 @@ def conclude(
         )
     if take == PLAIN and number < 5:
         sure += " More seeds would make the intervals narrower."
-    last = "Without groups, clusters stand in for them: whom they do not see, this does not know."
-    if blind is not None:
-        last = f"Without groups, mind: {blind}."
-    elif grouped:
+    last = f"Without groups, mind: {blind}."
+    if grouped:
         room = difference(runs, ORACLE, metric)
         rest = ": reweighting has little to offer here"
         if room.low > 0:
             rest = f", of which {shown} recovers {gain.mean / room.mean:.0%}"
         last = f"Headroom: a last layer fitted anew, groups known, has {as_text(room)}{rest}."
-    part, people, share = worst_part(judge, "group" if grouped else "cell", predictions[take])
+    elif blind is None:
+        last = "Without groups, clusters stand in for them, and do not see everybody."
+    part, people, share = worst_part(judge, kind, predictions[take])
     whose = part if grouped else f"class {part[0]} in cluster {', '.join(map(str, part[1]))}"
     error = np.sqrt(share * (1 - share) / people)
     worst_off = f"{people:,} people, of whom {share:.0%} are decided rightly"

@@ -121,7 +121,7 @@ class Training:
                 wrapped.backward(part.losses * part.scale, labels=part.labels)
                 wrapped.step()
                 record = wrapped.last_step
-                if record is not None and bool(record.worst_off.any()):  # past the warm-up
+                if record and record.worst_off.any():  # past the warm-up
                     rested.append(record.effective_sample_size / len(part.losses))
             else:
                 assert part.labels is not None
@@ -137,11 +137,11 @@ class Training:
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What several begin with, made for the first; its time counts for each."""
-        if name not in self._made:
+        if name in self._made:
+            self.spared += self._made[name][1]
+        else:
             started = time.perf_counter()
             self._made[name] = make(), time.perf_counter() - started
-        else:
-            self.spared += self._made[name][1]
         return self._made[name][0]  # type: ignore[no-any-return]
 
     def _pieces(self, sampler: Sampler[int] | None) -> Iterator[Tensor]:
