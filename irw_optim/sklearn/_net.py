@@ -15,7 +15,7 @@ from scipy import sparse
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
-from skorch import NeuralNetClassifier, NeuralNetRegressor
+from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
@@ -77,15 +77,11 @@ class Rows(Dataset[Any]):
         return torch.as_tensor(x), torch.as_tensor(self.y[rows])
 
 
-def whole(batch: Any) -> Any:
-    return batch
-
-
 IN_BATCHES: dict[str, Any] = {
     "dataset": Rows,
     "iterator_train__shuffle": True,
-    "iterator_train__collate_fn": whole,
-    "iterator_valid__collate_fn": whole,
+    "iterator_train__collate_fn": tuple,  # which they are already
+    "iterator_valid__collate_fn": tuple,
 }
 
 
@@ -115,14 +111,6 @@ class ReweightedRegressor(Reweighted, NeuralNetRegressor):  # type: ignore[misc]
     pass
 
 
-FOR_THE_OPTIMIZER = (
-    *("alpha", "outliers", "center", "class_balance", "mix", "warmup_steps"),
-    *("score_parameters", "weighting", "engine"),
-)
-FOR_THE_NET = (
-    *("optimizer", "lr", "max_epochs", "batch_size", "callbacks", "train_split"),
-    *("predict_nonlinearity", "device", "verbose"),
-)
 PREFIXES = ("module", "criterion", "optimizer", "iterator_train", "iterator_valid", "callbacks")
 
 
@@ -147,6 +135,10 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     def _nested(self, start: str = "") -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if _has_prefix(k) and k.startswith(start)}
+
+    def _taken_by(self, maker: Any) -> dict[str, Any]:
+        made = ("module", "criterion", "optimizer")
+        return {k: v for k, v in vars(self).items() if takes(maker, k) and k not in made}
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         return {**super().get_params(deep=deep), **self._nested()}
@@ -191,13 +183,13 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         sizes = {"n_features": X.shape[1], "n_outputs": n_outputs}
         told = {f"module__{n}": size for n, size in sizes.items() if takes(maker, n)}
         criterion = self._criterion if self.criterion is None else self.criterion
-        given = vars(self)
         with self._seeded():
             net = self._net(
                 self._new("module", maker, told),
                 criterion=self._new("criterion", criterion, options),
-                irw={name: given[name] for name in FOR_THE_OPTIMIZER if name in given},
-                **{name: given[name] for name in FOR_THE_NET},
+                optimizer=self.optimizer,
+                irw=self._taken_by(IRWOptimizer),
+                **self._taken_by(NeuralNet),
                 **(IN_BATCHES | told | self._nested()),
                 **options,
             ).initialize()

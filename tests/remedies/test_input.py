@@ -55,7 +55,7 @@ class Stream(IterableDataset):
 BAD = {
     "names as labels": ({"train": (people()[0], ["a", "b"] * 100)}, "LabelEncoder"),
     "a gap": ({"train": (np.full((200, 4), np.nan), people()[1])}, r"train X\[0\] has NaN"),
-    "lengths": ({"train": (people()[0], people()[1][:9])}, "train X has 200 samples and train y has 9"),
+    "lengths": ({"train": (people()[0], people()[1][:9])}, "X has 200 samples and train y has 9"),
     "categories": ({"train": (np.full((200, 4), "a"), people()[1])}, "encode categories"),
     "fractions": ({"train": (people()[0], people()[1] / 2)}, "train y"),
     "three": ({"validation": (*people(), 1)}, "validation is a tuple of 3"),
