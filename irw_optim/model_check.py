@@ -241,7 +241,7 @@ class _Batch:
 def _by_loop(
     batch: _Batch, alpha: float, outliers: OutlierFilter | None
 ) -> tuple[Weights, dict[Tensor, Tensor], Tensor]:
-    """Weights, weighted gradient and losses by plain autograd, sample by sample."""
+    """Weights, weighted gradient and losses, sample by sample."""
     samples = batch.losses()
     losses, reached = samples.losses.detach(), set(walk(samples.losses).leaves)
     scored = [p for p in batch.parameters if p in reached]

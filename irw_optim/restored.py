@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 Undo = Callable[[], object]
 
-_OF_MODULES = frozenset(vars(nn.Module()))  # parameters, hooks: no state of a forward
+_OF_MODULES = frozenset(vars(nn.Module()))  # no state of a forward
 
 
 @contextmanager

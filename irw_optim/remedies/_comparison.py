@@ -158,7 +158,7 @@ class Comparison:
 
     @property
     def _shown(self) -> list[Metric]:
-        """The shares where more is better; groups, where known, decide without the score."""
+        """Shares where more is better; groups decide without the score."""
         out = "score" if ORACLE in self.predictions else ""
         return [m for m in self.metrics if m.percent and m.sign > 0 and m.name != out]
 

@@ -113,7 +113,7 @@ class Samples:
 
 
 class ClassLosses(BatchLosses):
-    """With classes also of a criterion that is not torch's, and ``arguments`` of its last call."""
+    """With classes also of criteria that are not torch's, and ``arguments`` of the last call."""
 
     def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
         super().__init__(model, criterion, self._kept)
@@ -197,7 +197,7 @@ def logits_of(outputs: Tensor, criterion: nn.Module) -> Tensor:
 
 
 def group_names(groups: Any, people: Sized) -> Numbers:
-    """(N,): the values of all columns, numbers with the column's name."""
+    """(N,): all columns' values, numbers with the column's name."""
     columns = as_columns(groups)
     for name, column in columns.items():
         check_lengths(**{"validation": people, f"groups[{name!r}]": column})
@@ -209,7 +209,7 @@ def group_names(groups: Any, people: Sized) -> Numbers:
 
 
 def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, people: Sized) -> Numbers:
-    """(N,): as given, or by k-means of the inputs as they are."""
+    """(N,): as given, or by k-means."""
     if clusters is not None:
         numbers = as_vector("clusters", clusters, "cluster")
         check_lengths(validation=people, clusters=numbers)

@@ -20,12 +20,12 @@ from irw_optim.schemes import ClassByClassSampler
 from irw_optim.schemes.batch_losses import Forward
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""From the losses (B,) and classes (B,) of a batch to the number that is minimised."""
+"""From losses (B,) and classes (B,) to what is minimised."""
 
 T = TypeVar("T")
 PLAIN, BALANCED, ORACLE = "plain", "class-balanced", "groups known (oracle)"
 EARLY = 0.2
-"""Share of the steps after which a model says who is worst off."""
+"""Share of the steps of the first of two stages."""
 
 
 class Fitted(NamedTuple):
@@ -215,7 +215,7 @@ REMEDIES: dict[str, Remedy] = {
         irw={"alpha": training.alpha, "center": 1.0, "warmup_steps": training.recipe.steps // 3}
     ),
 }
-"""Simpler ones first, which are preferred to those that are no better."""
+"""Simpler ones first, which are preferred."""
 
 
 def oracle_logits(training: Training, samples: Samples, groups: Numbers) -> Tensor:

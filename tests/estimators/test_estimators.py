@@ -232,6 +232,9 @@ class TestPredictions:
         for threshold in (0.0, middle, 1.0):
             predicted = fitted.set_params(threshold=threshold).predict(x)
             np.testing.assert_array_equal(predicted, second >= threshold)
+        for threshold in (1.5, float("nan"), "0.3", True):
+            with pytest.raises(ValueError, match=r"with 2 classes: expected None.* in \[0, 1\]"):
+                fitted.set_params(threshold=threshold).predict(x)
 
     def test_a_criterion_on_log_probabilities(self):
         x, y = data()
