@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from statistics import median
 from time import perf_counter
 
@@ -54,12 +55,9 @@ def peak_bytes(step: Step, device: torch.device | str | None = None) -> int:
             step()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     start = next(e.start_ns() for e in events if e.name() == _MEASURED)
-    held, least, most = 0, 0, 0
-    for change in events:
-        if change.name() == "[memory]" and change.start_ns() >= start:
-            held += change.nbytes()
-            least, most = min(least, held), max(most, held)
-    return most - least
+    memory = (e.nbytes() for e in events if e.name() == "[memory]" and e.start_ns() >= start)
+    held = list(accumulate(memory, initial=0))
+    return max(held) - min(held)
 
 
 def _given_or_found(device: torch.device | str | None) -> torch.device:
