@@ -56,7 +56,7 @@ def peak_bytes(step: Step, device: torch.device | str | None = None) -> int:
     events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
     start = next(e.start_ns() for e in events if e.name() == _MEASURED)
     memory = (e.nbytes() for e in events if e.name() == "[memory]" and e.start_ns() >= start)
-    held = list(accumulate(memory, initial=0))
+    held: list[int] = list(accumulate(memory, initial=0))
     return max(held) - min(held)
 
 
