@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -163,8 +162,13 @@ def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
         raise TypeError(f"{name} X is sparse: expected a dense array, X.toarray()")
     array = as_array(values)
     if array.dtype == object:  # pandas, of columns of several kinds
-        with suppress(TypeError, ValueError):
+        try:
             array = array.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} X has entries that are no numbers ({error}): encode categories first, "
+                "with sklearn.preprocessing.OneHotEncoder, say"
+            ) from error
     check_numbers(f"{name} X", array)
     if isinstance(values, Tensor):
         x = values
@@ -185,7 +189,7 @@ def logits_of(outputs: Tensor, criterion: nn.Module) -> Tensor:
     """
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         return outputs.float()
-    if outputs.ndim > 2 or outputs.numel() != len(outputs):
+    if outputs.ndim not in (1, 2) or outputs.numel() != len(outputs):
         raise ValueError(
             f"the model's outputs have shape {tuple(outputs.shape)}: expected (N, classes), or one "
             "number a sample for two classes"

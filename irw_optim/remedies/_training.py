@@ -52,9 +52,15 @@ class Remedy(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all trainings share.
+    """What all trainings share, as `compare_remedies` was given it.
 
-    The functions are those that `compare_remedies` is given; ``steps`` are of one training.
+    Attributes:
+        make_model: gives an untrained model.
+        criterion: of outputs and targets.
+        optimizer: makes an optimizer of the parameters.
+        scheduler: makes a learning rate's schedule of optimizer and number of steps; None: none.
+        steps: of one training, with ``batch_size`` samples each.
+        forward: gives the criterion's arguments; None for batches (inputs, target).
     """
 
     make_model: Callable[[], nn.Module]
