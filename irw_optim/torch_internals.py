@@ -41,7 +41,7 @@ run_backward: Any = getattr(_engine, "run_backward", _by_autograd)
 graph_is_kept: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
-"""Whether the backward pass that runs now retains the graph."""
+"""Whether the backward pass that runs now retains the graph; yes where torch does not tell."""
 
 will_run: Callable[[Node], bool] = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 """Whether it goes through a node after this one."""
@@ -56,7 +56,7 @@ dual_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level", -
 
 
 def is_plain_autograd() -> bool:
-    """Whether surely no transform or checkpoint follows what is computed now."""
+    """Whether surely no transform or checkpoint follows what is computed now; else no."""
     hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     told = hasattr(torch._C._functorch, "peek_interpreter_stack")
     if hooks is None or not told or torch._C._get_tracing_state() is not None:
