@@ -30,7 +30,7 @@ class Trust:
     """What comparisons have shown, where the same operation may mix the samples."""
 
     proven: set[Hashable] = field(default_factory=set)  # ways of reading that agreed with autograd
-    lost: set[Tensor] = field(default_factory=set)  # parameters on which autograd disagreed
+    lost: set[Tensor] = field(default_factory=set)  # what did not
     uses: int = 0  # graphs that have relied on it
 
 
@@ -45,7 +45,7 @@ class Covering:
     trust: Trust
     alone: set[Tensor]  # what nothing but covered layers read, as the graph shows
     reached: set[int] = field(default_factory=set)  # numbers of calls that a gradient arrived at
-    is_settled: bool = False  # whether checks alone can show that anything is left to autograd
+    is_settled: bool = False  # whether checks alone can show that anything is left
 
     def __post_init__(self) -> None:
         self.lose(self.trust.lost)

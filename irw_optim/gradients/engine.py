@@ -238,8 +238,9 @@ class Engine(Renewed):
 
     def names_of(self, parameters: Iterable[Tensor]) -> str:
         """For messages; shapes of what is not the model's."""
-        names = {} if self.model is None else {p: n for n, p in self.model.named_parameters()}
-        found = sorted(names.get(p, f"a leaf of shape {tuple(p.shape)}") for p in parameters)  # type: ignore[call-overload]
+        named = () if self.model is None else self.model.named_parameters()
+        names: dict[Any, str] = {p: name for name, p in named}
+        found = sorted(names.get(p, f"a leaf of shape {tuple(p.shape)}") for p in parameters)
         return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
     def remove_hooks(self) -> None:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from irw_optim.attachments import Attachment, Removable
 from irw_optim.gradients.compiling import (
@@ -58,19 +58,19 @@ def _holds_parameters(module: nn.Module) -> bool:
     return bool(module._parameters) or any(isinstance(child, kept) for child in module.children())
 
 
-def sites_noted(order: Iterable[Node]) -> list[CallSite]:
+def sites_noted(order: Iterable[Any]) -> list[CallSite]:
     """The layer calls noted on the nodes of a graph."""
     return [
         CallSite(call, GradientEdge(node, number), shape)
         for node in order
-        for number, (call, shape) in _notes(node).get(CALLS, {}).items()
+        for number, (call, shape) in node.metadata.get(CALLS, {}).items()
     ]
 
 
-def forget_calls(nodes: Iterable[Node]) -> None:
+def forget_calls(nodes: Iterable[Any]) -> None:
     """The graph may outlive its backward pass by an iteration."""
     for node in nodes:
-        _notes(node).pop(CALLS, None)
+        node.metadata.pop(CALLS, None)
 
 
 def record(call: LayerCall | None, output: Tensor) -> None:
@@ -82,12 +82,9 @@ def record(call: LayerCall | None, output: Tensor) -> None:
         # An in-place operation on a view rewrites the graph up to the base: the gradient then
         # arrives at the base's edge alone. A Linear's (B, T, d) output is such a view.
         at = base if base.is_contiguous() and output.is_contiguous() else output
-    if at.grad_fn is not None:
-        _notes(at.grad_fn).setdefault(CALLS, {})[at.output_nr] = (call, output.shape)
-
-
-def _notes(node: Node) -> dict[Any, Any]:
-    return node.metadata  # type: ignore[return-value]  # a property, stubbed as a method
+    node: Any = at.grad_fn
+    if node is not None:
+        node.metadata.setdefault(CALLS, {})[at.output_nr] = (call, output.shape)
 
 
 class _LayerForward(KeptOut):
@@ -164,10 +161,9 @@ def _attention_with(linear: Any) -> Any:
     return names["multi_head_attention_forward"]
 
 
-def silence_of(model: nn.Module | None) -> list[Attachment]:
+def silence_of(model: Any) -> list[Attachment]:
     """Keeps Opacus' hooks quiet for as long as somebody holds it."""
-    silenced = model is not None and hasattr(model, "hooks_enabled")
-    return [OpacusSilenced.on(model)] if silenced else []  # type: ignore[arg-type]
+    return [OpacusSilenced.on(model)] if hasattr(model, "hooks_enabled") else []
 
 
 class OpacusSilenced(Attachment):
@@ -185,9 +181,9 @@ class _Silence:
         self.module = ref(module)
 
     def remove(self) -> None:
-        module = self.module()
+        module: Any = self.module()
         if module is not None:
-            module.enable_hooks()  # type: ignore[operator]
+            module.enable_hooks()
 
     def clean(self, state: dict[str, Any]) -> None:
         state["hooks_enabled"] = True

@@ -221,7 +221,7 @@ def numbers_of(tensor: Tensor) -> Tensor:
 
 def widened(tensor: Tensor) -> Tensor:
     """At least float32: half-precision products lose the sign of a small score."""
-    wider = WIDER.get(tensor.dtype)  # asked for at every turn
+    wider = WIDER.get(tensor.dtype)
     return tensor if wider is None else tensor.to(wider)
 
 

@@ -40,7 +40,7 @@ class Reading(NamedTuple):
     rule: NodeRule
     weights: Weights
     computed: tuple[Weight, ...]  # those of them that were computed
-    layouts: tuple[Layout | None, ...] | None = None  # of each call; None until somebody has looked
+    layouts: tuple[Layout | None, ...] | None = None  # of each call; None until they are known
 
 
 Found: TypeAlias = tuple[list[Reading], list[CallSite]] | None

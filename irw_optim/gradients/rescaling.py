@@ -138,7 +138,8 @@ def _look(
         return _Look(0.0, True, True, False, True, 0.0)
     seed, doubt = getattr(gradients, "seed", None), getattr(gradients, "doubt", None)
     if squares.device.type != "cpu":
-        squares, losses, seed, doubt, present = _on_host(squares, losses, seed, doubt, present)
+        sent = squares, losses, seed, doubt, present
+        squares, losses, seed, doubt, present = _on_host(*sent, dtype=squares.dtype)
     size: float = torch.linalg.vector_norm(squares, math.inf).item()  # NaN if one is NaN
     # The engine's way to a product may be quadratic in what its gradients carry, too.
     quadratic = size if seed is None else size * seed.item() ** 2
@@ -153,12 +154,11 @@ def _look(
     )
 
 
-def _on_host(first: Tensor, *others: Tensor | None) -> tuple[Tensor, Any, Any, Any, Any]:
-    """All in one message, in the first's dtype."""
-    sent = [t.flatten().to(first.dtype) for t in (first, *others) if t is not None]
+def _on_host(*tensors: Tensor | None, dtype: torch.dtype) -> list[Any]:
+    """All in one message."""
+    sent = [t.flatten().to(dtype) for t in tensors if t is not None]
     message = iter(torch.cat(sent).cpu().split([len(t) for t in sent]))
-    received = [None if t is None else next(message) for t in (first, *others)]
-    return tuple(received)  # type: ignore[return-value]
+    return [None if t is None else next(message) for t in tensors]
 
 
 def _rescaled(

@@ -51,7 +51,7 @@ def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule for a module: its type's, or a base class's whose ``forward`` it keeps."""
     if "parametrizations" in module._modules:
-        return None  # what it reads is computed from its parameters, at every access anew
+        return None  # what it reads is computed at every access anew
     return _rule_of_type(type(module))  # type: ignore[arg-type]  # they are hashable
 
 
@@ -99,8 +99,8 @@ def _linear(
 
 
 @layer_rule("transformers.pytorch_utils.Conv1D")
-def _transposed_linear(module: nn.Module, x: Tensor) -> LayerCall:
-    return LinearCall(x, module.weight, module.bias, transposed=True)  # type: ignore[arg-type]
+def _transposed_linear(module: Any, x: Tensor) -> LayerCall:
+    return LinearCall(x, module.weight, module.bias, transposed=True)
 
 
 @layer_rule(
@@ -267,9 +267,9 @@ def is_parameter(tensor: Any) -> bool:
     whole = tensor._base
     if whole is None or not whole.is_leaf or whole.dtype != tensor.dtype or tensor.is_conj():
         return False
-    node = tensor.grad_fn
+    node: Any = tensor.grad_fn
     while node is not None and node.next_functions:
-        if CALLS in node.metadata:  # type: ignore[operator]  # a property, stubbed as a method
+        if CALLS in node.metadata:
             return False
         node = node.next_functions[0][0]
     return True
