@@ -17,7 +17,7 @@ from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_cri
 from irw_optim.criterion.attached import check_unattached
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.graph import walk
-from irw_optim.gradients.materialized import as_vector
+from irw_optim.gradients.protocol import as_vector
 from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer

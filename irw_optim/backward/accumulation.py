@@ -26,8 +26,7 @@ from irw_optim.backward.weighted_loss import (
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.ghost import check_inputs
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.materialized import blocked_gram, widened
-from irw_optim.gradients.protocol import Direction, PerSampleGradients
+from irw_optim.gradients.protocol import Direction, PerSampleGradients, blocked_gram, widened
 from irw_optim.torch_internals import is_wanted, will_run
 
 

@@ -22,8 +22,14 @@ from torch import Tensor
 
 from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.layers import ConvolutionCall, EmbeddingCall, LayerCall, LinearCall
-from irw_optim.gradients.materialized import MEMORY_BOUND, numbers_of, widened
-from irw_optim.gradients.protocol import Direction, PerSampleGradients, StackedGradients
+from irw_optim.gradients.protocol import (
+    MEMORY_BOUND,
+    Direction,
+    PerSampleGradients,
+    StackedGradients,
+    numbers_of,
+    widened,
+)
 
 # Renamed in torch 2.13, which warns of the older name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -15,13 +15,18 @@ from irw_optim.backward.passes import Pass, counts_of, elements_of
 from irw_optim.backward.weighted_loss import Deferred, Weigher, deferred_loss, seed_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
-from irw_optim.gradients.coverage import Covering
+from irw_optim.gradients.coverage import (
+    Covering,
+    Difference,
+    differences,
+    probe_of,
+    wrong_among,
+)
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.graph import gradients_at
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.recomputation import OneForward
-from irw_optim.gradients.verification import Difference, differences, probe_of, wrong_among
 from irw_optim.weighting.local_scheme import NoRows
 
 WAY_OUT = (

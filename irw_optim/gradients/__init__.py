@@ -2,8 +2,12 @@
 
 from irw_optim.gradients.autodiff import AutodiffGradients, materialized_by_loop
 from irw_optim.gradients.layers import LayerCall
-from irw_optim.gradients.materialized import MaterializedGradients
-from irw_optim.gradients.protocol import Direction, PerSampleGradients, StackedGradients
+from irw_optim.gradients.protocol import (
+    Direction,
+    MaterializedGradients,
+    PerSampleGradients,
+    StackedGradients,
+)
 from irw_optim.gradients.rules import layer_rule
 
 __all__ = [

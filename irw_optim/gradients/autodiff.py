@@ -1,9 +1,8 @@
 """The autodiff engine: G's products for any model, from the graph of the losses alone.
 
-``u -> G^T u`` is what a backward pass with ``grad_outputs=u`` computes, and ``v -> G v`` what a
-direction v of the parameters, pushed forwards through the same graph, does to the losses: through
-BatchNorm's batch statistics, recurrent cells, tied or functionally used weights alike. Where an
-operation can only be pulled back, one backward pass a sample is exact too, only slower.
+``u -> G^T u`` is a backward pass, and ``v -> G v`` what a direction v, pushed forwards through the
+same graph, does to the losses. Where an operation can only be pulled back, one backward pass a
+sample is exact too, only slower.
 """
 
 from __future__ import annotations
@@ -18,20 +17,19 @@ from torch import Tensor
 from irw_optim.gradients.backward_passes import BackwardPasses
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.hooks import IN_CUDNN
-from irw_optim.gradients.materialized import (
+from irw_optim.gradients.protocol import (
+    Direction,
     MaterializedGradients,
     as_vector,
     blocked_gram,
     wide,
     widened,
 )
-from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError
 from irw_optim.torch_internals import copies, squared_length
 
 logger = logging.getLogger("irw_optim")
 
-_OTHERWISE = "a change goes forwards otherwise than its gradient goes back"
 _ADDS_UP = "adds up"
 """What is remembered of a model in which changes went forwards as gradients go back."""
 
@@ -42,10 +40,8 @@ class AutodiffGradients:
     Args:
         losses: (B,), attached to their graph.
         parameters: leaves of that graph.
-        known: what is remembered from step to step; ``known["row_by_row"]`` is set once an
-            operation was met that can only be pulled back.
-        passes: those to take, without hooks; None for autograd's own, which hooks on activations
-            hear.
+        known: what is remembered from step to step, such as ``"row_by_row"``.
+        passes: those to take, unheard by hooks on activations; None for autograd's own.
     """
 
     def __init__(
@@ -64,7 +60,7 @@ class AutodiffGradients:
         self._passes = own
         self._newest: tuple[Tensor, dict[Tensor, Tensor]] | None = None
         self.doubt: Tensor | None = None
-        self._row_by_row = False  # whatever is known
+        self._row_by_row = False  # in this step, whatever is known
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         combined = self._backward(weights)
@@ -77,7 +73,7 @@ class AutodiffGradients:
         return self._scores(direction, waits=True)
 
     def align(self, coefficients: Tensor) -> Tensor:
-        """G (G^T c). On a device it is not waited for whether that `adds_up`."""
+        """On a device it is not waited for whether that `adds_up`."""
         return self._scores(self.combine(coefficients), waits=self.losses.device.type == "cpu")
 
     def _scores(self, direction: Direction, *, waits: bool) -> Tensor:
@@ -108,7 +104,7 @@ class AutodiffGradients:
         """
         self.doubt, self._row_by_row = None, True
         if not self.known.get(_ADDS_UP):
-            self._go_row_by_row(_OTHERWISE)
+            self._go_row_by_row("a change goes forwards otherwise than its gradient goes back")
 
     def gram(self) -> Tensor:
         numbers = sum(p.numel() for p in self.parameters)
@@ -117,8 +113,7 @@ class AutodiffGradients:
     def _both_sides(self, scores: Tensor, direction: Direction) -> Tensor | None:
         """u^T (G v), the sum of the sizes of its terms, and (G^T u)^T v: (3,), for `adds_up`.
 
-        Some operations hide that they cannot be pushed through, and nothing raises. Both sides are
-        at hand for the u of the newest combination, so every step can afford to look.
+        Some operations hide that they cannot be pushed through. The u is at hand.
         """
         if self._newest is None:
             return None
@@ -179,8 +174,7 @@ def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> Materi
     tensor([[1., 0.],
             [0., 3.]])
     """
-    engine = AutodiffGradients(losses, parameters, {"row_by_row": True})
-    return MaterializedGradients(engine.rows())
+    return MaterializedGradients(AutodiffGradients(losses, parameters).rows())
 
 
 def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from irw_optim.gradients.coverage import equal
 from irw_optim.gradients.graph import Graph, gradients_at
 from irw_optim.gradients.mixing import is_foreign
 from irw_optim.gradients.places import places_of
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.gradients.recomputation import NOTHING
-from irw_optim.gradients.verification import equal
 from irw_optim.torch_internals import silent
 
 End: TypeAlias = Tensor | GradientEdge

@@ -17,9 +17,8 @@ from torch.autograd.graph import Node
 
 from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
-from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.places import Places
-from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.protocol import Direction, widened
 from irw_optim.gradients.pushforward import pull_along, push_through
 
 

@@ -1,9 +1,8 @@
 """torch.compile: what of a model it may fuse, so that the layers stay in sight.
 
-Compiled code shows one node in the graph, whatever it computes, and its gradient cannot be
-differentiated. So what has parameters is kept out of it, and what lies between is fused. Where that
-does not give quick products for every parameter, the modules around those without are kept out by
-themselves, and what they call is compiled; where that does not help, the whole model is kept out.
+Compiled code is one node in the graph, whose gradient cannot be differentiated. So layers are kept
+out of it. Where that does not give quick products for every parameter, the modules around those
+without are kept out, but not what they call; where that does not help, the whole model is.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from irw_optim.torch_internals import (
 
 
 class KeptOut(OfModule):
-    """Stands in for a module's ``forward``: the same, outside of what torch.compile traces."""
+    """Stands in for a module's ``forward``, outside of what torch.compile traces."""
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -59,8 +58,6 @@ class ItselfKeptOut(KeptOut):
 
 
 class _Again(KeptOut):
-    """For a module that is compiled inside of one that is not."""
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self.__wrapped__(*args, **kwargs)
@@ -84,15 +81,15 @@ class UncompiledItself(OnForward):
 
 
 class Uncompiled(OnForward):
-    """Keeps a module, and all that is in it, out of what torch.compile fuses."""
+    """Keeps a module, and all that is in it, out of it."""
 
     stands_in = KeptOut
 
 
 KEPT_OUT = (
     "torch.compile leaves this model alone from now on: what it fuses has parameters without quick "
-    "products, and would take one backward pass a sample. Uncompiled, the graph shows how they are "
-    "used. See 'torch.compile' in the documentation of models"
+    "products, and would take one backward pass a sample. See 'torch.compile' in the documentation "
+    "of models"
 )
 
 KEPT_OUT_AROUND = (
@@ -102,7 +99,7 @@ KEPT_OUT_AROUND = (
 
 
 def keep_out(model: nn.Module) -> list[Attachment]:
-    """Keep a model out of it, and what is compiled inside by itself, until nobody holds these."""
+    """Keep a model, and what is compiled inside by itself, out of it until nobody holds these."""
     torch.compiler.reset()
     inner = [_original(module) for module in model.modules() if is_compiled_module(module)]
     return [Uncompiled.on(module) for module in dict.fromkeys([_original(model), *inner])]
@@ -143,11 +140,12 @@ def _is_kept_out(module: nn.Module) -> bool:
 def prepare(model: nn.Module | None) -> None:
     """Have compiled code passed back through more than once; refuse recorded CUDA graphs."""
     keep_for_further_passes()
-    if model is not None and any(map(is_compiled_module, model.modules())):
+    modules = [] if model is None else [*model.modules()]
+    if any(map(is_compiled_module, modules)):
         compile_for_each_layer()
     if model is None or not any(p.is_cuda for p in model.parameters()):
         return
-    for module in model.modules():
+    for module in modules:
         compiled = getattr(module, "_compiled_call_impl", None) or module
         tell = getattr(compiled, "get_compiler_config", None)
         if tell is not None and (tell() or {}).get("triton.cudagraphs"):
@@ -174,7 +172,7 @@ _RECORDED = (
 
 
 def is_compiled_module(module: nn.Module) -> bool:
-    """Whether a module itself was handed to torch.compile."""
+    """Whether it was itself handed to torch.compile."""
     return hasattr(module, "_orig_mod") or bool(getattr(module, "_compiled_call_impl", None))
 
 
@@ -190,5 +188,5 @@ def is_compiled(node: Node) -> bool:
 
 
 def may_be_of_compiled(node: Node) -> bool:
-    """Whether it is such a region, or how one hands out what shares memory with something else."""
+    """Whether it is one, or how one hands out what shares memory with something else."""
     return is_compiled(node) or node.name() == "AsStridedBackward0"

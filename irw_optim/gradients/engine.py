@@ -1,21 +1,18 @@
-"""Which engine takes which parameter, decided by what the graph shows and autograd confirms.
+"""Which engine takes which parameter, as the graph shows and autograd confirms.
 
-``auto`` takes the ghost products for every parameter they cover exactly, and autodiff for the
-rest. What they cover is known from the graph of each loss; whether exactly, from a comparison at
-the first steps, whenever parameters are read in a new way, and always where samples may mix.
+``auto`` takes the ghost products for every parameter they cover exactly, and autodiff for the rest.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment, Renewed
-from irw_optim.gradients.capture import hook_layers
 from irw_optim.gradients.compiling import (
     KEPT_OUT,
     KEPT_OUT_AROUND,
@@ -29,7 +26,14 @@ from irw_optim.gradients.compiling import (
 )
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
 from irw_optim.gradients.graph import Graph, OfKinds, Plan
-from irw_optim.gradients.hooks import IN_CUDNN, WITHOUT_CUDNN, silence_of, weighed_by, without_cudnn
+from irw_optim.gradients.hooks import (
+    IN_CUDNN,
+    WITHOUT_CUDNN,
+    hook_layers,
+    silence_of,
+    weighed_by,
+    without_cudnn,
+)
 from irw_optim.gradients.location import arranged
 from irw_optim.gradients.mixing import Batch, follow_batch, is_foreign, rows_that_entered
 from irw_optim.gradients.packed import packed_as_one
@@ -37,21 +41,15 @@ from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import NOTHING_READ, plan_of, read_around, read_in_a_pass
 from irw_optim.torch_internals import is_sharded_here
 
+if TYPE_CHECKING:
+    from irw_optim.gradients.loss_gradients import LossGradients
+
 logger = logging.getLogger("irw_optim")
 
 OwnEngine = Callable[[Tensor, Sequence[Tensor]], PerSampleGradients]
-"""``own(losses, parameters)`` gives the gradients of single losses, which have their graph yet."""
+"""``own(losses, parameters)`` gives the gradients of single losses, whose graph is still there."""
 
 ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
-
-
-class Losses(Protocol):
-    """Those of a batch, (B,), and what leads to them."""
-
-    losses: Tensor
-    graph: Graph
-    leaves: list[Tensor]  # the model's
-    one_product: bool  # whether a single G (G^T c) is all that is asked of G
 
 
 class Engine(Renewed):
@@ -59,8 +57,7 @@ class Engine(Renewed):
 
     Args:
         model: hooked in place; None leaves autodiff alone.
-        kind: ``"auto"``, ``"ghost"`` (raises where it does not cover) or ``"autodiff"``; or what
-            makes an engine of one's own from the losses and the parameters to score by.
+        kind: one of `ENGINES`; or what makes an engine of one's own.
     """
 
     def __init__(self, model: nn.Module | None, kind: str | OwnEngine = "auto") -> None:
@@ -73,7 +70,6 @@ class Engine(Renewed):
         return {"model": self.model, "own": self.own, "kind": self.kind}
 
     def begin(self) -> None:
-        """Know nothing of the model yet."""
         being_copied = self.model is not None and "_modules" not in vars(self.model)
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
         self.has_layer_hooks = self.sees_fused = self.made_anew = False
@@ -98,13 +94,13 @@ class Engine(Renewed):
         self.random = torch.Generator().manual_seed(0)
 
     def add_layer_hooks(self) -> None:
-        """See layers as they are called, too: where the graph does not show what they do."""
+        """See layers as they are called, where the graph does not show what they do."""
         if self.hooks is not None and self.model is not None and not self.has_layer_hooks:
             self.has_layer_hooks = True
             self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
 
-    def covering(self, batch: Losses, *, sharded: bool = False) -> Covering:
-        """Find the layer calls of a graph, with the batch in front; what is known of its kind.
+    def covering(self, batch: LossGradients, *, sharded: bool = False) -> Covering:
+        """What is known of a kind of graph; its layer calls are found, with the batch in front.
 
         Where values are freed after use (``sharded``), only hooks have seen the layers.
         """
@@ -138,11 +134,11 @@ class Engine(Renewed):
                 self.made_anew = True
         graph.sites = arranged(graph, at, size)
         # One sample alone does not show whether the forward mixes them.
-        reads = [(size > 1, read) for read in reads_of(graph, own, at)]
-        kind = (size > 1, at.mixed_by, *reads, *map(id, own))
+        trusted, reads = (size > 1, at.mixed_by), reads_of(graph, own, at)
+        kind = (trusted, *reads, *map(id, own))
         covering = self.coverings.get(kind)
         if covering is None:
-            trust = self.trust.setdefault((size > 1, at.mixed_by), Trust())
+            trust = self.trust.setdefault(trusted, Trust())
             covering = covering_of(graph, own, at, reads, trust)
             if size > 1:
                 self.coverings[kind] = covering
@@ -157,7 +153,6 @@ class Engine(Renewed):
         return covering
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
-        """Whether a change can be pushed through a graph without quick products."""
         if self.kind == "ghost":
             return False
         if batch.followed or batch.surely_mixes:
@@ -165,7 +160,7 @@ class Engine(Renewed):
         return not (self.known.get("row_by_row") or any(map(is_compiled, graph.order)))
 
     def _take_packed_as_one(self) -> None:
-        """From the next forward on; models whose samples do not meet are left as they are."""
+        """From the next forward on, where samples meet."""
         if self.hooks is not None and self.model is not None and not self.known.get("packed"):
             self.known["packed"] = True
             self.hooks += packed_as_one(self.model)
@@ -192,26 +187,22 @@ class Engine(Renewed):
         del self.known["row_by_row"]
 
     def _kept_out_around_uncovered(self, model: nn.Module) -> list[Attachment]:
-        """Keeps the modules around parameters without quick products out, the first time."""
         if self.known.get("kept out around") or not self.coverings:
             return []
         self.known["kept out around"] = True
-        trained = {p for p in model.parameters() if p.requires_grad}
         newest = next(reversed(self.coverings.values()))
+        trained = {p for p in model.parameters() if p.requires_grad}
         return keep_out_around(model, trained - newest.covered)
 
     def check_is_due(self, covering: Covering) -> bool:
-        """Where samples may mix always; else at what is new, and at uses 1, 2, 4, 8, ...
-
-        That a forward does not mix is proven by its graph; that rules are right is sampled.
-        """
+        """Where samples may mix always; else at what is new, and at uses 1, 2, 4, 8, ..."""
         trust = covering.trust
         trust.uses += 1
         seldom = trust.uses & (trust.uses - 1) == 0
         return covering.mixed_by is not None or seldom or not covering.reads <= trust.proven
 
     def hook_check_is_due(self, graph: Graph) -> bool:
-        """Whether to look for hooks that change gradients: in a new graph, and at uses 2, 4, ..."""
+        """In a new graph, and at uses 2, 4, ..."""
         self.uses += 1
         if self.uses & (self.uses - 1) == 0:
             return True
@@ -228,33 +219,28 @@ class Engine(Renewed):
             if known.trust is covering.trust:
                 known.lose(wrong)
         by = covering.mixed_by
-        reason = (
-            f"their samples meet in the forward (at {by.rpartition('::')[2]})"
-            if by is not None
-            else "they are also used outside of their layers, or by a rule that is not theirs"
-        )
+        reason = "they are also used outside of their layers, or by a rule that is not theirs"
+        if by is not None:
+            reason = f"their samples meet in the forward (at {by.rpartition('::')[2]})"
         names = self.names_of(wrong)
         if self.kind == "ghost":
             raise RuntimeError(
                 f'engine="ghost" is not exact for {names}: {reason}, and the ghost products differ '
-                f"from autograd by {max(wrong.values()):.2g} of the gradient; use "
-                'engine="auto"'
+                f'from autograd by {max(wrong.values()):.2g} of the gradient; use engine="auto"'
             )
-        self.tell(
-            logging.WARNING,
-            "mixing" if by is not None else "outside",
-            f"{names} are scored by autodiff, exact but slower: {reason}",
-        )
+        text = f"{names} are scored by autodiff, exact but slower: {reason}"
+        self.tell(logging.WARNING, "outside" if by is None else "mixing", text)
 
     def covered_parameters(self) -> set[Tensor]:
-        """The parameters that the ghost products covered in every graph met so far."""
+        """In every graph so far."""
         known = [covering.covered for covering in self.coverings.values()]
         return set.intersection(*known) if known else set()
 
     def names_of(self, parameters: Iterable[Tensor]) -> str:
-        """Names in the model, for messages; shapes for what is not the model's."""
-        names = {} if self.model is None else {p: n for n, p in self.model.named_parameters()}
-        found = sorted(names.get(p, f"a leaf of shape {tuple(p.shape)}") for p in parameters)  # type: ignore[call-overload]
+        """For messages; shapes of what is not the model's."""
+        named = () if self.model is None else self.model.named_parameters()
+        names: dict[Any, str] = {p: name for name, p in named}
+        found = sorted(names.get(p, f"a leaf of shape {tuple(p.shape)}") for p in parameters)
         return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
     def remove_hooks(self) -> None:
@@ -279,15 +265,15 @@ class Engine(Renewed):
         )
 
     def tell(self, level: int, about: str, text: str) -> None:
-        """Say it once for a model; a forward that varies would say it at every turn."""
+        """Once for a model, whose forward may vary at every turn."""
         logger.log(logging.DEBUG if about in self.told else level, text)
         self.told.add(about)
 
 
 _RECOMPUTED = (
-    "activation checkpointing: scores are pushed forward, exact and in the memory of the plain "
-    'step, for about two and a half of its time; engine="ghost" takes the products instead, in '
-    "one and a half of its time, and in the memory of a step without checkpointing"
+    "activation checkpointing: scores are pushed forward, in the memory of the plain step and two "
+    'and a half of its time; engine="ghost" takes one and a half, and the memory of a step without '
+    "checkpointing"
 )
 _PARTS = (
     "{losses} losses come from {rows} rows that entered the model: each loss counts as a sample of "

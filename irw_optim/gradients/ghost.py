@@ -1,8 +1,4 @@
-"""The ghost engine: G's products from each layer's input a and output gradient b, never G itself.
-
-One backward pass to the layers' outputs gives all b, and no ordinary weight gradient is formed on
-the way; `layers` has the products.
-"""
+"""The ghost engine: G's products from each layer's input a and output gradient b, without G."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ class GhostGradients:
     """Per-sample gradients of layers that are linear in their parameters.
 
     Args:
-        calls: the layer calls, each with its output gradient; None where none arrived.
+        calls: each with its output gradient; None where none arrived.
         batch_size: B.
         seed: 0-dim factor that the output gradients carry; the products are free of it.
     """
@@ -50,11 +46,15 @@ class GhostGradients:
         return {number for number, call in enumerate(self.of_every_site) if call is not None}
 
     def restricted_to(self, parameters: Container[Tensor]) -> GhostGradients:
-        """The same rows with the columns of these parameters alone; caches are shared."""
-        calls = [_with_roles(call, parameters) for call in self.calls]
-        return GhostGradients(
-            [call for call in calls if call.parameters], self.batch_size, self.seed
-        )
+        """The same rows with the columns of these parameters alone."""
+        calls: list[LayerCall] = []
+        for call in self.calls:
+            kept = {role: p for role, p in call.parameters.items() if p in parameters}
+            if kept and len(kept) < len(call.parameters):
+                call = copy(call)
+                call.parameters = kept
+            calls += [call] if kept else []
+        return GhostGradients(calls, self.batch_size, self.seed)
 
     def combine(self, weights: Tensor, *, release: bool = False) -> dict[Tensor, Tensor]:
         """G^T w; with ``release`` for the last time: each layer's a and b go as they are used."""
@@ -75,7 +75,7 @@ class GhostGradients:
         return self._unseeded(added(part.dot(direction) for part in (*apart, *meeting)))
 
     def align(self, coefficients: Tensor) -> Tensor:
-        """G (G^T c), shape (B,): for small batches there are ways that are shorter than g_S."""
+        """G (G^T c), shape (B,), by ways that are shorter than g_S for small batches."""
         factor = self._factor
         rows = RowWeights(coefficients if factor is None else coefficients / factor)
         apart, meeting = self.parts
@@ -114,17 +114,11 @@ def ghost_gradients(
     reached: Container[int] = (),
     backward: Callable[[list[GradientEdge]], Sequence[Tensor | None]] | None = None,
 ) -> GhostGradients:
-    """One backward pass from the losses to the layers' outputs.
+    """One backward pass from the losses, (B,), to the layers' outputs.
 
-    Where rows are made of a and b, they are made as b arrives, and a and b are let go.
-
-    Args:
-        losses: (B,).
-        sites: the layer calls to cover.
-        seed: 0-dim, a factor on the losses: that of a gradient scaler, for half precision.
-        retain_graph: whether something else still needs the graph.
-        reached: numbers of the sites at which a gradient arrived in an earlier pass like this.
-        backward: the pass to take, to edges of the graph; None for autograd's own.
+    They carry the ``seed``, 0-dim: that of a gradient scaler, for half precision. At sites that an
+    earlier pass has ``reached``, rows that are made of a and b are made as b arrives. The pass is
+    ``backward``, to edges of the graph, or autograd's own.
     """
     calls: list[LayerCall | None] = [None] * len(sites)
     asked: list[tuple[int, CallSite, bool]] = []
@@ -145,8 +139,7 @@ def ghost_gradients(
         if backward is not None:
             gradients = backward(edges)
         else:
-            factor = seed if seed.dtype == losses.dtype else seed.to(losses.dtype)
-            cotangent = factor.expand(losses.shape)
+            cotangent = seed.to(losses.dtype).expand(losses.shape)
             gradients = gradients_at(losses, edges, cotangent, retain_graph=retain_graph)
     finally:
         for handle in waiting.values():
@@ -157,7 +150,7 @@ def ghost_gradients(
     if waiting and any(calls[number] is None for number in waiting):
         raise RuntimeError(
             "no gradient arrived at a layer that one arrived at before: expected a forward that "
-            'uses its layers alike in every step; set engine="autodiff" for one that does not'
+            'uses its layers alike in every step; set engine="autodiff" for any other'
         )
     ghost = GhostGradients(calls, losses.shape[0], seed)
     if all_plain:  # a small step has no time for more
@@ -173,7 +166,7 @@ def _arrive(
 
 
 def _settled(site: CallSite, gradient: Tensor, retain_graph: bool, makes_rows: bool) -> LayerCall:
-    """The call with its output gradient, or the rows that are made of both."""
+    """With its output gradient, or as the rows that are made of both."""
     # Another loss of the same graph has output gradients of its own.
     call = site.call.copy() if retain_graph else site.call
     if call.input._version != call.version:
@@ -193,12 +186,12 @@ def _settled(site: CallSite, gradient: Tensor, retain_graph: bool, makes_rows: b
 
 
 def check_inputs(calls: Iterable[LayerCall]) -> None:
-    """Raise if the input of a layer was changed in place since the layer read it."""
+    """Raise if the input of a layer was changed in place since it was read."""
     for call in calls:
         if call.input._version != call.version:
+            shapes = [tuple(p.shape) for p in call.parameters.values()]
             raise RuntimeError(
-                f"the input of a layer with parameters of shape "
-                f"{[tuple(p.shape) for p in call.parameters.values()]} was modified in place "
+                f"the input of a layer with parameters of shape {shapes} was modified in place "
                 "after the layer read it: its per-sample gradients are lost; use the operation "
                 "that is not in place"
             )
@@ -208,17 +201,8 @@ FEW = 3
 """So many are added as quickly one after the other."""
 
 
-def _with_roles(call: LayerCall, chosen: Container[Tensor]) -> LayerCall:
-    kept = {role: p for role, p in call.parameters.items() if p in chosen}
-    if len(kept) == len(call.parameters):
-        return call
-    part = copy(call)
-    part.parameters = kept
-    return part
-
-
 def _sharing_parameters(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:
-    """Calls grouped so that no parameter is in two groups: <g_i, g_j> has no terms between."""
+    """Grouped so that no parameter is in two groups: <g_i, g_j> has no terms between."""
     uses = [p for call in calls for p in call.parameters.values()]
     if len(uses) == len(set(uses)):
         return [[call] for call in calls]

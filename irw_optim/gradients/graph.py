@@ -1,4 +1,4 @@
-"""The autograd graph behind a vector of losses, as it is recorded, and what its kind tells."""
+"""The autograd graph behind a vector of losses, and what its kind tells."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _Value = TypeVar("_Value")
 
 
 class CallSite(NamedTuple):
-    """A layer's call and the edge of the graph at which its output gradient arrives."""
+    """A layer's call and the edge at which its output gradient arrives."""
 
     call: LayerCall
     edge: GradientEdge
     shape: torch.Size
-    is_plain: bool = False  # whether it is a `Remade` call: makes no rows, and takes b as it is
+    is_plain: bool = False  # a `Remade` call: makes no rows, and takes b as it is
 
 
 @dataclass(eq=False)
@@ -41,18 +41,17 @@ class Graph:
     leaf_nodes: list[Node]  # what accumulates them
     order: list[Node]  # the nodes in between, each before those it reads from
     wiring: tuple[int | tuple[int, int], ...]  # who reads from whom, as numbers
-    sites: list[CallSite] = field(default_factory=list)  # layer calls, as far as they are known
+    sites: list[CallSite] = field(default_factory=list)  # as far as they are known
     kind: Hashable = None  # equal for graphs in which everything is at the same places
     common: dict[str, Any] = field(default_factory=dict)  # what is kept for all graphs of the kind
 
     @cached_property
     def nodes(self) -> dict[Node, int]:
-        """The place of each node in the order."""
+        """Their places in the order."""
         return {node: place for place, node in enumerate(self.order)}
 
     @cached_property
     def leaf_numbers(self) -> dict[Node, int]:
-        """The place of each leaf's node among the leaves'."""
         return {node: number for number, node in enumerate(self.leaf_nodes)}
 
     @cached_property
@@ -63,10 +62,7 @@ class Graph:
 
 
 class OfKinds(dict[Hashable, _Value]):
-    """What is known by kinds of graphs: a forward that changes for ever must not fill memory.
-
-    The oldest goes: sequences of more lengths than these would else have to learn all anew.
-    """
+    """By kinds of graphs; the oldest goes: a forward that changes for ever must not fill memory."""
 
     MOST = 256
 
@@ -81,7 +77,7 @@ NO_GRAPH = Graph([], [], [], ())
 
 
 def read_by(node: Any) -> Sequence[tuple[Node | None, int]]:
-    """What a node reads; what a `Run` reads that ends there."""
+    """What a node reads, or a `Run` that ends there."""
     edges: Sequence[tuple[Node | None, int]] = node.next_functions
     return node.run.edges if type(node) is ENDS_RUN else edges  # type: ignore[attr-defined]
 
@@ -102,12 +98,11 @@ def walk(losses: Tensor) -> Graph:
             if parent is None:
                 wiring.append(-1)
                 continue
-            number = seen.get(parent)
-            if number is not None:
-                wiring.append((number, output) if output else number)
-                continue
-            seen[parent] = number = len(seen)
+            known = len(seen)
+            number = seen.setdefault(parent, known)
             wiring.append((number, output) if output else number)
+            if number < known:
+                continue
             # As `read_by`, without a call for every node.
             ends_run = type(parent) is ENDS_RUN
             following = parent.run.edges if ends_run else parent.next_functions  # type: ignore[attr-defined]
@@ -127,7 +122,7 @@ def walk(losses: Tensor) -> Graph:
 def gradients_at(
     start: Tensor | GradientEdge, ends: Sequence[Any], cotangent: Tensor, *, retain_graph: bool
 ) -> Sequence[Tensor | None]:
-    """The gradients of one tensor at tensors or edges, where they arrive, by `run_backward`."""
+    """The gradients of one tensor at tensors or edges, where they arrive."""
     if not ends:
         return ()
     once = (start,), (cotangent,), retain_graph, False, tuple(ends), True
@@ -135,7 +130,7 @@ def gradients_at(
 
 
 def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
-    """What decides where the batch is and which calls a layer makes: equal in graphs of a kind."""
+    """What decides where the batch is and which calls layers make: equal in graphs of a kind."""
     found: list[object] = [losses.shape, losses.output_nr, graph.wiring]
     for node in graph.order:
         kind = type(node)
@@ -158,11 +153,10 @@ _FACTORS = {"Addmm": ("_saved_alpha", "_saved_beta")}
 """What a `Remade` call depends on beside these."""
 
 _SETTINGS_OF: dict[type[Node], Callable[[Any], object] | None] = {}
-"""How to read them of a node; None where there are none."""
+"""How to read them; None where there are none."""
 
 
 def _settings_of(node: Node) -> object:
-    """Of a kind that `_SETTINGS_OF` did not know until now."""
     name = base_name(node)
     saved = [f"_saved_{setting}" for setting in _SETTINGS.split()]
     names = [*filter(partial(hasattr, node), saved), *_FACTORS.get(name, ())]
@@ -184,44 +178,39 @@ def _slice(node: Any) -> tuple[int, bool]:
 
 
 class Remade(NamedTuple):
-    """A linear map of samples without positions, the only one with its parameters.
-
-    Nothing but the input differs between the graphs of one kind.
-    """
+    """A linear map of samples without positions, the only one with its parameters."""
 
     place: int  # of its node in the graph's order
-    input: str  # the node's name for it
-    call: LinearCall  # as it was in an earlier graph, with its input let go
+    input: str  # its node's name for it
+    call: LinearCall  # of an earlier graph, with its input let go
     shape: torch.Size
 
 
 @dataclass
 class Plan:
-    """What every graph of one kind reads, and what is known of the products."""
+    """What is known of the layer calls of all graphs of one kind."""
 
     covering: Covering
     read: Callable[[Graph, Tensor], list[CallSite] | None]  # None: other settings than ever
     remade: Sequence[Remade] | None  # where these are all
 
     def sites(self, graph: Graph, losses: Tensor) -> list[CallSite] | None:
-        """The layer calls of another graph."""
         if self.remade is None:
             return self.read(graph, losses)
         sites: list[CallSite] = []
         for place, input, call, shape in self.remade:
             node = graph.order[place]
-            edge = GradientEdge(node, 0)
-            sites.append(CallSite(call.of(getattr(node, input)), edge, shape, True))
+            read = call.of(getattr(node, input))
+            sites.append(CallSite(read, GradientEdge(node, 0), shape, True))
         return sites
 
 
 def refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:
-    """Raise where a part is recomputed by a backward pass of its own, which nobody can ask."""
+    """Raise where a part is recomputed by a backward pass of its own."""
     if "CheckpointFunctionBackward" in {kind.__name__ for kind in set(map(type, nodes))}:
         raise RuntimeError(
             "torch.utils.checkpoint with use_reentrant=True: it adds to p.grad from inside the "
             "backward pass, so that no gradient of single samples can be had. Call "
             "checkpoint(..., use_reentrant=False), with Hugging Face "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}: the same gradients for the '
-            "same memory"
+            'gradient_checkpointing_kwargs={"use_reentrant": False}, for the same memory'
         )

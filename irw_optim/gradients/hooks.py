@@ -1,29 +1,176 @@
-"""What an engine needs on its model, and for how long."""
+"""What an engine puts on its model: recorders of layer calls, and what keeps others quiet.
+
+A call is kept in the metadata of the graph's node, and lives as long: two forwards before one
+backward, a forward without any, and operations in place on the output need no care.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from irw_optim.attachments import Attachment, Removable
-from irw_optim.gradients.compiling import KeptOut, OnForward
+from irw_optim.gradients.compiling import (
+    CompiledAgain,
+    ItselfKeptOut,
+    KeptOut,
+    Listener,
+    OnForward,
+    inside,
+)
+from irw_optim.gradients.graph import CallSite
+from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
+from irw_optim.gradients.rules import CALLS, call_of, rule_of, rule_of_function
+from irw_optim.torch_internals import itself_uncompiled, uncompiled
 
 
-def silence_of(model: nn.Module | None) -> list[Attachment]:
+def hook_layers(model: nn.Module) -> list[Attachment]:
+    """Attach the recorders, but to scripted modules, until nobody holds what is returned."""
+    attached: list[Attachment] = []
+    owners: list[nn.Module] = []
+    try:
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            if rule_of(module) is not None:
+                attached.append(RecordedLayer.on(module))
+            elif _holds_parameters(module):
+                attached.append(RecordedFunctions.on(module))
+                owners.append(module)
+        again = [child for owner in owners for child in inside(owner)]
+        attached += [CompiledAgain.on(module) for module in dict.fromkeys(again)]
+    except BaseException:
+        attached.clear()  # the traceback would hold them
+        raise
+    return attached
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    """Of its own, be it in a list or a dictionary, which nobody calls."""
+    kept = (nn.ParameterList, nn.ParameterDict)
+    return bool(module._parameters) or any(isinstance(child, kept) for child in module.children())
+
+
+def sites_noted(order: Iterable[Any]) -> list[CallSite]:
+    """The layer calls noted on the nodes of a graph."""
+    return [
+        CallSite(call, GradientEdge(node, number), shape)
+        for node in order
+        for number, (call, shape) in node.metadata.get(CALLS, {}).items()
+    ]
+
+
+def forget_calls(nodes: Iterable[Any]) -> None:
+    """The graph may outlive its backward pass by an iteration."""
+    for node in nodes:
+        node.metadata.pop(CALLS, None)
+
+
+def record(call: LayerCall | None, output: Tensor) -> None:
+    """Note on the graph that ``call`` computed ``output``."""
+    if call is None or not call.parameters or output.is_complex():
+        return  # the products are of real numbers; autodiff takes complex ones
+    at, base = output, output._base
+    if base is not None and base.grad_fn is not None and base.numel() == output.numel():
+        # An in-place operation on a view rewrites the graph up to the base: the gradient then
+        # arrives at the base's edge alone. A Linear's (B, T, d) output is such a view.
+        at = base if base.is_contiguous() and output.is_contiguous() else output
+    node: Any = at.grad_fn
+    if node is not None:
+        node.metadata.setdefault(CALLS, {})[at.output_nr] = (call, output.shape)
+
+
+class _LayerForward(KeptOut):
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output, module = self.__wrapped__(*args, **kwargs), self.module
+        if getattr(output, "grad_fn", None) is not None and RecordedLayer.found_on(module):
+            rule = rule_of(module)
+            if rule is not None:  # it had one, but may have been parametrized since
+                record(call_of(rule, module, args, kwargs), output)
+        return output
+
+
+class RecordedLayer(OnForward):
+    """Notes the calls of a layer that has a rule."""
+
+    stands_in = _LayerForward
+
+
+class _FunctionsForward(ItselfKeptOut):
+    @itself_uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if not torch.is_grad_enabled() or not RecordedFunctions.found_on(module):
+            return self.__wrapped__(*args, **kwargs)
+        with _FunctionRecorder(module):
+            return self.__wrapped__(*args, **kwargs)
+
+
+class RecordedFunctions(OnForward):
+    """Notes the functions that a module calls with parameters of its own."""
+
+    stands_in = _FunctionsForward
+
+
+class _FunctionRecorder(Listener):
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.in_attention = isinstance(owner, nn.MultiheadAttention)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.in_attention and function is F.multi_head_attention_forward:
+            return _attention_with(_linear_in_attention)(*args, **kwargs)
+        rule = rule_of_function(function)
+        output = function(*args, **kwargs)
+        if rule is not None and isinstance(output, Tensor) and output.grad_fn is not None:
+            record(call_of(rule, output, args, kwargs), output)
+        return output
+
+
+def _linear_in_attention(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    output = F.linear(input, weight, bias)
+    if output.grad_fn is not None:
+        whole = weight.is_leaf and (bias is None or bias.is_leaf)
+        kind = LinearCall if whole else LinearRowsCall
+        record(kind(input, weight, bias, time_major=True), output)
+    return output
+
+
+def _attention_with(linear: Any) -> Any:
+    """``F.multi_head_attention_forward`` with another ``linear``: it offers no hook of its own.
+
+    Inside it works on (T, B, d) and (T * B, d).
+    """
+    names = {**F.__dict__, "linear": linear}
+    for name in ("_in_projection", "_in_projection_packed", "multi_head_attention_forward"):
+        function = getattr(F, name)
+        copy = FunctionType(function.__code__, names, name, function.__defaults__)
+        copy.__kwdefaults__ = function.__kwdefaults__
+        names[name] = copy
+    return names["multi_head_attention_forward"]
+
+
+def silence_of(model: Any) -> list[Attachment]:
     """Keeps Opacus' hooks quiet for as long as somebody holds it."""
-    silenced = model is not None and hasattr(model, "hooks_enabled")
-    return [OpacusSilenced.on(model)] if silenced else []  # type: ignore[arg-type]
+    return [OpacusSilenced.on(model)] if hasattr(model, "hooks_enabled") else []
 
 
 class OpacusSilenced(Attachment):
     """Opacus' hooks make rows that nobody reads here, and trip over passes within a pass."""
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        """Switch them off, and yield what switches them on again."""
+        """Switch them off."""
         if module.hooks_enabled:
             module.disable_hooks()  # type: ignore[operator]
             yield _Silence(module)
@@ -34,16 +181,16 @@ class _Silence:
         self.module = ref(module)
 
     def remove(self) -> None:
-        module = self.module()
+        module: Any = self.module()
         if module is not None:
-            module.enable_hooks()  # type: ignore[operator]
+            module.enable_hooks()
 
     def clean(self, state: dict[str, Any]) -> None:
         state["hooks_enabled"] = True
 
 
 def weighed_by(model: nn.Module) -> WeakSet[Any]:
-    """The engines that live and have a model's gradients to weigh, whether it has hooks or not."""
+    """The engines that weigh a model's gradients, whether it has hooks or not."""
     return _WEIGHED_BY.setdefault(model, WeakSet())
 
 
@@ -61,22 +208,18 @@ class _OwnKernels(KeptOut):
 
 
 class WithoutCudnn(OnForward):
-    """Has a recurrent layer take torch's own kernels while gradients are recorded.
-
-    cuDNN's backward pass has no derivative. Through torch's own, changes go forwards: a few plain
-    steps, and not one backward pass a sample.
-    """
+    """Has a recurrent layer take torch's own kernels while gradients are recorded."""
 
     stands_in = _OwnKernels
 
 
 WITHOUT_CUDNN = (
-    "recurrent layers take torch's own kernels from now on, through which changes go forwards: the "
-    "gradient of cuDNN's cannot be differentiated, and would take one backward pass a sample"
+    "recurrent layers take torch's own kernels from now on: the gradient of cuDNN's cannot be "
+    "differentiated, and would take one backward pass a sample"
 )
 
 
 def without_cudnn(model: nn.Module) -> list[Attachment]:
-    """Keep the recurrent layers that still use cuDNN from it, until nobody holds these."""
+    """Keep the recurrent layers that still use cuDNN from it."""
     layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     return [WithoutCudnn.on(layer) for layer in layers if WithoutCudnn.found_on(layer) is None]

@@ -1,11 +1,10 @@
 """Where the batch is in what each layer computes: as the graph says, or as the sizes do.
 
-A sequence can be as long as the batch, and T * B rows can be sorted by sample or by time. No size
-tells these apart, but the graph does, which was followed from the losses. Where that went no
-further, the likeliest reading is taken, and compared with autograd as everything there.
+Where sizes coincide and the graph was not followed, the likeliest reading is taken, and compared
+with autograd as everything there.
 
-``tokens(x) + positions(arange(T))`` computes the second term without a batch dimension, so that no
-gradient of single samples arrives there. It arrives at the sum, which passes it on unchanged.
+``tokens(x) + positions(arange(T))`` computes the second term without a batch. Gradients of single
+samples arrive at the sum, which passes them on unchanged.
 """
 
 from __future__ import annotations
@@ -23,27 +22,24 @@ from irw_optim.gradients.nodes import shape_of
 
 
 def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
-    """The layer calls of a graph with the batch brought first, where they have one.
+    """The layer calls of a graph with the batch brought first, where they have one."""
 
-    Calls that are made once for all samples (positions) move to the sums at which they meet them.
-    """
-
-    def known(site: CallSite) -> bool:
-        return batch.followed or _place(graph, site) in batch.places
+    def stride_at(site: CallSite) -> int | None:
+        return batch.places.get((graph.nodes[site.edge.node], site.edge.output_nr))
 
     def may_be(layout: Layout, site: CallSite) -> bool:
-        """Whether the output may hold the batch so, for all that the graph says."""
-        stride = batch.places.get(_place(graph, site))
-        return stride_in(layout, site.shape, batch_size) == stride or not known(site)
+        stride = stride_at(site)
+        is_known = batch.followed or stride is not None
+        return stride_in(layout, site.shape, batch_size) == stride or not is_known
 
     sites: list[CallSite] = []
     for site in graph.sites:
+        stride = stride_at(site)
         offered = list(site.call.layouts(batch_size, site.shape))
-        offered += _between(
-            offered, site.shape, batch.places.get(_place(graph, site), 0), batch_size
-        )
+        offered += _between(offered, site.shape, stride or 0, batch_size)
         right = [n for n in offered if may_be(n, site)]
-        if site.call.may_lack_batch and not (known(site) and right):
+        is_known = batch.followed or stride is not None
+        if site.call.may_lack_batch and not (is_known and right):
             sums = _sites_of_sums(site, graph, batch_size)
             if sums is not None and all(may_be(Layout(sums[0]), s) for s in sums[1]):
                 sites += sums[1]
@@ -53,12 +49,8 @@ def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
     return sites
 
 
-def _place(graph: Graph, site: CallSite) -> tuple[int, int]:
-    return graph.nodes[site.edge.node], site.edge.output_nr
-
-
 def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:
-    """The stride of the batch in a tensor with such a layout."""
+    """Of the batch, in a tensor with such a layout."""
     behind = prod(shape[layout.dim + 1 :])
     if layout.fold == "batch major":
         return behind * shape[layout.dim] // batch_size
@@ -79,15 +71,15 @@ def _between(
 
 
 _HANDS_ON = frozenset({"AddBackward0", "UnsqueezeBackward0", "ExpandBackward0", "AliasBackward0"})
-"""Operations whose gradient is that of what they read, summed where it was repeated."""
+"""Their gradient is that of what they read, summed where it was repeated."""
 
 
 def _sites_of_sums(
     site: CallSite, graph: Graph, batch_size: int
 ) -> tuple[int, list[CallSite]] | None:
-    """The call as if every sample had made it, at the sums where it meets the batch.
+    """As if every sample had made the call, at the sums where it meets the batch in a dimension.
 
-    With the dimension that holds the batch there; None where anything else reads the output.
+    None where anything else reads the output.
     """
     met = _meets_the_batch(site, graph.nodes, batch_size)
     dims = {dim for _, dim in met}
@@ -106,8 +98,11 @@ def _sites_of_sums(
 def _meets_the_batch(
     site: CallSite, nodes: Iterable[Node], batch_size: int
 ) -> list[tuple[Node, int]]:
-    """The operations that repeat the output for every sample, and along which dimension."""
-    readers = _readers_among(nodes)
+    """Where the output is repeated for every sample, and along which dimension."""
+    readers: dict[tuple[Node | None, int], list[Node]] = {}
+    for node in nodes:
+        for parent in node.next_functions:
+            readers.setdefault(parent, []).append(node)
     met: list[tuple[Node, int]] = []
     waiting = [(site.edge.node, site.edge.output_nr, site.shape)]
     while waiting:
@@ -130,11 +125,3 @@ def _meets_the_batch(
                 return []
             met.append((reader, repeated[0]))
     return met
-
-
-def _readers_among(nodes: Iterable[Node]) -> dict[tuple[Node | None, int], list[Node]]:
-    readers: dict[tuple[Node | None, int], list[Node]] = {}
-    for node in nodes:
-        for parent in node.next_functions:
-            readers.setdefault(parent, []).append(node)
-    return readers

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses, End, edges_aside
-from irw_optim.gradients.capture import forget_calls, sites_noted
 from irw_optim.gradients.compiling import is_compiled
-from irw_optim.gradients.coverage import Covering
+from irw_optim.gradients.coverage import (
+    Covering,
+    compare,
+    in_half_precision,
+    probe_of,
+    rows_by,
+)
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
 from irw_optim.gradients.graph import (
@@ -26,9 +31,9 @@ from irw_optim.gradients.graph import (
     refuse_reentrant_checkpoints,
     walk,
 )
+from irw_optim.gradients.hooks import forget_calls, sites_noted
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
 from irw_optim.gradients.recomputation import NOTHING, RECOMPUTES, OneForward
-from irw_optim.gradients.verification import compare, in_half_precision, probe_of, rows_by
 from irw_optim.torch_internals import is_wanted
 
 NOTHING_TO_SCORE = (

@@ -1,4 +1,4 @@
-"""Which layer calls an operation makes, from what it saved: a rule for each kind of operation."""
+"""Which layer calls an operation makes, from what it saved for autograd."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from irw_optim.gradients.nodes import base_name, pull, saved, shape_of
 class Weight(NamedTuple):
     """A tensor that all samples share."""
 
-    tensor: Tensor  # a leaf, or a stand-in for what was computed, of its shape without its numbers
+    tensor: Tensor  # a leaf, or a stand-in for what was computed, without its numbers
     chain: ChainPlaces | None  # how it was computed; None for a leaf
     turned: bool = False  # whether the operation read its transpose
 
@@ -46,7 +46,7 @@ NodeRule = Callable[[Any, Weights], "Sequence[LayerCall] | None"]
 
 
 def rule_of(node: Node, output: int, weights: Weights) -> NodeRule | None:
-    """The rule of an operation, whose output of this number holds the batch."""
+    """Of an operation whose output of this number holds the batch."""
     name = base_name(node)
     if name == "MkldnnRnnLayer":
         return partial(_recurrent, output)
@@ -60,17 +60,19 @@ def rule_of(node: Node, output: int, weights: Weights) -> NodeRule | None:
 def _affine(node: Any, weights: Weights) -> list[LayerCall] | None:
     if node._saved_alpha != 1:
         return None
-    bias, weight, beta = weights.get(0), weights.get(2), node._saved_beta
+    summand, weight, beta = weights.get(0), weights.get(2), node._saved_beta
     calls: list[LayerCall] = []
-    if bias is not None and bias.turned:
-        return None
-    if bias is not None and (weight is None or beta != 1 or bias.tensor.ndim != 1):
-        calls.append(ElementwiseCall(bias.tensor, None, _like_output(node), beta))
-        bias = None
+    bias: Tensor | None = None
+    if summand is not None:
+        bias = summand.tensor
+        if summand.turned:
+            return None
+        if weight is None or beta != 1 or bias.ndim != 1:
+            calls.append(ElementwiseCall(bias, None, _like_output(node), beta))
+            bias = None
     if weight is not None:
-        own = None if bias is None else bias.tensor
         turned = not weight.turned
-        calls.append(LinearCall(node._saved_mat1, weight.tensor, own, transposed=turned))
+        calls.append(LinearCall(node._saved_mat1, weight.tensor, bias, transposed=turned))
     return calls
 
 
@@ -108,13 +110,12 @@ def _convolution(node: Any, weights: Weights) -> list[LayerCall]:
 def _embedding(node: Any, weights: Weights) -> list[LayerCall] | None:
     if node._saved_scale_grad_by_freq:
         return None  # the gradient of one sample depends on the indices of the others
-    indices, sparse, padding = node._saved_indices, node._saved_sparse, saved(node, "padding_idx")
-    return [EmbeddingCall(indices, weights[0].tensor, padding if padding >= 0 else None, sparse)]
+    indices, sparse, table = node._saved_indices, node._saved_sparse, weights[0].tensor
+    return [EmbeddingCall(indices, table, _padding(node), sparse)]
 
 
 def _embedding_bag(node: Any, weights: Weights) -> list[LayerCall] | None:
     mode, offsets = ("sum", "mean", "max")[node._saved_mode], node._saved_offsets
-    padding = saved(node, "padding_idx")
     if mode == "max" or node._saved_scale_grad_by_freq:
         return None
     return [
@@ -126,9 +127,14 @@ def _embedding_bag(node: Any, weights: Weights) -> list[LayerCall] | None:
             mode=mode,
             per_sample_weights=node._saved_per_sample_weights,
             include_last_offset=len(offsets) > shape_of(node)[0],
-            padding_idx=padding if padding >= 0 else None,
+            padding_idx=_padding(node),
         )
     ]
+
+
+def _padding(node: Any) -> int | None:
+    padding: int = saved(node, "padding_idx")
+    return padding if padding >= 0 else None
 
 
 def _layer_norm(node: Any, weights: Weights) -> list[LayerCall]:
@@ -177,19 +183,19 @@ def _recurrent(output: int, node: Any, weights: Weights) -> list[LayerCall] | No
     ]
 
 
-def _sum(node: Any, weights: Weights) -> list[LayerCall] | None:
+def _sum(node: Any, weights: Weights) -> list[LayerCall]:
     sign = -1 if base_name(node) == "Sub" else 1
-    scales = {0: 1, 1: sign * node._saved_alpha}
+    scales = 1, sign * node._saved_alpha
     output = _like_output(node)
     return [ElementwiseCall(w.tensor, None, output, scales[n]) for n, w in weights.items()]
 
 
-def _expansion(node: Any, weights: Weights) -> list[LayerCall] | None:
+def _expansion(node: Any, weights: Weights) -> list[LayerCall]:
     return [ElementwiseCall(weights[0].tensor, None, _like_output(node))]
 
 
-def _repetition(node: Any, weights: Weights) -> list[LayerCall] | None:
-    """Seen with a dimension for the copies in front of each that is repeated."""
+def _repetition(node: Any, weights: Weights) -> list[LayerCall]:
+    """With a dimension for the copies in front of each that is repeated."""
     weight, repeats = weights[0].tensor, list(node._saved_repeats)
     sizes = [*[1] * (len(repeats) - weight.ndim), *weight.shape]
     shape = torch.Size([n for pair in zip(repeats, sizes, strict=True) for n in pair])
@@ -214,7 +220,7 @@ def _gain_and_bias(weights: Weights) -> list[Tensor | None]:
 
 
 def of_each_number(node: Any, weights: Weights) -> list[LayerCall] | None:
-    """Each number of the output depends on one of each input: on this much."""
+    """Where each number of the output depends on one of each input: on this much."""
     output = _like_output(node)
     others = [None] * (len(node._input_metadata) - 1)
     slopes = pull(node, [torch.ones_like(output), *others])
@@ -228,7 +234,7 @@ def of_each_number(node: Any, weights: Weights) -> list[LayerCall] | None:
 
 
 def _like_output(node: Any) -> Tensor:
-    """Of the output's shape; without its numbers, which nobody may have saved."""
+    """Without its numbers, which nobody may have saved."""
     metadata = node._input_metadata[0]
     return torch.zeros((), dtype=metadata.dtype, device=metadata.device).expand(shape_of(node))
 
@@ -249,6 +255,6 @@ _RULES: dict[str, tuple[NodeRule, int | None]] = {
     "Repeat": (_repetition, None),
     "Mul": (_product, None),
 }
-"""For each kind of operation its rule, and the number of an input that must not be a weight."""
+"""For each operation its rule, and the number of an input that must not be a weight."""
 
 _BY_NAME = {name: entry for names, entry in _RULES.items() for name in names.split()}

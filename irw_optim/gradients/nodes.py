@@ -20,14 +20,11 @@ _SUFFIX = re.compile(r"Backward\d*$")
 
 
 def base_name(node: Node) -> str:
-    """The operation, without what numbers its variants: ``Mean`` for ``MeanBackward1``.
-
-    Functions written in Python may have any name, and have none here.
-    """
+    """``Mean`` for ``MeanBackward1``; none for functions written in Python, which may have any."""
     name = _BASE_NAMES.get(type(node))
     if name is None:
-        python = isinstance(node, BackwardCFunction)
-        name = "" if python else _SUFFIX.sub("", node.name())
+        in_python = isinstance(node, BackwardCFunction)
+        name = "" if in_python else _SUFFIX.sub("", node.name())
         _BASE_NAMES[type(node)] = name
     return name
 
@@ -43,40 +40,36 @@ def read_by(node: Any, number: int) -> Any:
     return None if parent is None else parent._input_metadata[output]
 
 
-def signed(number: int) -> int:
-    """A number that a node remembers: negative ones are kept as unsigned."""
-    return number - 2**64 if number >= 2**63 else number
-
-
-def saved(node: Any, name: str) -> Any:
-    """What a node remembers under a name, its numbers `signed`; tuples as lists."""
-    value = getattr(node, f"_saved_{name}")
-    if isinstance(value, tuple | list):
-        return [n - 2**64 if isinstance(n, int) and n >= 2**63 else n for n in value]
+def signed(value: Any) -> Any:
+    """What a node remembers, which keeps negative numbers as unsigned."""
     return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
 
 
+def saved(node: Any, name: str) -> Any:
+    """What a node remembers under a name, `signed`; tuples as lists."""
+    value = getattr(node, f"_saved_{name}")
+    if isinstance(value, tuple | list):
+        return list(map(signed, value))
+    return signed(value)
+
+
 def pull(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """What a node makes of the gradients of its outputs, one for each of its inputs."""
+    """The gradients of a node's inputs, for those of its outputs."""
     if isinstance(node, BackwardCFunction):
-        results = node.apply(*_materialized(node, gradients))
-        results = results if isinstance(results, tuple) else (results,)
-        return _of_tensors(node, results)
+        return _pull_in_python(node, gradients)
     results = node(*gradients)
     return results if isinstance(results, tuple) else (results,)
 
 
-def _materialized(node: Any, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """Functions written in Python expect zeros where nothing arrived."""
-    return [
+def _pull_in_python(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Such functions expect zeros where nothing arrived, and answer for every argument."""
+    arrived = [
         torch.zeros(m.shape, dtype=m.dtype, device=m.device) if g is None else g
         for g, m in zip(gradients, node._input_metadata, strict=True)
     ]
-
-
-def _of_tensors(node: Any, results: Sequence[Any]) -> Sequence[Tensor | None]:
-    """A function in Python answers for every argument, its node knows of the tensors alone."""
-    edges = node.next_functions
+    results = node.apply(*arrived)
+    results = results if isinstance(results, tuple) else (results,)
+    edges = node.next_functions  # of tensors alone
     if len(results) == len(edges):
         return results
     needed = iter([r for r, need in zip(results, node.needs_input_grad, strict=False) if need])
@@ -93,7 +86,7 @@ def is_block(node: Any) -> bool:
 
 def picks_of(node: Any) -> tuple[str, ...]:
     """What advanced indices take of each dimension."""
-    rows, indices = (*node._input_metadata[0].shape, 0)[0], node._saved_indices
+    rows, indices = (*shape_of(node), 0)[0], node._saved_indices
     ndim = max((index.ndim for index in indices if index is not None), default=0)
     kinds = []
     for index in indices:
@@ -102,7 +95,7 @@ def picks_of(node: Any) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _is_every_row(index: torch.Tensor, rows: int) -> bool:
+def _is_every_row(index: Tensor, rows: int) -> bool:
     if index.dtype == torch.bool or index.ndim < 1 or index.shape[0] != rows:
         return False
     column = torch.arange(rows, device=index.device).view(-1, *[1] * (index.ndim - 1))
@@ -126,7 +119,7 @@ def mixes() -> NoReturn:
 
 
 class Output:
-    """What a node computed as its output of some number, and the stride of the batch in it."""
+    """What a node computed as one of its outputs, and the stride of the batch in it."""
 
     def __init__(self, node: Any, number: int, stride: int, batch_size: int) -> None:
         self.node = node
@@ -156,15 +149,14 @@ class Output:
 
     @cached_property
     def dim(self) -> int:
-        """The dimension that holds the batch."""
         return (self.located or mixes())[0]
 
     def beside(self, touched: Container[int]) -> int:
-        """The dimension that holds the batch, where that is none of those worked along."""
+        """`dim`, where that is none of those worked along."""
         return mixes() if self.dim in touched else self.dim
 
     def saved_dims(self, name: str = "_saved_dim", ndim: int | None = None) -> list[int]:
-        """Dimensions that the node remembers, counted from the front; or all."""
+        """Those that the node remembers, counted from the front; or all."""
         value = getattr(self.node, name, None)
         values = value if isinstance(value, tuple | list) else [value]
         size = len(self.shape) if ndim is None else ndim
@@ -183,7 +175,7 @@ class Output:
         return stride * prod(shape[dim + 1 :])
 
     def broadcast(self, shape: Sequence[int]) -> int:
-        """The stride of the batch in a tensor that is broadcast to the output."""
+        """The stride in a tensor that is broadcast to the output."""
         dim = self.dim - len(self.shape) + len(shape)
         return SHARED if dim < 0 or shape[dim] == 1 else self.at(shape, dim)
 

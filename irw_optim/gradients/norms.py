@@ -1,10 +1,10 @@
 """Norms of per-sample gradients from layer inputs and output gradients: |g_i| without g_i.
 
-For a linear map at one position, g_i = b_i a_i^T and |g_i| = |a_i| |b_i|. With positions t,
-g_i = sum_t b_it a_it^T, whose norm comes from the smaller of two products of the same sample::
+A linear map of one position has |g_i| = |a_i| |b_i|. With positions t, |g_i|^2 is made of the
+smaller of two products::
 
-    sum over t, t' of <a_it, a_it'> <b_it, b_it'>      (T x T)    by positions
-    | sum over t of b_it a_it^T |^2                    (d' x d)   by rows
+    sum over t, t' of <a_it, a_it'> <b_it, b_it'>      (T x T)
+    | sum over t of b_it a_it^T |^2                    (d' x d)
 
 Convolutions are linear maps of patches, embeddings of one-hot vectors. The rest goes by rows.
 """
@@ -17,14 +17,9 @@ import torch
 from torch import Tensor
 
 from irw_optim.gradients.ghost import GhostGradients, _sharing_parameters
-from irw_optim.gradients.layers import (
-    ConvolutionCall,
-    EmbeddingCall,
-    LayerCall,
-    LinearCall,
-)
+from irw_optim.gradients.layers import ConvolutionCall, EmbeddingCall, LayerCall, LinearCall
 from irw_optim.gradients.layers._products import summed_rows
-from irw_optim.gradients.materialized import MEMORY_BOUND, as_matrix, widened
+from irw_optim.gradients.protocol import MEMORY_BOUND, as_matrix, widened
 
 
 def row_norms(gradients: GhostGradients) -> Tensor:
@@ -35,14 +30,15 @@ def row_norms(gradients: GhostGradients) -> Tensor:
 
 
 def _squares(calls: Sequence[LayerCall]) -> Tensor:
-    """Sum over the parameters that these calls share of |g_i|^2, (B,)."""
-    if len({tuple(map(id, call.parameters.values())) for call in calls}) == 1:
-        if all(type(call) is LinearCall for call in calls):
-            return _linear(calls)  # several of a recurrent layer: one call a time step
-        if isinstance(calls[0], ConvolutionCall) and len(calls) == 1:
-            return _convolution(calls[0])
-        if isinstance(calls[0], EmbeddingCall) and len(calls) == 1:
-            return _embedding(calls[0])
+    """Sum over the parameters that these calls share, (B,)."""
+    call, *others = calls
+    if isinstance(call, ConvolutionCall) and not others:
+        return _convolution(call)
+    if isinstance(call, EmbeddingCall) and not others:
+        return _embedding(call)
+    kinds = {(type(call), *map(id, call.parameters.values())) for call in calls}
+    if type(call) is LinearCall and len(kinds) == 1:
+        return _linear(calls)  # several of a recurrent layer: one call a time step
     return _by_rows(calls)
 
 
@@ -57,14 +53,14 @@ def _linear(calls: Sequence[LayerCall]) -> Tensor:
 
 
 def _joined(sides: Sequence[Tensor]) -> Tensor:
-    """As (B, T, d), the positions of all calls; as it is without any, (B, d)."""
+    """The positions of all calls as (B, T, d); (B, d) without any."""
     if len(sides) == 1:
         return sides[0].flatten(1, -2) if sides[0].ndim > 2 else sides[0]
     return torch.cat([t.flatten(1, -2) if t.ndim > 2 else t.unsqueeze(1) for t in sides], 1)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """|sum_t b_it a_it^T|^2 for a of shape (B, T, d) and b of shape (B, T, d')."""
+    """|sum_t b_it a_it^T|^2, (B,), for a of (B, T, d) and b of (B, T, d')."""
     _, length, width_in = a.shape
     width_out = b.shape[-1]
     if length * (width_in + width_out) < width_in * width_out:
@@ -108,14 +104,10 @@ def _by_rows(calls: Sequence[LayerCall]) -> Tensor:
 
 
 def _blocked(numbers: int, squares: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Of some samples at a time: no block holds more than `MEMORY_BOUND`."""
-    step = max(1, MEMORY_BOUND // max(1, 2 * numbers))
-    if len(tensors[0]) <= step:
-        return squares(*tensors)
-    parts = [t.split(step) for t in tensors]
+    """So that no block holds more than `MEMORY_BOUND`."""
+    parts = [t.split(max(1, MEMORY_BOUND // max(1, 2 * numbers))) for t in tensors]
     return torch.cat([squares(*some) for some in zip(*parts, strict=True)])
 
 
 def _square(rows: Tensor) -> Tensor:
-    """|row|^2 of (B, n)."""
     return rows.square().sum(1)

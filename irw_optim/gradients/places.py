@@ -1,7 +1,4 @@
-"""The tensors of a graph as numbers: who makes which, who reads it, and of what shape it is.
-
-Looked up once for all graphs of one kind, so that a pass of ours spends its time in the operations.
-"""
+"""The tensors of a graph as numbers, once for its kind: who makes which, and who reads it."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ Pulled = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
 
 
 class Operation(NamedTuple):
-    """What is known of a node, or of a `Run` that ends there, without holding it."""
+    """What is known of a node, or of a `Run` that ends there."""
 
     reads: tuple[int, ...]  # the numbers of its inputs
     makes: slice  # those of its outputs
@@ -92,10 +89,8 @@ class Places:
         self.operations: list[Operation] = []
         for node, first in zip(order, self.first, strict=False):
             makes = slice(first, first + len(node._input_metadata))
-            reads = tuple(
-                starts[parent] + number if parent in starts else NOTHING
-                for parent, number in read_by(node)
-            )
+            edges = read_by(node)
+            reads = tuple(starts[p] + number if p in starts else NOTHING for p, number in edges)
             self.operations.append(self._operation(node, reads, makes))
         self.in_python = any(operation.fills_in for operation in self.operations)
         self._ways_back: dict[frozenset[int], list[Pull]] = {}
@@ -106,12 +101,16 @@ class Places:
         shapes, dtypes = self.shapes[makes], self.dtypes[makes]
         if type(node) is ENDS_RUN:
             return Operation(reads, makes, shapes, dtypes, push_run, pull_run, False, False)
-        touched = [self.dtypes[n] for n in reads if n != NOTHING] + dtypes
-        is_complex = any(dtype.is_complex for dtype in touched)
-        pulls = is_complex and base_name(node) not in _OF_COMPLEX
-        rule = None if pulls else _rule_of(node, shapes)
+        name, touched = base_name(node), {self.dtypes[n] for n in reads if n != NOTHING} | {*dtypes}
+        rule = _OF_KIND.get(RULES.get(name))
+        if name in RESHAPED:
+            rule = reshaped(shapes[0])
+        elif name in FORWARD:
+            rule = FORWARD[name]
+        if name not in _OF_COMPLEX and any(dtype.is_complex for dtype in touched):
+            rule = None
         if rule is diagonal and len(reads) == len(shapes) == 1:
-            alike = shapes == self.shapes[slice(reads[0], reads[0] + 1)] and len({*touched}) == 1
+            alike = shapes == self.shapes[slice(reads[0], reads[0] + 1)] and len(touched) == 1
             rule = by_pull if alike else rule
         hands_on = rule_for(node) is handed_on
         in_python = isinstance(node, BackwardCFunction)
@@ -131,23 +130,17 @@ class Places:
         return way[::-1]
 
     def way_back(self, wanted: frozenset[int]) -> list[Pull]:
-        """The operations on the way from the end to some tensors."""
-        way = self._ways_back.get(wanted)
-        if way is None:
-            way = self._ways_back[wanted] = self._towards(wanted)
-        return way
-
-    def _towards(self, wanted: frozenset[int]) -> list[Pull]:
-        needed = set(wanted)
-        way = []
+        """Those on the way from the end to some tensors."""
+        if wanted in self._ways_back:
+            return self._ways_back[wanted]
+        needed, way = set(wanted), []
         for place, operation in reversed(list(enumerate(self.operations))):
             reads = tuple(n if n in needed else NOTHING for n in operation.reads)
             made = range(operation.makes.start, operation.makes.stop)
             if any(n != NOTHING for n in reads):
                 needed.update(made)
-                stays = not wanted.isdisjoint(made)
-                way.append(Pull(place, operation, reads, stays))
-        return way[::-1]
+                way.append(Pull(place, operation, reads, not wanted.isdisjoint(made)))
+        return self._ways_back.setdefault(wanted, way[::-1])
 
 
 def places_of(graph: Graph) -> Places:
@@ -165,12 +158,3 @@ def number_at(edge: GradientEdge, graph: Graph) -> int:
         return places_of(graph).first[place] + edge.output_nr
     leaf = graph.leaf_numbers.get(edge.node)
     return NOTHING if leaf is None else places_of(graph).leaves[leaf]
-
-
-def _rule_of(node: Node, shapes: Sequence[torch.Size]) -> ForwardRule | None:
-    name = base_name(node)
-    if name in RESHAPED:
-        return reshaped(shapes[0])
-    if name in FORWARD:
-        return FORWARD[name]
-    return _OF_KIND.get(RULES.get(name))

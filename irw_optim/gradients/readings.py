@@ -1,8 +1,7 @@
 """Layers, seen in the graph: operations on samples that read what all samples share.
 
-A layer's input is what its operation saved for autograd, whichever module or function it came
-from. What it shares among the samples is a weight, or was computed from weights alone, which
-`ChainedCall` passes: so a class token, LoRA or weight standardisation cost what a layer costs.
+That is a weight, or was computed from weights alone: so a class token, LoRA or weight
+standardisation cost what a layer costs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from irw_optim.gradients.recomputation import unless_recomputed
 _Value = TypeVar("_Value")
 
 _INPUTS = {"Addmm": "_saved_mat1", "Mm": "_saved_self"}
-"""How products with a matrix, which take a weight or its transpose alike, call the samples."""
+"""How products with a weight, or with its transpose, call the samples."""
 
 
 class Reading(NamedTuple):
@@ -38,25 +37,21 @@ class Reading(NamedTuple):
 
     place: int  # of its node in the graph's order
     output: int  # number of the output that holds the batch
-    rule: NodeRule  # makes the layer calls of it
-    weights: Weights  # what it shares
+    rule: NodeRule
+    weights: Weights
     computed: tuple[Weight, ...]  # those of them that were computed
-    layouts: tuple[Layout | None, ...] | None = None  # of each call; None until somebody has looked
+    layouts: tuple[Layout | None, ...] | None = None  # of each call; None until they are known
 
 
 Found: TypeAlias = tuple[list[Reading], list[CallSite]] | None
-"""Operations that read what the samples share, and the layer calls of one graph."""
+"""Readings and the layer calls of one graph; None where an operation has no quick products."""
 
 NOTHING_READ: Found = ([], [])
 """Where reading would cost more memory than the model was to take."""
 
 
 def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
-    """What a graph reads in which the batch is known, for the gradients of its ``own`` leaves.
-
-    Returns:
-        With the layer calls of it; None where some operation has no quick products.
-    """
+    """What a graph reads in which the batch is known, for the gradients of its ``own`` leaves."""
     mine = set(own)
     leaves = {node: n for n, node in enumerate(graph.leaf_nodes) if graph.leaves[n] in mine}
     readings: list[Reading] = []
@@ -69,10 +64,12 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
         if not weights:
             continue
         rule = None if _is_complex(node, weights, graph) else rule_of(node, output, weights)
+        if rule is None:
+            return None
         computed = tuple(w for w in weights.values() if w.chain is not None)
-        reading = None if rule is None else Reading(place, output, rule, weights, computed)
-        found = None if reading is None else sites_of([reading], graph)
-        if reading is None or found is None:
+        reading = Reading(place, output, rule, weights, computed)
+        found = sites_of([reading], graph)
+        if found is None:
             return None
         readings.append(reading)
         sites += found
@@ -82,20 +79,16 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
 def read_in_a_pass(
     losses: Tensor, graph: Graph, batch: Batch, own: Iterable[Tensor], *, spares_memory: bool
 ) -> Found:
-    """`read`, in a pass; `NOTHING_READ` where it ``spares_memory`` and would recompute a part."""
+    """`NOTHING_READ` where it ``spares_memory`` and would recompute a part."""
     look = partial(read, graph, batch, own)
-    spared = unless_recomputed(look, NOTHING_READ) if spares_memory else look
-    return in_a_pass_to_all(losses, graph, spared)
+    careful = partial(unless_recomputed, look, NOTHING_READ)
+    return in_a_pass_to_all(losses, graph, careful if spares_memory else look)
 
 
 def read_around(
     losses: Tensor, graph: Graph, own: Sequence[Tensor], opaque: Callable[[Node], bool]
 ) -> tuple[Batch, Found]:
-    """What a graph reads around ``opaque`` operations, and where the batch is then.
-
-    Returns:
-        None in place of what is read where that is not all of the leaves.
-    """
+    """Where the batch is around ``opaque`` operations, and what is read there; None if not all."""
     batch = follow_batch(losses, graph, opaque)
     if not batch.reads:
         return batch, None
@@ -108,13 +101,7 @@ def read_around(
 def sites_of(
     readings: Iterable[Reading], graph: Graph, batch_size: int | None = None
 ) -> list[CallSite] | None:
-    """The layer calls of a graph of the kind that the readings are of.
-
-    With the ``batch_size`` their batch is brought in front, as it was found.
-
-    Returns:
-        None where an operation has other settings than it had.
-    """
+    """The layer calls of a graph; with a ``batch_size`` in their layouts. None for new settings."""
     sites: list[CallSite] = []
     for reading in readings:
         node: Any = graph.order[reading.place]
@@ -135,7 +122,7 @@ def sites_of(
 
 
 def plan_of(readings: Sequence[Reading], graph: Graph, covering: Covering) -> Plan:
-    """For graphs of the kind of one whose layer calls have found their batch."""
+    """For graphs of the kind of one whose calls have their layouts."""
     settled = _with_layouts(readings, graph)
 
     def read(graph: Graph, losses: Tensor) -> list[CallSite] | None:
@@ -150,12 +137,13 @@ def plan_of(readings: Sequence[Reading], graph: Graph, covering: Covering) -> Pl
 
 
 def _remade(readings: Sequence[Reading], graph: Graph) -> list[Remade] | None:
-    """The calls of linear maps of samples without positions, where they are all there is."""
+    """Linear maps of samples without positions, where they are all there is."""
     remade: list[Remade] = []
-    for reading, site in zip(readings, graph.sites, strict=False):
-        node = site.edge.node
+    if len(readings) != len(graph.sites):
+        return None
+    for reading, site in zip(readings, graph.sites, strict=True):
+        node, call = site.edge.node, site.call
         input = _INPUTS.get(base_name(node))
-        call = site.call
         if input is None or graph.order[reading.place] is not node or type(call) is not LinearCall:
             return None
         if call.layout != FIRST or call.input.ndim != 2:
@@ -165,13 +153,11 @@ def _remade(readings: Sequence[Reading], graph: Graph) -> list[Remade] | None:
         known.layout = FIRST  # told by identity
         remade.append(Remade(reading.place, input, known, site.shape))
     parameters = [p for known in remade for p in known.call.parameters.values()]
-    if not len(remade) == len(readings) == len(graph.sites):
-        return None
     return remade if len(set(parameters)) == len(parameters) else None
 
 
 def in_a_pass_to_all(losses: Tensor, graph: Graph, look: Callable[[], _Value]) -> _Value:
-    """What a look at nodes gives where they know that all of their inputs are wanted."""
+    """What a look at nodes gives where they know that all their inputs are wanted."""
     found: list[_Value] = []
     edges = [GradientEdge(leaf, 0) for leaf in graph.leaf_nodes]
     with torch.no_grad():
@@ -180,29 +166,24 @@ def in_a_pass_to_all(losses: Tensor, graph: Graph, look: Callable[[], _Value]) -
 
 
 def _chained(call: LayerCall, computed: Sequence[Weight], graph: Graph) -> LayerCall:
-    """The call for the parameters that its weights were computed from."""
     mine = set(call.parameters.values())
     chains = {w.tensor: w.chain.among(graph) for w in computed if w.tensor in mine and w.chain}
     return ChainedCall(call, chains) if chains else call
 
 
 def _with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
-    """As their calls were found to have them in this graph."""
-    found: dict[tuple[Node, int], list[Layout | None]] = {}
+    found: dict[tuple[Node, int], tuple[Layout | None, ...]] = {}
     for call, edge, *_ in graph.sites:
+        at = edge.node, edge.output_nr
         layout = FIRST if call.layout == FIRST else call.layout  # told by identity, in a hurry
-        found.setdefault((edge.node, edge.output_nr), []).append(layout)
-    layouts = [found.get((graph.order[r.place], r.output)) for r in readings]
-    return [
-        r._replace(layouts=None if own is None else tuple(own))
-        for r, own in zip(readings, layouts, strict=True)
-    ]
+        found[at] = (*found.get(at, ()), layout)
+    return [r._replace(layouts=found.get((graph.order[r.place], r.output))) for r in readings]
 
 
 def _weight_at(
     edge: tuple[Any, int], graph: Graph, leaves: Mapping[Node, int], turns: bool
 ) -> Weight | None:
-    """What a node reads at an edge; None where nothing that is wanted made it."""
+    """What is read at an edge; None where nothing that is wanted made it."""
     node, number = edge
     turned = turns and base_name(node) == "T"
     behind = _unconverted(node.next_functions[0][0] if turned else node)
@@ -219,7 +200,6 @@ def _weight_at(
 
 
 def _unconverted(node: Any) -> Any:
-    """What autocast converted, or the node itself."""
     while base_name(node) == "ToCopy":
         node = node.next_functions[0][0]
     return node
@@ -228,7 +208,7 @@ def _unconverted(node: Any) -> Any:
 def _part_above(
     node: Node, graph: Graph, leaves: Mapping[Node, int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The nodes from which one was computed, each before those it reads from, and the leaves."""
+    """In order, and the leaves."""
     seen, waiting = {node}, [node]
     while waiting:
         for parent, _ in waiting.pop().next_functions:
@@ -240,7 +220,6 @@ def _part_above(
 
 
 def _is_complex(node: Any, weights: Weights, graph: Graph) -> bool:
-    """Whether anything complex is involved: the products are of real numbers."""
     made_of = [n for w in weights.values() if w.chain is not None for n in w.chain.leaves]
     tensors = [*(w.tensor for w in weights.values()), *(graph.leaves[n] for n in made_of)]
     dtypes = [*(m.dtype for m in node._input_metadata), *(t.dtype for t in tensors)]

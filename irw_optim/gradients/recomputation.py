@@ -1,11 +1,10 @@
 """Activation checkpointing: who chose to pay time for memory gets the memory.
 
-What the forward did not keep is computed again in each backward pass, a part of the model at a
-time. The ghost products need the inputs of all layers at once, which is all that was spared. A
-change goes forwards part by part instead: G^T c by one pass, and G (G^T c) by another.
+The ghost products need the inputs of all layers at once, which is what was spared. A change goes
+forwards part by part instead.
 
-A forward may also change the model: BatchNorm's averages, spectral norm's vectors. A plain step
-computes a part again once, and so changes them once more; so do all passes of ours together.
+A forward may change the model: BatchNorm's averages, spectral norm's vectors. A plain step does so
+once more as it computes a part again; so do all passes of ours together.
 """
 
 from __future__ import annotations
@@ -27,22 +26,13 @@ NOTHING = nullcontext()
 """Around a pass that computes nothing again."""
 
 
-def unless_recomputed(look: Callable[[], _Value], otherwise: _Value) -> Callable[[], _Value]:
-    """The look, or something else where it would have a part of the forward computed again.
-
-    Args:
-        look: reads what nodes saved, without gradients.
-        otherwise: what is found then.
-    """
-
-    def careful() -> _Value:
-        try:
-            with _NoRecomputation():
-                return look()
-        except _RecomputedError:
-            return otherwise
-
-    return careful
+def unless_recomputed(look: Callable[[], _Value], otherwise: _Value) -> _Value:
+    """A look at what nodes saved, or ``otherwise`` where it would have a part computed again."""
+    try:
+        with _NoRecomputation():
+            return look()
+    except _RecomputedError:
+        return otherwise
 
 
 class _RecomputedError(Exception):
@@ -73,12 +63,8 @@ _State: TypeAlias = list[tuple[str, Tensor, Tensor]]
 class OneForward(AbstractContextManager[None]):
     """A model's buffers around each backward pass of one loss that may compute its forward again.
 
-    Every pass begins with the buffers that the first one met, and leaves those that the first one
-    left that came by.
-
-    Args:
-        model: None has no buffers.
-        known: what is remembered of the model: whether any pass was seen to change a buffer.
+    Every pass begins with those that the first one met, and leaves those that the first one left
+    that came by. What is ``known`` of the model is whether any pass was seen to change one.
     """
 
     def __init__(self, model: nn.Module | None, known: dict[str, bool]) -> None:
@@ -95,7 +81,7 @@ class OneForward(AbstractContextManager[None]):
         self.marks = [_marks(buffers) for buffers in self.buffers]
 
     def start_over(self) -> None:
-        """Have what comes next begin with the buffers that the first pass met."""
+        """Begin with the buffers that the first pass met."""
         for place in self.after:
             _put(self.buffers[place], self.before[place])
 

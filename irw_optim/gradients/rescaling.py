@@ -1,8 +1,7 @@
 """Products that are quadratic in the gradients, for gradients of any size.
 
-Losses times 1e-24 have gradients that float32 holds, and scores (1e-48) that it does not. Weights
-are free of that scale: the products of k G are as good as those of G. Whether k is needed shows in
-the finished product, by one look at B numbers.
+Losses times 1e-24 have gradients that float32 holds, and scores (1e-48) that it does not. The
+products of k G give the same weights. Whether k is needed shows in the finished product.
 """
 
 from __future__ import annotations
@@ -17,32 +16,34 @@ from torch import Tensor
 
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.ghost import GhostGradients
-from irw_optim.gradients.materialized import MaterializedGradients, blocked_gram, widened
-from irw_optim.gradients.protocol import Direction, PerSampleGradients, align
+from irw_optim.gradients.protocol import (
+    Direction,
+    MaterializedGradients,
+    PerSampleGradients,
+    align,
+    blocked_gram,
+    widened,
+)
 
 _ROUNDS = 4
 """From infinity it takes at most two steps to a number, and two from there into the range."""
 
 
 class Aligned(NamedTuple):
-    """``(k G)(k G)^T c``, (B,), for a power of two k.
-
-    The mass is the sum of the positive scores; None where nobody has looked.
-    """
+    """``(k G)(k G)^T c``, (B,), for a power of two k."""
 
     scores: Tensor
     factor: float
     finite: bool
-    mass: float | None
+    mass: float | None  # the sum of the positive ones; None where nobody has looked
 
 
 def align_in_range(
     gradients: PerSampleGradients, coefficients: Tensor, losses: Tensor | None = None
 ) -> Aligned:
-    """G G^T c for c of (B,), or that of k G: k is 1 wherever that will do.
+    """G G^T c for c of (B,), or that of k G, where k = 1 will not do and another one helps.
 
-    Where none helps (the gradients are zero, or not finite themselves), the product is plain. The
-    losses, (B,), are to be finite as well.
+    The losses, (B,), are to be finite as well.
     """
     aligned = getattr(gradients, "align", None) or partial(align, gradients)
     scores: Tensor = aligned(coefficients)
@@ -70,7 +71,7 @@ def gram_in_range(
 
 
 class RescaledGradients:
-    """k G, from products that are linear in G, and have the device and the dtype of ``like``."""
+    """k G, from products that are linear in G; ``like`` has their device and dtype."""
 
     def __init__(self, gradients: PerSampleGradients, factor: float, like: Tensor) -> None:
         self.gradients, self.factor, self.like = gradients, factor, like
@@ -109,7 +110,7 @@ class RescaledGradients:
 
 
 def unscaled(product: Tensor, factor: float) -> Tensor:
-    """The product of G out of that of k G: in float64, and where even that ends, at its end."""
+    """The product of G out of that of k G: in float64, or at its end."""
     if factor == 1.0:
         return product
     wide = product.double()
@@ -124,7 +125,7 @@ class _Look(NamedTuple):
     finite: bool  # whether all of them are, and the losses
     doubted: bool  # whether the engine has shown that they are wrong
     everybody: bool  # whether all samples are present
-    mass: float  # the sum of the positive products
+    mass: float  # of the positive ones
 
 
 def _look(
@@ -137,7 +138,8 @@ def _look(
         return _Look(0.0, True, True, False, True, 0.0)
     seed, doubt = getattr(gradients, "seed", None), getattr(gradients, "doubt", None)
     if squares.device.type != "cpu":
-        squares, losses, seed, doubt, present = _on_host(squares, losses, seed, doubt, present)
+        sent = squares, losses, seed, doubt, present
+        squares, losses, seed, doubt, present = _on_host(*sent, dtype=squares.dtype)
     size: float = torch.linalg.vector_norm(squares, math.inf).item()  # NaN if one is NaN
     # The engine's way to a product may be quadratic in what its gradients carry, too.
     quadratic = size if seed is None else size * seed.item() ** 2
@@ -152,12 +154,11 @@ def _look(
     )
 
 
-def _on_host(first: Tensor, *others: Tensor | None) -> tuple[Tensor, Any, Any, Any, Any]:
-    """All in one message, in the first's dtype."""
-    sent = [t.flatten().to(first.dtype) for t in (first, *others) if t is not None]
+def _on_host(*tensors: Tensor | None, dtype: torch.dtype) -> list[Any]:
+    """All in one message."""
+    sent = [t.flatten().to(dtype) for t in tensors if t is not None]
     message = iter(torch.cat(sent).cpu().split([len(t) for t in sent]))
-    received = [None if t is None else next(message) for t in (first, *others)]
-    return tuple(received)  # type: ignore[return-value]
+    return [None if t is None else next(message) for t in tensors]
 
 
 def _rescaled(
@@ -170,7 +171,10 @@ def _rescaled(
     low, high = _range_of(plain.dtype)
     reach, exponent = math.frexp(high)[1], 0
     for _ in range(_ROUNDS):
-        exponent += _step(size, low, high, reach)
+        if size == 0 or not math.isfinite(size):
+            exponent += reach if size == 0 else -reach
+        elif not low <= size <= high:
+            exponent += -math.frexp(size)[1] // 2
         exponent = max(-2 * reach, min(exponent, 2 * reach - 4))
         factor = math.ldexp(1.0, exponent)
         found = product(RescaledGradients(gradients, factor, plain))
@@ -188,12 +192,3 @@ def _range_of(dtype: torch.dtype) -> tuple[float, float]:
     """Roots of the least and of the largest number: in between, a product's factors fit too."""
     limits = torch.finfo(dtype)
     return limits.tiny**0.5, limits.max**0.5
-
-
-def _step(size: float, low: float, high: float, reach: int) -> int:
-    """By how many powers of two the gradients should grow."""
-    if low <= size <= high:
-        return 0
-    if size > 0 and math.isfinite(size):
-        return -math.frexp(size)[1] // 2
-    return reach if size == 0 else -reach

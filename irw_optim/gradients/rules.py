@@ -1,9 +1,6 @@
 """Which modules and functions are linear in their parameters: one short rule for each.
 
-A rule turns one call into a `LayerCall`, or returns None where that call is not covered (a
-BatchNorm in training mode mixes the samples). Functions are those that a module hands parameters
-directly; whoever writes ``torch.add(x, other=p, alpha=2)`` must get what ``x + 2 * p`` gets, or no
-rule.
+A rule turns one call into a `LayerCall`, or returns None where it does not cover that call.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ _Rule = TypeVar("_Rule", bound=Rule)
 _BY_TYPE: dict[type | str, Rule] = {}
 
 CALLS = "irw_optim.call"
-"""Where a node of the graph keeps the calls that computed its outputs, in its metadata."""
+"""Where a node keeps the calls that computed its outputs, in its metadata."""
 
 
 def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
@@ -54,7 +51,7 @@ def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule for a module: its type's, or a base class's whose ``forward`` it keeps."""
     if "parametrizations" in module._modules:
-        return None  # what it reads is computed from its parameters, at every access anew
+        return None  # what it reads is computed at every access anew
     return _rule_of_type(type(module))  # type: ignore[arg-type]  # they are hashable
 
 
@@ -69,7 +66,7 @@ def _rule_of_type(kind: type[nn.Module]) -> Rule | None:
 
 
 def rule_of_function(function: Any) -> Rule | None:
-    """``rule(output, *args, **kwargs) -> LayerCall | None`` for a function or a method."""
+    """``rule(output, *args, **kwargs)`` for a function or a method."""
     return _BY_FUNCTION.get(function)
 
 
@@ -78,7 +75,7 @@ def call_of(
 ) -> LayerCall | None:
     """What the rule makes of a call of a module, or of a function that returned the subject.
 
-    None for one in words that it does not know.
+    None for arguments that it does not know.
     """
     try:
         return rule(subject, *args, **kwargs)
@@ -91,20 +88,19 @@ def call_of(
 
 
 @layer_rule(nn.Linear)
-def _linear(module: nn.Linear, input: Tensor) -> LayerCall | None:
-    return linear(module, input, module.weight, module.bias)
+def _linear_layer(module: nn.Linear, input: Tensor) -> LayerCall | None:
+    return _linear(module, input, module.weight, module.bias)
 
 
-def linear(
+def _linear(
     subject: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> LayerCall | None:
-    """In the words of the function."""
     return LinearCall(input, weight, bias) if input.ndim > 1 else None
 
 
 @layer_rule("transformers.pytorch_utils.Conv1D")
-def _transposed_linear(module: nn.Module, x: Tensor) -> LayerCall:
-    return LinearCall(x, module.weight, module.bias, transposed=True)  # type: ignore[arg-type]
+def _transposed_linear(module: Any, x: Tensor) -> LayerCall:
+    return LinearCall(x, module.weight, module.bias, transposed=True)
 
 
 @layer_rule(
@@ -166,13 +162,13 @@ def _embedding_bag(
 
 
 @layer_rule(nn.LayerNorm, nn.RMSNorm)
-def _layer_norm(module: Any, input: Tensor) -> LayerCall:
+def _normalising_layer(module: Any, input: Tensor) -> LayerCall:
     norm = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
     shape, bias = module.normalized_shape, getattr(module, "bias", None)
-    return layer_norm(module, input, shape, module.weight, bias, module.eps, norm=norm)
+    return _layer_norm(module, input, shape, module.weight, bias, module.eps, norm=norm)
 
 
-def layer_norm(
+def _layer_norm(
     subject: Any,
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -182,7 +178,6 @@ def layer_norm(
     *,
     norm: Callable[..., Tensor] = F.layer_norm,
 ) -> LayerCall:
-    """In the words of the function."""
     shape = list(normalized_shape)
     normalise = partial(norm, normalized_shape=shape, eps=eps)
     return NormCall(input, normalise, tuple(range(-len(shape), 0)), weight, bias)
@@ -198,22 +193,17 @@ def _instance_norm(module: nn.InstanceNorm2d, input: Tensor) -> LayerCall | None
     if input.ndim != module._get_no_batch_dim() + 1:
         return None
     if not module.training and module.track_running_stats:
-        return _running_norm(module, input)
+        return _batch_norm(module, input)
     return _of_channels(module, input, F.instance_norm)
 
 
 @layer_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-def _batch_norm(module: nn.BatchNorm2d, input: Tensor) -> LayerCall | None:
-    if module.training or module.running_mean is None:
-        return None  # normalised by the batch: the samples mix
-    return _running_norm(module, input)
-
-
-def _running_norm(module: nn.BatchNorm2d | nn.InstanceNorm2d, input: Tensor) -> LayerCall:
+def _batch_norm(module: nn.BatchNorm2d | nn.InstanceNorm2d, input: Tensor) -> LayerCall | None:
     mean, variance = module.running_mean, module.running_var
-    return _of_channels(
-        module, input, partial(F.batch_norm, running_mean=mean, running_var=variance)
-    )
+    if module.training or mean is None:
+        return None  # normalised by the batch: the samples mix
+    norm = partial(F.batch_norm, running_mean=mean, running_var=variance)
+    return _of_channels(module, input, norm)
 
 
 def _of_channels(module: Any, input: Tensor, normalise: Callable[..., Tensor]) -> LayerCall:
@@ -221,23 +211,15 @@ def _of_channels(module: Any, input: Tensor, normalise: Callable[..., Tensor]) -
     return NormCall(input, function, (1,), module.weight, module.bias)
 
 
-def _addition(output: Tensor, input: Any, other: Any, *, alpha: float = 1) -> LayerCall | None:
-    return _sum(output, input, other, 1, alpha)
-
-
-def _subtraction(output: Tensor, input: Any, other: Any, *, alpha: float = 1) -> LayerCall | None:
-    return _sum(output, input, other, 1, -alpha)
-
-
 def _sum(
-    output: Tensor, left: Any, right: Any, left_scale: float, right_scale: float
+    output: Tensor, input: Any, other: Any, *, alpha: float = 1, signs: tuple[int, int] = (1, 1)
 ) -> LayerCall | None:
     """Of a parameter and something else; of two parameters, one call alone cannot tell."""
-    if is_parameter(left) == is_parameter(right):
+    if is_parameter(input) == is_parameter(other):
         return None
-    if is_parameter(left):
-        return ElementwiseCall(left, None, output, left_scale)
-    return ElementwiseCall(right, None, output, right_scale)
+    if is_parameter(input):
+        return ElementwiseCall(input, None, output, signs[0])
+    return ElementwiseCall(other, None, output, signs[1] * alpha)
 
 
 def _multiplication(output: Tensor, input: Any, other: Any) -> LayerCall | None:
@@ -253,20 +235,22 @@ def _expansion(output: Tensor, input: Tensor, *sizes: Any, **size: Any) -> Layer
 
 
 def _repetition(output: Tensor, input: Tensor, *sizes: Any, **size: Any) -> LayerCall | None:
-    """Where it repeats dimensions of size 1 alone, and so broadcasts."""
+    """Where it repeats dimensions of size 1 alone."""
     repeated = zip(reversed(input.shape), reversed(output.shape), strict=False)
     broadcasts = all(n in (1, size) for n, size in repeated)
     return _expansion(output, input) if broadcasts else None
 
 
 _BY_FUNCTION: dict[Any, Rule] = {
-    F.linear: linear,
-    F.layer_norm: layer_norm,
-    Tensor.__rsub__: lambda output, input, other: _sum(output, input, other, -1, 1),
-    **dict.fromkeys([torch.add, Tensor.add, Tensor.add_], _addition),
-    **dict.fromkeys([Tensor.__add__, Tensor.__radd__, Tensor.__iadd__], _addition),
-    **dict.fromkeys([torch.sub, Tensor.sub, Tensor.sub_], _subtraction),
-    **dict.fromkeys([Tensor.__sub__, Tensor.__isub__], _subtraction),
+    F.linear: _linear,
+    F.layer_norm: _layer_norm,
+    Tensor.__rsub__: partial(_sum, signs=(-1, 1)),
+    **dict.fromkeys([torch.add, Tensor.add, Tensor.add_], _sum),
+    **dict.fromkeys([Tensor.__add__, Tensor.__radd__, Tensor.__iadd__], _sum),
+    **dict.fromkeys(
+        [torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__],
+        partial(_sum, signs=(1, -1)),
+    ),
     **dict.fromkeys([torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__], _multiplication),
     **dict.fromkeys([torch.broadcast_to, Tensor.broadcast_to], _expansion),
     **dict.fromkeys([Tensor.expand, Tensor.expand_as], _expansion),
@@ -275,7 +259,7 @@ _BY_FUNCTION: dict[Any, Rule] = {
 
 
 def is_parameter(tensor: Any) -> bool:
-    """Whether this is a trainable leaf, or a plain view of one that no other call accounts for."""
+    """Whether it is a trainable leaf, or a plain view of one that no other call accounts for."""
     if not isinstance(tensor, Tensor) or not tensor.requires_grad:
         return False
     if tensor.is_leaf:
@@ -283,9 +267,9 @@ def is_parameter(tensor: Any) -> bool:
     whole = tensor._base
     if whole is None or not whole.is_leaf or whole.dtype != tensor.dtype or tensor.is_conj():
         return False
-    node = tensor.grad_fn
+    node: Any = tensor.grad_fn
     while node is not None and node.next_functions:
-        if CALLS in node.metadata:  # type: ignore[operator]  # a property, stubbed as a method
+        if CALLS in node.metadata:
             return False
         node = node.next_functions[0][0]
     return True

@@ -1,13 +1,7 @@
 """Small products put together, where to start an operation costs more than the numbers in it.
 
-Rows of G that exist (of biases, norms, tables that are added) are columns of one matrix R, and
-small linear maps share whatever is no matrix product. With b = [b_1 | b_2 | ...]::
-
-    sum_i w_i g_i   (w b)^T a_k, a product a map, and one sum of w b: all biases
-    <g_i, v>        a_k V_k^T + v_k, a product a map, and one row-wise sum of their product with b
-
-What is large stays by itself, and so does what meets another call in a parameter, unless both are
-steps of one small map.
+Rows of G that exist (of biases, norms, tables that are added) are columns of one matrix R. Small
+linear maps share what is no matrix product: the weighting of b = [b_1 | b_2 | ...] and its sums.
 """
 
 from __future__ import annotations
@@ -29,11 +23,10 @@ from irw_optim.gradients.layers import (
     RowsCall,
     RowWeights,
 )
-from irw_optim.gradients.materialized import WIDER, as_matrix, widened
-from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.protocol import WIDER, Direction, as_matrix, widened
 
 FEW = {"cpu": 2**14}
-"""So many numbers are copied in the time that it takes to start an operation; elsewhere `MORE`."""
+"""So many numbers are copied while an operation starts; elsewhere `MORE`."""
 
 MORE = 2**20
 
@@ -69,21 +62,17 @@ def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall
             for parameter, block in blocks.items():
                 rows.setdefault(block.dtype, {})[parameter] = block
             alone += [] if rest is None else [rest]
-    for some in maps.values():
-        alone.append(some[0] if len(some) == 1 else LinearMaps(some))
-    for blocks in rows.values():
-        alone.append(Rows(blocks))
-    return alone, meeting
+    alone += [some[0] if len(some) == 1 else LinearMaps(some) for some in maps.values()]
+    return [*alone, *map(Rows, rows.values())], meeting
 
 
 def _in_several(calls: Sequence[LayerCall]) -> set[Tensor]:
-    """The parameters of more than one call."""
     uses = Counter(p for call in calls for p in call.parameters.values())
     return {p for p, n in uses.items() if n > 1}
 
 
 def _steps_as_one(calls: Sequence[LayerCall], few: int) -> list[LayerCall]:
-    """With the calls of one small map at every step of time as one call with positions."""
+    """The calls of one small map at every step of time are one call with positions."""
     found: dict[object, list[LayerCall]] = {}
     for number, call in enumerate(calls):
         key: object = number
@@ -109,7 +98,7 @@ def _is_small(call: LinearCall, few: int) -> bool:
 
 
 def _small_rows(call: LayerCall, few: int) -> tuple[dict[Tensor, Tensor], LayerCall | None]:
-    """Rows of the call that are few numbers, and the call without them; None for nothing left."""
+    """Rows that are few numbers, and the call without them; None for nothing left."""
     if type(call) is RowsCall:
         numbers = sum(block.numel() for block in call.blocks.values())
         return (call.rows(), None) if numbers <= few else ({}, call)
@@ -125,7 +114,7 @@ def _small_rows(call: LayerCall, few: int) -> tuple[dict[Tensor, Tensor], LayerC
 
 
 class Rows:
-    """Rows of G, (B, *p.shape) for each parameter, in one matrix R, (B, P), of one dtype."""
+    """Rows of G, (B, *p.shape) for each parameter, as one matrix R, (B, P)."""
 
     def __init__(self, blocks: dict[Tensor, Tensor]) -> None:
         self.parameters = list(blocks)
@@ -148,7 +137,6 @@ class Rows:
         return self.matrix.mv(self._sum(coefficients))
 
     def _sum(self, weights: RowWeights) -> Tensor:
-        """R^T w."""
         return self.matrix.t().mv(weights.values.to(self.matrix.dtype))
 
 
@@ -200,6 +188,4 @@ class LinearMaps:
         return outputs.mul_(self.b).sum(1)
 
     def _parted(self, columns: Tensor) -> Sequence[Tensor]:
-        """By call."""
-        parts: Sequence[Tensor] = columns.split(self.widths, 1)
-        return parts
+        return columns.split(self.widths, 1)  # type: ignore[no-any-return]

@@ -11,8 +11,8 @@ from torch import Tensor
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.graph import walk
-from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.mixing import follow_batch
+from irw_optim.gradients.protocol import MaterializedGradients
 from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.torch_internals import several_processes
 from irw_optim.weighting.ranges import check_losses

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import Engine, OwnEngine
-from irw_optim.gradients.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.checks import (
     check_arguments,
     check_backward,
@@ -21,7 +20,7 @@ from irw_optim.optimizer.checks import (
     check_reads_rows,
 )
 from irw_optim.optimizer.grad_sample_way import weigh_grad_samples
-from irw_optim.optimizer.options import Options, described
+from irw_optim.optimizer.options import Options, ScoreParameters, described, select_parameters
 from irw_optim.optimizer.own_steps import closure_step
 from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.optimizer.wrapping import Hold, OptimizerWrapper

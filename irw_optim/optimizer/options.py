@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
 
 from irw_optim.arguments import plain, true_or_false, whole_number
 from irw_optim.weighting.local_scheme import NAMED, LocalScheme, rule_named
@@ -13,6 +16,8 @@ from irw_optim.weighting.ranges import check_alpha, check_options
 from irw_optim.weighting.weights import Alignment, ScoreRule
 
 WORST_OFF = ("global", "local")
+
+ScoreParameters: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
 
 @dataclass(frozen=True)
@@ -102,3 +107,49 @@ def described(value: Any) -> Any:
         return value
     name = getattr(value, "__qualname__", None) or repr(value)
     return type(value).__qualname__ if " at 0x" in name else name
+
+
+def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
+    """The parameters whose gradients make the scores (the paper's "key layers").
+
+    A tied one goes by any of its names; ``"last"`` means the last layer that has trainable ones,
+    None all of them.
+
+    Raises:
+        ValueError: nothing trainable is chosen, or a name is not the model's.
+        TypeError: anything else.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> sorted(p.numel() for p in select_parameters(model, "last"))
+    [1, 3]
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    selected: set[Tensor]
+    if chosen is None:
+        selected = set(trainable.values())
+    elif chosen == "last":
+        owners = [name.rpartition(".")[0] for name in trainable]
+        selected = {p for name, p in trainable.items() if name.rpartition(".")[0] == owners[-1]}
+    elif callable(chosen):
+        selected = {p for name, p in trainable.items() if chosen(name, p)}
+    elif isinstance(chosen, Sequence) and not isinstance(chosen, str):
+        selected = set()
+        for wanted in chosen:
+            found = [name for name in named if name == wanted or name.startswith(f"{wanted}.")]
+            if not found:
+                raise ValueError(
+                    f"score_parameters names {wanted!r}, which the model does not have; it has "
+                    f"{', '.join([*named][:6])}{', ...' if len(named) > 6 else ''}"
+                )
+            selected.update(trainable[name] for name in found if name in trainable)
+    else:
+        raise TypeError(
+            f"score_parameters={chosen!r}: expected None, 'last', a list of parameter or module "
+            "names, or a predicate on (name, parameter)"
+        )
+    if not selected:
+        raise ValueError(
+            f"score_parameters={chosen!r} chooses no trainable parameter: there would be no scores"
+        )
+    return selected

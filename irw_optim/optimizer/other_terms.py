@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.materialized import widened
+from irw_optim.gradients.protocol import widened
 from irw_optim.torch_internals import at_the_end_of_backward
 
 logger = logging.getLogger("irw_optim")

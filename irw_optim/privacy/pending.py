@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.criterion.attached import AttachedCriterion
 from irw_optim.errors import DPGuaranteeError
+from irw_optim.gradients.coverage import compare, probe_of
 from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.graph import walk
-from irw_optim.gradients.materialized import MaterializedGradients, as_matrix
 from irw_optim.gradients.mixing import follow_batch
 from irw_optim.gradients.norms import row_norms
-from irw_optim.gradients.protocol import Direction
-from irw_optim.gradients.verification import compare, probe_of
+from irw_optim.gradients.protocol import Direction, MaterializedGradients, as_matrix
 
 _ONE_PASS = (
     "a sample could be counted twice. Call step() and zero_grad() after each backward, use "

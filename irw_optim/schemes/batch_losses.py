@@ -27,9 +27,8 @@ from torch.utils._pytree import tree_map
 from irw_optim.criterion import PerSampleLosses, per_sample_losses
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.nodes import shape_of
-from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.protocol import Direction, widened
 from irw_optim.restored import randomness_restored
 from irw_optim.torch_internals import check_whole, load_dual_numbers
 

@@ -29,8 +29,7 @@ from irw_optim.distributed.weigher import join
 from irw_optim.gradients.backward_passes import backward_to
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import LossGradients
-from irw_optim.gradients.materialized import widened
-from irw_optim.gradients.protocol import Direction, PerSampleGradients
+from irw_optim.gradients.protocol import Direction, PerSampleGradients, widened
 from irw_optim.schemes.batch_losses import (
     FORWARD_FAILS,
     check_difference,

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.materialized import MaterializedGradients
-from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.gradients.protocol import MaterializedGradients, PerSampleGradients
 from irw_optim.gradients.rescaling import align_in_range, gram_in_range, unscaled
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
 from irw_optim.weighting.ranges import check_alpha, check_labels, check_losses, check_options

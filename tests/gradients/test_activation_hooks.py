@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from irw_optim import IRWOptimizer
-from irw_optim.gradients.verification import equal
+from irw_optim.gradients.coverage import equal
 
 B, ALPHA, STEPS = 8, 0.3, 5
 

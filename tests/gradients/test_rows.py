@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from irw_optim import IRWOptimizer
-from irw_optim.gradients.capture import hook_layers, sites_noted
 from irw_optim.gradients.ghost import ghost_gradients
 from irw_optim.gradients.graph import walk
+from irw_optim.gradients.hooks import hook_layers, sites_noted
 from irw_optim.gradients.layers import LayerCall, RowsCall
 
 B = 6

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from irw_optim import IRWOptimizer
-from irw_optim.gradients import loss_gradients, verification
+from irw_optim.gradients import coverage, loss_gradients
 from irw_optim.gradients.mixing import follow_batch
 
 B, ALPHA, STEPS = 6, 0.3, 64
@@ -316,7 +316,7 @@ def test_products_are_compared_as_precisely_as_they_were_made(precision, passes)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        tolerance = verification._tolerance(torch.float32)
+        tolerance = coverage._tolerance(torch.float32)
     finally:
         torch.set_float32_matmul_precision(before)
     of_tf32 = 2.0**-10 * 4  # a few roundings of ten bits

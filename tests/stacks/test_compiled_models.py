@@ -18,8 +18,8 @@ from torch._dynamo.utils import counters
 
 from irw_optim import IRWOptimizer
 from irw_optim.gradients import compiling
-from irw_optim.gradients.capture import hook_layers
 from irw_optim.gradients.graph import walk
+from irw_optim.gradients.hooks import hook_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 

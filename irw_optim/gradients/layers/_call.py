@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from irw_optim.gradients.layers._products import gram_of_rows, inner, operands, scaled
-from irw_optim.gradients.materialized import wide, widened
-from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.protocol import Direction, wide, widened
 
 GATHER_FROM = 2**17
 """Numbers in a and b from which the gather of rows that have a weight costs less than the rest."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from irw_optim.gradients.layers._linear import AffineCall
 from irw_optim.gradients.layers._products import inner, operands
-from irw_optim.gradients.materialized import wide, widened
+from irw_optim.gradients.protocol import wide, widened
 
 CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
 """The settings of ``aten.convolution``, in its order."""

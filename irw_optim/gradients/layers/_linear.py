@@ -17,8 +17,7 @@ from irw_optim.gradients.layers._products import (
     product,
     scaled,
 )
-from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, wide, widened
-from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.protocol import MEMORY_BOUND, WIDER, Direction, wide, widened
 
 FEW_PRODUCTS = 2**19
 """Below this many, the number of operations counts and not their size: the kernel has fewer."""

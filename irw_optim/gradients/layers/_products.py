@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.materialized import MEMORY_BOUND, WIDER, as_matrix, blocked_gram, widened
+from irw_optim.gradients.protocol import MEMORY_BOUND, WIDER, as_matrix, blocked_gram, widened
 from irw_optim.torch_internals import sums_wide
 
 if TYPE_CHECKING:

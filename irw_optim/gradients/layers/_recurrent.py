@@ -16,8 +16,7 @@ from torch import Tensor
 
 from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
 from irw_optim.gradients.layers._linear import LinearCall
-from irw_optim.gradients.materialized import widened
-from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.protocol import Direction, widened
 
 LSTM = 2
 """Among torch's numbers of recurrent cells."""

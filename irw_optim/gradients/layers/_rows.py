@@ -18,8 +18,7 @@ from irw_optim.gradients.layers._call import (
     zeroed,
 )
 from irw_optim.gradients.layers._products import gram_of
-from irw_optim.gradients.materialized import MaterializedGradients, as_matrix, widened
-from irw_optim.gradients.protocol import Direction
+from irw_optim.gradients.protocol import Direction, MaterializedGradients, as_matrix, widened
 
 
 class RowsCall(LayerCall):
