@@ -57,10 +57,7 @@ def check_arguments(
 def check_inner(optimizer: Any) -> None:
     """Refuse what is no optimizer, and those whose guarantee the weights would void."""
     if isinstance(optimizer, type) or not all(hasattr(optimizer, name) for name in _OPTIMIZER):
-        raise TypeError(
-            f"optimizer={optimizer!r}: expected a torch optimizer such as "
-            "torch.optim.SGD(model.parameters(), lr=0.1)"
-        )
+        raise no_optimizer(optimizer)
     for inner in optimizers_inside(optimizer):
         kinds = {kind.__name__ for kind in type(inner).__mro__}
         if "DPOptimizer" in kinds:
@@ -86,6 +83,14 @@ def check_inner(optimizer: Any) -> None:
                 "of p.grad before IRW can weigh them: train with DistributedDataParallel, or on "
                 "one device"
             )
+
+
+def no_optimizer(given: object) -> TypeError:
+    """What says so."""
+    return TypeError(
+        f"optimizer={given!r}: expected a torch optimizer such as "
+        "torch.optim.SGD(model.parameters(), lr=0.1)"
+    )
 
 
 _OPTIMIZER = ("param_groups", "state", "step", "zero_grad", "add_param_group", "state_dict")
@@ -150,13 +155,18 @@ def check_parameters(
 
         own.update(*groups_of(model))  # a forward hides some
     own.update(criterion.parameters() if criterion is not None else ())
+    check_owned(parameters, own, "model")
+
+
+def check_owned(parameters: Sequence[Tensor], own: set[Tensor], name: str) -> None:
+    """Refuse parameters that are not those of the argument ``name``."""
     foreign = [p for p in parameters if p not in own]
     if foreign:
         raise ValueError(
-            f"the optimizer holds {len(foreign)} parameters that are not the model's (the first "
+            f"the optimizer holds {len(foreign)} parameters that are not the {name}'s (the first "
             f"has shape {tuple(foreign[0].shape)}): expected an optimizer over parameters of "
-            "model=, for example torch.optim.SGD(model.parameters(), lr=0.1); several models are "
-            "one in model=torch.nn.ModuleList([first, second])"
+            f"{name}=, for example torch.optim.SGD({name}.parameters(), lr=0.1); several models "
+            f"are one in {name}=torch.nn.ModuleList([first, second])"
         )
 
 

@@ -1,8 +1,7 @@
 """DP-IRW: intrinsic reweighting under differential privacy.
 
-Reweighting by the batch and then adding DP-SGD's noise is not private: one person moves everybody
-else's weight. Here a sample is weighed by itself and by what earlier noisy steps have released: the
-formulas, and why they are private, are in `irw_optim.privacy.mechanism`.
+Here a sample is weighed by itself and by what earlier noisy steps have released: the formulas, and
+why they are private, are in `irw_optim.privacy.mechanism`.
 """
 
 from __future__ import annotations

@@ -20,17 +20,17 @@ from irw_optim.errors import DPGuaranteeError
 from irw_optim.restored import undo_inside
 
 from . import refusals
-from .ghost import GhostBatch
 from .mechanism import IRWDPConfig
 from .optimizer import IRWDPOptimizer
+from .pending import GhostBatch
 
 
 class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untyped
     """Makes a model, an optimizer and a loader private, with intrinsic reweighting.
 
-    Used as Opacus' engine is; accountants, ``get_epsilon``, checkpoints and ``secure_mode`` are
-    Opacus' own. Guarantee: (epsilon, delta)-differential privacy for adding or removing one sample,
-    of all that a step releases: the parameters and the optimizer's ``public_state``.
+    Accountants, ``get_epsilon``, checkpoints and ``secure_mode`` are Opacus' own. Guarantee:
+    (epsilon, delta)-differential privacy for adding or removing one sample, of all that a step
+    releases: the parameters and the optimizer's ``public_state``.
 
     Example:
         >>> import math, warnings
@@ -83,7 +83,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             module: the model, in training mode, without BatchNorm; over several processes in
                 Opacus' DifferentiallyPrivateDistributedDataParallel.
             optimizer: a plain torch optimizer over its parameters.
-            data_loader: loader of the whole data set; replaced by a Poisson sampling one.
+            data_loader: of the whole data set; replaced by a Poisson sampling one.
             noise_multiplier: sigma, of the whole step.
             max_grad_norm: C, the norm to which each sample's gradient is clipped.
             irw: the parameters of DP-IRW.
@@ -122,8 +122,8 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             criterion,
             loss_reduction,
             noise_generator,
-            batch_first=batch_first,
-            secure_mode=self.secure_mode,
+            batch_first,
+            self.secure_mode,
         )
         ghost = grad_sample_mode == "ghost"
         touched = [self, *module.modules(), *module.parameters(), optimizer, data_loader]
@@ -145,8 +145,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
                 private_optimizer.pending = GhostBatch(loss_reduction, module)
                 private_module = module
             else:
-                # Opacus' own guard raises in the middle of a backward pass; the optimizer's raises
-                # before the step, and by name.
+                # Opacus' guard raises in mid-backward; the optimizer's before the step, by name.
                 private_module.allow_grad_accumulation()
             if criterion is not None:
                 hooks = private_module if isinstance(private_module, GradSampleHooks) else None
@@ -166,12 +165,12 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         """`make_private` with the noise that spends `target_epsilon` in `epochs` passes.
 
         Args:
-            data_loader: as of `make_private`.
+            data_loader: as of `make_private`, whose other arguments are the ``options``.
             target_epsilon: the budget.
             target_delta: probability with which the budget may fail; well below 1/N.
             epochs: passes over the loader.
             epsilon_tolerance: how far below the target the search may stop.
-            **options: those of `make_private`, without ``noise_multiplier``.
+            **options: without ``noise_multiplier``.
 
         Raises:
             DPGuaranteeError: as `make_private`, or budget was spent already.
@@ -235,10 +234,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
 
 
 class _EveryDraw(DistributedUniformWithReplacementSampler):  # type: ignore[misc]  # untyped
-    """Poisson sampling from this rank's shard, the draws of nobody included.
-
-    Opacus' own sampler leaves those out: the rank would miss a step that the others take.
-    """
+    """Poisson sampling from this rank's shard, with draws of nobody: the others step on them."""
 
     def __iter__(self) -> Iterator[list[int]]:
         seeded = torch.Generator().manual_seed(self.shuffle_seed + self.epoch)
@@ -250,10 +246,7 @@ class _EveryDraw(DistributedUniformWithReplacementSampler):  # type: ignore[misc
 
 
 def _of_this_rank(given: torch.Generator | None) -> torch.Generator:
-    """Draws of this rank, by the initial seed of the loader's generator or by the system's.
-
-    Amplification by sampling needs independent ones, and scripts seed all ranks alike.
-    """
+    """Draws of this rank: amplification needs independent ones, and scripts seed all alike."""
     own = torch.Generator()
     if given is None:
         own.seed()
@@ -263,9 +256,9 @@ def _of_this_rank(given: torch.Generator | None) -> torch.Generator:
 
 @contextmanager
 def _undone_on_error(objects: Iterable[object]) -> Iterator[None]:
-    """Give the objects their attributes, and tables among these their contents, if the block fails.
+    """If the block fails, give the objects their attributes, and tables among them their contents.
 
-    Opacus hooks the model first and raises later: it would stay half private.
+    Opacus hooks the model first and raises later.
     """
     attributes = [vars(thing) for thing in objects if hasattr(thing, "__dict__")]
     tables = [t for own in attributes for t in (own, *own.values()) if isinstance(t, dict | list)]

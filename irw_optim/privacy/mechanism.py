@@ -1,7 +1,6 @@
 """The mechanism of DP-IRW as pure functions: one pass over the batch, one Gaussian.
 
-What weighs a sample (threshold tau, scale kappa, direction v) comes only from EARLIER noisy
-releases, so the weight of a sample is a function of that sample and of public state::
+What weighs a sample (threshold tau, scale kappa, direction v) comes from EARLIER noisy releases::
 
     c_i = g_i min(1, C / |g_i|)
     m_i = 1[l_i > tau]      s_i = <c_i, v> / C      k_i = 1[s_i > kappa]
@@ -35,8 +34,6 @@ from torch import Tensor
 
 from irw_optim.arguments import real_number, whole_number
 from irw_optim.errors import DPGuaranteeError
-
-_QUANTILE_RANGE = (1e-6, 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +87,11 @@ class IRWDPConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        plain: dict[str, float] = {
-            "warmup_steps": whole_number("warmup_steps", self.warmup_steps, 0)
-        }
+        plain = vars(self)  # frozen for everybody else
+        plain["warmup_steps"] = whole_number("warmup_steps", self.warmup_steps, 0)
         for name, interval in _INTERVALS.items():
             meaning = "public, such as math.log(classes)" if name == "init_threshold" else ""
-            plain[name] = real_number(name, getattr(self, name), interval, meaning)
-        vars(self).update(plain)  # frozen for everybody else
+            plain[name] = real_number(name, plain[name], interval, meaning)
         # Without its own direction nothing but the threshold can give a sample any weight.
         if not self.uses_direction and self.floor == self.tail_weight == 0:
             raise ValueError(
@@ -167,10 +162,7 @@ class NoiseScales:
 
 
 def noise_scales(noise_multiplier: float, config: IRWDPConfig) -> NoiseScales:
-    """Split one step's sigma over its releases: sigma_g = sigma / sqrt(r_g), likewise sigma_v.
-
-    The sensitivity of a count is 1/2, and sigma_b = sigma / (2 sqrt(r_b)).
-    """
+    """Split one step's sigma over its releases, by their shares of the budget."""
     share = config.direction_share
     return NoiseScales(
         gradient=noise_multiplier / math.sqrt(config.gradient_share),
@@ -181,33 +173,23 @@ def noise_scales(noise_multiplier: float, config: IRWDPConfig) -> NoiseScales:
 
 @dataclass(frozen=True)
 class PublicState:
-    """What earlier noisy releases say; anyone may see it.
+    """What earlier noisy releases say; anyone may see it."""
 
-    Attributes:
-        threshold: tau, the loss above which a sample counts as worst-off.
-        scale: kappa, the alignment that earns full weight.
-        direction: v by parameter, in units of C; empty means 0.
-        steps: logical steps released so far.
-    """
-
-    threshold: float
-    scale: float
-    direction: Mapping[Tensor, Tensor] = field(default_factory=dict)
-    steps: int = 0
+    threshold: float  # tau, the loss above which a sample counts as worst-off
+    scale: float  # kappa, the alignment that earns full weight
+    direction: Mapping[Tensor, Tensor] = field(default_factory=dict)  # v, in units of C; empty: 0
+    steps: int = 0  # logical ones, so far
 
 
 @dataclass(frozen=True)
 class SampleTerms:
-    """How each sample of a physical batch enters the sums: all of shape (B,), all private.
-
-    A sample whose loss or gradient is not finite is zero in all of them, and in the counts.
-    """
+    """How each sample of a physical batch enters the sums: all of shape (B,), all private."""
 
     clip: Tensor  # min(1, C / |g_i|)
     tail: Tensor  # m_i, as 0.0 or 1.0
     saturated: Tensor  # k_i, as 0.0 or 1.0
     weights: Tensor  # w_i in [0, 1]
-    counted: Tensor  # 0.0 for the ones that are not finite, 1.0 for all others
+    counted: Tensor  # 0.0 where loss or gradient is not finite, as then are all, else 1.0
 
     def counts(self) -> list[Tensor]:
         """Sums of m_i - 1/2 and of k_i - 1/2 over the counted samples, each 0-dim."""
@@ -224,7 +206,7 @@ def sample_terms(
 ) -> SampleTerms:
     """Weigh every sample by itself and by public state; element-wise, so local by construction.
 
-    Of shape (B,): the losses l_i, the norms |g_i|, the products <g_i, v> before clipping.
+    ``norms`` are |g_i|, ``products`` <g_i, v> before clipping, (B,).
     """
     finite = losses.isfinite() & norms.isfinite() & products.isfinite()
     counted = finite.to(norms.dtype)
@@ -262,16 +244,13 @@ def next_state(
 ) -> PublicState:
     """Move tau, kappa and v by the noisy sums alone (post-processing: costs no privacy).
 
-    v <- beta v + (1 - beta) T / (C alpha B);
-    tau <- tau exp(eta (share above tau - alpha)); kappa likewise towards ``saturation``.
-
     B is ``expected_batch_size``: the actual batch size is private.
     """
 
     def track(quantile: float, count: float, target: float) -> float:
         share = min(1.0, max(0.0, 0.5 + count / expected_batch_size))
         moved = quantile * math.exp(config.quantile_lr * (share - target))
-        return min(_QUANTILE_RANGE[1], max(_QUANTILE_RANGE[0], moved))
+        return min(1e6, max(1e-6, moved))
 
     scale, direction = state.scale, state.direction
     if released.direction is not None and released.saturated_count is not None:

@@ -1,4 +1,4 @@
-"""DP-IRW as a DPOptimizer: the state around the pure functions of ``mechanism``."""
+"""The state around the pure functions of ``mechanism``."""
 
 from __future__ import annotations
 
@@ -20,30 +20,25 @@ from . import mechanism, refusals
 from .mechanism import IRWDPConfig, NoiseScales, PublicState, Released, SampleTerms
 from .pending import ClippableGradients, PendingBatch
 
-Sums = dict[str, dict[Any, Tensor]]
-"""Over the samples: ``gradient`` and ``direction`` by parameter, and the ``count``s."""
+Sums = dict[str, dict[Any, Tensor]]  # gradient and direction by parameter, and the counts
 
 
 class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     """Differentially private IRW around any torch optimizer, in place of Opacus' DPOptimizer.
 
-    `IRWPrivacyEngine.make_private` builds it. A step releases four noisy sums (formulas in
-    ``irw_optim.privacy.mechanism``), together one sampled Gaussian mechanism with multiplier
+    `IRWPrivacyEngine.make_private` builds it, and says what the arguments are and what is raised.
+    A step releases four noisy sums, together one sampled Gaussian mechanism with multiplier
     `noise_multiplier`, which is what Opacus' accountants are told.
 
     Args:
         optimizer: takes the noisy gradient.
         irw: the parameters of DP-IRW.
         noise_multiplier: sigma of the whole step; noise schedulers may move it.
-        max_grad_norm: C, the norm to which each sample's gradient is clipped.
+        max_grad_norm: C.
         expected_batch_size: B = sampling rate times N.
         loss_reduction: "mean" divides the noisy gradient by B, "sum" does not.
         generator: source of all noise; None is torch's default one.
         secure_mode: use Opacus' noise that resists floating-point attacks.
-
-    Raises:
-        DPGuaranteeError, NotImplementedError, TypeError, ValueError: as
-            `IRWPrivacyEngine.make_private`.
 
     Example:
         >>> from opacus import GradSampleModule
@@ -67,10 +62,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     """The noisy counts and the noisy direction of the last step: public."""
 
     over_ranks = False
-    """Whether a step is that of all ranks on their joined batch: one noise, that of rank 0.
-
-    All compute the same next state; ``expected_batch_size`` is that of all ranks together.
-    """
+    """Whether a step is that of all ranks on their joined batch: one noise, that of rank 0."""
 
     accumulated_iterations = 1
     """One Poisson batch a step, whatever its physical batches; read by accountants."""
@@ -146,7 +138,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         losses = self.pending.losses(losses)
         rows = self.pending.rows(self.params, len(losses))
         sums = self._sums(rows, self._weigh(losses, rows))
-        self.pending.clear()
+        self.pending.arrived.clear()
         for p in self.params:
             _mark_as_processed(getattr(p, "grad_sample", None))
         for kind, totals in (self._logical_batch or {}).items():
@@ -171,7 +163,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and their losses; the sums of an unfinished logical batch stay."""
-        self.pending.clear()
+        self.pending.arrived.clear()
         super().zero_grad(set_to_none)
 
     def discard_batch(self) -> None:
@@ -187,14 +179,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             DPGuaranteeError: in the middle of a logical batch, whose sums are private.
         """
         self._refuse_mid_batch("state_dict()")
-        state = self.public_state
-        public = {
-            "config": asdict(self.irw),
-            "threshold": state.threshold,
-            "scale": state.scale,
-            "steps": state.steps,
-            "direction": [state.direction.get(p) for p in self._all_parameters],
-        }
+        direction = [self.public_state.direction.get(p) for p in self._all_parameters]
+        public = {**vars(self.public_state), "config": asdict(self.irw), "direction": direction}
         return {**self.original_optimizer.state_dict(), "irw_dp": public}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -211,9 +197,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         self.original_optimizer.load_state_dict(inner)
         pairs = zip(self._all_parameters, saved["direction"], strict=True)
         direction = {p: v.to(device=p.device, copy=True) for p, v in pairs if v is not None}
-        self.public_state = PublicState(
-            saved["threshold"], saved["scale"], direction, saved["steps"]
-        )
+        scalars = {name: saved[name] for name in ("threshold", "scale", "steps")}
+        self.public_state = PublicState(direction=direction, **scalars)
 
     def detach(self) -> None:
         """Leave criterion and model as they were; `make_private` may then take them again."""
@@ -242,8 +227,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             rows = rows.without(dropped)
 
         def total(weights: Tensor) -> dict[Any, Tensor]:
-            """Sum of w_i g_i for every parameter, zero where the losses do not depend on it."""
-            found = rows.combine(weights)
+            found = rows.combine(weights)  # without those that the losses do not depend on
             return {p: found[p] if p in found else torch.zeros_like(p) for p in self.params}
 
         counts = terms.counts()[: self.irw.count_releases]

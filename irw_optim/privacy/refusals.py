@@ -1,4 +1,4 @@
-"""Everything that would run but make the reported epsilon false, refused by name; checks only."""
+"""What would run but make the reported epsilon false, refused by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from irw_optim.arguments import real_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.hooks import weighed_by
-from irw_optim.optimizer.checks import optimizers_inside
+from irw_optim.optimizer.checks import check_owned, no_optimizer, optimizers_inside
 
 from .mechanism import IRWDPConfig, refuse_batch_level_options
 from .pending import PendingBatch, follower_of
@@ -43,7 +43,7 @@ def refuse_options(unknown: dict[str, Any], *, of: Callable[..., Any]) -> None:
 
 
 def check_fixed(**options: object) -> None:
-    """Refuse arguments of Opacus' `make_private` that have one value here with any other."""
+    """Refuse arguments that have one value here with any other."""
     for name, given in options.items():
         value, error, why = _FIXED[name]
         if given != value:
@@ -81,10 +81,7 @@ def check_mechanism(
             "irw=IRWDPConfig(init_threshold=math.log(number_of_classes))"
         )
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer={optimizer!r}: expected a torch optimizer such as "
-            "torch.optim.SGD(model.parameters(), lr=0.1)"
-        )
+        raise no_optimizer(optimizer)
     for inner in optimizers_inside(optimizer):
         what = f"optimizer is a {type(inner).__name__}, or wraps one"
         if isinstance(inner, IRWOptimizer):
@@ -122,15 +119,10 @@ def check_ways(
     criterion: nn.Module | None,
     loss_reduction: str,
     noise_generator: object,
-    *,
     batch_first: bool,
     secure_mode: bool,
 ) -> None:
-    """Raise for ways to per-sample gradients and noise that are not built, or lack something.
-
-    With another reduction of the criterion than Opacus undoes, the clipping of one sample would
-    depend on how many others were drawn, which is private.
-    """
+    """Raise for ways to per-sample gradients and noise that are not built, or lack something."""
     if mode not in ("hooks", "functorch", "ew", "ghost"):
         raise NotImplementedError(
             f"grad_sample_mode={mode!r}: DP-IRW is built for 'hooks', 'functorch', 'ew' and 'ghost'"
@@ -151,7 +143,7 @@ def check_ways(
         raise ValueError("noise_generator is given, but secure mode has its own: leave it out")
     if criterion is not None:
         validate_criterion(criterion)
-        if criterion.reduction != loss_reduction:
+        if criterion.reduction != loss_reduction:  # clipping would depend on how many were drawn
             raise ValueError(
                 f"criterion {type(criterion).__name__} has reduction={criterion.reduction!r} and "
                 f"loss_reduction={loss_reduction!r}: expected the same"
@@ -214,25 +206,19 @@ def check_module(
             )
     if criterion is not None and not isinstance(follower_of(criterion), PendingBatch | None):
         raise DPGuaranteeError(f"an IRWOptimizer is attached to the criterion: {_REWEIGHTED}")
-    own = set(module.parameters())
-    foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in own]
-    if foreign:  # nothing makes their gradients private
-        raise ValueError(
-            f"optimizer holds {len(foreign)} parameters that are not the module's (the first has "
-            f"shape {tuple(foreign[0].shape)}): expected an optimizer over parameters of module="
-        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    check_owned(parameters, set(module.parameters()), "module")  # only theirs are made private
 
 
 _REWEIGHTED = "gradients are reweighted before they are clipped. Call its detach() first"
 
 
-def _hooks(module: nn.Module) -> list[Callable[..., Any]]:
+def _hooks(module: nn.Module) -> list[Any]:
     tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    replaced = [forward] if (forward := vars(module).get("forward")) else []
-    return [hook for table in tables for hook in table.values()] + replaced
+    return [vars(module).get("forward"), *(hook for table in tables for hook in table.values())]
 
 
-def _is_irw_hook(hook: Callable[..., Any]) -> bool:
+def _is_irw_hook(hook: Any) -> bool:
     """Whether a hook, or a forward that was replaced, is of this library's non-private part."""
     while isinstance(hook, functools.partial):
         hook = hook.func
@@ -244,11 +230,8 @@ def check_checkpoint(saved: Any, config: IRWDPConfig, parameters: Sequence[Tenso
     """Raise unless it is one of an IRWDPOptimizer with these parameters, and of this model."""
     if saved is None:
         raise ValueError("state_dict has no 'irw_dp' entry: expected that of an IRWDPOptimizer")
-    differing = [
-        f"{name}={value!r} here, {saved['config'].get(name)!r} saved"
-        for name, value in asdict(config).items()
-        if saved["config"].get(name) != value
-    ]
+    pairs = [(name, value, saved["config"].get(name)) for name, value in asdict(config).items()]
+    differing = [f"{name}={here!r} here, {was!r} saved" for name, here, was in pairs if here != was]
     if differing:
         raise ValueError(
             f"state_dict was saved with other DP-IRW parameters ({'; '.join(differing)}): expected "
