@@ -1,8 +1,5 @@
 """What a backward pass leaves for the private optimizer: the losses, and the gradients' rows.
 
-Ghost mode makes norms, products and sums of the layers' inputs and output gradients alone, and
-gradients without noise never reach ``p.grad``.
-
 Where a forward mixes samples (``h - h.mean(0)``), no guarantee holds. So rows are compared with
 plain autograd at every batch in whose graph samples may meet, else at batches 1, 2, 4, 8, ...
 """
@@ -50,7 +47,7 @@ class GradSampleRows(MaterializedGradients):
         return torch.stack([s.to(squares[0].device) for s in squares]).sum(0).sqrt()
 
     def without(self, dropped: Tensor) -> GradSampleRows:
-        """The same gradients with zero rows where `dropped` (B,) bool."""
+        """With zero rows where `dropped`, (B,) bool."""
         zeroed = {
             p: r.reshape(len(r), -1).masked_fill(dropped.to(r.device)[:, None], 0.0).view_as(r)
             for p, r in self.rows.items()
@@ -59,7 +56,7 @@ class GradSampleRows(MaterializedGradients):
 
     @classmethod
     def read(cls, parameters: Sequence[Tensor], batch_size: int) -> GradSampleRows:
-        """Those of one backward pass, which a batch of no samples may come without."""
+        """Those of one pass, which a batch of no samples may come without."""
         rows: dict[Tensor, Tensor] = {}
         for p in parameters:
             which, block = f"a parameter of shape {tuple(p.shape)}", getattr(p, "grad_sample", None)
@@ -80,13 +77,13 @@ class GradSampleRows(MaterializedGradients):
             if len(block) != batch_size:
                 raise DPGuaranteeError(
                     f"losses has {batch_size} samples but {which} has {len(block)} per-sample "
-                    "gradients: expected one loss per sample of the batch, in its order, and a "
-                    "model that keeps the batch in dimension 0"
+                    "gradients: expected one loss per sample, in the order of the batch, and a "
+                    "model that keeps it in dimension 0"
                 )
             if hasattr(block, "_processed"):
                 raise DPGuaranteeError(
                     "these gradients were stepped on already: call optimizer.zero_grad() after "
-                    "every step, so that no sample is counted twice"
+                    "every step"
                 )
             rows[p] = block.to(torch.promote_types(block.dtype, torch.float32))
         return cls(rows)
@@ -121,7 +118,7 @@ class PendingBatch:
         self._batches = 0
 
     def follow(self, criterion: nn.Module, model: nn.Module, hooks: Any = None) -> None:
-        """Let `criterion`, called while `model` trains, leave its losses here; in place."""
+        """Let `criterion`, called while `model` trains, leave its losses here."""
         if isinstance(earlier := follower_of(criterion), PendingBatch):
             earlier.unfollow()  # a new training with the same criterion
         self._attached = AttachedCriterion(criterion, model, self._hand_out)
@@ -134,7 +131,7 @@ class PendingBatch:
             self._attached = None
 
     def _hand_out(self, batch: PerSampleLosses) -> Tensor:
-        """The scalar that the training loop sees; its backward notes the losses."""
+        """The scalar for the loop, whose backward notes the losses."""
         losses = batch.losses
         if not losses.requires_grad:
             return batch.value
@@ -150,7 +147,7 @@ class PendingBatch:
         return batch.value + (reduced - reduced.detach())
 
     def _comparison(self, losses: Tensor) -> Callable[[Tensor, GradSampleRows], None] | None:
-        """A comparison, if it is time, of rows with autograd; given the factors on the losses."""
+        """If it is time, what compares rows with autograd, by the factors on the losses."""
         if len(losses) < 2:
             return None  # nobody to mix with
         batch = follow_batch(losses, walk(losses))
@@ -175,15 +172,14 @@ class PendingBatch:
             if scale.all() and (wrong := compare(covered, theirs, probe / scale, rows)):
                 raise DPGuaranteeError(
                     "the per-sample gradients differ from autograd's by "
-                    f"{max(wrong.values()):.2g} of the gradient: the forward mixes the samples of "
-                    "a batch, or uses parameters outside their layers. Use layers that treat each "
-                    "sample alone"
+                    f"{max(wrong.values()):.2g} of the gradient: the forward mixes samples, or "
+                    "uses parameters outside their layers. Use layers that treat each sample alone"
                 )
 
         return check
 
     def losses(self, given: Tensor | None = None) -> Tensor:
-        """The losses of this backward pass, (B,), or those ``given``; they stay."""
+        """Those of this backward pass, (B,), or ``given``."""
         if given is not None:
             try:
                 check_losses(given)
@@ -203,7 +199,7 @@ class PendingBatch:
         return self.arrived[0][0]
 
     def rows(self, parameters: Sequence[Tensor], batch_size: int) -> ClippableGradients:
-        """The per-sample gradients of the same backward pass, which are those of plain autograd."""
+        """The per-sample gradients of the same pass, as of plain autograd."""
         rows = GradSampleRows.read(parameters, batch_size)
         if self.arrived and (check := self.arrived[-1][1]):
             check(rows)
@@ -211,7 +207,7 @@ class PendingBatch:
 
 
 class GhostBatch(PendingBatch):
-    """One whose rows are ghost products; row i is the gradient of loss i."""
+    """One without rows, of layers' inputs and output gradients; row i would be that of loss i."""
 
     def __init__(self, loss_reduction: str, model: nn.Module) -> None:
         super().__init__(loss_reduction)
@@ -224,7 +220,7 @@ class GhostBatch(PendingBatch):
         self._engine.remove_hooks()
 
     def rows(self, parameters: Sequence[Tensor], batch_size: int) -> ClippableGradients:
-        """Those of the one backward pass, if it is that of the losses given."""
+        """Those of the one backward pass, if it is that of the losses."""
         rows: GhostRows | None = self.arrived[0][1] if len(self.arrived) == 1 else None
         if rows is None and batch_size == 0:
             return GradSampleRows.read(parameters, 0)
@@ -232,7 +228,7 @@ class GhostBatch(PendingBatch):
             raise DPGuaranteeError(
                 f"losses has {batch_size} samples, but {len(self.arrived)} backward passes ran "
                 "since the last step, or one of another size: in ghost mode call the criterion "
-                "that make_private was given, backward, and step() without losses"
+                "of make_private, backward, and step() without losses"
             )
         return rows
 
@@ -245,7 +241,7 @@ class GhostBatch(PendingBatch):
         return deferred_loss(batch.value, arrival, [anchor])
 
     def rows_of(self, captured: LossGradients, upstream: Tensor) -> GhostRows:
-        """Run the engine behind a vector of losses; NotImplementedError where it does not cover."""
+        """Run the engine behind the losses, where it covers all."""
         if any(map(will_run, captured.graph.order)):
             raise NotImplementedError(
                 "grad_sample_mode='ghost': another term of the loss uses the same outputs, and "
@@ -256,16 +252,16 @@ class GhostBatch(PendingBatch):
         captured.start(torch.ones_like(upstream), keep_graph=False)
         uncovered = set(captured.uncovered)
         for call, _, shape, _ in captured.graph.sites:
-            # A folded batch, or one that does not stand first, must be proven by the graph: of a
-            # Poisson batch's size a guess may be wrong, and would mix samples.
+            # A folded batch, or one that does not stand first, must be proven by the graph: a
+            # guess by a Poisson batch's size may be wrong, and would mix samples.
             first = shape[:1] == (batch_size,) and call.layout == FIRST
             if not (captured.apart and call.layout is not None) and not first:
                 uncovered.update(call.parameters.values())
         if uncovered or captured.ghost is None:
             raise NotImplementedError(
-                f"grad_sample_mode='ghost' does not cover {self._engine.names_of(uncovered)}: it "
-                "takes layers that are linear in their parameters and keep the batch in dimension "
-                "0, in a forward that does not mix samples; use grad_sample_mode='hooks'"
+                f"grad_sample_mode='ghost' does not cover {self._engine.names_of(uncovered)}: "
+                "expected layers linear in their parameters that keep the batch in dimension 0, "
+                "and a forward that does not mix samples; use grad_sample_mode='hooks'"
             )
         return GhostRows(captured.ghost.calls, batch_size, 1 / upstream)
 
@@ -280,7 +276,7 @@ class _Arrival(Deferred):
     captured: LossGradients | None  # None for a batch of no samples
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
-        """Nothing goes on to the parameters: their gradient is made by the private step."""
+        """Nothing goes on: the private step makes the gradient."""
         self.passed = True  # also where the graph is kept
         try:
             if (pending := self.pending()) is not None:
@@ -296,6 +292,6 @@ class _Arrival(Deferred):
 
 
 def follower_of(criterion: nn.Module) -> object | None:
-    """Whoever is handed the losses of this criterion, if anybody still is."""
+    """Whoever is handed its losses, if anybody still is."""
     attached = AttachedCriterion.found_on(criterion)
     return getattr(attached and attached.listener(), "__self__", None)
