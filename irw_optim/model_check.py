@@ -21,7 +21,7 @@ from irw_optim.gradients.protocol import as_vector
 from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.optimizer.checks import check_model
+from irw_optim.optimizer.options import check_model
 from irw_optim.restored import restored
 from irw_optim.torch_internals import check_whole
 from irw_optim.weighting import Alignment, weigh

@@ -242,12 +242,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 def is_sharded_here(module: nn.Module) -> bool:
     """The same of one module."""
-    return "FSDPModule" in _names_of_bases(module)
+    return "FSDPModule" in names_of_bases(module)
 
 
 def is_shard(parameter: Tensor) -> bool:
     """Whether this is a DTensor, by name: to import that takes as long as torch."""
-    return "DTensor" in _names_of_bases(parameter)
+    return "DTensor" in names_of_bases(parameter)
 
 
 def check_whole(model: nn.Module, what: str) -> None:
@@ -259,5 +259,6 @@ def check_whole(model: nn.Module, what: str) -> None:
         )
 
 
-def _names_of_bases(thing: object) -> list[str]:
-    return [kind.__name__ for kind in type(thing).__mro__]
+def names_of_bases(thing: object) -> set[str]:
+    """Of the classes that it is of: to import them may take long, or not be possible."""
+    return {kind.__name__ for kind in type(thing).__mro__}

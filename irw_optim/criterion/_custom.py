@@ -1,21 +1,25 @@
 """Criteria that are the user's own: a function of per-sample losses, or a module, checked.
 
-A criterion that reduces over the batch itself (a Dice loss with ``batch=True``) returns one number
-a class; with as many classes as samples nothing about the shape is odd. So the samples change
-places: losses that are theirs go along, a sum over the batch stays as it is.
+One that reduces over the batch itself (a Dice loss with ``batch=True``) returns one number a class,
+of which the shape may not tell. So it is called again with samples that have changed places: losses
+that are theirs go along, a sum over the batch stays as it is.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from threading import get_ident
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from irw_optim.criterion._calls import is_due, rehearsal
 from irw_optim.criterion._rules import (
     RULES,
     PerSampleLosses,
@@ -24,15 +28,17 @@ from irw_optim.criterion._rules import (
     plain,
     unreduced,
 )
+from irw_optim.restored import randomness_restored, undo_own_state, undo_state
 
 _SHAPE = "one loss per sample, of shape (B,) or (B, ...)"
+WAYS_OUT = (
+    "wrap a function that returns losses of shape (B,) as PerSampleLoss(fn), or leave criterion "
+    "out and call optimizer.backward(losses) in place of loss.backward()"
+)
 
 
 class PerSampleLoss(nn.Module):
     """A criterion out of a function that returns one loss per sample.
-
-    Called, it returns the ordinary scalar, so it is used in a training loop like any other
-    criterion; handed to ``IRWOptimizer(criterion=...)``, its per-sample losses are known.
 
     Args:
         function: Maps the criterion's arguments to differentiable losses of shape (B,), or
@@ -72,12 +78,65 @@ class PerSampleLoss(nn.Module):
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
     def extra_repr(self) -> str:
-        """Names the function, which is no submodule as a rule, and the reduction."""
         name = getattr(self.function, "__name__", type(self.function).__name__)
         return f"{name}, reduction={self.reduction!r}"
 
 
 RULES[PerSampleLoss] = Rule(plain, trusted=False)
+
+
+def value_of_its_own(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """What the criterion itself returns, detached; the next call finds all as this one did.
+
+    Gradients stay enabled: a criterion may differentiate on its way. Whether it draws from NumPy,
+    whose state takes long to save, is looked at now and then, until it has.
+    """
+    looks = is_due(criterion, _uses) or criterion in _draw_from_numpy
+    with rehearsal(criterion, (*args, *kwargs.values()), numpy=looks) as saved:
+        own = forward_of(criterion)(*args, **kwargs)
+        now: Any = np.random.get_state() if saved is not None else None
+        if now and not (saved[2:] == now[2:] and np.array_equal(saved[1], now[1])):
+            _draw_from_numpy.add(criterion)
+    return own.detach() if isinstance(own, Tensor) else own
+
+
+_uses: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_draw_from_numpy: WeakSet[nn.Module] = WeakSet()
+
+
+def is_due(criterion: nn.Module, uses: WeakKeyDictionary[nn.Module, int]) -> bool:
+    """Counts a use: is it the 1st, 2nd, 4th, 8th, ...?"""
+    count = uses[criterion] = uses.get(criterion, 0) + 1
+    return not count & (count - 1)
+
+
+@contextmanager
+def rehearsal(
+    criterion: nn.Module, arguments: Iterable[object], *, numpy: bool = True
+) -> Iterator[Any]:
+    """Afterwards random states, and what it and the modules that it calls keep, are as before.
+
+    What it changes elsewhere (a file, a global) stays changed. NumPy's state is yielded.
+    """
+    undo = list(undo_state(criterion, by_version=True))
+    known, here = set(criterion.modules()), get_ident()
+
+    def before_a_call(module: nn.Module, _: object) -> None:
+        if module not in known and get_ident() == here:
+            known.add(module)
+            undo.extend(undo_own_state(module, by_version=True))
+
+    devices = {a.device for a in arguments if isinstance(a, Tensor)}
+    if torch.cuda.is_initialized():  # where the tensors may be that a dict holds
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    with randomness_restored(devices, numpy=numpy) as saved:
+        heard = register_module_forward_pre_hook(before_a_call)
+        try:
+            yield saved
+        finally:
+            heard.remove()
+            for restore in undo:
+                restore()
 
 
 def with_own_value(
@@ -90,11 +149,7 @@ def with_own_value(
 ) -> PerSampleLosses:
     """The losses of a module that is not torch's, with the value ``own`` that itself returns.
 
-    Its value must be the mean or the sum that it claims, at every call: a mean that is weighted
-    (over a mask, say), or a penalty added on top, would otherwise go unnoticed.
-
-    Raises:
-        ValueError: If it is another one than that of the elements, of which `result` was folded.
+    It must be the mean or the sum that it claims: one may be weighted, or have a penalty on top.
     """
     if isinstance(own, Tensor) and own.dim() == 0:
         if _agree(criterion, own, elements):
@@ -105,14 +160,13 @@ def with_own_value(
     name, reduction = type(criterion).__name__, criterion.reduction
     raise ValueError(
         f"{name} with reduction={reduction!r} returned {shown}, but the {reduction} of its losses "
-        f"with reduction='none' is {result.value.item()}: its reduction is one of its own. Wrap a "
-        "function that returns the unreduced losses in PerSampleLoss(fn), or call "
-        "optimizer.backward(losses) with losses of shape (B,)"
+        f"with reduction='none' is {result.value.item()}: its reduction is one of its own; "
+        f"{WAYS_OUT}"
     )
 
 
 def _agree(criterion: nn.Module, own: Any, elements: Tensor) -> bool:
-    """Whether a value is the mean or sum of the elements; broken elements say nothing."""
+    """Whether it is their mean or sum; broken ones say nothing."""
     elements = elements.detach()
     ours = plain(criterion, elements, 1).value
     size = plain(criterion, elements.abs(), 1).value  # of what may have cancelled in the sum
@@ -121,10 +175,7 @@ def _agree(criterion: nn.Module, own: Any, elements: Tensor) -> bool:
 
 
 def _is_another_draw(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether value and elements differ because numbers were drawn anew in between.
-
-    Drawn from the same random states they agree, or the elements differ from themselves.
-    """
+    """Whether value and elements agree from the same random states, or elements never do."""
 
     def again(call: Callable[..., Any]) -> Any:
         with rehearsal(criterion, (*args, *kwargs.values())):
@@ -136,7 +187,6 @@ def _is_another_draw(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def check_elements(criterion: nn.Module, elements: object) -> None:
-    """Checks that a custom criterion computes floating-point numbers, one or a row per sample."""
     name = type(criterion).__name__
     if not (isinstance(elements, Tensor) and elements.is_floating_point()):
         got = elements.dtype if isinstance(elements, Tensor) else type(elements).__name__
@@ -145,8 +195,7 @@ def check_elements(criterion: nn.Module, elements: object) -> None:
         hint = (
             "its function must not reduce: give the loss inside it reduction='none'"
             if isinstance(criterion, PerSampleLoss)
-            else "it does not honour reduction='none'; wrap a function that returns the unreduced "
-            "losses in PerSampleLoss(fn), or call optimizer.backward(losses)"
+            else f"it does not honour reduction='none'; {WAYS_OUT}"
         )
         raise ValueError(f"{name} returned a single number instead of {_SHAPE}: {hint}")
 
@@ -154,10 +203,6 @@ def check_elements(criterion: nn.Module, elements: object) -> None:
 def check_leading_dimension(
     criterion: nn.Module, elements: Tensor, arguments: Iterable[object]
 ) -> None:
-    """Checks that the losses have the leading dimension of one of the call's tensors, if any.
-
-    Beside a prediction, vectors of numbers do not count: weights of the classes are no samples.
-    """
     tensors = [a for a in arguments if isinstance(a, Tensor) and a.dim()]
     predicted = any(t.requires_grad for t in tensors)
     sizes = {len(t) for t in tensors if not (predicted and _may_be_of_classes(t))}
@@ -171,8 +216,7 @@ def check_leading_dimension(
 
 _checked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
-_FAR_CLOSER = 0.1
-"""How much closer to one of two expectations than these are to each other, to decide for it."""
+_FAR_CLOSER = 0.1  # to one of two expectations than these are to each other
 
 
 def check_rows_are_samples(
@@ -184,13 +228,15 @@ def check_rows_are_samples(
 ) -> None:
     """Checks at uses 1, 2, 4, 8, ... that the losses go along when the samples change places.
 
-    Where that cannot be told, because the criterion raises, draws numbers, or has no two losses
-    that differ, nothing is said.
+    A criterion that raises, draws numbers, or has no two losses that differ does not tell.
     """
     if not is_due(criterion, _checked):
         return
-    # As many calls whatever the numbers are: a criterion may gather from other processes.
-    calls = [_called_again(criterion, args, kwargs, m) for m in _moves(len(elements), batch)]
+    # As many calls whatever the numbers are: it may gather from other processes.
+    # What may be a number a class goes along, or not.
+    move = partial(_moved, rows=len(elements), batch=batch)
+    moves = [partial(move, classes_stay=stay) for stay in (False, True)]
+    calls = [_called_again(criterion, args, kwargs, move) for move in moves]
     if batch < 2:
         return
     elements = elements.detach()
@@ -202,67 +248,51 @@ def check_rows_are_samples(
     if any(_distance(other, elements) <= near for other in moved):
         raise ValueError(
             f"{type(criterion).__name__} returned losses of shape {tuple(elements.shape)} that "
-            "stay as they are when the samples of the batch change places: they are not one loss "
-            "per sample, but reduced over the batch (as by the batch=True of a Dice loss). Return "
-            "losses of shape (B,) or (B, ...), from a function as PerSampleLoss(fn), or call "
-            "optimizer.backward(losses) with losses of shape (B,)"
+            "stay as they are when the samples change places: they are not one loss per sample, "
+            f"but reduced over the batch (as by the batch=True of a Dice loss); {WAYS_OUT}"
         )
 
 
-def _moves(rows: int, batch: int) -> list[Callable[[object], object]]:
-    """Everything that has a row a sample goes along; or all but what may be a number a class."""
-
-    def move(value: object) -> object:
-        if isinstance(value, Tensor):
-            if not value.dim() or len(value) not in (rows, batch):
-                return value
-            return value.detach().roll(len(value) // max(1, batch), 0)
-        if not isinstance(value, list | tuple) or len(value) != batch:
-            return None
-        batches = any(isinstance(v, Tensor) and v.dim() and len(v) == batch for v in value)
-        return None if batches else [value[-1], *value[:-1]]
-
-    def move_samples(value: object) -> object:
-        return value if isinstance(value, Tensor) and _may_be_of_classes(value) else move(value)
-
-    return [move, move_samples]
-
-
 def _may_be_of_classes(tensor: Tensor) -> bool:
-    """Whether it may hold one number a class."""
     return tensor.dim() == 1 and tensor.is_floating_point() and not tensor.requires_grad
 
 
-def _mapped(value: Any, move: Callable[[object], object]) -> Any:
-    """The value with `move` applied to every tensor, and to every list that is one of samples."""
-    moved = move(value)
-    if moved is not None:
-        return moved
+def _moved(value: Any, rows: int, batch: int, classes_stay: bool) -> Any:
+    """What has a row a sample moved on by one, also in lists and mappings."""
+    if isinstance(value, Tensor):
+        stays = classes_stay and _may_be_of_classes(value)
+        if stays or not value.dim() or len(value) not in (rows, batch):
+            return value
+        return value.detach().roll(len(value) // max(1, batch), 0)
     if isinstance(value, Mapping):
-        return type(value)({name: _mapped(v, move) for name, v in value.items()})  # type: ignore[call-arg]
-    if isinstance(value, list | tuple):
-        parts = [_mapped(v, move) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+        return type(value)(  # type: ignore[call-arg]
+            {name: _moved(v, rows, batch, classes_stay) for name, v in value.items()}
+        )
+    if not isinstance(value, list | tuple):
+        return value
+    batches = any(isinstance(v, Tensor) and v.dim() and len(v) == batch for v in value)
+    if len(value) == batch and not batches:
+        return [value[-1], *value[:-1]]
+    parts = [_moved(v, rows, batch, classes_stay) for v in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 def _called_again(
     criterion: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    move: Callable[[object], object],
+    move: Callable[[Any], Any],
 ) -> Tensor | None:
-    """The elements for other arguments; None where the criterion cannot be called with them."""
     with rehearsal(criterion, (*args, *kwargs.values())), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with torch.no_grad():
-                return unreduced(criterion, _mapped(args, move), _mapped(kwargs, move))
+                return unreduced(criterion, move(args), move(kwargs))
         except Exception:  # whatever another's code raises: it says nothing about the samples
             return None
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
-    """The largest difference; none between infinite numbers that are equal."""
+    # There is none between infinite numbers that are equal.
     difference = (left - right).masked_fill(left == right, 0)
     return float(difference.abs().max()) if left.numel() else 0.0

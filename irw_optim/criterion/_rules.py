@@ -1,8 +1,4 @@
-"""From a criterion's unreduced elements to one loss per sample: one short rule per kind of loss.
-
-A rule gets the criterion, its elements (B·k, ...), the number of samples and the arguments of the
-call, and folds the elements; `RULES` says which kind has which.
-"""
+"""From a criterion's unreduced elements, (B·k, ...), to one loss per sample, by rules."""
 
 from __future__ import annotations
 
@@ -18,22 +14,19 @@ _HALVES = (torch.float16, torch.bfloat16)
 class PerSampleLosses(NamedTuple):
     """The losses of the B samples of a batch and how they make up the criterion's value.
 
-    The ordinary gradient is ``scale * Σ_i (n_i / Σ n) ∇ℓ_i`` with n = ``counts``, or all alike. A
-    weighting puts weights that sum to 1 in the place of n / Σ n.
+    The ordinary gradient is ``scale * Σ_i (n_i / Σ n) ∇ℓ_i`` with n = ``counts``, or all alike.
 
     Attributes:
-        losses: ℓ, shape (B,), differentiable: the mean of each sample's own valid elements, class
-            weights included; 0 with gradient 0 where a sample has none.
-        value: What the criterion itself returns: a detached scalar of the losses' dtype.
+        losses: ℓ, shape (B,), differentiable: the mean of each sample's own n_i valid elements,
+            class weights included; 0 with gradient 0 where there are none.
+        value: What the criterion itself returns, detached.
         scale: Detached. 1 for the plain mean, Σn / Σc for torch's mean with class weights c,
             Σn for the sum, the number of elements of a sample for KLDivLoss' ``batchmean``.
-        labels: Class of each sample, int64 of shape (B,), if the target is one class per sample,
-            else None. Ignored samples keep the criterion's ``ignore_index`` as their label.
-        counts: n, valid elements of each sample, int64 of shape (B,), or None if all samples are
-            known to have equally many. ``counts == 0`` marks the samples that are ignored
-            altogether: they are part of no mean.
-        elements: Σn, or None if every sample is one element. With `scale` it makes the value of
-            several batches together: a mean divides by the sum of their ``elements / scale``.
+        labels: Class of each sample or ``ignore_index``, int64 of shape (B,), if the target is one.
+        counts: n, int64 of shape (B,), or None if all samples are known to have equally many.
+            Samples with 0 are part of no mean.
+        elements: Σn, or None if every sample is one. A mean over several batches divides by the sum
+            of their ``elements / scale``.
         summed: Whether the value is the sum.
     """
 
@@ -60,10 +53,7 @@ def unreduced(
     kwargs: dict[str, Any],
     forward: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """What the criterion returns with ``reduction="none"``; its own reduction is put back.
-
-    By its own `forward_of`, if that is not given.
-    """
+    """What the criterion returns with ``reduction="none"``; its own reduction is put back."""
     attributes = vars(criterion)  # nn.Module's __setattr__ takes as long as a small loss
     own = attributes.get("reduction")
     handed_on = None  # by a property, to the criteria inside
@@ -86,7 +76,7 @@ def unreduced(
 
 
 def forward_of(criterion: nn.Module) -> Callable[..., Any]:
-    """The criterion's own forward: what stands in for one names it ``original``."""
+    """Its own: what stands in for one names it ``original``."""
     return getattr(criterion.forward, "original", criterion.forward)
 
 
@@ -101,13 +91,7 @@ def fold(
 ) -> PerSampleLosses:
     """Means over each sample's valid elements, and the value of torch's reduction, without a wait.
 
-    Args:
-        elements: Unreduced losses, shape (batch · k, ...), row-major; 0 where not valid.
-        batch: Number of samples B.
-        reduction: ``"sum"``; anything else divides the sum by the normaliser.
-        valid: Which elements count, shape of `elements`; None for all.
-        normaliser: What the mean divides the sum by, if not the number of valid elements.
-        labels: Passed on.
+    Elements are 0 where not valid. A mean divides by the normaliser, or the number of valid ones.
     """
     detached = elements.detach()
     counts: Tensor | None = None
@@ -125,7 +109,8 @@ def fold(
     scale: Tensor | float = 1.0
     if reduction == "sum":
         value = detached.sum()
-        scale = float(total) if isinstance(total, int) else total.to(_wide(elements))
+        wide = torch.float32 if elements.dtype in _HALVES else elements.dtype
+        scale = float(total) if isinstance(total, int) else total.to(wide)
     elif normaliser is not None:
         value = _quotient(detached, normaliser)
         if isinstance(normaliser, Tensor) or normaliser:  # Python's 0/0 raises
@@ -152,26 +137,17 @@ def _quotient(elements: Tensor, divisor: Tensor | float, *dim: int) -> Tensor:
     return (elements.sum(dim or None, dtype=torch.float32) / divisor).to(elements.dtype)
 
 
-def _wide(elements: Tensor) -> torch.dtype:
-    return torch.float32 if elements.dtype in _HALVES else elements.dtype
-
-
 Compute: TypeAlias = Callable[..., PerSampleLosses]
 
 
 class Rule(NamedTuple):
-    """How a kind of criterion gets from elements to its value, by the reductions that it has.
-
-    It is trusted where its elements are known to be one row or more a sample.
-    """
-
     compute: Compute
     reductions: tuple[str, ...] = ("mean", "sum")
-    trusted: bool = True
+    trusted: bool = True  # its elements are known to be one row or more a sample
 
 
 def find_rule(criterion: nn.Module) -> Rule | None:
-    """The rule of the criterion's class, or of the class whose `forward` it inherits."""
+    """That of its class, or of the class whose `forward` it inherits."""
     kind = type(criterion)
     if "forward" in vars(criterion):  # put there by somebody; whose, if not the class's?
         own = forward_of(criterion)
@@ -179,7 +155,7 @@ def find_rule(criterion: nn.Module) -> Rule | None:
             return None
     if (rule := RULES.get(kind)) is not None:
         return rule
-    # A subclass with a forward of its own (a focal loss on CrossEntropyLoss) is another loss.
+    # A subclass with a forward of its own (a focal loss) is another loss.
     for base in kind.__mro__:
         if base in RULES and kind.forward is base.forward:
             return RULES[base]
@@ -187,12 +163,11 @@ def find_rule(criterion: nn.Module) -> Rule | None:
 
 
 def plain(criterion: Any, elements: Tensor, batch: int, *_: Any, **__: Any) -> PerSampleLosses:
-    """The mean or the sum of all elements."""
     return fold(elements, batch, criterion.reduction)
 
 
 def labelled(threshold: float | None = None) -> Compute:
-    """The same, with a target that may tell classes: two, by a threshold, or those it names."""
+    """With labels from the target: two classes, by a threshold, or those it names."""
 
     def rule(
         criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
@@ -243,8 +218,7 @@ def _ctc(
     input_lengths: Any,
     target_lengths: Any,
 ) -> PerSampleLosses:
-    # The elements are sums over the symbols of a target; torch's mean divides each by the length
-    # (at least 1) of its target, which is the mean over a sample's own elements.
+    # The elements are sums over a target's symbols; torch's mean divides each by its length, >= 1.
     if batch != elements.shape[0]:
         raise ValueError(
             f"batch_size={batch} must be {elements.shape[0]}: CTCLoss has one loss per sequence"
@@ -253,44 +227,32 @@ def _ctc(
     means = fold(elements / lengths, batch, "mean")
     if criterion.reduction == "mean":
         return means
-    scale = lengths.sum().to(elements.dtype)
-    total = elements.detach().sum()
-    return means._replace(
-        value=total, scale=scale, counts=lengths, elements=lengths.sum(), summed=True
-    )
+    total = lengths.sum()
+    value, scale = elements.detach().sum(), total.to(elements.dtype)
+    return means._replace(value=value, scale=scale, counts=lengths, elements=total, summed=True)
 
 
 def _labels(target: Tensor, batch: int, threshold: float | None = None) -> Tensor | None:
-    """Classes (B,) if the target is one number a sample; 1 above the threshold for two classes."""
     if target.numel() != batch:
         return None
     labels = target if threshold is None else target > threshold
     return (labels if labels.dim() == 1 else labels.reshape(-1)).long()
 
 
+_PLAIN = [
+    *(nn.CosineEmbeddingLoss, nn.GaussianNLLLoss, nn.HingeEmbeddingLoss, nn.HuberLoss, nn.L1Loss),
+    *(nn.MarginRankingLoss, nn.MSELoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss),
+    *(nn.PoissonNLLLoss, nn.SmoothL1Loss, nn.TripletMarginLoss, nn.TripletMarginWithDistanceLoss),
+]
 RULES: dict[type[nn.Module], Rule] = {
-    nn.BCELoss: Rule(labelled(0.5)),
-    nn.BCEWithLogitsLoss: Rule(labelled(0.5)),
-    nn.CosineEmbeddingLoss: Rule(plain),
-    nn.CrossEntropyLoss: Rule(_cross_entropy),
+    **dict.fromkeys(_PLAIN, Rule(plain)),
+    **dict.fromkeys([nn.BCELoss, nn.BCEWithLogitsLoss], Rule(labelled(0.5))),
+    **dict.fromkeys([nn.CrossEntropyLoss, nn.NLLLoss], Rule(_cross_entropy)),
     nn.CTCLoss: Rule(_ctc),
-    nn.GaussianNLLLoss: Rule(plain),
-    nn.HingeEmbeddingLoss: Rule(plain),
-    nn.HuberLoss: Rule(plain),
     nn.KLDivLoss: Rule(_kl_div, ("mean", "sum", "batchmean")),
-    nn.L1Loss: Rule(plain),
-    nn.MarginRankingLoss: Rule(plain),
-    nn.MSELoss: Rule(plain),
-    nn.MultiLabelMarginLoss: Rule(plain),
-    nn.MultiLabelSoftMarginLoss: Rule(plain),
     # Unlike the cross entropy's, its mean divides by the number of samples, class weights or not.
     nn.MultiMarginLoss: Rule(labelled()),
-    nn.NLLLoss: Rule(_cross_entropy),
-    nn.PoissonNLLLoss: Rule(plain),
-    nn.SmoothL1Loss: Rule(plain),
     nn.SoftMarginLoss: Rule(labelled(0.0)),
-    nn.TripletMarginLoss: Rule(plain),
-    nn.TripletMarginWithDistanceLoss: Rule(plain),
 }
 if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the lowest torch supported
     RULES[nn.LinearCrossEntropyLoss] = Rule(_cross_entropy)

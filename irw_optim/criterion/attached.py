@@ -1,9 +1,4 @@
-"""The losses of a criterion: asked of it, or heard of whenever a training loop calls it.
-
-For the latter something takes the place of its ``forward``, in place, and gives it back. The
-criterion stays the object that the loop calls; while the model trains, the scalar it returns
-carries the weighted gradient instead of the averaged one.
-"""
+"""The losses of a criterion: asked of it, or heard of whenever a training loop calls it."""
 
 from __future__ import annotations
 
@@ -17,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment, Removable, Replaced, Replacement
-from irw_optim.criterion._calls import value_of_its_own
 from irw_optim.criterion._custom import (
+    WAYS_OUT,
     check_elements,
     check_leading_dimension,
     check_rows_are_samples,
+    value_of_its_own,
     with_own_value,
 )
 from irw_optim.criterion._rules import (
@@ -38,10 +34,6 @@ from irw_optim.torch_internals import dual_level, transform, uncompiled
 logger = logging.getLogger("irw_optim")
 
 _CUSTOM = Rule(plain, trusted=False)
-_WAYS_OUT = (
-    "wrap a function that returns losses of shape (B,) as PerSampleLoss(fn), or leave criterion "
-    "out and call optimizer.backward(losses) in place of loss.backward()"
-)
 
 
 def per_sample_losses(
@@ -49,11 +41,9 @@ def per_sample_losses(
 ) -> PerSampleLosses:
     """Computes a criterion's loss for each sample of the batch, differentiably.
 
-    The criterion runs unreduced and without its hooks, and is left as it was. A module that is not
-    torch's runs once more, with its own reduction: the value is always its own, and a reduction
-    other than the mean or sum of its elements is refused at the batch that shows it (counters,
-    buffers and random states see one call). A :class:`PerSampleLoss` spares that. Samples are
-    dimension 0 of the elements (of the losses, for CTC, of shape (B,)): a loss of shape (B, T)
+    The criterion runs unreduced and without its hooks, and is left as it was. A module that is
+    neither torch's nor a :class:`PerSampleLoss` runs once more, with its own reduction, which must
+    give the mean or sum of its elements. Samples are dimension 0 of these: a loss of shape (B, T)
     becomes the mean over each sample's own T elements, those with ``ignore_index`` left out.
 
     Args:
@@ -61,8 +51,8 @@ def per_sample_losses(
             that returns (B, ...) elements when its attribute ``reduction`` is ``"none"``.
         *args: What the criterion is called with.
         batch_size: Number of samples B where the call has flattened them with a further
-            dimension, as in logits (B·T, V) against targets (B·T,): the elements' dimension 0 is
-            then folded row-major into (B, T). None: each row is a sample.
+            dimension, as in logits (B·T, V) against targets (B·T,), row-major. None: each row is a
+            sample.
         **kwargs: What the criterion is called with.
 
     Returns:
@@ -71,8 +61,8 @@ def per_sample_losses(
     Raises:
         TypeError: If per-sample losses cannot be had from such a criterion.
         ValueError: If its ``reduction`` is ``"none"`` or unknown, the elements have no batch
-            dimension or are reduced over the batch, their number of rows is no multiple of
-            `batch_size`, or the criterion's own value is not their mean or sum.
+            dimension or are reduced over it, their number is no multiple of `batch_size`, or its
+            own value is not their mean or sum.
 
     Example:
         >>> import torch
@@ -95,7 +85,7 @@ def _losses_by(
     batch_size: int | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> PerSampleLosses:
-    """`per_sample_losses`, of a criterion whose rule is known; its ``forward`` may be, too."""
+    """Of a criterion whose rule is known, and perhaps its ``forward``."""
     own = value_of_its_own(criterion, args, kwargs) if rule is _CUSTOM else None
     try:
         elements = unreduced(criterion, args, kwargs, forward)
@@ -104,16 +94,24 @@ def _losses_by(
             raise
         raise TypeError(
             f"{type(criterion).__name__} with reduction='none' raised {type(error).__name__}: "
-            f"{error}. {_WAYS_OUT[0].upper()}{_WAYS_OUT[1:]}"
+            f"{error}; {WAYS_OUT}"
         ) from error
     if not rule.trusted:
         check_elements(criterion, elements)
         if batch_size is None:
             check_leading_dimension(criterion, elements, (*args, *kwargs.values()))
-    if batch_size is None and elements.dim():
-        batch = elements.shape[0]
-    else:
-        batch = _number_of_samples(criterion, elements, batch_size)
+    if not elements.dim():
+        raise ValueError(
+            f"{type(criterion).__name__} was called on a single sample without a batch dimension: "
+            "add one, as in criterion(output.unsqueeze(0), target.unsqueeze(0))"
+        )
+    rows = elements.shape[0]
+    batch = rows if batch_size is None else batch_size
+    if batch != rows and (batch < 1 or rows % batch):
+        raise ValueError(
+            f"batch_size={batch_size} must divide the {rows} rows of losses of shape "
+            f"{tuple(elements.shape)} of {type(criterion).__name__}"
+        )
     if not rule.trusted:
         check_rows_are_samples(criterion, elements, batch, args, kwargs)
     result = rule.compute(criterion, elements, batch, *args, **kwargs)
@@ -123,21 +121,7 @@ def _losses_by(
 
 
 def validate_criterion(criterion: nn.Module) -> Rule:
-    """The rule of a criterion; raises for what can be seen to be impossible before a call.
-
-    Args:
-        criterion: for :func:`per_sample_losses`.
-
-    Raises:
-        TypeError: no ``nn.Module``, compiled, or without a reduction.
-        ValueError: its reduction is ``"none"`` or unknown.
-
-    >>> _ = validate_criterion(nn.MSELoss())
-    >>> validate_criterion(nn.MSELoss(reduction="none"))  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ...
-    ValueError: criterion MSELoss has reduction='none', which leaves ...
-    """
+    """Its rule; raises for what can be seen to be impossible before a call."""
     if isinstance(criterion, type):
         name = criterion.__name__
         raise TypeError(
@@ -145,14 +129,16 @@ def validate_criterion(criterion: nn.Module) -> Rule:
         )
     if not isinstance(criterion, nn.Module):
         raise TypeError(
-            f"criterion={criterion!r} is no nn.Module, so its call cannot be followed: expected "
-            f"one, such as torch.nn.CrossEntropyLoss(); or {_WAYS_OUT}"
+            f"criterion={criterion!r} is no nn.Module: expected one, such as "
+            f"torch.nn.CrossEntropyLoss(); or {WAYS_OUT}"
         )
     rule = find_rule(criterion) or _CUSTOM
-    if rule is _CUSTOM and _is_compiled(criterion):
+    # What torch.compile returns is of a private class; _orig_mod is how its state_dict names it.
+    compiled = isinstance(criterion, torch.jit.ScriptModule) or hasattr(criterion, "_orig_mod")
+    if rule is _CUSTOM and compiled:
         raise TypeError(
             f"criterion {type(criterion).__name__} is compiled, which fixes its reduction: use the "
-            f"module it was compiled from, here and in the training loop, or {_WAYS_OUT}"
+            f"module it was compiled from, here and in the loop, or {WAYS_OUT}"
         )
     reduction = getattr(criterion, "reduction", None)
     if reduction in rule.reductions:
@@ -162,36 +148,14 @@ def validate_criterion(criterion: nn.Module) -> Rule:
         raise ValueError(
             f"criterion {name} has reduction='none', which leaves the reduction to the training "
             f"loop: construct it with reduction={rule.reductions[0]!r}, or leave criterion out and "
-            "call optimizer.backward(losses) with the losses it returns"
+            "call optimizer.backward(losses) with what it returns"
         )
     if reduction is None:
-        raise TypeError(f"criterion {name} has no reduction to switch off: {_WAYS_OUT}")
+        raise TypeError(f"criterion {name} has no reduction to switch off: {WAYS_OUT}")
     raise ValueError(
         f"criterion {name} has reduction={reduction!r}; known are {', '.join(rule.reductions)}: "
-        f"use one of them, or {_WAYS_OUT}"
+        f"use one of them, or {WAYS_OUT}"
     )
-
-
-def _is_compiled(criterion: nn.Module) -> bool:
-    # What torch.compile returns is of a private class; _orig_mod is how its state_dict names it.
-    return isinstance(criterion, torch.jit.ScriptModule) or hasattr(criterion, "_orig_mod")
-
-
-def _number_of_samples(criterion: nn.Module, elements: Tensor, batch_size: int | None) -> int:
-    if elements.dim() == 0:
-        raise ValueError(
-            f"{type(criterion).__name__} was called on a single sample without a batch dimension: "
-            "add one, as in criterion(output.unsqueeze(0), target.unsqueeze(0))"
-        )
-    rows = elements.shape[0]
-    if batch_size is None or batch_size == rows:
-        return rows
-    if batch_size < 1 or rows % batch_size:
-        raise ValueError(
-            f"batch_size={batch_size} must divide the {rows} rows of losses of shape "
-            f"{tuple(elements.shape)} that {type(criterion).__name__} computed"
-        )
-    return batch_size
 
 
 Listener = Callable[[PerSampleLosses], Tensor]
@@ -200,11 +164,10 @@ Listener = Callable[[PerSampleLosses], Tensor]
 def check_unattached(criterion: nn.Module, model: nn.Module | None = None) -> None:
     """Refuse a criterion that is attached to an optimizer that lives.
 
-    An older optimizer of the same model yields, and in a notebook one of any model: a cell that
-    runs twice may make both anew. The older one raises if it steps.
+    An older one of the same model yields, and in a notebook one of any model: a cell that runs
+    twice may make both anew.
     """
-    known = isinstance(criterion, nn.Module)  # what else there is is refused elsewhere
-    earlier = AttachedCriterion.found_on(criterion) if known else None
+    earlier = AttachedCriterion.found_on(criterion)
     if earlier is None or earlier.listener() is None:
         return
     may_yield = model is not None and earlier.yields
@@ -218,24 +181,18 @@ def check_unattached(criterion: nn.Module, model: nn.Module | None = None) -> No
 class AttachedCriterion(Attachment):
     """Lets a criterion tell its per-sample losses, for as long as somebody holds this.
 
-    Args:
-        criterion: attached in place.
-        model: asked whether it trains; in eval mode and under no_grad the criterion is untouched.
-        listener: method that turns per-sample losses into the scalar to return; held weakly.
-        yields: whether a newer one may get the criterion, as where a notebook's cell runs twice.
+    While the model trains, the ``listener``, held weakly, turns them into the scalar to return.
     """
 
     def __init__(
         self, criterion: nn.Module, model: nn.Module, listener: Listener, *, yields: bool = False
     ) -> None:
-        validate_criterion(criterion)
         check_unattached(criterion, model if yields else None)
         self.yields = yields
         self.criterion = criterion
         self.model = ref(model)
         self.listener: WeakMethod[Listener] = WeakMethod(listener)
-        earlier = AttachedCriterion.found_on(criterion)
-        if earlier is not None:
+        if (earlier := AttachedCriterion.found_on(criterion)) is not None:
             if earlier.listener() is not None:
                 name = type(criterion).__name__
                 logger.info("%s() goes over to the newer of two optimizers", name)
@@ -260,15 +217,12 @@ class _Forward(Replacement):
 
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The listener's scalar while the model trains, else what the criterion returns.
-
-        So it does under `torch.func` and in forward mode, whose derivatives are the ordinary ones.
-        """
+        """The listener's scalar while the model trains, else the criterion's."""
         listener, model, criterion = self.listener(), self.model(), self.criterion
         training = torch.is_grad_enabled() and model is not None and model.training
         reduction = getattr(criterion, "reduction", None)
         # A criterion may call itself while its losses are asked for, without a reduction.
-        ordinary = dual_level() >= 0 or transform() is not None
+        ordinary = dual_level() >= 0 or transform() is not None  # as the derivatives there are
         if listener is None or not training or reduction == "none" or ordinary:
             return self.original(*args, **kwargs)
         as_seen = type(criterion).forward, vars(criterion).get("forward"), reduction

@@ -1,19 +1,12 @@
 """The processes that train one model, what they tell each other, and the rows of all of them.
 
-Each product with G of the batch of all ranks is one of every rank's own rows, and one collective.
-Under FSDP no more than one group of layers is ever whole::
-
-    s = G G^T c = sum over groups of G_l (G_l^T c)
-
-Every group of columns has a term of its own, so the direction ``G_l^T c`` is made, summed over the
-ranks, used and dropped, group after group: P numbers are sent, and one group of them is held.
+Under FSDP no more than one group of layers l is ever whole: s = sum over groups of G_l (G_l^T c).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +20,7 @@ from irw_optim.gradients.protocol import (
     Direction,
     PerSampleGradients,
     StackedGradients,
+    added,
     numbers_of,
     widened,
 )
@@ -38,21 +32,16 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Ranks:
     """The processes of a group. Every method is a collective: all of them must call it.
 
-    Args:
-        group: the process group; None for the default one.
-        options: what has to be equal on all ranks; compared once.
-
-    Attributes:
-        sizes: how many samples each rank has in the batch at hand, since the last `gather_rows`.
+    ``options`` have to be equal on all ranks, and are compared once.
     """
 
-    def __init__(self, group: Any = None, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, group: Any, options: Mapping[str, Any]) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.number = dist.get_world_size(group)
-        self.sizes: list[int] = [0] * self.number
+        self.sizes = [0] * self.number  # of the batch at hand, since the last `gather_rows`
         self._capacity = 0
-        self._to_compare = dict(options or {})
+        self._to_compare = options
 
     @property
     def own(self) -> slice:
@@ -65,8 +54,7 @@ class Ranks:
     ) -> tuple[list[list[float]], Tensor]:
         """One header a rank, equally long on all, and the rows (n, c) of all, float64.
 
-        One all-gather: nobody knows how many rows the others have, so a message has room for as
-        many as any rank ever had, and only where that is too few is there a second one.
+        A message has room for as many as any rank ever had: it is repeated where that is too few.
         """
         self._compare_options()
         size, width = rows.shape
@@ -85,7 +73,7 @@ class Ranks:
         return [front[1:] for front in fronts], self._joined(bodies)
 
     def gather(self, values: Tensor) -> Tensor:
-        """The values (n, ...) of every sample of the batch, n being this rank's `sizes`."""
+        """The values (n, ...) of every sample of the batch, of this rank's n."""
         most = max(self.sizes)
         room = values.new_zeros(most, *values.shape[1:])
         room[: len(values)] = values
@@ -104,8 +92,7 @@ class Ranks:
     ) -> dict[Tensor, Tensor]:
         """The sum over ranks of vectors with one part a parameter, in float32 or better.
 
-        The parameters of the layout, in an order that all ranks have, make one message; a missing
-        part counts as 0. Parts may have ``rows``, dimensions in front of the parameter's own.
+        A missing part counts as 0. Parts may have ``rows``, dimensions in front of the parameter's.
         """
         double = any(p.dtype.to_real() == torch.float64 for p in layout)
         dtype = torch.float64 if double else torch.float32
@@ -122,13 +109,12 @@ class Ranks:
         return views
 
     def objects(self, mine: Any) -> list[Any]:
-        """What every rank has to say; for what is rare, since it is pickled."""
+        """What every rank has to say, pickled."""
         found: list[Any] = [None] * self.number
         dist.all_gather_object(found, mine, group=self.group)
         return found
 
     def _compare_options(self) -> None:
-        """The ranks would go apart, or wait for each other, if they were told different things."""
         everybody = self.objects(self._to_compare) if self._to_compare else []
         for name in self._to_compare:
             values = [options.get(name) for options in everybody]
@@ -149,13 +135,7 @@ class Ranks:
 
 
 class GlobalGradients:
-    """The rows of all ranks in the order of the ranks: G = [G_0; G_1; ...].
-
-    Args:
-        rows: this rank's rows, G_r.
-        ranks: who knows how many samples each rank has.
-        layout: the columns, as parameters in an order that all ranks have.
-    """
+    """G = [G_0; G_1; ...], of all ranks; ``layout`` are the columns."""
 
     def __init__(self, rows: PerSampleGradients, ranks: Ranks, layout: Sequence[Tensor]) -> None:
         self.rows = rows
@@ -164,20 +144,20 @@ class GlobalGradients:
         self.batch_size = sum(ranks.sizes)
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """G^T w = sum over ranks of G_r^T w_r: an all-reduce of P numbers."""
+        """Sum over ranks of G_r^T w_r: an all-reduce of P numbers."""
         return self.ranks.total(self.rows.combine(weights[self.ranks.own]), self.layout)
 
     def dot(self, direction: Direction) -> Tensor:
-        """G v = [G_0 v; G_1 v; ...]: an all-gather of B numbers."""
+        """[G_0 v; G_1 v; ...]: an all-gather of B numbers."""
         return self.ranks.gather(self.rows.dot(direction))
 
     def gram(self) -> Tensor:
-        """G G^T: see `gram_over`."""
+        """See `gram_over`."""
         return gram_over(self.rows, self.ranks, self.layout)
 
 
 class LayerwiseGradients(GlobalGradients):
-    """The same with the columns in groups, of which FSDP has one at a time."""
+    """With the columns in groups, of which FSDP has one at a time."""
 
     rows: GhostGradients
 
@@ -188,10 +168,7 @@ class LayerwiseGradients(GlobalGradients):
         self.groups = groups
 
     def align(self, coefficients: Tensor, factor: float = 1.0) -> Tensor:
-        """G (G^T c), (B,): an all-reduce for each group, P numbers together, and a gather of B.
-
-        With a factor that of ``factor`` times G: see `RescaledGradients`.
-        """
+        """G (G^T c), (B,), or with a factor that of ``factor`` times G: see `RescaledGradients`."""
         own = coefficients[self.ranks.own]
         # Of the columns, since a rank without samples has no rows to go by, and gathers too.
         double = any(p.dtype == torch.float64 for p in self.layout)
@@ -208,18 +185,15 @@ class LayerwiseGradients(GlobalGradients):
     align_rescaled = align
 
     def gram(self) -> Tensor:
-        """G G^T, group after group."""
-        each = (
-            gram_over(self.rows.restricted_to(set(group)), self.ranks, group)
-            for group in self.groups
-        )
-        return reduce(torch.add, each)
+        """Group after group."""
+        rows, ranks = self.rows, self.ranks
+        return added(gram_over(rows.restricted_to(set(g)), ranks, g) for g in self.groups)
 
     def combine(self, weights: object) -> NoReturn:
-        """Not on offer, and no `dot` with a direction: both are as large as the model."""
+        """Not on offer, nor is `dot`."""
         raise NotImplementedError(
-            "a rule of one's own asked for a sum of gradients, which is as large as the model that "
-            "FSDP shards: expected weighting='irw', 'cvar' or 'uniform'"
+            "a rule of one's own asked for a sum of gradients, as large as the model that FSDP "
+            "shards: expected weighting='irw', 'cvar' or 'uniform'"
         )
 
     dot = combine  # type: ignore[assignment]
@@ -228,10 +202,9 @@ class LayerwiseGradients(GlobalGradients):
 def gram_over(rows: PerSampleGradients, ranks: Ranks, layout: Sequence[Tensor]) -> Tensor:
     """G G^T over all ranks, (B, B): what an outlier filter looks at, on every rank.
 
-    Layers whose per-sample gradient is a product of their input and their output gradient send
-    these factors, a layer at a time: B (in + out) numbers, and for sequences T times that. All
-    else (norms, tied weights, what only autodiff covers, factors of another shape on another rank)
-    sends its rows, of which no more than a block exists at once.
+    Layers whose per-sample gradient is a product of input and output gradient send these factors.
+    All else (norms, tied weights, what only autodiff covers, factors of another shape on another
+    rank) sends its rows, a block at a time.
     """
     parts = rows.parts if isinstance(rows, StackedGradients) else [rows]
     ghosts = [part for part in parts if isinstance(part, GhostGradients)]
@@ -257,7 +230,7 @@ def gram_over(rows: PerSampleGradients, ranks: Ranks, layout: Sequence[Tensor]) 
 
 
 def _sent_by_factors(ghost: GhostGradients) -> list[LayerCall]:
-    """The calls whose batch stands first in all they keep, and that share no parameter."""
+    """Those whose batch stands first, and that share no parameter."""
     uses = Counter(p for call in ghost.calls for p in call.parameters.values())
     return [
         call
@@ -269,7 +242,7 @@ def _sent_by_factors(ghost: GhostGradients) -> list[LayerCall]:
 
 
 def _outline(call: LayerCall, number: dict[Tensor, int]) -> object:
-    """What must be equal on all ranks, for their factors to make one call."""
+    """What must be equal on all ranks."""
     factors = [(str(t.dtype), *t.shape[1:]) for t in (call.input, call.b)]
     roles = {role: number[p] for role, p in call.parameters.items()}
     return type(call).__name__, roles, factors
@@ -278,7 +251,7 @@ def _outline(call: LayerCall, number: dict[Tensor, int]) -> object:
 def _by_rows(
     parts: Sequence[PerSampleGradients], ranks: Ranks, columns: Sequence[Tensor]
 ) -> Tensor:
-    """K_ij = <g_i, g_j> for this rank's i and everybody's j, a block of j at a time."""
+    """K_ij for this rank's i and everybody's j, a block of j at a time."""
     size, own = sum(ranks.sizes), ranks.own
     like = numbers_of(widened(columns[0].new_empty(0)))
     step = max(1, MEMORY_BOUND // max(1, sum(p.numel() for p in columns)))

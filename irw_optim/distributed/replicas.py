@@ -1,7 +1,6 @@
 """Which DistributedDataParallel a model is in, and what that asks of a weighted loss.
 
-DDP reduces what arrives at the parameters, which is the weighted gradient. Only it must know the
-time: two of its modes wait for a signal on the way, and a nested backward pass gives it too early.
+DDP reduces what arrives at the parameters, which is the weighted gradient.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
@@ -21,10 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from irw_optim.attachments import Attachment, Removable, Renewed
 from irw_optim.backward.weighted_loss import Weigher, weighted_loss
-from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import GlobalGradients, Ranks
 from irw_optim.distributed.weigher import OverRanks
-from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.torch_internals import at_the_end_of_backward, several_processes
 
 logger = logging.getLogger("irw_optim")
@@ -32,8 +29,7 @@ logger = logging.getLogger("irw_optim")
 _AROUND: WeakKeyDictionary[nn.Module, ref[DistributedDataParallel]] = WeakKeyDictionary()
 """The DDP that called a model last: a framework may wrap the model long after the optimizer."""
 
-_TOLD: WeakSet[nn.Module] = WeakSet()
-"""Models of which it was said already that they are in no DDP."""
+_TOLD: WeakSet[nn.Module] = WeakSet()  # that they are in no DDP
 
 
 class CallerNoted(Attachment):
@@ -45,32 +41,10 @@ class CallerNoted(Attachment):
             yield module.register_forward_pre_hook(_note_caller)
 
 
-class Options(Protocol):
-    """What several processes ask of an optimizer's options: they may change in mid-training."""
-
-    @property
-    def worst_off(self) -> str:
-        """``"global"`` or ``"local"``."""
-
-    @property
-    def weighting(self) -> object:
-        """A name, or a rule."""
-
-    @property
-    def accumulation_steps(self) -> int:
-        """How many backward passes are weighed together."""
-
-    def described(self) -> dict[str, Any]:
-        """What has to be equal in all processes."""
-
-
 class Replicas(Renewed):
-    """What an optimizer knows of the processes that its model trains in.
+    """Those of a model that is watched: its DDP may come later."""
 
-    The model is watched, so that the DDP around it is found, whoever puts it there and when.
-    """
-
-    PASSING = ("watch", "ranks", "synced")
+    PASSING = ("watch", "ranks", "static", "synced")
 
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
@@ -79,15 +53,16 @@ class Replicas(Renewed):
             _AROUND[model] = ref(found)
 
     def begin(self) -> None:
-        """Watch the model, unless it is still being copied: `find` does so then."""
+        """Watch the model, if it is whole: else `find` does so."""
         whole = self.model is not None and "_modules" in vars(self.model)
         self.watch = CallerNoted.on(self.model) if whole else None  # type: ignore[arg-type]
         self.ranks: Ranks | None = None
+        self.static: ref[Any] | None = None  # the DDP, where its graph is
         self.synced = True
 
     def find(self) -> DistributedDataParallel | None:
-        """The DDP over several processes that the model is in, or that is in the model, checked."""
-        if self.model is None or not several_processes():
+        """As `replica_in`, checked."""
+        if self.model is None:
             return None
         if self.watch is None:
             self.begin()
@@ -97,59 +72,82 @@ class Replicas(Renewed):
             check_replica(found)
         return found
 
-    def weigher(self, alone: Weigher, scored: Sequence[Tensor], options: Options) -> Weigher:
-        """Who weighs the batch of all processes, or that of this one where each weighs its own."""
-        replica, most_passes = self.find(), options.accumulation_steps
+    def weigher(
+        self,
+        alone: Weigher,
+        scored: Sequence[Tensor],
+        worst_off: str,
+        most_passes: int,
+        alike: Callable[[], dict[str, Any]],
+    ) -> Weigher:
+        """Who weighs the batch of all processes, which were told ``alike``, or of this one."""
+        model, replica = self.model, self.find()
+        self.static = ref(replica) if replica is not None and replica.static_graph else None
         if replica is None:
-            if several_processes() and options.worst_off == "global":
-                _say_that_there_is_none(self.model)
+            meant = worst_off == "local" or not several_processes()
+            if not meant and model is not None and model not in _TOLD:
+                _TOLD.add(model)
+                logger.warning(
+                    "%d processes run, but the model is not in DistributedDataParallel: each "
+                    "process weighs its own batch. Wrap the model, or say worst_off='local' if "
+                    "that is meant",
+                    dist.get_world_size(),
+                )
             return alone
-        if replica.static_graph and most_passes > 1:
+        if self.static and most_passes > 1:
             raise NotImplementedError(
                 f"accumulation_steps={most_passes} in DistributedDataParallel(static_graph=True): "
-                "passes without a gradient of their own are no static graph; leave one of them out"
+                "passes without a gradient of their own are no static graph; leave one out"
             )
         self.synced = replica.require_backward_grad_sync
-        if options.worst_off == "local":
+        if worst_off == "local":
             return alone
         if self.ranks is None or self.ranks.group is not replica.process_group:
-            self.ranks = Ranks(replica.process_group, options.described())
+            self.ranks = Ranks(replica.process_group, alike())
         return OverRanks(alone, self.ranks, partial(GlobalGradients, layout=scored), most_passes)
 
-    def weighted_loss(
-        self,
-        batch: PerSampleLosses,
-        captured: LossGradients,
-        scored: Callable[[Tensor], bool],
-        weigher: Weigher,
-    ) -> Tensor:
-        """See `irw_optim.backward.weighted_loss`."""
-        loss = weighted_loss(batch, captured, scored, weigher)
-        replica = self.find()
-        if replica is not None:
-            prepare_static_graph(loss, replica)
-        return loss
+    weighted_loss = staticmethod(weighted_loss)
+
+    def prepare(self, loss: Tensor) -> None:
+        """Tell a DDP with ``static_graph=True`` of the backward pass of this loss, when it runs.
+
+        In its first iteration it reduces everything at the end of backward, which a node behind the
+        model's output asks for, in the nested pass: too early. So the outer one asks for it.
+        """
+        replica: Any = None if self.static is None else self.static()
+        if replica is None or replica._static_graph_delay_allreduce_enqueued:
+            return
+        if not replica.require_backward_grad_sync:
+            raise RuntimeError(
+                "the first backward pass of DistributedDataParallel(static_graph=True) is under "
+                "no_sync(), which torch's reducer does not survive: leave one out"
+            )
+
+        def ask(_: Tensor) -> None:
+            if not replica._static_graph_delay_allreduce_enqueued:
+                replica._static_graph_delay_allreduce_enqueued = True
+                at_the_end_of_backward(replica.reducer._delay_all_reduce)
+
+        loss.register_hook(ask)
 
     def leaves_of(self, parameters: Iterable[Tensor]) -> set[Tensor]:
         """What autograd meets of these parameters."""
         return set(parameters)
 
     def check_reduced(self) -> None:
-        """Raise where DDP would not reduce what is added to ``p.grad`` now."""
+        """Raise where DDP would not reduce what is added now."""
         if not self.synced:
             raise RuntimeError(
                 "a logical batch ends before its last pass, and all that it has had ran under "
-                "no_sync(): each process would keep a gradient of its own. Leave the last pass "
-                "before step() out of no_sync()"
+                "no_sync(): leave the last pass before step() out of no_sync()"
             )
 
     def release(self) -> None:
         """Watch the model no longer."""
-        self.model = self.watch = self.ranks = None
+        self.model = self.watch = self.ranks = self.static = None
 
 
 def _ddp_around(model: nn.Module) -> DistributedDataParallel | None:
-    """The DDP that wraps a model already, where nobody has watched it being called."""
     for known in gc.get_objects():
         # By its type: to ask some objects for their class is an import, or a warning.
         if issubclass(type(known), DistributedDataParallel) and model in set(known.modules()):
@@ -160,7 +158,7 @@ def _ddp_around(model: nn.Module) -> DistributedDataParallel | None:
 def replica_in(
     model: nn.Module, around: DistributedDataParallel | None = None
 ) -> DistributedDataParallel | None:
-    """The DDP over several processes that is known to be around the model, or in it."""
+    """The DDP over several processes around the model, or in it."""
     if several_processes():
         for found in chain(filter(None, [around]), replicas_in(model)):
             if dist.get_world_size(found.process_group) > 1:
@@ -169,59 +167,24 @@ def replica_in(
 
 
 def replicas_in(model: nn.Module) -> Iterator[DistributedDataParallel]:
-    """Every DDP that the model is, or that is in it."""
+    """Those that the model is, or that are in it."""
     return (m for m in model.modules() if isinstance(m, DistributedDataParallel))
 
 
 def check_replica(replica: DistributedDataParallel) -> None:
-    """Refuse batch statistics over processes, and a `join` of uneven inputs."""
+    """Refuse SyncBatchNorm and `join`."""
     for name, module in replica.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise NotImplementedError(
-                f"{name} is a SyncBatchNorm: a sample's gradient would run through the batches of "
-                "all processes; use GroupNorm, LayerNorm or BatchNorm"
+                f"{name} is a SyncBatchNorm, through which samples of all processes meet; use "
+                "GroupNorm, LayerNorm or BatchNorm"
             )
     if replica._join_config.enable:
         raise NotImplementedError(
-            "the model trains inside DistributedDataParallel.join(): a process without data would "
-            "miss the collectives of the weights; leave join() out and give that process empty "
-            "batches, criterion(model(x[:0]), y[:0]).backward()"
+            "the model trains inside DistributedDataParallel.join(), which knows no collectives of "
+            "weights: leave it out and give a process without data empty batches, "
+            "criterion(model(x[:0]), y[:0]).backward()"
         )
-
-
-def _say_that_there_is_none(model: nn.Module | None) -> None:
-    if model is None or model in _TOLD:
-        return
-    _TOLD.add(model)
-    logger.warning(
-        "%d processes run, but the model is not in DistributedDataParallel: each process weighs "
-        "its own batch. Wrap the model, or say worst_off='local' if that is meant",
-        dist.get_world_size(),
-    )
-
-
-def prepare_static_graph(loss: Tensor, replica: DistributedDataParallel) -> None:
-    """Tell a DDP with ``static_graph=True`` of the backward pass of this loss, when it runs.
-
-    In its first iteration it reduces everything at the end of backward, which a node behind the
-    model's output asks for: the nested pass would meet that node, and ends too early. So it is
-    asked for here, where the outer pass begins, and that node is told so.
-    """
-    if not replica.static_graph or replica._static_graph_delay_allreduce_enqueued:
-        return
-    if not replica.require_backward_grad_sync:
-        raise RuntimeError(
-            "the first backward pass of DistributedDataParallel(static_graph=True) is under "
-            "no_sync(), which torch's reducer does not survive: leave one of them out"
-        )
-
-    def ask(_: Tensor) -> None:
-        if not replica._static_graph_delay_allreduce_enqueued:
-            replica._static_graph_delay_allreduce_enqueued = True
-            reducer: Any = replica.reducer
-            at_the_end_of_backward(reducer._delay_all_reduce)
-
-    loss.register_hook(ask)
 
 
 def _note_caller(module: nn.Module, args: Any) -> None:

@@ -1,13 +1,8 @@
-"""FSDP2: parameters that are whole one layer at a time, and only while a pass goes through it.
+"""FSDP2: an optimizer holds shards, and autograd meets the whole parameters of a group of layers.
 
-What an optimizer holds are shards; what autograd meets are the whole parameters that FSDP gathers
-for a layer and frees after it. `fully_shard` puts layers into groups that it gathers together:
-they are the unit of everything here, so that no process holds more of P numbers than FSDP does.
-
-FSDP listens to autograd: at a module's output it gathers the parameters, at its input it reduces
-their gradients and frees them. So every pass has to be one of autograd's own. The first is nested
-and ends at the layers' outputs; with the a and b of all layers the scores need no parameter's
-value. The second is the user's, which goes on with the weights as the gradient of the losses.
+FSDP gathers them at its output, and reduces and frees them at its input. So every pass is one of
+autograd's own. The first is nested and ends at the layers' outputs; with the a and b of all layers
+the scores need no parameter's value. The second is the user's, which goes on with the weights.
 """
 
 from __future__ import annotations
@@ -24,21 +19,16 @@ from irw_optim.attachments import Renewed
 from irw_optim.backward.weighted_loss import Weigher, deferred_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import LayerwiseGradients, Ranks
-from irw_optim.distributed.replicas import Options, Replicas
+from irw_optim.distributed.replicas import Replicas
 from irw_optim.distributed.weigher import OverRanks, ShardedPass
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.torch_internals import is_shard, is_sharded, is_sharded_here
 
-TESTED_FROM = "2.13"
-"""The torch from which on FSDP's own tables are those that are read here."""
+TESTED_FROM = "2.13"  # of torch: FSDP's own tables are those that are read here
 
 
 def groups_of(model: nn.Module) -> list[dict[Tensor, Tensor]]:
-    """What FSDP gathers together, in the order of the model's modules: {shard: whole parameter}.
-
-    torch offers no public way from one to the other. Groups that were never gathered, on any rank
-    then, are left out.
-    """
+    """What FSDP gathers together, in order, {shard: whole parameter}, if it has been gathered."""
     states: list[Any] = [m._get_fsdp_state() for m in model.modules() if is_sharded_here(m)]  # type: ignore[operator]
     groups = dict.fromkeys(group for state in states for group in state._fsdp_param_groups)
     found = []
@@ -49,7 +39,7 @@ def groups_of(model: nn.Module) -> list[dict[Tensor, Tensor]]:
 
 
 def names_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[str]:
-    """Names in the model of whole parameters; shapes for what is not the model's."""
+    """Of whole parameters; shapes for what is not the model's."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     for group in groups_of(model):
         names |= {whole: names[shard] for shard, whole in group.items() if shard in names}
@@ -66,36 +56,42 @@ class Shards(Renewed):
         self.begin()
 
     def begin(self) -> None:
-        """Know the process group when it is asked for."""
+        """Know the group when it is asked for."""
         self._ranks: Ranks | None = None
 
-    def ranks(self, options: Options | None = None) -> Ranks:
-        """The processes that the parameters are sharded over; the first to ask compares options."""
+    def ranks(self, alike: Callable[[], dict[str, Any]] = dict) -> Ranks:
+        """Those that the parameters are sharded over."""
         if self._ranks is None:
             assert self.model is not None, "released"
             shard: Any = next(iter(groups_of(self.model)[0]))
-            to_compare = None if options is None else options.described()
-            self._ranks = Ranks(shard.device_mesh.get_group(), to_compare)
+            self._ranks = Ranks(shard.device_mesh.get_group(), alike())
         return self._ranks
 
     def columns(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-        """The whole parameters of the shards given, group by group, alike on all ranks."""
+        """The whole parameters of the shards, group by group, alike on all ranks."""
         chosen = set(parameters)
         groups = [] if self.model is None else groups_of(self.model)
         found = [[whole for shard, whole in group.items() if shard in chosen] for group in groups]
         return [group for group in found if group]
 
     def leaves_of(self, parameters: Iterable[Tensor]) -> set[Tensor]:
-        """What autograd meets of these parameters: whole ones, and those that are no shards."""
+        """Whole ones, and those that are no shards."""
         chosen = set(parameters)
         return chosen.union(*self.columns(chosen))
 
-    def weigher(self, alone: Weigher, scored: Sequence[Tensor], options: Options) -> Weigher:
-        """Who weighs the batch of all processes, or that of this one where each weighs its own."""
-        if options.worst_off == "local":
+    def weigher(
+        self,
+        alone: Weigher,
+        scored: Sequence[Tensor],
+        worst_off: str,
+        most_passes: int,
+        alike: Callable[[], dict[str, Any]],
+    ) -> Weigher:
+        """As of `Replicas`; one pass at a time."""
+        if worst_off == "local":
             return alone
         over_groups = partial(LayerwiseGradients, groups=self.columns(scored))
-        return OverRanks(alone, self.ranks(options), over_groups)
+        return OverRanks(alone, self.ranks(alike), over_groups)
 
     def weighted_loss(
         self,
@@ -104,25 +100,23 @@ class Shards(Renewed):
         scored: Callable[[Tensor], bool],
         weigher: Weigher,
     ) -> Tensor:
-        """The criterion's value, whose gradient is ``sum_i c_i grad(loss_i)``.
-
-        Raises:
-            NotImplementedError: inputs that require a gradient, which would be a weighted one.
-        """
+        """See `irw_optim.backward.weighted_loss`."""
         assert self.model is not None, "released"
         named = partial(names_of, self.model)
         if captured.others:
             raise NotImplementedError(
                 f"the losses also lead to {', '.join(named(captured.others))}, which are "
                 "no parameters of the model: under fully_shard their gradient would be the "
-                "weighted one. Detach them, model(x.detach()), or take their gradient from a "
-                "criterion that is not attached"
+                "weighted one. Detach them, model(x.detach()), or use another criterion for them"
             )
         weighted = ShardedPass(batch, weigher, captured, scored, self.ranks(), named)
         return deferred_loss(batch.value, weighted, [captured.losses])
 
+    def prepare(self, loss: Tensor) -> None:
+        """FSDP hears of every pass."""
+
     def check_reduced(self) -> None:
-        """Nothing is added to ``p.grad`` behind FSDP's back."""
+        """Nothing is added to ``p.grad`` behind its back."""
 
     def release(self) -> None:
         """Know the model no longer."""
@@ -133,7 +127,7 @@ Processes = Replicas | Shards
 
 
 def processes_of(model: nn.Module | None) -> Processes:
-    """Who knows of the processes that the model trains in."""
+    """Those that the model trains in."""
     if model is not None and is_sharded(model):
         return Shards(model)
     return Replicas(model)
@@ -144,26 +138,21 @@ def check_sharding(
     criterion: nn.Module | None,
     parameters: Iterable[Tensor],
     engine: object,
-    options: Options,
+    weighting: object,
+    accumulation_steps: int,
 ) -> None:
-    """Check a sharded model, and the options that it does not take.
-
-    Raises:
-        NotImplementedError: parameters that `fully_shard` does not reduce, or shards in more than
-            one dimension, or an option whose gradients would be as large as the model.
-    """
+    """Refuse a sharded model, or options, whose gradients `fully_shard` would not reduce."""
     if model is None or not is_sharded(model):
         if any(map(is_shard, parameters)):
             raise NotImplementedError(
-                "the optimizer holds DTensors, and model= is no module that fully_shard was "
-                "applied to: expected IRWOptimizer(..., model=model) with fully_shard(model); "
-                "tensor parallelism is not supported"
+                "the optimizer holds DTensors, and model= is not sharded: expected one after "
+                "fully_shard(model); tensor parallelism is not supported"
             )
         return
     if torch.__version__ < TESTED_FROM:  # it compares as a version
         raise NotImplementedError(
-            f"fully_shard with torch {torch.__version__}: expected torch {TESTED_FROM} or newer; "
-            "update it, or train with DistributedDataParallel"
+            f"fully_shard with torch {torch.__version__}: expected torch {TESTED_FROM} or newer, "
+            "or DistributedDataParallel"
         )
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
@@ -191,29 +180,26 @@ def check_sharding(
         meshes.add(p.device_mesh)
     if len(meshes) > 1:
         raise NotImplementedError(
-            f"the parameters are sharded over {len(meshes)} groups of processes: expected one mesh "
-            "for the whole model"
+            f"the parameters are sharded over {len(meshes)} groups of processes: expected one mesh"
         )
     for name, p in () if criterion is None else criterion.named_parameters():
         if p.requires_grad and not is_shard(p):
             raise NotImplementedError(
-                f"criterion has a parameter, {name}, that fully_shard does not reduce: make the "
-                "criterion a part of the model, or freeze it with requires_grad_(False)"
+                f"criterion has a parameter, {name}, that fully_shard does not reduce: make it a "
+                "part of the model, or freeze it with requires_grad_(False)"
             )
     if engine == "autodiff":
         raise NotImplementedError(
             "engine='autodiff' under fully_shard would need all parameters at once; use "
-            "engine='auto', or train with DistributedDataParallel"
+            "engine='auto', or DistributedDataParallel"
         )
-    weighting, steps = options.weighting, options.accumulation_steps
     if not isinstance(weighting, str) and getattr(weighting, "needs_gradients", True):
         raise NotImplementedError(
             f"weighting={weighting!r} under fully_shard: a rule of one's own may ask for sums as "
-            "large as the model; expected 'irw', 'cvar', 'uniform', or a rule with "
-            "needs_gradients=False"
+            "large as the model; expected a named one, or one with needs_gradients=False"
         )
-    if steps != 1:
+    if accumulation_steps != 1:
         raise NotImplementedError(
-            f"accumulation_steps={steps} under fully_shard: passes weighed together would each "
+            f"{accumulation_steps=} under fully_shard: passes weighed together would each "
             "keep their graph; use accumulation_steps=1, which adds up passes weighed by themselves"
         )

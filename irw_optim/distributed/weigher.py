@@ -24,26 +24,19 @@ from irw_optim.gradients.coverage import (
 )
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.graph import gradients_at
-from irw_optim.gradients.loss_gradients import LossGradients
+from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.recomputation import OneForward
 from irw_optim.weighting.local_scheme import NoRows
 
 WAY_OUT = (
-    "choose score_parameters= without them (score_parameters='last' for the last layer), or train "
-    "with DistributedDataParallel, where autodiff takes them"
+    "choose score_parameters= without them (score_parameters='last', say), or train with "
+    "DistributedDataParallel, where autodiff takes them"
 )
 
 
 class OverRanks:
-    """Weighs the samples of all ranks, every rank alike, and gives this one's its share.
-
-    Args:
-        alone: who would weigh this rank's, and whom to tell what was decided.
-        ranks: who takes part.
-        rows_of_all: makes the rows of all ranks of this rank's.
-        most_passes: how many passes are weighed together, at most.
-    """
+    """Weighs the samples of all ranks, every rank alike, as ``alone`` would weigh this one's."""
 
     def __init__(
         self,
@@ -59,11 +52,7 @@ class OverRanks:
         self.most_passes = most_passes
 
     def coefficients(self, passes: Sequence[Pass], rows: PerSampleGradients) -> Tensor:
-        """The factor on the gradient of every loss of this rank, (B_r,).
-
-        DistributedDataParallel averages over the ranks what has to be their sum, so that the
-        number of ranks is a factor here.
-        """
+        """The factor on the gradient of every loss of this rank, (B_r,)."""
         ranks = self.ranks
         batch, length = join(passes, ranks, self.most_passes)
         over_ranks = getattr(self.scheme, "over_ranks", None)
@@ -72,34 +61,34 @@ class OverRanks:
         own = torch.zeros_like(record.worst_off)
         own[ranks.own] = True
         self.note(replace(record, own=own))
-        return record.weights[ranks.own] * (ranks.number * length)
+        return record.weights[ranks.own] * (ranks.number * length)  # for DDP averages over ranks
 
     def loss(self, batch: PerSampleLosses) -> Tensor:
-        """A node between losses and scalar: who goes backward are all, who goes forward may not."""
+        """All ranks go backward through it, if not forward."""
         detached = batch._replace(losses=batch.losses.detach())
         return deferred_loss(batch.value, FactorsOfLosses(detached, self), [batch.losses])
 
 
 @dataclass(eq=False)
 class FactorsOfLosses(Deferred):
-    """Behind a node between losses and scalar, which hands the losses their factors."""
+    """A node between losses and scalar, which hands the losses their factors."""
 
     batch: PerSampleLosses  # detached
     weigher: Weigher
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
-        """The factor of every loss, for the gradient ``upstream`` of the scalar loss."""
+        """The factor of every loss."""
         factors = self.weigher.coefficients([Pass(self.batch, upstream)], self.rows(upstream))
         return [factors.to(self.batch.losses.dtype)]
 
     def rows(self, upstream: Tensor) -> PerSampleGradients:
-        """G of this rank; here for rules that look at losses alone."""
+        """G of this rank; here of nothing but losses."""
         return NoRows(len(self.batch.losses))
 
 
 @dataclass(eq=False)
 class ShardedPass(FactorsOfLosses):
-    """The backward pass of one batch, of which all ranks have their part."""
+    """Of a batch of which all ranks have their part."""
 
     captured: LossGradients = field()
     scored: Callable[[Tensor], bool]  # which leaves' gradients make the score
@@ -107,13 +96,10 @@ class ShardedPass(FactorsOfLosses):
     names_of: Callable[[Iterable[Tensor]], list[str]]
 
     def rows(self, upstream: Tensor) -> GhostGradients:
-        """G of this rank, from a pass that all ranks make alike; the user's is still to come."""
+        """G of this rank, from a pass that all make alike; the user's is to come."""
         losses, columns = self.captured.losses, set(filter(self.scored, self.captured.leaves))
         if not columns:
-            raise RuntimeError(
-                "the losses do not depend on any parameter that makes the scores: expected losses "
-                "computed from the model, and score_parameters among its trainable parameters"
-            )
+            raise RuntimeError(NOTHING_TO_SCORE)
         one_forward = OneForward(self.captured.engine.model, self.captured.engine.known)
         with one_forward:
             covering, check = self._agree(columns)
@@ -139,10 +125,7 @@ class ShardedPass(FactorsOfLosses):
         return rows
 
     def _agree(self, columns: set[Tensor]) -> tuple[Covering | None, bool]:
-        """What is known of the products of this rank's batch, if it has one, and whether to check.
-
-        All ranks check where one has to, and refuse what one does not cover: an all-gather of 2.
-        """
+        """What is known of this rank's products, if it has any, and whether all ranks check."""
         batch = self.captured
         missing: set[Tensor] = set()
         covering, due = None, False
@@ -159,7 +142,7 @@ class ShardedPass(FactorsOfLosses):
         return covering, bool(check)
 
     def _check(self, rows: GhostGradients, columns: set[Tensor]) -> None:
-        """Compare the products with autograd's own gradients, each layer's as it arrives."""
+        """Compare the products with autograd's, each layer's as it arrives."""
         losses = self.captured.losses
         probe = probe_of(losses, self.captured.engine.random)
         found: dict[Tensor, Difference] = {}
@@ -193,18 +176,10 @@ class ShardedPass(FactorsOfLosses):
 def join(
     passes: Sequence[Pass], ranks: Ranks, most_passes: int = 1
 ) -> tuple[PerSampleLosses, float]:
-    """Gather the losses of all ranks, by one all-gather, and the length of their gradient.
+    """The losses of all ranks in their order, without a graph, and the length of their gradient.
 
-    A mean divides by the number of elements, or by the class weights in it: both are sums over
-    shards, and the quotient is taken once they are complete. So shards need not be of equal size.
-
-    Returns:
-        Losses, labels and counts of all samples, in the order of the ranks, without a graph; and
-        the factor on ``sum_i w_i g_i`` that gives the gradient the length that it would have in
-        one process, the factors on the losses included.
-
-    Raises:
-        RuntimeError: losses with different factors on different ranks, on all of them alike.
+    As in one process: a mean divides by the number of elements, or their class weights, and the
+    quotient is taken of sums over shards, which need not be of equal size.
     """
     labelled = all(batch.labels is not None for batch, _ in passes)
     counted = any(batch.counts is not None for batch, _ in passes)
@@ -229,7 +204,7 @@ def join(
 
 
 def _rows(batch: PerSampleLosses) -> Tensor:
-    """Loss, label and number of elements of every sample: float64 holds them all exactly."""
+    """Loss, label and number of elements: float64 holds them exactly."""
     losses = batch.losses.detach().double()
     labels = torch.zeros_like(losses) if batch.labels is None else batch.labels.double()
     return torch.stack([losses, labels.to(losses.device), counts_of(batch).double()], 1)
@@ -244,8 +219,8 @@ def _length(headers: Sequence[Sequence[float]], summed: bool) -> float:
         if any(abs(factor - first) > 1e-5 * abs(first) for factor in factors):
             raise RuntimeError(
                 f"the losses of the processes carry different factors, {list(factors)}: expected "
-                "one. Leave out what makes up for shards of unequal size (it is accounted for), or "
-                "use IRWOptimizer(..., worst_off='local')"
+                "one. Leave out what makes up for shards of unequal size, which is done, or use "
+                "IRWOptimizer(..., worst_off='local')"
             )
         total, divisor = sum(elements), sum(divisors)
         length += first * (total if summed else total / divisor if divisor else 1.0)

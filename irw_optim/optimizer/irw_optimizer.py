@@ -1,4 +1,4 @@
-"""IRWOptimizer: any torch optimizer, stepping on the intrinsically reweighted gradient."""
+"""Any torch optimizer, stepping on the intrinsically reweighted gradient."""
 
 from __future__ import annotations
 
@@ -13,17 +13,11 @@ from torch.optim import Optimizer
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import Engine, OwnEngine
-from irw_optim.optimizer.checks import (
-    check_arguments,
-    check_backward,
-    check_group,
-    check_reads_rows,
-)
-from irw_optim.optimizer.grad_sample_way import weigh_grad_samples
-from irw_optim.optimizer.options import Options, ScoreParameters, described, select_parameters
-from irw_optim.optimizer.own_steps import closure_step
+from irw_optim.optimizer.at_hand import check_backward, check_reads_rows
+from irw_optim.optimizer.options import Options, check_arguments, check_group, described
+from irw_optim.optimizer.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.weighted_backward import WeightedBackward
-from irw_optim.optimizer.wrapping import Hold, OptimizerWrapper
+from irw_optim.optimizer.wrapping import Hold, OptimizerWrapper, closure_step
 from irw_optim.weighting import ScoreRule
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_losses
@@ -32,18 +26,13 @@ _Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
 def fires_own_hooks(step: _Step) -> _Step:
-    """The ``step`` of a wrapper, with the hooks that were registered on it.
-
-    torch's own decorator adds global ones, which the inner optimizer's step has: they fire once.
-    """
+    """A ``step`` with its own hooks; global ones, which torch's decorator adds, the inner has."""
 
     @wraps(step)
     def hooked(*args: Any, **kwargs: Any) -> Any:
         self = args[0]
         for pre_hook in tuple(self._optimizer_step_pre_hooks.values()):
-            changed = pre_hook(self, args, kwargs)
-            if changed is not None:
-                args, kwargs = changed
+            args, kwargs = pre_hook(self, args, kwargs) or (args, kwargs)
         result = step(*args, **kwargs)
         for post_hook in tuple(self._optimizer_step_post_hooks.values()):
             post_hook(self, args, kwargs)
@@ -60,11 +49,7 @@ class IRWOptimizer(OptimizerWrapper):
     alpha-fraction of the batch: w_i is proportional to max(0, <g_i, g_S>) (arXiv 2411.03068,
     section III). No group label is used.
 
-    Three ways in::
-
-        # 1. one line; the training loop stays as it was
-        optimizer = IRWOptimizer(SGD(model.parameters(), lr=0.1), alpha=0.2,
-                                 model=model, criterion=criterion)
+    Three ways in: the example's, whose training loop stays as it was, and::
 
         # 2. your own per-sample losses, shape (B,), in place of loss.backward()
         optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
@@ -76,35 +61,29 @@ class IRWOptimizer(OptimizerWrapper):
 
     Args:
         optimizer: the optimizer that takes the step.
-        alpha: lower bound on the share of the smallest group, in (0, 1]; 0.2 to 0.3 is a good
-            start where it is unknown.
+        alpha: lower bound on the share of the smallest group, in (0, 1]; 0.2 to 0.3 if unknown.
         model: the module whose layers are hooked, in place.
         criterion: the loss module that the loop calls, attached in place.
         outliers: filter in gradient space, for example `DBSCANFilter`; makes this IRWO.
         center: beta >= 0; subtracts beta times the average gradient from the direction.
         class_balance: give every class of the batch the same total weight.
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / B.
-        warmup_steps: this many optimizer steps with plain averaging first.
+        warmup_steps: this many steps with plain averaging first.
         score_parameters: parameters whose gradients make the scores: ``"last"``, names, or a
             predicate on (name, parameter); the update covers all. None takes all.
         engine: ``"auto"``, ``"ghost"``, ``"autodiff"`` or ``"grad_sample"``; or a callable
-            ``(losses, parameters) -> PerSampleGradients``, an engine of your own.
+            ``(losses, parameters) -> PerSampleGradients``.
         weighting: ``"irw"``, ``"cvar"``, ``"uniform"``, or a callable
             ``(losses, gradients, worst_off) -> scores``, all of shape (B,).
-        accumulation_steps: 1 chooses S and the weights inside each backward pass, which adds to
-            ``p.grad`` as usual; k over k passes together: ``p.grad`` then stays as it was until
-            the k-th one, and has the weighted gradient of all of them after it.
-        worst_off: over several processes, with the model in DistributedDataParallel or under
-            ``fully_shard``: ``"global"``, the step of one process on the batch of all; or
-            ``"local"``, each process weighs its own batch, which costs no message.
+        accumulation_steps: over how many backward passes together S and the weights are chosen:
+            the last of them adds the gradient of all to ``p.grad``.
+        worst_off: over several processes (DistributedDataParallel, ``fully_shard``): ``"global"``,
+            the step of one process on the batch of all; or ``"local"``, each weighs its own batch.
 
     Attributes:
         inner: the optimizer that takes the step.
-        scheme: decides the weights.
         engine: gives the per-sample gradients.
         processes: those that the model trains in; None for this one alone.
-        last_step: the `StepRecord` of the newest backward pass, or of the newest logical batch.
-        steps: optimizer steps taken.
 
     Raises:
         TypeError, ValueError: an argument that is impossible, named with what is allowed.
@@ -145,7 +124,7 @@ class IRWOptimizer(OptimizerWrapper):
             *(alpha, outliers, center, class_balance, mix, warmup_steps),
             *(described(score_parameters), weighting, accumulation_steps, worst_off),
         )
-        check_arguments(optimizer, model=model, criterion=criterion, engine=engine, options=options)
+        check_arguments(optimizer, model, criterion, engine, options)
         chosen = None
         if model is not None and score_parameters is not None:
             chosen = select_parameters(model, score_parameters)
@@ -159,8 +138,6 @@ class IRWOptimizer(OptimizerWrapper):
             self._weighted.attach(criterion)
             undo.pop_all()
 
-    # What a torch optimizer does, and we do more -----------------------------------------------
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer.
 
@@ -168,24 +145,23 @@ class IRWOptimizer(OptimizerWrapper):
             ValueError: parameters that are not the model's; nothing has changed then.
         """
         known = self._weighted.parameters
-        self.inner.add_param_group(check_group(param_group, known, self.model, self.criterion))
+        group = check_group(param_group, known, self.model, self.criterion)
+        self.inner.add_param_group(group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, per-sample ones too, and what backward has noted since."""
+        """Clear the gradients, per-sample ones too, and what backward has noted."""
         self.inner.zero_grad(set_to_none)
         self._weighted.clear()
         for parameter in self._weighted.parameters:
             if getattr(parameter, "grad_sample", None) is not None:
                 parameter.grad_sample = None  # type: ignore[attr-defined]
 
-    # The three ways in -----------------------------------------------------------------------
-
     def backward(self, losses: Tensor, *, labels: Tensor | None = None) -> Tensor:
-        """Backpropagate per-sample losses with IRW weights, in place of ``loss.backward()``.
+        """Backpropagate per-sample losses with weights, in place of ``loss.backward()``.
 
         Args:
-            losses: (B,), with their graph; a factor on them (a gradient scaler's, or
-                1/accumulation steps) scales the gradient and leaves the weights alone.
+            losses: (B,), with their graph; a factor on them scales the gradient and leaves the
+                weights alone.
             labels: (B,) classes, for ``class_balance``.
 
         Returns:
@@ -212,9 +188,9 @@ class IRWOptimizer(OptimizerWrapper):
         """Take the inner optimizer's step on the weighted gradient.
 
         Args:
-            closure: re-evaluates the model and returns the loss, as in torch.optim.
+            closure: as in torch.optim.
             losses: (B,) per-sample losses, with gradients in ``p.grad_sample`` (way 3).
-            labels: (B,) classes, for ``class_balance`` with ``losses``.
+            labels: (B,) classes, for ``class_balance``.
 
         Returns:
             What the inner optimizer returns: the closure's loss, or None.
@@ -222,20 +198,20 @@ class IRWOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: the gradient at hand was not weighted.
             FloatingPointError: a loss or a score is not finite; parameters are as they were.
-            DPGuaranteeError: the parameters belong to a differentially private optimizer.
+            DPGuaranteeError: the parameters are a private optimizer's.
         """
         weighted = self._weighted
         parameters = weighted.parameters
         for p in parameters:
             if getattr(p, "summed_grad", None) is not None:
                 raise DPGuaranteeError(
-                    "the parameters carry Opacus' summed_grad: an IRWOptimizer inside make_private "
-                    "would step on gradients without noise; use irw_optim.privacy.IRWPrivacyEngine"
-                    "().make_private(..., irw=IRWDPConfig()) with the plain optimizer"
+                    "the parameters carry Opacus' summed_grad, and an IRWOptimizer would step "
+                    "without noise; use irw_optim.privacy.IRWPrivacyEngine().make_private(..., "
+                    "irw=IRWDPConfig()) with the plain optimizer"
                 )
         if losses is not None:
             check_reads_rows(self.engine)
-            weigh_grad_samples(weighted, losses, labels)
+            weighted.weigh_rows(losses, labels)
         if closure is None:
             weighted.make_ready(parameters)
             result = self.inner.step()
@@ -252,7 +228,7 @@ class IRWOptimizer(OptimizerWrapper):
         self._weighted.finish()
 
     def detach(self) -> None:
-        """Remove every hook: model and criterion are as they were before."""
+        """Remove every hook: model and criterion are as they were."""
         self._weighted.release()
 
     def scored_parameters(self) -> set[Tensor]:

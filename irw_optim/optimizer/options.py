@@ -1,31 +1,30 @@
-"""The options of an optimizer: kept here alone, for who acts on them and who writes them down."""
+"""The options of an optimizer, and what is refused before anything changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from irw_optim.arguments import plain, true_or_false, whole_number
+from irw_optim.criterion import validate_criterion
+from irw_optim.criterion.attached import check_unattached
+from irw_optim.errors import DPGuaranteeError
+from irw_optim.gradients.engine import ENGINES
+from irw_optim.torch_internals import is_shard, is_sharded, names_of_bases, several_processes
 from irw_optim.weighting.local_scheme import NAMED, LocalScheme, rule_named
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.ranges import check_alpha, check_options
 from irw_optim.weighting.weights import Alignment, ScoreRule
 
-WORST_OFF = ("global", "local")
-
-ScoreParameters: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
-
 
 @dataclass(frozen=True)
 class Options:
-    """What an `IRWOptimizer` was asked for; its arguments of the same names say more.
-
-    `score_parameters` is kept as a checkpoint describes it: what it chose is chosen.
-    """
+    """What an `IRWOptimizer` was asked for; `score_parameters` as a checkpoint describes it."""
 
     alpha: float
     outliers: OutlierFilter | None = None
@@ -63,7 +62,7 @@ class Options:
             raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
         together = "1 (weights inside each backward pass) or the number of passes weighed together"
         whole_number("accumulation_steps", self.accumulation_steps, 1, together)
-        if self.worst_off not in WORST_OFF:
+        if self.worst_off not in ("global", "local"):
             raise ValueError(
                 f"worst_off={self.worst_off!r}: expected 'global' (of the batch of all processes) "
                 "or 'local' (each process weighs its own batch)"
@@ -78,7 +77,7 @@ class Options:
         return LocalScheme(float(self.alpha), rule, self.outliers, self.class_balance, self.mix)
 
     def of(self, scheme: LocalScheme) -> Options:
-        """The same with what a local scheme says."""
+        """With what a local scheme says."""
         rule = scheme.rule
         options = replace(
             self,
@@ -93,63 +92,189 @@ class Options:
         return options
 
     def described(self) -> dict[str, Any]:
-        """As plain data, for checkpoints and for comparison between processes."""
+        """As plain data, for checkpoints and between processes."""
         return {field.name: described(getattr(self, field.name)) for field in fields(self)}
 
 
 def described(value: Any) -> Any:
-    """An option as plain data, which two runs write alike.
-
-    >>> described(0.3), described(len), described(object())
-    (0.3, 'len', 'object')
-    """
+    """An option as plain data, which two runs write alike."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     name = getattr(value, "__qualname__", None) or repr(value)
     return type(value).__qualname__ if " at 0x" in name else name
 
 
-def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
-    """The parameters whose gradients make the scores (the paper's "key layers").
-
-    A tied one goes by any of its names; ``"last"`` means the last layer that has trainable ones,
-    None all of them.
-
-    Raises:
-        ValueError: nothing trainable is chosen, or a name is not the model's.
-        TypeError: anything else.
-
-    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    >>> sorted(p.numel() for p in select_parameters(model, "last"))
-    [1, 3]
-    """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    trainable = {name: p for name, p in named.items() if p.requires_grad}
-    selected: set[Tensor]
-    if chosen is None:
-        selected = set(trainable.values())
-    elif chosen == "last":
-        owners = [name.rpartition(".")[0] for name in trainable]
-        selected = {p for name, p in trainable.items() if name.rpartition(".")[0] == owners[-1]}
-    elif callable(chosen):
-        selected = {p for name, p in trainable.items() if chosen(name, p)}
-    elif isinstance(chosen, Sequence) and not isinstance(chosen, str):
-        selected = set()
-        for wanted in chosen:
-            found = [name for name in named if name == wanted or name.startswith(f"{wanted}.")]
-            if not found:
-                raise ValueError(
-                    f"score_parameters names {wanted!r}, which the model does not have; it has "
-                    f"{', '.join([*named][:6])}{', ...' if len(named) > 6 else ''}"
-                )
-            selected.update(trainable[name] for name in found if name in trainable)
-    else:
-        raise TypeError(
-            f"score_parameters={chosen!r}: expected None, 'last', a list of parameter or module "
-            "names, or a predicate on (name, parameter)"
-        )
-    if not selected:
+def check_arguments(
+    optimizer: Any, model: Any, criterion: Any, engine: object, options: Options
+) -> None:
+    """Check the arguments of `IRWOptimizer` with each other."""
+    check_inner(optimizer)
+    if engine not in ENGINES and not callable(engine):
         raise ValueError(
-            f"score_parameters={chosen!r} chooses no trainable parameter: there would be no scores"
+            f"engine={engine!r}: expected one of {', '.join(map(repr, ENGINES))}, or a callable "
+            "(losses, parameters) -> PerSampleGradients"
         )
-    return selected
+    if engine == "grad_sample" and model is not None:
+        raise ValueError(
+            "engine='grad_sample' reads what Opacus left in p.grad_sample: expected neither model "
+            "nor criterion with it, or engine='auto'"
+        )
+    if options.score_parameters is not None and model is None:
+        raise ValueError(
+            f"score_parameters={options.score_parameters!r} is given without model: expected "
+            "IRWOptimizer(..., model=model)"
+        )
+    if criterion is not None:
+        if model is None:
+            raise ValueError(
+                "criterion is given without model: expected both, "
+                "IRWOptimizer(..., model=model, criterion=criterion)"
+            )
+        validate_criterion(criterion)
+        check_unattached(criterion, model)
+    check_model(model)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if (model is not None and is_sharded(model)) or any(map(is_shard, parameters)):
+        from irw_optim.distributed.shards import check_sharding
+
+        how = options.weighting, options.accumulation_steps
+        check_sharding(model, criterion, parameters, engine, *how)
+    check_parameters(parameters, model, criterion)
+
+
+def check_inner(optimizer: Any) -> None:
+    """Refuse what is no optimizer, or must not be inside."""
+    if isinstance(optimizer, type) or not all(hasattr(optimizer, name) for name in _OPTIMIZER):
+        raise no_optimizer(optimizer)
+    for inner in optimizers_inside(optimizer):
+        kinds = names_of_bases(inner)
+        if "DPOptimizer" in kinds:
+            raise DPGuaranteeError(
+                f"optimizer is an Opacus {type(inner).__name__}: IRW weights would void its "
+                "guarantee; use irw_optim.privacy.IRWPrivacyEngine().make_private(..., "
+                "irw=IRWDPConfig()) instead"
+            )
+        if "IRWOptimizer" in kinds:
+            raise TypeError(
+                "optimizer is an IRWOptimizer already: wrap the optimizer inside it, "
+                "IRWOptimizer(optimizer.inner, ...), after optimizer.detach()"
+            )
+        if prepared := kinds & _PREPARED:
+            raise TypeError(
+                f"optimizer is an {prepared.pop()}, prepared for its training loop, which would "
+                "not save what IRWOptimizer adds: wrap the plain optimizer first, "
+                "IRWOptimizer(torch.optim.SGD(...), ...), and prepare that"
+            )
+        if type(inner).__module__.partition(".")[0] == "deepspeed":
+            raise NotImplementedError(
+                f"optimizer is DeepSpeed's {type(inner).__name__}, which takes the gradients out "
+                "of p.grad: train with DistributedDataParallel, or on one device"
+            )
+
+
+def no_optimizer(given: object) -> TypeError:
+    """What says so."""
+    return TypeError(
+        f"optimizer={given!r}: expected a torch optimizer such as "
+        "torch.optim.SGD(model.parameters(), lr=0.1)"
+    )
+
+
+_OPTIMIZER = ("param_groups", "state", "step", "zero_grad", "add_param_group", "state_dict")
+"""What schedule-free's wrapper has too, which is no `Optimizer` by class."""
+
+_PREPARED = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}
+_SHARDED = {"FullyShardedDataParallel", "DeepSpeedEngine", "PipelineModule"}
+
+
+def optimizers_inside(optimizer: Any) -> list[Any]:
+    """The optimizer, and those it wraps."""
+    found = [optimizer]
+    for outer in found:
+        inside = [v for v in vars(outer).values() if isinstance(v, Optimizer)]
+        found += [v for v in inside if not any(v is known for known in found)]
+    return found
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model, or not whole on this device."""
+    if model is None:
+        return
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model={model!r}: expected the torch.nn.Module that is trained; several are one in "
+            "torch.nn.ModuleList([first, second])"
+        )
+    for module in model.modules():
+        kinds = names_of_bases(module)
+        if sharded := _SHARDED & kinds:
+            raise NotImplementedError(
+                f"model contains a {sharded.pop()}, whose parameters are spread over devices: use "
+                "DistributedDataParallel, torch.distributed.fsdp.fully_shard, or one device"
+            )
+        if "GradSampleModuleExpandedWeights" in kinds:
+            raise TypeError(
+                "model is Opacus' GradSampleModuleExpandedWeights, whose parameters answer to no "
+                "hook: give the plain model, or leave model and criterion out and call "
+                "optimizer.step(losses=losses)"
+            )
+    if several_processes():
+        from irw_optim.distributed.replicas import check_replica, replicas_in
+
+        for replica in replicas_in(model):
+            check_replica(replica)
+
+
+def check_parameters(
+    parameters: Sequence[Tensor], model: nn.Module | None, criterion: nn.Module | None
+) -> None:
+    """Refuse those that are neither the model's nor the criterion's."""
+    trained = [] if model is None else [p for p in model.parameters() if p.requires_grad]
+    check_devices([*parameters, *trained])
+    if model is None:
+        return
+    own: set[Tensor] = set(model.parameters())
+    if is_sharded(model):
+        from irw_optim.distributed.shards import groups_of
+
+        own.update(*groups_of(model))  # a forward hides some
+    own.update(criterion.parameters() if criterion is not None else ())
+    check_owned(parameters, own, "model")
+
+
+def check_owned(parameters: Sequence[Tensor], own: set[Tensor], name: str) -> None:
+    """Refuse parameters that are not those of the argument ``name``."""
+    foreign = [p for p in parameters if p not in own]
+    if foreign:
+        raise ValueError(
+            f"the optimizer holds {len(foreign)} parameters that are not the {name}'s (the first "
+            f"has shape {tuple(foreign[0].shape)}): expected an optimizer over parameters of "
+            f"{name}=, for example torch.optim.SGD({name}.parameters(), lr=0.1); several models "
+            f"are one in {name}=torch.nn.ModuleList([first, second])"
+        )
+
+
+def check_devices(parameters: Iterable[Tensor]) -> None:
+    """Refuse parameters on several devices."""
+    devices = sorted({str(p.device) for p in parameters})
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"the parameters are on several devices ({', '.join(devices)}): put the model on one, "
+            "model.to(device), before the optimizer is made, or freeze what stays elsewhere and "
+            "leave it out of the optimizer"
+        )
+
+
+def check_group(
+    param_group: dict[str, Any],
+    others: list[Tensor],
+    model: nn.Module | None,
+    criterion: nn.Module | None,
+) -> dict[str, Any]:
+    """Refuse one that does not belong to the others; it, with its parameters in a list."""
+    given = param_group["params"]
+    parameters = [given] if isinstance(given, Tensor) else list(given)
+    tensors = [p[1] if isinstance(p, tuple) else p for p in parameters]
+    check_parameters(tensors, model, criterion)
+    check_devices([*others, *tensors])
+    return {**param_group, "params": parameters}

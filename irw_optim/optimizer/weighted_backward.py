@@ -1,4 +1,4 @@
-"""What turns the losses of a training loop into weighted gradients: all of it but the step."""
+"""What turns losses into weighted gradients: all of it but the step."""
 
 from __future__ import annotations
 
@@ -18,35 +18,38 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.criterion.attached import AttachedCriterion
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
-from irw_optim.optimizer.checks import check_unrecorded, has_gradient
+from irw_optim.gradients.protocol import MaterializedGradients
+from irw_optim.optimizer.at_hand import (
+    OtherTerms,
+    check_rows,
+    check_unrecorded,
+    has_gradient,
+    warn_of_mixing,
+)
 from irw_optim.optimizer.options import Options
-from irw_optim.optimizer.other_terms import OtherTerms
 from irw_optim.torch_internals import has_group, is_sharded, several_processes
 from irw_optim.weighting.local_scheme import Averaging, Scheme
+from irw_optim.weighting.ranges import check_losses
 from irw_optim.weighting.record import StepRecord
-
-logger = logging.getLogger("irw_optim")
-
-_PARAMS = itemgetter("params")
-
-ALONE = 16
-"""So many batches of one sample are worth a word."""
 
 if TYPE_CHECKING:
     from irw_optim.distributed.shards import Processes
 
+logger = logging.getLogger("irw_optim")
+
+_PARAMS = itemgetter("params")
+ALONE = 16  # so many batches of one sample are worth a word
+
 
 class WeightedBackward(Renewed):
-    """Takes the losses of every backward pass, and knows what was decided for them."""
+    """Knows what was decided for the losses of every backward pass."""
 
     PASSING = ("attached", "pending", "passed", "ready", "logical", "other_terms", "_own")
 
     def __init__(
         self, inner: Optimizer, engine: Engine, options: Options, chosen: set[Tensor] | None
     ) -> None:
-        self.inner = inner
-        self.engine = engine
-        self.options = options
+        self.inner, self.engine, self.options = inner, engine, options
         self.chosen = chosen  # the parameters whose gradients make the scores; None for all
         self.held: Scheme | None = None  # in place of the options', where weights last many steps
         self.steps = 0  # of the optimizer, on a weighted gradient
@@ -63,7 +66,7 @@ class WeightedBackward(Renewed):
         """Nothing is in ``p.grad``, and no pass waits for others."""
         self.pending: list[StepRecord] = []  # of what is in ``p.grad``
         self.passed = self.ready = False  # a backward pass has; with a gradient but no record
-        self.logical: LogicalBatch | None = None
+        self.logical = LogicalBatch(self.options.accumulation_steps)
         self.other_terms = OtherTerms()
         self._own: set[Tensor] = set()
         self.attach(self._given)
@@ -77,12 +80,11 @@ class WeightedBackward(Renewed):
 
     @property
     def criterion(self) -> nn.Module | None:
-        """The criterion, while it is attached."""
+        """While it is attached: it may have gone over to a newer optimizer."""
         attached = self.attached
         return attached.criterion if attached is not None and attached.remove.alive else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The criterion may have gone over to a newer optimizer."""
         return {**super().__getstate__(), "_given": self.criterion}
 
     @property
@@ -122,15 +124,15 @@ class WeightedBackward(Renewed):
             logger.warning(
                 "warmup_steps=%d counts the steps of this IRWOptimizer, and it has taken none for "
                 "%d gradients: expected its step(), not that of the optimizer inside it",
-                options.warmup_steps,
-                self.discarded,
+                *(options.warmup_steps, self.discarded),
             )
         scheme: Scheme = options.local if self.held is None else self.held
         scheme = Averaging() if warming_up else scheme
         scored = self.scored
         weigher: Weigher = OneProcess(scheme, self.note)
         if processes is not None:
-            weigher = processes.weigher(weigher, scored, options)
+            how = options.worst_off, options.accumulation_steps, options.described
+            weigher = processes.weigher(weigher, scored, *how)
         one_product = getattr(scheme, "needs_one_product", False)
         captured = LossGradients(self.engine, losses, self._owns, one_product=one_product)
         if not captured.leaves:
@@ -139,8 +141,6 @@ class WeightedBackward(Renewed):
                 raise RuntimeError(NOTHING_TO_SCORE)
             return ordinary_loss(batch)
         if not (warming_up or options.accumulation_steps == 1):
-            if self.logical is None:
-                self.logical = LogicalBatch(options.accumulation_steps)
             make = self.logical.loss
         elif not scheme.needs_gradients and not captured.others:
             captured.close()
@@ -150,13 +150,35 @@ class WeightedBackward(Renewed):
         leaves = scored if processes is None else processes.leaves_of(scored)
         detached = PerSampleLosses(losses.detach(), *batch[1:])
         loss = make(detached, captured, set(leaves).__contains__, weigher)
-        if processes is None and self.other_terms.watching:
+        if processes is not None:
+            processes.prepare(loss)
+        elif self.other_terms.watching:
             self.other_terms.watch(loss)
         return loss
 
+    def weigh_rows(self, losses: Tensor, labels: Tensor | None) -> None:
+        """The third way in: the weighted sum of ``p.grad_sample``."""
+        check_losses(losses)
+        rows = MaterializedGradients.from_grad_sample(self.parameters)
+        if rows.batch_size != len(losses):
+            raise ValueError(
+                f"losses has {len(losses)} samples but p.grad_sample has {rows.batch_size}: "
+                "expected the losses of the batch that was backpropagated last"
+            )
+        if not several_processes():  # whose gradients are averaged, and the rows not
+            check_rows(rows.rows)
+        batch = PerSampleLosses(losses.detach(), losses.detach().mean(), 1.0, labels)
+        scored = set(self.scored)
+        chosen = MaterializedGradients({p: g for p, g in rows.rows.items() if p in scored})
+        record = self.scheme.decide(batch, chosen)
+        self.note(record)
+        for parameter, gradient in rows.combine(record.weights).items():
+            parameter.grad = gradient.to(parameter.dtype)
+        warn_of_mixing(losses, self.engine)
+
     def note(self, record: StepRecord) -> None:
-        """Take the record of a backward pass, just before it adds to ``p.grad``."""
-        # Gradients may have been zeroed by model.zero_grad(), and perhaps were never stepped on.
+        """Take the record of a pass, just before it adds to ``p.grad``."""
+        # Gradients may have been zeroed by model.zero_grad().
         if self.pending and not any(map(has_gradient, self.parameters)):
             self.pending.clear()
             self.discarded += 1
@@ -166,7 +188,7 @@ class WeightedBackward(Renewed):
                 logger.warning(
                     "the last %d batches had one sample each, whose weight is 1: nothing is "
                     "weighed. Expected several samples in a call of the criterion, or several "
-                    "backward passes weighed together, IRWOptimizer(..., accumulation_steps=8)",
+                    "backward passes together, IRWOptimizer(..., accumulation_steps=8)",
                     ALONE,
                 )
         self.pending.append(record)
@@ -175,19 +197,18 @@ class WeightedBackward(Renewed):
 
     def finish(self) -> None:
         """Decide the logical batch with the passes that it has had."""
-        if self.logical is not None and self.logical.members:
+        if self.logical.members:
             if self._processes is not None:
                 self._processes.check_reduced()
             self.logical.finish()
 
     def has_gradient(self) -> bool:
         """Whether there is a gradient at hand, or one to be decided."""
-        waiting = self.logical is not None and bool(self.logical.members)
-        return waiting or any(p.grad is not None for p in self.parameters)
+        return bool(self.logical.members) or any(p.grad is not None for p in self.parameters)
 
     def make_ready(self, parameters: Sequence[Tensor] | None = None) -> None:
-        """Raise unless the gradient of the parameters was weighted, and is finite."""
-        if self.logical is not None:
+        """Raise unless the gradient was weighted, and is finite."""
+        if self.logical.members:
             self.finish()
         if getattr(self.inner, "found_inf", None) is not None:
             return  # its step skips what is not finite
@@ -204,7 +225,7 @@ class WeightedBackward(Renewed):
                 )
 
     def step_taken(self) -> None:
-        """Count the step, unless it was skipped or no step on a weighted gradient."""
+        """Count the step, unless it was skipped or on no weighted gradient."""
         skipped = bool(getattr(self.inner, "found_inf", False))
         self.steps += (bool(self.pending) or self.ready) and not skipped
         self.pending.clear()
@@ -214,7 +235,7 @@ class WeightedBackward(Renewed):
         """Forget the backward passes since the last step."""
         self.discarded += bool(self.pending)
         self.pending.clear()
-        if self.logical is not None:
+        if self.logical.members:
             self.logical.clear()
 
     def release(self) -> None:
@@ -223,14 +244,13 @@ class WeightedBackward(Renewed):
         self.engine = Engine(None)
         if self._processes is not None:
             self._processes.release()
-        if self.logical is not None:
-            self.logical.clear()
+        self.logical.clear()
         if self.attached is not None:
             self.attached.remove()
         self.attached = self._given = None
 
     def _owns(self, leaves: Sequence[Tensor]) -> set[Tensor] | None:
-        """The parameters of the model, and those that are updated; None where all leaves are."""
+        """The model's and the updated parameters; None where all leaves are."""
         if not self._own.issuperset(leaves):  # or some have become parameters since
             model = self.engine.model
             known = [*self.parameters, *(() if model is None else model.parameters())]
@@ -240,7 +260,6 @@ class WeightedBackward(Renewed):
         return None
 
     def _join_processes(self) -> None:
-        """Load what several processes need, which most trainings do not."""
         from irw_optim.distributed.shards import processes_of
 
         self._processes = processes_of(self.engine.model)

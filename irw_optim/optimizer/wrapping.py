@@ -1,14 +1,16 @@
-"""An optimizer around another one: groups, state and defaults are the inner one's.
+"""An optimizer around another one, whose are groups, state and defaults.
 
-With torch's own constructor a scheduler or a checkpoint would change the wrapper's, and the step
-read the others. Only hooks are kept twice: each fires on the optimizer it was registered on.
+Only hooks are kept twice: each fires on the optimizer it was registered on.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from inspect import ismethod, signature
 from operator import attrgetter
 from typing import Any
@@ -17,8 +19,7 @@ from weakref import finalize, ref
 from torch.optim import Optimizer
 
 from irw_optim.attachments import Renewed
-from irw_optim.optimizer.options import described
-from irw_optim.optimizer.own_steps import own_step
+from irw_optim.optimizer.options import described, optimizers_inside
 from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.weighting.local_scheme import LocalScheme, Scheme
 from irw_optim.weighting.record import StepRecord
@@ -27,7 +28,7 @@ logger = logging.getLogger("irw_optim")
 
 
 def option(name: str) -> Any:
-    """An attribute of an optimizer that is one of its options, and may be set."""
+    """An attribute that is one of the options, and may be set."""
 
     def change(self: OptimizerWrapper, value: Any) -> None:
         self._weighted.options = replace(self._weighted.options, **{name: value})
@@ -59,11 +60,9 @@ def inners(name: str) -> Any:
 
 
 class OptimizerWrapper(Renewed, Optimizer):
-    """Behaves as the optimizer inside, and shows how its gradients are weighted.
+    """Behaves as the optimizer inside, whatever that has, and shows how gradients are weighted.
 
-    Options that may change in mid-training are set here, and act from the next backward pass on.
-    What the inner optimizer has beyond torch's `Optimizer`, such as the ``train()`` and ``eval()``
-    of schedule-free ones, is there on the wrapper as well.
+    Options that may change in mid-training act from the next backward pass on.
     """
 
     inner: Optimizer
@@ -89,11 +88,8 @@ class OptimizerWrapper(Renewed, Optimizer):
     @property
     def replicas(self) -> Any:
         """The former name of `processes`."""
-        warnings.warn(
-            "optimizer.replicas is called optimizer.processes now, and is None in one process",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        told = "optimizer.replicas is called optimizer.processes now, and is None in one process"
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
         return self.processes
 
     @property
@@ -116,15 +112,13 @@ class OptimizerWrapper(Renewed, Optimizer):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps on a weighted gradient; those that a scaler skipped do not count."""
+        """Steps on a weighted gradient that no scaler skipped."""
         return self._weighted.steps
 
     @property
     def last_step(self) -> StepRecord | None:
-        """What the newest backward pass decided; None before the first."""
+        """What the newest backward pass, or logical batch, decided; None before the first."""
         return self._weighted.last
-
-    # A torch optimizer's -----------------------------------------------------------------------
 
     param_groups = inners("param_groups")
     state = inners("state")
@@ -134,7 +128,7 @@ class OptimizerWrapper(Renewed, Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's; empty for one that has none, as schedule-free's wrapper."""
+        """The inner optimizer's; schedule-free's wrapper has none."""
         return getattr(self.inner, "defaults", {})
 
     @defaults.setter
@@ -156,14 +150,12 @@ class OptimizerWrapper(Renewed, Optimizer):
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self.inner!r}"
 
-    # Checkpoints -----------------------------------------------------------------------------
-
     def own_state(self) -> dict[str, Any]:
-        """The steps taken, and the options for comparison: numbers, strings and None."""
+        """The steps taken and the options: numbers, strings and None."""
         return {"steps": self.steps, **self._weighted.options.described()}
 
     def load_own_state(self, own: dict[str, Any] | None) -> None:
-        """Go on from the steps of a checkpoint; options that differ are logged, and stay as now."""
+        """Go on from a checkpoint's steps; options that differ are logged, and stay."""
         if own is None:
             logger.warning(
                 "the checkpoint is a plain optimizer's: its state is loaded, and steps, which "
@@ -174,10 +166,8 @@ class OptimizerWrapper(Renewed, Optimizer):
         self._weighted.steps = own["steps"]
         for name, value in self._weighted.options.described().items():
             if own.get(name, value) != value:
-                logger.warning(
-                    "the checkpoint was made with %s=%r; training goes on with %r",
-                    *(name, own[name], value),
-                )
+                told = "the checkpoint was made with %s=%r; training goes on with %r"
+                logger.warning(told, name, own[name], value)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, with `own_state` under ``"irw"``."""
@@ -190,7 +180,7 @@ class OptimizerWrapper(Renewed, Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this optimizer, or of a plain one of the inner kind."""
+        """Load a state of this, or of a plain optimizer of the inner kind."""
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
@@ -201,27 +191,107 @@ class OptimizerWrapper(Renewed, Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    # Copies -------------------------------------------------------------------------------------
-
     def __getstate__(self) -> dict[str, Any]:
-        """Without hooks and without a scheduler's patch of ``step``, as torch's optimizers."""
+        """Without hooks and a scheduler's patch of ``step``, as torch's."""
         own = vars(self).items()
         return {k: v for k, v in own if k != "step" and not k.startswith("_optimizer_")}
 
     def begin(self) -> None:
-        """Take torch's hook tables, and nothing else of its constructor.
-
-        Model and criterion are let go in the end: losses, which know them, may live longer.
-        """
+        """Take torch's hook tables, and nothing else of its constructor."""
         Optimizer.__setstate__(self, {})
+        # Model and criterion are let go in the end: losses, which know them, may live longer.
         finalize(self._hold, _release, ref(self._weighted)).atexit = False
 
 
 class Hold:
-    """Lives as long as the last of an optimizer and its shallow copies, which share it."""
+    """Lives as long as an optimizer and its shallow copies, which share it."""
 
 
 def _release(weighted: ref[WeightedBackward]) -> None:
-    alive = weighted()
-    if alive is not None:
+    if (alive := weighted()) is not None:
         alive.release()
+
+
+IN_ORDER = ("first_step", "second_step", "third_step")
+"""In every SAM: the first moves the parameters by the gradient at hand, the second moves them back
+and lets an optimizer inside step on that of another pass. Both are checked; the last counts."""
+
+
+def own_step(
+    optimizer: Any, weighted: WeightedBackward, name: str, method: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A method of the inner optimizer, with what a step of ours has if it takes one."""
+
+    @wraps(method)
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        inner = weighted.inner
+        own = [step for step in IN_ORDER if hasattr(inner, step)]
+        counts = own[-1:] == [name]
+        # Where it is the second, parameters come back before an optimizer inside steps.
+        if name in own and not (counts and name == IN_ORDER[1]) and weighted.has_gradient():
+            weighted.make_ready()
+
+        def before() -> None:
+            nonlocal counts
+            counts = True
+            for pre_hook in tuple(optimizer._optimizer_step_pre_hooks.values()):
+                pre_hook(optimizer, args, kwargs)
+            weighted.make_ready()
+
+        with before_a_step_of(optimizers_inside(inner), before):
+            result = method(*args, **kwargs)
+        if counts:
+            weighted.step_taken()
+            for post_hook in tuple(optimizer._optimizer_step_post_hooks.values()):
+                post_hook(optimizer, args, kwargs)
+            optimizer._opt_called = True  # where torch's schedulers look whether a step was taken
+        return result
+
+    return stepping
+
+
+def closure_step(weighted: WeightedBackward, closure: Callable[[], Any]) -> Any:
+    """The inner optimizer's step with a closure, whose gradient is made ready."""
+    if not callable(closure):
+        raise TypeError(
+            f"closure is a {type(closure).__name__}: expected a function that returns the loss, "
+            "step() after loss.backward(), or step(losses=losses) with Opacus' per-sample gradients"
+        )
+    inner, inside = weighted.inner, list[Any]()
+    if hasattr(inner, IN_ORDER[0]):
+        if weighted.pending:  # by which the parameters move before the closure is called
+            weighted.make_ready()
+        inside = [o for o in optimizers_inside(inner) if o is not inner]
+
+    def evaluated() -> Any:
+        loss = closure()
+        if loss is not None or weighted.pending:  # a training step may skip its batch
+            weighted.make_ready()
+        return loss
+
+    if not inside:
+        return inner.step(evaluated)
+
+    def before() -> None:
+        if weighted.has_gradient():
+            weighted.make_ready()
+
+    with before_a_step_of(inside, before):  # when they have moved back
+        return inner.step(closure)
+
+
+@contextmanager
+def before_a_step_of(optimizers: list[Any], call: Callable[[], None]) -> Iterator[None]:
+    """Be called once, just before the first of these steps."""
+    calls = [call]
+
+    def pre_hook(*_: Any) -> None:
+        if calls:
+            calls.pop()()
+
+    handles = [o.register_step_pre_hook(pre_hook) for o in optimizers if isinstance(o, Optimizer)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,13 +1,7 @@
-"""DP-IRW: intrinsic reweighting under differential privacy.
-
-Reweighting by the batch and then adding DP-SGD's noise is not private: one person moves everybody
-else's weight. Here a sample is weighed by itself and by what earlier noisy steps have released: the
-formulas, and why they are private, are in `irw_optim.privacy.mechanism`.
-"""
+"""DP-IRW: intrinsic reweighting under differential privacy; `mechanism` says why it is that."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from irw_optim.errors import DPGuaranteeError
@@ -20,11 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["DPGuaranteeError", "IRWDPConfig", "IRWDPOptimizer", "IRWPrivacyEngine"]
 
-# Opacus' engine takes two seconds to import; the rest of the library only wants the error.
-_LAZY = {"IRWDPOptimizer": "optimizer", "IRWPrivacyEngine": "engine"}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import engine  # Opacus takes two seconds to import
+
+    return getattr(engine, name)

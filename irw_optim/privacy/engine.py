@@ -20,17 +20,16 @@ from irw_optim.errors import DPGuaranteeError
 from irw_optim.restored import undo_inside
 
 from . import refusals
-from .ghost import GhostBatch
 from .mechanism import IRWDPConfig
 from .optimizer import IRWDPOptimizer
+from .pending import GhostBatch
 
 
 class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untyped
     """Makes a model, an optimizer and a loader private, with intrinsic reweighting.
 
-    Used as Opacus' engine is; accountants, ``get_epsilon``, checkpoints and ``secure_mode`` are
-    Opacus' own. Guarantee: (epsilon, delta)-differential privacy for adding or removing one sample,
-    of all that a step releases: the parameters and the optimizer's ``public_state``.
+    All else is Opacus' own. Guarantee: (epsilon, delta)-differential privacy for adding or removing
+    one sample, of all that a step releases: the parameters and the optimizer's ``public_state``.
 
     Example:
         >>> import math, warnings
@@ -77,34 +76,34 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         rand_on_empty: bool = False,
         **unknown: Any,
     ) -> tuple[Any, IRWDPOptimizer, DataLoader[Any]]:
-        """Make a training private; arguments that Opacus shares mean what they mean there.
+        """Make a training private; arguments mean what they mean to Opacus.
 
         Args:
             module: the model, in training mode, without BatchNorm; over several processes in
                 Opacus' DifferentiallyPrivateDistributedDataParallel.
             optimizer: a plain torch optimizer over its parameters.
-            data_loader: loader of the whole data set; replaced by a Poisson sampling one.
+            data_loader: of the whole data set; replaced by a Poisson sampling one.
             noise_multiplier: sigma, of the whole step.
-            max_grad_norm: C, the norm to which each sample's gradient is clipped.
+            max_grad_norm: C, to which the norm of each sample's gradient is clipped.
             irw: the parameters of DP-IRW.
-            criterion: loss module whose calls, in training, hand the optimizer the per-sample
-                losses; it is followed in place. None: call ``optimizer.step(losses=losses)``.
+            criterion: loss module, whose calls in training hand the optimizer the per-sample
+                losses. None: call ``optimizer.step(losses=losses)``.
             batch_first: whether the batch is dimension 0 of the model's input.
-            loss_reduction: the reduction of the loss that goes backward.
+            loss_reduction: of the loss that goes backward.
             poisson_sampling: must be True.
             clipping: must be "flat".
-            noise_generator: source of the noise, for tests; its seed must stay secret.
-            grad_sample_mode: "hooks", "functorch" or "ew" are Opacus' ways to per-sample gradients;
-                "ghost" makes the same step without them, and needs `criterion`.
-            wrap_model: False attaches hooks to the model, as ghost mode always does.
+            noise_generator: for tests; its seed must stay secret.
+            grad_sample_mode: "hooks", "functorch" or "ew", as Opacus; or "ghost", the same step
+                without per-sample gradients, which needs `criterion`.
+            wrap_model: False attaches hooks to the model, as ghost mode does.
             rand_on_empty: must be False.
-            **unknown: refused; a misspelt argument must not give another mechanism.
+            **unknown: refused.
 
         Returns:
             The model (or the hooks object), the private optimizer and the Poisson loader.
 
         Raises:
-            DPGuaranteeError: what would void the guarantee; see the documentation's list.
+            DPGuaranteeError: what would void the guarantee.
             NotImplementedError: what could be private but is not built.
             TypeError, ValueError: a value outside its range. Nothing has changed in any case.
         """
@@ -122,12 +121,12 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             criterion,
             loss_reduction,
             noise_generator,
-            batch_first=batch_first,
-            secure_mode=self.secure_mode,
+            batch_first,
+            self.secure_mode,
         )
         ghost = grad_sample_mode == "ghost"
         touched = [self, *module.modules(), *module.parameters(), optimizer, data_loader]
-        with _undone_on_error([*touched, criterion]):
+        with _undone_on_error([*touched, criterion]):  # Opacus hooks first and raises later
             private_module, private_optimizer, private_loader = super().make_private(
                 module=module,
                 optimizer=optimizer,
@@ -145,8 +144,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
                 private_optimizer.pending = GhostBatch(loss_reduction, module)
                 private_module = module
             else:
-                # Opacus' own guard raises in the middle of a backward pass; the optimizer's raises
-                # before the step, and by name.
+                # Opacus' guard raises in mid-backward; the optimizer's before the step, by name.
                 private_module.allow_grad_accumulation()
             if criterion is not None:
                 hooks = private_module if isinstance(private_module, GradSampleHooks) else None
@@ -168,10 +166,10 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         Args:
             data_loader: as of `make_private`.
             target_epsilon: the budget.
-            target_delta: probability with which the budget may fail; well below 1/N.
+            target_delta: probability with which it may fail; well below 1/N.
             epochs: passes over the loader.
             epsilon_tolerance: how far below the target the search may stop.
-            **options: those of `make_private`, without ``noise_multiplier``.
+            **options: of `make_private`, without ``noise_multiplier``.
 
         Raises:
             DPGuaranteeError: as `make_private`, or budget was spent already.
@@ -180,7 +178,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
             raise DPGuaranteeError(
                 "make_private_with_epsilon on an engine that has accounted for steps already would "
                 "overspend the target: use a new IRWPrivacyEngine, or make_private with a "
-                "noise_multiplier of your own"
+                "noise_multiplier"
             )
         return self.make_private(
             data_loader=data_loader,
@@ -235,10 +233,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
 
 
 class _EveryDraw(DistributedUniformWithReplacementSampler):  # type: ignore[misc]  # untyped
-    """Poisson sampling from this rank's shard, the draws of nobody included.
-
-    Opacus' own sampler leaves those out: the rank would miss a step that the others take.
-    """
+    """Poisson sampling from this rank's shard, with draws of nobody: the others step then."""
 
     def __iter__(self) -> Iterator[list[int]]:
         seeded = torch.Generator().manual_seed(self.shuffle_seed + self.epoch)
@@ -250,10 +245,7 @@ class _EveryDraw(DistributedUniformWithReplacementSampler):  # type: ignore[misc
 
 
 def _of_this_rank(given: torch.Generator | None) -> torch.Generator:
-    """Draws of this rank, by the initial seed of the loader's generator or by the system's.
-
-    Amplification by sampling needs independent ones, and scripts seed all ranks alike.
-    """
+    """Independent of other ranks', as amplification needs: scripts seed all alike."""
     own = torch.Generator()
     if given is None:
         own.seed()
@@ -263,10 +255,7 @@ def _of_this_rank(given: torch.Generator | None) -> torch.Generator:
 
 @contextmanager
 def _undone_on_error(objects: Iterable[object]) -> Iterator[None]:
-    """Give the objects their attributes, and tables among these their contents, if the block fails.
-
-    Opacus hooks the model first and raises later: it would stay half private.
-    """
+    """If the block fails, objects have their attributes, and tables among these their contents."""
     attributes = [vars(thing) for thing in objects if hasattr(thing, "__dict__")]
     tables = [t for own in attributes for t in (own, *own.values()) if isinstance(t, dict | list)]
     undo = list(filter(None, map(undo_inside, tables)))

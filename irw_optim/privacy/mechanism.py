@@ -1,7 +1,6 @@
-"""The mechanism of DP-IRW as pure functions: one pass over the batch, one Gaussian.
+"""The mechanism of DP-IRW as pure functions.
 
-What weighs a sample (threshold tau, scale kappa, direction v) comes only from EARLIER noisy
-releases, so the weight of a sample is a function of that sample and of public state::
+What weighs a sample (threshold tau, scale kappa, direction v) comes from EARLIER noisy releases::
 
     c_i = g_i min(1, C / |g_i|)
     m_i = 1[l_i > tau]      s_i = <c_i, v> / C      k_i = 1[s_i > kappa]
@@ -12,15 +11,13 @@ releases, so the weight of a sample is a function of that sample and of public s
     counts     sum_i (m_i - 1/2)   + N(0, sigma_b^2)            -> the next tau
                sum_i (k_i - 1/2)   + N(0, sigma_b^2)            -> the next kappa
 
-Why it is private: in units of its noise a sample moves the release by
-
-    z_i = (w_i c_i / (sigma_g C), m_i c_i / (sigma_v C), (m_i - 1/2)/sigma_b, (k_i - 1/2)/sigma_b)
+Why it is private: in units of its noise a sample moves the release by z_i, with
 
     |z_i|^2 <= 1/sigma_g^2 + 1/sigma_v^2 + 2 / (4 sigma_b^2) = 1/sigma^2
 
 whatever the other samples are. Over a Poisson batch that is the sampled Gaussian mechanism with
-noise multiplier sigma (Mironov, Talwar and Zhang, 2019), and steps compose adaptively. Centring the
-counts halves their sensitivity (Andrew et al., 2021, Theorem 1).
+noise multiplier sigma (Mironov, Talwar and Zhang, 2019). Centring the counts halves their
+sensitivity (Andrew et al., 2021, Theorem 1).
 """
 
 from __future__ import annotations
@@ -36,8 +33,6 @@ from torch import Tensor
 from irw_optim.arguments import real_number, whole_number
 from irw_optim.errors import DPGuaranteeError
 
-_QUANTILE_RANGE = (1e-6, 1e6)
-
 
 @dataclass(frozen=True, kw_only=True)
 class IRWDPConfig:
@@ -47,14 +42,14 @@ class IRWDPConfig:
 
     Args:
         init_threshold: loss threshold of the first step, > 0; ``math.log(number of classes)``,
-            the loss of a model that knows nothing. A public constant, never taken from the data.
+            the loss of a model that knows nothing.
         alpha: share of the samples whose loss is meant to lie above the threshold, in (0, 1).
-        saturation: share of the samples whose alignment is meant to reach full weight, in (0, 1).
-        tail_weight: weight of a sample above the loss threshold, in [0, 1].
+        saturation: share of those whose alignment is meant to reach full weight, in (0, 1).
+        tail_weight: weight of a sample above the threshold, in [0, 1].
         floor: least weight of any sample, in [0, 1]; 1 is DP-SGD.
         direction_share: share of the step's privacy budget for the worst-off direction, in [0, 1);
-            0 turns the direction off: only the loss threshold weighs.
-        count_share: share of the step's privacy budget for each noisy count.
+            0 turns the direction off: only the threshold weighs.
+        count_share: the same for each noisy count.
         direction_momentum: share of the old direction kept at each step, in [0, 1).
         quantile_lr: step size of the two thresholds on the log scale, in (0, 10].
         init_scale: alignment that earns full weight at the first step, > 0.
@@ -62,8 +57,8 @@ class IRWDPConfig:
 
     Raises:
         ValueError: a parameter outside its range.
-        DPGuaranteeError: shares that leave no budget for the gradient, or an option that weighs
-            a sample by others (an outlier filter, say).
+        DPGuaranteeError: no budget is left for the gradient, or an option weighs a sample by others
+            (an outlier filter, say).
 
     Example:
         >>> import math
@@ -85,45 +80,41 @@ class IRWDPConfig:
     warmup_steps: int = 1
 
     def __new__(cls, *args: Any, **options: Any) -> IRWDPConfig:
-        """Name the options that cannot be private before Python calls them unknown."""
+        """Refuse those that cannot be private before Python calls them unknown."""
         refuse_batch_level_options(options)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        plain: dict[str, float] = {
-            "warmup_steps": whole_number("warmup_steps", self.warmup_steps, 0)
-        }
+        plain = vars(self)  # frozen for everybody else
+        plain["warmup_steps"] = whole_number("warmup_steps", self.warmup_steps, 0)
         for name, interval in _INTERVALS.items():
             meaning = "public, such as math.log(classes)" if name == "init_threshold" else ""
-            plain[name] = real_number(name, getattr(self, name), interval, meaning)
-        vars(self).update(plain)  # frozen for everybody else
-        # Without its own direction nothing but the threshold can give a sample any weight.
+            plain[name] = real_number(name, plain[name], interval, meaning)
         if not self.uses_direction and self.floor == self.tail_weight == 0:
             raise ValueError(
                 "direction_share=0, tail_weight=0 and floor=0 weigh every sample 0: "
-                "expected at least one of them above 0"
+                "expected one of them above 0"
             )
         if self.gradient_share <= 0:
             raise DPGuaranteeError(
                 f"direction_share={self.direction_share} and {self.count_releases} counts at "
                 f"count_share={self.count_share} leave {self.gradient_share:.4g} of the noise "
-                "budget for the gradient: expected a positive rest; lower direction_share or "
-                "count_share"
+                "budget for the gradient: expected a positive rest; lower one of them"
             )
 
     @property
     def uses_direction(self) -> bool:
-        """Whether the worst-off direction is released at all."""
+        """Whether the worst-off direction is released."""
         return self.direction_share > 0
 
     @property
     def count_releases(self) -> int:
-        """Number of noisy counts a step: the tail count, and with a direction the saturated one."""
+        """Noisy counts a step: of the tail, and with a direction of the saturated."""
         return 2 if self.uses_direction else 1
 
     @property
     def gradient_share(self) -> float:
-        """r_g, what the other releases leave of the step's privacy budget."""
+        """r_g, what the other releases leave of the budget."""
         return 1.0 - self.direction_share - self.count_releases * self.count_share
 
 
@@ -136,30 +127,19 @@ _INTERVALS = {
 }
 
 
-_BATCH_LEVEL = {
-    "outliers": "an outlier filter compares the samples of a batch",
-    "center": "centring subtracts the mean gradient of the batch",
-    "class_balance": "class balancing divides by the class counts of the batch",
-    "weighting": "a weighting of the whole batch sees every sample",
-    "scheme": "the global scheme weighs a sample by the whole data set",
-    "sampler": "weighted resampling replaces Poisson sampling",
-}
-
-
 def refuse_batch_level_options(options: dict[str, Any]) -> None:
-    """Raise for options of the plain IRWOptimizer that no per-sample clipping makes private."""
-    for name, reason in _BATCH_LEVEL.items():
+    """Raise for options of IRWOptimizer that no clipping makes private."""
+    for name in ("outliers", "center", "class_balance", "weighting", "scheme", "sampler"):
         if options.get(name) is not None:
             raise DPGuaranteeError(
-                f"{name}={options[name]!r}: {reason}, so one person changes the weights of others "
-                f"and the reported epsilon would be false. DP-IRW has no such option; leave {name} "
-                "out"
+                f"{name}={options[name]!r} compares the samples, so one person changes the weights "
+                f"of others and the reported epsilon would be false; leave {name} out"
             )
 
 
 @dataclass(frozen=True)
 class NoiseScales:
-    """The noise of the single releases, as standard deviations: the first two per unit of C."""
+    """The noise of the releases, as standard deviations: the first two per unit of C."""
 
     gradient: float  # sigma_g
     direction: float  # sigma_v; infinite (nothing is released) without a direction
@@ -167,10 +147,7 @@ class NoiseScales:
 
 
 def noise_scales(noise_multiplier: float, config: IRWDPConfig) -> NoiseScales:
-    """Split one step's sigma over its releases: sigma_g = sigma / sqrt(r_g), likewise sigma_v.
-
-    The sensitivity of a count is 1/2, and sigma_b = sigma / (2 sqrt(r_b)).
-    """
+    """Split sigma over the releases, by their shares of the budget."""
     share = config.direction_share
     return NoiseScales(
         gradient=noise_multiplier / math.sqrt(config.gradient_share),
@@ -181,36 +158,26 @@ def noise_scales(noise_multiplier: float, config: IRWDPConfig) -> NoiseScales:
 
 @dataclass(frozen=True)
 class PublicState:
-    """What earlier noisy releases say; anyone may see it.
+    """What earlier noisy releases say; anyone may see it."""
 
-    Attributes:
-        threshold: tau, the loss above which a sample counts as worst-off.
-        scale: kappa, the alignment that earns full weight.
-        direction: v by parameter, in units of C; empty means 0.
-        steps: logical steps released so far.
-    """
-
-    threshold: float
-    scale: float
-    direction: Mapping[Tensor, Tensor] = field(default_factory=dict)
-    steps: int = 0
+    threshold: float  # tau, the loss above which a sample counts as worst-off
+    scale: float  # kappa, the alignment that earns full weight
+    direction: Mapping[Tensor, Tensor] = field(default_factory=dict)  # v, in units of C; empty: 0
+    steps: int = 0  # logical ones, so far
 
 
 @dataclass(frozen=True)
 class SampleTerms:
-    """How each sample of a physical batch enters the sums: all of shape (B,), all private.
-
-    A sample whose loss or gradient is not finite is zero in all of them, and in the counts.
-    """
+    """How each sample enters the sums: all of shape (B,), all private."""
 
     clip: Tensor  # min(1, C / |g_i|)
     tail: Tensor  # m_i, as 0.0 or 1.0
     saturated: Tensor  # k_i, as 0.0 or 1.0
     weights: Tensor  # w_i in [0, 1]
-    counted: Tensor  # 0.0 for the ones that are not finite, 1.0 for all others
+    counted: Tensor  # 0.0 where loss or gradient is not finite, as then are all, else 1.0
 
     def counts(self) -> list[Tensor]:
-        """Sums of m_i - 1/2 and of k_i - 1/2 over the counted samples, each 0-dim."""
+        """Sums of m_i - 1/2 and of k_i - 1/2, 0-dim."""
         return [(term - 0.5 * self.counted).sum() for term in (self.tail, self.saturated)]
 
 
@@ -222,13 +189,10 @@ def sample_terms(
     config: IRWDPConfig,
     max_grad_norm: float,
 ) -> SampleTerms:
-    """Weigh every sample by itself and by public state; element-wise, so local by construction.
-
-    Of shape (B,): the losses l_i, the norms |g_i|, the products <g_i, v> before clipping.
-    """
+    """Weigh every sample by itself and public state; ``products`` are <g_i, v>, not clipped."""
     finite = losses.isfinite() & norms.isfinite() & products.isfinite()
     counted = finite.to(norms.dtype)
-    # Opacus' clipping: the 1e-6 guards the zero gradient and keeps |c_i| just below C.
+    # As Opacus clips: the 1e-6 guards the zero gradient, and keeps |c_i| below C.
     clip = (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
     alignment = clip * products / max_grad_norm
     tail = (losses > state.threshold).to(norms.dtype)
@@ -245,7 +209,7 @@ def sample_terms(
 
 @dataclass(frozen=True)
 class Released:
-    """The noisy sums of one logical batch that move the public state; public themselves."""
+    """The noisy sums of a logical batch that move the public state; public, too."""
 
     tail_count: float  # A
     saturated_count: float | None = None  # K; None without a direction
@@ -262,16 +226,13 @@ def next_state(
 ) -> PublicState:
     """Move tau, kappa and v by the noisy sums alone (post-processing: costs no privacy).
 
-    v <- beta v + (1 - beta) T / (C alpha B);
-    tau <- tau exp(eta (share above tau - alpha)); kappa likewise towards ``saturation``.
-
     B is ``expected_batch_size``: the actual batch size is private.
     """
 
     def track(quantile: float, count: float, target: float) -> float:
         share = min(1.0, max(0.0, 0.5 + count / expected_batch_size))
         moved = quantile * math.exp(config.quantile_lr * (share - target))
-        return min(_QUANTILE_RANGE[1], max(_QUANTILE_RANGE[0], moved))
+        return min(1e6, max(1e-6, moved))
 
     scale, direction = state.scale, state.direction
     if released.direction is not None and released.saturated_count is not None:

@@ -1,4 +1,4 @@
-"""DP-IRW as a DPOptimizer: the state around the pure functions of ``mechanism``."""
+"""The state around the pure functions of ``mechanism``."""
 
 from __future__ import annotations
 
@@ -20,30 +20,20 @@ from . import mechanism, refusals
 from .mechanism import IRWDPConfig, NoiseScales, PublicState, Released, SampleTerms
 from .pending import ClippableGradients, PendingBatch
 
-Sums = dict[str, dict[Any, Tensor]]
-"""Over the samples: ``gradient`` and ``direction`` by parameter, and the ``count``s."""
+Sums = dict[str, dict[Any, Tensor]]  # gradient and direction by parameter, and the counts
 
 
 class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     """Differentially private IRW around any torch optimizer, in place of Opacus' DPOptimizer.
 
-    `IRWPrivacyEngine.make_private` builds it. A step releases four noisy sums (formulas in
-    ``irw_optim.privacy.mechanism``), together one sampled Gaussian mechanism with multiplier
-    `noise_multiplier`, which is what Opacus' accountants are told.
+    `IRWPrivacyEngine.make_private` builds it, and says what the arguments are and what is raised.
+    A step releases four noisy sums, together one sampled Gaussian mechanism, as Opacus' accountants
+    are told; noise schedulers may move ``noise_multiplier``.
 
     Args:
-        optimizer: takes the noisy gradient.
-        irw: the parameters of DP-IRW.
-        noise_multiplier: sigma of the whole step; noise schedulers may move it.
-        max_grad_norm: C, the norm to which each sample's gradient is clipped.
-        expected_batch_size: B = sampling rate times N.
-        loss_reduction: "mean" divides the noisy gradient by B, "sum" does not.
+        expected_batch_size: B = sampling rate times N, by which "mean" divides the noisy gradient.
         generator: source of all noise; None is torch's default one.
         secure_mode: use Opacus' noise that resists floating-point attacks.
-
-    Raises:
-        DPGuaranteeError, NotImplementedError, TypeError, ValueError: as
-            `IRWPrivacyEngine.make_private`.
 
     Example:
         >>> from opacus import GradSampleModule
@@ -61,19 +51,16 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     """
 
     public_state: PublicState
-    """Threshold, scale, direction and step count: functions of noisy releases, public."""
+    """Threshold, scale, direction and step count, of noisy releases: public."""
 
     last_release: Released | None = None
     """The noisy counts and the noisy direction of the last step: public."""
 
     over_ranks = False
-    """Whether a step is that of all ranks on their joined batch: one noise, that of rank 0.
-
-    All compute the same next state; ``expected_batch_size`` is that of all ranks together.
-    """
+    """Whether a step is that of all ranks on their joined batch, with the noise of rank 0."""
 
     accumulated_iterations = 1
-    """One Poisson batch a step, whatever its physical batches; read by accountants."""
+    """One Poisson batch a step; read by accountants."""
 
     def __init__(
         self,
@@ -115,7 +102,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
     @property
     def noise_scales(self) -> NoiseScales:
-        """The noise of the single releases at the present `noise_multiplier`."""
+        """The noise of the releases at the present `noise_multiplier`."""
         return mechanism.noise_scales(self.noise_multiplier, self.irw)
 
     def step(self, closure: Any = None, *, losses: Tensor | None = None) -> float | None:
@@ -123,9 +110,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
         Args:
             closure: not supported.
-            losses: per-sample losses (B,) of the physical batch just gone backward; not needed
-                where a criterion was given to `make_private`. A batch of no samples needs no
-                backward pass: ``step(losses=torch.zeros(0))``.
+            losses: per-sample losses (B,) of the physical batch just gone backward, where
+                `make_private` was given no criterion; of nobody ``torch.zeros(0)``.
 
         Raises:
             NotImplementedError: a closure is given.
@@ -134,8 +120,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """
         if closure is not None:
             raise NotImplementedError(
-                "closure: it looks at a batch more than once for one step's privacy budget; call "
-                "backward and then step()"
+                "closure: it looks at a batch more than once for one budget; call backward and "
+                "then step()"
             )
         if self.pre_step(losses=losses):
             return self.original_optimizer.step()  # type: ignore[no-any-return]
@@ -146,7 +132,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         losses = self.pending.losses(losses)
         rows = self.pending.rows(self.params, len(losses))
         sums = self._sums(rows, self._weigh(losses, rows))
-        self.pending.clear()
+        self.pending.arrived.clear()
         for p in self.params:
             _mark_as_processed(getattr(p, "grad_sample", None))
         for kind, totals in (self._logical_batch or {}).items():
@@ -170,12 +156,12 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients and their losses; the sums of an unfinished logical batch stay."""
-        self.pending.clear()
+        """Clear gradients and losses; the sums of an unfinished logical batch stay."""
+        self.pending.arrived.clear()
         super().zero_grad(set_to_none)
 
     def discard_batch(self) -> None:
-        """Forget an unfinished logical batch, after a loop that broke off: nothing was released."""
+        """Forget an unfinished logical batch, of which nothing was released."""
         self._logical_batch, self._is_last_step_skipped = None, False
         self._step_skip_queue.clear()
         self.zero_grad()
@@ -187,14 +173,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             DPGuaranteeError: in the middle of a logical batch, whose sums are private.
         """
         self._refuse_mid_batch("state_dict()")
-        state = self.public_state
-        public = {
-            "config": asdict(self.irw),
-            "threshold": state.threshold,
-            "scale": state.scale,
-            "steps": state.steps,
-            "direction": [state.direction.get(p) for p in self._all_parameters],
-        }
+        direction = [self.public_state.direction.get(p) for p in self._all_parameters]
+        public = {**vars(self.public_state), "config": asdict(self.irw), "direction": direction}
         return {**self.original_optimizer.state_dict(), "irw_dp": public}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -211,16 +191,15 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         self.original_optimizer.load_state_dict(inner)
         pairs = zip(self._all_parameters, saved["direction"], strict=True)
         direction = {p: v.to(device=p.device, copy=True) for p, v in pairs if v is not None}
-        self.public_state = PublicState(
-            saved["threshold"], saved["scale"], direction, saved["steps"]
-        )
+        scalars = {name: saved[name] for name in ("threshold", "scale", "steps")}
+        self.public_state = PublicState(direction=direction, **scalars)
 
     def detach(self) -> None:
-        """Leave criterion and model as they were; `make_private` may then take them again."""
+        """Leave criterion and model as they were, for another `make_private`."""
         self.pending.unfollow()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse copies: they would share the noise, and break Opacus' class on the way."""
+        """Refuse copies: they would share the noise."""
         raise TypeError(
             "an IRWDPOptimizer cannot be copied or pickled: save its state_dict() instead"
         )
@@ -242,8 +221,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             rows = rows.without(dropped)
 
         def total(weights: Tensor) -> dict[Any, Tensor]:
-            """Sum of w_i g_i for every parameter, zero where the losses do not depend on it."""
-            found = rows.combine(weights)
+            found = rows.combine(weights)  # without those that the losses do not depend on
             return {p: found[p] if p in found else torch.zeros_like(p) for p in self.params}
 
         counts = terms.counts()[: self.irw.count_releases]
@@ -253,7 +231,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         return sums
 
     def _release(self, sums: Sums) -> Released:
-        """Noise on the sums; the gradient goes to ``p.grad``, ready for the inner step."""
+        """Noise on the sums, and the gradient in ``p.grad``."""
         scales, C = self.noise_scales, self.max_grad_norm
         stds = {
             "gradient": scales.gradient * C,
@@ -287,6 +265,6 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     def _refuse_mid_batch(self, what: str) -> None:
         if self._logical_batch is not None:
             raise DPGuaranteeError(
-                f"{what} in the middle of a logical batch: the sums so far have no noise yet. Call "
-                "it after the step that ends the batch, or discard_batch() if the loop broke off"
+                f"{what} in the middle of a logical batch, whose sums have no noise yet: call it "
+                "after the step that ends the batch, or discard_batch() if the loop broke off"
             )

@@ -1,29 +1,35 @@
 """What a backward pass leaves for the private optimizer: the losses, and the gradients' rows.
 
-Where a forward mixes the samples of the batch (``h - h.mean(0)``), what is clipped as one sample's
-gradient carries others, and no guarantee holds. The graph of the losses shows whether any operation
-can; plain autograd, for a random vector r, whether G^T r is what the rows say: at every batch where
-samples may meet, else at batches 1, 2, 4, 8, ...
+Where a forward mixes samples (``h - h.mean(0)``), no guarantee holds. So rows are compared with
+plain autograd at every batch in whose graph samples may meet, else at batches 1, 2, 4, 8, ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from irw_optim.backward.weighted_loss import Deferred, deferred_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.criterion.attached import AttachedCriterion
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.coverage import compare, probe_of
+from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.graph import walk
+from irw_optim.gradients.layers import FIRST
+from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.mixing import follow_batch
 from irw_optim.gradients.norms import row_norms
 from irw_optim.gradients.protocol import Direction, MaterializedGradients, as_matrix
+from irw_optim.torch_internals import will_run
+from irw_optim.weighting.ranges import check_losses
 
 _ONE_PASS = (
     "a sample could be counted twice. Call step() and zero_grad() after each backward, use "
@@ -40,7 +46,7 @@ class GradSampleRows(MaterializedGradients):
         return torch.stack([s.to(squares[0].device) for s in squares]).sum(0).sqrt()
 
     def without(self, dropped: Tensor) -> GradSampleRows:
-        """The same gradients with zero rows where `dropped` (B,) bool."""
+        """With zero rows where `dropped`, (B,) bool."""
         zeroed = {
             p: r.reshape(len(r), -1).masked_fill(dropped.to(r.device)[:, None], 0.0).view_as(r)
             for p, r in self.rows.items()
@@ -49,10 +55,7 @@ class GradSampleRows(MaterializedGradients):
 
     @classmethod
     def read(cls, parameters: Sequence[Tensor], batch_size: int) -> GradSampleRows:
-        """One backward pass of `batch_size` samples, out of the parameters' ``grad_sample``.
-
-        A batch of no samples may come without one: many models cannot be run on it.
-        """
+        """Those of one pass, which a batch of no samples may come without."""
         rows: dict[Tensor, Tensor] = {}
         for p in parameters:
             which, block = f"a parameter of shape {tuple(p.shape)}", getattr(p, "grad_sample", None)
@@ -73,13 +76,13 @@ class GradSampleRows(MaterializedGradients):
             if len(block) != batch_size:
                 raise DPGuaranteeError(
                     f"losses has {batch_size} samples but {which} has {len(block)} per-sample "
-                    "gradients: expected one loss per sample of the batch, in its order, and a "
-                    "model that keeps the batch in dimension 0"
+                    "gradients: expected one loss per sample, in the order of the batch, and a "
+                    "model that keeps it in dimension 0"
                 )
             if hasattr(block, "_processed"):
                 raise DPGuaranteeError(
                     "these gradients were stepped on already: call optimizer.zero_grad() after "
-                    "every step, so that no sample is counted twice"
+                    "every step"
                 )
             rows[p] = block.to(torch.promote_types(block.dtype, torch.float32))
         return cls(rows)
@@ -88,94 +91,37 @@ class GradSampleRows(MaterializedGradients):
 class GhostRows(GhostGradients):
     """Ghost products with norms, of which any row can be dropped; seed: 1 / the losses' factor."""
 
-    def norms(self) -> Tensor:
-        """|g_i| over all parameters, (B,)."""
-        return row_norms(self)
+    norms = row_norms
 
     def dot(self, direction: Direction) -> Tensor:
         """<g_i, v>, (B,)."""
         return super().dot(direction) if direction else self.seed.new_zeros(self.batch_size)
 
     def without(self, dropped: Tensor) -> GhostRows:
-        """The same gradients with zero rows where `dropped` (B,) bool."""
-        calls = [call.without(dropped) for call in self.calls]
-        return GhostRows(calls, self.batch_size, self.seed)
+        """As of `GradSampleRows`."""
+        return GhostRows([c.without(dropped) for c in self.calls], self.batch_size, self.seed)
 
 
 ClippableGradients = GradSampleRows | GhostRows
 
 
-class SpotCheck:
-    """Compares a random combination of a batch's rows with autograd, unseen by Opacus' hooks."""
-
-    def __init__(self, hooks: Any) -> None:
-        self.hooks = hooks
-        self.random = torch.Generator().manual_seed(0)
-        self.batches = 0
-
-    def look(self, losses: Tensor) -> Callable[[Tensor, GradSampleRows], None] | None:
-        """Take the gradient of a combination of losses (B,), if it is time; their graph stays.
-
-        What is given back raises a DPGuaranteeError unless the rows of the batch are autograd's;
-        before them it takes what the training loop multiplied the losses with, (B,).
-        """
-        if len(losses) < 2:
-            return None  # nobody to mix with
-        batch = follow_batch(losses, walk(losses))
-        self.batches += 1
-        seldom = self.batches & (self.batches - 1) == 0
-        if batch.mixed_by is None and not batch.computes_shared and not seldom:
-            return None
-        probe = probe_of(losses, self.random)
-        parameters = [p for p in self.hooks._module.parameters() if p.requires_grad]
-        self.hooks.disable_hooks()
-        try:
-            gradients = torch.autograd.grad(
-                losses, parameters, probe, retain_graph=True, allow_unused=True
-            )
-        finally:
-            self.hooks.enable_hooks()
-        truth = dict(zip(parameters, gradients, strict=True))
-
-        def check(scale: Tensor, rows: GradSampleRows) -> None:
-            if not bool(scale.all()):
-                return
-            covered = [p for p in truth if p in rows.rows]
-            wrong = compare(covered, [truth[p] for p in covered], probe / scale, rows)
-            if wrong:
-                raise DPGuaranteeError(
-                    "the per-sample gradients differ from autograd's by "
-                    f"{max(wrong.values()):.2g} of the gradient: the forward mixes the samples of "
-                    "a batch, or uses parameters outside their layers. Use layers that treat each "
-                    "sample alone"
-                )
-
-        return check
-
-
 class PendingBatch:
-    """The batch whose backward pass has run since the last step, with Opacus' ``grad_sample``.
+    """The batch that went backward since the last step, with Opacus' ``grad_sample``."""
 
-    A loss counts once its backward has run: one that is only looked at does not.
-    """
-
-    def __init__(self, loss_reduction: str = "mean") -> None:
-        self._arrived: list[tuple[Tensor, Any]] = []  # of each pass, losses and what is theirs
-        self._reduction = loss_reduction
+    def __init__(self, loss_reduction: str) -> None:
+        self.arrived: list[tuple[Tensor, Any]] = []  # of each pass, losses and what is theirs
+        self._averaged = loss_reduction == "mean"
         self._attached: AttachedCriterion | None = None
-        self._spot_check: SpotCheck | None = None
+        self._hooks: Any = None
+        self._random = torch.Generator().manual_seed(0)
+        self._batches = 0
 
     def follow(self, criterion: nn.Module, model: nn.Module, hooks: Any = None) -> None:
-        """Let `criterion`, called while `model` trains, leave its losses here; in place.
-
-        What it returns keeps its value, and has the gradient of the mean (or sum) of the per-sample
-        losses: torch's own may divide by what the whole batch decides, such as class weights. With
-        Opacus' GradSampleHooks, rows are compared with plain autograd.
-        """
+        """Let `criterion`, called while `model` trains, leave its losses here."""
         if isinstance(earlier := follower_of(criterion), PendingBatch):
             earlier.unfollow()  # a new training with the same criterion
         self._attached = AttachedCriterion(criterion, model, self._hand_out)
-        self._spot_check = None if hooks is None else SpotCheck(hooks)
+        self._hooks = hooks
 
     def unfollow(self) -> None:
         """Leave the criterion as it was."""
@@ -184,59 +130,167 @@ class PendingBatch:
             self._attached = None
 
     def _hand_out(self, batch: PerSampleLosses) -> Tensor:
-        """The scalar that the training loop sees; its backward notes the losses."""
+        """The scalar for the loop, whose backward notes the losses."""
         losses = batch.losses
         if not losses.requires_grad:
             return batch.value
-        check = self._spot_check and self._spot_check.look(losses)
-        averaged = self._reduction == "mean"
+        check = self._hooks and self._comparison(losses)  # Opacus' hooks do not see it
 
         def arrive(gradient: Tensor) -> None:
-            scale = gradient * len(losses) if averaged else gradient
-            self._arrived.append((losses.detach(), check and partial(check, scale)))
+            scale = gradient * len(losses) if self._averaged else gradient
+            self.arrived.append((losses.detach(), check and partial(check, scale)))
 
         losses.register_hook(arrive)
-        reduced = losses.mean() if averaged else losses.sum()
+        # Of the losses alone: torch's mean divides by class weights, which the whole batch decides.
+        reduced = losses.mean() if self._averaged else losses.sum()
         return batch.value + (reduced - reduced.detach())
 
-    def clear(self) -> None:
-        """Forget the losses whose gradients were thrown away."""
-        self._arrived.clear()
+    def _comparison(self, losses: Tensor) -> Callable[[Tensor, GradSampleRows], None] | None:
+        """If it is time, what compares rows with autograd, by the factors on the losses."""
+        if len(losses) < 2:
+            return None  # nobody to mix with
+        batch = follow_batch(losses, walk(losses))
+        self._batches += 1
+        seldom = self._batches & (self._batches - 1) == 0
+        if batch.mixed_by is None and not batch.computes_shared and not seldom:
+            return None
+        probe = probe_of(losses, self._random)
+        parameters = [p for p in self._hooks._module.parameters() if p.requires_grad]
+        self._hooks.disable_hooks()
+        try:
+            gradients = torch.autograd.grad(
+                losses, parameters, probe, retain_graph=True, allow_unused=True
+            )
+        finally:
+            self._hooks.enable_hooks()
+        truth = dict(zip(parameters, gradients, strict=True))
+
+        def check(scale: Tensor, rows: GradSampleRows) -> None:
+            covered = [p for p in truth if p in rows.rows]
+            theirs = [truth[p] for p in covered]
+            if scale.all() and (wrong := compare(covered, theirs, probe / scale, rows)):
+                raise DPGuaranteeError(
+                    "the per-sample gradients differ from autograd's by "
+                    f"{max(wrong.values()):.2g} of the gradient: the forward mixes samples, or "
+                    "uses parameters outside their layers. Use layers that treat each sample alone"
+                )
+
+        return check
 
     def losses(self, given: Tensor | None = None) -> Tensor:
-        """The losses of this backward pass, (B,), or those ``given``; they stay until `clear`."""
+        """Those of this backward pass, (B,), or ``given``."""
         if given is not None:
-            expected = "expected a floating-point tensor of shape (B,), one loss per sample"
-            if not isinstance(given, Tensor):
-                raise DPGuaranteeError(f"losses={given!r}: {expected}")
-            if given.ndim != 1 or not given.is_floating_point():
-                raise DPGuaranteeError(
-                    f"losses has shape {tuple(given.shape)} and dtype {given.dtype}: {expected}, "
-                    'as from F.cross_entropy(output, target, reduction="none")'
-                )
+            try:
+                check_losses(given)
+            except (TypeError, ValueError) as error:
+                raise DPGuaranteeError(str(error)) from None
             return given.detach()
-        if not self._arrived:
+        if not self.arrived:
             raise DPGuaranteeError(
                 "losses are missing: give make_private(criterion=criterion) and call that one "
                 "in training mode, or call optimizer.step(losses=losses) with losses of shape (B,)"
             )
-        if len(self._arrived) > 1:
+        if len(self.arrived) > 1:
             raise DPGuaranteeError(
-                f"{len(self._arrived)} backward passes since the last step: {_ONE_PASS}, and for a "
+                f"{len(self.arrived)} backward passes since the last step: {_ONE_PASS}, and for a "
                 "sum of criteria optimizer.step(losses=...) with the summed per-sample losses"
             )
-        return self._arrived[0][0]
+        return self.arrived[0][0]
 
     def rows(self, parameters: Sequence[Tensor], batch_size: int) -> ClippableGradients:
-        """The per-sample gradients of the same backward pass, which are those of plain autograd."""
+        """The per-sample gradients of the same pass, as of plain autograd."""
         rows = GradSampleRows.read(parameters, batch_size)
-        if self._arrived and (check := self._arrived[-1][1]):
+        if self.arrived and (check := self.arrived[-1][1]):
             check(rows)
         return rows
 
 
+class GhostBatch(PendingBatch):
+    """One without rows, of layers' inputs and output gradients; row i would be that of loss i."""
+
+    def __init__(self, loss_reduction: str, model: nn.Module) -> None:
+        super().__init__(loss_reduction)
+        self._engine = Engine(model, "auto")
+        self._engine.add_layer_hooks()  # a batch of one sample does not show where the batch is
+
+    def unfollow(self) -> None:
+        """Leave criterion and model as they were."""
+        super().unfollow()
+        self._engine.remove_hooks()
+
+    def rows(self, parameters: Sequence[Tensor], batch_size: int) -> ClippableGradients:
+        """Those of the one backward pass, if it is that of the losses."""
+        rows: GhostRows | None = self.arrived[0][1] if len(self.arrived) == 1 else None
+        if rows is None and batch_size == 0:
+            return GradSampleRows.read(parameters, 0)
+        if rows is None or rows.batch_size != batch_size:
+            raise DPGuaranteeError(
+                f"losses has {batch_size} samples, but {len(self.arrived)} backward passes ran "
+                "since the last step, or one of another size: in ghost mode call the criterion "
+                "of make_private, backward, and step() without losses"
+            )
+        return rows
+
+    def _hand_out(self, batch: PerSampleLosses) -> Tensor:
+        if not batch.losses.requires_grad:
+            return batch.value
+        captured = LossGradients(self._engine, batch.losses) if len(batch.losses) else None
+        anchor = torch.zeros_like(batch.value, requires_grad=True)  # something to go backward to
+        arrival = _Arrival(ref(self), batch.losses.detach(), captured)
+        return deferred_loss(batch.value, arrival, [anchor])
+
+    def rows_of(self, captured: LossGradients, upstream: Tensor) -> GhostRows:
+        """Run the engine behind the losses, where it covers all."""
+        if any(map(will_run, captured.graph.order)):
+            raise NotImplementedError(
+                "grad_sample_mode='ghost': another term of the loss uses the same outputs, and "
+                "would not be clipped; put it into the criterion (a PerSampleLoss), or use "
+                "grad_sample_mode='hooks'"
+            )
+        batch_size = len(captured.losses)
+        captured.start(torch.ones_like(upstream), keep_graph=False)
+        uncovered = set(captured.uncovered)
+        for call, _, shape, _ in captured.graph.sites:
+            # A folded batch, or one that does not stand first, must be proven by the graph: a
+            # guess by a Poisson batch's size may be wrong, and would mix samples.
+            first = shape[:1] == (batch_size,) and call.layout == FIRST
+            if not (captured.apart and call.layout is not None) and not first:
+                uncovered.update(call.parameters.values())
+        if uncovered or captured.ghost is None:
+            raise NotImplementedError(
+                f"grad_sample_mode='ghost' does not cover {self._engine.names_of(uncovered)}: "
+                "expected layers linear in their parameters that keep the batch in dimension 0, "
+                "and a forward that does not mix samples; use grad_sample_mode='hooks'"
+            )
+        return GhostRows(captured.ghost.calls, batch_size, 1 / upstream)
+
+
+@dataclass(eq=False)
+class _Arrival(Deferred):
+    ALREADY_PASSED = "this loss went backward already: one backward pass, one step"
+    ERROR = DPGuaranteeError
+
+    pending: ref[GhostBatch]  # the loss may outlive the training
+    losses: Tensor
+    captured: LossGradients | None  # None for a batch of no samples
+
+    def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
+        """Nothing goes on: the private step makes the gradient."""
+        self.passed = True  # also where the graph is kept
+        try:
+            if (pending := self.pending()) is not None:
+                rows = self.captured and pending.rows_of(self.captured, upstream)
+                pending.arrived.append((self.losses, rows))
+        finally:
+            self.leave()
+        return [None]
+
+    def leave(self) -> None:
+        super().leave()
+        self.captured = None
+
+
 def follower_of(criterion: nn.Module) -> object | None:
-    """Whoever is handed the losses of this criterion, if anybody still is."""
+    """Whoever is handed its losses, if anybody still is."""
     attached = AttachedCriterion.found_on(criterion)
-    listener = None if attached is None else attached.listener()
-    return getattr(listener, "__self__", None)
+    return getattr(attached and attached.listener(), "__self__", None)

@@ -1,4 +1,4 @@
-"""Everything that would run but make the reported epsilon false, refused by name; checks only."""
+"""What would run but make the reported epsilon false, refused by name."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from irw_optim.arguments import real_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.hooks import weighed_by
-from irw_optim.optimizer.checks import optimizers_inside
+from irw_optim.optimizer.options import check_owned, no_optimizer, optimizers_inside
 
 from .mechanism import IRWDPConfig, refuse_batch_level_options
 from .pending import PendingBatch, follower_of
 
 
 def refuse_options(unknown: dict[str, Any], *, of: Callable[..., Any]) -> None:
-    """Raise for keyword arguments that `of` does not read; Opacus would swallow them."""
+    """Raise for keyword arguments that `of` does not read, which Opacus would swallow."""
     refuse_batch_level_options(unknown)
     for name in unknown:
         parameters = inspect.signature(of).parameters.values()
@@ -43,25 +43,18 @@ def refuse_options(unknown: dict[str, Any], *, of: Callable[..., Any]) -> None:
 
 
 def check_fixed(**options: object) -> None:
-    """Refuse arguments of Opacus' `make_private` that have one value here with any other."""
+    """Refuse arguments that have one value here with any other."""
     for name, given in options.items():
-        value, error, why = _FIXED[name]
+        value, why = _FIXED[name]
         if given != value:
+            error = NotImplementedError if name == "clipping" else DPGuaranteeError
             raise error(f"{name}={given!r}: {why}; leave {name}={value!r}")
 
 
-_FIXED: dict[str, tuple[object, type[Exception], str]] = {
-    "poisson_sampling": (
-        True,
-        DPGuaranteeError,
-        "the accountants' amplification by sampling holds for independent draws only",
-    ),
-    "rand_on_empty": (
-        False,
-        DPGuaranteeError,
-        "a made-up sample that only empty batches have doubles what one person can change",
-    ),
-    "clipping": ("flat", NotImplementedError, "no other is built for DP-IRW"),
+_FIXED: dict[str, tuple[object, str]] = {
+    "poisson_sampling": (True, "amplification by sampling holds for independent draws only"),
+    "rand_on_empty": (False, "a made-up sample doubles what one person can change"),
+    "clipping": ("flat", "no other is built"),
 }
 
 
@@ -72,7 +65,7 @@ def check_mechanism(
     max_grad_norm: object,
     loss_reduction: object,
 ) -> tuple[float, float]:
-    """Sigma >= 0 and C > 0 as plain numbers, if all that a step is made of is as it should be."""
+    """Sigma and C as plain numbers, if all is as it should be."""
     from irw_optim.optimizer import IRWOptimizer  # it imports this package for its own refusals
 
     if not isinstance(irw, IRWDPConfig):
@@ -81,33 +74,26 @@ def check_mechanism(
             "irw=IRWDPConfig(init_threshold=math.log(number_of_classes))"
         )
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer={optimizer!r}: expected a torch optimizer such as "
-            "torch.optim.SGD(model.parameters(), lr=0.1)"
-        )
+        raise no_optimizer(optimizer)
     for inner in optimizers_inside(optimizer):
         what = f"optimizer is a {type(inner).__name__}, or wraps one"
         if isinstance(inner, IRWOptimizer):
             raise DPGuaranteeError(
                 "optimizer is an IRWOptimizer, or wraps one: its weights depend on the whole batch "
-                "before the noise, so the reported epsilon would be false. Pass the plain torch "
-                "optimizer, detach() the IRWOptimizer from the model, and give "
-                "make_private(..., irw=IRWDPConfig(...))"
+                "before the noise. Pass the plain torch optimizer, detach() the IRWOptimizer from "
+                "the model, and give make_private(..., irw=IRWDPConfig(...))"
             )
         if isinstance(inner, DPOptimizer):
             raise DPGuaranteeError(
-                f"{what}: two clippings and two noises would be accounted as one. Pass the plain "
-                "torch optimizer"
+                f"{what}: two noises would be accounted as one. Pass the plain torch optimizer"
             )
         if isinstance(inner, torch.optim.LBFGS):
             raise NotImplementedError(
-                f"{what}, which needs a closure: one privacy budget pays for one look at a batch; "
-                "use a first-order optimizer"
+                f"{what}, which looks at a batch more than once: use a first-order optimizer"
             )
     if isinstance(max_grad_norm, Sequence):
         raise NotImplementedError(
-            f"max_grad_norm={max_grad_norm!r}: per-layer clipping is not built for DP-IRW; "
-            "expected one positive number"
+            f"max_grad_norm={max_grad_norm!r}: per-layer clipping is not built; expected one number"
         )
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(
@@ -122,23 +108,18 @@ def check_ways(
     criterion: nn.Module | None,
     loss_reduction: str,
     noise_generator: object,
-    *,
     batch_first: bool,
     secure_mode: bool,
 ) -> None:
-    """Raise for ways to per-sample gradients and noise that are not built, or lack something.
-
-    With another reduction of the criterion than Opacus undoes, the clipping of one sample would
-    depend on how many others were drawn, which is private.
-    """
+    """Raise for ways that are not built, or lack something."""
     if mode not in ("hooks", "functorch", "ew", "ghost"):
         raise NotImplementedError(
-            f"grad_sample_mode={mode!r}: DP-IRW is built for 'hooks', 'functorch', 'ew' and 'ghost'"
+            f"grad_sample_mode={mode!r}: expected 'hooks', 'functorch', 'ew' or 'ghost'"
         )
     if mode == "ghost" and criterion is None:
         raise ValueError(
-            "grad_sample_mode='ghost' without a criterion: expected criterion=; "
-            "PerSampleLoss(function) makes one of any function"
+            "grad_sample_mode='ghost' without a criterion: expected criterion=, or "
+            "criterion=PerSampleLoss(function)"
         )
     if mode == "ghost" and not batch_first:
         raise NotImplementedError(
@@ -151,7 +132,7 @@ def check_ways(
         raise ValueError("noise_generator is given, but secure mode has its own: leave it out")
     if criterion is not None:
         validate_criterion(criterion)
-        if criterion.reduction != loss_reduction:
+        if criterion.reduction != loss_reduction:  # clipping would depend on how many were drawn
             raise ValueError(
                 f"criterion {type(criterion).__name__} has reduction={criterion.reduction!r} and "
                 f"loss_reduction={loss_reduction!r}: expected the same"
@@ -159,81 +140,71 @@ def check_ways(
 
 
 def check_loader(loader: DataLoader[Any]) -> None:
-    """Raise unless the loader can become one that draws each sample independently."""
+    """Raise unless it can become one that draws each sample independently."""
     if not isinstance(loader, DataLoader):
         raise TypeError(f"data_loader={loader!r}: expected a torch.utils.data.DataLoader")
     if hasattr(loader.dataset, "__len__") and not len(loader.dataset):
         raise ValueError("data_loader.dataset is empty: expected at least one sample")
-    if isinstance(loader, DPDataLoader) or isinstance(
-        loader.batch_sampler, UniformWithReplacementSampler
-    ):
+    poisson = isinstance(loader.batch_sampler, UniformWithReplacementSampler)
+    if poisson or isinstance(loader, DPDataLoader):
         return
     for sampler in (loader.sampler, loader.batch_sampler):
         if type(sampler) not in (SequentialSampler, RandomSampler, BatchSampler):
             raise DPGuaranteeError(
                 f"data_loader draws with {type(sampler).__name__}, which Poisson sampling would "
-                "silently replace: pass a loader without a sampler of its own (over a "
-                "torch.utils.data.Subset for a part of the data); global IRW weights and "
-                "resampling are not private"
+                "replace: pass a loader without a sampler of its own (over a "
+                "torch.utils.data.Subset for a part); global IRW weights are not private"
             )
     if isinstance(loader.sampler, RandomSampler) and loader.sampler.replacement:
         raise DPGuaranteeError(
-            "data_loader draws with replacement: a sample could come twice in a batch; pass "
-            "shuffle=True or nothing"
+            "data_loader draws with replacement: a sample could come twice; pass shuffle=True or "
+            "nothing"
         )
 
 
 def check_module(
     module: nn.Module, optimizer: Optimizer, criterion: nn.Module | None = None
 ) -> None:
-    """Raise for models in which one sample's gradient depends on the others by construction."""
+    """Raise for models in which one sample's gradient depends on the others."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={module!r}: expected the torch.nn.Module that is trained")
     for name, child in module.named_modules():
         where = f"{name or 'the model'} is a {type(child).__name__}"
         if isinstance(child, _BatchNorm):
             raise DPGuaranteeError(
-                f"{where}: batch statistics let one sample change the gradients of all others, "
-                "also where it is frozen. Use GroupNorm, as "
-                "IRWPrivacyEngine.get_compatible_module(model) does, or a frozen affine layer"
+                f"{where}: batch statistics let one sample change the gradients of all, also where "
+                "it is frozen. Use GroupNorm, as IRWPrivacyEngine.get_compatible_module(model)"
             )
         if isinstance(child, _InstanceNorm) and child.track_running_stats:
             raise DPGuaranteeError(
-                f"{where} with track_running_stats=True: running statistics are released without "
-                "noise; set track_running_stats=False"
+                f"{where} with track_running_stats=True: they are released without noise; set "
+                "track_running_stats=False"
             )
         if isinstance(child, DistributedDataParallel | FullyShardedDataParallel | FSDPModule):
             raise NotImplementedError(
-                f"{where}: it averages or shards gradients before the noise; DP-IRW is built for "
+                f"{where}: it averages or shards gradients before the noise; expected "
                 "opacus.distributed.DifferentiallyPrivateDistributedDataParallel"
             )
         if weighed_by(child) or any(map(_is_irw_hook, _hooks(child))):
             raise DPGuaranteeError(
-                f"an IRWOptimizer, or a private one in ghost mode, is attached to the model: "
-                f"{_REWEIGHTED}"
+                f"an IRWOptimizer, or one in ghost mode, is attached to the model: {_REWEIGHTED}"
             )
     if criterion is not None and not isinstance(follower_of(criterion), PendingBatch | None):
         raise DPGuaranteeError(f"an IRWOptimizer is attached to the criterion: {_REWEIGHTED}")
-    own = set(module.parameters())
-    foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in own]
-    if foreign:  # nothing makes their gradients private
-        raise ValueError(
-            f"optimizer holds {len(foreign)} parameters that are not the module's (the first has "
-            f"shape {tuple(foreign[0].shape)}): expected an optimizer over parameters of module="
-        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    check_owned(parameters, set(module.parameters()), "module")  # only theirs are made private
 
 
 _REWEIGHTED = "gradients are reweighted before they are clipped. Call its detach() first"
 
 
-def _hooks(module: nn.Module) -> list[Callable[..., Any]]:
+def _hooks(module: nn.Module) -> list[Any]:
     tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    replaced = [forward] if (forward := vars(module).get("forward")) else []
-    return [hook for table in tables for hook in table.values()] + replaced
+    return [vars(module).get("forward"), *(hook for table in tables for hook in table.values())]
 
 
-def _is_irw_hook(hook: Callable[..., Any]) -> bool:
-    """Whether a hook, or a forward that was replaced, is of this library's non-private part."""
+def _is_irw_hook(hook: Any) -> bool:
+    """Or a forward that was replaced, of what is not private here."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     home = getattr(hook, "__module__", None) or type(hook).__module__
@@ -241,25 +212,21 @@ def _is_irw_hook(hook: Callable[..., Any]) -> bool:
 
 
 def check_checkpoint(saved: Any, config: IRWDPConfig, parameters: Sequence[Tensor]) -> None:
-    """Raise unless it is one of an IRWDPOptimizer with these parameters, and of this model."""
+    """Raise unless it is of such an optimizer, config and model."""
     if saved is None:
         raise ValueError("state_dict has no 'irw_dp' entry: expected that of an IRWDPOptimizer")
-    differing = [
-        f"{name}={value!r} here, {saved['config'].get(name)!r} saved"
-        for name, value in asdict(config).items()
-        if saved["config"].get(name) != value
-    ]
+    pairs = [(name, value, saved["config"].get(name)) for name, value in asdict(config).items()]
+    differing = [f"{name}={here!r} here, {was!r} saved" for name, here, was in pairs if here != was]
     if differing:
         raise ValueError(
-            f"state_dict was saved with other DP-IRW parameters ({'; '.join(differing)}): expected "
-            "the same IRWDPConfig"
+            f"state_dict was saved with another IRWDPConfig ({'; '.join(differing)}): expected the "
+            "same"
         )
     shapes = [None if v is None else v.shape for v in saved["direction"]]
     wanted = [p.shape for p in parameters]
-    if len(shapes) != len(wanted) or any(
-        shape not in (None, like) for shape, like in zip(shapes, wanted, strict=True)
-    ):
+    same = len(shapes) == len(wanted)
+    if not same or any(s not in (None, w) for s, w in zip(shapes, wanted, strict=True)):
         raise ValueError(
-            f"state_dict's direction has tensors of shapes {shapes} but the parameters have "
-            f"{wanted}: expected the same model"
+            f"state_dict's direction has shapes {shapes} but the parameters have {wanted}: "
+            "expected the same model"
         )

@@ -21,7 +21,7 @@ from irw_optim.arguments import as_whole, whole_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._groups import ArrayLike, GroupsLike
 from irw_optim.notebook import progress_bar
-from irw_optim.optimizer.checks import check_inner
+from irw_optim.optimizer.options import check_inner
 from irw_optim.remedies._comparison import Comparison
 from irw_optim.remedies._data import (
     Data,

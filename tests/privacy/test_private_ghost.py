@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from irw_optim import IRWOptimizer, PerSampleLoss
 from irw_optim.gradients import norms as norms_module
 from irw_optim.privacy import DPGuaranteeError, IRWPrivacyEngine
-from irw_optim.privacy.ghost import GhostBatch
+from irw_optim.privacy.pending import GhostBatch
 
 B, N = 8, 32
 

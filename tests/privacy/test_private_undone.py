@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from irw_optim.privacy import IRWDPConfig, IRWDPOptimizer, IRWPrivacyEngine
 from irw_optim.privacy import engine as engines
-from irw_optim.privacy.ghost import GhostBatch
-from irw_optim.privacy.pending import PendingBatch
+from irw_optim.privacy.pending import GhostBatch, PendingBatch
 
 N = 24
 MODES = [("hooks", True), ("hooks", False), ("functorch", True), ("ew", True), ("ghost", True)]
