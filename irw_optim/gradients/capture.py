@@ -153,8 +153,9 @@ class _FunctionRecorder(Listener):
         output = F.linear(input, weight, bias)
         if output.grad_fn is not None:
             whole = weight.is_leaf and (bias is None or bias.is_leaf)
-            kind = LinearCall if whole else LinearRowsCall
-            record(kind(input, weight, bias, time_major=True), output)
+            call = (LinearCall if whole else LinearRowsCall)(input, weight, bias)
+            call.time_major = True
+            record(call, output)
         return output
 
 
