@@ -1,4 +1,1 @@
-"""From a vector of losses to ``p.grad``: one autograd node, behind which weights are chosen.
-
-No optimizer, no process and no privacy is known here: all of them stand on this.
-"""
+"""From a vector of losses to ``p.grad``: one autograd node, behind which weights are chosen."""

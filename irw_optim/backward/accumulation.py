@@ -1,9 +1,7 @@
 """A logical batch: the weights of several backward passes decided together.
 
-The whole batch has G = [G_1; ...; G_k], and every product with G is a sum or a row of products with
-the G_j. So each backward pass only starts its batch: it keeps the layers' inputs and output
-gradients (for parameters that only autodiff covers, the graph). The k-th one decides, and gives the
-gradient of the whole.
+Each backward pass only starts its batch: it keeps the layers' inputs and output gradients, or the
+graph where autodiff needs it. The k-th one decides, and gives the gradient of the whole.
 """
 
 from __future__ import annotations
@@ -15,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from irw_optim.backward.passes import Pass
 from irw_optim.backward.weighted_loss import (
     BatchPass,
+    Pass,
     Weigher,
     deferred_loss,
     seed_of,
@@ -25,13 +23,14 @@ from irw_optim.backward.weighted_loss import (
 )
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.ghost import check_inputs
+from irw_optim.gradients.layers import summed
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import Direction, PerSampleGradients, blocked_gram, widened
 from irw_optim.torch_internals import is_wanted, will_run
 
 
 class LogicalBatch:
-    """``size`` backward passes, which wait for each other."""
+    """``size`` backward passes that wait for each other."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -44,33 +43,26 @@ class LogicalBatch:
         scored: Callable[[Tensor], bool],
         weigher: Weigher,
     ) -> Tensor:
-        """The criterion's value for one physical batch; see `weighted_loss`."""
+        """See `weighted_loss`."""
         # Not the leaves: hooks on parameters would be called in passes that give no gradient.
         anchor = torch.zeros_like(batch.value).requires_grad_()
         member = _Member(batch, captured, scored, weigher, self, get_gradient_edge(anchor))
         return deferred_loss(batch.value, member, [anchor, *captured.others])
 
     def finish(self) -> None:
-        """Decide with the members there are, and add the gradient to ``p.grad``."""
+        """Decide with the members that there are, and add to ``p.grad``."""
         members = self.members
-        if not members:
-            return
-        losses, total = members[0].batch.losses, dict[Tensor, Tensor]()
+        losses = members[0].batch.losses
         try:
             with without_autocast(losses.device.type):
                 parts = [member.captured.rows(member.scored) for member in members]
                 rows = ConcatenatedGradients(parts, like=widened(losses))
                 passes = [Pass(member.batch, member.factor) for member in members]
-                factors = members[-1].weigher.coefficients(passes, rows)
-                for member, some in zip(members, factors.split(rows.sizes), strict=True):
-                    captured = member.captured
-                    if captured.ghost is not None:
-                        check_inputs(captured.ghost.calls)
-                    for leaf, gradient in captured.weighted_sum(some, keep_graph=False).items():
-                        total[leaf] = total[leaf] + gradient if leaf in total else gradient
+                factors = members[-1].weigher.coefficients(passes, rows).split(rows.sizes)
+                total = summed(map(_Member.weighted_sum, members, factors))
         finally:
             self.clear()
-        # Frozen since their pass, they keep its gradient as in any accumulation.
+        # Frozen since their pass, they keep its gradient.
         for leaf in [leaf for leaf in total if not leaf.requires_grad]:
             gradient = total.pop(leaf)
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
@@ -86,7 +78,7 @@ class LogicalBatch:
 
 @dataclass(eq=False)
 class _Member(BatchPass):
-    """One physical batch, from its forward to the end of the logical one."""
+    """One physical batch."""
 
     ALREADY_PASSED = (
         "a second backward pass through one loss cannot be a part of a logical batch: "
@@ -98,7 +90,7 @@ class _Member(BatchPass):
     factor: Tensor | float = 0.0
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
-        """Start this batch; the k-th pass adds the gradient of the whole to ``p.grad``."""
+        """Start this batch, or finish the whole with it."""
         captured, logical = self.captured, self.logical
         others = list(filter(captured.is_wanted, captured.others))
         weighted = is_wanted(self.anchor.node)
@@ -123,24 +115,20 @@ class _Member(BatchPass):
             logical.finish()
         return [None, *map(plain.get, captured.others)]
 
+    def weighted_sum(self, factors: Tensor) -> dict[Tensor, Tensor]:
+        """Its part of the gradient of the whole."""
+        if self.captured.ghost is not None:
+            check_inputs(self.captured.ghost.calls)
+        return self.captured.weighted_sum(factors, keep_graph=False)
+
     def leave(self) -> None:
-        """The others are still to come: the logical batch lets go of all."""
+        """The logical batch lets go of all."""
 
 
 class ConcatenatedGradients:
-    """The rows of several batches in their order: G = [G_1; G_2; ...].
+    """The rows of several batches: G = [G_1; G_2; ...], with zeros for what a batch did not use.
 
-    A parameter that a batch did not use has rows of zeros there. Weights have the device and the
-    dtype of ``like``.
-
-    >>> from irw_optim.gradients import MaterializedGradients
-    >>> weight = torch.zeros(1)
-    >>> rows = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]])]
-    >>> G = ConcatenatedGradients([MaterializedGradients({weight: r}) for r in rows], like=weight)
-    >>> G.combine(torch.ones(3))[weight], G.dot({weight: torch.ones(1)})
-    (tensor([6.]), tensor([1., 2., 3.]))
-    >>> G.gram()[2]
-    tensor([3., 6., 9.])
+    Weights have the device and the dtype of ``like``.
     """
 
     def __init__(self, parts: Iterable[PerSampleGradients], like: Tensor) -> None:
@@ -151,32 +139,22 @@ class ConcatenatedGradients:
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w."""
-        total: dict[Tensor, Tensor] = {}
-        for part, some in zip(self.parts, weights.split(self.sizes), strict=True):
-            for p, gradient in part.combine(some).items():
-                total[p] = total[p] + gradient if p in total else gradient
-        return total
+        each = zip(self.parts, weights.split(self.sizes), strict=True)
+        return summed(part.combine(some) for part, some in each)
 
     def dot(self, direction: Direction) -> Tensor:
         """G v."""
         return torch.cat([part.dot(direction) for part in self.parts])
 
     def gram(self) -> Tensor:
-        """Across batches only the rows themselves meet: they are made a block at a time."""
+        """From rows, some at a time."""
         zeros = self.combine(self.like.new_zeros(self.batch_size))
+        sizes = zip(self.parts, self.sizes, strict=True)
+        each = [(part, one) for part, size in sizes for one in torch.eye(size).to(self.like)]
 
         def rows(samples: slice) -> dict[Tensor, Tensor]:
-            each = [{**zeros, **self._row(i)} for i in range(self.batch_size)[samples]]
-            return {p: torch.stack([row[p] for row in each]) for p in zeros}
+            found = [{**zeros, **part.combine(one)} for part, one in each[samples]]
+            return {p: torch.stack([row[p] for row in found]) for p in zeros}
 
         numbers = sum(t.numel() for t in zeros.values())
         return blocked_gram(self.batch_size, numbers, rows)
-
-    def _row(self, sample: int) -> dict[Tensor, Tensor]:
-        part = 0
-        while sample >= self.sizes[part]:
-            sample -= self.sizes[part]
-            part += 1
-        one = self.like.new_zeros(self.sizes[part])
-        one[sample] = 1
-        return self.parts[part].combine(one)

@@ -1,8 +1,7 @@
 """From a batch of losses to a scalar whose gradient is made when the backward pass arrives at it.
 
-A scheme decides the weights of a batch. A `Weigher` knows what the batch is (that of one backward
-pass, of several, or of all processes) and how long the step: what it gives is the factor on the
-gradient of every loss at hand.
+A scheme decides the weights of a batch. A `Weigher` knows what the batch is (a backward pass, some,
+or those of all processes) and how long the step: it gives the factor on each loss's gradient.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from irw_optim.backward.passes import Pass, as_one
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
@@ -27,8 +25,55 @@ from irw_optim.weighting.record import StepRecord
 Note = Callable[[StepRecord], None]
 
 
+class Pass(NamedTuple):
+    """The losses of one backward pass, without their graph."""
+
+    batch: PerSampleLosses
+    factor: Tensor | float  # what arrived at the scalar: a gradient scaler's, 1/accumulation
+
+
+def as_one(passes: Sequence[Pass]) -> PerSampleLosses:
+    """The samples of all passes; of several, ``value`` and ``scale`` have no meaning."""
+    if len(passes) == 1:
+        return passes[0].batch
+    batches = [batch for batch, _ in passes]
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    counted = any(batch.counts is not None for batch in batches)
+    return PerSampleLosses(
+        torch.cat([batch.losses for batch in batches]),
+        batches[0].value,
+        1.0,
+        torch.cat(labels) if len(labels) == len(batches) else None,
+        torch.cat(list(map(counts_of, batches))) if counted else None,
+    )
+
+
+def some_of(batch: PerSampleLosses, rows: slice | Tensor) -> PerSampleLosses:
+    """Some samples, or all in another order."""
+    counts = counts_of(batch)[rows]
+    return batch._replace(
+        losses=batch.losses[rows],
+        labels=None if batch.labels is None else batch.labels[rows],
+        counts=None if batch.counts is None else counts,
+        elements=float(counts.sum()),
+    )
+
+
+def elements_of(batch: PerSampleLosses) -> float:
+    """How many elements the samples have together."""
+    return float(len(batch.losses) if batch.elements is None else batch.elements)
+
+
+def counts_of(batch: PerSampleLosses) -> Tensor:
+    """How many elements each sample has, also where they are equally many: (B,) int64."""
+    if batch.counts is not None:
+        return batch.counts
+    each = round(elements_of(batch) / max(1, len(batch.losses)))
+    return torch.full_like(batch.losses, each, dtype=torch.int64)
+
+
 class Weigher(Protocol):
-    """Decides for one or more passes together."""
+    """Decides for passes together."""
 
     scheme: Scheme
     note: Note
@@ -37,18 +82,18 @@ class Weigher(Protocol):
         """The factor on the gradient of every loss of the passes, (B,)."""
 
     def loss(self, batch: PerSampleLosses) -> Tensor:
-        """The criterion's value, carrying the weighted gradient, by the losses alone."""
+        """The criterion's value with the weighted gradient, by the losses alone."""
 
 
 class OneProcess:
-    """Weighs the samples at hand; ``note`` is told what was decided, when a backward pass runs."""
+    """Weighs the samples at hand; ``note`` is told in the backward pass."""
 
     def __init__(self, scheme: Scheme, note: Note) -> None:
         self.scheme = scheme
         self.note = note
 
     def coefficients(self, passes: Sequence[Pass], rows: PerSampleGradients) -> Tensor:
-        """Weights times length: the ordinary gradient is sum_j factor_j mean_j."""
+        """Weights times the ordinary length."""
         batch, length = passes[0]
         if len(passes) > 1:
             length = sum(factor * some.scale for some, factor in passes)
@@ -60,7 +105,7 @@ class OneProcess:
         return record.weights * length
 
     def loss(self, batch: PerSampleLosses) -> Tensor:
-        """Where the weights are known before backward, ordinary autograd does the rest."""
+        """With weights that are known before."""
         record = self.scheme.decide(batch, NoRows(len(batch.losses)))
         loss = with_gradient(batch, record.weights * batch.scale)
         loss.register_hook(lambda _: self.note(record))
@@ -68,7 +113,7 @@ class OneProcess:
 
 
 class Deferred:
-    """What a loss does when its backward pass arrives: once, unless the graph is kept."""
+    """What a loss does when its backward pass arrives."""
 
     ALREADY_PASSED = (
         "this loss was already backpropagated: its graph is gone; use "
@@ -80,7 +125,7 @@ class Deferred:
     passed = False  # whether it has happened
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
-        """The gradient of every leaf, for that of the scalar loss; another pass may follow."""
+        """The gradient of every leaf, for that of the scalar loss."""
         raise NotImplementedError
 
     def leave(self) -> None:
@@ -134,7 +179,7 @@ def weighted_loss(
 ) -> Tensor:
     """The criterion's value, whose gradient is ``sum_i c_i grad(loss_i)``.
 
-    That of what is not the model's (inputs, other networks) is the ordinary one.
+    What is not the model's (inputs, other networks) gets the ordinary one.
     """
     leaves = (*captured.leaves, *captured.others)
     weighted = WeightedPass(batch, captured, scored, weigher, leaves)
@@ -142,10 +187,9 @@ def weighted_loss(
 
 
 def deferred_loss(value: Tensor, deferred: Deferred, leaves: Iterable[Tensor]) -> Tensor:
-    """A scalar with the given value, whose gradients of the leaves are deferred.
+    """A scalar whose gradients of the leaves are made when its backward pass arrives.
 
-    So whatever listens to autograd (gradient accumulation, hooks on parameters,
-    DistributedDataParallel) hears the weighted gradient as it would the ordinary one.
+    Whatever listens to autograd (hooks on parameters, DistributedDataParallel) hears these.
     """
     return _DeferredLoss.apply(value, deferred, *leaves)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -180,10 +224,10 @@ class _DeferredLoss(torch.autograd.Function):
 
 
 def seed_of(upstream: Tensor, batch: PerSampleLosses) -> Tensor:
-    """The factor that every loss carries through its backward pass: that of the ordinary mean.
+    """The factor that every loss carries through its backward pass: the ordinary mean's.
 
-    So hooks on activations hear gradients of the size that they expect, and half precision gets a
-    gradient scaler's scale. 0 would take the weights with it.
+    So hooks on activations hear gradients of the usual size, and half precision gets a gradient
+    scaler's scale. 0 would take the weights with it.
     """
     seed = upstream * (batch.scale / max(1, batch.losses.shape[0]))
     if seed.device.type == "cpu":  # looking at it waits for nothing there
@@ -194,17 +238,13 @@ def seed_of(upstream: Tensor, batch: PerSampleLosses) -> Tensor:
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    """Products are taken in the precision that the tensors have, or better."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return _AS_IT_IS
-
-
-_AS_IT_IS = nullcontext()
+    """Products have the precision of the tensors, or better."""
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def ordinary_loss(batch: PerSampleLosses) -> Tensor:
-    """The criterion's value with its own gradient: nobody's samples are weighed."""
+    """The criterion's value with its own gradient."""
     return with_gradient(batch, batch.ordinary_factors())
 
 

@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.backward.passes import Pass, counts_of, elements_of
-from irw_optim.backward.weighted_loss import Deferred, Weigher, deferred_loss, seed_of
+from irw_optim.backward.weighted_loss import (
+    Deferred,
+    Pass,
+    Weigher,
+    counts_of,
+    deferred_loss,
+    elements_of,
+    seed_of,
+)
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.coverage import (

@@ -1,9 +1,8 @@
 """Backward passes from one vector of losses: one that hooks on activations hear, others that not.
 
-Hooks are there for the pass of the training loop, and hear one from us: that of the ordinary mean,
-which gives the layers their output gradients; or, where autograd finishes some parameters, the last
-one, with the weighted gradient. A hook may also change the gradient that it hears (a reversal, a
-clipping). Then every pass has to be heard, and which it is, is found out by comparing two.
+Hooks hear one pass from us: that of the ordinary mean, to the layers' outputs; or, where autograd
+finishes some parameters, the weighted one. A hook that changes what it hears (a reversal, a
+clipping) has to hear every pass, which is found out by comparing two.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ End: TypeAlias = Tensor | GradientEdge
 logger = logging.getLogger("irw_optim")
 
 HOOKS_CHANGE = "hooks change gradients"
-"""What an `Engine` remembers of its model: passes that no hook hears give something else."""
+"""What an `Engine` remembers of its model."""
 
 
 class BackwardPasses:
-    """From the losses to edges of their graph, each `OneForward`; ``known`` is of the model."""
+    """From the losses to edges of their graph, each in ``one_forward``."""
 
     def __init__(
         self,
@@ -55,11 +54,11 @@ class BackwardPasses:
 
     @property
     def may_share_memory(self) -> bool:
-        """Whether a pass may write where the last one did, as recorded (CUDA) graphs do."""
+        """Whether a pass may write where the last did, as recorded (CUDA) graphs do."""
         return not self.losses.is_cpu or places_of(self.graph).in_python
 
     def without_hooks(self, ends: Sequence[End], weights: Tensor) -> Sequence[Tensor | None]:
-        """The gradient of <weights, losses> at some ends; hooks run where they change it."""
+        """The gradient of <weights, losses>, (B,) both; hooks run where they change it."""
         if self.known.get(HOOKS_CHANGE):
             return self.with_hooks(ends, weights)
         cotangent, edges = weights.to(self.losses.dtype), self.graph.edges
@@ -68,7 +67,7 @@ class BackwardPasses:
             return pull_back(self.losses, cotangent, found, self.graph)
 
     def push(self, direction: Direction) -> Tensor:
-        """How much every loss changes along a direction of the leaves, (B,), if it can be told."""
+        """How much each loss changes along a direction, (B,)."""
         if self.known.get(HOOKS_CHANGE):
             raise NoPushForwardError("hooks on activations have a say in it")
         numbers = {p: n for n, p in enumerate(self.graph.leaves)}
@@ -89,7 +88,7 @@ class BackwardPasses:
     def compare_hooks(
         self, edges: Sequence[End], weights: Tensor, leaves: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        """A pass that is heard, compared with one that is not, as they arrive at the leaves."""
+        """One that is heard, compared at the leaves with one that is not."""
         with _nothing_added(self.model, self.graph.order):
             found = self.with_hooks([*edges, *leaves], weights)
         known = self.known.get(HOOKS_CHANGE)
@@ -106,7 +105,7 @@ class BackwardPasses:
 
 @contextmanager
 def _nothing_added(model: nn.Module | None, nodes: Iterable[Node]) -> Iterator[None]:
-    """Raise where a function in Python writes to ``p.grad`` itself, as reversible blocks do."""
+    """Raise where a function in Python writes to ``p.grad``, as reversible blocks do."""
     foreign = {node.name() for node in nodes if is_foreign(node)}
     parameters = [] if model is None or not foreign else [*model.parameters()]
     before = _gradients_of(parameters)
@@ -118,14 +117,13 @@ def _nothing_added(model: nn.Module | None, nodes: Iterable[Node]) -> Iterator[N
         raise RuntimeError(
             f"{', '.join(sorted(foreign))}: its backward calls backward() on a part of the model, "
             "and so adds to p.grad from inside the backward pass: no gradient of single samples "
-            "can be had. Turn it off (a model with reversible layers often has an option), take "
-            "torch.utils.checkpoint with use_reentrant=False for its memory, or have its backward "
-            "return the gradients that torch.autograd.grad computes"
+            "can be had. Turn it off (reversible layers often have an option), take "
+            "torch.utils.checkpoint with use_reentrant=False, or have its backward return the "
+            "gradients that torch.autograd.grad computes"
         )
 
 
 def _gradients_of(parameters: Iterable[Tensor]) -> list[tuple[Tensor | None, int | None]]:
-    """With how often each was changed."""
     return [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
 
 
@@ -137,17 +135,13 @@ def backward_to(
     *,
     retain_graph: bool,
 ) -> Sequence[Tensor | None]:
-    """A backward pass of autograd's: the gradient of <weights, losses>, unheard by the leaves.
-
-    A hook on a parameter belongs to the gradient that the parameter finally gets. Here it would be
-    called besides, with something else, and what it returns would change the result.
-    """
+    """A backward pass of autograd's, unheard by the leaves, whose hooks belong to the final one."""
     with silent(leaves), torch.enable_grad():
         return gradients_at(losses, ends, weights.to(losses.dtype), retain_graph=retain_graph)
 
 
 def edges_aside(graph: Graph, rest: Sequence[Tensor]) -> list[GradientEdge]:
-    """Layers that a pass to the rest would not come by, and whose hooks it should meet."""
+    """Layers off the way to the rest, whose hooks should hear the pass, too."""
     if not graph.sites:
         return []
     on_the_way = {graph.edges[leaf].node for leaf in rest}

@@ -142,8 +142,9 @@ def _linear_in_attention(input: Tensor, weight: Tensor, bias: Tensor | None = No
     output = F.linear(input, weight, bias)
     if output.grad_fn is not None:
         whole = weight.is_leaf and (bias is None or bias.is_leaf)
-        kind = LinearCall if whole else LinearRowsCall
-        record(kind(input, weight, bias, time_major=True), output)
+        call = (LinearCall if whole else LinearRowsCall)(input, weight, bias)
+        call.time_major = True
+        record(call, output)
     return output
 
 

@@ -42,12 +42,14 @@ NOTHING_TO_SCORE = (
     "parameters; if the model has got other parameters since, make both optimizers anew"
 )
 
-
 MANY_LOSSES = 8
-"""So many other losses that wait for their backward pass on one graph are worth a word."""
+"""So many others that wait for their backward pass on one graph are worth a word."""
 
 NO_LOSSES = torch.empty(0)
 """In the place of those whose backward pass is over."""
+
+WAITING = WeakSet["LossGradients"]()
+"""Losses whose backward pass is still to come, in whatever thread: they may share a graph."""
 
 _LOCK = Lock()
 
@@ -58,7 +60,7 @@ class LossGradients:
     Args:
         engine: what is known from earlier batches.
         losses: (B,), with their graph.
-        owns: tells, of the leaves, the model's (and more, perhaps), or None for all.
+        owns: tells the model's among leaves, or None for all.
         one_product: whether a single G (G^T c) is all that is asked of G.
     """
 
@@ -104,17 +106,17 @@ class LossGradients:
                 logging.WARNING,
                 "many losses",
                 f"{MANY_LOSSES + 1} losses lead through one graph, such as those of time steps: "
-                "each is a batch of its own, with its own worst-off samples and weights, and goes "
-                "back through all of the graph, at a cost quadratic in their number. For one batch "
-                "of sequences add up the losses of each: optimizer.backward(torch.stack(losses)"
-                '.mean(0)) with losses of shape (B,) from reduction="none"',
+                "each is weighed as a batch of its own, and goes back through all of the graph, at "
+                "a cost quadratic in their number. For one batch of sequences add up the losses of "
+                "each: optimizer.backward(torch.stack(losses).mean(0)) with losses of shape (B,) "
+                'from reduction="none"',
             )
 
     def start(self, seed: Tensor, keep_graph: bool, alike: Sequence[Tensor] = ()) -> None:
         """The backward pass to the layers' outputs, with its check where one is due.
 
-        The losses carry the ``seed`` through it, 0-dim and not zero. Others, whose plain gradient
-        counts all losses ``alike``, get it in the same pass if they can.
+        The losses carry the ``seed``, 0-dim and not zero. Leaves whose gradient counts all losses
+        ``alike`` get it in the same pass if they can.
         """
         size, engine, graph, self.came_along = self.losses.shape[0], self.engine, self.graph, None
         plan = self.plan or engine.plans.get(graph.kind)
@@ -141,25 +143,23 @@ class LossGradients:
             return
         self.apart = covering.mixed_by is None and size > 1
         passes, covered = self.passes, covering.covered
+        last = passes.with_hooks if covering.covers_all else passes.without_hooks
+        if check_hooks:
+            last = partial(passes.compare_hooks, leaves=self.leaves)
+        by = partial(last, weights=seed.expand_as(self.losses))
         if not covered:
             if check_hooks:
-                passes.compare_hooks([], seed.expand_as(self.losses), self.leaves)
+                by([])
             return
         sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
         check_inputs(site.call for site in sites)
-        factors = seed.expand_as(self.losses)
-        last = passes.with_hooks if covering.covers_all else passes.without_hooks
-        by = partial(last, weights=factors)
-        if check_hooks:
-            by = partial(passes.compare_hooks, weights=factors, leaves=self.leaves)
         ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True, backward=by)
         if len(sites) == len(graph.sites):
             covering.reached = ghost.reached
         if check or engine.known.get(HOOKS_CHANGE):  # as just found out; a hook may mix samples
             self._check(covering, sites, ghost)
-        sparse = {
-            p for s in sites if s.call.needs_autograd_combine for p in s.call.parameters.values()
-        }
+        calls = [site.call for site in sites if site.call.needs_autograd_combine]
+        sparse = {p for call in calls for p in call.parameters.values()}
         self.uncovered = [p for p in self.leaves if p not in covered]
         self.finished_by_autograd = [p for p in self.leaves if p not in covered or p in sparse]
         self.ghost = ghost.restricted_to(covered)
@@ -167,7 +167,7 @@ class LossGradients:
     def _take_products(
         self, covering: Covering, seed: Tensor, keep_graph: bool, alike: Sequence[Tensor]
     ) -> None:
-        """Where nothing is left to autograd, or due to be compared with it."""
+        """With nothing left to autograd, or to compare with it."""
 
         def on_to_others(edges: Sequence[End]) -> Sequence[Tensor | None]:
             factors = seed.expand_as(self.losses)
@@ -186,13 +186,11 @@ class LossGradients:
             covering.reached = ghost.reached
 
     def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
-        """G with the columns of the chosen parameters."""
+        """G with the columns of some parameters."""
         if self.ghost is not None and not self.uncovered and all(map(parameters, self.leaves)):
             return self.ghost
         chosen = list(filter(parameters, self.leaves))
-        if self.engine.own is not None:
-            if not chosen:
-                raise RuntimeError(NOTHING_TO_SCORE)
+        if self.engine.own is not None and chosen:
             return rows_by(self.engine, self.engine.own, self.losses, chosen, self.passes)
         parts: list[PerSampleGradients] = []
         if self.ghost is not None and (part := self.ghost.restricted_to(set(chosen))).calls:
@@ -204,10 +202,7 @@ class LossGradients:
         return parts[0] if len(parts) == 1 else StackedGradients(parts)
 
     def weighted_sum(self, weights: Tensor, keep_graph: bool) -> dict[Tensor, Tensor]:
-        """Sum of w_i times the gradient of loss i, for every leaf of the model that has one.
-
-        Layers that only autograd can finish, and uncovered leaves, take one more backward pass.
-        """
+        """Sum of w_i times the gradient of loss i, for every leaf of the model that has one."""
         total: dict[Tensor, Tensor] = {}
         rest = self.finished_by_autograd
         last = not keep_graph and not self.sharing
@@ -237,10 +232,7 @@ class LossGradients:
     def plain_sum(
         self, leaves: Sequence[Tensor], factors: Tensor, *, hooks_ran: bool
     ) -> dict[Tensor, Tensor]:
-        """Sum of factor_i times the gradient of loss i, by ordinary autograd, for any leaves.
-
-        Hooks on activations hear it, unless they run in another pass of this loss.
-        """
+        """The same by ordinary autograd, for any leaves; heard unless ``hooks_ran`` already."""
         if self.came_along is not None:
             found, seed = self.came_along
             gradients = [g if g is None else g * (factors[0] / seed) for g in found]
@@ -250,11 +242,11 @@ class LossGradients:
         return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
 
     def is_wanted(self, leaf: Tensor) -> bool:
-        """Whether the backward pass that runs now asks for the gradient of a leaf."""
+        """Whether the backward pass that runs now asks for a leaf."""
         return is_wanted(self.graph.edges[leaf].node)
 
     def close(self) -> None:
-        """The backward pass is over: nothing of it may be held any longer."""
+        """Hold nothing of a pass that is over."""
         with _LOCK:
             WAITING.discard(self)
             for other in self.sharing:
@@ -270,7 +262,6 @@ class LossGradients:
 
     @cached_property
     def passes(self) -> BackwardPasses:
-        """Backward passes from the losses, of one memory."""
         graph, engine = self.graph, self.engine
         assert graph is not NO_GRAPH, "the backward pass is over"
         graph.common = engine.common[graph.kind] = engine.common.get(graph.kind, graph.common)
@@ -278,11 +269,10 @@ class LossGradients:
 
     @cached_property
     def one_forward(self) -> AbstractContextManager[object]:
-        """Around whatever may compute a part of the forward again."""
         return OneForward(self.engine.model, self.engine.known)
 
     def _check(self, covering: Covering, sites: list[CallSite], ghost: GhostGradients) -> None:
-        """Compare the products with autograd; what is wrong is left to it."""
+        """Leave to autograd what it disagrees with."""
         parameters = [p for p in self.leaves if p in covering.covered]
         probe = probe_of(self.losses, self.engine.random)
         wrong = compare(parameters, self.passes.without_hooks(parameters, probe), probe, ghost)
@@ -298,7 +288,3 @@ class LossGradients:
             self.engine.reject(covering, wrong)
         else:
             covering.agree()
-
-
-WAITING = WeakSet[LossGradients]()
-"""Losses whose backward pass is still to come, in whatever thread: they may share a graph."""

@@ -1,10 +1,9 @@
 """Which operation of a graph can carry one sample's numbers into another sample's loss.
 
-A forward that treats its samples apart is a stack of operations that leave one dimension alone:
-the batch. Where it lies is followed from the losses, of shape (B,), to the leaves. Reshaping moves
-it, so it is kept as a stride: of a tensor's numbers in row-major order, number ``n`` belongs to
-sample ``n // stride % B``. An operation that works along the batch, or of which no rule is known,
-may mix; so may one whose result is read sample by sample here and whole there, ``h - h.mean(0)``.
+The batch is followed from the losses, (B,), to the leaves. Reshaping moves it, so it is kept as a
+stride: number ``n`` of a tensor, in row-major order, belongs to sample ``n // stride % B``. An
+operation that works along the batch, or that has no rule, may mix; so may one whose result is read
+sample by sample here and whole there, as in ``h - h.mean(0)``.
 """
 
 from __future__ import annotations
@@ -32,32 +31,23 @@ from irw_optim.gradients.packed import ENDS_RUN
 
 
 class Crossing(NamedTuple):
-    """An operation on samples that reads tensors which they share: weights, or made of weights."""
+    """An operation on samples that reads what they share."""
 
     place: int  # of its node in the graph's order
-    output: int  # number of the output that holds the batch
-    inputs: tuple[int, ...]  # numbers of the shared inputs
+    output: int  # that holds the batch
+    inputs: tuple[int, ...]  # that are shared
 
 
 class Batch(NamedTuple):
-    """Where the batch is in a graph, as far as it can be followed.
+    """Where the batch is in a graph, as far as it can be followed."""
 
-    Attributes:
-        mixed_by: the first operation that may mix the samples; None where none can.
-        places: the stride of the batch in each output that was met, or `SHARED`, by the place of
-            its node in the graph's order.
-        reads: for each leaf, how many operations on samples read it, or what is computed of it.
-        computes_shared: whether anything that is one for all samples is computed, beyond views.
-        crossings: where an operation on samples reads what they share.
-        surely_mixes: whether `mixed_by` is known to mix the samples, or just not known not to.
-    """
-
-    mixed_by: str | None
+    mixed_by: str | None  # the first operation that may mix the samples; None where none can
+    # Its stride in each output that was met, or `SHARED`, by the node's place in the order.
     places: Mapping[tuple[int, int], int] = MappingProxyType({})
-    reads: tuple[int, ...] = ()
-    computes_shared: bool = False
+    reads: tuple[int, ...] = ()  # of each leaf by operations on samples, or of what is made of it
+    computes_shared: bool = False  # whether anything but views is made of weights alone
     crossings: tuple[Crossing, ...] = ()
-    surely_mixes: bool = False
+    surely_mixes: bool = False  # whether `mixed_by` is known to mix, or just not known not to
 
     @property
     def followed(self) -> bool:
@@ -70,18 +60,17 @@ def follow_batch(
 ) -> Batch:
     """Follow the batch through the graph of losses, (B,), B > 1.
 
-    Nothing is known of ``opaque`` operations. The batch is taken to come first in what they read,
-    and the first of them may mix the samples.
+    ``opaque`` operations may mix; the batch is taken to come first in what they read.
     """
     may_mix: str | None = None
-    places: dict[tuple[Node, int], int] = {(losses.grad_fn, losses.output_nr): 1}  # type: ignore[dict-item]
-    outputs: dict[Node, list[int]] = {losses.grad_fn: [losses.output_nr]}  # type: ignore[dict-item]
+    places = {(0, losses.output_nr): 1}
+    outputs = {0: [losses.output_nr]}
     reads: dict[Node, int] = {}
     crossings: list[Crossing] = []
     computes_shared = False
-    for node in graph.order:
-        for number in outputs.get(node, ()):
-            stride, weight = places[node, number], 1
+    for at, node in enumerate(graph.order):
+        for number in outputs.get(at, ()):
+            stride, weight = places[at, number], 1
             if stride == SHARED:
                 found: Sequence[int] = [SHARED] * len(node.next_functions)
                 weight = reads.get(node, 0)
@@ -94,12 +83,12 @@ def follow_batch(
                     found = rule_for(node)(Output(node, number, stride, len(losses)))
                 except (MixesError, AttributeError, RuntimeError):
                     # Or another version of torch; or a graph that is freed.
-                    surely = is_known(node)
-                    return Batch(node.name(), _by_number(places, graph), surely_mixes=surely)
+                    surely = rule_for(node) is not mixing
+                    return Batch(node.name(), places, surely_mixes=surely)
             read = list(zip(node.next_functions, found, strict=False))
             shared = [n for n, ((p, _), place) in enumerate(read) if p and place == SHARED]
             if shared and stride != SHARED:
-                crossings.append(Crossing(graph.nodes[node], number, tuple(shared)))
+                crossings.append(Crossing(at, number, tuple(shared)))
             for (parent, output), place in read:
                 if parent is None or place == UNREAD:
                     continue
@@ -107,19 +96,17 @@ def follow_batch(
                     reads[parent] = reads.get(parent, 0) + weight
                 if not parent.next_functions:
                     continue  # a leaf: what reads it says what it is
-                known = outputs.setdefault(parent, [])
-                if output not in known:
-                    known.append(output)
-                    places[parent, output] = place
-                elif places[parent, output] != place:
-                    return Batch(parent.name(), _by_number(places, graph), surely_mixes=True)
+                key = graph.nodes[parent], output
+                if key not in places:
+                    outputs.setdefault(key[0], []).append(output)
+                if places.setdefault(key, place) != place:
+                    return Batch(parent.name(), places, surely_mixes=True)
     counted = tuple(reads.get(node, 0) for node in graph.leaf_nodes)
-    places_by_number = _by_number(places, graph)
-    return Batch(may_mix, places_by_number, counted, computes_shared, tuple(crossings))
+    return Batch(may_mix, places, counted, computes_shared, tuple(crossings))
 
 
 def _first_in(edge: tuple[Node | None, int], batch_size: int) -> int:
-    """The stride of the batch if it comes first in what is read at an edge."""
+    """The stride of the batch if it comes first."""
     node, number = edge
     if node is None:
         return UNREAD
@@ -129,18 +116,11 @@ def _first_in(edge: tuple[Node | None, int], batch_size: int) -> int:
     return shape.numel() // batch_size
 
 
-def _by_number(places: Mapping[tuple[Node, int], int], graph: Graph) -> dict[tuple[int, int], int]:
-    return {(graph.nodes[node], output): place for (node, output), place in places.items()}
-
-
 def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:
-    """How many rows entered the model, where the samples are parts of them, such as tokens."""
+    """How many rows entered the model, where the samples are parts of these, such as tokens."""
     if batch.followed:
-        outputs = [
-            Output(graph.order[place], number, stride, losses)
-            for (place, number), stride in batch.places.items()
-            if stride != SHARED
-        ]
+        held = [(*at, stride) for at, stride in batch.places.items() if stride != SHARED]
+        outputs = [Output(graph.order[n], number, stride, losses) for n, number, stride in held]
         entered = {output.shape[0] for output in outputs if output.located is None}
     elif any(site.call.layout is not None for site in graph.sites):
         return None
@@ -156,12 +136,12 @@ _RULE_OF: dict[type[Node], Rule] = {}
 
 
 def rule_for(node: Node) -> Rule:
-    """The rule of a node, by its name without what numbers its variants: ``MeanBackward1``."""
+    """The rule of a node, by its `base_name`."""
     rule = _RULE_OF.get(type(node))
     if rule is None:
         rule = RULES.get(base_name(node), mixing)
-        if isinstance(node, BackwardCFunction):  # a function in Python may have any name
-            rule = handed_on if _is_torchs_identity(node) else mixing
+        if isinstance(node, BackwardCFunction) and _is_torchs_identity(node):
+            rule = handed_on
         if type(node) is ENDS_RUN:
             rule = _packed
         _RULE_OF[type(node)] = rule
@@ -173,23 +153,18 @@ def _packed(output: Output) -> Sequence[int]:
     raise MixesError
 
 
-def is_known(node: Node) -> bool:
-    """Whether a node has a rule."""
-    return rule_for(node) is not mixing
-
-
 def is_foreign(node: Node) -> bool:
     """Whether a node is a function in Python of which nothing is known."""
-    return isinstance(node, BackwardCFunction) and not is_known(node)
+    return isinstance(node, BackwardCFunction) and rule_for(node) is mixing
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node hands on numbers as they are."""
+    """Whether a node moves numbers alone."""
     return rule_for(node) in (permuting, removing, reshaped, swapping)
 
 
 def _is_torchs_identity(node: BackwardCFunction) -> bool:
-    """Functions by which torch hears a pass: module hooks, FSDP, DistributedDataParallel."""
+    """Functions by which torch hears a pass."""
     function = getattr(node, "_forward_cls", type(node))
     names = ("BackwardHookFunction", "RegisterPostBackwardFunction", "_DDPSink")
     return function.__module__.startswith("torch.") and function.__name__ in names

@@ -1,9 +1,7 @@
-"""How operations move the batch: for each, from its place in the output to that in the inputs.
+"""How operations move the batch: from its place in the output to that in each input.
 
-A rule is asked where the batch lies in what a node computed, and answers for every tensor that the
-node reads: a stride, or `SHARED` for what all samples have in common (a weight). It raises
-`MixesError` where the operation works along the batch, or may. What is not in the table is taken to
-mix the samples: a graph with it is compared with autograd at every step.
+A rule answers with a stride, `SHARED` for what all samples have in common, or raises `MixesError`
+where the operation works along the batch, or may: such a graph is compared at every step.
 """
 
 from __future__ import annotations
@@ -43,16 +41,12 @@ def reshaped(output: Output) -> Sequence[int]:
     return [output.stride] * len(output.inputs)
 
 
-def along(name: str) -> Rule:
-    """Works along remembered dimensions, and keeps the others where they are."""
+def _along(name: str) -> Rule:
     return lambda output: output.all_at(output.beside(output.saved_dims(name)))
 
 
-def in_blocks(output: Output) -> Sequence[int]:
-    """Works along a remembered dimension: that of the batch in blocks that have all samples.
-
-    So two views of each sample are joined, and parted again.
-    """
+def _in_blocks(output: Output) -> Sequence[int]:
+    """Along the batch, if in blocks that have all samples."""
     (dim,), read = output.saved_dims(), output.inputs
     if output.dim != dim:
         return output.all_at(output.dim)
@@ -66,9 +60,7 @@ def in_blocks(output: Output) -> Sequence[int]:
     return [UNREAD if 0 in shape else output.stride for shape in read]
 
 
-def along_last(count: int) -> Rule:
-    """Works along the last dimensions."""
-
+def _along_last(count: int) -> Rule:
     def rule(output: Output) -> Sequence[int]:
         ndim = len(output.shape)
         return output.all_at(output.beside(range(ndim - count, ndim)))
@@ -76,8 +68,7 @@ def along_last(count: int) -> Rule:
     return rule
 
 
-def reducing(output: Output) -> Sequence[int]:
-    """Sums, means, norms and the like over remembered dimensions."""
+def _reducing(output: Output) -> Sequence[int]:
     ndim = len(output.inputs[0])
     dims = output.saved_dims(ndim=ndim)
     if getattr(output.node, "_saved_keepdim", False):
@@ -86,21 +77,19 @@ def reducing(output: Output) -> Sequence[int]:
     return output.all_at(left[output.beside(range(len(left), len(output.shape)))])
 
 
-def inserting(output: Output) -> Sequence[int]:
-    """The output has a dimension more than the inputs (stack)."""
+def _inserting(output: Output) -> Sequence[int]:
     (new,) = output.saved_dims()
     dim = output.beside([new])
     return output.all_at(dim - (dim > new))
 
 
 def removing(output: Output) -> Sequence[int]:
-    """The output has a dimension less than the input (select, unbind)."""
+    """The output has a dimension less."""
     (gone,) = output.saved_dims(ndim=len(output.shape) + 1)
     return output.all_at(output.dim + (output.dim >= gone))
 
 
-def windowed(output: Output) -> Sequence[int]:
-    """Windows along a remembered dimension, in a last one of their own."""
+def _windowed(output: Output) -> Sequence[int]:
     last = len(output.shape) - 1
     return output.all_at(output.beside([*output.saved_dims("_saved_dimension", last), last]))
 
@@ -118,8 +107,7 @@ def permuting(output: Output) -> Sequence[int]:
     return output.all_at(output.saved_dims("_saved_dims")[output.dim])
 
 
-def multiplying(output: Output) -> Sequence[int]:
-    """Matrix products: with a summand first, or without; with leading batch dimensions, or not."""
+def _multiplying(output: Output) -> Sequence[int]:
     dim, rows = output.dim, len(output.shape) - 2
     *summand, left, right = output.inputs
     return [
@@ -129,8 +117,8 @@ def multiplying(output: Output) -> Sequence[int]:
     ]
 
 
-def with_weights(leading: Callable[[Output], int]) -> Rule:
-    """The first input holds the batch among its leading dimensions; the others are weights."""
+def _with_weights(leading: Callable[[Output], int]) -> Rule:
+    """The first input holds the batch in front; weights follow."""
 
     def rule(output: Output) -> Sequence[int]:
         shape, *weights = output.inputs
@@ -140,8 +128,8 @@ def with_weights(leading: Callable[[Output], int]) -> Rule:
     return rule
 
 
-def batch_norm(output: Output) -> Sequence[int]:
-    """With statistics of the batch it mixes; in channels, as an instance norm has them, not."""
+def _batch_norm(output: Output) -> Sequence[int]:
+    """In channels, as in an instance norm, statistics do not mix."""
     in_channels = output.dim == 1  # each sample has its own copy of the weights
     if output.node._saved_training and not in_channels:
         raise MixesError
@@ -150,19 +138,17 @@ def batch_norm(output: Output) -> Sequence[int]:
     return [output.at(shape, output.dim), *of_weights]
 
 
-def of_shared_tables(output: Output) -> Sequence[int]:
-    """Lookups: all that is read with a gradient is the table."""
+def _of_shared_tables(output: Output) -> Sequence[int]:
     return [SHARED] * len(output.inputs)
 
 
-def of_classes(output: Output) -> Sequence[int]:
-    """A loss of every element, whose input has the classes as dimension 1."""
+def _of_classes(output: Output) -> Sequence[int]:
     dim = mixes() if output.node._saved_reduction else output.dim
     return output.all_at(dim + (dim >= 1))
 
 
-def of_rows(dim: int) -> Rule:
-    """A loss of every row, which reads the batch in this dimension."""
+def _of_rows(dim: int) -> Rule:
+    """Losses that read the batch in this dimension."""
 
     def rule(output: Output) -> Sequence[int]:
         reduced = getattr(output.node, "_saved_reduction", 0)
@@ -171,8 +157,7 @@ def of_rows(dim: int) -> Rule:
     return rule
 
 
-def repeating(output: Output) -> Sequence[int]:
-    """Tiles: a shared tensor for all samples, or a batch along other dimensions."""
+def _repeating(output: Output) -> Sequence[int]:
     (dim, step), shape = output.located or mixes(), output.inputs[0]
     front = dim - len(output.shape) + len(shape)
     repeats = output.node._saved_repeats[dim]
@@ -182,7 +167,7 @@ def repeating(output: Output) -> Sequence[int]:
 
 
 def picking(output: Output) -> Sequence[int]:
-    """Advanced indices: behind the batch, or with every sample its own row."""
+    """Advanced indices."""
     kinds = picks_of(output.node)
     if output.dim != 0 or not kinds:
         raise MixesError
@@ -195,8 +180,8 @@ def picking(output: Output) -> Sequence[int]:
     raise MixesError
 
 
-def recurrent(output: Output) -> Sequence[int]:
-    """A layer over time, time first: input, four weights, states (B, width)."""
+def _recurrent(output: Output) -> Sequence[int]:
+    """Time first: input, four weights, states (B, width)."""
     if output.dim != (0 if output.number else 1) or output.node._saved_batch_sizes:
         raise MixesError
     read, *weights = output.inputs[:5]
@@ -204,8 +189,8 @@ def recurrent(output: Output) -> Sequence[int]:
     return [output.at(read, 1), *[SHARED] * len(weights), *states]
 
 
-def strided(output: Output) -> Sequence[int]:
-    """Another view of the storage; as the strides of 1 x 1 pictures are put right, the same."""
+def _strided(output: Output) -> Sequence[int]:
+    """As where the strides of 1 x 1 pictures are put right."""
     if not output.inputs[0] or tuple(output.inputs[0]) != tuple(output.shape):
         raise MixesError
     metadata = output.node._input_metadata[output.number]
@@ -222,9 +207,20 @@ def handed_on(output: Output) -> Sequence[int]:
 
 
 def mixing(output: Output) -> Sequence[int]:
-    """Of an operation without a rule nothing is known."""
+    """Nothing is known."""
     mixes()
 
+
+ATTENTION = (
+    "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention "
+    "ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu "
+    "ScaledDotProductFusedAttentionOverrideable"
+)
+
+_OF_ANY_SIZE = (
+    "AdaptiveMaxPool{0}D AvgPool{0}D ReflectionPad{0}D ReplicationPad{0}D UpsampleNearest{0}D "
+    "UpsampleNearestExact{0}D "
+)
 
 _NAMES: dict[Rule, str] = {
     elementwise: (
@@ -241,58 +237,53 @@ _NAMES: dict[Rule, str] = {
         "BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss SmoothL1Loss "
         "SoftMarginLoss"
     ),
-    of_classes: "NllLoss NllLoss2D",
-    of_rows(0): "MultiMarginLoss MultilabelMarginLoss",
-    of_rows(1): "CtcLoss",
+    _of_classes: "NllLoss NllLoss2D",
+    _of_rows(0): "MultiMarginLoss MultilabelMarginLoss",
+    _of_rows(1): "CtcLoss",
     reshaped: "Alias LiftFresh ReshapeAlias Squeeze UnsafeView Unsqueeze View Detach",
-    along("_saved_dim"): (
+    _along("_saved_dim"): (
         "Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C Gather Glu IndexAdd IndexSelect "
         "LogSoftmax Logcumsumexp SafeSoftmax Scatter ScatterAdd Softmax Sort Topk"
     ),
-    in_blocks: "Cat Slice Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes",
-    along("_saved_dims"): "Flip Roll",
-    reducing: (
+    _in_blocks: "Cat Slice Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes",
+    _along("_saved_dims"): "Flip Roll",
+    _reducing: (
         "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Norm Prod Std Sum "
         "Var"
     ),
-    inserting: "Stack",
+    _inserting: "Stack",
     removing: "Select Unbind",
-    windowed: "Unfold",
+    _windowed: "Unfold",
     swapping: "T Transpose",
     permuting: "Permute",
-    multiplying: "Addmm Baddbmm Bmm Mm",
-    with_weights(lambda output: len(output.shape) - 1): "Linear MkldnnLinear",
-    with_weights(lambda output: 1): (
+    _multiplying: "Addmm Baddbmm Bmm Mm",
+    _with_weights(lambda output: len(output.shape) - 1): "Linear MkldnnLinear",
+    _with_weights(lambda output: 1): (
         "ChannelShuffle Col2Im Convolution ConvolutionOverrideable Im2Col Mv NativeGroupNorm"
     ),
-    with_weights(lambda o: len(o.shape) - len(o.node._saved_normalized_shape)): (
+    _with_weights(lambda o: len(o.shape) - len(o.node._saved_normalized_shape)): (
         "NativeLayerNorm FusedRmsNorm"
     ),
-    batch_norm: "CudnnBatchNorm MiopenBatchNorm NativeBatchNorm",
-    of_shared_tables: "Embedding EmbeddingBag",
-    along_last(1): (
-        "AdaptiveMaxPool1D AvgPool1D MaxPool1D ReflectionPad1D ReplicationPad1D UpsampleLinear1D "
-        "UpsampleNearest1D UpsampleNearestExact1D"
+    _batch_norm: "CudnnBatchNorm MiopenBatchNorm NativeBatchNorm",
+    _of_shared_tables: "Embedding EmbeddingBag",
+    _along_last(1): _OF_ANY_SIZE.format(1) + "MaxPool1D UpsampleLinear1D",
+    _along_last(2): _OF_ANY_SIZE.format(2)
+    + (
+        f"{ATTENTION} AdaptiveAvgPool2D MaxPool2DWithIndices "
+        "ScaledDotProductAttentionMath Tril Triu UpsampleBicubic2D UpsampleBicubic2DAa "
+        "UpsampleBilinear2D UpsampleBilinear2DAa"
     ),
-    along_last(2): (
-        "AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices ReflectionPad2D "
-        "ReplicationPad2D ScaledDotProductAttentionMath ScaledDotProductCudnnAttention "
-        "ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
-        "ScaledDotProductFlashAttentionForCpu ScaledDotProductFusedAttentionOverrideable Tril Triu "
-        "UpsampleBicubic2D UpsampleBicubic2DAa UpsampleBilinear2D UpsampleBilinear2DAa "
-        "UpsampleNearest2D UpsampleNearestExact2D"
+    _along_last(3): _OF_ANY_SIZE.format(3)
+    + (
+        "AdaptiveAvgPool3D GridSampler2D MaxPool3DWithIndices PixelShuffle PixelUnshuffle "
+        "UpsampleTrilinear3D"
     ),
-    along_last(3): (
-        "AdaptiveAvgPool3D AdaptiveMaxPool3D AvgPool3D GridSampler2D MaxPool3DWithIndices "
-        "PixelShuffle PixelUnshuffle ReflectionPad3D ReplicationPad3D UpsampleNearest3D "
-        "UpsampleNearestExact3D UpsampleTrilinear3D"
-    ),
-    along_last(4): "GridSampler3D",
-    lambda output: along_last(len(output.node._saved_pad) // 2)(output): "ConstantPadNd",
-    repeating: "Repeat",
-    strided: "AsStrided",
+    _along_last(4): "GridSampler3D",
+    lambda output: _along_last(len(output.node._saved_pad) // 2)(output): "ConstantPadNd",
+    _repeating: "Repeat",
+    _strided: "AsStrided",
     picking: "Index",
-    recurrent: "MkldnnRnnLayer",
+    _recurrent: "MkldnnRnnLayer",
 }
 
 RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from irw_optim.gradients.chained import ChainPlaces
 from irw_optim.gradients.layers import (
     CONVOLUTION,
     LSTM,
@@ -29,6 +28,7 @@ from irw_optim.gradients.layers import (
 from irw_optim.gradients.mixing import rule_for
 from irw_optim.gradients.mixing_rules import elementwise
 from irw_optim.gradients.nodes import base_name, pull, saved, shape_of
+from irw_optim.gradients.pushforward import ChainPlaces
 
 
 class Weight(NamedTuple):

@@ -1,8 +1,7 @@
 """A recurrent layer over a packed sequence, as one operation of our passes.
 
-On the CPU torch computes it step by step, with some ten nodes for each. Users get hold of nothing
-between its inputs and its outputs, so no hook can be there: autograd's engine pulls back through
-all of it at once, unheard, and dual numbers push forwards.
+On the CPU torch takes some ten nodes for each step. No hook can be in between: autograd's engine
+pulls back through all at once, and dual numbers push forwards.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from irw_optim.attachments import Attachment
 from irw_optim.gradients.compiling import KeptOut, OnForward
-from irw_optim.gradients.forward import Tangents
+from irw_optim.gradients.forward._tangents import Tangents
 from irw_optim.torch_internals import is_plain_autograd, load_dual_numbers, silent, uncompiled
 
 Forward = Callable[..., tuple[PackedSequence, Any]]
 
 
 class Run:
-    """One call of a layer: what entered, what left, and how to repeat it."""
+    """One call of a layer, and how to repeat it."""
 
     def __init__(self, layer: Any, forward: Forward, entered: Sequence[Tensor], given: Any) -> None:
         self.layer, self.forward, self.given = layer, forward, given
@@ -39,7 +38,7 @@ class Run:
 
     @contextmanager
     def as_it_was(self, weights: list[Tensor]) -> Iterator[None]:
-        """The layer, with other weights, as it was when it ran."""
+        """The layer as when it ran, with other weights."""
         layer = self.layer
         before, training = layer._flat_weights, layer.training
         with torch.random.fork_rng(devices=[], enabled=self.random is not None):
@@ -53,7 +52,6 @@ class Run:
 
 
 def _edge(tensor: Tensor) -> tuple[Node | None, int]:
-    """Where its gradient arrives, if it has one."""
     if not tensor.requires_grad:
         return None, 0
     edge = get_gradient_edge(tensor)
@@ -61,7 +59,7 @@ def _edge(tensor: Tensor) -> tuple[Node | None, int]:
 
 
 def push_run(end: Any, changes: Tangents) -> Tangents:
-    """The changes of what left a run, for those of what entered and of the weights."""
+    """What left, for changes of what entered and of the weights."""
     run: Run = end.run
     values = [*run.values, *(weight.detach() for weight in run.weights)]
     load_dual_numbers()
@@ -82,7 +80,7 @@ def push_run(end: Any, changes: Tangents) -> Tangents:
 
 
 def pull_run(end: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The gradients of what entered a run and of the weights, for those of what left."""
+    """What entered and the weights get, for gradients of what left."""
     run: Run = end.run
     arriving = [
         (GradientEdge(parent, number), gradient)
@@ -98,7 +96,7 @@ def pull_run(end: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | 
 
 
 class _Leave(torch.autograd.Function):
-    """Copies: users may write into what they get, which is forbidden in views of a function."""
+    """By copies: users may write into them, as not into views."""
 
     @staticmethod
     def forward(ctx: Any, run: Run, *tensors: Tensor) -> Any:
@@ -132,13 +130,13 @@ class _AsOne(KeptOut):
 
 
 class PackedAsOne(OnForward):
-    """Lets a recurrent layer's call be one operation, where torch would go step by step."""
+    """Makes a recurrent layer's call one operation."""
 
     stands_in = _AsOne
 
 
 def packed_as_one(model: nn.Module) -> list[Attachment]:
-    """For all recurrent layers of a model, for as long as somebody holds these."""
+    """For a model's recurrent layers, while somebody holds these."""
     kinds = nn.RNN, nn.LSTM, nn.GRU
     return [PackedAsOne.on(layer) for layer in model.modules() if type(layer) in kinds]
 
@@ -155,14 +153,13 @@ def _is_one(layer: Any, input: Any) -> bool:
 
 
 def _tensors(sequence: PackedSequence, states: Any) -> list[Tensor]:
-    """What has gradients in a layer's input or output."""
     if states is None:
         return [sequence.data]
     return [sequence.data, *([states] if isinstance(states, Tensor) else states)]
 
 
 def _with(tensors: Sequence[Tensor], sequence: PackedSequence, states: Any) -> tuple[Any, Any]:
-    """The same with others in their place."""
+    """The same with other `_tensors`."""
     data, *others = tensors
     if states is not None:
         states = others[0] if isinstance(states, Tensor) else tuple(others)

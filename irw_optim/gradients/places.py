@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.forward import (
-    FORWARD,
+from irw_optim.gradients.forward import FORWARD
+from irw_optim.gradients.forward._plain import (
     RESHAPED,
-    ForwardRule,
     by_pull,
     diagonal,
     of_single_losses,
     reshaped,
 )
+from irw_optim.gradients.forward._tangents import ForwardRule
 from irw_optim.gradients.graph import Graph, read_by
 from irw_optim.gradients.mixing import rule_for
 from irw_optim.gradients.mixing_rules import RULES, elementwise, handed_on, unreduced

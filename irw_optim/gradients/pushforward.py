@@ -1,32 +1,31 @@
 """Passes of our own through the graph that a forward pass has left: directions forwards, or back.
 
-A node of autograd's graph pulls gradients back: from its outputs to its inputs. With what it saved
-for that, a change of its inputs can be pushed forward as well, to the change of its outputs:
+A node that is called pulls gradients back, u -> J^T u; with what it saved for that, `forward`
+pushes changes forwards, t -> J t. So the derivative of all losses along one direction costs about a
+forward pass, with batch statistics and dropout masks as they were. No hook hears it: autograd's
+engine calls hooks, and here nodes are called one after the other. Nothing is freed on the way.
 
-    pull back       u    ->  J^T u       what the node does when it is called
-    push forward    t    ->  J t         here, and in `forward`
-
-So the derivative of all losses along one direction costs about a forward pass, through BatchNorm's
-batch statistics, dropout masks and random choices as they were: nothing of the model is run again.
-
-No hook hears such a pass: hooks belong to the one that the training loop asked for. They are
-called by autograd's engine, around every node; here the nodes are called one after the other,
-consumers first. Nothing is freed on the way.
+A layer whose weight is computed from parameters (a cast, g v / |v|, W + B A, a table) has products
+with that weight q = f(p), and f is passed once for all samples, either way: a `ChainedCall`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from contextlib import nullcontext, suppress
+from copy import copy
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.forward import Tangents, transposed
+from irw_optim.gradients.forward._tangents import Tangents, transposed
 from irw_optim.gradients.graph import Graph, gradients_at
+from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights, summed
 from irw_optim.gradients.places import NOTHING, Operation, Places, Pull, number_at, places_of
+from irw_optim.gradients.protocol import Direction, widened
 
 
 class NoPushForwardError(RuntimeError):
@@ -34,11 +33,7 @@ class NoPushForwardError(RuntimeError):
 
 
 def push(node: Node, operation: Operation, tangents: Tangents) -> Tangents:
-    """The changes of a node's outputs for changes of its inputs; of the first, if no other.
-
-    Raises:
-        NoPushForwardError: the operation has no rule, and no double backward.
-    """
+    """The changes of a node's outputs for changes of its inputs; of the first, if no other."""
     if operation.hands_on:
         return tangents
     try:
@@ -48,14 +43,12 @@ def push(node: Node, operation: Operation, tangents: Tangents) -> Tangents:
             changes = None
         if changes is None:
             changes = transposed(node, tangents)
-        if isinstance(changes, Tensor):
-            changes = [changes]
+        changes = [changes] if isinstance(changes, Tensor) else list(changes)
         for number, change in enumerate(changes):
             if change is None:
                 continue
             dtype, shape = operation.dtypes[number], operation.shapes[number]
             if change.dtype != dtype or change.shape != shape:
-                changes = list(changes)
                 changes[number] = change.to(dtype).expand(shape)
     except torch.OutOfMemoryError:
         raise
@@ -68,13 +61,7 @@ def push(node: Node, operation: Operation, tangents: Tangents) -> Tangents:
 def push_through(
     order: Sequence[Node], output: int, places: Places, leaves: Mapping[int, Tensor]
 ) -> Tensor | None:
-    """The change of an output of the first node for changes of leaves, by their numbers; or None.
-
-    The order is that of the nodes that lead to it, each before those it reads from.
-
-    Raises:
-        NoPushForwardError: a change arrives at an operation that cannot push it.
-    """
+    """The change of an output of the first node for those of leaves, by their numbers; or None."""
     changed: list[Tensor | None] = [None] * (places.count + 1)  # the last for `NOTHING`
     for number, change in leaves.items():
         changed[places.leaves[number]] = change
@@ -98,10 +85,8 @@ def push_through(
 def pull_back(
     losses: Tensor, cotangent: Tensor, edges: Sequence[GradientEdge], graph: Graph
 ) -> list[Tensor | None]:
-    """The gradient of ``<cotangent, losses>``, both (B,), at edges of their graph; or None."""
+    """The gradient of <cotangent, losses>, both (B,), at edges of their graph; or None."""
     order, places = graph.order, places_of(graph)
-    if losses.grad_fn is None:
-        return [None] * len(edges)
     wanted = [number_at(edge, graph) for edge in edges]
     way = places.way_back(frozenset(wanted))
     arrived: list[Tensor | None] = [None] * (places.count + 1)
@@ -117,7 +102,7 @@ def pull_back(
 def pull_along(
     way: Sequence[Pull], order: Sequence[Node], places: Places, arrived: list[Tensor | None]
 ) -> None:
-    """Let what has arrived go on to what was read, and let it go where nobody wants it."""
+    """Hand what has arrived on to what was read."""
     shapes, dtypes = places.shapes, places.dtypes
     with torch.no_grad():
         for place, operation, reads, stays in way:
@@ -134,28 +119,17 @@ def pull_along(
             for n, part in zip(reads, operation.pull(order[place], gradients), strict=True):
                 if n == NOTHING or part is None:
                     continue
-                if part.shape != shapes[n] or part.dtype != dtypes[n]:
-                    part = _fitted(part, shapes[n], dtypes[n])
+                if part.shape != shapes[n]:
+                    part = part.sum_to_size(shapes[n])
+                if part.dtype != dtypes[n]:
+                    part = (part if dtypes[n].is_complex else part.real).to(dtypes[n])
                 before = arrived[n]
                 arrived[n] = part if before is None else before + part
 
 
-def _fitted(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Of the shape and type of what it is the gradient of."""
-    if gradient.shape != shape:
-        gradient = gradient.sum_to_size(shape)
-    if gradient.is_complex() and not dtype.is_complex:
-        gradient = gradient.real
-    return gradient.to(dtype)
-
-
 def push_forward(losses: Tensor, direction: Mapping[int, Tensor], graph: Graph) -> Tensor:
-    """How much every loss changes along a direction, given by the leaves' numbers: (B,).
-
-    Raises:
-        NoPushForwardError: an operation on the way can only be pulled back.
-    """
-    if not direction or losses.grad_fn is None:
+    """How much each loss changes along a direction, by the leaves' numbers: (B,)."""
+    if not direction:
         return torch.zeros_like(losses)
     found: list[Tensor | None] = []
 
@@ -163,33 +137,28 @@ def push_forward(losses: Tensor, direction: Mapping[int, Tensor], graph: Graph) 
         found.append(push_through(graph.order, losses.output_nr, places_of(graph), direction))
 
     in_a_pass(losses, [GradientEdge(graph.leaf_nodes[n], 0) for n in direction], run)
-    return torch.zeros_like(losses) if found[0] is None else found[0]
+    (change,) = found
+    return torch.zeros_like(losses) if change is None else change
 
 
 def in_a_pass(losses: Tensor, edges: Sequence[GradientEdge], run: Callable[[], None]) -> None:
     """Run something as if in a backward pass of autograd's engine from the losses to some edges.
 
-    So nodes know which inputs are needed, and what is recomputed (checkpointing) is of one pass.
+    So nodes know what is needed, and what is recomputed (checkpointing) is of one pass.
     """
-    with torch.enable_grad():
+    detects = torch.is_anomaly_enabled()  # it would report how such a pass ends
+    quiet = torch.autograd.set_detect_anomaly(False) if detects else nullcontext()
+    with torch.enable_grad(), suppress(_FinishedError), quiet:
         above: Tensor = _Above.apply(losses, run)  # type: ignore[no-untyped-call]
-        with suppress(_FinishedError), _without_anomaly_detection():
-            gradients_at(above, edges, losses, retain_graph=True)
-
-
-def _without_anomaly_detection() -> AbstractContextManager[object]:
-    """It would report how such a pass ends."""
-    if torch.is_anomaly_enabled():
-        return torch.autograd.set_detect_anomaly(False)
-    return nullcontext()
+        gradients_at(above, edges, losses, retain_graph=True)
 
 
 class _FinishedError(Exception):
-    """Ends a pass of the engine's before it calls the first node."""
+    """Ends the engine's pass before the first node."""
 
 
 class _Above(torch.autograd.Function):
-    """A node above the losses, in whose place a pass of ours runs."""
+    """A node above the losses."""
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, run: Callable[[], None]) -> Tensor:
@@ -200,3 +169,114 @@ class _Above(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> None:
         ctx.run()
         raise _FinishedError
+
+
+class Chain(NamedTuple):
+    """How a tensor was computed from leaves."""
+
+    output: int  # number of the output of the first node
+    order: Sequence[Node]  # each before those it reads from
+    leaves: Sequence[Tensor]
+    places: Places
+
+
+class ChainPlaces(NamedTuple):
+    """A `Chain` in every graph of one kind."""
+
+    output: int
+    order: tuple[int, ...]
+    leaves: tuple[int, ...]
+    places: Places
+
+    def among(self, graph: Graph) -> Chain:
+        leaves = [graph.leaves[n] for n in self.leaves]
+        return Chain(self.output, [graph.order[n] for n in self.order], leaves, self.places)
+
+
+class ChainedCall(LayerCall):
+    """A call with placeholders for parameters, and how each was computed from the model's."""
+
+    # Asked of the call itself:
+    recorded = property(attrgetter("call.recorded"))
+    input = property(attrgetter("call.input"))
+    version = property(attrgetter("call.version"))
+    batch_size = property(attrgetter("call.batch_size"))
+    output_gradient = property(attrgetter("call.output_gradient"))
+    precision = property(attrgetter("call.precision"))
+    needs_autograd_combine = property(attrgetter("call.needs_autograd_combine"))
+    layout = property(attrgetter("call.layout"))
+    layouts = property(attrgetter("call.layouts"))
+    settle = property(attrgetter("call.settle"))
+    let_go = property(attrgetter("call.let_go"))
+    forget_values = property(attrgetter("call.forget_values"))
+
+    def __init__(self, call: LayerCall, chains: Mapping[Tensor, Chain]) -> None:
+        self.call = call
+        self.chains = dict(chains)
+        direct = [p for p in call.parameters.values() if p not in self.chains]
+        leaves = [leaf for chain in chains.values() for leaf in chain.leaves]
+        self.parameters = {str(n): p for n, p in enumerate(dict.fromkeys([*direct, *leaves]))}
+        self.roles = self.parameters
+        self.passes_on = call.passes_on
+        self.output_shape = call.output_shape
+
+    def set_output_gradient(self, gradient: Tensor) -> None:
+        self.call.set_output_gradient(gradient)
+        if self.call.makes_rows(gradient.shape):
+            self.call = RowsCall(self.call)
+
+    def arrangement(self) -> tuple[object, ...]:
+        return type(self.call), *self.call.arrangement()
+
+    def without(self, dropped: Tensor) -> LayerCall:
+        part = copy(self)
+        part.call = self.call.without(dropped)
+        return part
+
+    def copy(self) -> LayerCall:
+        part = copy(self)
+        part.call = self.call.copy()
+        return part
+
+    def dot(self, direction: Direction) -> Tensor:
+        values = {p: direction[p] for p in self.parameters.values() if p in direction}
+        for placeholder, chain in self.chains.items():
+            changes = {n: values[p] for n, p in enumerate(chain.leaves) if p in values}
+            if changes and chain.places.reshapes:
+                values[placeholder] = widened(changes[0]).reshape(placeholder.shape)
+            elif changes:
+                change = push_through(chain.order, chain.output, chain.places, changes)
+                if change is not None:
+                    values[placeholder] = widened(change)
+        return self.call.dot(values)
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        return self._pulled(self.call.combine(weights))
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        blocks = self.call.rows(samples)
+        rows = zip(*blocks.values(), strict=True)
+        each = [self._pulled(dict(zip(blocks, row, strict=True))) for row in rows]
+        return {p: torch.stack([row[p] for row in each]) for p in self.parameters.values()}
+
+    def _pulled(self, parts: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        total = summed(
+            _pulled_through(self.chains[p], part) if p in self.chains else {p: part}
+            for p, part in parts.items()
+        )
+        mine = self.parameters.values()
+        return {p: total[p] if p in total else torch.zeros_like(p) for p in mine}
+
+
+def _pulled_through(chain: Chain, gradient: Tensor) -> dict[Tensor, Tensor]:
+    """Without hooks: where these change gradients, the comparison tells."""
+    leaves, places = chain.leaves, chain.places
+    if places.reshapes:
+        (leaf,) = leaves
+        return {leaf: gradient.to(leaf.dtype).reshape(leaf.shape)}
+    end = places.first[0] + chain.output
+    arrived: list[Tensor | None] = [None] * (places.count + 1)
+    arrived[end] = gradient.to(places.dtypes[end])
+    pull_along(places.way_back(frozenset(places.leaves)), chain.order, places, arrived)
+    found = zip(leaves, places.leaves, strict=True)
+    return {p: g for p, n in found if (g := arrived[n]) is not None}

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.chained import ChainedCall, ChainPlaces
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.graph import CallSite, Graph, Plan, Remade
 from irw_optim.gradients.layers import FIRST, LayerCall, Layout, LinearCall
@@ -23,7 +22,7 @@ from irw_optim.gradients.mixing import Batch, follow_batch
 from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
 from irw_optim.gradients.nodes import base_name
 from irw_optim.gradients.places import Places
-from irw_optim.gradients.pushforward import in_a_pass
+from irw_optim.gradients.pushforward import ChainedCall, ChainPlaces, in_a_pass
 from irw_optim.gradients.recomputation import unless_recomputed
 
 _Value = TypeVar("_Value")
@@ -195,7 +194,7 @@ def _weight_at(
     metadata = node._input_metadata[number]
     stand_in = torch.empty(tuple(metadata.shape), dtype=metadata.dtype, device="meta")
     nodes, leaf_nodes = [graph.order[n] for n in order], [graph.leaf_nodes[n] for n in made_of]
-    chain = ChainPlaces((order[0], number), order, made_of, Places(nodes, leaf_nodes))
+    chain = ChainPlaces(number, order, made_of, Places(nodes, leaf_nodes))
     return Weight(stand_in.requires_grad_(), chain)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.backward.passes import Pass, as_one, elements_of, some_of
+from irw_optim.backward.weighted_loss import Pass, as_one, elements_of, some_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.weigher import join

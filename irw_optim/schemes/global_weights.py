@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from irw_optim.arguments import true_or_false
-from irw_optim.backward.passes import some_of
+from irw_optim.backward.weighted_loss import some_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.metrics._groups import ArrayLike, Group, as_classes

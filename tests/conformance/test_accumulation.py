@@ -15,6 +15,8 @@ from torch.amp import GradScaler
 from torch.nn.functional import cross_entropy
 
 from irw_optim import DBSCANFilter, IRWOptimizer
+from irw_optim.backward.accumulation import ConcatenatedGradients
+from irw_optim.gradients import MaterializedGradients
 
 DEVICE = torch.get_default_device().type
 SIZES = (5, 2, 4)
@@ -350,6 +352,17 @@ def test_way_two_accumulates_too() -> None:
     run = built("layers")
     for p, gradient in zip(model.parameters(), oracle(run).gradients, strict=True):
         assert reference.error(p.grad, gradient) < 1e-9
+
+
+def test_rows_of_several_batches() -> None:
+    weight, other = torch.zeros(1), torch.zeros(2)
+    batches = [{weight: torch.tensor([[1.0], [2.0]])}, {weight: torch.tensor([[3.0]])}]
+    batches[1][other] = torch.tensor([[4.0, 5.0]])
+    G = ConcatenatedGradients(map(MaterializedGradients, batches), like=weight)
+    assert G.combine(torch.ones(3))[weight].tolist() == [6]
+    assert G.combine(torch.ones(3))[other].tolist() == [4, 5]
+    assert G.dot({weight: torch.ones(1)}).tolist() == [1, 2, 3]
+    assert G.gram().tolist() == [[1, 2, 3], [2, 4, 6], [3, 6, 9 + 16 + 25]]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.0, True, "2"])

@@ -87,7 +87,7 @@ def test_an_output_with_the_batch_elsewhere(kind, batch, terms):
 def test_asking_again_gets_the_same_answer(kind, sizes):
     call = kind(torch.randn(sizes[0], 4), matrix=Turned().matrix)
     shape = torch.Size(sizes[::-1])
-    answers = [[call.find_batch(n, shape) for n in (8, 3, 5)] for _ in range(3)]
+    answers = [[call.layouts(n, shape) for n in (8, 3, 5)] for _ in range(3)]
     assert answers[0] == answers[1] == answers[2]
 
 
@@ -98,8 +98,10 @@ def test_two_batch_sizes_on_one_call(shape):
     asked, fresh = LinearCall(torch.randn(shape), weight), []
     for size in (6, 3, 2, 7, 6):
         call = LinearCall(asked.recorded, weight)
-        found = asked.find_batch(size, torch.Size([*shape[:-1], 2]))
-        assert found == call.find_batch(size, torch.Size([*shape[:-1], 2]))
+        found = asked.layouts(size, torch.Size([*shape[:-1], 2]))
+        assert found == call.layouts(size, torch.Size([*shape[:-1], 2]))
+        for one in (asked, call):
+            one.settle(found[0] if found else None, size)
         assert torch.equal(asked.input, call.input)
         fresh.append(found)
     assert fresh[0] == fresh[-1]

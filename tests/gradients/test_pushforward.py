@@ -10,7 +10,7 @@ from push_losses import LOSSES
 from push_sequences import ATTENTION, SEQUENCES
 from pushes import Case, assert_case, names_in, numbers, unless_torch_lacks_it
 
-from irw_optim.gradients.forward import _fused
+from irw_optim.gradients.forward import _tangents
 from irw_optim.gradients.mixing_rules import RULES
 
 CASES = [*FUNCTIONS, *LINALG, *COMPLEX, *LAYERS, *LOSSES, *SEQUENCES]
@@ -33,7 +33,7 @@ def test_equals_rows_of_autograd(case: Case, checkpointed: bool) -> None:
 
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
 def test_attention_in_blocks_of_samples(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_fused, "_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(_tangents, "_AT_ONCE", {"cpu": 1})
     with unless_torch_lacks_it():
         assert_case(case, checkpointed=False)
 

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 import irw_optim.gradients.side_by_side as package
-from irw_optim.gradients.layers import ConvolutionCall, LayerCall, LinearCall, RowsCall, RowWeights
+from irw_optim.gradients.layers import (
+    FIRST,
+    ConvolutionCall,
+    LayerCall,
+    LinearCall,
+    RowsCall,
+    RowWeights,
+)
 from irw_optim.gradients.side_by_side import LinearMaps, Rows, side_by_side
 
 B = 5
@@ -31,7 +38,7 @@ def maps(dtype: torch.dtype = torch.float64) -> list[LinearCall]:
             bias,
             transposed=transposed,
         )
-        call.find_batch(B, torch.Size([B, width_out]))
+        call.settle(FIRST, B)
         call.set_output_gradient(numbers(B, width_out, dtype=dtype))
         calls.append(call)
     return calls
@@ -75,7 +82,7 @@ def a_convolution() -> ConvolutionCall:
     settings = {"stride": [1], "padding": [0], "dilation": [1], "transposed": False}
     weight, bias = nn.Parameter(numbers(3, 2, 2)), nn.Parameter(numbers(3))
     call = ConvolutionCall(numbers(B, 2, 6), weight, bias, **settings, output_padding=[0], groups=1)
-    call.find_batch(B, torch.Size([B, 3, 5]))
+    call.settle(FIRST, B)
     call.set_output_gradient(numbers(B, 3, 5))
     return call
 

@@ -1,40 +1,18 @@
 """How a change of an operation's inputs changes its outputs, from what it saved for autograd.
 
-A rule for each of the operations that models spend their time in, by the name of its node. It gets
-the node and a change for each input (None for none), and gives that of the output, of whatever
-shape and type broadcast to it. None stands for "not by this rule": then the node's own derivative
-is taken.
+A rule for each operation that models spend their time in: from its node and a change for each
+input (None for none) to that of the output, in a shape and type that broadcast to it. None stands
+for "not by this rule": then the node's own derivative is taken.
 
-What is recomputed (checkpointing) is handed out once in a pass. So a rule decides first whether it
+What is recomputed (checkpointing) is handed out once in a pass: a rule decides first whether it
 applies, and then reads every ``_saved_`` tensor once.
 """
 
-from irw_optim.gradients.forward import _fused, _layers, _plain
-from irw_optim.gradients.forward._plain import (
-    RESHAPED,
-    by_pull,
-    diagonal,
-    of_single_losses,
-    reshaped,
-)
-from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents, transposed
+from irw_optim.gradients.forward import _layers, _plain, _tangents
 
-__all__ = [
-    "FORWARD",
-    "RESHAPED",
-    "Changes",
-    "ForwardRule",
-    "Tangents",
-    "by_pull",
-    "diagonal",
-    "of_single_losses",
-    "reshaped",
-    "transposed",
-]
-
-FORWARD: dict[str, ForwardRule] = {
+FORWARD: dict[str, _tangents.ForwardRule] = {
     name: rule
-    for rules in (_plain.RULES, _layers.RULES, _fused.RULES)
+    for rules in (_plain.RULES, _layers.RULES, _tangents.RULES)
     for names, rule in rules.items()
     for name in names.split()
 }

@@ -1,4 +1,4 @@
-"""Changes through products, convolutions, windows, normalisations, lookups, grids, distances."""
+"""Changes through products, convolutions, normalisations, lookups, grids, distances, windows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, added, of_one
+from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, added, again, of_one
 from irw_optim.gradients.layers import CONVOLUTION
 from irw_optim.gradients.nodes import saved, shape_of
 
@@ -37,32 +37,34 @@ def _bilinear(multiply: Callable[[Tensor, Tensor], Tensor], left: str, right: st
 def _convolution(node: Any, tangents: Tangents) -> Tensor | None:
     d_input, d_weight, d_bias = tangents
     settings = [saved(node, name) for name in CONVOLUTION]
-    convolution: Any = torch.ops.aten.convolution.default
     total = None
     if d_weight is not None:
-        total = convolution(node._saved_input, d_weight, d_bias, *settings)
+        total = _ATEN.convolution.default(node._saved_input, d_weight, d_bias, *settings)
     elif d_bias is not None:
         total = d_bias.view(1, -1, *[1] * (len(shape_of(node)) - 2))
     if d_input is None:
         return total
-    return added(convolution(d_input, node._saved_weight, None, *settings), total)
+    return added(_ATEN.convolution.default(d_input, node._saved_weight, None, *settings), total)
 
 
 _ONLY_INPUT = [True, False, False]
 """The derivative of a normalisation by its input is symmetric but for the gain behind it: the
 formula of the backward pass, without the gain, pushes forwards."""
 
+_ATEN: Any = torch.ops.aten
+
+
+def _statistics(node: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return node._saved_input, node._saved_result1, node._saved_result2
+
 
 def _layer_norm(node: Any, tangents: Tangents) -> Tensor | None:
-    d_input, d_gain, d_bias = tangents
-    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
-    shape = saved(node, "normalized_shape")
-    change = None
-    if d_input is not None:
-        backward: Any = torch.ops.aten.native_layer_norm_backward.default
-        settings = (shape, mean, rstd, None, None, _ONLY_INPUT)
-        change = backward(d_input.contiguous(), x, *settings)[0]
-        weight = node._saved_weight
+    change, d_gain, d_bias = tangents
+    x, mean, rstd = _statistics(node)
+    if change is not None:
+        settings = (saved(node, "normalized_shape"), mean, rstd, None, None, _ONLY_INPUT)
+        backward = _ATEN.native_layer_norm_backward.default
+        change, weight = backward(change.contiguous(), x, *settings)[0], node._saved_weight
         change = change if weight is None else change * weight
     if d_gain is not None:
         change = added(change, ((x - mean) * rstd).to(d_gain.dtype) * d_gain)
@@ -70,22 +72,21 @@ def _layer_norm(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def _group_norm(node: Any, tangents: Tangents) -> Tensor | None:
-    d_input, d_gain, d_bias = tangents
-    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
-    count, groups = int(node._saved_N), int(node._saved_group)
-    settings = (count, int(node._saved_C), int(node._saved_HxW), groups, _ONLY_INPUT)
+    change, *changes = tangents
+    x, mean, rstd = _statistics(node)
+    count, channels, size, groups = (int(saved(node, n)) for n in ("N", "C", "HxW", "group"))
     across = (1, -1, *[1] * (x.ndim - 2))
-    change = None
-    if d_input is not None:
-        backward: Any = torch.ops.aten.native_group_norm_backward.default
-        change = backward(d_input.contiguous(), x.contiguous(), mean, rstd, None, *settings)[0]
-        weight = node._saved_weight
+    d_gain, d_bias = (None if t is None else t.view(across) for t in changes)
+    if change is not None:
+        settings = (mean, rstd, None, count, channels, size, groups, _ONLY_INPUT)
+        backward, weight = _ATEN.native_group_norm_backward.default, node._saved_weight
+        change = backward(change.contiguous(), x.contiguous(), *settings)[0]
         change = change if weight is None else change * weight.view(across)
     if d_gain is not None:
         grouped = x.reshape(count, groups, -1)
         normal = ((grouped - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)).view(x.shape)
-        change = added(change, normal.to(d_gain.dtype) * d_gain.view(across))
-    return added(change, None if d_bias is None else d_bias.view(across))
+        change = added(change, normal.to(d_gain.dtype) * d_gain)
+    return added(change, d_bias)
 
 
 def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
@@ -93,14 +94,12 @@ def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
     training = node._saved_training
     eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
     running_mean, running_variance = node._saved_running_mean, node._saved_running_var
-    mean, rstd = node._saved_result1, node._saved_result2
-    x = node._saved_input
+    x, mean, rstd = _statistics(node)
     across = (1, -1, *[1] * (x.ndim - 2))
     change = None
     if d_input is not None:  # the gain is the same for all that a statistic is taken of
-        backward: Any = torch.ops.aten.native_batch_norm_backward.default
-        weight = node._saved_weight
         settings = (running_mean, running_variance, mean, rstd, training, eps, _ONLY_INPUT)
+        backward, weight = _ATEN.native_batch_norm_backward.default, node._saved_weight
         change = backward(d_input, x, weight, *settings)[0]
     if d_gain is None:
         return added(change, None if d_bias is None else d_bias.view(across))
@@ -112,19 +111,17 @@ def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
     return torch.addcmul(moved, x, scale.view(across))
 
 
-def _weight_norm(node: Any, tangents: Tangents) -> Tensor:
-    """Of g v / |v|, with a length along all dimensions but one."""
+def _weight_norm(node: Any, tangents: Tangents) -> Tensor | None:
+    """Of g v / |v|."""
     d_direction, d_length = tangents
     direction, length, norm = node._saved_v, node._saved_g, node._saved_result1
-    unit: Tensor = direction / norm
-    total: Tensor | None = None if d_length is None else unit * d_length
-    if d_direction is not None:
-        dim = saved(node, "dim")
-        others = [d for d in range(unit.ndim) if d != dim % unit.ndim]
-        along = (unit * d_direction).sum(others, keepdim=True)
-        total = added(total, torch.addcmul(d_direction, unit, along, value=-1) * (length / norm))
-    assert total is not None
-    return total
+    unit = direction / norm
+    total = None if d_length is None else unit * d_length
+    if d_direction is None:
+        return total
+    dim = saved(node, "dim") % unit.ndim
+    along = (unit * d_direction).sum([d for d in range(unit.ndim) if d != dim], keepdim=True)
+    return added(total, torch.addcmul(d_direction, unit, along, value=-1) * (length / norm))
 
 
 def _embedding(node: Any, table: Tensor) -> Tensor:
@@ -138,19 +135,16 @@ def _embedding(node: Any, table: Tensor) -> Tensor:
 def _bags(node: Any, tangents: Tangents) -> Tensor | None:
     d_table, d_weights = (*tangents, None)[:2]
     mode = int(node._saved_mode)
-    if mode == 2:  # the largest
-        assert d_table is not None
+    if mode == 2 and d_table is not None:  # the largest
         where, sizes = node._saved_result3, node._saved_result2
         found = d_table.gather(0, where.clamp(min=0))
         return found.masked_fill((sizes == 0).unsqueeze(-1), 0.0)
     indices, offsets = node._saved_indices, node._saved_offsets
     padding, ends_with_length = saved(node, "padding_idx"), len(offsets) > shape_of(node)[0]
-    bag: Any = torch.ops.aten._embedding_bag.default
 
     def bagged(table: Tensor, weights: Tensor | None) -> Tensor:
         settings = (mode, False, weights, ends_with_length, padding)
-        found: Tensor = bag(table, indices, offsets, False, *settings)[0]
-        return found
+        return _ATEN._embedding_bag.default(table, indices, offsets, False, *settings)[0]  # type: ignore[no-any-return]
 
     total = None
     if d_table is not None:
@@ -167,16 +161,16 @@ def _by_frequency(table: Tensor, indices: Tensor) -> Tensor:
 
 
 def _grid_sample(node: Any, tangents: Tangents) -> Tensor | None:
-    """Linear in the input; the position of a sample moves each channel by its own gradient."""
+    """A moving position changes each channel by its own gradient there."""
     d_input, d_grid = tangents
     name = "grid_sampler_2d" if node.name().startswith("GridSampler2D") else "grid_sampler_3d"
-    operation: Any = getattr(torch.ops.aten, name)
+    operation = getattr(_ATEN, name)
     modes = [saved(node, n) for n in ("interpolation_mode", "padding_mode", "align_corners")]
     grid = node._saved_grid
     total = None if d_input is None else operation(d_input, grid, *modes)
     if d_grid is None:
         return total
-    operation = getattr(torch.ops.aten, f"{name}_backward")
+    operation = getattr(_ATEN, f"{name}_backward")
     values = node._saved_input
     count, channels = values.shape[:2]
     ones = values.new_ones(count * channels, 1, *grid.shape[1:-1])
@@ -187,7 +181,7 @@ def _grid_sample(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def _distances(node: Any, tangents: Tangents) -> Tensor:
-    """Of all pairs (..., P, R), a block of rows at a time: each pair has as many differences."""
+    """Of all pairs, (..., P, R), some rows at a time."""
     d_left, d_right = tangents
     left, right, distances = node._saved_x1, node._saved_x2, node._saved_result
     rows = max(1, _DIFFERENCES // max(1, distances[..., 0, :].numel() * left.shape[-1]))
@@ -225,12 +219,6 @@ def _lengthened(distance: Tensor, apart: Tensor, moved: Tensor, p: float) -> Ten
     return (slope * moved).sum(-1)
 
 
-def _averaged_in_windows(node: Any, change: Tensor) -> Tensor:
-    operation: Any = torch.ops.aten.avg_pool2d.default
-    found: Tensor = operation(change, *(saved(node, name) for name in _WINDOWS))
-    return found
-
-
 _WINDOWS = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
 
 
@@ -239,16 +227,14 @@ def _largest_in_windows(node: Any, change: Tensor) -> Tensor:
     return change.flatten(-2).gather(-1, where.flatten(-2)).view(where.shape)
 
 
-_WINDOW = "kernel_size", "dilation", "padding", "stride"
-
 RULES: dict[str, ForwardRule] = {
-    "AvgPool2D": of_one(_averaged_in_windows),
+    "AvgPool2D": again(_ATEN.avg_pool2d.default, *_WINDOWS),
     "MaxPool2DWithIndices": of_one(_largest_in_windows),
-    "ChannelShuffle": of_one(lambda node, t: F.channel_shuffle(t, saved(node, "groups"))),
-    "PixelShuffle": of_one(lambda node, t: F.pixel_shuffle(t, saved(node, "upscale_factor"))),
+    "ChannelShuffle": again(F.channel_shuffle, "groups"),
+    "PixelShuffle": again(F.pixel_shuffle, "upscale_factor"),
     "ViewAsComplex": of_one(lambda node, t: torch.view_as_complex(t.contiguous())),
     "ViewAsReal": of_one(lambda node, t: torch.view_as_real(t.resolve_conj())),
-    "Im2Col": of_one(lambda node, t: F.unfold(t, *[saved(node, name) for name in _WINDOW])),
+    "Im2Col": again(F.unfold, "kernel_size", "dilation", "padding", "stride"),
     "Mm": _bilinear(torch.mm, "self", "mat2"),
     "Bmm": _bilinear(torch.bmm, "self", "mat2"),
     "Mv": _bilinear(torch.mv, "self", "vec"),

@@ -1,4 +1,4 @@
-"""Changes through what moves, picks, joins or adds up numbers, and through functions of numbers."""
+"""Changes through what moves, picks, joins or adds up numbers, and functions of numbers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents, of_one
+from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents, again, of_one
 from irw_optim.gradients.nodes import base_name, pull, read_by, saved, shape_of
 
 
 def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
-    """Every number of the output depends on one of each input: the node's pull is its push."""
+    """Each number of the output depends on one of each input: the node's pull is its push."""
     changing = [(number, t) for number, t in enumerate(tangents) if t is not None]
     ((number, tangent), *more), (output, *others) = changing, node._input_metadata
     if more or read_by(node, number).shape != output.shape:
@@ -24,13 +24,13 @@ def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def by_pull(node: Any, tangents: Tangents) -> Tensor:
-    """`diagonal`, of one input and one output of one shape and type."""
+    """`diagonal`, of one shape and type."""
     found: Tensor = node(*tangents)
     return found
 
 
 def reshaped(shape: torch.Size) -> ForwardRule:
-    """The numbers as they are, in another shape."""
+    """The same numbers."""
     return of_one(lambda node, t: t.reshape(shape))
 
 
@@ -39,13 +39,8 @@ def of_single_losses(node: Any, tangents: Tangents) -> Tensor | None:
     return None if node._saved_reduction else diagonal(node, tangents)
 
 
-def _again(method: str, *settings: str) -> ForwardRule:
-    """What was done to the input is done to the change."""
-    return of_one(lambda node, t: getattr(t, method)(*[saved(node, name) for name in settings]))
-
-
 def _reduced(method: str) -> ForwardRule:
-    """Over remembered dimensions; over all where there are none."""
+    """Over remembered dimensions, or all."""
 
     def rule(node: Any, change: Tensor) -> Changes:
         dims = saved(node, "dim") if hasattr(node, "_saved_dim") else None
@@ -56,21 +51,8 @@ def _reduced(method: str) -> ForwardRule:
     return of_one(rule)
 
 
-def _sliced(node: Any, change: Tensor) -> Changes:
-    slice_: Any = torch.ops.aten.slice.Tensor
-    names = ("dim", "start", "end", "step")
-    found: Tensor = slice_(change, *(saved(node, name) for name in names))
-    return found
-
-
-def _indexed(node: Any, change: Tensor) -> Changes:
-    index: Any = torch.ops.aten.index.Tensor
-    found: Tensor = index(change, list(node._saved_indices))
-    return found
-
-
 def _joined(node: Any, tangents: Tangents) -> Tensor | None:
-    """Neighbours of a shape that nothing tells, as they have no gradient, are one block."""
+    """Neighbours without a gradient, of a shape that nothing tells, are one block."""
     present = next(t for t in tangents if t is not None)
     dim, shape = saved(node, "dim"), list(shape_of(node))
     parts: list[Tensor | None] = []
@@ -93,7 +75,7 @@ def _stacked(node: Any, tangents: Tangents) -> Tensor:
 
 
 def _scattered(node: Any, tangents: Tangents) -> Tensor | None:
-    """Autograd gives each of several numbers for one place the gradient of that place."""
+    """As autograd has it: several numbers for one place add up."""
     into, put = _two(tangents)
     where = saved(node, "dim"), node._saved_index
     total = put.new_zeros(shape_of(node)) if into is None else into  # type: ignore[union-attr]
@@ -103,11 +85,10 @@ def _scattered(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def _index_added(node: Any, tangents: Tangents) -> Tensor | None:
-    into, terms = tangents
-    if terms is None:
-        return into
-    into = terms.new_zeros(shape_of(node)) if into is None else into
-    return into.index_add(saved(node, "dim"), node._saved_index, terms, alpha=node._saved_alpha)
+    into, put = tangents
+    where = saved(node, "dim"), node._saved_index
+    total = put.new_zeros(shape_of(node)) if into is None else into  # type: ignore[union-attr]
+    return total if put is None else total.index_add(*where, put, alpha=node._saved_alpha)
 
 
 def _index_put(node: Any, tangents: Tangents) -> Tensor | None:
@@ -121,7 +102,7 @@ def _index_put(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def _found_by_size(node: Any, change: Tensor) -> Tensor:
-    """The largest, the smallest, those in order: each where it was found."""
+    """Each where it was found."""
     indices, dim = node._saved_indices, saved(node, "dim")
     if getattr(node, "_saved_keepdim", True):
         return change.gather(dim, indices)
@@ -143,7 +124,7 @@ def _bent(node: Any, tangents: Tangents) -> Tensor:
 
 
 def _packed(node: Any, change: Tensor) -> Tensor:
-    """Time by time, of as many sequences as are as long; the rest of the change is padding."""
+    """Time by time, of the sequences that are as long."""
     sizes = node._saved_result1.to(change.device)
     by_time = change.transpose(0, 1) if node._saved_batch_first else change
     present = torch.arange(by_time.shape[1], device=change.device) < sizes.unsqueeze(1)
@@ -151,7 +132,7 @@ def _packed(node: Any, change: Tensor) -> Tensor:
 
 
 def _softmax(node: Any, tangents: Tangents) -> Tensor | None:
-    """J is symmetric, if it does not widen: the node's pull is its push."""
+    """J is symmetric, if it does not widen."""
     widens = read_by(node, 0).dtype != node._input_metadata[0].dtype
     return None if widens else diagonal(node, tangents)
 
@@ -163,7 +144,7 @@ def _log_softmax(node: Any, change: Tensor) -> Tensor:
 
 
 def _two(tangents: Tangents) -> Tangents:
-    """Left and right; a number on the right has no change."""
+    """A number on the right has no change."""
     return (*tangents, None)[:2]
 
 
@@ -172,14 +153,10 @@ def _sum(node: Any, tangents: Tangents) -> Tensor | None:
     if right is None:
         return left
     alpha: float = getattr(node, "_saved_alpha", 1)
+    alpha = -alpha if base_name(node) == "Sub" else alpha
     if left is None:
         return right if alpha == 1 else right * alpha
     return torch.add(left, right, alpha=alpha)
-
-
-def _difference(node: Any, tangents: Tangents) -> Tensor | None:
-    left, right = _two(tangents)
-    return _sum(node, (left, None if right is None else -right))
 
 
 def _product(node: Any, tangents: Tangents) -> Tensor | None:
@@ -240,7 +217,7 @@ def _negative_likelihood(node: Any, change: Tensor) -> Tensor | None:
 
 
 def _of_separate_samples(node: Any, change: Tensor) -> Tensor:
-    """Each loss depends on its own sample alone: one pull has the gradients of all."""
+    """One pull has the gradients of all losses."""
     output, *others = node._input_metadata
     ones = torch.ones(output.shape, dtype=output.dtype, device=output.device)
     (gradient, *_) = pull(node, [ones, *[None] * len(others)])
@@ -253,31 +230,31 @@ RESHAPED = "Alias", "Clone", "Detach", "ReshapeAlias", "Squeeze", "UnsafeView", 
 
 RULES: dict[str, ForwardRule] = {
     "Expand LiftFresh ToCopy": of_one(lambda node, t: t.to(node._input_metadata[0].device)),
-    "T": of_one(lambda node, t: t.t()),
-    "Transpose": _again("transpose", "dim0", "dim1"),
-    "Permute": _again("permute", "dims"),
-    "Select": _again("select", "dim", "index"),
-    "Slice": of_one(_sliced),
-    "Split UnsafeSplit": _again("split", "split_size", "dim"),
-    "SplitWithSizes UnsafeSplitWithSizes": _again("split", "split_sizes", "dim"),
-    "Unbind": _again("unbind", "dim"),
+    "T": again(torch.t),
+    "Transpose": again(torch.transpose, "dim0", "dim1"),
+    "Permute": again(torch.permute, "dims"),
+    "Select": again(torch.select, "dim", "index"),
+    "Slice": again(torch.ops.aten.slice.Tensor, "dim", "start", "end", "step"),
+    "Split UnsafeSplit": again(Tensor.split, "split_size", "dim"),
+    "SplitWithSizes UnsafeSplitWithSizes": again(Tensor.split, "split_sizes", "dim"),
+    "Unbind": again(Tensor.unbind, "dim"),
     "Cat": _joined,
     "Stack": _stacked,
-    "Index": of_one(_indexed),
-    "IndexSelect": _again("index_select", "dim", "index"),
-    "Gather": _again("gather", "dim", "index"),
+    "Index": again(torch.ops.aten.index.Tensor, "indices"),
+    "IndexSelect": again(torch.index_select, "dim", "index"),
+    "Gather": again(torch.gather, "dim", "index"),
     "IndexAdd": _index_added,
     "IndexPut": _index_put,
     "Scatter ScatterAdd": _scattered,
     "Kthvalue Max Median Min Mode Sort Topk": of_one(_found_by_size),
-    "Cumsum": _again("cumsum", "dim"),
-    "Flip": _again("flip", "dims"),
-    "Roll": _again("roll", "shifts", "dims"),
-    "Repeat": _again("repeat", "repeats"),
-    "Unfold": _again("unfold", "dimension", "size", "step"),
-    "ConstantPadNd": of_one(lambda node, t: F.pad(t, saved(node, "pad"))),
-    "Tril": _again("tril", "diagonal"),
-    "Triu": _again("triu", "diagonal"),
+    "Cumsum": again(torch.cumsum, "dim"),
+    "Flip": again(torch.flip, "dims"),
+    "Roll": again(torch.roll, "shifts", "dims"),
+    "Repeat": again(Tensor.repeat, "repeats"),
+    "Unfold": again(Tensor.unfold, "dimension", "size", "step"),
+    "ConstantPadNd": again(F.pad, "pad"),
+    "Tril": again(torch.tril, "diagonal"),
+    "Triu": again(torch.triu, "diagonal"),
     "Sum": _reduced("sum"),
     "Mean": _reduced("mean"),
     "Glu": of_one(_gated),
@@ -285,14 +262,13 @@ RULES: dict[str, ForwardRule] = {
     "PreluKernel": _bent,
     "Softmax SafeSoftmax": _softmax,
     "LogSoftmax": of_one(_log_softmax),
-    "Add": _sum,
-    "Sub": _difference,
+    "Add Sub": _sum,
     "Mul": _product,
     "Div": _quotient,
     "Where": _where,
     "torch::autograd::CopyBackwards": lambda node, tangents: tangents[1],
     "MaskedFill": _masked,
-    "MaskedSelect": of_one(lambda node, t: t.masked_select(node._saved_mask)),
+    "MaskedSelect": again(torch.masked_select, "mask"),
     "Maximum Minimum": _larger,
     "Fill": _filled,
     "NllLoss NllLoss2D": of_one(_negative_likelihood),

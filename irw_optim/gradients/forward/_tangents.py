@@ -1,12 +1,13 @@
-"""What rules are given and what they give; and J t of any operation, where there is no rule.
+"""What rules are given and give; and J t of any operation without one.
 
 u -> J^T u is what a node does. It is linear, so its derivative by u, along t, is J t, at any u.
+What torch fuses may have none: attention in one kernel and an LSTM over time have rules here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import partial
 from math import prod
 from typing import Any, TypeAlias
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from irw_optim.gradients.nodes import base_name, pull
+from irw_optim.gradients.layers import LSTM, RECURRENT, gates_of
+from irw_optim.gradients.mixing_rules import ATTENTION
+from irw_optim.gradients.nodes import base_name, pull, saved
 
 Tangents: TypeAlias = Sequence[Tensor | None]
-"""A change for each input of a node, in the order of ``node.next_functions``; None for none."""
+"""A change for each input of a node (``node.next_functions``); None for none."""
 
 Changes: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
 """The change of the first output, or of each; None for "not by this rule"."""
@@ -29,10 +32,15 @@ def of_one(rule: Callable[[Any, Tensor], Changes]) -> ForwardRule:
     """A rule for operations that read one tensor, which is given its change."""
 
     def of_node(node: Any, tangents: Tangents) -> Changes:
-        (change,) = tangents if len(tangents) == 1 else [t for t in tangents if t is not None]
-        return rule(node, change)  # type: ignore[arg-type]
+        (change,) = [t for t in tangents if t is not None]
+        return rule(node, change)
 
     return of_node
+
+
+def again(operation: Callable[..., Changes], *settings: str) -> ForwardRule:
+    """What was done to the input, with these settings, is done to the change."""
+    return of_one(lambda node, t: operation(t, *[saved(node, name) for name in settings]))
 
 
 def added(*terms: Tensor | None) -> Tensor | None:
@@ -45,18 +53,12 @@ def transposed(node: Any, tangents: Tangents) -> Tangents:
     """The changes of a node's outputs, one for each.
 
     Raises:
-        RuntimeError: there is no double backward, or a function in Python hides what its gradient
-            depends on.
+        RuntimeError: no double backward, or one that a function in Python hides.
     """
     changing = [(number, t) for number, t in enumerate(tangents) if t is not None]
     with torch.enable_grad():
         seeds = [_seed(node, metadata).requires_grad_() for metadata in node._input_metadata]
         pulled = pull(node, seeds)
-        if base_name(node) == _COPIED_IN:
-            written = _copied_in if len(tangents) == 2 else _filled_in
-            copied = written(seeds[0].detach(), pulled, tangents)
-            if copied is not None:
-                return [copied]
         gradients, directions = [], []
         for number, tangent in changing:
             gradient = pulled[number]
@@ -79,56 +81,19 @@ _SAYS_NOT = "its gradient does not depend as it should on what it is given"
 
 def _may_hide(node: Node) -> bool:
     """Functions in Python may detach what they are given; copies into views may call such."""
-    return base_name(node) in ("", _COPIED_IN)
-
-
-_COPIED_IN = "torch::autograd::CopySlices"
-
-
-def _copied_in(numbers: Tensor, pulled: Tangents, tangents: Tangents) -> Tensor | None:
-    """The change where numbers were copied into a view, which shows in where their own come from.
-
-    Of several numbers in one place, or where they were changed on the way, it says nothing.
-    """
-    into, put = tangents
-    rest, copied = (None if p is None else p.detach().flatten() for p in pulled)
-    line = numbers.flatten()
-    if copied is None or not len(copied):
-        return None
-    if len(line) > _MOST_APART or line.dtype not in (torch.float32, torch.float64):
-        return None
-    where = torch.searchsorted(line, copied).clamp_(max=len(line) - 1)
-    if not torch.equal(line[where], copied) or (rest is not None and rest[where].any()):
-        return None
-    found = torch.zeros_like(line) if into is None else into.flatten().index_fill(0, where, 0.0)
-    if put is not None:  # one row may have been written to many
-        found.index_copy_(0, where, put.to(line.dtype).expand(pulled[1].shape).flatten())  # type: ignore[union-attr]
-    return found.view(numbers.shape)
-
-
-def _filled_in(numbers: Tensor, pulled: Tangents, tangents: Tangents) -> Tensor | None:
-    """The change where a view was filled with constants: nothing there, elsewhere as it was."""
-    (rest, *more), (into, *_) = pulled, tangents
-    if more or rest is None or into is None or numbers.numel() > _MOST_APART:
-        return None
-    if numbers.dtype not in (torch.float32, torch.float64):
-        return None
-    kept = rest.detach() == numbers
-    return into * kept if bool((kept | (rest.detach() == 0)).all()) else None
+    return base_name(node) in ("", "torch::autograd::CopySlices")
 
 
 def _seed(node: Node, metadata: Any) -> Tensor:
     shape: Sequence[int] = metadata.shape
     options: Any = {"dtype": metadata.dtype, "device": metadata.device}
-    if _may_hide(node):  # no two alike, and none made of others: what is linear is seen to be
-        make = _different if prod(shape) <= _MOST_KEPT else _different.__wrapped__
-        return make(prod(shape), metadata.dtype, metadata.device).view(shape).clone()
+    if _may_hide(node):  # no two alike: what is linear is seen to be
+        return _different(prod(shape), metadata.dtype, metadata.device).view(shape)
     if base_name(node) == "Logcumsumexp":  # its backward takes a logarithm
         return torch.ones(shape, **options)
     return torch.zeros(shape, **options)
 
 
-@lru_cache(maxsize=1)
 def _different(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers from 0.5 to 1.5, each larger than the one before."""
     wide = torch.promote_types(dtype, torch.float32).to_real()
@@ -136,12 +101,6 @@ def _different(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     numbers = (steps * 0.6180339887498949).frac_().div_(2).add_(steps)
     return numbers.div_(max(1, count)).add_(0.5).to(dtype)
 
-
-_MOST_APART = 2**20
-"""Of so many, float32 holds all apart."""
-
-_MOST_KEPT = 2**16
-"""Numbers that are kept for the next operation of the same shape."""
 
 _Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
@@ -157,3 +116,117 @@ def _inner(pairs: _Pairs) -> tuple[Tensor | float, Tensor | float]:
     """A sum of products, and that of their sizes."""
     terms = [(a.detach().conj() * b.detach()).real for a, b in pairs]
     return sum(t.sum() for t in terms), sum(t.abs().sum() for t in terms)
+
+
+def _attention(node: Any, tangents: Tangents) -> Tensor | None:
+    """Of softmax(scale q k^T + mask) v, some samples at a time."""
+    if node._saved_dropout_p or any(t is not None for t in tangents[3:]):
+        return None  # the mask of a fused dropout is nowhere
+    for name in _NOT_NEEDED:
+        getattr(node, name, None)
+    query, key, value = node._saved_query, node._saved_key, node._saved_value
+    masks = [getattr(node, name, None) for name in ("_saved_attn_mask", "_saved_attn_bias")]
+    scale = query.shape[-1] ** -0.5 if node._saved_scale is None else node._saved_scale
+    mask = next((m for m in masks if m is not None), None)
+    attended = partial(_attended, scale=scale, causal=node._saved_is_causal)
+    inputs: list[Any] = [query, key, value, mask, *tangents[:3]]
+    number = query[..., 0].numel() * key.shape[-2]
+    size = max(1, _AT_ONCE.get(query.device.type, 2**22) * len(query) // number)
+    if size >= len(query):
+        return attended(*inputs)
+    parts = (slice(start, start + size) for start in range(0, len(query), size))
+    return torch.cat([attended(*(_part(t, part, query) for t in inputs)) for part in parts])
+
+
+_NOT_NEEDED = ("_saved_output", "_saved_logsumexp", "_saved_out", "_saved_log_sumexp")
+"""What was recomputed is held until it is read."""
+
+_AT_ONCE = {"cpu": 2**16}
+"""Numbers of attention weights that are made at a time, to spare memory as kernels do."""
+
+
+def _part(tensor: Any, samples: slice, query: Tensor) -> Any:
+    """Some samples; of one mask for all, all."""
+    one_for_all = tensor is None or tensor.ndim < query.ndim or len(tensor) == 1
+    return tensor if one_for_all else tensor[samples]
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    d_query: Tensor | None,
+    d_key: Tensor | None,
+    d_value: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    repeats = query.shape[-3] // key.shape[-3] if query.ndim > 3 else 1
+    if repeats > 1:  # grouped queries
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        d_key, d_value = (
+            None if t is None else t.repeat_interleave(repeats, -3) for t in (d_key, d_value)
+        )
+    scores = query @ key.mT * scale
+    if mask is not None:
+        scores = scores + mask if mask.is_floating_point() else scores.where(mask, -torch.inf)
+    if causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.where(allowed, -torch.inf)
+    sees_nothing = scores.amax(-1, keepdim=True) == -torch.inf
+    weights = scores.softmax(-1).masked_fill(sees_nothing, 0.0)
+    change = None if d_value is None else weights @ d_value
+    of_scores = added(
+        None if d_query is None else d_query @ key.mT,
+        None if d_key is None else query @ d_key.mT,
+    )
+    if of_scores is not None:
+        product = weights * of_scores * scale
+        change = added(change, (product - weights * product.sum(-1, keepdim=True)) @ value)
+    assert change is not None
+    return change
+
+
+def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
+    if node._saved_mode != LSTM or node._saved_batch_sizes:
+        return None
+    d_input, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_state, d_cell = tangents
+    names = RECURRENT if node._saved_has_biases else RECURRENT[:2]
+    values = {name: getattr(node, f"_saved_weight{n}") for n, name in enumerate(names)}
+    names_of = ("input", "result0", "hx_", "cx_")
+    inputs, states, state, cell = (getattr(node, f"_saved_{name}") for name in names_of)
+    reverse = node._saved_reverse
+    if reverse:
+        inputs, states = inputs.flip(0), states.flip(0)
+        d_input = None if d_input is None else d_input.flip(0)
+    before = torch.cat([state.unsqueeze(0), states[:-1]])
+    gates = gates_of(inputs, before, cell, values)
+    change = added(
+        None if d_input is None else d_input @ values["weight_ih"].t(),
+        None if d_weight_ih is None else inputs @ d_weight_ih.t(),
+        None if d_weight_hh is None else before @ d_weight_hh.t(),
+        added(d_bias_ih, d_bias_hh),
+    )
+    shape = (*states.shape[:2], 4 * states.shape[2])
+    of_inputs = states.new_zeros(shape) if change is None else change.expand(shape)
+    d_state, d_cell = (torch.zeros_like(state) if t is None else t for t in (d_state, d_cell))
+    recurrent, cells, found = values["weight_hh"].t(), 3 * states.shape[2], []
+    for first, slope, forget, to_cell in zip(
+        of_inputs.unbind(),
+        gates.slopes.flatten(2).unbind(),
+        gates.forget.unbind(),
+        gates.to_cell.unbind(),
+        strict=True,
+    ):
+        steps = torch.addmm(first, d_state, recurrent).mul_(slope)
+        into_cell = steps[:, :cells].unflatten(1, (3, -1)).sum(1)
+        d_cell = torch.addcmul(into_cell, forget, d_cell)
+        d_state = torch.addcmul(steps[:, cells:], to_cell, d_cell)
+        found.append(d_state)
+    over_time = torch.stack(found)
+    return [over_time.flip(0) if reverse else over_time, d_state, d_cell]
+
+
+RULES: dict[str, ForwardRule] = {ATTENTION: _attention, "MkldnnRnnLayer": _lstm}

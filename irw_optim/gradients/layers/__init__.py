@@ -1,12 +1,20 @@
 """One call of a layer, and its products with G: a class for each kind of layer."""
 
 from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
-from irw_optim.gradients.layers._convolution import CONVOLUTION, ConvolutionCall
-from irw_optim.gradients.layers._embedding import EmbeddingBagCall, EmbeddingCall
 from irw_optim.gradients.layers._linear import HeadsCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.layers._recurrent import LSTM, RECURRENT, LSTMCall, gates_of
+from irw_optim.gradients.layers._positions import (
+    CONVOLUTION,
+    LSTM,
+    RECURRENT,
+    ConvolutionCall,
+    LSTMCall,
+    gates_of,
+)
+from irw_optim.gradients.layers._products import summed
 from irw_optim.gradients.layers._rows import (
     ElementwiseCall,
+    EmbeddingBagCall,
+    EmbeddingCall,
     NormCall,
     RowsCall,
     SampleNormCall,
@@ -34,4 +42,5 @@ __all__ = [
     "SampleNormCall",
     "VectorCall",
     "gates_of",
+    "summed",
 ]

@@ -5,7 +5,7 @@ With input a_i, output gradient b_i = d(loss_i)/d(output_i) and parameters theta
     <g_i, v>        = <b_i, layer(a_i; v)>                 dot: the layer run with v as parameters
     sum_i w_i g_i   = d/dtheta <w b, layer(a; theta)>      combine: the layer's own weight gradient
 
-so neither needs a B x P tensor. `apply` alone is enough to be exact; the rest is for speed.
+and neither needs a B x P tensor. `apply` alone is enough to be exact; the rest is for speed.
 """
 
 from __future__ import annotations
@@ -23,22 +23,18 @@ from irw_optim.gradients.layers._products import gram_of_rows, inner, operands, 
 from irw_optim.gradients.protocol import Direction, wide, widened
 
 GATHER_FROM = 2**17
-"""Numbers in a and b from which the gather of rows that have a weight costs less than the rest."""
+"""Numbers in a and b from which it pays to gather the rows that have a weight."""
 
 
 class Layout(NamedTuple):
-    """Where the batch stands, whatever the sizes.
-
-    In ``dim``, where it may be folded with positions: ``"batch major"`` as in (B * T, d),
-    ``"batch minor"`` as in (T * B, d), or ``"between"`` as in (T * B * inner, d).
-    """
+    """Where the batch stands, whatever the sizes."""
 
     dim: int
+    # With positions: "batch major" (B * T, d), "batch minor" (T * B, d), "between" (T * B * inner).
     fold: str = ""
     inner: int = 1
 
     def bring(self, tensor: Tensor, batch_size: int) -> Tensor:
-        """The tensor with the batch as its first dimension."""
         dim, fold, inner = self
         if fold == "between":
             tensor = tensor.unflatten(dim, (-1, batch_size, inner)).movedim(dim + 1, 0)
@@ -56,20 +52,15 @@ FIRST = Layout(0)
 def layouts_of(
     shape: torch.Size, batch_size: int, is_sequence: bool, time_major: bool = False
 ) -> tuple[Layout, ...]:
-    """Every place where the batch may be in tensors with these leading dimensions.
-
-    More than one where sizes coincide: then only the graph shows which is right.
-    """
+    """Where the batch may be in tensors with these leading dimensions, for all that sizes say."""
     if not shape:
         return ()
     if time_major:
         if len(shape) > 1:
             return (Layout(1),) if shape[1] == batch_size else ()
         return (Layout(0, "batch minor"),) if batch_size and shape[0] % batch_size == 0 else ()
-    if shape[0] == batch_size and (batch_size < 2 or not is_sequence):
-        return (FIRST,)
-    if not is_sequence:
-        return ()
+    if not is_sequence or (shape[0] == batch_size < 2):
+        return (FIRST,) if shape[0] == batch_size else ()
     sizes = enumerate(shape)
     found = [Layout(dim) if dim else FIRST for dim, size in sizes if size == batch_size]
     if batch_size == 1:  # all is of the one sample
@@ -82,7 +73,7 @@ def layouts_of(
 
 @dataclass
 class RowWeights:
-    """The weights of the B rows, (B,), and which rows have any: found once for all layers."""
+    """The weights of the B rows, (B,), and which rows have any."""
 
     values: Tensor
 
@@ -103,36 +94,20 @@ class LayerCall:
     """One call of a layer: its input, its trainable parameters by role, later its b.
 
     Args:
-        input: what the layer read; the batch is dimension 0.
-        **parameters: the layer's tensors by role (``weight``, ``bias``); those that do not
-            require a gradient are left out.
+        input: what the layer read.
+        **parameters: the layer's tensors by role (``weight``, ``bias``).
     """
 
+    # Whether all leading positions are treated alike: the batch may be any, or folded with some.
     is_sequence = False
-    """Whether all positions of the leading dimensions are treated alike: then the batch may stand
-    elsewhere, as in (T, B, d), or be folded, as in (B * T, d)."""
-
-    features = 1
-    """Trailing dimensions of the output of a sequence that are no positions."""
-
-    needs_autograd_combine = False
-    """Whether inner optimizers expect a layout that only autograd gives the gradient."""
-
-    time_major = False
-    """Whether the batch is known not to stand first."""
-
-    may_lack_batch = False
-    """Whether the input may be one for all samples, as the indices of positions are."""
-
-    output_shape: torch.Size | None = None
-    """As which shape the output is seen; None for its own."""
-
-    made_of_b = ""
-    """A property that is made of b, and kept."""
-
-    layout: Layout | None = None
-    batch_size = -1
-    """Where the batch was found, and the B for which it was looked for."""
+    features = 1  # trailing dimensions of the output of a sequence that are no positions
+    needs_autograd_combine = False  # whether only autograd gives the layout that is expected
+    time_major = False  # whether the batch is known not to stand first
+    may_lack_batch = False  # whether one input may serve all samples, as indices of positions do
+    output_shape: torch.Size | None = None  # as which the output is seen; None for its own
+    made_of_b = ""  # a property that is made of b, and kept
+    layout: Layout | None = None  # where the batch was found,
+    batch_size = -1  # and for which B it was looked for
 
     def __init__(self, input: Tensor, **parameters: Tensor | None) -> None:
         self.recorded = self.input = input.detach()
@@ -151,36 +126,25 @@ class LayerCall:
         """Where the batch may be, in input and output alike."""
         leading = len(output_shape) - self.features if self.is_sequence else 1
         positions = self.recorded.shape[:leading]
-        if output_shape[:leading] != positions:
-            return ()
-        return layouts_of(positions, batch_size, self.is_sequence, self.time_major)
-
-    def find_batch(self, batch_size: int, output_shape: torch.Size) -> bool:
-        """Whether the batch is found; where nobody settled it, in the likeliest layout."""
-        if self.batch_size != batch_size:
-            layouts = self.layouts(batch_size, output_shape)
-            self.settle(layouts[0] if layouts else None, batch_size)
-        return self.layout is not None
+        alike = output_shape[:leading] == positions
+        return layouts_of(positions, batch_size, self.is_sequence, self.time_major) if alike else ()
 
     def settle(self, layout: Layout | None, batch_size: int) -> None:
-        """Bring the batch to the first dimension of the input; None where there is none."""
-        self.layout = layout
-        self.batch_size = batch_size
-        if layout is None or layout is FIRST:
-            self.input = self.recorded
-        else:
+        """Bring the input's batch to the front; None for no batch."""
+        self.layout, self.batch_size, self.input = layout, batch_size, self.recorded
+        if layout is not None and layout is not FIRST:
             self.input = layout.bring(self.recorded, batch_size)
 
     def arrangement(self) -> tuple[object, ...]:
-        """What decides whether an earlier proof still holds."""
+        """What an earlier proof depends on."""
         return self.layout, self.recorded.ndim
 
     def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
-        """The call as if each sample had made it, where it has no batch; put into ``dim``."""
+        """As if each sample had made the call, with the batch in ``dim``."""
         return None
 
     def set_output_gradient(self, gradient: Tensor) -> None:
-        """Take b; the products are defined from then on."""
+        """Take b, of which the products are made."""
         layout = self.layout
         if layout is not None and layout is not FIRST:
             gradient = layout.bring(gradient, self.batch_size)
@@ -188,13 +152,12 @@ class LayerCall:
         self.__dict__.pop(self.made_of_b, None)
 
     def let_go(self) -> None:
-        """Hold a and b no longer."""
         nothing = self.input.new_empty(0, *self.input.shape[1:])  # a slice would hold the storage
         self.recorded = self.input = self.output_gradient = nothing
         self.__dict__.pop(self.made_of_b, None)
 
     def without(self, dropped: Tensor) -> LayerCall:
-        """A copy with zero rows where ``dropped``, (B,) bool, also where they are not finite."""
+        """A copy with zeros for the rows ``dropped``, (B,) bool, finite or not."""
         part = self.copy()
         if self.input.is_floating_point() and len(self.input) == len(dropped):
             part.input = zeroed(self.input, dropped)  # both a and b: 0 times NaN is NaN
@@ -203,27 +166,24 @@ class LayerCall:
         return part
 
     def forget_values(self) -> None:
-        """Hold no parameter's values: whoever shards them frees them after the layer."""
+        """Of parameters, which a sharded layer frees."""
 
     def copy(self) -> LayerCall:
-        """For another output gradient."""
         return copy(self)
 
     @property
     def precision(self) -> torch.dtype:
-        """The dtype in which the gradient arrived."""
         return self.output_gradient.dtype
 
     def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """The layer's output for other values of its parameters: of every role that has one."""
+        """The output for other values of the parameters."""
         raise NotImplementedError
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
-        """Whether the rows of G are quickly made and no more numbers than a and b."""
+        """Whether the rows of G are quickly made, and no larger than a and b."""
         return False
 
     def dot(self, direction: Direction) -> Tensor:
-        """<g_i, v>, shape (B,)."""
         values = self.values_in(direction)
         if not values:
             return self.b.new_zeros(len(self.b))
@@ -233,24 +193,22 @@ class LayerCall:
         return inner(self.b, output, in_place=fresh)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        """Sum of w_i g_i by parameter."""
         return self.transpose(self.input, scaled(self.b, weights.values))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
-        """The per-sample gradients of some samples: (b, *p.shape) by parameter."""
+        """The gradients of single samples: (b, *p.shape) by parameter."""
 
-        def row(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-            return tuple(self.transpose(a.unsqueeze(0), b.unsqueeze(0)).values())
+        def row(a: Tensor, b: Tensor) -> list[Tensor]:
+            return list(self.transpose(a.unsqueeze(0), b.unsqueeze(0)).values())
 
         blocks = torch.vmap(row)(self.input[samples], self.b[samples])
         return dict(zip(self.parameters.values(), blocks, strict=True))
 
     def align(self, coefficients: RowWeights) -> Tensor:
-        """<g_i, sum_j c_j g_j>, shape (B,)."""
+        """G (G^T c)."""
         return self.dot(self.combine(coefficients))
 
     def gram(self) -> Tensor:
-        """<g_i, g_j>, shape (B, B), a block of rows at a time."""
         return gram_of_rows([self])
 
     def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
@@ -274,15 +232,13 @@ class LayerCall:
         return {role: direction[p] for role, p in self.parameters.items() if p in direction}
 
     def completed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values with zeros for the roles that are frozen, or not asked for."""
+        """The values, with zeros for other roles."""
         like = next(iter(values.values()))
-        return {
-            role: values[role] if role in values else like.new_zeros(p.shape)
-            for role, p in self.roles.items()
-        }
+        zeros = {r: like.new_zeros(p.shape) for r, p in self.roles.items() if r not in values}
+        return {**zeros, **values}
 
     def used_rows(self, weights: RowWeights) -> tuple[Tensor, Tensor]:
-        """Input and b of the rows that count, that with fewer numbers times the weights."""
+        """Both sides of the rows that count, the smaller one times the weights."""
         a, b, values = self.input, self.output_gradient, weights.values
         used = weights.used if a.numel() + b.numel() >= GATHER_FROM else None
         gathered = used is not None
@@ -295,5 +251,5 @@ class LayerCall:
 
 
 def zeroed(rows: Tensor, dropped: Tensor) -> Tensor:
-    """With zeros where ``dropped``."""
+    """With zeros in the rows ``dropped``."""
     return rows.masked_fill(dropped.view(-1, *[1] * (rows.ndim - 1)), 0.0)

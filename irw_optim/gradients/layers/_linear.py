@@ -20,23 +20,23 @@ from irw_optim.gradients.layers._products import (
 from irw_optim.gradients.protocol import MEMORY_BOUND, WIDER, Direction, wide, widened
 
 FEW_PRODUCTS = 2**19
-"""Below this many, the number of operations counts and not their size: the kernel has fewer."""
+"""Below this many the number of operations counts: the kernel has fewer."""
 
 KERNEL_SELECTS_FROM = 128
-"""Batch size from which the kernel is computed for the used columns alone."""
+"""Batch size from which the kernel has the used columns alone."""
 
 
 class AffineCall(LayerCall):
-    """A call that is linear in its ``weight``, and to which a ``bias`` is added."""
+    """A call that is linear in its ``weight``, plus a ``bias``."""
 
     made_of_b = "bias_rows"
 
     def weight_dot(self, direction: Tensor) -> Tensor:
-        """<g_i, v> for the weight alone, v of its shape: (B,)."""
+        """<g_i, v> for the weight alone."""
         raise NotImplementedError
 
     def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
-        """Sum over samples and positions; perhaps an `operand`."""
+        """Sum over samples and positions."""
         raise NotImplementedError
 
     def weight_rows(self, samples: slice) -> Tensor:
@@ -59,13 +59,12 @@ class AffineCall(LayerCall):
         return self.dot(self.combine(coefficients, narrow=True))
 
     def combine(self, weights: RowWeights, *, narrow: bool = False) -> dict[Tensor, Tensor]:
-        result: dict[Tensor, Tensor] = {}
-        for role, parameter in self.parameters.items():
-            if role == "bias":
-                result[parameter] = weights.values.to(self.bias_rows.dtype) @ self.bias_rows
-            else:
-                result[parameter] = self.weight_gradient(*self.used_rows(weights), narrow=narrow)
-        return result
+        return {
+            p: weights.values.to(self.bias_rows.dtype) @ self.bias_rows
+            if role == "bias"
+            else self.weight_gradient(*self.used_rows(weights), narrow=narrow)
+            for role, p in self.parameters.items()
+        }
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
         return {
@@ -86,14 +85,12 @@ class LinearCall(AffineCall):
         bias: Tensor | None = None,
         *,
         transposed: bool = False,
-        time_major: bool = False,
     ) -> None:
         super().__init__(input, weight=weight, bias=bias)
         self.transposed = transposed
-        self.time_major = time_major
 
     def of(self, input: Tensor) -> LinearCall:
-        """The same call in another graph, where it has read this, (B, in)."""
+        """The same call in another graph, which has read this, (B, in)."""
         twin = object.__new__(LinearCall)
         vars(twin).update(vars(self))
         twin.recorded = twin.input = input.detach()
@@ -107,7 +104,7 @@ class LinearCall(AffineCall):
         return self.b if b.ndim == 2 else b.flatten(1, -2).sum(1, dtype=wide(b.dtype))
 
     def weight_dot(self, direction: Tensor) -> Tensor:
-        """<b_i, W a_i> = <W^T b_i, a_i>: the side with fewer numbers is the one to make."""
+        """<b_i, W a_i> = <W^T b_i, a_i>: the side with fewer numbers is made."""
         a, b = operands(self.input, self.output_gradient)
         weight = direction.t() if self.transposed else direction
         if a.numel() < b.numel():
@@ -129,9 +126,11 @@ class LinearCall(AffineCall):
         return result
 
     def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
-        """B^T A over all rows and positions."""
+        """B^T A over samples and positions, in the order that needs no copy."""
         if b.ndim > 2:
-            a, b = in_memory_order(a, b)
+            if stands_behind(a) or stands_behind(b):
+                a, b = a.transpose(0, 1), b.transpose(0, 1)
+            a, b = a.flatten(0, -2), b.flatten(0, -2)
         left, right = (a, b) if self.transposed else (b, a)
         return product(left.t(), right, narrow=narrow)
 
@@ -145,13 +144,11 @@ class LinearCall(AffineCall):
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
         """With more positions than features the rows are the fewer numbers."""
-        if self.input.ndim == 2:
-            return False
         numbers = len(self.input) * sum(p.numel() for p in self.parameters.values())
-        return numbers <= self.input.numel() + output_shape.numel()
+        return self.input.ndim > 2 and numbers <= self.input.numel() + output_shape.numel()
 
     def align(self, coefficients: RowWeights) -> Tensor:
-        """By the kernel (A A^T + 1) o (B B^T), where that is less work than by g_S."""
+        """By the kernel (A A^T + 1) o (B B^T), where that is less work than g_S."""
         a, b = self.input, self.output_gradient
         if a.ndim > 2 or "weight" not in self.parameters:
             return super().align(coefficients)
@@ -172,7 +169,7 @@ class LinearCall(AffineCall):
         return kernel.mv(coefficients.used_values.to(kernel.dtype))
 
     def kernel(self, a: Tensor, b: Tensor, a_other: Tensor, b_other: Tensor) -> Tensor:
-        """<g_i, g_j> for two sets of samples without positions: (B, B')."""
+        """<g_i, g_j> of two sets of samples: (B, B')."""
         multiply = product if a.dtype in WIDER else torch.mm
         A, B = multiply(a, a_other.t()), multiply(b, b_other.t())
         return B.addcmul_(A, B) if "bias" in self.parameters else A.mul_(B)
@@ -194,13 +191,13 @@ class LinearCall(AffineCall):
             gram_of(self.bias_rows) if with_bias else a.new_zeros(batch, batch, dtype=wide(a.dtype))
         )
         step = max(1, MEMORY_BOUND // (batch * width_in))
-        for some in b.split(step, dim=-1):  # the per-sample weight gradient, some outputs at once
+        for some in b.split(step, dim=-1):  # per-sample gradients of the weight, a block at a time
             gram = gram + gram_of(product(some.mT, a))
         return gram
 
 
 def mapped(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``rows @ matrix``, the memory in the order that it has."""
+    """``rows @ matrix``, in the memory's order."""
     matrix = matrix.to(rows.dtype)
     if rows.ndim == 2:
         return product(rows, matrix)
@@ -209,30 +206,23 @@ def mapped(rows: Tensor, matrix: Tensor) -> Tensor:
     return product(rows.flatten(0, -2), matrix).view(*rows.shape[:-1], -1)
 
 
-def in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as matrices, in the order of samples and positions that needs no copy."""
-    if stands_behind(a) or stands_behind(b):
-        a, b = a.transpose(0, 1), b.transpose(0, 1)
-    return a.flatten(0, -2), b.flatten(0, -2)
-
-
 def stands_behind(rows: Tensor) -> bool:
     """Whether the samples stand behind the positions in memory, as in (T, B, d)."""
     return rows.ndim == 3 and rows.stride(0) < rows.stride(1)
 
 
 class LinearRowsCall(LinearCall):
-    """A linear map with some rows of a parameter, as attention slices its input projection."""
+    """A linear map with some rows of a parameter, as in attention's input projection."""
 
-    def __init__(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, *, time_major: bool = False
-    ) -> None:
-        slices = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        whole = {role: t if t._base is None else t._base for role, t in slices.items()}
-        super().__init__(input, whole["weight"], whole.get("bias"), time_major=time_major)
-        skipped = {r: t.storage_offset() - whole[r].storage_offset() for r, t in slices.items()}
-        starts = {role: skipped[role] // t.stride(0) for role, t in slices.items()}
-        self.slices = {r: slice(starts[r], starts[r] + len(t)) for r, t in slices.items()}
+    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        whole = [None if t is None else t if t._base is None else t._base for t in (weight, bias)]
+        super().__init__(input, *whole)
+        self.slices = {}
+        for role, part in (("weight", weight), ("bias", bias)):
+            if part is not None:
+                skipped = part.storage_offset() - self.roles[role].storage_offset()
+                start = skipped // part.stride(0)
+                self.slices[role] = slice(start, start + len(part))
 
     def values_in(self, direction: Direction) -> dict[str, Tensor]:
         return {r: v[self.slices[r]] for r, v in super().values_in(direction).items()}
@@ -244,19 +234,16 @@ class LinearRowsCall(LinearCall):
         return self.among_zeros(super().combine(weights, narrow=narrow))
 
     def among_zeros(self, parts: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """The gradients of the slices, or one a sample, with zeros for the other rows."""
-        padded = {}
-        for role, p in self.parameters.items():
-            rows = self.slices[role]
-            padded[p] = F.pad(parts[p], (*[0, 0] * (p.ndim - 1), rows.start, len(p) - rows.stop))
-        return padded
+        """With zeros for the other rows."""
+        each = [(p, self.slices[role]) for role, p in self.parameters.items()]
+        return {
+            p: F.pad(parts[p], (*[0, 0] * (p.ndim - 1), rows.start, len(p) - rows.stop))
+            for p, rows in each
+        }
 
 
 class HeadsCall(LayerCall):
-    """y_h = a_h W_h for a of shape (heads, rows, in) and W of shape (heads, in, out).
-
-    The batch is among the rows, alone or folded with positions.
-    """
+    """y_h = a_h W_h for a of shape (heads, rows, in) and W of shape (heads, in, out)."""
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
         """All rows are treated alike."""
@@ -282,6 +269,6 @@ class HeadsCall(LayerCall):
         return {parameter: widened(a[samples].mT @ b[samples])}
 
     def _sides(self) -> tuple[Tensor, Tensor]:
-        """Input and output gradient as (B, heads, positions, width)."""
+        """As (B, heads, positions, width)."""
         a, b = operands(self.input, self.output_gradient)
         return (a.unsqueeze(2), b.unsqueeze(2)) if a.ndim == 3 else (a, b)

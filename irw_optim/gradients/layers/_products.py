@@ -1,15 +1,13 @@
-"""Products of numbers in any precision, and Gram matrices that need no row of G per sample.
+"""Products of numbers in any precision, and Gram matrices without a row of G per sample.
 
-Autocast hands the layers bfloat16. The product of two such numbers is exact in float32: a device
-that has cores for it multiplies them as they are and adds in float32. What has to become an operand
-first, w_i b_i and the direction g_S, is rounded to the 8 bits that autocast gives every activation.
-Scores, weights and sums over positions are float32. The CPU widens, since its products of bfloat16
-are slower; so does everybody for float16, which does not reach to the sizes of w_i b_i.
+Products of bfloat16 are exact in float32: a device with cores for it multiplies them as they are
+and adds in float32. What becomes an operand first, w_i b_i and g_S, is rounded as autocast rounds
+activations. The CPU widens, being slower with bfloat16; and float16 is too narrow for w_i b_i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,29 +20,22 @@ if TYPE_CHECKING:
     from irw_optim.gradients.layers._call import LayerCall
 
 
-def operand(tensor: Tensor) -> Tensor:
-    """The tensor as a product takes it: bfloat16 as it is on a device, else float32 or better."""
-    return tensor if stays(tensor) else widened(tensor)
-
-
 def operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both, in one dtype."""
-    if a.dtype not in WIDER and b.dtype not in WIDER:
+    """Both as products take them: bfloat16 as it is on a device, else float32 or better."""
+    if a.dtype == b.dtype and (a.dtype not in WIDER or stays(a)):
         return a, b
-    if a.dtype == b.dtype:
-        return operand(a), operand(b)
     return widened(a), widened(b)
 
 
 def stays(tensor: Tensor) -> bool:
-    """Whether products take the tensor as it is, although it is in half precision."""
+    """Whether products take half precision as it is."""
     return tensor.dtype == torch.bfloat16 and tensor.device.type != "cpu"
 
 
 def product(left: Tensor, right: Tensor, *, narrow: bool = False) -> Tensor:
-    """``left @ right`` of two matrices, or stacks of them, of one dtype: in float32 or better.
+    """``left @ right`` of (stacks of) matrices of one dtype: in float32 or better.
 
-    A ``narrow`` result is an operand next, and may be rounded to one.
+    A ``narrow`` result is an operand next, and may be rounded.
     """
     multiply = torch.mm if left.ndim == 2 else torch.bmm
     if narrow or left.dtype not in WIDER:
@@ -65,7 +56,7 @@ def scaled(rows: Tensor, weights: Tensor, in_place: bool = False) -> Tensor:
 
 
 def inner(left: Tensor, right: Tensor, in_place: bool = False) -> Tensor:
-    """Row-wise inner products, (B,), summed in float32 or better; ``in_place`` of the right."""
+    """Row-wise inner products in float32 or better, (B,); ``in_place`` of the right."""
     terms = right.mul_(left) if in_place else right * left
     return terms.sum(tuple(range(1, terms.ndim)), dtype=WIDER.get(terms.dtype))
 
@@ -77,7 +68,7 @@ def gram_of(rows: Tensor) -> Tensor:
 
 
 def gram_of_positions(a: Tensor, b: Tensor, alike: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Sum over t, t' of alike(a_it, a_jt') <b_it, b_jt'>, a block of samples i at a time."""
+    """Sum over t, t' of alike(a_it, a_jt') <b_it, b_jt'>."""
     batch, length = a.shape[:2]
     step = max(1, MEMORY_BOUND // max(1, 2 * batch * length * length))
     flat_a, flat_b = a.flatten(0, 1), b.flatten(0, 1)
@@ -89,16 +80,21 @@ def gram_of_positions(a: Tensor, b: Tensor, alike: Callable[[Tensor, Tensor], Te
 
 
 def gram_of_rows(calls: Sequence[LayerCall]) -> Tensor:
-    """G G^T where several calls meet in a parameter: g_i is then a sum over calls."""
+    """G G^T where several calls meet in a parameter."""
     parameters = {p for call in calls for p in call.parameters.values()}
     numbers = sum(p.numel() for p in parameters)
     return blocked_gram(len(calls[0].b), numbers, lambda samples: summed_rows(calls, samples))
 
 
 def summed_rows(calls: Sequence[LayerCall], samples: slice) -> dict[Tensor, Tensor]:
-    """Of some samples, over the calls that share a parameter."""
+    """Of some samples, over calls that share parameters."""
+    return summed(call.rows(samples) for call in calls)
+
+
+def summed(parts: Iterable[Mapping[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
+    """By parameter."""
     total: dict[Tensor, Tensor] = {}
-    for call in calls:
-        for p, block in call.rows(samples).items():
-            total[p] = total[p] + block if p in total else block
+    for part in parts:
+        for p, tensor in part.items():
+            total[p] = total[p] + tensor if p in total else tensor
     return total

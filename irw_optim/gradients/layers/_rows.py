@@ -1,12 +1,14 @@
-"""Layers whose rows of G are few numbers: norms, vectors, what is added, multiplied or repeated."""
+"""Layers whose rows of G are few numbers (norms, vectors, sums and products), and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import cached_property
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.layers._call import (
@@ -17,12 +19,12 @@ from irw_optim.gradients.layers._call import (
     layouts_of,
     zeroed,
 )
-from irw_optim.gradients.layers._products import gram_of
+from irw_optim.gradients.layers._products import gram_of, gram_of_positions
 from irw_optim.gradients.protocol import Direction, MaterializedGradients, as_matrix, widened
 
 
 class RowsCall(LayerCall):
-    """The rows of a call that has its output gradient, in its place."""
+    """The rows of a call, in its place."""
 
     def __init__(self, call: LayerCall) -> None:
         self.blocks = call.rows()
@@ -54,10 +56,7 @@ class RowsCall(LayerCall):
 
 
 class NormCall(LayerCall):
-    """An affine map after a normalisation.
-
-    The parameters span ``dims`` of the output; negative ones leave the layout of the others free.
-    """
+    """An affine map after a normalisation, with parameters along ``dims`` of the output."""
 
     def __init__(
         self,
@@ -80,11 +79,10 @@ class NormCall(LayerCall):
         b = self.b[samples]
         spanned = {d % b.ndim for d in self.dims}
         others = [d for d in range(1, b.ndim) if d not in spanned]
-        blocks = {}
-        if "weight" in self.parameters:
-            blocks[self.parameters["weight"]] = self.normalised(samples).mul_(b)
-        if "bias" in self.parameters:
-            blocks[self.parameters["bias"]] = b
+        blocks = {
+            p: self.normalised(samples).mul_(b) if role == "weight" else b
+            for role, p in self.parameters.items()
+        }
         return {p: t.sum(others) if others else t for p, t in blocks.items()}
 
     def normalised(self, samples: slice) -> Tensor:
@@ -93,7 +91,7 @@ class NormCall(LayerCall):
 
 
 class SampleNormCall(NormCall):
-    """A norm of each sample: (input - mean) scale, both of as many dimensions as the input."""
+    """(input - mean) scale, all of as many dimensions."""
 
     def __init__(
         self,
@@ -117,13 +115,12 @@ class SampleNormCall(NormCall):
 
 
 class VectorCall(LayerCall):
-    """y = a w for a of shape (rows, in) and a vector w: one number for each row."""
+    """y = a w for a of shape (rows, in) and a vector w."""
 
     is_sequence = True
     features = 0
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
-        """They are never more numbers than what was read."""
         return True
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
@@ -134,13 +131,9 @@ class VectorCall(LayerCall):
 
 
 class ElementwiseCall(LayerCall):
-    """A parameter added to a tensor, multiplied with one or expanded, as it broadcasts.
+    """A parameter, or a view of one, that broadcasts to the shape of an ``output``.
 
-    Args:
-        parameter: or a view of one (``self.positions[:, :T]``).
-        factor: what it is multiplied with; None for a sum.
-        output: for its shape.
-        scale: a further factor, as in ``torch.add(x, p, alpha=2)``.
+    It is added, or times a ``factor``; ``scale`` is that of ``torch.add(x, p, alpha=2)``.
     """
 
     made_of_b = "reduced"
@@ -150,10 +143,8 @@ class ElementwiseCall(LayerCall):
     ) -> None:
         whole = parameter if parameter.is_leaf or parameter._base is None else parameter._base
         # A sum does not read what it adds to, which may be changed in place afterwards.
-        shape_alone = output.new_empty(()).expand(output.shape)
-        super().__init__(
-            shape_alone if factor is None else factor.expand(output.shape), weight=whole
-        )
+        read = output.new_empty(()) if factor is None else factor
+        super().__init__(read.expand(output.shape), weight=whole)
         # What an expanded view repeats is one number of the parameter.
         steps = zip(parameter.shape, parameter.stride(), strict=True)
         self.size = torch.Size(size if stride else 1 for size, stride in steps)
@@ -165,15 +156,9 @@ class ElementwiseCall(LayerCall):
         self.scale = scale
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
-        """Where the parameter is the same for the whole batch."""
         size = self._broadcast_size()
         found = layouts_of(output_shape, batch_size, is_sequence=True)
         return tuple(layout for layout in found if size[layout.dim] == 1)
-
-    def without(self, dropped: Tensor) -> LayerCall:
-        part = self.copy()
-        part.__dict__["reduced"] = zeroed(self.reduced, dropped)
-        return part
 
     def dot(self, direction: Direction) -> Tensor:
         values = self.values_in(direction)
@@ -200,25 +185,100 @@ class ElementwiseCall(LayerCall):
 
     @cached_property
     def reduced(self) -> Tensor:
-        """The gradient of the view, sample by sample: (B, *view)."""
+        """The gradient of the view: (B, *view)."""
         b = self.b * widened(self.input) if self.multiplies else self.b
         layout = self.layout or FIRST
         size = self._broadcast_size()
         if not layout.fold:
             del size[layout.dim]  # it met the batch, which stands in front now
         stretched = [d for d, n in enumerate(size, start=1) if n == 1 and b.shape[d] != 1]
-        rows = b.sum(stretched) if stretched else b
-        rows = rows.reshape(len(b), *self.size)
+        rows = (b.sum(stretched) if stretched else b).reshape(len(b), *self.size)
         return rows if self.scale == 1 else rows * self.scale
 
     def scatter(self, part: Tensor) -> dict[Tensor, Tensor]:
-        """From the shape of the view to that of the whole parameter."""
-        if self.is_whole:
-            return {self.parameters["weight"]: part.view(self.whole)}
-        whole = part.new_zeros(self.whole)
-        whole.as_strided(*self.view).copy_(part)
+        """The view's numbers in the whole parameter."""
+        whole = part.view(self.whole) if self.is_whole else part.new_zeros(self.whole)
+        if not self.is_whole:
+            whole.as_strided(*self.view).copy_(part)
         return {self.parameters["weight"]: whole}
 
     def _broadcast_size(self) -> list[int]:
-        """The parameter's sizes, with the dimensions that broadcasting puts in front."""
+        """With the dimensions that broadcasting puts in front."""
         return [*[1] * (self.recorded.ndim - len(self.size)), *self.size]
+
+
+class EmbeddingCall(LayerCall):
+    """Rows of a table looked up by index."""
+
+    is_sequence = True
+
+    def __init__(
+        self, input: Tensor, weight: Tensor, padding_idx: int | None, sparse: bool
+    ) -> None:
+        super().__init__(input, weight=weight)
+        self.table = weight.shape
+        self.padding_idx = padding_idx
+        self.needs_autograd_combine = sparse
+
+    @property
+    def may_lack_batch(self) -> bool:  # type: ignore[override]
+        """An index for each position, perhaps."""
+        return self.recorded.ndim == 1 or 1 in self.recorded.shape[:2]
+
+    def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
+        index = self.recorded
+        if index.ndim > 1:
+            if index.shape[dim] != 1 or (dim and index.ndim > 2):
+                return None
+            index = index.squeeze(dim)
+        index = index.unsqueeze(dim)
+        call = self.copy()
+        call.recorded = index.expand(*index.shape[:dim], batch_size, *index.shape[dim + 1 :])
+        call.settle(Layout(dim), batch_size)
+        return call
+
+    @property
+    def b(self) -> Tensor:
+        """Padding has no gradient, whatever arrives there."""
+        b, padding = super().b, self.padding_idx
+        return b if padding is None else b * (self.input != padding).unsqueeze(-1)
+
+    def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        return F.embedding(input, values["weight"])
+
+    def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
+        table = b.new_zeros(self.table)
+        table = table.index_add(0, input.flatten(), b.reshape(input.numel(), self.table[1]))
+        return {self.parameters["weight"]: table}
+
+    def gram(self) -> Tensor:
+        index = self.input.reshape(len(self.input), -1)
+        b = self.b.reshape(*index.shape, self.table[1])
+        return gram_of_positions(index, b, lambda i, other: i.unsqueeze(1) == other)
+
+
+class EmbeddingBagCall(LayerCall):
+    """Sums or means of looked-up rows."""
+
+    def __init__(self, input: Tensor, weight: Tensor, sparse: bool, **settings: Any) -> None:
+        super().__init__(input, weight=weight)
+        self.settings = settings
+        self.needs_autograd_combine = sparse
+
+    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
+        return (FIRST,) if output_shape[:1] == (batch_size,) else ()
+
+    def apply(self, input: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        return F.embedding_bag(input, values["weight"], **self.settings)
+
+    def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
+        parameter = self.parameters["weight"]
+        table = torch.zeros_like(parameter, dtype=b.dtype, requires_grad=True)
+        with torch.enable_grad():  # quicker than by a transform
+            output = self.apply(input, {"weight": table})
+        return {parameter: torch.autograd.grad(output, table, b)[0]}
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        basis = torch.eye(len(self.b), dtype=self.b.dtype, device=self.b.device)[samples]
+        table = [self.combine(RowWeights(one))[self.parameters["weight"]] for one in basis]
+        return {self.parameters["weight"]: torch.stack(table)}

@@ -1,0 +1,272 @@
+"""Layers that use a weight at many positions: convolutions over space, LSTMs over time.
+
+Convolutions go through the operation that autograd itself uses. A fused LSTM shows the gradient of
+its states alone: a pass backwards through time makes of it that of the gates, which are a linear
+map of the inputs and another of the states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
+from irw_optim.gradients.layers._linear import AffineCall, LinearCall
+from irw_optim.gradients.layers._products import inner, operands, summed, summed_rows
+from irw_optim.gradients.protocol import Direction, added, wide, widened
+
+CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+"""Settings in the order of ``aten.convolution``."""
+
+PATCHES = 2**20
+"""Numbers that are unfolded at once."""
+
+
+class ConvolutionCall(AffineCall):
+    """Convolutions of any dimension, transposed or not, with `CONVOLUTION` as settings.
+
+    A sample may have several pictures: then input and b are (B, pictures, C, ...).
+    """
+
+    is_sequence = True
+
+    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> None:
+        super().__init__(input, weight=weight, bias=bias)
+        self.weight = weight.detach()
+        self.settings = [settings[name] for name in CONVOLUTION]
+        self.transposed, self.groups = bool(settings["transposed"]), int(settings["groups"])
+        self.features = input.ndim - 1
+        self.patch_size = weight.shape[1:].numel()  # numbers that a position reads in one group
+
+    def forget_values(self) -> None:
+        """Only its shape counts."""
+        self.weight = self.weight.new_empty(()).expand(self.weight.shape)
+
+    @cached_property
+    def bias_rows(self) -> Tensor:
+        b = self.output_gradient
+        others = [d for d in range(1, b.ndim) if d != b.ndim - self.features]
+        return b.sum(others, dtype=wide(b.dtype))
+
+    def weight_dot(self, direction: Tensor) -> Tensor:
+        a, b = operands(self.input, self.output_gradient)
+        settings = direction.to(a.dtype), None, *self.settings
+        output: Tensor = torch.ops.aten.convolution(self._pictures(a), *settings)
+        return inner(b, output.view(b.shape), in_place=True)
+
+    def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
+        weight = self.weight  # only its shape and layout count
+        if weight.dtype != b.dtype:
+            weight = torch.empty_like(weight, dtype=b.dtype)
+        a, b = self._pictures(a), self._pictures(b)
+        result = torch.ops.aten.convolution_backward(
+            b, a, weight, None, *self.settings, [False, True, False]
+        )
+        return result[1]  # type: ignore[no-any-return]
+
+    def makes_rows(self, output_shape: torch.Size) -> bool:
+        """Where neither the rows nor the patches outnumber a and b."""
+        shape = self.recorded.shape if self.transposed else output_shape
+        rows = sum(p.numel() for p in self.parameters.values())
+        patches = shape[2:].numel() * self.patch_size * self.groups
+        numbers = self.input.numel() + output_shape.numel()
+        return max(len(self.input) * rows, len(self.recorded) * patches) <= numbers
+
+    def weight_rows(self, samples: slice) -> Tensor:
+        first, last, _ = samples.indices(len(self.input))
+        side = self.input if self.transposed else self.output_gradient
+        numbers = self.patch_size * self.groups * side.shape[1:].numel()
+        numbers //= side.shape[-self.features]  # of channels
+        step = max(1, PATCHES // max(1, numbers))
+        blocks = []
+        for start in range(first, max(first + 1, last), step):
+            patches, single = self.patches(slice(start, min(start + step, last)))
+            blocks.append((single @ patches.mT).flatten(1, 2))
+        rows = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+        return rows.view(len(rows), *self.weight.shape)
+
+    def patches(self, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """What each position reads, and what it writes; where transposed, in turn.
+
+        (b, groups, channels / groups * kernel, positions) and (b, groups, channels / groups,
+        positions).
+        """
+        stride, padding, dilation, *_ = self.settings
+        a, b = widened(self.input[samples]), self.b[samples]
+        count, a, b = len(a), self._pictures(a), self._pictures(b)
+        many, single = (b, a) if self.transposed else (a, b)
+        margins = [side for n in reversed(padding) for side in (n, n)]
+        windows = F.pad(many, margins) if any(margins) else many
+        kernel, positions = self.weight.shape[2:], single.shape[2:]
+        for dim, size in enumerate(kernel, start=2):
+            span = (size - 1) * dilation[dim - 2] + 1
+            windows = windows.unfold(dim, span, stride[dim - 2])[..., :: dilation[dim - 2]]
+            windows = windows.narrow(dim, 0, positions[dim - 2])
+        first, last = range(2, 2 + len(kernel)), range(2 + len(kernel), windows.ndim)
+        windows = windows.permute(0, 1, *last, *first)
+        each, size = len(single) // max(1, count), positions.numel()
+
+        def positions_last(side: Tensor, numbers: int) -> Tensor:
+            side = side.reshape(count, each, self.groups, numbers, size)
+            return side[:, 0] if each == 1 else side.permute(0, 2, 3, 1, 4).flatten(3)
+
+        width = single.shape[1] // self.groups
+        return positions_last(windows, self.patch_size), positions_last(single, width)
+
+    def _pictures(self, side: Tensor) -> Tensor:
+        """Whoever's they are."""
+        return side.flatten(0, 1) if side.ndim > self.features + 1 else side
+
+
+LSTM = 2
+"""Torch's number of the cell."""
+
+RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+"""The weights of a layer, in torch's order."""
+
+
+class Gates(NamedTuple):
+    """What an LSTM's gates i, f, g, o and cells hand on, time first."""
+
+    slopes: Tensor  # (T, B, 4, H), what the gradient of a cell gives i, f and g, of a state o
+    to_cell: Tensor  # (T, B, H), of a state the cell
+    forget: Tensor  # (T, B, H), of a cell the one before
+
+
+def gates_of(
+    inputs: Tensor, before: Tensor, first_cell: Tensor, values: Mapping[str, Tensor]
+) -> Gates:
+    """With the state ``before`` each step, (T, B, H)."""
+    weight_ih, weight_hh, *biases = (widened(values[name]) for name in RECURRENT if name in values)
+    total = F.linear(inputs.flatten(0, 1), weight_ih, biases[0] + biases[1] if biases else None)
+    total.addmm_(before.flatten(0, 1), weight_hh.t())
+    i, f, g, o = total.view(*before.shape[:2], 4, -1).unbind(2)
+    i, f, g, o = i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
+    cells = [first_cell.to(i.dtype)]
+    for new, kept in zip((i * g).unbind(), f.unbind(), strict=True):
+        cells.append(torch.addcmul(new, kept, cells[-1]))
+    squashed = torch.stack(cells[1:]).tanh_()
+    slopes = [
+        torch.ops.aten.sigmoid_backward(g, i),
+        torch.ops.aten.sigmoid_backward(torch.stack(cells[:-1]), f),
+        torch.ops.aten.tanh_backward(i, g),
+        torch.ops.aten.sigmoid_backward(squashed, o),
+    ]
+    return Gates(torch.stack(slopes, 2), torch.ops.aten.tanh_backward(o, squashed), f)
+
+
+class LSTMCall(LayerCall):
+    """One direction of one layer, which read (T, B, d) and computed the states, (T, B, H).
+
+    Output 0 is all states, 1 the last state, 2 the last cell. Values have names of `RECURRENT`.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        states: Tensor,
+        first_state: Tensor,
+        first_cell: Tensor,
+        values: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        *,
+        output: int,
+        reverse: bool,
+    ) -> None:
+        super().__init__(input, **parameters)
+        self.states, self.first_state, self.first_cell = states, first_state, first_cell
+        self.values = {name: value.detach() for name, value in values.items()}
+        self.output, self.reverse = output, reverse
+        self.parts: list[LayerCall] = []
+
+    def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
+        """Behind the time, if there is one; or several rows a sample."""
+        rows, dim = self.recorded.shape[1], int(self.output == 0)
+        if rows == batch_size:
+            return (Layout(dim) if dim else FIRST,)
+        folds = ("batch major", "batch minor") if batch_size and rows % batch_size == 0 else ()
+        return tuple(Layout(dim, fold) for fold in folds)
+
+    def settle(self, layout: Layout | None, batch_size: int) -> None:
+        self.layout, self.batch_size = layout, batch_size
+
+    def set_output_gradient(self, gradient: Tensor) -> None:
+        super().set_output_gradient(gradient)
+        assert self.layout is not None
+        inputs, states = self._in_order(widened(self.recorded)), self._in_order(self.states)
+        before = torch.cat([self.first_state.unsqueeze(0), states[:-1]]).to(inputs.dtype)
+        gates = gates_of(inputs, before, self.first_cell, self.values)
+        b = self._back_through_time(gates, widened(gradient))
+        self.parts = []
+        for side, read in (("ih", inputs), ("hh", before)):
+            weight, bias = (self.parameters.get(f"{name}_{side}") for name in ("weight", "bias"))
+            part = LinearCall(read, weight, bias)
+            part.settle(self.layout._replace(dim=1), self.batch_size)
+            part.set_output_gradient(b)
+            self.parts += [part] if part.parameters else []
+
+    def _in_order(self, sequence: Tensor) -> Tensor:
+        return sequence.flip(0) if self.reverse else sequence
+
+    def _back_through_time(self, gates: Gates, gradient: Tensor) -> Tensor:
+        """The gradient of the gates, (T, B, 4 H)."""
+        weight = widened(self.values["weight_hh"])
+        length, batch, _, size = gates.slopes.shape
+        state = cell = gates.forget.new_zeros(batch, size)
+        arriving = [state] * length
+        if self.output == 0:
+            arriving = list(self._in_order(gradient).unbind())
+        elif self.output == 1:
+            arriving[-1] = gradient.to(state.dtype)
+        else:
+            cell = gradient.to(state.dtype)
+        b = torch.empty_like(gates.slopes)
+        of_gates = b.view(length, batch, 4 * size)
+        states = zip(b[:, :, :3].unbind(), gates.slopes[:, :, :3].unbind(), strict=True)
+        outputs = zip(b[:, :, 3].unbind(), gates.slopes[:, :, 3].unbind(), strict=True)
+        ways = zip(gates.to_cell.unbind(), gates.forget.unbind(), strict=True)
+        steps = list(zip(arriving, states, outputs, ways, of_gates.unbind(), strict=True))
+        later: Tensor | None = None  # the gradient of the gates one step later
+        for here, (to_ifg, of_ifg), (to_o, of_o), (to_cell, forget), all_four in reversed(steps):
+            state = here if later is None else torch.addmm(here, later, weight)
+            cell = torch.addcmul(cell, state, to_cell)
+            torch.mul(of_ifg, cell.unsqueeze(1), out=to_ifg)
+            torch.mul(of_o, state, out=to_o)
+            cell, later = cell * forget, all_four
+        return of_gates
+
+    def let_go(self) -> None:
+        super().let_go()
+        self.states = self.first_state = self.first_cell = self.recorded
+        self.parts = []
+
+    def arrangement(self) -> tuple[object, ...]:
+        return *super().arrangement(), self.output
+
+    def without(self, dropped: Tensor) -> LayerCall:
+        part = copy(self)
+        part.parts = [some.without(dropped) for some in self.parts]
+        return part
+
+    def dot(self, direction: Direction) -> Tensor:
+        return added(part.dot(direction) for part in self._of_chosen())
+
+    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
+        return summed(part.combine(weights) for part in self._of_chosen())
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        return summed_rows(self._of_chosen(), samples)
+
+    def _of_chosen(self) -> list[LayerCall]:
+        """The two maps with the parameters that this call still has."""
+        mine = set(self.parameters.values())
+        chosen = [part.copy() for part in self.parts]
+        for part in chosen:
+            part.parameters = {r: p for r, p in part.parameters.items() if p in mine}
+        return [part for part in chosen if part.parameters]
