@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from irw_optim.weighting import worst_off_count
-from irw_optim.weighting.ranges import check_alpha
+from irw_optim.weighting.weights import check_alpha
 
 Array: TypeAlias = npt.NDArray[Any]
 ArrayLike: TypeAlias = Tensor | npt.ArrayLike

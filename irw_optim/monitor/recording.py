@@ -16,7 +16,7 @@ from irw_optim.monitor.rows import Array, Breakdown, Row
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.weighing import HeldWeights
 from irw_optim.weighting import worst_off_count
-from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting.local_scheme import StepRecord
 
 
 class Batch(NamedTuple):

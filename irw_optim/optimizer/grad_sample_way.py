@@ -15,7 +15,7 @@ from irw_optim.gradients.materialized import MaterializedGradients
 from irw_optim.gradients.mixing import follow_batch
 from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.processes import several_processes
-from irw_optim.weighting.ranges import check_losses
+from irw_optim.weighting.weights import check_losses
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
 _TOLERANCE_OF_HALF = 5e-2

@@ -18,8 +18,7 @@ from irw_optim.schemes.batch_losses import BatchLosses, Forward
 from irw_optim.schemes.reading import DatasetReader, indexed_loader, indices_and_batch
 from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader, check_sample_weights
 from irw_optim.schemes.weighing import HeldWeights, check_block, weigh_dataset
-from irw_optim.weighting.local_scheme import LocalScheme
-from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting.local_scheme import LocalScheme, StepRecord
 
 USES = ("reweighting", "resampling")
 

@@ -24,9 +24,8 @@ from irw_optim.schemes.reading import DatasetReader
 from irw_optim.schemes.resampling import ResamplingSampler
 from irw_optim.schemes.weighing import weigh_by
 from irw_optim.weighting import Alignment
-from irw_optim.weighting.local_scheme import LocalScheme, present_in
+from irw_optim.weighting.local_scheme import LocalScheme, StepRecord, present_in
 from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.record import StepRecord
 from irw_optim.weighting.weights import ScoreRule
 
 FEW = 1 / 3

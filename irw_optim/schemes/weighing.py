@@ -46,9 +46,8 @@ from irw_optim.schemes.dataset_gradients import DatasetGradients, DatasetOverRan
 from irw_optim.schemes.order import batches_to_check, check_order
 from irw_optim.schemes.reading import DatasetReader
 from irw_optim.weighting import Alignment, normalise, worst_off_count
-from irw_optim.weighting.local_scheme import Averaging, LocalScheme, present_in
+from irw_optim.weighting.local_scheme import Averaging, LocalScheme, StepRecord, present_in
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
-from irw_optim.weighting.record import StepRecord
 
 
 def weigh_by(

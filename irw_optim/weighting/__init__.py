@@ -1,9 +1,8 @@
 """How weights are chosen: pure functions of losses and per-sample gradients; no ``torch.nn``."""
 
+from irw_optim.weighting.local_scheme import Equality, Membership
 from irw_optim.weighting.weights import (
     Alignment,
-    Equality,
-    Membership,
     ScoreRule,
     Weights,
     irw_weights,

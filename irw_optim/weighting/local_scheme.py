@@ -1,9 +1,10 @@
-"""The local scheme: S, g_S and the weights inside each mini-batch (paper, section III)."""
+"""The local scheme: the weights inside each mini-batch (paper, section III), and their record."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from typing import NoReturn, Protocol
 
 import torch
@@ -11,13 +12,84 @@ from torch import Tensor
 
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.notebook import html_table
 from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.record import StepRecord
-from irw_optim.weighting.weights import Alignment, Equality, Membership, ScoreRule, uniform, weigh
+from irw_optim.weighting.weights import (
+    Alignment,
+    ScoreRule,
+    Weights,
+    uniform,
+    weigh,
+)
+
+
+@dataclass(frozen=True)
+class StepRecord(Weights):
+    """What one backward pass decided (`IRWOptimizer.last_step`): tensors of shape (B,), detached.
+
+    Attributes:
+        losses: per-sample losses.
+        labels: class labels of the samples where the criterion's target shows them, else None.
+        worst_off: bool, the members of S.
+        outliers: bool, the samples that a filter removed; their weight is 0.
+        scores: s_i = <g_i, g_S> (or the score of another rule); 0 for removed samples, and float64
+            where the losses' dtype is too narrow for them.
+        weights: w_i, sums to 1.
+        fallback: 0-dim bool, True where no score was positive and the weights are uniform.
+        finite: whether all losses and scores are finite; None where nobody has looked yet.
+        own: bool, the samples of this process where B counts those of all processes, in the order
+            of their ranks; None where all are.
+    """
+
+    losses: Tensor = field(kw_only=True)
+    labels: Tensor | None = None
+    own: Tensor | None = None
+
+    @property
+    def effective_sample_size(self) -> float:
+        """1 / sum(w^2): B for uniform weights, 1 where one sample has all the weight."""
+        total = float(self.weights.square().sum())
+        return 1 / total if total else 0.0
+
+    @property
+    def broken_samples(self) -> list[int]:
+        """Samples whose loss is not finite, or failing that, whose score is not."""
+        if self.finite:
+            return []
+        # No number that is not finite gives a finite product or sum. One look, as it waits.
+        if isfinite(float(self.losses.to(self.scores.dtype).dot(self.scores))):
+            return []
+        of_losses, of_scores = (
+            (~values.isfinite()).nonzero().flatten().tolist()
+            for values in (self.losses, self.scores)
+        )
+        return of_losses or of_scores
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self._summary())
+
+    def _repr_html_(self) -> str:
+        most = self.weights.argsort(descending=True)[:5].tolist()
+        rows = [
+            (i, *(f"{float(t[i]):.4g}" for t in (self.losses, self.scores, self.weights)))
+            for i in most
+        ]
+        header = ("heaviest samples", "loss", "score", "weight")
+        return html_table(("the step", ""), self._summary()) + html_table(header, rows)
+
+    def _summary(self) -> list[tuple[str, object]]:
+        return [
+            ("samples", len(self.losses)),
+            ("worst off", int(self.worst_off.sum())),
+            ("outliers", int(self.outliers.sum())),
+            ("with a weight", int((self.weights > 0).sum())),
+            ("effective sample size", f"{self.effective_sample_size:.1f}"),
+            ("uniform for want of a score", "yes" if bool(self.fallback) else "no"),
+        ]
 
 
 class Scheme(Protocol):
-    """Decides the weights of a batch: this module's `LocalScheme`, or one that holds weights."""
+    """Decides the weights of a batch: `LocalScheme`, or one that holds weights."""
 
     @property
     def needs_gradients(self) -> bool:
@@ -27,16 +99,38 @@ class Scheme(Protocol):
         """The weights of one batch, and all that led to them."""
 
 
+@dataclass(frozen=True)
+class Membership:
+    """CVaR: the worst-off share, equally weighted."""
+
+    needs_gradients = False
+
+    def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
+        """Scores of a batch, (B,)."""
+        return worst_off.to(losses.dtype)
+
+
+@dataclass(frozen=True)
+class Equality:
+    """Plain training: everybody alike."""
+
+    needs_gradients = False
+
+    def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
+        """Scores of a batch, (B,)."""
+        return torch.ones_like(losses)
+
+
 NAMED: dict[str, type[Alignment | Membership | Equality]] = {
     "irw": Alignment,
     "cvar": Membership,
     "uniform": Equality,
 }
-"""The rules that the optimizer's argument ``weighting`` knows by name: all of a rule's places."""
+"""The rules that the optimizer's argument ``weighting`` knows by name."""
 
 
 def rule_named(weighting: str | ScoreRule, center: float) -> ScoreRule:
-    """The rule that the optimizer's argument ``weighting`` means."""
+    """The rule that this argument means."""
     if not isinstance(weighting, str):
         return weighting
     return Alignment(center) if weighting == "irw" else NAMED[weighting]()
@@ -54,7 +148,7 @@ class LocalScheme:
 
     @cached_property
     def needs_gradients(self) -> bool:
-        """Whether the weights depend on more than the losses."""
+        """As `Scheme` has it."""
         return self.outliers is not None or getattr(self.rule, "needs_gradients", True)
 
     @cached_property
@@ -65,7 +159,7 @@ class LocalScheme:
     def decide(
         self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
     ) -> StepRecord:
-        """The weights of one batch; ``removed`` (B,) bool are its outliers, if known already."""
+        """As `Scheme` has it; ``removed`` (B,) bool are the outliers, if known already."""
         losses = batch.losses.detach() if batch.losses.requires_grad else batch.losses
         labels = batch.labels if self.class_balance else None
         if self.class_balance and labels is None:
@@ -89,13 +183,13 @@ class LocalScheme:
 
 
 class Averaging:
-    """Plain training, as a scheme: the warm-up."""
+    """Plain training, as a scheme: equal weights, for equally many elements."""
 
     needs_gradients = False
     needs_one_product = True  # none at all, but the gradient
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None) -> StepRecord:
-        """Equal weights, for equally many elements."""
+        """As `Scheme` has it."""
         losses = batch.losses.detach()
         nobody = torch.zeros_like(losses, dtype=torch.bool)
         if batch.counts is None:
