@@ -70,23 +70,17 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 
 def _losses(axis: Axes, rows: Sequence[Row]) -> None:
-    for name, label, colour in (
-        ("loss_q99", "99 % quantile", "#999999"),
-        ("worst_alpha_loss", "worst α-fraction, mean", "#D55E00"),
-        ("mean_loss", "all, mean", "#0072B2"),
-    ):
-        _line(axis, rows, column(rows, name), label, colour, show_each=True)
+    _line(axis, rows, "loss_q99", "99 % quantile", "#999999", show_each=True)
+    _line(axis, rows, "worst_alpha_loss", "worst α-fraction, mean", "#D55E00", show_each=True)
+    _line(axis, rows, "mean_loss", "all, mean", "#0072B2", show_each=True)
     axis.set_ylim(bottom=0)
 
 
 def _carriers(axis: Axes, rows: Sequence[Row]) -> None:
-    for name, label, colour in (
-        ("effective_share", "effective sample size", "#0072B2"),
-        ("zero_share", "weight 0", "#999999"),
-        ("worst_off_weight", "weight of the worst-off", "#D55E00"),
-        ("largest_weight", "weight of one sample, largest", "#009E73"),
-    ):
-        _line(axis, rows, column(rows, name), label, colour)
+    _line(axis, rows, "effective_share", "effective sample size", "#0072B2")
+    _line(axis, rows, "zero_share", "weight 0", "#999999")
+    _line(axis, rows, "worst_off_weight", "weight of the worst-off", "#D55E00")
+    _line(axis, rows, "largest_weight", "weight of one sample, largest", "#009E73")
     _percent(axis)
 
 
@@ -108,14 +102,14 @@ def _loss_by_group(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _removed(axis: Axes, rows: Sequence[Row]) -> None:
-    _line(axis, rows, column(rows, "removed_share"), "everybody", "#000000")
+    _line(axis, rows, "removed_share", "everybody", "#000000")
     _by_part(axis, rows, "group" if _knows("group")(rows) else "class", "removed")
     _percent(axis)
 
 
 def _gradient(axis: Axes, rows: Sequence[Row]) -> None:
+    _line(axis, rows, "gradient_norm", "norm of the step's gradient", "#0072B2", show_each=True)
     norms = column(rows, "gradient_norm")
-    _line(axis, rows, norms, "norm of the step's gradient", "#0072B2", show_each=True)
     fallback = column(rows, "fallback") > 0
     if fallback.any():
         steps = _steps(rows)[fallback]
@@ -125,8 +119,7 @@ def _gradient(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _held(axis: Axes, rows: Sequence[Row]) -> None:
-    values = column(rows, "held_agreement")
-    _line(axis, rows, values, "S has the larger loss", "#0072B2", show_each=True)
+    _line(axis, rows, "held_agreement", "S has the larger loss", "#0072B2", show_each=True)
     axis.axhline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
     _percent(axis)
 
@@ -157,9 +150,15 @@ PANELS: tuple[tuple[str, Callable[[Sequence[Row]], bool], Draw], ...] = (
 
 
 def _line(
-    axis: Axes, rows: Sequence[Row], values: Array, label: str, colour: str, show_each: bool = False
+    axis: Axes,
+    rows: Sequence[Row],
+    values: Array | str,
+    label: str,
+    colour: str,
+    show_each: bool = False,
 ) -> None:
-    """A running mean over a fortieth of the course; each row behind it, if asked for."""
+    """The running mean of values, or of a column, over a fortieth of the course; rows behind it."""
+    values = column(rows, values) if isinstance(values, str) else values
     if show_each:
         axis.plot(_steps(rows), values, ".", color=colour, alpha=0.2, markersize=2)
     axis.plot(_steps(rows), _smooth(values), color=colour, label=label, linewidth=1.5)
@@ -178,9 +177,7 @@ def _smooth(values: Array) -> Array:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _by_part(
-    axis: Axes, rows: Sequence[Row], kind: str, name: str, absent: float = float("nan")
-) -> None:
+def _by_part(axis: Axes, rows: Sequence[Row], kind: str, name: str, absent: float = np.nan) -> None:
     """A line for each part; gaps in rows that do not know the partition."""
     tables = [row.breakdowns.get(kind) for row in rows]
     for part, colour in _shown(rows, kind):

@@ -32,9 +32,8 @@ class Batch(NamedTuple):
 
     def part(self, chosen: Array) -> Batch:
         """The chosen samples, (B,) bool."""
-        fields: dict[str, Any] = self._asdict()
-        arrays = {n: v[chosen] for n, v in fields.items() if isinstance(v, np.ndarray)}
-        return Batch(**{**fields, **arrays})
+        fields: Any = [v[chosen] if isinstance(v, np.ndarray) else v for v in self]
+        return Batch(*fields)
 
 
 def row_of(
@@ -58,7 +57,7 @@ def row_of(
     batch, mine, mine_counted = batch.part(counted), batch.part(own & counted), counted[own]
     if not len(batch.losses):
         return None
-    held_agreement = float("nan")
+    held_agreement = np.nan
     if isinstance(scheme, HeldWeights) and scheme.record is not None and scheme.indices is not None:
         worst_off = scheme.record.worst_off  # when the weights were made
         in_s = worst_off[scheme.indices.to(worst_off.device)].cpu().numpy()
@@ -66,7 +65,7 @@ def row_of(
     numbers = {
         "weighted": float(optimizer.steps > optimizer.warmup_steps),
         **summarise(batch, float(optimizer.own_state()["alpha"])),
-        "held_for": float("nan") if held_for is None else float(held_for),
+        "held_for": np.nan if held_for is None else float(held_for),
         "resampled": float(getattr(scheme, "resampled", False)),
         "held_agreement": held_agreement,
     }
@@ -80,7 +79,7 @@ def row_of(
 
 
 def read(record: StepRecord, gradient_norm: Tensor) -> Batch:
-    """Bring a record to the CPU, float32, waiting for the device once (twice with labels)."""
+    """A record on the CPU, float32, waiting for the device once (twice with labels)."""
     like = record.losses
     vectors = [record.losses, record.worst_off, record.outliers, record.weights]
     vectors += [v.to(like.device).expand_as(like) for v in (record.fallback, gradient_norm)]
@@ -125,15 +124,14 @@ def by_group(batch: Batch, groups: Mapping[str, Array]) -> Breakdown:
     parts, member = intersect(groups)
     size = np.bincount(member)
 
-    def in_each(values: Array) -> Array:
-        return np.bincount(member, weights=values)
-
+    values = (batch.worst_off, batch.weights, batch.outliers, batch.losses)
+    worst_off, weights, outliers, losses = (np.bincount(member, weights=v) for v in values)
     columns = [
         size / size.sum(),
-        in_each(batch.worst_off) / max(batch.worst_off.sum(), 1.0),
-        in_each(batch.weights) / (batch.weights.sum() or 1.0),
-        in_each(batch.outliers) / size,
-        in_each(batch.losses) / size,
+        worst_off / max(worst_off.sum(), 1.0),
+        weights / (batch.weights.sum() or 1.0),
+        outliers / size,
+        losses / size,
     ]
     return Breakdown(tuple(parts), np.stack(columns, axis=1))
 
@@ -204,15 +202,15 @@ def _fingerprint(record: StepRecord) -> float:
 
 
 def agreement(losses: Array, worst_off: Array) -> float:
-    """The area under the ROC curve of S by the losses (B,), NaN where everybody is in S, or nobody.
+    """The area under the ROC curve of S by the losses, NaN where everybody is in S, or nobody.
 
-    That is P(a member of S has a larger loss than somebody else): 1/2 where S says nothing more.
+    P(a member of S has a larger loss than somebody else): 1/2 where S says nothing more.
     """
     from sklearn.metrics import roc_auc_score  # takes longer to import than this package
 
     inside = worst_off.astype(bool)
     if inside.all() or not inside.any():
-        return float("nan")
+        return np.nan
     values = losses.astype(np.float64)
     values[~np.isfinite(values)] = np.finfo(np.float64).max  # the largest of all
     return float(roc_auc_score(inside, values))

@@ -16,12 +16,11 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[Any]
 
 OF_A_PART = ("samples", "worst_off", "weight", "removed", "loss")
-"""Columns of a `Breakdown`: shares of the batch, of S, of the weight; its own share that was
-removed; its mean loss."""
+"""Of a class or group: its share of the batch, of S, of the weight; of it removed; mean loss."""
 
 
 class Breakdown(NamedTuple):
-    """The classes or groups of a batch, sorted, and of each the numbers `OF_A_PART`, (parts, 5)."""
+    """The classes or groups of a batch, sorted, and the numbers `OF_A_PART` of each, (parts, 5)."""
 
     parts: tuple[Hashable, ...]
     numbers: Array
@@ -71,22 +70,19 @@ def _text(part: Hashable) -> str:
 MOST_PARTS = 20
 """A logger is spared partitions with more parts: a thousand charts help nobody."""
 
-PREFIX = "irw/"
-"""Of the names in a logger, which shows what shares one together."""
-
 
 class ScalarWriter(Protocol):
-    """``torch.utils.tensorboard.SummaryWriter``, and whatever else takes one number."""
+    """``torch.utils.tensorboard.SummaryWriter``, and its like."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Take one number."""
 
 
 class MetricsLogger(Protocol):
-    """Any logger of Lightning's, and whatever else takes numbers by name."""
+    """Any logger of Lightning's, and its like."""
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> Any:
-        """Take the numbers of one step."""
+        """Take the numbers of one step, by name."""
 
 
 Logger: TypeAlias = ScalarWriter | MetricsLogger
@@ -96,7 +92,7 @@ def send(row: Row, logger: Logger) -> None:
     """Give a row to a logger; what is not known in it (NaN) is left out."""
     numbers = row.flat(MOST_PARTS)
     del numbers["step"]
-    known = {PREFIX + name: value for name, value in numbers.items() if not math.isnan(value)}
+    known = {f"irw/{name}": value for name, value in numbers.items() if not math.isnan(value)}
     if hasattr(logger, "log_metrics"):
         logger.log_metrics(known, step=row.step)
     else:
@@ -108,8 +104,7 @@ def send(row: Row, logger: Logger) -> None:
 class Course:
     """The first row, and the newest at every interval: the whole training, ever more thinly.
 
-    A ring of the newest rows would forget how a training began, which its present is compared with.
-    So when the memory is full every second row is let go and the interval doubles.
+    A ring of the newest would forget how the training began, which its present is compared with.
     """
 
     interval: int

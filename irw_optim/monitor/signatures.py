@@ -69,8 +69,8 @@ def worst_off_loss(course: Course) -> Iterator[Finding]:
     lowest, latest = float(np.exp(best) - floor), float(np.exp(now) - floor)
     figures = {"start": start, "lowest": lowest, "now": latest}
     numbers = f"{start:.3g} at the start, {lowest:.3g} at the lowest, {latest:.3g} now"
-    # More than a tenth, since less is no news, and than three errors of a difference; twice as
-    # much is news in any case, also where the last batches exploded and scatter as much.
+    # More than a tenth, since less is no news, and than three errors of a difference; twice as much
+    # is news also where the last batches exploded and scatter.
     if now - min(best, first) > max(0.1, min(3 * 2**0.5 * error, np.log(2))):
         yield Finding(
             "worst_off_loss_rises",
@@ -100,14 +100,11 @@ def one_class(course: Course) -> Iterator[Finding]:
             heaviest = max(weights, key=weights.__getitem__)
             classes.append(heaviest)
             shares.append((weights[heaviest], weights[heaviest] - samples[heaviest]))
-    if not classes:
-        return
-    weight, excess = np.median(shares, axis=0).tolist()
+    weight, excess = np.median(shares, axis=0).tolist() if classes else (0.0, 0.0)
     if weight >= 0.9 and excess >= 0.2:
         usual = max(set(classes), key=classes.count)
         often = classes.count(usual) / len(classes)
         which = f"class {usual} in {often:.0%} of the steps"
-        which = f"always class {usual}" if often == 1 else which
         yield Finding(
             "weight_on_one_class",
             f"in the median step {weight:.0%} of the weight lies on one class, {which}, "

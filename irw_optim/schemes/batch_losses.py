@@ -1,12 +1,9 @@
 """The losses of a batch as a loader yields it, and their derivative along a direction.
 
-The derivative is G v by forward-mode differentiation, without a graph::
-
-    G v = d/dt losses(parameters + t v)   at t = 0
-
-It is exact wherever backward is the derivative, which ``torch.no_grad()`` may stop: so the first
-batch's scores are compared with the engine's, and the weighted sum of all with <G^T w, v>. Where
-they differ, or an operation has no such derivative, the engine makes them.
+That is G v = d/dt losses(parameters + t v) at t = 0 by forward-mode differentiation, without a
+graph. ``torch.no_grad()`` may make another number of it than backward does: so the first batch's
+scores are compared with the engine's, and the weighted sum of all with <G^T w, v>. Where they
+differ, or an operation has no such derivative, the engine makes them.
 """
 
 from __future__ import annotations
@@ -45,14 +42,13 @@ SMALL = 2**20
 """Outputs of layers in a batch, up to which what surrounds the arithmetic costs more than it."""
 
 ATTENTION_AT_MOST = 1 / 4
-"""As a share of the outputs of layers: numbers in matrices of attention that a fused kernel spares,
-whose time and memory grow with the square of the length."""
+"""Numbers in matrices of attention, which a fused kernel spares, as a share of those outputs."""
 
 LAYERS = ("Addmm", "Mm", "Convolution", "Embedding", "Native", "Cudnn", "Mkldnn")
 """How the names of the operations begin that layers take: products, norms, tables, recurrence."""
 
 FORWARD_FAILS = "forward mode fails"
-"""What an `Engine` remembers of its model, beside what the engines know."""
+"""What an `Engine` remembers of its model."""
 
 
 class BatchLosses:
@@ -71,7 +67,7 @@ class BatchLosses:
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         output, *others = self.forward(model, _on(device, batch))
-        if others and type(self.criterion).__module__.startswith("torch.nn."):  # tensors alone
+        if others and type(self.criterion).__module__.startswith("torch.nn."):
             others[0] = _as_target(self.criterion, others[0], device)
         return per_sample_losses(self.criterion, output, *others)
 
@@ -100,7 +96,7 @@ def _as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
 
 
 def _on(device: torch.device, batch: Any) -> Any:
-    """The batch with all that has a ``to``, in tuples, lists and mappings too, on the device."""
+    """The batch with all in it that has a ``to`` on the device."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_pinned():
@@ -125,7 +121,7 @@ def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, where a sample's gradient is its own; afterwards no trace is left."""
+    """Eval mode inside, where a sample's gradient is its own; it leaves no trace."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             warn_once(
@@ -181,8 +177,10 @@ def sizes_of(graph: Graph, samples: int) -> tuple[float, float]:
     return outputs / samples, attention / samples
 
 
-def forward_mode_pays_off(engine: Engine, sizes: tuple[float, float], batch_size: int) -> bool:
-    """Whether to try it for batches of an engine's model, of these `sizes_of` a sample.
+def forward_mode_pays_off(
+    engine: Engine, model: nn.Module, sizes: tuple[float, float], batch_size: int
+) -> bool:
+    """Whether to try it for batches of these `sizes_of` a sample.
 
     It saves the hooks and the Python for every layer, a gain where batches are small; numbers of
     low precision do not carry derivatives well.
@@ -191,16 +189,15 @@ def forward_mode_pays_off(engine: Engine, sizes: tuple[float, float], batch_size
     return (
         not engine.known.get(FORWARD_FAILS)
         and engine.kind == "auto"
-        and engine.model is not None
         and batch_size * outputs <= SMALL
         and attention <= ATTENTION_AT_MOST * outputs
-        and in_full_precision(engine)
+        and in_full_precision(model)
     )
 
 
-def in_full_precision(engine: Engine) -> bool:
-    """Whether an engine's model computes in float32 or better throughout."""
-    parameters = [] if engine.model is None else list(engine.model.parameters())
+def in_full_precision(model: nn.Module) -> bool:
+    """Whether a model computes in float32 or better throughout."""
+    parameters = list(model.parameters())
     return all(p.dtype in (torch.float32, torch.float64) for p in parameters) and not any(
         torch.is_autocast_enabled(device) for device in {p.device.type for p in parameters}
     )
@@ -208,10 +205,9 @@ def in_full_precision(engine: Engine) -> bool:
 
 def check_difference(difference: Tensor, scale: Tensor) -> None:
     """Raise a RuntimeError for a difference to the backward pass that is more than rounding."""
-    if not bool(scale.isfinite()):
-        return  # which is for the scheme to say
     tolerance = 1e-8 if scale.dtype == torch.float64 else 1e-3
-    if not bool(difference <= tolerance * scale + torch.finfo(scale.dtype).tiny):
+    alike = difference <= tolerance * scale + torch.finfo(scale.dtype).tiny
+    if not bool(alike | ~scale.isfinite()):  # what is not finite is for the scheme to say
         raise RuntimeError(
             f"it differs from backward by {float(difference):.2g} in {float(scale):.2g}"
         )
@@ -221,8 +217,8 @@ def check_difference(difference: Tensor, scale: Tensor) -> None:
 def _differentiable(model: nn.Module, values: Direction) -> Iterator[None]:
     """The modules with these values in place of parameters, and attention by plain operations.
 
-    ``torch.func.functional_call`` puts a value back where a module has two names; fused kernels of
-    attention have no derivative in forward mode.
+    ``torch.func.functional_call`` puts a value back where a module has two names; fused attention
+    has no derivative in forward mode.
     """
     mha = torch.backends.mha
     with ExitStack() as undo, sdpa_kernel(SDPBackend.MATH):

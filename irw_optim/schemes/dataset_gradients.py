@@ -1,12 +1,9 @@
 """G for a whole data set, (N, P): never built, and never more than one batch of it at a time.
 
-The global scheme is the local one on a single batch of all N samples. `combine` and `dot` are sums
-and lists over batches that are run again for every product, in O(P) memory; there is no gram::
+Batches are run again for every product, in O(P) memory; there is no gram::
 
     G^T w = sum over batches G_b^T w_b        only batches of samples with a weight are run
     G v   = [G_b v for every batch b]
-
-Any process may read any sample: the work of each product is shared out anew.
 """
 
 from __future__ import annotations
@@ -33,6 +30,7 @@ from irw_optim.gradients.materialized import widened
 from irw_optim.gradients.protocol import Direction, PerSampleGradients
 from irw_optim.schemes.batch_losses import (
     FORWARD_FAILS,
+    BatchLosses,
     check_difference,
     forward_mode_pays_off,
     in_full_precision,
@@ -45,7 +43,7 @@ from irw_optim.schemes.reading import DatasetReader
 logger = logging.getLogger("irw_optim")
 
 DIFFERENTIATES = "the losses are derivatives themselves"
-"""What an `Engine` remembers of a model whose losses need a graph, as a physics-informed one's."""
+"""What an `Engine` remembers of a physics-informed model, whose losses need a graph."""
 
 INTERLEAVED = 8
 """Batches that neighbours in the data set are dealt out to, for the losses: reading stays local."""
@@ -59,7 +57,7 @@ class DatasetGradients:
     """
 
     reader: DatasetReader
-    losses_of: Callable[[Any], PerSampleLosses]
+    losses_of: BatchLosses
     engine: Engine
     scored: Callable[[Tensor], bool]
     advance: Callable[[int], None]
@@ -98,12 +96,10 @@ class DatasetGradients:
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w, over the samples that have a weight."""
-        # Summed up in the precision of the products: in float64, weights of 32,000 samples came
-        # no closer to those computed in float64 throughout (1e-7 of the largest, for any batch).
+        # Summed up in the products' own precision: float64 came no closer, for 32,000 samples.
         total: dict[Tensor, Tensor] = {}
-        # An ordinary backward pass computes it, and no engine in less; but engines make more of
-        # numbers of low precision.
-        by_backward = in_full_precision(self.engine)
+        # No engine computes it in less than a backward pass, but they do better in low precision.
+        by_backward = in_full_precision(self.losses_of.model)
         for some, indices, batch in self._read(weights.nonzero().squeeze(1).cpu()):
             chosen = weights[some.to(weights.device)]
             if by_backward:
@@ -125,7 +121,8 @@ class DatasetGradients:
 
     def dot(self, direction: Direction) -> Tensor:
         """G v, (n,): in forward mode where that is quicker and right, else by the engine."""
-        if forward_mode_pays_off(self.engine, self._sizes, self.reader.batch_size):
+        model, size = self.losses_of.model, self.reader.batch_size
+        if forward_mode_pays_off(self.engine, model, self._sizes, size):
             try:
                 return self._dot_in_forward_mode(direction)
             except RuntimeError as error:
@@ -137,14 +134,14 @@ class DatasetGradients:
         return _in_order((some, rows.dot(direction)) for some, rows in self.blocks(self._all()))
 
     def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
-        model, size = self.engine.model, self.reader.batch_size
-        assert model is not None
+        size = self.reader.batch_size
         # One batch, which the engine takes as well, and then two at once: no graph holds anything.
         first, others = self.samples[:size], self.samples[size:]
         sizes = [len(first), *map(len, others.split(2 * size) if len(others) else ())]
         parts: list[tuple[Tensor, Tensor]] = []
         for some, indices, batch in self._read(self._all(), sizes):
-            scores = jvp(model, partial(self._losses_of, indices), batch, direction)
+            losses_of = partial(self._losses_of, indices)
+            scores = jvp(self.losses_of.model, losses_of, batch, direction)
             if not parts:
                 with self._gradients(indices, batch) as rows:
                     expected = rows.dot(direction)
@@ -159,7 +156,7 @@ class DatasetGradients:
         return scores
 
     def gram(self) -> Tensor:
-        """Not on offer: N x N numbers."""
+        """Not on offer."""
         raise RuntimeError(
             f"G G^T of a data set has {self.batch_size}^2 entries: a rule of the global scheme may "
             "use combine and dot, and outlier filters work in blocks"
@@ -217,10 +214,7 @@ class DatasetGradients:
         return torch.stack(columns, 1)
 
     def interleaved(self) -> tuple[Tensor, list[int]]:
-        """All rows in batches for `losses`, and their sizes: two at once, as no graph is held.
-
-        Neighbours, which meet in every other pass, are dealt out to several.
-        """
+        """All rows in batches for `losses`, of twice the size, among which neighbours are dealt."""
         size = 2 * self.reader.batch_size
         batches = []
         for piece in self._all().split(INTERLEAVED * size):
@@ -251,7 +245,7 @@ class DatasetGradients:
 
 @dataclass(eq=False)
 class DatasetOverRanks(DatasetGradients):
-    """The same rows on every process of ``ranks``, which run a part each: all are collectives."""
+    """The same rows on every process of ``ranks``: products are collectives, of a part each."""
 
     ranks: Ranks
     layout: Sequence[Tensor]  # the columns, as parameters in an order that all ranks have
@@ -259,13 +253,13 @@ class DatasetOverRanks(DatasetGradients):
     def losses(self) -> PerSampleLosses:
         """The losses of all rows: an all-gather of n numbers."""
         positions = self._own_positions()
-        # With fewer samples than processes, some read one that is not theirs, and drop its loss.
+        # Whoever has none reads one that is not theirs, and drops its loss.
         read = positions if len(positions) else torch.zeros(1, dtype=torch.int64, device="cpu")
         own = some_of(DatasetGradients.losses(self.of(read)), slice(len(positions)))
         return join([Pass(own, 1.0)], self.ranks)[0]
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """G^T w: each process sums over its part of those with a weight, an all-reduce of P."""
+        """G^T w, each over its part of those with a weight: an all-reduce of P."""
         used = weights.nonzero().squeeze(1)
         mine = used.tensor_split(self.ranks.number)[self.ranks.rank]
         part = torch.zeros_like(weights).index_copy(0, mine, weights[mine])
@@ -280,7 +274,7 @@ class DatasetOverRanks(DatasetGradients):
         return self.ranks.gather(own)
 
     def _own_positions(self) -> Tensor:
-        """A contiguous piece, so that the pieces in the order of the ranks are all rows."""
+        """Contiguous, so that the pieces in the order of the ranks are all rows."""
         pieces = self._all().tensor_split(self.ranks.number)
         self.ranks.sizes = [len(piece) for piece in pieces]
         return pieces[self.ranks.rank]

@@ -158,7 +158,7 @@ def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tens
     tables = _tables(rows, asked, arrangements, parameters)
 
     def alike(one: Tensor, other: Tensor) -> bool:
-        tolerance = _tolerance(_OF_THE_LARGEST, first, in_full_precision(rows.engine))
+        tolerance = _tolerance(_OF_THE_LARGEST, first, in_full_precision(rows.losses_of.model))
         scale = first.nan_to_num().abs().amax(0)
         return bool(((one - other).nan_to_num().abs() <= tolerance * scale).all())
 

@@ -23,7 +23,7 @@ from irw_optim.schemes.order import Arrangement, RefusedError, rearranged, refus
 
 
 def check_loader(loader: object) -> None:
-    """Refuse what has no samples that can be read by index, or draws from only some of them."""
+    """Refuse what has no samples to be read by index, or draws from only some of them."""
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"loader={loader!r}: expected a torch.utils.data.DataLoader over a map-style data set"
@@ -67,11 +67,14 @@ _WORKERS = (
 
 def _loader_like(loader: DataLoader[Any], data: Dataset[Any], **changes: Any) -> DataLoader[Any]:
     """A loader over ``data`` with the workers of another one; ``changes`` say what it draws."""
-    return DataLoader(data, **{**{name: getattr(loader, name) for name in _WORKERS}, **changes})
+    workers = (
+        "num_workers pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor"
+    )
+    return DataLoader(data, **{name: getattr(loader, name) for name in workers.split()} | changes)
 
 
 def idle_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The loader as a copy can have it: persistent workers are this process's own."""
+    """The loader as a copy can have it, without persistent workers."""
     idle = copy(loader)
     idle._iterator = None
     return idle
@@ -122,7 +125,7 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
         return index, self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        """A batch of samples at once, as data sets offer it that are quicker that way."""
+        """A batch of samples at once, which some data sets are quicker at."""
         fetch = getattr(self.dataset, "__getitems__", None)
         samples = [self.dataset[i] for i in indices] if fetch is None else fetch(indices)
         if len(samples) != len(indices):
@@ -133,7 +136,7 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
         return list(zip(indices, samples, strict=True))
 
     def collate(self, collate_fn: Callable[[list[Any]], Any]) -> IndexedCollate:
-        """A ``collate_fn`` for the samples as they are, made one for ``(index, sample)`` pairs."""
+        """Make a ``collate_fn`` for samples one for ``(index, sample)`` pairs."""
         return IndexedCollate(collate_fn)
 
 
@@ -162,8 +165,8 @@ def indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
     """A batch of an `IndexedDataset` as indices, (B,) int64 on the CPU, and the rest."""
     if isinstance(batch, list | tuple) and len(batch) == 2:
         indices, rest = batch
-        told = torch.as_tensor(indices) if isinstance(indices, Tensor | list | tuple) else None
-        if told is not None and told.ndim == 1 and not told.is_floating_point():
+        told = torch.as_tensor(indices if isinstance(indices, Tensor | list | tuple) else 0.0)
+        if told.ndim == 1 and not told.is_floating_point():
             return told.to("cpu", torch.int64), rest
     raise TypeError(
         f"collate_fn made a {type(batch).__name__} of the (index, sample) pairs of an "
@@ -230,9 +233,9 @@ class DatasetReader:
     def batches(
         self, samples: Tensor, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Any]]:
-        """Yield the batches of ``samples``, (n,) dataset indices on the CPU, in such pieces.
+        """Yield ``samples``, (n,) dataset indices on the CPU, in batches of these sizes.
 
-        Each with the places in ``samples`` of those that it holds, in its own order.
+        Each comes with the places in ``samples`` of those that it holds, in its own order.
         """
         if not len(samples):
             return
@@ -247,7 +250,7 @@ class DatasetReader:
     def rearranged(
         self, samples: Tensor, arrangements: Sequence[Arrangement]
     ) -> Iterator[tuple[Tensor, Any]]:
-        """Yield batches as `batches` does, of the same samples, read once, for each arrangement."""
+        """Yield a batch as `batches` does for each arrangement of samples, which are read once."""
         collate = partial(rearranged, self.loader.collate_fn, arrangements)
         (batches,) = self._loader([samples.tolist()], collate)
         for (order, _), batch in zip(arrangements, batches, strict=True):
@@ -259,11 +262,11 @@ class DatasetReader:
 
     def _loader(self, batches: Sequence[list[int]], collate: Callable[[Any], Any]) -> Any:
         loader, workers = self.loader, min(self.loader.num_workers, len(batches))
-        own: dict[str, Any] = {"batch_sampler": batches, "num_workers": workers}
-        return _loader_like(loader, loader.dataset, collate_fn=collate, **own)
+        own = {"batch_sampler": batches, "num_workers": workers, "collate_fn": collate}
+        return _loader_like(loader, loader.dataset, **own)
 
     def _places(self, piece: Tensor, batch: Any) -> tuple[Tensor, Any]:
-        """Where in the piece the samples of its batch are, and the batch without its indices."""
+        """Where in the piece the samples of a batch are, and the batch without its indices."""
         if not isinstance(self.loader.dataset, IndexedDataset):
             return torch.arange(len(piece), device="cpu"), batch
         told, batch = indices_and_batch(batch)

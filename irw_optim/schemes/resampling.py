@@ -18,24 +18,23 @@ from irw_optim.schemes.reading import idle_copy, sampler_of
 class ResamplingSampler(Sampler[int]):
     """Draws dataset indices with probability proportional to their weights.
 
-    Every epoch has its own draws, by the seed and the epoch's number alone. New ``weights`` count
-    from the next index on (without replacement, the next epoch); a DataLoader with workers has up
-    to ``num_workers * prefetch_factor`` batches drawn in advance.
+    The seed and the epoch's number make the draws. New ``weights`` count from the next index on
+    (without replacement, the next epoch), in a DataLoader with workers up to ``num_workers *
+    prefetch_factor`` batches later.
 
     Args:
         weights: (N,) non-negative, not all 0; need not sum to 1.
         num_samples: draws an epoch, over all ranks; None takes N.
         replacement: whether a sample may come twice. Without it, the inclusion probabilities are
             not proportional to the weights, which with ``num_samples=N`` only order the epoch.
-        generator: gives the seed, drawn from it once; None is seed 0. All ranks need equal seeds.
-        rank: of this process, which takes the draws ``rank``, ``rank + world_size``, ... of those
-            that one process would make, lengthened to a multiple as in DistributedSampler.
+        generator: gives the seed; None is seed 0. All ranks need equal seeds.
+        rank: of this process, which takes the draws ``rank``, ``rank + world_size``, ... of one
+            process's, lengthened to a multiple as in DistributedSampler.
         world_size: number of processes. None for both takes the process group's, if there is one.
 
     Raises:
-        TypeError: weights that are no floating-point tensor.
-        ValueError: weights that cannot be drawn by; more draws without replacement than positive
-            weights; a rank outside the world, or one without the other.
+        TypeError, ValueError: weights that cannot be drawn by; more draws without replacement than
+            positive weights; a rank outside the world, or one without the other.
 
     >>> sampler = ResamplingSampler(torch.tensor([0.0, 3.0, 1.0]), num_samples=8)
     >>> first, second = list(sampler), list(sampler)
@@ -119,11 +118,11 @@ class ResamplingSampler(Sampler[int]):
         return iter(arrivals.argsort()[own].tolist())
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration that of this epoch; without it, epochs count up by themselves."""
+        """Make the next iteration that of this epoch; else epochs count up."""
         self.epoch = epoch
 
     def resume_epoch(self) -> None:
-        """Make the next iteration that of the epoch that was broken off, with the draws it made."""
+        """Make the next iteration go on with the epoch that was broken off, and its draws."""
         self.epoch -= 1
         self._repeated = self._drawn
 
@@ -159,9 +158,9 @@ class ResamplingSampler(Sampler[int]):
 class ResumableLoader:
     """Iterates over a loader; its state says how far, and what the order was drawn from.
 
-    A broken epoch goes on: its batches are read again up to where it stopped, and dropped, without
-    a call of ``before_batch``. Orders drawn from torch's random numbers, or by a
-    `ResamplingSampler`, come out the same. ``share`` is this process's rank, and of how many.
+    A broken epoch goes on: its batches are read again and dropped up to where it stopped, without
+    ``before_batch``. Orders drawn from torch's random numbers, or by a `ResamplingSampler`, come
+    out the same. ``share`` is this process's rank, and of how many.
     """
 
     loader: DataLoader[Any]
@@ -246,13 +245,12 @@ class ResumableLoader:
 
 
 def check_sample_weights(weights: object, size: int | None = None) -> None:
-    """Raise for weights, (N,), that are not of a data set of this ``size``, or are unusable."""
+    """Raise for weights, (N,), that are not of this ``size``, or cannot be drawn by."""
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights is {kind}: expected a floating-point tensor of shape (N,)")
     if weights.ndim != 1:
         raise ValueError(f"weights has shape {tuple(weights.shape)}: expected (N,)")
-    wrong = ""
     if size is not None and len(weights) != size:
         wrong = f"{len(weights)} entries but the data set has {size} samples: they are stale or "
         wrong += "belong to another data set"
@@ -260,7 +258,8 @@ def check_sample_weights(weights: object, size: int | None = None) -> None:
         wrong = f"{len(broken)} NaN or infinite entries, the first at index {broken[0]}"
     elif bool((weights < 0).any()):
         wrong = f"negative entries, down to {float(weights.min()):g}"
-    elif not bool((weights > 0).any()):
+    elif bool((weights > 0).any()):
+        return
+    else:
         wrong = "no positive entry: nobody would be drawn or count"
-    if wrong:
-        raise ValueError(f"weights has {wrong}; make new ones with global_weights(...)")
+    raise ValueError(f"weights has {wrong}; make new ones with global_weights(...)")

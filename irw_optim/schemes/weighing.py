@@ -144,7 +144,7 @@ def weigh_dataset(
         _check_finite(record.scores, "scores")
         if due and (not scheme.needs_gradients or size <= reader.batch_size):
             rows.read_in_other_batches()
-        differing = rows.consistency.differing_batches(in_full_precision(engine))
+        differing = rows.consistency.differing_batches(in_full_precision(model))
         if ranks is not None:  # what one raises, all have to
             differing = [batch for some in ranks.objects(differing) for batch in some]
         if differing:
