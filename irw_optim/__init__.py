@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from irw_optim.criterion import PerSampleLoss, per_sample_losses
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.weighting import irw_weights, worst_off
-from irw_optim.weighting.local_scheme import StepRecord
+from irw_optim.weighting import StepRecord, irw_weights, worst_off
 from irw_optim.weighting.outliers import DBSCANFilter
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.recomputation import OneForward
 from irw_optim.gradients.verification import Difference, differences, probe_of, wrong_among
-from irw_optim.weighting.local_scheme import NoRows
+from irw_optim.weighting import NoRows
 
 WAY_OUT = (
     "choose score_parameters= without them (score_parameters='last' for the last layer), or train "

@@ -31,21 +31,13 @@ __all__ = ["Finding", "IRWMonitor"]
 class IRWMonitor(Renewed):
     """Records what an `IRWOptimizer` decides, in bounded memory, and says what is wrong with it.
 
-    The training loop stays as it was::
-
-        monitor = IRWMonitor(optimizer)
-        ...                              # train
-        monitor.plot().savefig("training.svg")
-        for finding in monitor.diagnose():
-            print(finding)
-
     A row is one step's `IRWOptimizer.last_step` in numbers (O(B) work, and one norm of ``p.grad``);
     no other step waits for the device. With more than ``capacity`` rows every second one is let go
     and the interval doubles: they cover the training evenly. Steps that a scaler skipped are none.
 
     Of several backward passes that add up to a step the newest is recorded, with
-    ``accumulation_steps`` the whole logical batch; of processes that weigh their samples together
-    all samples, and by group this process's.
+    ``accumulation_steps`` the whole logical batch; of several processes all samples that they weigh
+    together, and by group this one's.
 
     Args:
         optimizer: the one that trains, or a proxy of it from Accelerate or Lightning.
@@ -77,6 +69,9 @@ class IRWMonitor(Renewed):
     >>> first, *_, last = monitor.rows()
     >>> last["worst_alpha_loss"] < first["worst_alpha_loss"], last["samples/group_f"]
     (True, 0.75)
+    >>> for finding in monitor.diagnose():
+    ...     print(finding.name)
+    too_few_records
     """
 
     PASSING = ("_handles", "_loggers", "_passes")
@@ -103,8 +98,7 @@ class IRWMonitor(Renewed):
         To be called before ``optimizer.step()``, once for each backward pass.
 
         Args:
-            groups: (B,) numbers or strings in the order of the batch; (B, c) several columns, or
-                {name: (B,)}, which are intersected.
+            groups: in the order of the batch, as of `irw_optim.metrics.group_accuracy`.
         """
         self._passes.append(groups)
 
@@ -115,8 +109,8 @@ class IRWMonitor(Renewed):
         20 classes or groups, and numbers that are not known, are left out.
 
         Args:
-            logger: a ``SummaryWriter`` of TensorBoard, a logger of Lightning, or whatever has
-                ``add_scalar(tag, value, step)`` or ``log_metrics(metrics, step)``.
+            logger: of TensorBoard or Lightning, or whatever has ``add_scalar(tag, value, step)`` or
+                ``log_metrics(metrics, step)``.
 
         Raises:
             TypeError: it has neither.
@@ -124,9 +118,8 @@ class IRWMonitor(Renewed):
         takes = hasattr(logger, "add_scalar") or hasattr(logger, "log_metrics")
         if isinstance(logger, type) or not takes:
             raise TypeError(
-                f"logger={logger!r}: expected a torch.utils.tensorboard.SummaryWriter, a Lightning "
-                "logger such as CSVLogger(path), or an object with add_scalar(tag, value, step) or "
-                "log_metrics(metrics, step)"
+                f"logger={logger!r}: expected a TensorBoard SummaryWriter, a Lightning logger, "
+                "or an object with add_scalar(tag, value, step) or log_metrics(metrics, step)"
             )
         for row in self._course.rows:
             send(row, logger)
@@ -176,7 +169,7 @@ class IRWMonitor(Renewed):
             writer.writerows(rows)
 
     def plot(self) -> Figure:
-        """The course of the training as a matplotlib figure: losses, weights, on whom they fell.
+        """The course of the training as a matplotlib figure.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -196,14 +189,11 @@ class IRWMonitor(Renewed):
         return found + html_table(names, cells)
 
     def diagnose(self) -> list[Finding]:
-        """What the rows show of the known ways in which training with these weights fails.
-
-        ``docs/diagnostics.md`` has the table. Before 20 weighted rows there is one finding.
-        """
+        """The known ways to fail that the rows show: ``docs/diagnostics.md``."""
         return diagnose(self._course)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows and the interval, as plain data that ``torch.load(weights_only=True)`` takes."""
+        """Plain data, which ``torch.load(weights_only=True)`` takes."""
         return {
             "interval": self._course.interval,
             "rows": [row.state() for row in self._course.rows],
@@ -211,7 +201,7 @@ class IRWMonitor(Renewed):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the rows of a checkpoint, in place of those here; the capacity stays."""
+        """Go on from the rows of a checkpoint, in place of those here."""
         self._course = Course(state_dict["interval"], self._course.capacity)
         for row in state_dict["rows"]:
             self._course.add(Row.of_state(row))
@@ -245,7 +235,6 @@ class IRWMonitor(Renewed):
 
 
 def _columns_of(rows: list[dict[str, float]]) -> list[str]:
-    """Every column that a row has, in the order of their first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
@@ -255,7 +244,6 @@ def _irw_optimizer(optimizer: Any) -> IRWOptimizer:
         if isinstance(candidate, IRWOptimizer):
             return candidate
     raise TypeError(
-        f"optimizer is a {type(optimizer).__name__}: expected the IRWOptimizer that trains, as in "
-        "IRWMonitor(IRWOptimizer(...)). A private optimizer cannot be listened to: what its "
-        "samples' weights say is not covered by the guarantee"
+        f"optimizer is a {type(optimizer).__name__}: expected the IRWOptimizer that trains; a "
+        "private one cannot be listened to, whose guarantee does not cover its samples' weights"
     )

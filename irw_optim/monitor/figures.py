@@ -37,7 +37,7 @@ Draw: TypeAlias = Callable[[Axes, Sequence[Row]], None]
 
 
 class ShownFigure(Figure):
-    """Without pyplot, nobody has told the notebook how to show a `matplotlib.figure.Figure`."""
+    """A notebook shows it without pyplot."""
 
     def _repr_png_(self) -> bytes:
         file = BytesIO()
@@ -46,7 +46,7 @@ class ShownFigure(Figure):
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """All panels that the rows have something for; a RuntimeError where there are none."""
+    """All panels that the rows have something for."""
     if not rows:
         raise RuntimeError("nothing was recorded yet: expected a call after optimizer.step()")
     panels = [(title, panel) for title, answers, panel in PANELS if answers(rows)]
@@ -146,7 +146,7 @@ PANELS: tuple[tuple[str, Callable[[Sequence[Row]], bool], Draw], ...] = (
     ),
     ("Length of the gradient", lambda _: True, _gradient),
 )
-"""What each asks, whether the rows can answer it, and how."""
+"""What each shows, whether the rows have it, and how."""
 
 
 def _line(
@@ -157,7 +157,7 @@ def _line(
     colour: str,
     show_each: bool = False,
 ) -> None:
-    """The running mean of values, or of a column, over a fortieth of the course; rows behind it."""
+    """The running mean of values, or of a column, over a fortieth of the course."""
     values = column(rows, values) if isinstance(values, str) else values
     if show_each:
         axis.plot(_steps(rows), values, ".", color=colour, alpha=0.2, markersize=2)
@@ -169,7 +169,7 @@ def _steps(rows: Sequence[Row]) -> Array:
 
 
 def _smooth(values: Array) -> Array:
-    """The mean of the known values around each one; NaN where there are none."""
+    """The mean of the known values around each."""
     window = np.ones(2 * (len(values) // 80) + 1)
     known = np.isfinite(values)
     total = np.convolve(np.where(known, values, 0.0), window, mode="same")
@@ -178,7 +178,7 @@ def _smooth(values: Array) -> Array:
 
 
 def _by_part(axis: Axes, rows: Sequence[Row], kind: str, name: str, absent: float = np.nan) -> None:
-    """A line for each part; gaps in rows that do not know the partition."""
+    """A line for each part, with gaps where it is not known."""
     tables = [row.breakdowns.get(kind) for row in rows]
     for part, colour in _shown(rows, kind):
         values = [np.nan if t is None else t.column(name).get(part, absent) for t in tables]
@@ -186,7 +186,6 @@ def _by_part(axis: Axes, rows: Sequence[Row], kind: str, name: str, absent: floa
 
 
 def _shown(rows: Sequence[Row], kind: str) -> list[tuple[Hashable, str]]:
-    """The parts with the most samples, and their colours, in order of their names."""
     parts = parts_of(rows, kind)
     largest = sorted(parts, key=lambda part: -parts[part].samples)[:MOST_LINES]
     return list(zip(sorted(largest, key=str), COLOURS, strict=False))

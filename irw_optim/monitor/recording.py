@@ -15,8 +15,7 @@ from irw_optim.metrics._groups import GroupsLike, as_columns, intersect
 from irw_optim.monitor.rows import Array, Breakdown, Row
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.weighing import HeldWeights
-from irw_optim.weighting import worst_off_count
-from irw_optim.weighting.local_scheme import StepRecord
+from irw_optim.weighting import StepRecord, worst_off_count
 
 
 class Batch(NamedTuple):
@@ -137,7 +136,7 @@ def by_group(batch: Batch, groups: Mapping[str, Array]) -> Breakdown:
 
 
 def groups_of(passes: Sequence[GroupsLike], size: int) -> dict[str, Array]:
-    """The groups of the newest backward passes that have ``size`` samples together, by column."""
+    """The groups of the newest passes that have ``size`` samples together, by column."""
     given = [as_columns(groups) for groups in passes]
     lengths = [len(next(iter(columns.values()))) for columns in given]
     first = len(given)
@@ -146,8 +145,8 @@ def groups_of(passes: Sequence[GroupsLike], size: int) -> dict[str, Array]:
     if sum(lengths[first:]) != size:
         raise ValueError(
             f"the step was on a batch of {size} samples, but monitor.groups() was given "
-            f"{' + '.join(map(str, lengths))}: expected one label for each sample of the batch, in "
-            "one call for each backward pass"
+            f"{' + '.join(map(str, lengths))}: expected one label for each sample, in one call for "
+            "each backward pass"
         )
     return {name: np.concatenate([columns[name] for columns in given[first:]]) for name in given[0]}
 
@@ -167,13 +166,13 @@ def gradient_norm(optimizer: IRWOptimizer) -> Tensor:
 
 
 class WeightAge:
-    """Watches the weights that an optimizer's scheme holds, by identity: it waits for nothing."""
+    """How long an optimizer's scheme holds its weights, by identity: it waits for nothing."""
 
     def __init__(self) -> None:
         self.load({"step": 0, "weights": None})
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from there, if the scheme comes back with the same weights."""
+        """Go on from there, if the same weights come back."""
         self.step: int = state["step"]
         self._resumed: float | None = state["weights"]
         self._known: Callable[[], StepRecord | None] = lambda: None
@@ -190,7 +189,7 @@ class WeightAge:
         return step - self.step
 
     def state(self) -> dict[str, Any]:
-        """The step since which the weights are held, and which weights, by what is in them."""
+        """Since when they are held, and what is in them."""
         record = self._known()
         return {"step": self.step, "weights": None if record is None else _fingerprint(record)}
 

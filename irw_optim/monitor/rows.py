@@ -1,7 +1,4 @@
-"""The rows of a training: what is kept of a step and given to loggers, and the course of them all.
-
-``docs/diagnostics.md`` says what the columns mean.
-"""
+"""The rows of a training, and the course of them all; ``docs/diagnostics.md`` has the columns."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class Row:
     breakdowns: dict[str, Breakdown]
 
     def flat(self, most_parts: float = math.inf) -> dict[str, float]:
-        """One number a column, as in ``weight/class_1``, without partitions of too many parts."""
+        """One number a column, as in ``weight/class_1``, of partitions that are not too large."""
         row = {"step": self.step, **self.numbers}
         for kind, breakdown in self.breakdowns.items():
             if len(breakdown.parts) > most_parts:
@@ -116,7 +113,7 @@ class Course:
         return not self.rows or step % self.interval == 0
 
     def add(self, row: Row) -> None:
-        """Take a row; where the training went back to a checkpoint, what came after it goes."""
+        """Take a row; one that goes back to a checkpoint takes what came after with it."""
         while self.rows and self.rows[-1].step >= row.step:
             self.rows.pop()
         self.rows.append(row)
@@ -136,7 +133,7 @@ class Course:
         return self.weighted[len(self.weighted) // 2 :]
 
     def recent_with(self, *, held: bool) -> list[Row]:
-        """Those whose weights a global scheme held, or whose step made its own."""
+        """Those whose weights were held, or made in the step."""
         return [row for row in self.recent if np.isnan(row.numbers["held_for"]) != held]
 
 
@@ -156,7 +153,7 @@ def mean(rows: Sequence[Row], name: str) -> float:
 
 
 def blocks(values: Array, count: int) -> tuple[Array, float]:
-    """Means of ``count`` equal stretches, and the standard error of one by the scatter in them."""
+    """Means of ``count`` equal stretches, and the standard error of one."""
     stretches = np.array_split(values, count)
     inside = np.concatenate([stretch - stretch.mean() for stretch in stretches])
     variance = float((inside**2).sum()) / max(1, len(values) - count)
@@ -164,7 +161,7 @@ def blocks(values: Array, count: int) -> tuple[Array, float]:
 
 
 class Part(NamedTuple):
-    """A class or a group over many steps: as in a `Breakdown`, on average, but for ``seen``."""
+    """A class or a group over many steps, on average."""
 
     seen: float  # samples of it in all steps
     samples: float
@@ -174,7 +171,7 @@ class Part(NamedTuple):
 
 
 def parts_of(rows: Sequence[Row], kind: str) -> dict[Hashable, Part]:
-    """Each class or group (``kind``) over the rows that know it, in the order of first sight."""
+    """Each class or group (``kind``) of the rows that know it, in the order of first sight."""
     known = [row for row in rows if kind in row.breakdowns]
     sums: dict[Hashable, Array] = {}
     for row in known:

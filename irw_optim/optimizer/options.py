@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from irw_optim.arguments import plain, true_or_false, whole_number
-from irw_optim.weighting.local_scheme import NAMED, LocalScheme, rule_named
+from irw_optim.weighting import NAMED, LocalScheme, rule_named
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import Alignment, ScoreRule, check_alpha, check_options
 

@@ -22,7 +22,7 @@ from irw_optim.optimizer.checks import check_unrecorded, has_gradient
 from irw_optim.optimizer.options import Options
 from irw_optim.optimizer.other_terms import OtherTerms
 from irw_optim.processes import has_group, is_sharded, several_processes
-from irw_optim.weighting.local_scheme import Averaging, Scheme, StepRecord
+from irw_optim.weighting import Averaging, Scheme, StepRecord
 
 logger = logging.getLogger("irw_optim")
 

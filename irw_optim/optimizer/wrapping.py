@@ -20,7 +20,7 @@ from irw_optim.attachments import Renewed
 from irw_optim.optimizer.options import described
 from irw_optim.optimizer.own_steps import own_step
 from irw_optim.optimizer.weighted_backward import WeightedBackward
-from irw_optim.weighting.local_scheme import LocalScheme, Scheme, StepRecord
+from irw_optim.weighting import LocalScheme, Scheme, StepRecord
 
 logger = logging.getLogger("irw_optim")
 

@@ -1,9 +1,9 @@
 """The losses of a batch as a loader yields it, and their derivative along a direction.
 
 That is G v = d/dt losses(parameters + t v) at t = 0 by forward-mode differentiation, without a
-graph. ``torch.no_grad()`` may make another number of it than backward does: so the first batch's
-scores are compared with the engine's, and the weighted sum of all with <G^T w, v>. Where they
-differ, or an operation has no such derivative, the engine makes them.
+graph: what ``torch.no_grad()`` stops for backward, it does not see. So the first batch's scores are
+compared with the engine's, and the weighted sum of all with <G^T w, v>; the engine makes them where
+they differ, or an operation has no such derivative.
 """
 
 from __future__ import annotations
@@ -37,15 +37,6 @@ _warned: WeakSet[nn.Module] = WeakSet()
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 """``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""
-
-SMALL = 2**20
-"""Outputs of layers in a batch, up to which what surrounds the arithmetic costs more than it."""
-
-ATTENTION_AT_MOST = 1 / 4
-"""Numbers in matrices of attention, which a fused kernel spares, as a share of those outputs."""
-
-LAYERS = ("Addmm", "Mm", "Convolution", "Embedding", "Native", "Cudnn", "Mkldnn")
-"""How the names of the operations begin that layers take: products, norms, tables, recurrence."""
 
 FORWARD_FAILS = "forward mode fails"
 """What an `Engine` remembers of its model."""
@@ -81,8 +72,8 @@ def _as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"{name} was given a target of type {type(target).__name__}: expected numbers, one "
-                "class a sample; sklearn.preprocessing.LabelEncoder makes numbers of names, and "
-                "forward=lambda model, batch: (output, target) takes batches apart"
+                "class a sample (sklearn.preprocessing.LabelEncoder makes them of names), or "
+                "forward=lambda model, batch: (output, target)"
             ) from error
     numbers = isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss | nn.MultiMarginLoss)
     if not numbers or target.ndim != 1 or target.dtype in (torch.int64, torch.uint8):
@@ -96,7 +87,6 @@ def _as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
 
 
 def _on(device: torch.device, batch: Any) -> Any:
-    """The batch with all in it that has a ``to`` on the device."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_pinned():
@@ -112,8 +102,7 @@ def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
         shape = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
         raise TypeError(
             f"the loader's batches are no pairs (inputs, target) but a {shape}: give "
-            'forward=lambda model, batch: (model(batch["x"]), batch["y"]), which returns the '
-            "criterion's arguments"
+            'forward=lambda model, batch: (model(batch["x"]), batch["y"])'
         )
     inputs, target = batch
     return model(inputs), target
@@ -126,9 +115,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             warn_once(
                 model,
-                f"{name} ({type(module).__name__}) has no running statistics and normalises by the "
-                "batch even in eval mode: the weights depend on the batch size and on the order of "
-                "the data set; use track_running_stats=True",
+                f"{name} ({type(module).__name__}) has no running statistics and normalises by "
+                "the batch even in eval mode: the weights depend on batch size and order; use "
+                "track_running_stats=True",
             )
     number = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     devices = {torch.device("cuda", i) for i in range(number)}
@@ -166,33 +155,17 @@ def jvp(
     return widened(torch.zeros_like(value) if tangent is None else tangent)
 
 
-def sizes_of(graph: Graph, samples: int) -> tuple[float, float]:
-    """For a sample: numbers in layers' outputs, and in matrices of fused attention."""
-
-    def shapes(*operations: str) -> list[torch.Size]:
-        return [shape_of(node) for node in graph.order if node.name().startswith(operations)]
-
-    outputs = sum(shape.numel() for shape in shapes(*LAYERS))
-    attention = sum(s[:-1].numel() * s[-2] for s in shapes("ScaledDotProduct"))
-    return outputs / samples, attention / samples
+def long_attention(graph: Graph) -> bool:
+    """Whether fused attention spares a matrix that forward mode makes, and a large one."""
+    fused = (node for node in graph.order if node.name().startswith("ScaledDotProduct"))
+    shapes = map(shape_of, fused)  # (B, heads, T, numbers a head)
+    return any(shape[-2] > 3 * shape[-1] for shape in shapes)
 
 
-def forward_mode_pays_off(
-    engine: Engine, model: nn.Module, sizes: tuple[float, float], batch_size: int
-) -> bool:
-    """Whether to try it for batches of these `sizes_of` a sample.
-
-    It saves the hooks and the Python for every layer, a gain where batches are small; numbers of
-    low precision do not carry derivatives well.
-    """
-    outputs, attention = sizes
-    return (
-        not engine.known.get(FORWARD_FAILS)
-        and engine.kind == "auto"
-        and batch_size * outputs <= SMALL
-        and attention <= ATTENTION_AT_MOST * outputs
-        and in_full_precision(model)
-    )
+def forward_mode_pays_off(engine: Engine, model: nn.Module) -> bool:
+    """Whether to try it: it saves graph, hooks and Python, but low precision carries it badly."""
+    failed = engine.known.get(FORWARD_FAILS)
+    return not failed and engine.kind == "auto" and in_full_precision(model)
 
 
 def in_full_precision(model: nn.Module) -> bool:

@@ -35,7 +35,7 @@ from irw_optim.schemes.batch_losses import (
     forward_mode_pays_off,
     in_full_precision,
     jvp,
-    sizes_of,
+    long_attention,
 )
 from irw_optim.schemes.order import LossConsistency
 from irw_optim.schemes.reading import DatasetReader
@@ -51,10 +51,7 @@ INTERLEAVED = 8
 
 @dataclass(eq=False)
 class DatasetGradients:
-    """The gradients of a data set's samples with respect to the parameters that are ``scored``.
-
-    ``advance`` is told of every batch that was read, by its number of samples.
-    """
+    """G for the parameters that are ``scored``; ``advance`` hears of numbers of samples read."""
 
     reader: DatasetReader
     losses_of: BatchLosses
@@ -66,7 +63,7 @@ class DatasetGradients:
         self.samples = torch.arange(self.reader.size, device="cpu")  # the rows, as dataset indices
         self.consistency = LossConsistency(self.reader.size)
         self._combined: tuple[Tensor, Direction] | None = None  # w and G^T w, for `dot` to check
-        self._sizes = 0.0, 0.0  # known once the engine has seen a batch
+        self._long_attention = False  # known once a batch was captured
 
     @property
     def batch_size(self) -> int:
@@ -121,16 +118,14 @@ class DatasetGradients:
 
     def dot(self, direction: Direction) -> Tensor:
         """G v, (n,): in forward mode where that is quicker and right, else by the engine."""
-        model, size = self.losses_of.model, self.reader.batch_size
-        if forward_mode_pays_off(self.engine, model, self._sizes, size):
+        long = self._long_attention
+        if not long and forward_mode_pays_off(self.engine, self.losses_of.model):
             try:
                 return self._dot_in_forward_mode(direction)
             except RuntimeError as error:
                 self.engine.known[FORWARD_FAILS] = True
-                logger.info(
-                    "scores of the data set take a backward pass, forward mode being out: %s",
-                    str(error).split("\n")[0],
-                )
+                text = "scores of the data set take a backward pass, forward mode being out: %s"
+                logger.info(text, str(error).split("\n")[0])
         return _in_order((some, rows.dot(direction)) for some, rows in self.blocks(self._all()))
 
     def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
@@ -159,13 +154,13 @@ class DatasetGradients:
         """Not on offer."""
         raise RuntimeError(
             f"G G^T of a data set has {self.batch_size}^2 entries: a rule of the global scheme may "
-            "use combine and dot, and outlier filters work in blocks"
+            "use combine and dot"
         )
 
     def blocks(
         self, positions: Tensor, sizes: list[int] | None = None
     ) -> Iterator[tuple[Tensor, PerSampleGradients]]:
-        """Yield pieces of ``positions`` (rows of G) with the gradients of each."""
+        """Yield pieces of ``positions`` with the gradients of each."""
         for some, indices, batch in self._read(positions, sizes):
             with self._gradients(indices, batch) as rows:
                 yield some, rows
@@ -183,7 +178,7 @@ class DatasetGradients:
     def _gradients(self, indices: Tensor, batch: Any) -> Iterator[PerSampleGradients]:
         with self._captured(indices, batch) as captured:
             device = captured.losses.device
-            with torch.autocast(device_type=device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(device_type=device.type, enabled=False):
                 captured.start(torch.ones((), device=device), keep_graph=False)
                 yield captured.rows(self.scored)
 
@@ -192,7 +187,7 @@ class DatasetGradients:
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
         captured = LossGradients(self.engine, losses)
-        self._sizes = sizes_of(captured.graph, max(1, len(indices)))
+        self._long_attention = long_attention(captured.graph)
         return closing(captured)
 
     def _losses_of(self, indices: Tensor, batch: Any) -> PerSampleLosses:
@@ -200,7 +195,7 @@ class DatasetGradients:
         if len(part.losses) != len(indices):
             raise ValueError(
                 f"{len(indices)} samples of the data set gave {len(part.losses)} losses: expected "
-                "a collate_fn that keeps every sample, and a criterion with one loss for each"
+                "a collate_fn that keeps every sample, and one loss for each"
             )
         self.consistency.note(indices, part.losses)
         return part
@@ -223,7 +218,7 @@ class DatasetGradients:
         return torch.cat(batches), [len(batch) for batch in batches]
 
     def read_in_other_batches(self) -> None:
-        """Look at the samples in other batches than `losses` has seen them in."""
+        """Look at the samples in other batches than `losses` has."""
         in_one_batch = self.batch_size <= 2 * self.reader.batch_size
         some = self.samples[1::2] if in_one_batch else self.samples
         for places, batch in self.reader.batches(some):

@@ -18,7 +18,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from irw_optim.arguments import as_whole
+from irw_optim.arguments import whole_number
 from irw_optim.schemes.order import Arrangement, RefusedError, rearranged, refuse_sorting
 
 
@@ -32,20 +32,19 @@ def check_loader(loader: object) -> None:
     if iterable or not hasattr(loader.dataset, "__len__"):
         raise TypeError(
             f"loader.dataset is {'iterable' if iterable else 'without a length'} "
-            f"({type(loader.dataset).__name__}): the global scheme holds one weight for each index "
-            "of a map-style data set, with __getitem__ and __len__; the local scheme, IRWOptimizer "
-            "by itself, works with any stream of batches"
+            f"({type(loader.dataset).__name__}): expected a map-style data set, with __getitem__ "
+            "and __len__; the local scheme, IRWOptimizer by itself, takes any stream of batches"
         )
     if loader.batch_sampler is None:
         raise ValueError(
             "loader has batch_size=None, so that an index of its data set is no sample: expected "
-            "a loader that collates samples into batches, DataLoader(dataset, batch_size=64)"
+            "DataLoader(dataset, batch_size=64)"
         )
     sampler = sampler_of(loader)
     if isinstance(sampler, SubsetRandomSampler):
         raise ValueError(
             f"loader has a SubsetRandomSampler: it draws {len(sampler)} of the "
-            f"{len(loader.dataset)} samples, but the weights would be those of all; use "
+            f"{len(loader.dataset)} samples that would have weights; use "
             "DataLoader(torch.utils.data.Subset(dataset, indices), shuffle=True, ...)"
         )
 
@@ -67,10 +66,7 @@ _WORKERS = (
 
 def _loader_like(loader: DataLoader[Any], data: Dataset[Any], **changes: Any) -> DataLoader[Any]:
     """A loader over ``data`` with the workers of another one; ``changes`` say what it draws."""
-    workers = (
-        "num_workers pin_memory timeout worker_init_fn multiprocessing_context prefetch_factor"
-    )
-    return DataLoader(data, **{name: getattr(loader, name) for name in workers.split()} | changes)
+    return DataLoader(data, **{name: getattr(loader, name) for name in _WORKERS} | changes)
 
 
 def idle_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -84,7 +80,7 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     """A map-style data set whose samples come with their index: ``data[i] == (i, dataset[i])``.
 
     A loader over it yields ``(indices, batch)``: for loops with a loader of their own, which call
-    `GlobalScheme.select`. A scheme that is iterated over makes such a loader itself.
+    `GlobalScheme.select`.
 
     Args:
         dataset: map-style, with a length.
@@ -99,13 +95,8 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     >>> next(iter(DataLoader(data, batch_size=2)))
     [tensor([0, 1]), [tensor([5., 6.])]]
 
-    A ``collate_fn`` that keeps the order of the samples need not know of indices:
-
-    >>> loader = DataLoader(data, batch_size=2, collate_fn=data.collate(lambda samples: samples))
-    >>> next(iter(loader))
-    (tensor([0, 1]), [(tensor(5.),), (tensor(6.),)])
-
-    One that sorts, leaves out or repeats samples takes the pairs, and says what it did:
+    `collate` makes a ``collate_fn`` that knows of no indices one for a loader over it. One that
+    sorts, leaves out or repeats samples takes the pairs, and says what it did:
 
     >>> def longest_first(pairs):
     ...     indices, samples = zip(*sorted(pairs, key=lambda pair: -pair[1][0]))
@@ -131,12 +122,12 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
         if len(samples) != len(indices):
             raise ValueError(
                 f"__getitems__ of {type(self.dataset).__name__} returned {len(samples)} samples "
-                f"for {len(indices)} indices: expected a list with one sample for each"
+                f"for {len(indices)} indices: expected one for each"
             )
         return list(zip(indices, samples, strict=True))
 
     def collate(self, collate_fn: Callable[[list[Any]], Any]) -> IndexedCollate:
-        """Make a ``collate_fn`` for samples one for ``(index, sample)`` pairs."""
+        """A ``collate_fn`` that keeps the order, made one for ``(index, sample)`` pairs."""
         return IndexedCollate(collate_fn)
 
 
@@ -170,19 +161,18 @@ def indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
             return told.to("cpu", torch.int64), rest
     raise TypeError(
         f"collate_fn made a {type(batch).__name__} of the (index, sample) pairs of an "
-        "IndexedDataset: expected (indices, batch), with the dataset index of every sample of the "
-        "batch, in its order"
+        "IndexedDataset: expected (indices, batch), with the index of every sample in its order"
     )
 
 
 def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None) -> DataLoader[Any]:
-    """A loader of the same batches, as of an `IndexedDataset`; sampler and generator are shared."""
+    """A loader of the same batches, as of an `IndexedDataset`."""
     check_loader(loader)
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
             f"loader is a {type(loader).__name__}, which has an iteration of its own: give the "
-            "DataLoader it was made from, or iterate over your own loader of an "
-            "IndexedDataset(dataset) and call scheme.select(indices) before each batch"
+            "DataLoader it was made from, or iterate over your own of an IndexedDataset(dataset) "
+            "and call scheme.select(indices) before each batch"
         )
     data, collate = loader.dataset, loader.collate_fn
     if not isinstance(data, IndexedDataset):
@@ -192,8 +182,8 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
         size = getattr(loader.batch_sampler, "batch_size", None)
         if size is None:
             raise ValueError(
-                f"loader has a {type(loader.batch_sampler).__name__} without a batch_size: "
-                "resampling draws the batches itself and needs DataLoader(dataset, batch_size=64)"
+                f"loader has a {type(loader.batch_sampler).__name__} without a batch_size, and "
+                "resampling draws the batches itself: expected DataLoader(dataset, batch_size=64)"
             )
         drop_last = getattr(loader.batch_sampler, "drop_last", False)
         shape = {"batch_size": size, "drop_last": drop_last, "sampler": sampler}
@@ -207,14 +197,10 @@ class DatasetReader:
     def __init__(self, loader: DataLoader[Any], batch_size: int | None = None) -> None:
         check_loader(loader)
         own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-        size = as_whole(own if batch_size is None else batch_size)
-        if size is None or size < 1:
-            raise ValueError(
-                f"batch_size={batch_size!r} with a loader of batch size {own!r}: expected the "
-                "number of samples to read at once, for example batch_size=256"
-            )
+        size = own if batch_size is None else batch_size
+        expected = "the number of samples to read at once, for example batch_size=256"
         self.loader = loader
-        self.batch_size = size
+        self.batch_size = whole_number("batch_size", size, 1, expected)
         self.uses = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -276,7 +262,6 @@ class DatasetReader:
             missing = sorted(set(wanted.tolist()) - set(found.tolist()))
             raise ValueError(
                 f"collate_fn made a batch of the samples {told.tolist()[:10]} out of "
-                f"{piece.tolist()[:10]} (without {missing[:10]}): for the weights of a data set, "
-                "expected each sample once, in any order"
+                f"{piece.tolist()[:10]} (without {missing[:10]}): expected each sample once"
             )
         return torch.empty_like(order).index_copy(0, order, places), batch

@@ -1,4 +1,4 @@
-"""Samples drawn in proportion to their weights, and epochs that can be gone on with."""
+"""Samples drawn by their weights, and epochs that can be gone on with."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class ResamplingSampler(Sampler[int]):
                 "positive: expected no more draws than that, or replacement=True"
             )
         self._weights = weights
-        # A mass of 0 leaves two equal entries, and the search skips the second: never drawn.
+        # A weight of 0 leaves two equal entries, and the search skips the second.
         self._cumulative = weights.double().cumsum(0)
 
     def __len__(self) -> int:
@@ -112,8 +112,7 @@ class ResamplingSampler(Sampler[int]):
         own = slice(self.rank, asked, self.world_size)
         if self.replacement:
             return self._with_replacement(draws[own], self._drawn)
-        # The first arrivals of exponential clocks with these rates are successive draws in
-        # proportion to the weights left (Efraimidis and Spirakis 2006).
+        # First arrivals of exponential clocks with these rates (Efraimidis and Spirakis 2006).
         arrivals = -torch.log1p(-draws) / self.weights
         return iter(arrivals.argsort()[own].tolist())
 
@@ -127,12 +126,12 @@ class ResamplingSampler(Sampler[int]):
         self._repeated = self._drawn
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights, the seed, the next epoch, and the draws of the one that is under way."""
+        """Weights, seed, next epoch, and the draws of this one."""
         drawn = torch.tensor(self._drawn, dtype=torch.int64, device="cpu")
         return {"weights": self.weights, "seed": self.seed, "epoch": self.epoch, "drawn": drawn}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state of `state_dict`; the weights must be of the same length."""
+        """Take over a state of `state_dict`, of as many weights."""
         self.weights = state_dict["weights"]
         self.seed = state_dict["seed"]
         self.epoch = state_dict["epoch"]
@@ -143,7 +142,7 @@ class ResamplingSampler(Sampler[int]):
         while len(drawn) < len(draws):
             cumulative = self._cumulative
             total = cumulative[-1]
-            # Rounding must not reach the total itself: behind it there is nobody.
+            # Not rounded to the total itself, behind which there is nobody.
             points = (draws[len(drawn) :] * total).clamp(
                 max=total.nextafter(torch.zeros_like(total))
             )
@@ -187,7 +186,7 @@ class ResumableLoader:
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches given so far, and the random states at the epoch's beginning."""
+        """Batches given so far, and the random states at the beginning."""
         return {
             "position": self.position,
             "began_with": list(self._start_states),
@@ -202,15 +201,15 @@ class ResumableLoader:
         self._resumes = self.position > 0
 
     def check(self, state_dict: dict[str, Any]) -> None:
-        """Raise a ValueError for the middle of an epoch that was another process's."""
+        """Refuse the middle of another process's epoch."""
         saved, own = tuple(state_dict["share"]), self.share
         # A DistributedSampler's order is that of its seed and epoch, on all ranks the same.
         alike = saved[1] == own[1] and hasattr(sampler_of(self.loader), "num_replicas")
         if state_dict["position"] and saved != own and not alike:
             raise ValueError(
                 f"the state is from the middle of an epoch of process {saved[0]} of {saved[1]}, "
-                f"and this is process {own[0]} of {own[1]}: expected a state saved between epochs, "
-                "or by each process for itself"
+                f"and this is process {own[0]} of {own[1]}: expected one saved between epochs, or "
+                "by each process for itself"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,7 +237,6 @@ class ResumableLoader:
         return batches
 
     def _generators(self) -> list[torch.Generator]:
-        """What the order may be drawn from, the global random numbers apart."""
         sources = (self.loader, self.loader.sampler, sampler_of(self.loader))
         found = [getattr(source, "generator", None) for source in sources]
         return list({id(g): g for g in found if g is not None}.values())

@@ -1,14 +1,8 @@
 """Which samples are outliers, from the inner products of their gradients alone: the O of IRWO.
 
-``DBSCANFilter()(K)`` is, for per-sample gradients G (B x P) whose Gram matrix is K = G G^T::
-
-    D   = distances(K)                         # D_ij = |g_i - g_j|
-    eps = auto_eps(D, min_samples=5)           # removes at most a share 1 - quantile
-    out = dbscan_noise(D, eps, min_samples=5)  # True: noise in the sense of DBSCAN
-
-Noise needs no clustering: a sample is noise iff it is no core point and no core point lies within
-``eps`` (Ester, Kriegel, Sander and Xu 1996, definitions 2 and 6). That is two comparisons on the
-device that holds K, with labels equal to scikit-learn's.
+Noise needs no clustering: a sample is noise iff it is no core point and none lies within ``eps``
+(Ester, Kriegel, Sander and Xu 1996, definitions 2 and 6): two comparisons on the device that holds
+K = G G^T.
 
 An outlier filter cannot tell a corrupted sample from a rare group: it can remove the very minority
 that IRW is there for. Look at who leaves before trusting it.
@@ -27,10 +21,9 @@ from irw_optim.arguments import real_number, whole_number
 
 
 class OutlierFilter(Protocol):
-    """What IRWO takes as ``outliers=``: any callable from a Gram matrix to a mask.
+    """What IRWO takes as ``outliers=``: from K = G G^T, (B, B), to (B,) bool on the same device.
 
-    ``filter(gram)`` is given K = G G^T, of shape (B, B), and returns (B,) bool on the same device,
-    True for the samples to remove. It must not remove everybody.
+    True for the samples to remove.
 
     >>> def largest_norm(gram):
     ...     return gram.diagonal() == gram.diagonal().max()
@@ -48,14 +41,13 @@ class OutlierFilter(Protocol):
 class DBSCANFilter:
     """DBSCAN's noise among the per-sample gradients, as an outlier filter (IRWO).
 
-    Where DBSCAN calls every sample noise (always so if B < ``min_samples``), everything is kept:
-    nothing is left that anybody could be an outlier of. `noise` shows the labels before that.
+    Where DBSCAN calls every sample noise (always so if B < ``min_samples``), everything is kept;
+    `noise` shows the labels before that.
 
     Args:
         eps: radius of the neighbourhood, in units of gradient norm, >= 0 (0: only exact
-            duplicates are neighbours); or ``"auto"`` for `auto_eps` on every batch. Gradient norms
-            shrink by orders of magnitude in training, so that a fixed radius ends up calling
-            everything or nothing noise.
+            duplicates are neighbours); or ``"auto"`` for `auto_eps` on every batch: gradient norms
+            shrink by orders of magnitude in training.
         min_samples: neighbours that make a core point, itself counted.
         quantile: for ``"auto"``, the least share of the batch to keep, in (0, 1]. At 0.95 nobody
             leaves a batch of fewer than 20.
@@ -114,11 +106,6 @@ def distances(gram: Tensor) -> Tensor:
     (B, B), float32 at least; symmetric, and exactly 0 on the diagonal. The difference cancels:
     equal gradients may come out sqrt(machine epsilon) of their norm apart (3e-4 in float32).
     Raises as `DBSCANFilter.__call__`.
-
-    >>> gradients = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    >>> distances(gradients @ gradients.T)
-    tensor([[0., 5.],
-            [5., 0.]])
     """
     if not isinstance(gram, Tensor):
         raise TypeError(f"gram={gram!r}: expected a tensor of shape (B, B), G @ G.T")
@@ -134,7 +121,7 @@ def distances(gram: Tensor) -> Tensor:
         raise FloatingPointError(
             f"gram is not finite for the samples {broken.nonzero().flatten().tolist()}: "
             f"their gradients hold NaN or infinity, or their squares overflow {K.dtype}; "
-            "leave these samples out, or pass gram.double() computed in float64"
+            "leave them out, or pass gram.double() computed in float64"
         )
     return squares.clamp_(min=0).sqrt_()
 
@@ -144,10 +131,6 @@ def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Te
 
     Equal to ``sklearn.cluster.DBSCAN(eps, min_samples=min_samples, metric="precomputed")`` on
     every input. scikit-learn refuses ``eps=0``; here it makes duplicates the only neighbours.
-
-    >>> points = torch.tensor([0.0, 1.0, 2.0, 9.0])
-    >>> dbscan_noise((points[:, None] - points).abs(), eps=1.0, min_samples=3)
-    tensor([False, False, False,  True])
     """
     near = (distances <= eps).to(torch.float32)  # counts below 2^24 are exact, sums of it quick
     core = near.sum(dim=1) >= min_samples
@@ -158,15 +141,9 @@ def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Te
 def auto_eps(distances: Tensor, min_samples: int, quantile: float = 0.95) -> Tensor:
     """A radius for DBSCAN that removes at most the share ``1 - quantile`` of a batch, 0-dim.
 
-    The least of the distances to the (``min_samples`` - 1)-th neighbour, itself not counted, that
-    reaches the share ``quantile`` of the batch. Whoever has that neighbour within eps is a core
-    point, and core points are not noise. (Interpolated quantiles give no such bound.) Infinity
-    where B < ``min_samples``.
-
-    >>> points = torch.tensor([0.0, 1.0, 2.0, 9.0])
-    >>> D = (points[:, None] - points).abs()
-    >>> auto_eps(D, min_samples=2, quantile=0.75), auto_eps(D, min_samples=2, quantile=0.76)
-    (tensor(1.), tensor(7.))
+    The least distance to the (``min_samples`` - 1)-th other neighbour that the share ``quantile``
+    of the batch has: core points, then. (Interpolated quantiles give no such bound.) Infinity where
+    B < ``min_samples``.
     """
     size = len(distances)
     if size < min_samples:

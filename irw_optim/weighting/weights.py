@@ -1,15 +1,12 @@
 """How much each sample counts: pure functions of the losses and of the per-sample gradients.
 
-Every rule here gives each sample a score; the weights are the positive parts of the scores,
-normalised to sum 1. Intrinsic reweighting (IRW) scores a sample by how much a step on it lowers
-the loss of the worst-off group S, to first order::
+The weights are the positive parts of scores, normalised to sum 1; intrinsic reweighting (IRW)
+scores a sample by how much a step on it lowers the loss of the worst-off group S, to first order::
 
     S   = worst_off(losses, alpha)              # the worst alpha-fraction by loss
     g_S = gradients.combine(S)                  # G^T 1_S
     s   = gradients.dot(g_S)                    # s_i = <g_i, g_S>
     w   = s.clamp(min=0) / s.clamp(min=0).sum()
-
-CVaR scores membership of S, plain training scores everybody alike. No ``torch.nn`` in this room.
 """
 
 from __future__ import annotations
@@ -49,8 +46,7 @@ ROUNDING = 1e-12
 def worst_off(losses: Tensor, alpha: float) -> Tensor:
     """The worst alpha-fraction of the samples by loss: S (paper, section III).
 
-    Of losses equal to the last bit the lower index comes first, so the set has exactly
-    ``worst_off_count`` members on every input.
+    Of equal losses the lower index comes first, so that S always has ``worst_off_count`` members.
 
     Args:
         losses: (B,), any float dtype.
@@ -60,7 +56,7 @@ def worst_off(losses: Tensor, alpha: float) -> Tensor:
         (B,) bool, True for the members of S.
 
     Raises:
-        ValueError: alpha outside (0, 1], or losses that are not a vector.
+        TypeError, ValueError: alpha outside (0, 1], or losses that are no such vector.
 
     >>> worst_off(torch.tensor([0.1, 2.0, 0.3, 2.0]), alpha=0.25)
     tensor([False,  True, False, False])
@@ -87,7 +83,7 @@ def irw_weights(
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers: drops samples before S is chosen; a `DBSCANFilter` makes this IRWO.
         center: beta >= 0; what the worst-off need beyond what everybody needs.
-        labels: (B,) class labels; if given, every class present gets the same total weight.
+        labels: (B,) classes; if given, each has the same total weight.
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / B.
 
     Returns:
@@ -204,9 +200,6 @@ def normalise(
 
     Where there is no mass (in the batch, or in a class of it) the weights are uniform; the second
     answer, 0-dim bool, is whether there was none at all. NaN stays NaN.
-
-    >>> normalise(torch.tensor([3.0, 1.0, 0.0, 0.0]), labels=torch.tensor([0, 0, 0, 1]))[0]
-    tensor([0.3750, 0.1250, 0.0000, 0.5000])
     """
     total = mass.sum()
     if labels is not None:
@@ -218,7 +211,6 @@ def normalise(
 
 
 def _by_classes(mass: Tensor, kept: Tensor | None, labels: Tensor) -> Tensor:
-    """Every class that has kept samples gets the same total."""
     check_labels(labels, len(mass))
     present = torch.ones_like(mass) if kept is None else kept.to(mass.dtype)
     if mass.device.type == "cpu" or len(mass) > COMPARED_UP_TO:
