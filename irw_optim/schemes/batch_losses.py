@@ -190,8 +190,7 @@ def check_difference(difference: Tensor, scale: Tensor) -> None:
 def _differentiable(model: nn.Module, values: Direction) -> Iterator[None]:
     """The modules with these values in place of parameters, and attention by plain operations.
 
-    ``torch.func.functional_call`` puts a value back where a module has two names; fused attention
-    has no derivative in forward mode.
+    (``torch.func.functional_call`` fails on modules of two names, forward mode on fused attention.)
     """
     mha = torch.backends.mha
     with ExitStack() as undo, sdpa_kernel(SDPBackend.MATH):

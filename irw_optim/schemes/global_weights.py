@@ -67,9 +67,8 @@ def global_weights(
 
     S is the worst-off alpha-fraction of the data set, and w_i is proportional to
     max(0, <g_i, g_S>). The samples are read two or three times, nearly in the order of the data
-    set, with the model in eval mode: the weights depend neither on the loader's sampler nor on the
-    batch size. A loss that depends on who else is in the batch is logged as a warning. Model,
-    random states and ``p.grad`` are as before afterwards.
+    set, with the model in eval mode, and leave no trace: the weights depend neither on the loader's
+    sampler nor on the batch size. A loss that depends on who else is in the batch is logged.
 
     The processes of a DistributedDataParallel, with the same data set each, share the reading;
     given the module inside, each makes them by itself.

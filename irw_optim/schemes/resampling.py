@@ -28,9 +28,9 @@ class ResamplingSampler(Sampler[int]):
         replacement: whether a sample may come twice. Without it, the inclusion probabilities are
             not proportional to the weights, which with ``num_samples=N`` only order the epoch.
         generator: gives the seed; None is seed 0. All ranks need equal seeds.
-        rank: of this process, which takes the draws ``rank``, ``rank + world_size``, ... of one
-            process's, lengthened to a multiple as in DistributedSampler.
-        world_size: number of processes. None for both takes the process group's, if there is one.
+        rank: of this process, which takes every ``world_size``-th of one process's draws,
+            lengthened as in DistributedSampler.
+        world_size: number of processes. None for both takes the process group's.
 
     Raises:
         TypeError, ValueError: weights that cannot be drawn by; more draws without replacement than
@@ -157,9 +157,9 @@ class ResamplingSampler(Sampler[int]):
 class ResumableLoader:
     """Iterates over a loader; its state says how far, and what the order was drawn from.
 
-    A broken epoch goes on: its batches are read again and dropped up to where it stopped, without
-    ``before_batch``. Orders drawn from torch's random numbers, or by a `ResamplingSampler`, come
-    out the same. ``share`` is this process's rank, and of how many.
+    A broken epoch goes on: its batches are read again, and dropped up to where it stopped. Orders
+    drawn from torch's random numbers, or by a `ResamplingSampler`, come out the same. ``share`` is
+    this process's rank, and of how many.
     """
 
     loader: DataLoader[Any]

@@ -103,9 +103,8 @@ class DBSCANFilter:
 def distances(gram: Tensor) -> Tensor:
     """Euclidean distances between the rows of G: D_ij^2 = K_ii + K_jj - 2 K_ij, clamped at 0.
 
-    (B, B), float32 at least; symmetric, and exactly 0 on the diagonal. The difference cancels:
-    equal gradients may come out sqrt(machine epsilon) of their norm apart (3e-4 in float32).
-    Raises as `DBSCANFilter.__call__`.
+    (B, B), float32 at least; symmetric, 0 on the diagonal. The difference cancels: equal gradients
+    may come out 3e-4 of their norm apart in float32. Raises as `DBSCANFilter.__call__`.
     """
     if not isinstance(gram, Tensor):
         raise TypeError(f"gram={gram!r}: expected a tensor of shape (B, B), G @ G.T")

@@ -159,8 +159,7 @@ def weigh(
     """Outliers out, S, scores, weights: the whole of one mini-batch (the local scheme).
 
     `irw_weights` is its checked front. ``present`` (B,) bool leaves out samples whose target is
-    ignored: they are no part of the batch that ``alpha`` is a share of. ``removed`` (B,) bool names
-    outliers that a filter has named already.
+    ignored, of which ``alpha`` is no share. ``removed`` (B,) bool are outliers that are known.
     """
     kept, gram, finite, mass = present, None, None, None
     factor = 1.0  # scores are those of `factor` times the gradients
