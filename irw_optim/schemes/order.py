@@ -167,7 +167,7 @@ def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tens
     if alike(first, next(tables)):
         raise ValueError(
             f"collate_fn={name} (or forward=) gives the samples of a batch in an order of its own, "
-            "or others: their losses differ when they are handed over in another one, and weights "
+            "or others: the losses of the same samples differ in another order, and weights "
             f"would go to the wrong samples; {REMEDY}"
         )
     # Samples that change places have to change their own rows alone, as some pair has to show.
