@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from irw_optim.criterion import PerSampleLoss, per_sample_losses
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.weighting import irw_weights, worst_off
+from irw_optim.weighting import StepRecord, irw_weights, worst_off
 from irw_optim.weighting.outliers import DBSCANFilter
-from irw_optim.weighting.record import StepRecord
 
 if TYPE_CHECKING:
     from irw_optim.model_check import Verification, verify

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 
 import numpy as np
@@ -56,6 +57,13 @@ def real_number(name: str, value: object, interval: str, meaning: str = "") -> f
     if not (above and below):
         raise ValueError(message)
     return number
+
+
+def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
+    """The name that an argument is, or a ValueError with those that are allowed."""
+    if value not in (names := list(allowed)):
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, names))}")
+    return str(value)
 
 
 def true_or_false(name: str, value: object) -> bool:

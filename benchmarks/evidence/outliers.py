@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from sklearn.cluster import DBSCAN
 from torch import Tensor, nn
 
 from benchmarks import report
@@ -29,7 +30,7 @@ from benchmarks.methods.intrinsic import Intrinsic
 from benchmarks.models import outputs_of, per_sample_gradients
 from benchmarks.training import Recipe, cross_entropy, take_steps
 from irw_optim import DBSCANFilter
-from irw_optim.weighting.outliers import cluster_labels
+from irw_optim.weighting.outliers import distances
 
 STEPS, EARLY, RECIPE = 200, 20, Recipe(batch=128, lr=1e-3)
 CORRUPTIONS = ("clean", "flips 10 %", "flips 20 %", "scattered 10 %", "a cluster 10 %")
@@ -106,7 +107,10 @@ def clusters(model: nn.Module, data: Samples, bad: Tensor, step: int) -> dict[st
     """What DBSCAN makes of corrupted samples in one batch: noise, or clusters of their own."""
     x, y, bad = data.x[:256], data.y[:256], bad[:256]
     G = per_sample_gradients(model, cross_entropy, x, y)
-    labels = cluster_labels(G @ G.T)
+    D, outliers = distances(G @ G.T), DBSCANFilter()
+    radius = max(float(outliers.radius(D)), 1e-30)  # scikit-learn refuses 0
+    dbscan = DBSCAN(eps=radius, min_samples=outliers.min_samples, metric="precomputed")
+    labels = torch.from_numpy(dbscan.fit_predict(D.numpy()))
     own = [c for c in labels.unique() if c >= 0 and bad[labels == c].double().mean() > 0.9]
     inside = torch.isin(labels[bad], torch.tensor(own)) if own else torch.zeros(1)
     found = {NOISE: labels[bad] == -1, OWN: inside}

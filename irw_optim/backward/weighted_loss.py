@@ -19,8 +19,7 @@ from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.torch_internals import graph_is_kept, uncompiled, will_run
-from irw_optim.weighting.local_scheme import NoRows, Scheme
-from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting import NoRows, Scheme, StepRecord
 
 Note = Callable[[StepRecord], None]
 

@@ -34,7 +34,7 @@ from irw_optim.gradients.graph import gradients_at
 from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.recomputation import OneForward
-from irw_optim.weighting.local_scheme import NoRows
+from irw_optim.weighting import NoRows
 
 WAY_OUT = (
     "choose score_parameters= without them (score_parameters='last', say), or train with "

@@ -1,10 +1,8 @@
-"""How the groups fare, and how the losses are spread, in one number each.
-
-What a user may hand in is checked and turned into numpy arrays of shape (N,) here.
-"""
+"""How groups fare, and the losses are spread; what users hand in, as numpy arrays of shape (N,)."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping, Sized
 from typing import Any, TypeAlias
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from irw_optim.weighting import worst_off_count
-from irw_optim.weighting.ranges import check_alpha
+from irw_optim.weighting.weights import check_alpha
 
 Array: TypeAlias = npt.NDArray[Any]
 ArrayLike: TypeAlias = Tensor | npt.ArrayLike
@@ -35,11 +33,10 @@ def group_accuracy(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> 
             DataFrame.
 
     Returns:
-        {group: accuracy in [0, 1]}, sorted by group; with several columns a group is a tuple.
+        {group: accuracy in [0, 1]}, sorted; with several columns a group is a tuple.
 
     Raises:
-        TypeError: labels and predictions of different kinds.
-        ValueError: lengths that differ, empty input, missing values, predictions that are scores.
+        TypeError, ValueError: lengths or kinds that differ, empty input, missing values, scores.
 
     >>> y_true, y_pred, sex, old = [1, 0, 1, 1], [1, 0, 0, 1], ["f", "f", "m", "m"], [0, 1, 0, 1]
     >>> group_accuracy(y_true, y_pred, sex)
@@ -78,8 +75,7 @@ def mad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
 def tad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
     """TAD, sum_g ``|acc_g - acc|`` with the accuracy acc of all; arguments of `group_accuracy`.
 
-    Every group counts alike, whatever its size, and more groups make a larger sum: compare only
-    between models on the same groups.
+    More groups make a larger sum: compare only between models on the same groups.
 
     >>> tad([1, 0, 1, 1], [1, 0, 0, 1], groups=["f", "f", "m", "m"])
     0.5
@@ -90,10 +86,7 @@ def tad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
 
 
 def loss_variance(losses: ArrayLike) -> float:
-    """VAR, the variance of the losses over the samples: mean of (loss_i - mean loss)^2.
-
-    Args:
-        losses: (N,).
+    """VAR, the variance of losses (N,) over the samples: mean of (loss_i - mean loss)^2.
 
     Raises:
         TypeError, ValueError: ``losses`` that are no numbers, not finite, or of another shape.
@@ -105,14 +98,10 @@ def loss_variance(losses: ArrayLike) -> float:
 
 
 def worst_alpha_loss(losses: ArrayLike, alpha: float) -> float:
-    """The mean of the worst ceil(alpha N) losses: the objective itself, CVaR at level alpha.
-
-    Args:
-        losses: (N,), as of `loss_variance`.
-        alpha: share in (0, 1]; 1 gives the mean loss.
+    """The mean of the worst ceil(alpha N) of losses (N,): the objective itself, CVaR at alpha.
 
     Raises:
-        TypeError, ValueError: an argument that is impossible.
+        TypeError, ValueError: as of `loss_variance`; ``alpha`` outside (0, 1].
 
     >>> worst_alpha_loss([0.1, 2.0, 0.3, 1.0], alpha=0.5)
     1.5
@@ -123,7 +112,7 @@ def worst_alpha_loss(losses: ArrayLike, alpha: float) -> float:
 
 
 def intersect(columns: Mapping[str, Array]) -> tuple[list[Group], npt.NDArray[np.intp]]:
-    """The combinations of values that occur, sorted, and which of them each sample is in."""
+    """The combinations of values that occur, sorted, and whose each sample's is."""
     each = [np.unique(column, return_inverse=True) for column in columns.values()]
     if len(each) == 1:
         return each[0][0].tolist(), each[0][1]
@@ -164,8 +153,7 @@ def as_vector(name: str, values: ArrayLike, each: str, mend: str = "") -> Array:
     if gaps.any():
         raise ValueError(
             f"{name} has no value for {gaps.sum()} of {len(array)} samples, the first at "
-            f"{gaps.argmax()}: expected one {each} a sample; leave these samples out, or give them "
-            "a value of their own"
+            f"{gaps.argmax()}: leave these samples out, or give them a value of their own"
         )
     # Objects (pandas' strings) are slow to compare and cannot always be sorted.
     return np.asarray(array.tolist()) if objects else array
@@ -185,13 +173,13 @@ def as_losses(losses: ArrayLike) -> npt.NDArray[np.float64]:
 
 
 def as_classes(name: str, values: ArrayLike) -> Array:
-    """Class labels, (N,): numbers without fractions, or strings."""
+    """Class labels, (N,): whole numbers, or strings."""
     array = as_vector(name, values, "class", "; of scores, scores.argmax(-1)")
     if array.dtype.kind == "f" and (fractions := array != np.round(array)).any():
         first = int(fractions.argmax())
         raise ValueError(
-            f"{name}[{first}]={array[first]:g} is no class: expected class labels; of scores, "
-            f"{name} = (scores > 0.5) or scores.argmax(-1)"
+            f"{name}[{first}]={array[first]:g} is no class: of scores, {name} = (scores > 0.5) or "
+            "scores.argmax(-1)"
         )
     return array
 
@@ -203,13 +191,13 @@ def as_predictions(y_true: ArrayLike, y_pred: ArrayLike) -> tuple[Array, Array]:
     if (true.dtype.kind in "US") != (predicted.dtype.kind in "US"):
         raise TypeError(
             f"y_true has dtype {true.dtype} and y_pred {predicted.dtype}: expected both to be "
-            "strings, or both numbers, so that a right prediction equals its label"
+            "strings, or both numbers"
         )
     return true, predicted
 
 
 def as_columns(groups: GroupsLike) -> dict[str, Array]:
-    """The columns of ``groups`` by name; without names of their own, group, or group_0, ..."""
+    """The columns of ``groups`` by name; else they are group, or group_0, ..."""
     if isinstance(groups, Mapping) or (hasattr(groups, "columns") and hasattr(groups, "items")):
         columns = [(str(n), f"groups[{str(n)!r}]", column) for n, column in groups.items()]
         given = "groups has no column"
@@ -229,7 +217,7 @@ def as_rows(inputs: ArrayLike) -> Array:
     if array.ndim < 2 or not array.size:
         raise ValueError(
             f"inputs has shape {array.shape}: expected (N, ...), the features of each sample; "
-            "inputs.reshape(-1, 1) for a single feature"
+            "inputs.reshape(-1, 1) for one"
         )
     check_numbers("inputs", array)
     return array.reshape(len(array), -1)
@@ -255,3 +243,13 @@ def check_lengths(**arrays: Sized) -> None:
                 f"{first} has {len(reference)} samples and {name} has {len(array)}: "
                 "expected the same samples in the same order"
             )
+
+
+def kmeans(rows: Array, n_clusters: int, seed: int) -> Array:
+    """The cluster of each row, (N,)."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows: fewer clusters
+        return np.asarray(KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(rows))

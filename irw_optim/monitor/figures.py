@@ -37,7 +37,7 @@ Draw: TypeAlias = Callable[[Axes, Sequence[Row]], None]
 
 
 class ShownFigure(Figure):
-    """Without pyplot, nobody has told the notebook how to show a `matplotlib.figure.Figure`."""
+    """A notebook shows it without pyplot."""
 
     def _repr_png_(self) -> bytes:
         file = BytesIO()
@@ -46,7 +46,7 @@ class ShownFigure(Figure):
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """All panels that the rows have something for; a RuntimeError where there are none."""
+    """All panels that the rows have something for."""
     if not rows:
         raise RuntimeError("nothing was recorded yet: expected a call after optimizer.step()")
     panels = [(title, panel) for title, answers, panel in PANELS if answers(rows)]
@@ -70,23 +70,17 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 
 def _losses(axis: Axes, rows: Sequence[Row]) -> None:
-    for name, label, colour in (
-        ("loss_q99", "99 % quantile", "#999999"),
-        ("worst_alpha_loss", "worst α-fraction, mean", "#D55E00"),
-        ("mean_loss", "all, mean", "#0072B2"),
-    ):
-        _line(axis, rows, column(rows, name), label, colour, show_each=True)
+    _line(axis, rows, "loss_q99", "99 % quantile", "#999999", show_each=True)
+    _line(axis, rows, "worst_alpha_loss", "worst α-fraction, mean", "#D55E00", show_each=True)
+    _line(axis, rows, "mean_loss", "all, mean", "#0072B2", show_each=True)
     axis.set_ylim(bottom=0)
 
 
 def _carriers(axis: Axes, rows: Sequence[Row]) -> None:
-    for name, label, colour in (
-        ("effective_share", "effective sample size", "#0072B2"),
-        ("zero_share", "weight 0", "#999999"),
-        ("worst_off_weight", "weight of the worst-off", "#D55E00"),
-        ("largest_weight", "weight of one sample, largest", "#009E73"),
-    ):
-        _line(axis, rows, column(rows, name), label, colour)
+    _line(axis, rows, "effective_share", "effective sample size", "#0072B2")
+    _line(axis, rows, "zero_share", "weight 0", "#999999")
+    _line(axis, rows, "worst_off_weight", "weight of the worst-off", "#D55E00")
+    _line(axis, rows, "largest_weight", "weight of one sample, largest", "#009E73")
     _percent(axis)
 
 
@@ -108,14 +102,14 @@ def _loss_by_group(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _removed(axis: Axes, rows: Sequence[Row]) -> None:
-    _line(axis, rows, column(rows, "removed_share"), "everybody", "#000000")
+    _line(axis, rows, "removed_share", "everybody", "#000000")
     _by_part(axis, rows, "group" if _knows("group")(rows) else "class", "removed")
     _percent(axis)
 
 
 def _gradient(axis: Axes, rows: Sequence[Row]) -> None:
+    _line(axis, rows, "gradient_norm", "norm of the step's gradient", "#0072B2", show_each=True)
     norms = column(rows, "gradient_norm")
-    _line(axis, rows, norms, "norm of the step's gradient", "#0072B2", show_each=True)
     fallback = column(rows, "fallback") > 0
     if fallback.any():
         steps = _steps(rows)[fallback]
@@ -125,8 +119,7 @@ def _gradient(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _held(axis: Axes, rows: Sequence[Row]) -> None:
-    values = column(rows, "held_agreement")
-    _line(axis, rows, values, "S has the larger loss", "#0072B2", show_each=True)
+    _line(axis, rows, "held_agreement", "S has the larger loss", "#0072B2", show_each=True)
     axis.axhline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
     _percent(axis)
 
@@ -153,13 +146,19 @@ PANELS: tuple[tuple[str, Callable[[Sequence[Row]], bool], Draw], ...] = (
     ),
     ("Length of the gradient", lambda _: True, _gradient),
 )
-"""What each asks, whether the rows can answer it, and how."""
+"""What each shows, whether the rows have it, and how."""
 
 
 def _line(
-    axis: Axes, rows: Sequence[Row], values: Array, label: str, colour: str, show_each: bool = False
+    axis: Axes,
+    rows: Sequence[Row],
+    values: Array | str,
+    label: str,
+    colour: str,
+    show_each: bool = False,
 ) -> None:
-    """A running mean over a fortieth of the course; each row behind it, if asked for."""
+    """The running mean of values, or of a column, over a fortieth of the course."""
+    values = column(rows, values) if isinstance(values, str) else values
     if show_each:
         axis.plot(_steps(rows), values, ".", color=colour, alpha=0.2, markersize=2)
     axis.plot(_steps(rows), _smooth(values), color=colour, label=label, linewidth=1.5)
@@ -170,7 +169,7 @@ def _steps(rows: Sequence[Row]) -> Array:
 
 
 def _smooth(values: Array) -> Array:
-    """The mean of the known values around each one; NaN where there are none."""
+    """The mean of the known values around each."""
     window = np.ones(2 * (len(values) // 80) + 1)
     known = np.isfinite(values)
     total = np.convolve(np.where(known, values, 0.0), window, mode="same")
@@ -178,10 +177,8 @@ def _smooth(values: Array) -> Array:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _by_part(
-    axis: Axes, rows: Sequence[Row], kind: str, name: str, absent: float = float("nan")
-) -> None:
-    """A line for each part; gaps in rows that do not know the partition."""
+def _by_part(axis: Axes, rows: Sequence[Row], kind: str, name: str, absent: float = np.nan) -> None:
+    """A line for each part, with gaps where it is not known."""
     tables = [row.breakdowns.get(kind) for row in rows]
     for part, colour in _shown(rows, kind):
         values = [np.nan if t is None else t.column(name).get(part, absent) for t in tables]
@@ -189,7 +186,6 @@ def _by_part(
 
 
 def _shown(rows: Sequence[Row], kind: str) -> list[tuple[Hashable, str]]:
-    """The parts with the most samples, and their colours, in order of their names."""
     parts = parts_of(rows, kind)
     largest = sorted(parts, key=lambda part: -parts[part].samples)[:MOST_LINES]
     return list(zip(sorted(largest, key=str), COLOURS, strict=False))

@@ -15,8 +15,7 @@ from irw_optim.metrics._groups import GroupsLike, as_columns, intersect
 from irw_optim.monitor.rows import Array, Breakdown, Row
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.weighing import HeldWeights
-from irw_optim.weighting import worst_off_count
-from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting import StepRecord, worst_off_count
 
 
 class Batch(NamedTuple):
@@ -32,9 +31,8 @@ class Batch(NamedTuple):
 
     def part(self, chosen: Array) -> Batch:
         """The chosen samples, (B,) bool."""
-        fields: dict[str, Any] = self._asdict()
-        arrays = {n: v[chosen] for n, v in fields.items() if isinstance(v, np.ndarray)}
-        return Batch(**{**fields, **arrays})
+        fields: Any = [v[chosen] if isinstance(v, np.ndarray) else v for v in self]
+        return Batch(*fields)
 
 
 def row_of(
@@ -58,7 +56,7 @@ def row_of(
     batch, mine, mine_counted = batch.part(counted), batch.part(own & counted), counted[own]
     if not len(batch.losses):
         return None
-    held_agreement = float("nan")
+    held_agreement = np.nan
     if isinstance(scheme, HeldWeights) and scheme.record is not None and scheme.indices is not None:
         worst_off = scheme.record.worst_off  # when the weights were made
         in_s = worst_off[scheme.indices.to(worst_off.device)].cpu().numpy()
@@ -66,7 +64,7 @@ def row_of(
     numbers = {
         "weighted": float(optimizer.steps > optimizer.warmup_steps),
         **summarise(batch, float(optimizer.own_state()["alpha"])),
-        "held_for": float("nan") if held_for is None else float(held_for),
+        "held_for": np.nan if held_for is None else float(held_for),
         "resampled": float(getattr(scheme, "resampled", False)),
         "held_agreement": held_agreement,
     }
@@ -80,7 +78,7 @@ def row_of(
 
 
 def read(record: StepRecord, gradient_norm: Tensor) -> Batch:
-    """Bring a record to the CPU, float32, waiting for the device once (twice with labels)."""
+    """A record on the CPU, float32, waiting for the device once (twice with labels)."""
     like = record.losses
     vectors = [record.losses, record.worst_off, record.outliers, record.weights]
     vectors += [v.to(like.device).expand_as(like) for v in (record.fallback, gradient_norm)]
@@ -125,21 +123,20 @@ def by_group(batch: Batch, groups: Mapping[str, Array]) -> Breakdown:
     parts, member = intersect(groups)
     size = np.bincount(member)
 
-    def in_each(values: Array) -> Array:
-        return np.bincount(member, weights=values)
-
+    values = (batch.worst_off, batch.weights, batch.outliers, batch.losses)
+    worst_off, weights, outliers, losses = (np.bincount(member, weights=v) for v in values)
     columns = [
         size / size.sum(),
-        in_each(batch.worst_off) / max(batch.worst_off.sum(), 1.0),
-        in_each(batch.weights) / (batch.weights.sum() or 1.0),
-        in_each(batch.outliers) / size,
-        in_each(batch.losses) / size,
+        worst_off / max(worst_off.sum(), 1.0),
+        weights / (batch.weights.sum() or 1.0),
+        outliers / size,
+        losses / size,
     ]
     return Breakdown(tuple(parts), np.stack(columns, axis=1))
 
 
 def groups_of(passes: Sequence[GroupsLike], size: int) -> dict[str, Array]:
-    """The groups of the newest backward passes that have ``size`` samples together, by column."""
+    """The groups of the newest passes that have ``size`` samples together, by column."""
     given = [as_columns(groups) for groups in passes]
     lengths = [len(next(iter(columns.values()))) for columns in given]
     first = len(given)
@@ -148,8 +145,8 @@ def groups_of(passes: Sequence[GroupsLike], size: int) -> dict[str, Array]:
     if sum(lengths[first:]) != size:
         raise ValueError(
             f"the step was on a batch of {size} samples, but monitor.groups() was given "
-            f"{' + '.join(map(str, lengths))}: expected one label for each sample of the batch, in "
-            "one call for each backward pass"
+            f"{' + '.join(map(str, lengths))}: expected one label for each sample, in one call for "
+            "each backward pass"
         )
     return {name: np.concatenate([columns[name] for columns in given[first:]]) for name in given[0]}
 
@@ -169,13 +166,13 @@ def gradient_norm(optimizer: IRWOptimizer) -> Tensor:
 
 
 class WeightAge:
-    """Watches the weights that an optimizer's scheme holds, by identity: it waits for nothing."""
+    """How long an optimizer's scheme holds its weights, by identity: it waits for nothing."""
 
     def __init__(self) -> None:
         self.load({"step": 0, "weights": None})
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from there, if the scheme comes back with the same weights."""
+        """Go on from there, if the same weights come back."""
         self.step: int = state["step"]
         self._resumed: float | None = state["weights"]
         self._known: Callable[[], StepRecord | None] = lambda: None
@@ -192,7 +189,7 @@ class WeightAge:
         return step - self.step
 
     def state(self) -> dict[str, Any]:
-        """The step since which the weights are held, and which weights, by what is in them."""
+        """Since when they are held, and what is in them."""
         record = self._known()
         return {"step": self.step, "weights": None if record is None else _fingerprint(record)}
 
@@ -204,15 +201,15 @@ def _fingerprint(record: StepRecord) -> float:
 
 
 def agreement(losses: Array, worst_off: Array) -> float:
-    """The area under the ROC curve of S by the losses (B,), NaN where everybody is in S, or nobody.
+    """The area under the ROC curve of S by the losses, NaN where everybody is in S, or nobody.
 
-    That is P(a member of S has a larger loss than somebody else): 1/2 where S says nothing more.
+    P(a member of S has a larger loss than somebody else): 1/2 where S says nothing more.
     """
     from sklearn.metrics import roc_auc_score  # takes longer to import than this package
 
     inside = worst_off.astype(bool)
     if inside.all() or not inside.any():
-        return float("nan")
+        return np.nan
     values = losses.astype(np.float64)
     values[~np.isfinite(values)] = np.finfo(np.float64).max  # the largest of all
     return float(roc_auc_score(inside, values))

@@ -1,7 +1,4 @@
-"""The rows of a training: what is kept of a step and given to loggers, and the course of them all.
-
-``docs/diagnostics.md`` says what the columns mean.
-"""
+"""The rows of a training, and the course of them all; ``docs/diagnostics.md`` has the columns."""
 
 from __future__ import annotations
 
@@ -16,12 +13,11 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[Any]
 
 OF_A_PART = ("samples", "worst_off", "weight", "removed", "loss")
-"""Columns of a `Breakdown`: shares of the batch, of S, of the weight; its own share that was
-removed; its mean loss."""
+"""Of a class or group: its share of the batch, of S, of the weight; of it removed; mean loss."""
 
 
 class Breakdown(NamedTuple):
-    """The classes or groups of a batch, sorted, and of each the numbers `OF_A_PART`, (parts, 5)."""
+    """The classes or groups of a batch, sorted, and the numbers `OF_A_PART` of each, (parts, 5)."""
 
     parts: tuple[Hashable, ...]
     numbers: Array
@@ -41,7 +37,7 @@ class Row:
     breakdowns: dict[str, Breakdown]
 
     def flat(self, most_parts: float = math.inf) -> dict[str, float]:
-        """One number a column, as in ``weight/class_1``, without partitions of too many parts."""
+        """One number a column, as in ``weight/class_1``, of partitions that are not too large."""
         row = {"step": self.step, **self.numbers}
         for kind, breakdown in self.breakdowns.items():
             if len(breakdown.parts) > most_parts:
@@ -71,22 +67,19 @@ def _text(part: Hashable) -> str:
 MOST_PARTS = 20
 """A logger is spared partitions with more parts: a thousand charts help nobody."""
 
-PREFIX = "irw/"
-"""Of the names in a logger, which shows what shares one together."""
-
 
 class ScalarWriter(Protocol):
-    """``torch.utils.tensorboard.SummaryWriter``, and whatever else takes one number."""
+    """``torch.utils.tensorboard.SummaryWriter``, and its like."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Take one number."""
 
 
 class MetricsLogger(Protocol):
-    """Any logger of Lightning's, and whatever else takes numbers by name."""
+    """Any logger of Lightning's, and its like."""
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> Any:
-        """Take the numbers of one step."""
+        """Take the numbers of one step, by name."""
 
 
 Logger: TypeAlias = ScalarWriter | MetricsLogger
@@ -96,7 +89,7 @@ def send(row: Row, logger: Logger) -> None:
     """Give a row to a logger; what is not known in it (NaN) is left out."""
     numbers = row.flat(MOST_PARTS)
     del numbers["step"]
-    known = {PREFIX + name: value for name, value in numbers.items() if not math.isnan(value)}
+    known = {f"irw/{name}": value for name, value in numbers.items() if not math.isnan(value)}
     if hasattr(logger, "log_metrics"):
         logger.log_metrics(known, step=row.step)
     else:
@@ -108,8 +101,7 @@ def send(row: Row, logger: Logger) -> None:
 class Course:
     """The first row, and the newest at every interval: the whole training, ever more thinly.
 
-    A ring of the newest rows would forget how a training began, which its present is compared with.
-    So when the memory is full every second row is let go and the interval doubles.
+    A ring of the newest would forget how the training began, which its present is compared with.
     """
 
     interval: int
@@ -121,7 +113,7 @@ class Course:
         return not self.rows or step % self.interval == 0
 
     def add(self, row: Row) -> None:
-        """Take a row; where the training went back to a checkpoint, what came after it goes."""
+        """Take a row; one that goes back to a checkpoint takes what came after with it."""
         while self.rows and self.rows[-1].step >= row.step:
             self.rows.pop()
         self.rows.append(row)
@@ -141,7 +133,7 @@ class Course:
         return self.weighted[len(self.weighted) // 2 :]
 
     def recent_with(self, *, held: bool) -> list[Row]:
-        """Those whose weights a global scheme held, or whose step made its own."""
+        """Those whose weights were held, or made in the step."""
         return [row for row in self.recent if np.isnan(row.numbers["held_for"]) != held]
 
 
@@ -161,7 +153,7 @@ def mean(rows: Sequence[Row], name: str) -> float:
 
 
 def blocks(values: Array, count: int) -> tuple[Array, float]:
-    """Means of ``count`` equal stretches, and the standard error of one by the scatter in them."""
+    """Means of ``count`` equal stretches, and the standard error of one."""
     stretches = np.array_split(values, count)
     inside = np.concatenate([stretch - stretch.mean() for stretch in stretches])
     variance = float((inside**2).sum()) / max(1, len(values) - count)
@@ -169,7 +161,7 @@ def blocks(values: Array, count: int) -> tuple[Array, float]:
 
 
 class Part(NamedTuple):
-    """A class or a group over many steps: as in a `Breakdown`, on average, but for ``seen``."""
+    """A class or a group over many steps, on average."""
 
     seen: float  # samples of it in all steps
     samples: float
@@ -179,7 +171,7 @@ class Part(NamedTuple):
 
 
 def parts_of(rows: Sequence[Row], kind: str) -> dict[Hashable, Part]:
-    """Each class or group (``kind``) over the rows that know it, in the order of first sight."""
+    """Each class or group (``kind``) of the rows that know it, in the order of first sight."""
     known = [row for row in rows if kind in row.breakdowns]
     sums: dict[Hashable, Array] = {}
     for row in known:

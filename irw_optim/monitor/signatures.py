@@ -1,7 +1,7 @@
 """The known ways in which reweighted training fails, each as a function of its course.
 
-A signature is judged on the later half of the weighted steps, by medians, so that single batches
-and the beginning do not decide; the two about the worst-off loss look at the whole course.
+They are judged on the later half of the weighted steps, by medians, so that single batches and the
+beginning do not decide; the two about the worst-off loss look at the whole course.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Finding:
     """One way in which the training fails; ``print(finding)`` shows it.
 
     Attributes:
-        name: the same in every version; ``docs/diagnostics.md`` has the table.
+        name: as in the table of ``docs/diagnostics.md``.
         says: what was seen, with the figures in it.
         figures: the figures alone, by name.
         advice: what to change.
@@ -63,22 +63,21 @@ def worst_off_loss(course: Course) -> Iterator[Finding]:
     losses = column(course.rows, "worst_alpha_loss")
     start = float(losses[:3].mean())
     floor = 0.05 * start + 1e-12  # below it a loss is as good as none
-    # Ratios and not differences, so that one exploded batch does not drown all others.
+    # Ratios, so that one exploded batch does not drown all others.
     levels, error = blocks(np.log(losses + floor), min(10, len(losses) // 4))
     now, best, first = levels[-1], levels.min(), np.log(start + floor)
     lowest, latest = float(np.exp(best) - floor), float(np.exp(now) - floor)
     figures = {"start": start, "lowest": lowest, "now": latest}
     numbers = f"{start:.3g} at the start, {lowest:.3g} at the lowest, {latest:.3g} now"
-    # More than a tenth, since less is no news, and than three errors of a difference; twice as
-    # much is news in any case, also where the last batches exploded and scatter as much.
+    # More than a tenth, since less is no news, and than three errors of a difference; twice as much
+    # is news also where the last batches exploded and scatter.
     if now - min(best, first) > max(0.1, min(3 * 2**0.5 * error, np.log(2))):
         yield Finding(
             "worst_off_loss_rises",
             f"the mean of the worst losses of a batch went up: {numbers}.",
             figures,
-            "a smaller learning rate or a larger alpha, and warmup_steps if there are none; with "
-            "center > 0 a smaller center; where labels may be wrong, mix=0.5 or more, since "
-            "reweighting chases them.",
+            "a smaller learning rate or a larger alpha, and warmup_steps; a smaller center; "
+            "where labels may be wrong, mix=0.5 or more, since reweighting chases them.",
         )
     elif now > first - 0.1:
         yield Finding(
@@ -86,8 +85,7 @@ def worst_off_loss(course: Course) -> Iterator[Finding]:
             f"the mean of the worst losses of a batch has not fallen by a tenth: {numbers}.",
             figures,
             "if the mean loss stands still as well, a larger model or learning rate; if it falls, "
-            "the worst-off cannot be told apart or their labels are wrong: better data, or a "
-            "larger alpha, which asks for less.",
+            "the worst-off cannot be told apart or are mislabelled: better data, or larger alpha.",
         )
 
 
@@ -100,22 +98,18 @@ def one_class(course: Course) -> Iterator[Finding]:
             heaviest = max(weights, key=weights.__getitem__)
             classes.append(heaviest)
             shares.append((weights[heaviest], weights[heaviest] - samples[heaviest]))
-    if not classes:
-        return
-    weight, excess = np.median(shares, axis=0).tolist()
+    weight, excess = np.median(shares, axis=0).tolist() if classes else (0.0, 0.0)
     if weight >= 0.9 and excess >= 0.2:
         usual = max(set(classes), key=classes.count)
         often = classes.count(usual) / len(classes)
         which = f"class {usual} in {often:.0%} of the steps"
-        which = f"always class {usual}" if often == 1 else which
         yield Finding(
             "weight_on_one_class",
             f"in the median step {weight:.0%} of the weight lies on one class, {which}, "
             f"which has {weight - excess:.0%} of the samples.",
             {"weight": weight, "samples": weight - excess, "usual_class_share": often},
-            "class_balance=True, which gives every class the same weight, or mix=0.5. It is "
-            "common: the gradients of a class resemble each other, so most of those who help S "
-            "are of the class that has the majority in S.",
+            "class_balance=True, which gives every class the same weight, or mix=0.5. Gradients of "
+            "a class resemble each other, so most who help S are of its majority's class.",
         )
 
 
@@ -130,8 +124,8 @@ def few_samples(course: Course) -> Iterator[Finding]:
             f"the median step counts as {effective:.1f} of {size:.0f} samples, and one sample has "
             f"{largest:.0%} of its weight.",
             {"effective_samples": effective, "effective_share": share, "largest_weight": largest},
-            "a larger batch or alpha, accumulation_steps, or mix=0.5; if a few samples have "
-            "gradients far above all others, look at them, and at outliers=DBSCANFilter().",
+            "a larger batch or alpha, accumulation_steps, or mix=0.5; if a few gradients are far "
+            "above all others, look at these samples, and at outliers=DBSCANFilter().",
         )
 
 
@@ -166,8 +160,8 @@ def gradients_vanished(course: Course) -> Iterator[Finding]:
             f"were uniform; the gradient's norm was {first:.2g} at first and is {now:.2g} now.",
             {"fallback": fallback, "norm_at_first": first, "norm_now": now},
             "saturated outputs and dead units have no gradient: a smaller learning rate, a "
-            "criterion on logits (BCEWithLogitsLoss in place of a sigmoid with MSELoss), "
-            "normalisation layers; score_parameters that are not frozen.",
+            "criterion on logits (BCEWithLogitsLoss), normalisation layers; score_parameters that "
+            "are not frozen.",
         )
 
 
@@ -192,8 +186,8 @@ def removes_many(course: Course) -> Iterator[Finding]:
             "filter_removes_many",
             f"the outlier filter removes {removed:.0%} of the samples.",
             {"removed": removed},
-            'DBSCANFilter(eps="auto"), whose quantile bounds the share (0.95: at most 5 %); a '
-            "fixed eps does not survive training, since gradients shrink.",
+            'DBSCANFilter(eps="auto"), whose quantile bounds the share; a fixed eps does not '
+            "survive training, since gradients shrink.",
         )
 
 
@@ -216,12 +210,12 @@ def removes_one(course: Course, kind: str) -> Iterator[Finding]:
             f"{rate:.1%} of that {kind}, and {rate_of_others:.1%} of the others.",
             {"share_of_removed": share, "rate": rate, "rate_of_others": rate_of_others},
             "a minority looks like noise to the filter: leave outliers=None, or raise its quantile "
-            f"towards 1, and look whether these samples of {kind} {name} are really broken.",
+            f"towards 1, and look whether these samples of {kind} {name} are broken.",
         )
 
 
 def worst_group_underweighted(course: Course) -> Iterator[Finding]:
-    """Those who need it most get less than an equal say; only known with `IRWMonitor.groups`."""
+    """Those who need it most get less than an equal say."""
     groups = {g: p for g, p in parts_of(course.recent, "group").items() if p.seen >= 50}
     if len(groups) < 2:
         return
@@ -233,8 +227,8 @@ def worst_group_underweighted(course: Course) -> Iterator[Finding]:
             f"the samples, but {worst.weight:.1%} of the weight.",
             {"loss": worst.loss, "samples": worst.samples, "weight": worst.weight},
             "what helps the worst-off samples is not what this group needs: center=1 after "
-            "warmup_steps, class_balance=True, or an alpha nearer to the group's share; compare "
-            'with weighting="uniform", since it may fare no worse there.',
+            "warmup_steps, class_balance=True, an alpha nearer to the group's share, or "
+            'weighting="uniform".',
         )
 
 
@@ -250,8 +244,7 @@ def stale_weights(course: Course) -> Iterator[Finding]:
         yield Finding(
             "stale_weights",
             f"weights held for {age:.0f} steps no longer say who is worst off: somebody in S has "
-            f"the larger loss of a pair in {now:.0%} of the pairs (100 % when fresh, 50 % by "
-            "chance).",
+            f"the larger loss of a pair in {now:.0%} of the pairs (50 % by chance).",
             {"held_for": age, "agreement": now},
             'renew more often, for example GlobalScheme(..., refresh=10, unit="steps"), or use the '
             "local scheme, which decides in each batch.",

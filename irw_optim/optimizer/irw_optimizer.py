@@ -20,7 +20,7 @@ from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.optimizer.wrapping import Hold, OptimizerWrapper, closure_step
 from irw_optim.weighting import ScoreRule
 from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.ranges import check_losses
+from irw_optim.weighting.weights import check_losses
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 

@@ -16,10 +16,9 @@ from irw_optim.criterion.attached import check_unattached
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import ENGINES
 from irw_optim.torch_internals import is_shard, is_sharded, names_of_bases, several_processes
-from irw_optim.weighting.local_scheme import NAMED, LocalScheme, rule_named
+from irw_optim.weighting import NAMED, LocalScheme, rule_named
 from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.ranges import check_alpha, check_options
-from irw_optim.weighting.weights import Alignment, ScoreRule
+from irw_optim.weighting.weights import Alignment, ScoreRule, check_alpha, check_options
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,8 @@ from irw_optim.optimizer.at_hand import (
 )
 from irw_optim.optimizer.options import Options
 from irw_optim.torch_internals import has_group, is_sharded, several_processes
-from irw_optim.weighting.local_scheme import Averaging, Scheme
-from irw_optim.weighting.ranges import check_losses
-from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting import Averaging, Scheme, StepRecord
+from irw_optim.weighting.weights import check_losses
 
 if TYPE_CHECKING:
     from irw_optim.distributed.shards import Processes

@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 from irw_optim.attachments import Renewed
 from irw_optim.optimizer.options import described, optimizers_inside
 from irw_optim.optimizer.weighted_backward import WeightedBackward
-from irw_optim.weighting.local_scheme import LocalScheme, Scheme
-from irw_optim.weighting.record import StepRecord
+from irw_optim.weighting import LocalScheme, Scheme, StepRecord
 
 logger = logging.getLogger("irw_optim")
 

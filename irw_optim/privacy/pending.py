@@ -29,7 +29,7 @@ from irw_optim.gradients.mixing import follow_batch
 from irw_optim.gradients.norms import row_norms
 from irw_optim.gradients.protocol import Direction, MaterializedGradients, as_matrix
 from irw_optim.torch_internals import will_run
-from irw_optim.weighting.ranges import check_losses
+from irw_optim.weighting.weights import check_losses
 
 _ONE_PASS = (
     "a sample could be counted twice. Call step() and zero_grad() after each backward, use "

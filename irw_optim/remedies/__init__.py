@@ -50,7 +50,7 @@ from irw_optim.remedies._training import (
 )
 from irw_optim.restored import randomness_restored
 from irw_optim.schemes.batch_losses import Forward
-from irw_optim.weighting.ranges import check_alpha
+from irw_optim.weighting.weights import check_alpha
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,8 +21,8 @@ from irw_optim.metrics._groups import (
     check_lengths,
     check_numbers,
     intersect,
+    kmeans,
 )
-from irw_optim.metrics._reports import kmeans
 from irw_optim.schemes.batch_losses import BatchLosses, Forward, eval_mode, inputs_and_target
 
 Numbers = npt.NDArray[Any]

@@ -1,14 +1,35 @@
 """The global scheme: weights of a whole data set, renewed now and then, held in between.
 
-S is the worst-off alpha-fraction of all N samples, and every sample's weight is known before its
-batch is drawn. So the weights can scale the gradients (reweighting) or be the distribution that
-batches are drawn from (resampling). Source: arXiv 2411.03068; measurements: ``docs/schemes.md``.
+Every sample's weight is known before its batch is drawn. So the weights can scale the gradients
+(reweighting) or be the distribution that batches are drawn from (resampling). Source: arXiv
+2411.03068; measurements: ``docs/schemes.md``.
 """
 
-from irw_optim.schemes.global_scheme import GlobalScheme
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import finalize, ref
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from irw_optim.arguments import one_of, whole_number
+from irw_optim.errors import DPGuaranteeError
+from irw_optim.optimizer import IRWOptimizer
+from irw_optim.schemes.batch_losses import BatchLosses, Forward
 from irw_optim.schemes.global_weights import ClassByClassSampler, global_weights
-from irw_optim.schemes.reading import IndexedDataset
-from irw_optim.schemes.resampling import ResamplingSampler
+from irw_optim.schemes.reading import (
+    DatasetReader,
+    IndexedDataset,
+    indexed_loader,
+    indices_and_batch,
+)
+from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader, check_sample_weights
+from irw_optim.schemes.weighing import HeldWeights, check_block, weigh_dataset
+from irw_optim.torch_internals import place
+from irw_optim.weighting import LocalScheme, StepRecord
 
 __all__ = [
     "ClassByClassSampler",
@@ -17,3 +38,255 @@ __all__ = [
     "ResamplingSampler",
     "global_weights",
 ]
+
+USES = ("reweighting", "resampling")
+
+
+class GlobalScheme:
+    """Trains with weights of the whole data set, renewed every ``refresh`` epochs or steps.
+
+    The loop iterates over the scheme in place of its loader. The optimizer's options hold for the
+    data set, with ``warmup_steps`` of plain averaging first. A renewal costs about 1.5 epochs of
+    plain training. The processes of a DistributedDataParallel, with the same data set each, share
+    it out, and step as one process on all their batches.
+
+    Args:
+        optimizer: its local scheme is replaced until `detach`.
+        loader: a plain DataLoader over a map-style data set.
+        refresh: how long weights are held, in ``unit``. Held for long, they settle on one class
+            and flip from renewal to renewal: ``docs/schemes.md``.
+        unit: ``"epochs"`` (of the loader's length, in batches) or ``"steps"`` of the optimizer.
+        use: ``"reweighting"``: batches as the loader draws them, each sample counted by its
+            weight, renormalised in the batch. ``"resampling"``: batches drawn with replacement in
+            proportion to the weights, without the loader's sampler, and plain steps.
+        criterion: None takes the optimizer's.
+        forward, batch_size, outlier_block, progress: as of `global_weights`.
+        seed: of the draws, with ``use="resampling"``; the same in all processes.
+
+    Raises:
+        DPGuaranteeError: a differentially private optimizer.
+        TypeError, ValueError: another argument that is impossible.
+
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> model, criterion = nn.Linear(2, 2), nn.CrossEntropyLoss()
+    >>> data = TensorDataset(torch.randn(40, 2), torch.randint(0, 2, (40,)))
+    >>> optimizer = IRWOptimizer(
+    ...     torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.2, model=model, criterion=criterion
+    ... )
+    >>> scheme = GlobalScheme(optimizer, DataLoader(data, batch_size=8, shuffle=True))
+    >>> for x, y in scheme:
+    ...     optimizer.zero_grad()
+    ...     criterion(model(x), y).backward()
+    ...     optimizer.step()
+    >>> int(scheme.record.worst_off.sum()), round(float(optimizer.last_step.weights.sum()), 4)
+    (8, 1.0)
+    """
+
+    def __init__(
+        self,
+        optimizer: IRWOptimizer,
+        loader: DataLoader[Any],
+        *,
+        refresh: int = 1,
+        unit: str = "epochs",
+        use: str = "reweighting",
+        criterion: nn.Module | None = None,
+        forward: Forward | None = None,
+        batch_size: int | None = None,
+        outlier_block: int = 256,
+        progress: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self._model, criterion = _model_and_criterion_of(optimizer, criterion)
+        one_of("use", use, USES)
+        self.unit = one_of("unit", unit, ("epochs", "steps"))
+        self.optimizer = optimizer
+        self.refresh = whole_number("refresh", refresh, 1, "a whole number >= 1 of epochs or steps")
+        self.outlier_block = check_block(outlier_block)
+        self.progress = progress
+        self._reader = DatasetReader(loader, batch_size)
+        self._losses_of = BatchLosses(self._model, criterion, forward)
+        rank, number = place()
+        rank = getattr(loader.sampler, "rank", rank)
+        number = getattr(loader.sampler, "num_replicas", number)
+        self._sampler: ResamplingSampler | None = None
+        if use == "resampling":
+            even, generator = torch.ones(self._reader.size), torch.Generator().manual_seed(seed)
+            self._sampler = ResamplingSampler(
+                even, generator=generator, rank=rank, world_size=number
+            )
+        self._equal_on_ranks = {"refresh": self.refresh, "unit": unit, "use": use, "seed": seed}
+        # Renewed before a batch is drawn, by the weights where it is resampled.
+        indexed = indexed_loader(loader, self._sampler)
+        self.loader = ResumableLoader(indexed, self._renew_if_due, (rank, number))
+        self._held = HeldWeights(resampled=self._sampler is not None)
+        self._batches = self._renewed_at = 0
+        optimizer.scheme = self._held
+        finalize(self, _restore_local_scheme, ref(optimizer), self._held).atexit = False
+
+    @property
+    def record(self) -> StepRecord | None:
+        """What the last renewal decided, (N,); None before the first."""
+        return self._held.record
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The weights held, (N,), sum 1; None before the first renewal."""
+        return None if self.record is None else self.record.weights
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for drawn in self.loader:
+            self._batches += 1
+            self._held.indices, batch = indices_and_batch(drawn)
+            yield batch
+        self._held.indices = None  # a batch of the same size from elsewhere is another one
+
+    def select(self, indices: Tensor) -> None:
+        """Say which samples, (B,) int64, come next, in a loop over a loader of an `IndexedDataset`.
+
+        It stands first in the loop, and renews the weights where that is due.
+
+        Raises:
+            RuntimeError: ``use="resampling"``, which draws the batches itself.
+        """
+        if self._sampler is not None:
+            raise RuntimeError(
+                'use="resampling" draws the batches itself: iterate over the scheme, or give '
+                'use="reweighting"'
+            )
+        self._renew_if_due()
+        self._batches += 1
+        self._held.indices = indices
+
+    def renew(self) -> StepRecord:
+        """Make new weights now, with the model as it is.
+
+        Raises:
+            ValueError: the data set has another length than draws were set up for.
+        """
+        if self._sampler is not None and self._reader.size != len(self._sampler.weights):
+            raise ValueError(
+                f"the data set has {self._reader.size} samples, and had "
+                f"{len(self._sampler.weights)} when the draws were set up: "
+                'make a new GlobalScheme(..., use="resampling")'
+            )
+        optimizer = self.optimizer
+        self._held.record = record = weigh_dataset(
+            self._reader,
+            self._losses_of,
+            optimizer.engine,
+            optimizer.scored_parameters(),
+            optimizer.local_scheme,
+            self.outlier_block,
+            self.progress,
+            None if optimizer.processes is None else optimizer.processes.find(),
+            self._equal_on_ranks,
+        )
+        self._renewed_at = self._now()
+        if self._sampler is not None:
+            self._sampler.weights = record.weights
+        return record
+
+    def detach(self) -> None:
+        """Give the optimizer its local scheme back."""
+        _restore_local_scheme(ref(self.optimizer), self._held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All to resume with, in mid-epoch too, beside model, optimizer and random states."""
+        known = {} if self.record is None else vars(self.record)
+        record = {name: t for name, t in known.items() if t is None or isinstance(t, Tensor)}
+        return {
+            "record": record or None,
+            "batches": self._batches,
+            "renewed_at": self._renewed_at,
+            "loader": self.loader.state_dict(),
+            "sampler": None if self._sampler is None else self._sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of `state_dict`, for the same data set, loader and ``use``.
+
+        Raises:
+            ValueError: a state of others, or of the middle of another process's epoch; nothing has
+                changed.
+        """
+        record, draws = state_dict["record"], state_dict["sampler"]
+        if record is not None:
+            check_sample_weights(record["weights"], self._reader.size)
+        if (draws is None) != (self._sampler is None):
+            raise ValueError(
+                "the state is that of a GlobalScheme with another use=: expected one with "
+                f"use={USES[self._sampler is not None]!r}"
+            )
+        if draws is not None:
+            check_sample_weights(draws["weights"], self._reader.size)
+        self.loader.check(state_dict["loader"])
+        if record is not None:
+            device = next(self._model.parameters()).device
+            moved: dict[str, Any] = {n: t if t is None else t.to(device) for n, t in record.items()}
+            record = StepRecord(**moved)
+        self._held.record = record
+        self._batches = state_dict["batches"]
+        self._renewed_at = state_dict["renewed_at"]
+        if self.unit == "epochs":  # counted in batches, of which other processes have more or fewer
+            held_for = self._batches - self._renewed_at
+            held_for = round(held_for * len(self.loader) / state_dict["loader"]["length"])
+            self._renewed_at = self._batches - held_for
+        self.loader.load_state_dict(state_dict["loader"])
+        if self._sampler is not None:
+            self._sampler.load_state_dict(draws)
+
+    def _now(self) -> int:
+        return self.optimizer.steps if self.unit == "steps" else self._batches
+
+    def _renew_if_due(self) -> None:
+        if self.optimizer.steps < self.optimizer.warmup_steps:
+            return
+        held_for = self.refresh if self.unit == "steps" else self.refresh * len(self.loader)
+        if self.record is None or self._now() - self._renewed_at >= held_for:
+            self.renew()
+
+
+def _restore_local_scheme(of: ref[IRWOptimizer], held: HeldWeights) -> None:
+    optimizer = of()
+    if optimizer is not None and optimizer.scheme is held:
+        optimizer.scheme = optimizer.local_scheme
+
+
+def _model_and_criterion_of(
+    optimizer: object, criterion: nn.Module | None
+) -> tuple[nn.Module, nn.Module]:
+    if "DPOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:
+        raise DPGuaranteeError(
+            f"optimizer is an Opacus {type(optimizer).__name__}: weights of a whole data set "
+            "depend on every sample and would void its guarantee; use "
+            "irw_optim.privacy.IRWPrivacyEngine().make_private(..., irw=IRWDPConfig())"
+        )
+    if not isinstance(optimizer, IRWOptimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r}: expected an IRWOptimizer(..., model=model, criterion=...)"
+        )
+    if not isinstance(optimizer.scheme, LocalScheme):
+        raise ValueError(
+            "optimizer has a GlobalScheme already: call detach() on that one, or keep it"
+        )
+    if optimizer.accumulation_steps != 1:
+        raise ValueError(
+            f"optimizer has accumulation_steps={optimizer.accumulation_steps}: held weights are "
+            "renormalised in each backward pass; use accumulation_steps=1, which adds the passes up"
+        )
+    model = optimizer.engine.model
+    if model is None:
+        raise ValueError("optimizer has no model: expected IRWOptimizer(..., model=model)")
+    criterion = criterion or optimizer.criterion
+    if criterion is None:
+        raise ValueError(
+            "criterion=None and the optimizer has none: give the one that the losses come from, "
+            "GlobalScheme(..., criterion=torch.nn.CrossEntropyLoss())"
+        )
+    return model, criterion

@@ -1,12 +1,9 @@
 """The losses of a batch as a loader yields it, and their derivative along a direction.
 
-The derivative is G v by forward-mode differentiation, without a graph::
-
-    G v = d/dt losses(parameters + t v)   at t = 0
-
-It is exact wherever backward is the derivative, which ``torch.no_grad()`` may stop: so the first
-batch's scores are compared with the engine's, and the weighted sum of all with <G^T w, v>. Where
-they differ, or an operation has no such derivative, the engine makes them.
+That is G v = d/dt losses(parameters + t v) at t = 0 by forward-mode differentiation, without a
+graph: what ``torch.no_grad()`` stops for backward, it does not see. So the first batch's scores are
+compared with the engine's, and the weighted sum of all with <G^T w, v>; the engine makes them where
+they differ, or an operation has no such derivative.
 """
 
 from __future__ import annotations
@@ -39,18 +36,8 @@ _warned: WeakSet[nn.Module] = WeakSet()
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 """``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""
 
-SMALL = 2**20
-"""Outputs of layers in a batch, up to which what surrounds the arithmetic costs more than it."""
-
-ATTENTION_AT_MOST = 1 / 4
-"""As a share of the outputs of layers: numbers in matrices of attention that a fused kernel spares,
-whose time and memory grow with the square of the length."""
-
-LAYERS = ("Addmm", "Mm", "Convolution", "Embedding", "Native", "Cudnn", "Mkldnn")
-"""How the names of the operations begin that layers take: products, norms, tables, recurrence."""
-
 FORWARD_FAILS = "forward mode fails"
-"""What an `Engine` remembers of its model, beside what the engines know."""
+"""What an `Engine` remembers of its model."""
 
 
 class BatchLosses:
@@ -69,7 +56,7 @@ class BatchLosses:
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         output, *others = self.forward(model, _on(device, batch))
-        if others and type(self.criterion).__module__.startswith("torch.nn."):  # tensors alone
+        if others and type(self.criterion).__module__.startswith("torch.nn."):
             others[0] = _as_target(self.criterion, others[0], device)
         return per_sample_losses(self.criterion, output, *others)
 
@@ -83,8 +70,8 @@ def _as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"{name} was given a target of type {type(target).__name__}: expected numbers, one "
-                "class a sample; sklearn.preprocessing.LabelEncoder makes numbers of names, and "
-                "forward=lambda model, batch: (output, target) takes batches apart"
+                "class a sample (sklearn.preprocessing.LabelEncoder makes them of names), or "
+                "forward=lambda model, batch: (output, target)"
             ) from error
     numbers = isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss | nn.MultiMarginLoss)
     if not numbers or target.ndim != 1 or target.dtype in (torch.int64, torch.uint8):
@@ -98,7 +85,6 @@ def _as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
 
 
 def _on(device: torch.device, batch: Any) -> Any:
-    """The batch with all that has a ``to``, in tuples, lists and mappings too, on the device."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_pinned():
@@ -114,8 +100,7 @@ def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
         shape = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
         raise TypeError(
             f"the loader's batches are no pairs (inputs, target) but a {shape}: give "
-            'forward=lambda model, batch: (model(batch["x"]), batch["y"]), which returns the '
-            "criterion's arguments"
+            'forward=lambda model, batch: (model(batch["x"]), batch["y"])'
         )
     inputs, target = batch
     return model(inputs), target
@@ -123,14 +108,14 @@ def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, where a sample's gradient is its own; afterwards no trace is left."""
+    """Eval mode inside, where a sample's gradient is its own; it leaves no trace."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             warn_once(
                 model,
-                f"{name} ({type(module).__name__}) has no running statistics and normalises by the "
-                "batch even in eval mode: the weights depend on the batch size and on the order of "
-                "the data set; use track_running_stats=True",
+                f"{name} ({type(module).__name__}) has no running statistics and normalises by "
+                "the batch even in eval mode: the weights depend on batch size and order; use "
+                "track_running_stats=True",
             )
     number = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     devices = {torch.device("cuda", i) for i in range(number)}
@@ -168,37 +153,22 @@ def jvp(
     return widened(torch.zeros_like(value) if tangent is None else tangent)
 
 
-def sizes_of(graph: Graph, samples: int) -> tuple[float, float]:
-    """For a sample: numbers in layers' outputs, and in matrices of fused attention."""
-
-    def shapes(*operations: str) -> list[torch.Size]:
-        return [shape_of(node) for node in graph.order if node.name().startswith(operations)]
-
-    outputs = sum(shape.numel() for shape in shapes(*LAYERS))
-    attention = sum(s[:-1].numel() * s[-2] for s in shapes("ScaledDotProduct"))
-    return outputs / samples, attention / samples
+def long_attention(graph: Graph) -> bool:
+    """Whether fused attention spares a matrix that forward mode makes, and a large one."""
+    fused = (node for node in graph.order if node.name().startswith("ScaledDotProduct"))
+    shapes = map(shape_of, fused)  # (B, heads, T, numbers a head)
+    return any(shape[-2] > 3 * shape[-1] for shape in shapes)
 
 
-def forward_mode_pays_off(engine: Engine, sizes: tuple[float, float], batch_size: int) -> bool:
-    """Whether to try it for batches of an engine's model, of these `sizes_of` a sample.
-
-    It saves the hooks and the Python for every layer, a gain where batches are small; numbers of
-    low precision do not carry derivatives well.
-    """
-    outputs, attention = sizes
-    return (
-        not engine.known.get(FORWARD_FAILS)
-        and engine.kind == "auto"
-        and engine.model is not None
-        and batch_size * outputs <= SMALL
-        and attention <= ATTENTION_AT_MOST * outputs
-        and in_full_precision(engine)
-    )
+def forward_mode_pays_off(engine: Engine, model: nn.Module) -> bool:
+    """Whether to try it: it saves graph, hooks and Python, but low precision carries it badly."""
+    failed = engine.known.get(FORWARD_FAILS)
+    return not failed and engine.kind == "auto" and in_full_precision(model)
 
 
-def in_full_precision(engine: Engine) -> bool:
-    """Whether an engine's model computes in float32 or better throughout."""
-    parameters = [] if engine.model is None else list(engine.model.parameters())
+def in_full_precision(model: nn.Module) -> bool:
+    """Whether a model computes in float32 or better throughout."""
+    parameters = list(model.parameters())
     return all(p.dtype in (torch.float32, torch.float64) for p in parameters) and not any(
         torch.is_autocast_enabled(device) for device in {p.device.type for p in parameters}
     )
@@ -206,10 +176,9 @@ def in_full_precision(engine: Engine) -> bool:
 
 def check_difference(difference: Tensor, scale: Tensor) -> None:
     """Raise a RuntimeError for a difference to the backward pass that is more than rounding."""
-    if not bool(scale.isfinite()):
-        return  # which is for the scheme to say
     tolerance = 1e-8 if scale.dtype == torch.float64 else 1e-3
-    if not bool(difference <= tolerance * scale + torch.finfo(scale.dtype).tiny):
+    alike = difference <= tolerance * scale + torch.finfo(scale.dtype).tiny
+    if not bool(alike | ~scale.isfinite()):  # what is not finite is for the scheme to say
         raise RuntimeError(
             f"it differs from backward by {float(difference):.2g} in {float(scale):.2g}"
         )
@@ -219,8 +188,7 @@ def check_difference(difference: Tensor, scale: Tensor) -> None:
 def _differentiable(model: nn.Module, values: Direction) -> Iterator[None]:
     """The modules with these values in place of parameters, and attention by plain operations.
 
-    ``torch.func.functional_call`` puts a value back where a module has two names; fused kernels of
-    attention have no derivative in forward mode.
+    (``torch.func.functional_call`` fails on modules of two names, forward mode on fused attention.)
     """
     mha = torch.backends.mha
     with ExitStack() as undo, sdpa_kernel(SDPBackend.MATH):

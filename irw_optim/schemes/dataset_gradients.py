@@ -1,12 +1,9 @@
 """G for a whole data set, (N, P): never built, and never more than one batch of it at a time.
 
-The global scheme is the local one on a single batch of all N samples. `combine` and `dot` are sums
-and lists over batches that are run again for every product, in O(P) memory; there is no gram::
+Batches are run again for every product, in O(P) memory; there is no gram::
 
     G^T w = sum over batches G_b^T w_b        only batches of samples with a weight are run
     G v   = [G_b v for every batch b]
-
-Any process may read any sample: the work of each product is shared out anew.
 """
 
 from __future__ import annotations
@@ -32,11 +29,12 @@ from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import Direction, PerSampleGradients, widened
 from irw_optim.schemes.batch_losses import (
     FORWARD_FAILS,
+    BatchLosses,
     check_difference,
     forward_mode_pays_off,
     in_full_precision,
     jvp,
-    sizes_of,
+    long_attention,
 )
 from irw_optim.schemes.order import LossConsistency
 from irw_optim.schemes.reading import DatasetReader
@@ -44,7 +42,7 @@ from irw_optim.schemes.reading import DatasetReader
 logger = logging.getLogger("irw_optim")
 
 DIFFERENTIATES = "the losses are derivatives themselves"
-"""What an `Engine` remembers of a model whose losses need a graph, as a physics-informed one's."""
+"""What an `Engine` remembers of a physics-informed model, whose losses need a graph."""
 
 INTERLEAVED = 8
 """Batches that neighbours in the data set are dealt out to, for the losses: reading stays local."""
@@ -52,13 +50,10 @@ INTERLEAVED = 8
 
 @dataclass(eq=False)
 class DatasetGradients:
-    """The gradients of a data set's samples with respect to the parameters that are ``scored``.
-
-    ``advance`` is told of every batch that was read, by its number of samples.
-    """
+    """G for the parameters that are ``scored``; ``advance`` hears of numbers of samples read."""
 
     reader: DatasetReader
-    losses_of: Callable[[Any], PerSampleLosses]
+    losses_of: BatchLosses
     engine: Engine
     scored: Callable[[Tensor], bool]
     advance: Callable[[int], None]
@@ -67,7 +62,7 @@ class DatasetGradients:
         self.samples = torch.arange(self.reader.size, device="cpu")  # the rows, as dataset indices
         self.consistency = LossConsistency(self.reader.size)
         self._combined: tuple[Tensor, Direction] | None = None  # w and G^T w, for `dot` to check
-        self._sizes = 0.0, 0.0  # known once the engine has seen a batch
+        self._long_attention = False  # known once a batch was captured
 
     @property
     def batch_size(self) -> int:
@@ -97,12 +92,10 @@ class DatasetGradients:
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w, over the samples that have a weight."""
-        # Summed up in the precision of the products: in float64, weights of 32,000 samples came
-        # no closer to those computed in float64 throughout (1e-7 of the largest, for any batch).
+        # Summed up in the products' own precision: float64 came no closer, for 32,000 samples.
         total: dict[Tensor, Tensor] = {}
-        # An ordinary backward pass computes it, and no engine in less; but engines make more of
-        # numbers of low precision.
-        by_backward = in_full_precision(self.engine)
+        # No engine computes it in less than a backward pass, but they do better in low precision.
+        by_backward = in_full_precision(self.losses_of.model)
         for some, indices, batch in self._read(weights.nonzero().squeeze(1).cpu()):
             chosen = weights[some.to(weights.device)]
             if by_backward:
@@ -124,26 +117,25 @@ class DatasetGradients:
 
     def dot(self, direction: Direction) -> Tensor:
         """G v, (n,): in forward mode where that is quicker and right, else by the engine."""
-        if forward_mode_pays_off(self.engine, self._sizes, self.reader.batch_size):
+        long = self._long_attention
+        if not long and forward_mode_pays_off(self.engine, self.losses_of.model):
             try:
                 return self._dot_in_forward_mode(direction)
             except RuntimeError as error:
                 self.engine.known[FORWARD_FAILS] = True
-                logger.info(
-                    "scores of the data set take a backward pass, forward mode being out: %s",
-                    str(error).split("\n")[0],
-                )
+                text = "scores of the data set take a backward pass, forward mode being out: %s"
+                logger.info(text, str(error).split("\n")[0])
         return _in_order((some, rows.dot(direction)) for some, rows in self.blocks(self._all()))
 
     def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
-        model, size = self.engine.model, self.reader.batch_size
-        assert model is not None
+        size = self.reader.batch_size
         # One batch, which the engine takes as well, and then two at once: no graph holds anything.
         first, others = self.samples[:size], self.samples[size:]
         sizes = [len(first), *map(len, others.split(2 * size) if len(others) else ())]
         parts: list[tuple[Tensor, Tensor]] = []
         for some, indices, batch in self._read(self._all(), sizes):
-            scores = jvp(model, partial(self._losses_of, indices), batch, direction)
+            losses_of = partial(self._losses_of, indices)
+            scores = jvp(self.losses_of.model, losses_of, batch, direction)
             if not parts:
                 with self._gradients(indices, batch) as rows:
                     expected = rows.dot(direction)
@@ -158,16 +150,16 @@ class DatasetGradients:
         return scores
 
     def gram(self) -> Tensor:
-        """Not on offer: N x N numbers."""
+        """Not on offer."""
         raise RuntimeError(
             f"G G^T of a data set has {self.batch_size}^2 entries: a rule of the global scheme may "
-            "use combine and dot, and outlier filters work in blocks"
+            "use combine and dot"
         )
 
     def blocks(
         self, positions: Tensor, sizes: list[int] | None = None
     ) -> Iterator[tuple[Tensor, PerSampleGradients]]:
-        """Yield pieces of ``positions`` (rows of G) with the gradients of each."""
+        """Yield pieces of ``positions`` with the gradients of each."""
         for some, indices, batch in self._read(positions, sizes):
             with self._gradients(indices, batch) as rows:
                 yield some, rows
@@ -185,7 +177,7 @@ class DatasetGradients:
     def _gradients(self, indices: Tensor, batch: Any) -> Iterator[PerSampleGradients]:
         with self._captured(indices, batch) as captured:
             device = captured.losses.device
-            with torch.autocast(device_type=device.type, enabled=False):
+            with torch.no_grad(), torch.autocast(device_type=device.type, enabled=False):
                 captured.start(torch.ones((), device=device), keep_graph=False)
                 yield captured.rows(self.scored)
 
@@ -194,7 +186,7 @@ class DatasetGradients:
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
         captured = LossGradients(self.engine, losses)
-        self._sizes = sizes_of(captured.graph, max(1, len(indices)))
+        self._long_attention = long_attention(captured.graph)
         return closing(captured)
 
     def _losses_of(self, indices: Tensor, batch: Any) -> PerSampleLosses:
@@ -202,7 +194,7 @@ class DatasetGradients:
         if len(part.losses) != len(indices):
             raise ValueError(
                 f"{len(indices)} samples of the data set gave {len(part.losses)} losses: expected "
-                "a collate_fn that keeps every sample, and a criterion with one loss for each"
+                "a collate_fn that keeps every sample, and one loss for each"
             )
         self.consistency.note(indices, part.losses)
         return part
@@ -216,10 +208,7 @@ class DatasetGradients:
         return torch.stack(columns, 1)
 
     def interleaved(self) -> tuple[Tensor, list[int]]:
-        """All rows in batches for `losses`, and their sizes: two at once, as no graph is held.
-
-        Neighbours, which meet in every other pass, are dealt out to several.
-        """
+        """All rows in batches for `losses`, of twice the size, among which neighbours are dealt."""
         size = 2 * self.reader.batch_size
         batches = []
         for piece in self._all().split(INTERLEAVED * size):
@@ -228,7 +217,7 @@ class DatasetGradients:
         return torch.cat(batches), [len(batch) for batch in batches]
 
     def read_in_other_batches(self) -> None:
-        """Look at the samples in other batches than `losses` has seen them in."""
+        """Look at the samples in other batches than `losses` has."""
         in_one_batch = self.batch_size <= 2 * self.reader.batch_size
         some = self.samples[1::2] if in_one_batch else self.samples
         for places, batch in self.reader.batches(some):
@@ -250,7 +239,7 @@ class DatasetGradients:
 
 @dataclass(eq=False)
 class DatasetOverRanks(DatasetGradients):
-    """The same rows on every process of ``ranks``, which run a part each: all are collectives."""
+    """The same rows on every process of ``ranks``: products are collectives, of a part each."""
 
     ranks: Ranks
     layout: Sequence[Tensor]  # the columns, as parameters in an order that all ranks have
@@ -258,13 +247,13 @@ class DatasetOverRanks(DatasetGradients):
     def losses(self) -> PerSampleLosses:
         """The losses of all rows: an all-gather of n numbers."""
         positions = self._own_positions()
-        # With fewer samples than processes, some read one that is not theirs, and drop its loss.
+        # Whoever has none reads one that is not theirs, and drops its loss.
         read = positions if len(positions) else torch.zeros(1, dtype=torch.int64, device="cpu")
         own = some_of(DatasetGradients.losses(self.of(read)), slice(len(positions)))
         return join([Pass(own, 1.0)], self.ranks)[0]
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """G^T w: each process sums over its part of those with a weight, an all-reduce of P."""
+        """G^T w, each over its part of those with a weight: an all-reduce of P."""
         used = weights.nonzero().squeeze(1)
         mine = used.tensor_split(self.ranks.number)[self.ranks.rank]
         part = torch.zeros_like(weights).index_copy(0, mine, weights[mine])
@@ -279,7 +268,7 @@ class DatasetOverRanks(DatasetGradients):
         return self.ranks.gather(own)
 
     def _own_positions(self) -> Tensor:
-        """A contiguous piece, so that the pieces in the order of the ranks are all rows."""
+        """Contiguous, so that the pieces in the order of the ranks are all rows."""
         pieces = self._all().tensor_split(self.ranks.number)
         self.ranks.sizes = [len(piece) for piece in pieces]
         return pieces[self.ranks.rank]

@@ -1,4 +1,4 @@
-"""Weights of a data set by a model in no training, for whoever reads them or draws by them."""
+"""Weights of a data set by a model in no training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from irw_optim.arguments import true_or_false
+from irw_optim.arguments import one_of, true_or_false
 from irw_optim.backward.weighted_loss import some_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
@@ -23,15 +23,12 @@ from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.schemes.reading import DatasetReader
 from irw_optim.schemes.resampling import ResamplingSampler
 from irw_optim.schemes.weighing import weigh_by
-from irw_optim.weighting import Alignment
-from irw_optim.weighting.local_scheme import LocalScheme, present_in
+from irw_optim.weighting import Alignment, LocalScheme, StepRecord, present_in
 from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.record import StepRecord
 from irw_optim.weighting.weights import ScoreRule
 
 FEW = 1 / 3
-"""Weights that rest on fewer of the samples have the second model learn them by heart: seen where a
-rare class was right in 96 % of training and half of the test."""
+"""Weights on fewer of the samples have the second model learn them by heart."""
 
 
 @dataclass(frozen=True)
@@ -70,49 +67,45 @@ def global_weights(
 
     S is the worst-off alpha-fraction of the data set, and w_i is proportional to
     max(0, <g_i, g_S>). The samples are read two or three times, nearly in the order of the data
-    set, with the model in eval mode: to rounding, the weights depend neither on the loader's
-    sampler nor on the batch size. A sample's loss that depends on who else is in its batch is
-    logged as a warning. Model, random states and ``p.grad`` are as before afterwards.
+    set, with the model in eval mode, and leave no trace: the weights depend neither on the loader's
+    sampler nor on the batch size. A loss that depends on who else is in the batch is logged.
 
-    The processes of a DistributedDataParallel, with the same data set each, share the reading out
-    and get the weights of one process. Given the module inside, a process makes them by itself.
+    The processes of a DistributedDataParallel, with the same data set each, share the reading;
+    given the module inside, each makes them by itself.
 
     Args:
         model: gives the gradients; its parameters decide the device.
         criterion: as of `IRWOptimizer`.
-        loader: over a map-style data set, with batches ``(inputs, target)``, or any that
-            ``forward`` understands, without random augmentation.
+        loader: over a map-style data set without random augmentation, of ``(inputs, target)``, or
+            whatever ``forward`` understands.
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers: filter in gradient space, for example `DBSCANFilter` (IRWO), in blocks.
         score_parameters: as of `IRWOptimizer`.
-        progress: show a bar, in a notebook, or on a terminal if rich is installed.
+        progress: show a bar, in a notebook or by rich.
         center: beta >= 0; above 0, pass 2 covers the whole data set.
         class_balance: give every class of the data set the same total weight.
-        within_classes: make S, the scores and the weights in each class by itself, and give every
-            class the same total weight. ``outliers`` still compares the samples of all classes.
+        within_classes: make S, the scores and the weights in each class by itself, with the same
+            total weight for each. ``outliers`` still compares all classes.
         labels: (N,) classes for ``within_classes``, of any kind; None takes the criterion's target.
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / N, or of each class alike.
         batch_size: samples at once; None takes the loader's. Twice as many where no graph is kept.
         outlier_block: samples that ``outliers`` compares with each other, at most.
-        forward: ``forward(model, batch)`` gives the criterion's arguments, for other batches.
+        forward: ``forward(model, batch)`` gives the criterion's arguments.
         engine: as of `IRWOptimizer`.
 
     Returns:
         (N,) weights that sum to 1, on the model's device, in the order of the data set.
 
     Raises:
-        TypeError: an argument of another type; an iterable data set.
-        ValueError: an option outside its range, a loader that does not fit, or data sets or
+        TypeError, ValueError: an argument that does not fit; an iterable data set; data sets or
             options that differ between processes.
         FloatingPointError: losses or scores that are not finite, with the samples' indices.
 
     >>> import torch
     >>> from torch.utils.data import TensorDataset
-    >>> _ = torch.manual_seed(0)
-    >>> model, criterion = nn.Linear(2, 2), nn.CrossEntropyLoss()
     >>> data = TensorDataset(torch.randn(40, 2), torch.randint(0, 2, (40,)))
-    >>> shuffled = DataLoader(data, batch_size=8, shuffle=True)
-    >>> weights = global_weights(model, criterion, shuffled, alpha=0.2)
+    >>> loader = DataLoader(data, batch_size=8, shuffle=True)
+    >>> weights = global_weights(nn.Linear(2, 2), nn.CrossEntropyLoss(), loader, alpha=0.2)
     >>> weights.shape, round(float(weights.sum()), 4)
     (torch.Size([40]), 1.0)
     """
@@ -133,9 +126,8 @@ def global_weights(
 class WithinClasses(LocalScheme):
     """Weighs the samples of each class against each other; of C classes each has the weight 1 / C.
 
-    Between classes the sign of <g_i, g_S> is little but the label: the class that has the majority
-    in S helps it. Inside a class it says who is like the worst-off. The classes are ``given``, (N,)
-    int64, or those of the criterion's target.
+    Between classes the sign of <g_i, g_S> is little but the label; inside one it says who is like
+    the worst-off. The classes are ``given``, (N,) int64, or those of the criterion's target.
     """
 
     given: Tensor | None = None
@@ -143,13 +135,13 @@ class WithinClasses(LocalScheme):
     def decide(
         self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
     ) -> StepRecord:
-        """The weights of all samples; in a class without a positive score they are even."""
+        """As `LocalScheme` has it; even in a class without a positive score."""
         assert isinstance(rows, DatasetGradients)
         labels = batch.labels if self.given is None else self.given.to(batch.losses.device)
         if labels is None:
             raise ValueError(
                 "weights within classes need one class a sample, and the criterion's target shows "
-                "none: give labels=, one class for each sample of the data set"
+                "none: give labels=, one class for each"
             )
         batch = batch._replace(labels=labels)
         present = present_in(batch)
@@ -157,9 +149,8 @@ class WithinClasses(LocalScheme):
         members = [(labels == label) & inside for label in labels[inside].unique()]
         records = []
         for own in members:
-            out = None if removed is None else removed[own]
-            if out is not None and bool(out.all()):
-                out = torch.zeros_like(out)  # nobody of a class of which all would be
+            # Nobody of a class of which all would be.
+            out = None if removed is None else removed[own] & ~removed[own].all()
             records.append(super().decide(some_of(batch, own), rows.of(own), out))
         places = torch.cat([own.nonzero().squeeze(1) for own in members])
         found: dict[str, Any] = {}
@@ -172,20 +163,20 @@ class WithinClasses(LocalScheme):
 
 
 def class_codes(labels: ArrayLike | None, size: int) -> Tensor | None:
-    """Labels of any kind as numbers from 0, (N,) int64; numbers that nobody has are no matter."""
+    """Labels of any kind as numbers from 0, (N,) int64."""
     if labels is None:
         return None
     classes = as_classes("labels", labels)
     if len(classes) != size:
         raise ValueError(
             f"labels has {len(classes)} entries and the data set {size} samples: expected one "
-            "class for each, in the order of the data set"
+            "class for each, in its order"
         )
     return torch.from_numpy(np.unique(classes, return_inverse=True)[1].astype(np.int64))
 
 
 class ClassShare(NamedTuple):
-    """A class of the data set, and how many of its samples its weights rest on: 1 / sum(w^2)."""
+    """A class, and how many of its samples its weights rest on: 1 / sum(w^2)."""
 
     label: Group
     samples: int
@@ -201,18 +192,13 @@ class ClassByClassSampler(ResamplingSampler):
 
     Args:
         model: the early one.
-        criterion: as of `global_weights`; class weights in it make no difference.
-        loader: as there.
-        by: ``"gradients"``, IRW weights with S the worst-off ``alpha`` of each class;
+        criterion, loader, labels, batch_size, forward, progress: as of `global_weights`; class
+            weights make no difference.
+        by: ``"gradients"``, IRW weights with S the worst-off ``alpha`` of each class, in (0, 1];
             ``"losses"``, in proportion to the loss: the control, which needs no gradients.
-        alpha: share of each class that makes S, in (0, 1]; not used by ``"losses"``.
+        alpha: as above.
         mix: in [0, 1].
-        labels: (N,) classes in any form; None takes them out of the criterion's target.
-        num_samples: draws an epoch; None takes N.
-        generator: gives the seed of the draws.
-        batch_size: samples read at once; None takes the loader's.
-        forward: as of `global_weights`, for batches that are no pairs.
-        progress: show a bar.
+        num_samples, generator: as of `ResamplingSampler`.
 
     Attributes:
         classes: a `ClassShare` for each class.
@@ -254,11 +240,10 @@ class ClassByClassSampler(ResamplingSampler):
         forward: Forward | None = None,
         progress: bool = True,
     ) -> None:
-        if by not in RULES:
-            raise ValueError(f"by={by!r}: expected one of {', '.join(map(repr, RULES))}")
+        rule = RULES[one_of("by", by, RULES)]
         local, reader = Options(alpha, mix=mix).local, DatasetReader(loader, batch_size)
         codes = class_codes(labels, reader.size)
-        scheme = WithinClasses(local.alpha, RULES[by], mix=local.mix, given=codes)
+        scheme = WithinClasses(local.alpha, rule, mix=local.mix, given=codes)
         record = weigh_by(scheme, model, criterion, reader, None, progress, forward=forward)
         super().__init__(record.weights, num_samples, generator=generator)
         assert record.labels is not None
@@ -294,5 +279,4 @@ class ClassByClassSampler(ResamplingSampler):
 
 
 def _effective(weights: Tensor) -> float:
-    """How many samples weights rest on, whatever they sum to."""
     return float(weights.sum().square() / weights.square().sum())

@@ -1,14 +1,9 @@
 """Are the batches what the weights take them for: in the order asked for, and the same each time?
 
-A ``collate_fn`` may sort by length, fill gaps with other samples, or shuffle; every weight would
-then go to another sample. A batch that is the same in whatever order its samples come shows it
-without a model. Else the losses do, and what they change by along a direction v, (G v)_i::
-
-    losses(collate([a, b, c])) == losses(collate([c, b, a])).flip(0)
-
-A batch drawn at random is asked, and every batch with a loss that was another one elsewhere: a
-sample is read two or three times, each time in another batch, and its losses are the same unless
-the forward mixes the samples, pads them without a mask, or is given other views of them.
+A ``collate_fn`` may sort, fill gaps with other samples, or shuffle; weights would go to others. A
+batch that is the same in whatever order its samples come shows it without a model. Else the losses
+do, and their derivatives along a direction: of a batch drawn at random, and of every batch with a
+loss that was another one elsewhere, as where the forward mixes the samples.
 """
 
 from __future__ import annotations
@@ -98,7 +93,7 @@ def refuse_sorting(collate_fn: Collate, samples: Sequence[Any]) -> None:
         if any(_same(first, batch) and differ(order) for order, batch in pairs):
             raise ValueError(
                 f"collate_fn={_name_of(collate_fn)} puts the samples of a batch in an order of its "
-                f"own, and weights would go to the wrong ones: {REMEDY}"
+                f"own: {REMEDY}"
             )
 
 
@@ -130,7 +125,7 @@ def _exchanged(order: list[int], i: int, j: int) -> list[int]:
 def batches_to_check(rows: DatasetGradients, losses: Tensor, seed: int) -> list[Tensor]:
     """Samples whose order is to be looked at, as dataset indices: one drawn batch, as a rule.
 
-    Where all ``losses``, (N,), are equal, later ones would not show another order: every batch.
+    Where all ``losses``, (N,), are equal, later ones show no other order: every batch.
     """
     if losses.max() - losses.min() <= 1e-3 * losses.mean().abs():
         positions, sizes = rows.interleaved()
@@ -145,8 +140,7 @@ def batches_to_check(rows: DatasetGradients, losses: Tensor, seed: int) -> list[
 def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tensor] | None) -> None:
     """Raise a ValueError unless these samples (dataset indices) give the same in other orders.
 
-    Where all losses are equal, their derivatives along a random direction in these parameters
-    are not.
+    By their losses and, where these are equal, their derivatives along some direction.
     """
     number = len(asked)
     if number < 2:
@@ -158,7 +152,7 @@ def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tens
     tables = _tables(rows, asked, arrangements, parameters)
 
     def alike(one: Tensor, other: Tensor) -> bool:
-        tolerance = _tolerance(_OF_THE_LARGEST, first, in_full_precision(rows.engine))
+        tolerance = _tolerance(_OF_THE_LARGEST, first, in_full_precision(rows.losses_of.model))
         scale = first.nan_to_num().abs().amax(0)
         return bool(((one - other).nan_to_num().abs() <= tolerance * scale).all())
 
@@ -173,8 +167,8 @@ def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tens
     if alike(first, next(tables)):
         raise ValueError(
             f"collate_fn={name} (or forward=) gives the samples of a batch in an order of its own, "
-            "or others: the losses of the same samples differ when it is handed them the other way "
-            f"round, and weights would go to the wrong samples; {REMEDY}"
+            "or others: the losses of the same samples differ in another order, and weights "
+            f"would go to the wrong samples; {REMEDY}"
         )
     # Samples that change places have to change their own rows alone, as some pair has to show.
     shown = False
@@ -189,7 +183,7 @@ def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tens
     if not shown:
         raise ValueError(
             f"collate_fn={name} (or forward=) draws at random, and the order of its samples cannot "
-            f"be verified: what a sample gives depends on more than its place; {REMEDY}"
+            f"be verified; {REMEDY}"
         )
 
 
@@ -220,7 +214,7 @@ def _tolerance(table: Mapping[Any, float], values: Tensor, full_precision: bool)
 
 @dataclass(eq=False)
 class LossConsistency:
-    """The losses of N samples in all batches, and by how much those of one sample differ."""
+    """The losses of N samples in all batches, and how much a sample's differ."""
 
     size: int
     batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -230,7 +224,7 @@ class LossConsistency:
         self.batches.append((samples, forward_ad.unpack_dual(losses.detach()).primal))
 
     def differing_batches(self, full_precision: bool) -> list[list[int]]:
-        """The batches with the sample whose losses differ most, if they do so beyond rounding."""
+        """The batches with the sample whose losses differ most, if beyond rounding."""
         difference, sample, mean = self._most_different()
         tolerance = _tolerance(_OF_THE_MEAN_LOSS, mean, full_precision)
         if not float(difference) > tolerance * abs(float(mean)):
@@ -246,9 +240,8 @@ class LossConsistency:
             f"a sample's loss differs by up to {float(difference):.2g} (the mean loss is "
             f"{float(mean):.2g}) from one batch to another: the forward mixes the samples of a "
             "batch, pads them without a mask, or data set, collate_fn or model draw at random. The "
-            "weights depend on the batch size, on the order of the data set or on the draws; use "
-            "a model in which each sample stands for itself, and leave random augmentation out of "
-            "the scoring",
+            "weights depend on it: use a model in which each sample stands for itself, and leave "
+            "random augmentation out of the scoring",
         )
 
     def _most_different(self) -> tuple[Tensor, Tensor, Tensor]:

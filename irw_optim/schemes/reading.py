@@ -18,12 +18,12 @@ from torch.utils.data import (
     default_collate,
 )
 
-from irw_optim.arguments import as_whole
+from irw_optim.arguments import whole_number
 from irw_optim.schemes.order import Arrangement, RefusedError, rearranged, refuse_sorting
 
 
 def check_loader(loader: object) -> None:
-    """Refuse what has no samples that can be read by index, or draws from only some of them."""
+    """Refuse what has no samples to be read by index, or draws from only some of them."""
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"loader={loader!r}: expected a torch.utils.data.DataLoader over a map-style data set"
@@ -32,20 +32,19 @@ def check_loader(loader: object) -> None:
     if iterable or not hasattr(loader.dataset, "__len__"):
         raise TypeError(
             f"loader.dataset is {'iterable' if iterable else 'without a length'} "
-            f"({type(loader.dataset).__name__}): the global scheme holds one weight for each index "
-            "of a map-style data set, with __getitem__ and __len__; the local scheme, IRWOptimizer "
-            "by itself, works with any stream of batches"
+            f"({type(loader.dataset).__name__}): expected a map-style data set, with __getitem__ "
+            "and __len__; the local scheme, IRWOptimizer by itself, takes any stream of batches"
         )
     if loader.batch_sampler is None:
         raise ValueError(
             "loader has batch_size=None, so that an index of its data set is no sample: expected "
-            "a loader that collates samples into batches, DataLoader(dataset, batch_size=64)"
+            "DataLoader(dataset, batch_size=64)"
         )
     sampler = sampler_of(loader)
     if isinstance(sampler, SubsetRandomSampler):
         raise ValueError(
             f"loader has a SubsetRandomSampler: it draws {len(sampler)} of the "
-            f"{len(loader.dataset)} samples, but the weights would be those of all; use "
+            f"{len(loader.dataset)} samples that would have weights; use "
             "DataLoader(torch.utils.data.Subset(dataset, indices), shuffle=True, ...)"
         )
 
@@ -67,11 +66,11 @@ _WORKERS = (
 
 def _loader_like(loader: DataLoader[Any], data: Dataset[Any], **changes: Any) -> DataLoader[Any]:
     """A loader over ``data`` with the workers of another one; ``changes`` say what it draws."""
-    return DataLoader(data, **{**{name: getattr(loader, name) for name in _WORKERS}, **changes})
+    return DataLoader(data, **{name: getattr(loader, name) for name in _WORKERS} | changes)
 
 
 def idle_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The loader as a copy can have it: persistent workers are this process's own."""
+    """The loader as a copy can have it, without persistent workers."""
     idle = copy(loader)
     idle._iterator = None
     return idle
@@ -81,7 +80,7 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     """A map-style data set whose samples come with their index: ``data[i] == (i, dataset[i])``.
 
     A loader over it yields ``(indices, batch)``: for loops with a loader of their own, which call
-    `GlobalScheme.select`. A scheme that is iterated over makes such a loader itself.
+    `GlobalScheme.select`.
 
     Args:
         dataset: map-style, with a length.
@@ -96,13 +95,8 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     >>> next(iter(DataLoader(data, batch_size=2)))
     [tensor([0, 1]), [tensor([5., 6.])]]
 
-    A ``collate_fn`` that keeps the order of the samples need not know of indices:
-
-    >>> loader = DataLoader(data, batch_size=2, collate_fn=data.collate(lambda samples: samples))
-    >>> next(iter(loader))
-    (tensor([0, 1]), [(tensor(5.),), (tensor(6.),)])
-
-    One that sorts, leaves out or repeats samples takes the pairs, and says what it did:
+    `collate` makes a ``collate_fn`` that knows of no indices one for a loader over it. One that
+    sorts, leaves out or repeats samples takes the pairs, and says what it did:
 
     >>> def longest_first(pairs):
     ...     indices, samples = zip(*sorted(pairs, key=lambda pair: -pair[1][0]))
@@ -122,18 +116,18 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
         return index, self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        """A batch of samples at once, as data sets offer it that are quicker that way."""
+        """A batch of samples at once, which some data sets are quicker at."""
         fetch = getattr(self.dataset, "__getitems__", None)
         samples = [self.dataset[i] for i in indices] if fetch is None else fetch(indices)
         if len(samples) != len(indices):
             raise ValueError(
                 f"__getitems__ of {type(self.dataset).__name__} returned {len(samples)} samples "
-                f"for {len(indices)} indices: expected a list with one sample for each"
+                f"for {len(indices)} indices: expected one for each"
             )
         return list(zip(indices, samples, strict=True))
 
     def collate(self, collate_fn: Callable[[list[Any]], Any]) -> IndexedCollate:
-        """A ``collate_fn`` for the samples as they are, made one for ``(index, sample)`` pairs."""
+        """A ``collate_fn`` that keeps the order, made one for ``(index, sample)`` pairs."""
         return IndexedCollate(collate_fn)
 
 
@@ -162,24 +156,23 @@ def indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
     """A batch of an `IndexedDataset` as indices, (B,) int64 on the CPU, and the rest."""
     if isinstance(batch, list | tuple) and len(batch) == 2:
         indices, rest = batch
-        told = torch.as_tensor(indices) if isinstance(indices, Tensor | list | tuple) else None
-        if told is not None and told.ndim == 1 and not told.is_floating_point():
+        told = torch.as_tensor(indices if isinstance(indices, Tensor | list | tuple) else 0.0)
+        if told.ndim == 1 and not told.is_floating_point():
             return told.to("cpu", torch.int64), rest
     raise TypeError(
         f"collate_fn made a {type(batch).__name__} of the (index, sample) pairs of an "
-        "IndexedDataset: expected (indices, batch), with the dataset index of every sample of the "
-        "batch, in its order"
+        "IndexedDataset: expected (indices, batch), with the index of every sample in its order"
     )
 
 
 def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None) -> DataLoader[Any]:
-    """A loader of the same batches, as of an `IndexedDataset`; sampler and generator are shared."""
+    """A loader of the same batches, as of an `IndexedDataset`."""
     check_loader(loader)
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
             f"loader is a {type(loader).__name__}, which has an iteration of its own: give the "
-            "DataLoader it was made from, or iterate over your own loader of an "
-            "IndexedDataset(dataset) and call scheme.select(indices) before each batch"
+            "DataLoader it was made from, or iterate over your own of an IndexedDataset(dataset) "
+            "and call scheme.select(indices) before each batch"
         )
     data, collate = loader.dataset, loader.collate_fn
     if not isinstance(data, IndexedDataset):
@@ -189,8 +182,8 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
         size = getattr(loader.batch_sampler, "batch_size", None)
         if size is None:
             raise ValueError(
-                f"loader has a {type(loader.batch_sampler).__name__} without a batch_size: "
-                "resampling draws the batches itself and needs DataLoader(dataset, batch_size=64)"
+                f"loader has a {type(loader.batch_sampler).__name__} without a batch_size, and "
+                "resampling draws the batches itself: expected DataLoader(dataset, batch_size=64)"
             )
         drop_last = getattr(loader.batch_sampler, "drop_last", False)
         shape = {"batch_size": size, "drop_last": drop_last, "sampler": sampler}
@@ -204,14 +197,10 @@ class DatasetReader:
     def __init__(self, loader: DataLoader[Any], batch_size: int | None = None) -> None:
         check_loader(loader)
         own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-        size = as_whole(own if batch_size is None else batch_size)
-        if size is None or size < 1:
-            raise ValueError(
-                f"batch_size={batch_size!r} with a loader of batch size {own!r}: expected the "
-                "number of samples to read at once, for example batch_size=256"
-            )
+        size = own if batch_size is None else batch_size
+        expected = "the number of samples to read at once, for example batch_size=256"
         self.loader = loader
-        self.batch_size = size
+        self.batch_size = whole_number("batch_size", size, 1, expected)
         self.uses = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -230,9 +219,9 @@ class DatasetReader:
     def batches(
         self, samples: Tensor, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Any]]:
-        """Yield the batches of ``samples``, (n,) dataset indices on the CPU, in such pieces.
+        """Yield ``samples``, (n,) dataset indices on the CPU, in batches of these sizes.
 
-        Each with the places in ``samples`` of those that it holds, in its own order.
+        Each comes with the places in ``samples`` of those that it holds, in its own order.
         """
         if not len(samples):
             return
@@ -247,7 +236,7 @@ class DatasetReader:
     def rearranged(
         self, samples: Tensor, arrangements: Sequence[Arrangement]
     ) -> Iterator[tuple[Tensor, Any]]:
-        """Yield batches as `batches` does, of the same samples, read once, for each arrangement."""
+        """Yield a batch as `batches` does for each arrangement of samples, which are read once."""
         collate = partial(rearranged, self.loader.collate_fn, arrangements)
         (batches,) = self._loader([samples.tolist()], collate)
         for (order, _), batch in zip(arrangements, batches, strict=True):
@@ -259,11 +248,11 @@ class DatasetReader:
 
     def _loader(self, batches: Sequence[list[int]], collate: Callable[[Any], Any]) -> Any:
         loader, workers = self.loader, min(self.loader.num_workers, len(batches))
-        own: dict[str, Any] = {"batch_sampler": batches, "num_workers": workers}
-        return _loader_like(loader, loader.dataset, collate_fn=collate, **own)
+        own = {"batch_sampler": batches, "num_workers": workers, "collate_fn": collate}
+        return _loader_like(loader, loader.dataset, **own)
 
     def _places(self, piece: Tensor, batch: Any) -> tuple[Tensor, Any]:
-        """Where in the piece the samples of its batch are, and the batch without its indices."""
+        """Where in the piece the samples of a batch are, and the batch without its indices."""
         if not isinstance(self.loader.dataset, IndexedDataset):
             return torch.arange(len(piece), device="cpu"), batch
         told, batch = indices_and_batch(batch)
@@ -273,7 +262,6 @@ class DatasetReader:
             missing = sorted(set(wanted.tolist()) - set(found.tolist()))
             raise ValueError(
                 f"collate_fn made a batch of the samples {told.tolist()[:10]} out of "
-                f"{piece.tolist()[:10]} (without {missing[:10]}): for the weights of a data set, "
-                "expected each sample once, in any order"
+                f"{piece.tolist()[:10]} (without {missing[:10]}): expected each sample once"
             )
         return torch.empty_like(order).index_copy(0, order, places), batch

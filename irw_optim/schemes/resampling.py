@@ -1,4 +1,4 @@
-"""Samples drawn in proportion to their weights, and epochs that can be gone on with."""
+"""Samples drawn by their weights, and epochs that can be gone on with."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from irw_optim.torch_internals import place
 class ResamplingSampler(Sampler[int]):
     """Draws dataset indices with probability proportional to their weights.
 
-    Every epoch has its own draws, by the seed and the epoch's number alone. New ``weights`` count
-    from the next index on (without replacement, the next epoch); a DataLoader with workers has up
-    to ``num_workers * prefetch_factor`` batches drawn in advance.
+    The seed and the epoch's number make the draws. New ``weights`` count from the next index on
+    (without replacement, the next epoch), in a DataLoader with workers up to ``num_workers *
+    prefetch_factor`` batches later.
 
     Args:
         weights: (N,) non-negative, not all 0; need not sum to 1.
         num_samples: draws an epoch, over all ranks; None takes N.
         replacement: whether a sample may come twice. Without it, the inclusion probabilities are
             not proportional to the weights, which with ``num_samples=N`` only order the epoch.
-        generator: gives the seed, drawn from it once; None is seed 0. All ranks need equal seeds.
-        rank: of this process, which takes the draws ``rank``, ``rank + world_size``, ... of those
-            that one process would make, lengthened to a multiple as in DistributedSampler.
-        world_size: number of processes. None for both takes the process group's, if there is one.
+        generator: gives the seed; None is seed 0. All ranks need equal seeds.
+        rank: of this process, which takes every ``world_size``-th of one process's draws,
+            lengthened as in DistributedSampler.
+        world_size: number of processes. None for both takes the process group's.
 
     Raises:
-        TypeError: weights that are no floating-point tensor.
-        ValueError: weights that cannot be drawn by; more draws without replacement than positive
-            weights; a rank outside the world, or one without the other.
+        TypeError, ValueError: weights that cannot be drawn by; more draws without replacement than
+            positive weights; a rank outside the world, or one without the other.
 
     >>> sampler = ResamplingSampler(torch.tensor([0.0, 3.0, 1.0]), num_samples=8)
     >>> first, second = list(sampler), list(sampler)
@@ -96,7 +95,7 @@ class ResamplingSampler(Sampler[int]):
                 "positive: expected no more draws than that, or replacement=True"
             )
         self._weights = weights
-        # A mass of 0 leaves two equal entries, and the search skips the second: never drawn.
+        # A weight of 0 leaves two equal entries, and the search skips the second.
         self._cumulative = weights.double().cumsum(0)
 
     def __len__(self) -> int:
@@ -113,27 +112,26 @@ class ResamplingSampler(Sampler[int]):
         own = slice(self.rank, asked, self.world_size)
         if self.replacement:
             return self._with_replacement(draws[own], self._drawn)
-        # The first arrivals of exponential clocks with these rates are successive draws in
-        # proportion to the weights left (Efraimidis and Spirakis 2006).
+        # First arrivals of exponential clocks with these rates (Efraimidis and Spirakis 2006).
         arrivals = -torch.log1p(-draws) / self.weights
         return iter(arrivals.argsort()[own].tolist())
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration that of this epoch; without it, epochs count up by themselves."""
+        """Make the next iteration that of this epoch; else epochs count up."""
         self.epoch = epoch
 
     def resume_epoch(self) -> None:
-        """Make the next iteration that of the epoch that was broken off, with the draws it made."""
+        """Make the next iteration go on with the epoch that was broken off, and its draws."""
         self.epoch -= 1
         self._repeated = self._drawn
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights, the seed, the next epoch, and the draws of the one that is under way."""
+        """Weights, seed, next epoch, and the draws of this one."""
         drawn = torch.tensor(self._drawn, dtype=torch.int64, device="cpu")
         return {"weights": self.weights, "seed": self.seed, "epoch": self.epoch, "drawn": drawn}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state of `state_dict`; the weights must be of the same length."""
+        """Take over a state of `state_dict`, of as many weights."""
         self.weights = state_dict["weights"]
         self.seed = state_dict["seed"]
         self.epoch = state_dict["epoch"]
@@ -144,7 +142,7 @@ class ResamplingSampler(Sampler[int]):
         while len(drawn) < len(draws):
             cumulative = self._cumulative
             total = cumulative[-1]
-            # Rounding must not reach the total itself: behind it there is nobody.
+            # Not rounded to the total itself, behind which there is nobody.
             points = (draws[len(drawn) :] * total).clamp(
                 max=total.nextafter(torch.zeros_like(total))
             )
@@ -159,9 +157,9 @@ class ResamplingSampler(Sampler[int]):
 class ResumableLoader:
     """Iterates over a loader; its state says how far, and what the order was drawn from.
 
-    A broken epoch goes on: its batches are read again up to where it stopped, and dropped, without
-    a call of ``before_batch``. Orders drawn from torch's random numbers, or by a
-    `ResamplingSampler`, come out the same. ``share`` is this process's rank, and of how many.
+    A broken epoch goes on: its batches are read again, and dropped up to where it stopped. Orders
+    drawn from torch's random numbers, or by a `ResamplingSampler`, come out the same. ``share`` is
+    this process's rank, and of how many.
     """
 
     loader: DataLoader[Any]
@@ -188,7 +186,7 @@ class ResumableLoader:
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches given so far, and the random states at the epoch's beginning."""
+        """Batches given so far, and the random states at the beginning."""
         return {
             "position": self.position,
             "began_with": list(self._start_states),
@@ -203,15 +201,15 @@ class ResumableLoader:
         self._resumes = self.position > 0
 
     def check(self, state_dict: dict[str, Any]) -> None:
-        """Raise a ValueError for the middle of an epoch that was another process's."""
+        """Refuse the middle of another process's epoch."""
         saved, own = tuple(state_dict["share"]), self.share
         # A DistributedSampler's order is that of its seed and epoch, on all ranks the same.
         alike = saved[1] == own[1] and hasattr(sampler_of(self.loader), "num_replicas")
         if state_dict["position"] and saved != own and not alike:
             raise ValueError(
                 f"the state is from the middle of an epoch of process {saved[0]} of {saved[1]}, "
-                f"and this is process {own[0]} of {own[1]}: expected a state saved between epochs, "
-                "or by each process for itself"
+                f"and this is process {own[0]} of {own[1]}: expected one saved between epochs, or "
+                "by each process for itself"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -239,20 +237,18 @@ class ResumableLoader:
         return batches
 
     def _generators(self) -> list[torch.Generator]:
-        """What the order may be drawn from, the global random numbers apart."""
         sources = (self.loader, self.loader.sampler, sampler_of(self.loader))
         found = [getattr(source, "generator", None) for source in sources]
         return list({id(g): g for g in found if g is not None}.values())
 
 
 def check_sample_weights(weights: object, size: int | None = None) -> None:
-    """Raise for weights, (N,), that are not of a data set of this ``size``, or are unusable."""
+    """Raise for weights, (N,), that are not of this ``size``, or cannot be drawn by."""
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights is {kind}: expected a floating-point tensor of shape (N,)")
     if weights.ndim != 1:
         raise ValueError(f"weights has shape {tuple(weights.shape)}: expected (N,)")
-    wrong = ""
     if size is not None and len(weights) != size:
         wrong = f"{len(weights)} entries but the data set has {size} samples: they are stale or "
         wrong += "belong to another data set"
@@ -260,7 +256,8 @@ def check_sample_weights(weights: object, size: int | None = None) -> None:
         wrong = f"{len(broken)} NaN or infinite entries, the first at index {broken[0]}"
     elif bool((weights < 0).any()):
         wrong = f"negative entries, down to {float(weights.min()):g}"
-    elif not bool((weights > 0).any()):
+    elif bool((weights > 0).any()):
+        return
+    else:
         wrong = "no positive entry: nobody would be drawn or count"
-    if wrong:
-        raise ValueError(f"weights has {wrong}; make new ones with global_weights(...)")
+    raise ValueError(f"weights has {wrong}; make new ones with global_weights(...)")

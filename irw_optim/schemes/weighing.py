@@ -1,16 +1,8 @@
 """The weights of a whole data set: how they are made, and held for the batches to come.
 
-The local scheme on a single batch of all N samples, whose gradients are run again when needed::
-
-    losses = G.losses()                          # pass 1: forward
-    S      = worst_off(losses, alpha)
-    g_S    = G.combine(S)                        # pass 2: over the members of S alone
-    s      = G.dot(g_S)                          # pass 3: forward, and backward to the layers,
-                                                 #         or the derivative along g_S forward
-    w      = s.clamp(min=0) / s.clamp(min=0).sum()
-
-With forward, gradients of outputs and gradients of weights at 1 each, that is 1 + 3 alpha + 3,
-against 3 for an epoch of plain training. It takes the memory of one batch and one gradient.
+The local scheme on a single batch of all N samples: losses in pass 1, g_S over the members of S in
+pass 2, scores in pass 3, backward to the layers or forward along g_S. It takes the memory of one
+batch and one gradient; `docs/schemes.md` counts the time.
 """
 
 from __future__ import annotations
@@ -45,10 +37,16 @@ from irw_optim.schemes.batch_losses import (
 from irw_optim.schemes.dataset_gradients import DatasetGradients, DatasetOverRanks
 from irw_optim.schemes.order import batches_to_check, check_order
 from irw_optim.schemes.reading import DatasetReader
-from irw_optim.weighting import Alignment, normalise, worst_off_count
-from irw_optim.weighting.local_scheme import Averaging, LocalScheme, present_in
+from irw_optim.weighting import (
+    Alignment,
+    Averaging,
+    LocalScheme,
+    StepRecord,
+    normalise,
+    present_in,
+    worst_off_count,
+)
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
-from irw_optim.weighting.record import StepRecord
 
 
 def weigh_by(
@@ -86,8 +84,8 @@ def weigh_by(
 
 
 def check_block(outlier_block: object) -> int:
-    """The whole number of samples that ``outlier_block`` is, or an error."""
-    expected = "the number of samples that the filter compares with each other, for example 256"
+    """The number that ``outlier_block`` is, or an error."""
+    expected = "the number of samples that the filter compares, for example 256"
     return whole_number("outlier_block", outlier_block, 1, expected)
 
 
@@ -102,16 +100,12 @@ def weigh_dataset(
     replica: DistributedDataParallel | None,
     equal_on_ranks: dict[str, Any],
 ) -> StepRecord:
-    """What ``scheme`` decides for one batch of all the reader's samples; tensors of shape (N,).
-
-    The processes of ``replica`` read a part each, and all have the record of one process.
-    """
+    """What ``scheme`` decides for a batch of all samples, (N,), on each process of ``replica``."""
     model, size = losses_of.model, reader.size
     if not size:
         raise ValueError("loader.dataset is empty: expected at least one sample")
     ranks = None
-    # A DDP called inside of the model may broadcast buffers in every forward pass, and so all of
-    # its processes have to run as many.
+    # A DDP inside of the model may broadcast buffers: all processes have to run as many batches.
     if replica is not None and not any(child is replica for child in list(model.modules())[1:]):
         alike = {"the number of samples in the data set": size, "outlier_block": outlier_block}
         ranks = Ranks(replica.process_group, alike | equal_on_ranks)
@@ -145,7 +139,7 @@ def weigh_dataset(
         _check_finite(record.scores, "scores")
         if due and (not scheme.needs_gradients or size <= reader.batch_size):
             rows.read_in_other_batches()
-        differing = rows.consistency.differing_batches(in_full_precision(engine))
+        differing = rows.consistency.differing_batches(in_full_precision(model))
         if ranks is not None:  # what one raises, all have to
             differing = [batch for some in ranks.objects(differing) for batch in some]
         if differing:
@@ -162,10 +156,9 @@ def _outliers_in_blocks(
     present: Tensor | None,
     ranks: Ranks | None,
 ) -> Tensor:
-    """Whom the filter removes of all N samples, (N,) bool, each compared with its block alone.
+    """Whom the filter removes, (N,) bool, each compared with its ``block`` of samples alone.
 
-    The blocks are drawn at random (those of a sorted data set would have one class each), once and
-    for all. Processes share them out. Nobody is removed of a block of which all would be.
+    Blocks are drawn at random: those of a sorted data set would have one class each.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     order = torch.randperm(rows.batch_size, generator=generator, device="cpu")
@@ -190,16 +183,13 @@ def _check_finite(values: Tensor, what: str) -> None:
         named = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
         raise FloatingPointError(
             f"the {what} of {len(broken)} samples are not finite (dataset indices {named}): "
-            "no weights were made; look at these samples, or at the model's parameters"
+            "look at these samples, or at the model's parameters"
         )
 
 
 @dataclass(eq=False)
 class HeldWeights:
-    """Takes the place of an optimizer's local scheme: the weights of the batch's own samples.
-
-    Batches that are ``resampled``, drawn in proportion to the weights, make plain steps.
-    """
+    """A scheme: the weights of the batch's own samples; plain steps if ``resampled``."""
 
     needs_gradients = False
 
@@ -215,24 +205,17 @@ class HeldWeights:
         indices, record = self._selected(len(losses)), self.record
         assert record is not None  # or it would have been said
         held, present = record.weights[indices].to(losses.device), present_in(batch)
-        if present is not None:  # as in every batch, those whose target is ignored are not there
-            held = held * present
+        held = held if present is None else held * present
         weights, fallback = normalise(held, present)
+        worst_off, outliers, scores = (
+            of_all[indices] for of_all in (record.worst_off, record.outliers, record.scores)
+        )
         return StepRecord(
-            worst_off=record.worst_off[indices],
-            outliers=record.outliers[indices],
-            scores=record.scores[indices],
-            weights=weights,
-            fallback=fallback,
-            losses=losses,
-            labels=batch.labels,
+            worst_off, outliers, scores, weights, fallback, losses=losses, labels=batch.labels
         )
 
     def over_ranks(self, ranks: Ranks) -> HeldWeights:
-        """What decides for the batch of all processes; errors as `decide`'s, on all of them alike.
-
-        Every one holds all weights: it takes an all-gather of B indices.
-        """
+        """What decides for the batch of all processes: an all-gather of B indices."""
         if self.resampled:
             return self
         size = ranks.sizes[ranks.rank]
@@ -255,15 +238,14 @@ class HeldWeights:
         return replace(self, indices=everybody)
 
     def __copy__(self) -> HeldWeights:
-        """The same weights for the same batch, whatever batch comes next."""
+        """For the same batch, whatever comes next."""
         return replace(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy holds the weights, and is told of its own batches."""
+        """A copy is told of its own batches."""
         return {**vars(self), "indices": None}
 
     def _selected(self, size: int) -> Tensor:
-        """The indices of a batch of so many samples, where the weights are: (B,)."""
         record, indices = self.record, self.indices
         if indices is None and not size:  # a process without samples
             indices = torch.empty(0)
@@ -275,7 +257,7 @@ class HeldWeights:
         if len(indices) != size:
             raise ValueError(
                 f"the batch has {size} losses but {len(indices)} indices were selected: "
-                "expected the losses of the batch that the scheme yielded last"
+                "expected the batch that the scheme yielded last"
             )
         known = len(record.weights)
         if size and not 0 <= int(indices.min()) <= int(indices.max()) < known:

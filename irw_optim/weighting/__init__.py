@@ -1,9 +1,21 @@
-"""How weights are chosen: pure functions of losses and per-sample gradients; no ``torch.nn``."""
+"""How weights are chosen; the local scheme: those inside a mini-batch (paper, section III)."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from irw_optim.criterion import PerSampleLosses
+from irw_optim.gradients.protocol import PerSampleGradients
+from irw_optim.notebook import html_table
+from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import (
     Alignment,
-    Equality,
-    Membership,
     ScoreRule,
     Weights,
     irw_weights,
@@ -27,3 +39,207 @@ __all__ = [
     "worst_off",
     "worst_off_count",
 ]
+
+
+@dataclass(frozen=True)
+class StepRecord(Weights):
+    """What one backward pass decided (`IRWOptimizer.last_step`): tensors of shape (B,), detached.
+
+    Attributes:
+        losses: per-sample losses.
+        labels: classes, where the criterion's target shows them, else None.
+        worst_off: bool, the members of S.
+        outliers: bool, the samples that a filter removed; their weight is 0.
+        scores: s_i = <g_i, g_S> (or of another rule); float64 where the losses' is too narrow.
+        weights: w_i, sums to 1.
+        fallback: 0-dim bool, True where no score was positive and the weights are uniform.
+        finite: whether losses and scores are; None where nobody has looked yet.
+        own: bool, this process's samples where B counts those of all, in the order of their ranks.
+    """
+
+    losses: Tensor = field(kw_only=True)
+    labels: Tensor | None = None
+    own: Tensor | None = None
+
+    @property
+    def effective_sample_size(self) -> float:
+        """1 / sum(w^2): B for uniform weights, 1 where one sample has all the weight."""
+        total = float(self.weights.square().sum())
+        return 1 / total if total else 0.0
+
+    @property
+    def broken_samples(self) -> list[int]:
+        """Samples whose loss is not finite, or else their score."""
+        if self.finite:
+            return []
+        # No number that is not finite gives a finite product or sum. One look, as it waits.
+        if isfinite(float(self.losses.to(self.scores.dtype).dot(self.scores))):
+            return []
+        of_losses, of_scores = (
+            (~values.isfinite()).nonzero().flatten().tolist()
+            for values in (self.losses, self.scores)
+        )
+        return of_losses or of_scores
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self._summary())
+
+    def _repr_html_(self) -> str:
+        most = self.weights.argsort(descending=True)[:5].tolist()
+        rows = [
+            (i, *(f"{float(t[i]):.4g}" for t in (self.losses, self.scores, self.weights)))
+            for i in most
+        ]
+        header = ("heaviest samples", "loss", "score", "weight")
+        return html_table(("the step", ""), self._summary()) + html_table(header, rows)
+
+    def _summary(self) -> list[tuple[str, object]]:
+        return [
+            ("samples", len(self.losses)),
+            ("worst off", int(self.worst_off.sum())),
+            ("outliers", int(self.outliers.sum())),
+            ("with a weight", int((self.weights > 0).sum())),
+            ("effective sample size", f"{self.effective_sample_size:.1f}"),
+            ("uniform for want of a score", "yes" if bool(self.fallback) else "no"),
+        ]
+
+
+class Scheme(Protocol):
+    """Decides the weights of a batch: `LocalScheme`, or one that holds weights."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the weights depend on more than the losses."""
+
+    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
+        """The weights of one batch, and all that led to them."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """CVaR: the worst-off share, equally weighted."""
+
+    needs_gradients = False
+
+    def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
+        """Scores of a batch, (B,)."""
+        return worst_off.to(losses.dtype)
+
+
+@dataclass(frozen=True)
+class Equality:
+    """Plain training: everybody alike."""
+
+    needs_gradients = False
+
+    def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
+        """Scores of a batch, (B,)."""
+        return torch.ones_like(losses)
+
+
+NAMED: dict[str, type[Alignment | Membership | Equality]] = {
+    "irw": Alignment,
+    "cvar": Membership,
+    "uniform": Equality,
+}
+"""The rules that the optimizer's argument ``weighting`` knows by name."""
+
+
+def rule_named(weighting: str | ScoreRule, center: float) -> ScoreRule:
+    """The rule that this argument means."""
+    if not isinstance(weighting, str):
+        return weighting
+    return Alignment(center) if weighting == "irw" else NAMED[weighting]()
+
+
+@dataclass(frozen=True)
+class LocalScheme:
+    """Weighs the samples of one batch against each other; `IRWOptimizer` says more."""
+
+    alpha: float
+    rule: ScoreRule
+    outliers: OutlierFilter | None = None
+    class_balance: bool = False
+    mix: float = 0.0
+
+    @cached_property
+    def needs_gradients(self) -> bool:
+        """As `Scheme` has it."""
+        return self.outliers is not None or getattr(self.rule, "needs_gradients", True)
+
+    @cached_property
+    def needs_one_product(self) -> bool:
+        """Whether all that they need of G is G (G^T c), for one c."""
+        return self.outliers is None and isinstance(self.rule, Alignment)
+
+    def decide(
+        self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
+    ) -> StepRecord:
+        """As `Scheme` has it; ``removed`` (B,) bool are the outliers, if known already."""
+        losses = batch.losses.detach() if batch.losses.requires_grad else batch.losses
+        labels = batch.labels if self.class_balance else None
+        if self.class_balance and labels is None:
+            raise ValueError(
+                "class_balance=True needs one class label a sample, and the criterion's target "
+                "shows none: call optimizer.backward(losses, labels=labels), use a criterion whose "
+                "target is a class, or set class_balance=False"
+            )
+        decided = weigh(
+            losses,
+            rows,
+            self.alpha,
+            self.rule,
+            outliers=self.outliers,
+            labels=labels,
+            mix=self.mix,
+            present=None if batch.counts is None else present_in(batch),
+            removed=removed,
+        )
+        return StepRecord(**vars(decided), losses=losses, labels=batch.labels)
+
+
+class Averaging:
+    """Plain training, as a scheme: equal weights, for equally many elements."""
+
+    needs_gradients = False
+    needs_one_product = True  # none at all, but the gradient
+
+    def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None) -> StepRecord:
+        """As `Scheme` has it."""
+        losses = batch.losses.detach()
+        nobody = torch.zeros_like(losses, dtype=torch.bool)
+        if batch.counts is None:
+            equal = uniform(losses)
+        else:  # a quotient of integers would be one in float32
+            counts = batch.counts.to(torch.promote_types(losses.dtype, torch.float32))
+            equal = counts / counts.sum().clamp(min=1)
+        return StepRecord(
+            worst_off=nobody,
+            outliers=nobody,
+            scores=torch.ones_like(losses),
+            weights=equal.to(losses.dtype),
+            fallback=nobody.any(),
+            losses=losses,
+            labels=batch.labels,
+        )
+
+
+def present_in(batch: PerSampleLosses) -> Tensor | None:
+    """The samples with a target; None for all, or all where nobody has one."""
+    if batch.counts is None:
+        return None
+    present = batch.counts > 0
+    return present | ~present.any()
+
+
+class NoRows:
+    """What a rule that looks at losses alone is handed."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def combine(self, _: object = None) -> NoReturn:
+        """Not on offer, as the other products."""
+        raise RuntimeError("a rule with needs_gradients=False asked for gradients")
+
+    dot = gram = combine

@@ -1,23 +1,16 @@
 """Which samples are outliers, from the inner products of their gradients alone: the O of IRWO.
 
-``DBSCANFilter()(K)`` is, for per-sample gradients G (B x P) whose Gram matrix is K = G G^T::
-
-    D   = distances(K)                         # D_ij = |g_i - g_j|
-    eps = auto_eps(D, min_samples=5)           # removes at most a share 1 - quantile
-    out = dbscan_noise(D, eps, min_samples=5)  # True: noise in the sense of DBSCAN
-
-Noise needs no clustering: a sample is noise iff it is no core point and no core point lies within
-``eps`` (Ester, Kriegel, Sander and Xu 1996, definitions 2 and 6). That is two comparisons on the
-device that holds K, with labels equal to scikit-learn's.
+Noise needs no clustering: a sample is noise iff it is no core point and none lies within ``eps``
+(Ester, Kriegel, Sander and Xu 1996, definitions 2 and 6): two comparisons on the device that holds
+K = G G^T.
 
 An outlier filter cannot tell a corrupted sample from a rare group: it can remove the very minority
-that IRW is there for. Look at who leaves before trusting it (`cluster_labels` helps).
+that IRW is there for. Look at who leaves before trusting it.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -28,10 +21,9 @@ from irw_optim.arguments import real_number, whole_number
 
 
 class OutlierFilter(Protocol):
-    """What IRWO takes as ``outliers=``: any callable from a Gram matrix to a mask.
+    """What IRWO takes as ``outliers=``: from K = G G^T, (B, B), to (B,) bool on the same device.
 
-    ``filter(gram)`` is given K = G G^T, of shape (B, B), and returns (B,) bool on the same device,
-    True for the samples to remove. It must not remove everybody.
+    True for the samples to remove.
 
     >>> def largest_norm(gram):
     ...     return gram.diagonal() == gram.diagonal().max()
@@ -49,14 +41,13 @@ class OutlierFilter(Protocol):
 class DBSCANFilter:
     """DBSCAN's noise among the per-sample gradients, as an outlier filter (IRWO).
 
-    Where DBSCAN calls every sample noise (always so if B < ``min_samples``), everything is kept:
-    nothing is left that anybody could be an outlier of. `noise` shows the labels before that.
+    Where DBSCAN calls every sample noise (always so if B < ``min_samples``), everything is kept;
+    `noise` shows the labels before that.
 
     Args:
         eps: radius of the neighbourhood, in units of gradient norm, >= 0 (0: only exact
-            duplicates are neighbours); or ``"auto"`` for `auto_eps` on every batch. Gradient norms
-            shrink by orders of magnitude in training, so that a fixed radius ends up calling
-            everything or nothing noise.
+            duplicates are neighbours); or ``"auto"`` for `auto_eps` on every batch: gradient norms
+            shrink by orders of magnitude in training.
         min_samples: neighbours that make a core point, itself counted.
         quantile: for ``"auto"``, the least share of the batch to keep, in (0, 1]. At 0.95 nobody
             leaves a batch of fewer than 20.
@@ -76,12 +67,14 @@ class DBSCANFilter:
     quantile: float = 0.95
 
     def __post_init__(self) -> None:
+        least, share = "a whole number >= 1, for example 5", "the least share to keep"
         checked: dict[str, object] = {
-            "min_samples": _check_min_samples(self.min_samples),
-            "quantile": _check_quantile(self.quantile),
+            "min_samples": whole_number("min_samples", self.min_samples, 1, least),
+            "quantile": real_number("quantile", self.quantile, "(0, 1]", share),
         }
         if not (isinstance(self.eps, str) and self.eps == "auto"):
-            checked["eps"] = _check_eps(self.eps, 'in units of gradient norm, or "auto"')
+            unit = 'in units of gradient norm, or "auto"'
+            checked["eps"] = real_number("eps", self.eps, "[0, inf]", unit)
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # frozen for everybody else
 
@@ -110,18 +103,8 @@ class DBSCANFilter:
 def distances(gram: Tensor) -> Tensor:
     """Euclidean distances between the rows of G: D_ij^2 = K_ii + K_jj - 2 K_ij, clamped at 0.
 
-    (B, B) in the dtype of ``gram``, float32 at least; symmetric, and exactly 0 on the diagonal. The
-    difference cancels: distances below about sqrt(machine epsilon) times the gradient norm are
-    rounding (3e-4 of the norm in float32), so that equal gradients may come out that far apart.
-
-    Raises:
-        FloatingPointError: ``gram`` holds NaN or infinity, or too large numbers for its dtype.
-        TypeError, ValueError: ``gram`` is no tensor of shape (B, B).
-
-    >>> gradients = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    >>> distances(gradients @ gradients.T)
-    tensor([[0., 5.],
-            [5., 0.]])
+    (B, B), float32 at least; symmetric, 0 on the diagonal. The difference cancels: equal gradients
+    may come out 3e-4 of their norm apart in float32. Raises as `DBSCANFilter.__call__`.
     """
     if not isinstance(gram, Tensor):
         raise TypeError(f"gram={gram!r}: expected a tensor of shape (B, B), G @ G.T")
@@ -129,8 +112,7 @@ def distances(gram: Tensor) -> Tensor:
         raise ValueError(f"gram has shape {tuple(gram.shape)}: expected (B, B), G @ G.T")
     K = gram.detach().to(torch.promote_types(gram.dtype, torch.float32))
     norms = K.diagonal()
-    # Exactly 0 on the diagonal, and symmetric, which rounded products need not be: to each other,
-    # two samples must be equally near.
+    # Symmetric, which rounded products need not be: two samples must be equally near to each other.
     squares = (K + K.T).neg_().add_(norms[:, None] + norms)
     # The one wait for the device. Later, clamp would turn K_ij = inf into a distance of 0.
     if not squares.sum().isfinite() and not squares.isfinite().all():  # the first is cheaper
@@ -138,7 +120,7 @@ def distances(gram: Tensor) -> Tensor:
         raise FloatingPointError(
             f"gram is not finite for the samples {broken.nonzero().flatten().tolist()}: "
             f"their gradients hold NaN or infinity, or their squares overflow {K.dtype}; "
-            "leave these samples out, or pass gram.double() computed in float64"
+            "leave them out, or pass gram.double() computed in float64"
         )
     return squares.clamp_(min=0).sqrt_()
 
@@ -148,22 +130,7 @@ def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Te
 
     Equal to ``sklearn.cluster.DBSCAN(eps, min_samples=min_samples, metric="precomputed")`` on
     every input. scikit-learn refuses ``eps=0``; here it makes duplicates the only neighbours.
-
-    Args:
-        distances: (B, B), finite, as from `distances`.
-        eps: radius, >= 0; a sample at exactly this distance is a neighbour.
-        min_samples: neighbours that make a core point, itself counted.
-
-    Raises:
-        TypeError, ValueError: ``eps`` or ``min_samples`` of another type, or outside its range.
-
-    >>> points = torch.tensor([0.0, 1.0, 2.0, 9.0])
-    >>> dbscan_noise((points[:, None] - points).abs(), eps=1.0, min_samples=3)
-    tensor([False, False, False,  True])
     """
-    if not isinstance(eps, Tensor):  # looking into a tensor would wait for its device
-        eps = _check_eps(eps)
-    min_samples = _check_min_samples(min_samples)
     near = (distances <= eps).to(torch.float32)  # counts below 2^24 are exact, sums of it quick
     core = near.sum(dim=1) >= min_samples
     within_reach = core.to(near.dtype) @ near > 0
@@ -173,26 +140,10 @@ def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Te
 def auto_eps(distances: Tensor, min_samples: int, quantile: float = 0.95) -> Tensor:
     """A radius for DBSCAN that removes at most the share ``1 - quantile`` of a batch, 0-dim.
 
-    The ``quantile`` of the distances to the (``min_samples`` - 1)-th neighbour, itself not counted:
-    the least of these distances that reaches the share ``quantile`` of the batch. Whoever has that
-    neighbour within eps is a core point, and core points are not noise. (Interpolated quantiles
-    give no such bound: the linear one of B = 10 at 0.95 leaves 1 of 10 outside.) Infinity where
-    B < ``min_samples``, and nobody has so many.
-
-    Args:
-        distances: (B, B), finite, with diagonal 0, as from `distances`.
-        min_samples: neighbours that make a core point, itself counted.
-        quantile: least share of the batch to keep, in (0, 1].
-
-    Raises:
-        TypeError, ValueError: an argument of another type, or outside its range.
-
-    >>> points = torch.tensor([0.0, 1.0, 2.0, 9.0])
-    >>> D = (points[:, None] - points).abs()
-    >>> auto_eps(D, min_samples=2, quantile=0.75), auto_eps(D, min_samples=2, quantile=0.76)
-    (tensor(1.), tensor(7.))
+    The least distance to the (``min_samples`` - 1)-th other neighbour that the share ``quantile``
+    of the batch has: core points, then. (Interpolated quantiles give no such bound.) Infinity where
+    B < ``min_samples``.
     """
-    min_samples, quantile = _check_min_samples(min_samples), _check_quantile(quantile)
     size = len(distances)
     if size < min_samples:
         return distances.new_tensor(math.inf)
@@ -203,42 +154,10 @@ def auto_eps(distances: Tensor, min_samples: int, quantile: float = 0.95) -> Ten
     return reach[kept - 1]
 
 
-def cluster_labels(
-    gram: Tensor,
-    eps: float | Literal["auto"] = "auto",
-    min_samples: int = 5,
-    quantile: float = 0.95,
-) -> Tensor:
-    """scikit-learn's DBSCAN labels of the per-sample gradients, to look at clusters and noise.
-
-    Takes K = G G^T (B, B) and the arguments of `DBSCANFilter`, and raises as it does. (B,) int64 on
-    the CPU: the number of the cluster, -1 for noise (`DBSCANFilter.noise`).
-
-    >>> gradients = torch.tensor([[1.0, 0.0], [1.1, 0.0], [-1.0, 0.0], [-1.1, 0.0], [0.0, 9.0]])
-    >>> cluster_labels(gradients @ gradients.T, eps=0.5, min_samples=2)
-    tensor([ 0,  0,  1,  1, -1])
-    """
-    from sklearn.cluster import DBSCAN
-
-    outliers = DBSCANFilter(eps, min_samples, quantile)
-    D = distances(gram)
-    if not len(D):
-        return torch.empty(0, dtype=torch.int64)
-    # scikit-learn wants a positive, finite radius. The least normal double lies below every
-    # distance but 0, the largest finite distance above them all.
-    radius = min(max(float(outliers.radius(D)), sys.float_info.min), torch.finfo(D.dtype).max)
-    clusters = DBSCAN(eps=radius, min_samples=outliers.min_samples, metric="precomputed")
-    return torch.from_numpy(clusters.fit_predict(D.cpu().numpy()))
-
-
 def outliers_in(
-    gram: Tensor,
-    outliers: OutlierFilter,
-    present: Tensor | None = None,
-    *,
-    finite: bool = False,
+    gram: Tensor, outliers: OutlierFilter, present: Tensor | None = None, *, finite: bool = False
 ) -> Tensor:
-    """What a filter removes; nobody where it removed everybody or where G is not finite.
+    """What a filter removes; nobody where it removed everybody or where G is not ``finite``.
 
     Scores of what is not finite are not finite either, and whoever steps on them decides.
     """
@@ -247,8 +166,8 @@ def outliers_in(
         removed[present] = outliers_in(gram[present][:, present], outliers, finite=finite)
         return removed
     size = len(gram)
-    looks = not finite  # at a number of the Gram matrix: which would wait for a device
-    if looks and not gram.sum().isfinite() and not gram.isfinite().all():  # the first is cheaper
+    # Known to be finite, it is not looked at, which would wait for a device.
+    if not finite and not gram.sum().isfinite() and not gram.isfinite().all():
         return torch.zeros(size, dtype=torch.bool, device=gram.device)
     removed = outliers(gram)
     expected = f"expected a bool mask of shape ({size},), True for the samples to remove"
@@ -258,15 +177,3 @@ def outliers_in(
     if removed.shape != (size,):
         raise ValueError(f"the outlier filter returned shape {tuple(removed.shape)}: {expected}")
     return removed & ~removed.all()
-
-
-def _check_eps(eps: object, meaning: str = "in units of gradient norm") -> float:
-    return real_number("eps", eps, "[0, inf]", meaning)
-
-
-def _check_min_samples(min_samples: object) -> int:
-    return whole_number("min_samples", min_samples, 1, "a whole number >= 1, for example 5")
-
-
-def _check_quantile(quantile: object) -> float:
-    return real_number("quantile", quantile, "(0, 1]", "the least share to keep")

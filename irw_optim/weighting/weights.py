@@ -1,15 +1,12 @@
 """How much each sample counts: pure functions of the losses and of the per-sample gradients.
 
-Every rule here gives each sample a score; the weights are the positive parts of the scores,
-normalised to sum 1. Intrinsic reweighting (IRW) scores a sample by how much a step on it lowers
-the loss of the worst-off group S, to first order::
+The weights are the positive parts of scores, normalised to sum 1; intrinsic reweighting (IRW)
+scores a sample by how much a step on it lowers the loss of the worst-off group S, to first order::
 
     S   = worst_off(losses, alpha)              # the worst alpha-fraction by loss
     g_S = gradients.combine(S)                  # G^T 1_S
     s   = gradients.dot(g_S)                    # s_i = <g_i, g_S>
-    w   = s.clamp(min=0) / s.clamp(min=0).sum() # sums to 1
-
-CVaR scores membership of S, plain training scores everybody alike. No ``torch.nn`` in this room.
+    w   = s.clamp(min=0) / s.clamp(min=0).sum()
 """
 
 from __future__ import annotations
@@ -21,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from irw_optim.arguments import real_number, whole_number
 from irw_optim.gradients.protocol import MaterializedGradients, PerSampleGradients
 from irw_optim.gradients.rescaling import align_in_range, gram_in_range, unscaled
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
-from irw_optim.weighting.ranges import check_alpha, check_labels, check_losses, check_options
 
 ScoreRule = Callable[[Tensor, PerSampleGradients, Tensor], Tensor]
 """``rule(losses, gradients, worst_off) -> scores``, all vectors of shape (B,)."""
@@ -34,10 +31,6 @@ def worst_off_count(size: int, alpha: float) -> int:
     """The size of S for ``size`` samples: max(1, ceil(alpha * size)), and 0 for none.
 
     An exact product is not rounded up: ``math.ceil(0.07 * 100)`` is 8, and the share meant is 7.
-
-    Args:
-        size: number of samples.
-        alpha: share in (0, 1].
 
     >>> worst_off_count(100, 0.07), worst_off_count(64, 0.2), worst_off_count(3, 0.01)
     (7, 13, 1)
@@ -52,8 +45,7 @@ ROUNDING = 1e-12
 def worst_off(losses: Tensor, alpha: float) -> Tensor:
     """The worst alpha-fraction of the samples by loss: S (paper, section III).
 
-    Of losses equal to the last bit the lower index comes first, so the set has exactly
-    ``worst_off_count`` members on every input.
+    Of equal losses the lower index comes first, so that S always has ``worst_off_count`` members.
 
     Args:
         losses: (B,), any float dtype.
@@ -63,7 +55,7 @@ def worst_off(losses: Tensor, alpha: float) -> Tensor:
         (B,) bool, True for the members of S.
 
     Raises:
-        ValueError: alpha outside (0, 1], or losses that are not a vector.
+        TypeError, ValueError: alpha outside (0, 1], or losses that are no such vector.
 
     >>> worst_off(torch.tensor([0.1, 2.0, 0.3, 2.0]), alpha=0.25)
     tensor([False,  True, False, False])
@@ -90,7 +82,7 @@ def irw_weights(
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers: drops samples before S is chosen; a `DBSCANFilter` makes this IRWO.
         center: beta >= 0; what the worst-off need beyond what everybody needs.
-        labels: (B,) class labels; if given, every class present gets the same total weight.
+        labels: (B,) classes; if given, each has the same total weight.
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / B.
 
     Returns:
@@ -119,16 +111,13 @@ def irw_weights(
 
 @dataclass(frozen=True)
 class Alignment:
-    """IRW: s_i = <g_i, G^T c>, the alignment with what the worst-off group needs.
-
-    ``c_i = 1_S(i) - center * |S| / B``; at ``center=0``, the paper's rule, ``G^T c = g_S``.
-    """
+    """IRW: s_i = <g_i, G^T c>, ``c_i = 1_S(i) - center * |S| / B``; at 0, the paper's rule."""
 
     center: float = 0.0
     needs_gradients = True
 
     def coefficients(self, worst_off: Tensor, kept: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The vector c, of shape (B,); zero for samples that left the batch."""
+        """The vector c, (B,); zero for samples that left the batch."""
         members = worst_off.to(dtype)
         if not self.center:
             return members
@@ -140,28 +129,6 @@ class Alignment:
         coefficients = self.coefficients(worst_off, None, losses.dtype)
         aligned = align_in_range(gradients, coefficients)
         return unscaled(aligned.scores, aligned.factor)
-
-
-@dataclass(frozen=True)
-class Membership:
-    """CVaR: the worst-off share, equally weighted."""
-
-    needs_gradients = False
-
-    def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
-        """Scores of a batch, (B,)."""
-        return worst_off.to(losses.dtype)
-
-
-@dataclass(frozen=True)
-class Equality:
-    """Plain training: everybody alike."""
-
-    needs_gradients = False
-
-    def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
-        """Scores of a batch, (B,)."""
-        return torch.ones_like(losses)
 
 
 @dataclass(frozen=True)
@@ -191,8 +158,7 @@ def weigh(
     """Outliers out, S, scores, weights: the whole of one mini-batch (the local scheme).
 
     `irw_weights` is its checked front. ``present`` (B,) bool leaves out samples whose target is
-    ignored: they have no loss, no class and no share of a mean, and are no part of the batch that
-    ``alpha`` is a share of. ``removed`` (B,) bool names outliers that a filter has named already.
+    ignored, of which ``alpha`` is no share. ``removed`` (B,) bool are outliers that are known.
     """
     kept, gram, finite, mass = present, None, None, None
     factor = 1.0  # scores are those of `factor` times the gradients
@@ -231,11 +197,7 @@ def normalise(
     """Scale non-negative ``mass`` (B,) to sum 1, or to equal sums over the classes of ``labels``.
 
     Where there is no mass (in the batch, or in a class of it) the weights are uniform; the second
-    answer, 0-dim bool, is whether there was none at all. NaN stays NaN: a broken score must not
-    look like a uniform batch.
-
-    >>> normalise(torch.tensor([3.0, 1.0, 0.0, 0.0]), labels=torch.tensor([0, 0, 0, 1]))[0]
-    tensor([0.3750, 0.1250, 0.0000, 0.5000])
+    answer, 0-dim bool, is whether there was none at all. NaN stays NaN.
     """
     total = mass.sum()
     if labels is not None:
@@ -247,7 +209,6 @@ def normalise(
 
 
 def _by_classes(mass: Tensor, kept: Tensor | None, labels: Tensor) -> Tensor:
-    """Every class that has kept samples gets the same total."""
     check_labels(labels, len(mass))
     present = torch.ones_like(mass) if kept is None else kept.to(mass.dtype)
     if mass.device.type == "cpu" or len(mass) > COMPARED_UP_TO:
@@ -284,3 +245,42 @@ def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tens
     share = alpha * (1 - ROUNDING)
     ranks = torch.linspace(0, (size - 1) / share, size, dtype=torch.float64, device=losses.device)
     return torch.empty_like(kept).scatter_(0, worst_first, ranks < kept.sum())
+
+
+def check_alpha(alpha: object) -> float:
+    """``alpha`` as a float, or an error that says what is allowed."""
+    meaning = "a lower bound on the share of the smallest group, for example alpha=0.2"
+    return real_number("alpha", alpha, "(0, 1]", meaning)
+
+
+def check_losses(losses: object) -> None:
+    """Raise unless ``losses`` is a vector of floating-point numbers."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses={losses!r}: expected a tensor of shape (B,), one loss a sample")
+    if losses.ndim != 1:
+        raise ValueError(
+            f"losses has shape {tuple(losses.shape)}: expected (B,), one loss a sample; "
+            'for example F.cross_entropy(output, target, reduction="none")'
+        )
+    if not losses.is_floating_point():
+        raise TypeError(f"losses has dtype {losses.dtype}: expected a floating-point dtype")
+
+
+def check_labels(labels: object, size: int) -> None:
+    """Raise unless ``labels`` holds one whole number for each of ``size`` samples."""
+    wanted = f"expected a tensor of {size} whole numbers, the class of each sample"
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {type(labels).__name__}: {wanted}")
+    if labels.shape != (size,):
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: {wanted}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels has dtype {labels.dtype}: {wanted}")
+
+
+def check_options(*, center: object = 0.0, mix: object = 0.0, warmup_steps: object = 0) -> None:
+    """Raise for options of `IRWOptimizer` and `irw_weights` outside their ranges."""
+    recommended = "where 0 is the paper's rule, and 1 what we recommend to try"
+    real_number("center", center, "[0, inf)", recommended)
+    real_number("mix", mix, "[0, 1]", "the share of plain averaging in the weights")
+    steps = "a whole number of steps, 0 or more, for example warmup_steps=len(loader) for one epoch"
+    whole_number("warmup_steps", warmup_steps, 0, steps)

@@ -14,7 +14,6 @@ from sklearn.cluster import DBSCAN
 from irw_optim.weighting.outliers import (
     DBSCANFilter,
     auto_eps,
-    cluster_labels,
     dbscan_noise,
     distances,
 )
@@ -244,23 +243,6 @@ def test_eps_zero_keeps_only_duplicates():
     assert DBSCANFilter(eps=0, min_samples=2)(gram).tolist() == [True, False, False, True]
 
 
-@given(gradients(), st.one_of(st.just("auto"), radii, st.just(math.inf)), st.integers(1, 6))
-def test_cluster_labels_and_the_filter_agree_on_noise(points, eps, min_samples):
-    gram = gram_of(points)
-    labels = cluster_labels(gram, eps, min_samples)
-    assert torch.equal(labels == -1, DBSCANFilter(eps, min_samples).noise(gram))
-    assert labels.dtype == torch.int64
-
-
-def test_cluster_labels_with_an_infinite_radius_are_one_cluster():
-    gram = gram_of(torch.tensor([[0.0], [1e9], [-1e9]]))
-    assert cluster_labels(gram, math.inf, 3).tolist() == [0, 0, 0]
-
-
-def test_cluster_labels_of_an_empty_batch():
-    assert cluster_labels(torch.zeros(0, 0)).shape == (0,)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("outliers", [DBSCANFilter(), DBSCANFilter(eps=1.0), DBSCANFilter(0.0, 1)])
 def test_a_non_finite_gradient_is_named(value, outliers):
@@ -313,27 +295,9 @@ def test_overflow_is_named_and_float64_mends_it():
 def test_impossible_options_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         DBSCANFilter(**arguments)
-    with pytest.raises(
-        error, match=message.removesuffix(r', or "auto"').removesuffix(r", or \"auto\"")
-    ):
-        cluster_labels(torch.eye(3), **arguments)
 
 
-def test_the_functions_name_impossible_arguments_too():
-    D = torch.zeros(3, 3)
-    with pytest.raises(ValueError, match="eps=-1"):
-        dbscan_noise(D, -1, 2)
-    with pytest.raises(TypeError, match=r"eps='auto': expected a number in \[0, inf\], in units"):
-        dbscan_noise(D, "auto", 2)
-    with pytest.raises(ValueError, match="min_samples=0"):
-        dbscan_noise(D, 1.0, 0)
-    with pytest.raises(ValueError, match="min_samples=0"):
-        auto_eps(D, 0)
-    with pytest.raises(ValueError, match="quantile=2"):
-        auto_eps(D, 2, 2)
-
-
-@pytest.mark.parametrize("call", [distances, DBSCANFilter(), cluster_labels])
+@pytest.mark.parametrize("call", [distances, DBSCANFilter()])
 def test_a_gram_of_another_shape_or_type_is_named(call):
     with pytest.raises(ValueError, match=r"gram has shape \(3, 2\): expected \(B, B\)"):
         call(torch.zeros(3, 2))

@@ -20,7 +20,7 @@ from irw_optim.weighting import (
     weigh,
     worst_off_count,
 )
-from irw_optim.weighting.ranges import check_options
+from irw_optim.weighting.weights import check_options
 
 SMALL = st.integers(-3, 3)  # small whole numbers: many ties, and every product is exact
 SHARES = st.fractions(0, 1, max_denominator=200).filter(bool).map(float)
