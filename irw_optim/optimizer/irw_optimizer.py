@@ -49,7 +49,11 @@ class IRWOptimizer(OptimizerWrapper):
     alpha-fraction of the batch: w_i is proportional to max(0, <g_i, g_S>) (arXiv 2411.03068,
     section III). No group label is used.
 
-    Three ways in: the example's, whose training loop stays as it was, and::
+    Three ways in::
+
+        # 1. one line; the training loop stays as it was
+        optimizer = IRWOptimizer(SGD(model.parameters(), lr=0.1), alpha=0.2,
+                                 model=model, criterion=criterion)
 
         # 2. your own per-sample losses, shape (B,), in place of loss.backward()
         optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
@@ -68,22 +72,27 @@ class IRWOptimizer(OptimizerWrapper):
         center: beta >= 0; subtracts beta times the average gradient from the direction.
         class_balance: give every class of the batch the same total weight.
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / B.
-        warmup_steps: this many steps with plain averaging first.
+        warmup_steps: this many optimizer steps with plain averaging first.
         score_parameters: parameters whose gradients make the scores: ``"last"``, names, or a
             predicate on (name, parameter); the update covers all. None takes all.
         engine: ``"auto"``, ``"ghost"``, ``"autodiff"`` or ``"grad_sample"``; or a callable
-            ``(losses, parameters) -> PerSampleGradients``.
+            ``(losses, parameters) -> PerSampleGradients``, an engine of your own.
         weighting: ``"irw"``, ``"cvar"``, ``"uniform"``, or a callable
             ``(losses, gradients, worst_off) -> scores``, all of shape (B,).
-        accumulation_steps: over how many backward passes together S and the weights are chosen:
-            the last of them adds the gradient of all to ``p.grad``.
-        worst_off: over several processes (DistributedDataParallel, ``fully_shard``): ``"global"``,
-            the step of one process on the batch of all; or ``"local"``, each weighs its own batch.
+        accumulation_steps: 1 chooses S and the weights inside each backward pass, which adds to
+            ``p.grad`` as usual; k over k passes together: ``p.grad`` then stays as it was until
+            the k-th one, and has the weighted gradient of all of them after it.
+        worst_off: over several processes, with the model in DistributedDataParallel or under
+            ``fully_shard``: ``"global"``, the step of one process on the batch of all; or
+            ``"local"``, each process weighs its own batch, which costs no message.
 
     Attributes:
         inner: the optimizer that takes the step.
+        scheme: decides the weights.
         engine: gives the per-sample gradients.
         processes: those that the model trains in; None for this one alone.
+        last_step: the `StepRecord` of the newest backward pass, or of the newest logical batch.
+        steps: optimizer steps taken.
 
     Raises:
         TypeError, ValueError: an argument that is impossible, named with what is allowed.
@@ -160,8 +169,8 @@ class IRWOptimizer(OptimizerWrapper):
         """Backpropagate per-sample losses with weights, in place of ``loss.backward()``.
 
         Args:
-            losses: (B,), with their graph; a factor on them scales the gradient and leaves the
-                weights alone.
+            losses: (B,), with their graph; a factor on them (a gradient scaler's, or
+                1/accumulation steps) scales the gradient and leaves the weights alone.
             labels: (B,) classes, for ``class_balance``.
 
         Returns:
@@ -188,7 +197,7 @@ class IRWOptimizer(OptimizerWrapper):
         """Take the inner optimizer's step on the weighted gradient.
 
         Args:
-            closure: as in torch.optim.
+            closure: re-evaluates the model and returns the loss, as in torch.optim.
             losses: (B,) per-sample losses, with gradients in ``p.grad_sample`` (way 3).
             labels: (B,) classes, for ``class_balance``.
 

@@ -233,7 +233,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
 
 
 class _EveryDraw(DistributedUniformWithReplacementSampler):  # type: ignore[misc]  # untyped
-    """Poisson sampling from this rank's shard, with draws of nobody: the others step then."""
+    """Poisson sampling from this rank's shard, also draws of nobody: others step then."""
 
     def __iter__(self) -> Iterator[list[int]]:
         seeded = torch.Generator().manual_seed(self.shuffle_seed + self.epoch)

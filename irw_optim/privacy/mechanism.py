@@ -226,6 +226,9 @@ def next_state(
 ) -> PublicState:
     """Move tau, kappa and v by the noisy sums alone (post-processing: costs no privacy).
 
+    tau <- tau exp(eta (share above tau - alpha)), kappa likewise towards ``saturation``, and
+    v <- beta v + (1 - beta) T / (C alpha B), T the direction.
+
     B is ``expected_batch_size``: the actual batch size is private.
     """
 

@@ -26,14 +26,23 @@ Sums = dict[str, dict[Any, Tensor]]  # gradient and direction by parameter, and 
 class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     """Differentially private IRW around any torch optimizer, in place of Opacus' DPOptimizer.
 
-    `IRWPrivacyEngine.make_private` builds it, and says what the arguments are and what is raised.
-    A step releases four noisy sums, together one sampled Gaussian mechanism, as Opacus' accountants
-    are told; noise schedulers may move ``noise_multiplier``.
+    `IRWPrivacyEngine.make_private` builds it. A step releases four noisy sums (formulas in
+    ``irw_optim.privacy.mechanism``), together one sampled Gaussian mechanism with multiplier
+    `noise_multiplier`, which is what Opacus' accountants are told.
 
     Args:
-        expected_batch_size: B = sampling rate times N, by which "mean" divides the noisy gradient.
+        optimizer: takes the noisy gradient.
+        irw: the parameters of DP-IRW.
+        noise_multiplier: sigma of the whole step; noise schedulers may move it.
+        max_grad_norm: C, the norm to which each sample's gradient is clipped.
+        expected_batch_size: B = sampling rate times N.
+        loss_reduction: "mean" divides the noisy gradient by B, "sum" does not.
         generator: source of all noise; None is torch's default one.
         secure_mode: use Opacus' noise that resists floating-point attacks.
+
+    Raises:
+        DPGuaranteeError, NotImplementedError, TypeError, ValueError: as
+            `IRWPrivacyEngine.make_private`.
 
     Example:
         >>> from opacus import GradSampleModule
