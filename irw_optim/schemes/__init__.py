@@ -1,9 +1,4 @@
-"""The global scheme: weights of a whole data set, renewed now and then, held in between.
-
-Every sample's weight is known before its batch is drawn. So the weights can scale the gradients
-(reweighting) or be the distribution that batches are drawn from (resampling). Source: arXiv
-2411.03068; measurements: ``docs/schemes.md``.
-"""
+"""The global scheme (arXiv 2411.03068): weights of a whole data set, renewed now and then."""
 
 from __future__ import annotations
 
@@ -46,19 +41,19 @@ class GlobalScheme:
     """Trains with weights of the whole data set, renewed every ``refresh`` epochs or steps.
 
     The loop iterates over the scheme in place of its loader. The optimizer's options hold for the
-    data set, with ``warmup_steps`` of plain averaging first. A renewal costs about 1.5 epochs of
-    plain training. The processes of a DistributedDataParallel, with the same data set each, share
-    it out, and step as one process on all their batches.
+    data set, after ``warmup_steps`` of plain averaging. A renewal costs about 1.5 plain epochs. The
+    processes of a DistributedDataParallel, with the same data set each, share it out, and step as
+    one process.
 
     Args:
         optimizer: its local scheme is replaced until `detach`.
         loader: a plain DataLoader over a map-style data set.
-        refresh: how long weights are held, in ``unit``. Held for long, they settle on one class
-            and flip from renewal to renewal: ``docs/schemes.md``.
+        refresh: how long weights are held, in ``unit``; for long, they settle on one class and
+            flip with each renewal (``docs/schemes.md``).
         unit: ``"epochs"`` (of the loader's length, in batches) or ``"steps"`` of the optimizer.
-        use: ``"reweighting"``: batches as the loader draws them, each sample counted by its
-            weight, renormalised in the batch. ``"resampling"``: batches drawn with replacement in
-            proportion to the weights, without the loader's sampler, and plain steps.
+        use: ``"reweighting"``: the loader's batches, weights renormalised in each.
+            ``"resampling"``: plain steps, on batches drawn with replacement by the weights in place
+            of the loader's sampler.
         criterion: None takes the optimizer's.
         forward, batch_size, outlier_block, progress: as of `global_weights`.
         seed: of the draws, with ``use="resampling"``; the same in all processes.
@@ -127,12 +122,12 @@ class GlobalScheme:
 
     @property
     def record(self) -> StepRecord | None:
-        """What the last renewal decided, (N,); None before the first."""
+        """What the last renewal decided, (N,); None before."""
         return self._held.record
 
     @property
     def weights(self) -> Tensor | None:
-        """The weights held, (N,), sum 1; None before the first renewal."""
+        """The weights held, (N,), sum 1."""
         return None if self.record is None else self.record.weights
 
     def __len__(self) -> int:
@@ -147,9 +142,7 @@ class GlobalScheme:
         self._held.indices = None  # a batch of the same size from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
-        """Say which samples, (B,) int64, come next, in a loop over a loader of an `IndexedDataset`.
-
-        It stands first in the loop, and renews the weights where that is due.
+        """Say first in a loop over an `IndexedDataset` which samples, (B,) int64, come next.
 
         Raises:
             RuntimeError: ``use="resampling"``, which draws the batches itself.
@@ -167,7 +160,7 @@ class GlobalScheme:
         """Make new weights now, with the model as it is.
 
         Raises:
-            ValueError: the data set has another length than draws were set up for.
+            ValueError: the data set has changed its length, and draws were set up.
         """
         if self._sampler is not None and self._reader.size != len(self._sampler.weights):
             raise ValueError(
@@ -197,7 +190,7 @@ class GlobalScheme:
         _restore_local_scheme(ref(self.optimizer), self._held)
 
     def state_dict(self) -> dict[str, Any]:
-        """All to resume with, in mid-epoch too, beside model, optimizer and random states."""
+        """What resumes, in mid-epoch too, beside model, optimizer and random states."""
         known = {} if self.record is None else vars(self.record)
         record = {name: t for name, t in known.items() if t is None or isinstance(t, Tensor)}
         return {
@@ -212,8 +205,7 @@ class GlobalScheme:
         """Take over a state of `state_dict`, for the same data set, loader and ``use``.
 
         Raises:
-            ValueError: a state of others, or of the middle of another process's epoch; nothing has
-                changed.
+            ValueError: a state of others, or of the middle of another process's epoch.
         """
         record, draws = state_dict["record"], state_dict["sampler"]
         if record is not None:
