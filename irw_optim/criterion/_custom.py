@@ -208,8 +208,6 @@ def check_leading_dimension(
 
 _checked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
-_FAR_CLOSER = 0.1  # to one of two expectations than these are to each other
-
 
 def check_rows_are_samples(
     criterion: nn.Module,
@@ -230,7 +228,7 @@ def check_rows_are_samples(
         return
     elements = elements.detach()
     along = elements.roll(len(elements) // batch, 0)
-    near = _FAR_CLOSER * _distance(elements, along)
+    near = 0.1 * _distance(elements, along)  # far closer than the expectations to each other
     moved = [other for other in calls if other is not None and other.shape == elements.shape]
     if any(_distance(other, along) <= near for other in moved):
         return

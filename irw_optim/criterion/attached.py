@@ -130,18 +130,18 @@ def validate_criterion(criterion: nn.Module) -> Rule:
             f"criterion={criterion!r} is no nn.Module: expected one, such as "
             f"torch.nn.CrossEntropyLoss(); or {WAYS_OUT}"
         )
+    name = type(criterion).__name__
     rule = find_rule(criterion) or _CUSTOM
     # What torch.compile returns is of a private class; _orig_mod is how its state_dict names it.
     compiled = isinstance(criterion, torch.jit.ScriptModule) or hasattr(criterion, "_orig_mod")
     if rule is _CUSTOM and compiled:
         raise TypeError(
-            f"criterion {type(criterion).__name__} is compiled, which fixes its reduction: use the "
-            f"module it was compiled from, here and in the loop, or {WAYS_OUT}"
+            f"criterion {name} is compiled, which fixes its reduction: use the module it was "
+            f"compiled from, here and in the loop, or {WAYS_OUT}"
         )
     reduction = getattr(criterion, "reduction", None)
     if reduction in rule.reductions:
         return rule
-    name = type(criterion).__name__
     if reduction == "none":
         raise ValueError(
             f"criterion {name} has reduction='none', which leaves the reduction to the training "

@@ -112,7 +112,6 @@ class GlobalScheme:
                 even, generator=generator, rank=rank, world_size=number
             )
         self._equal_on_ranks = {"refresh": self.refresh, "unit": unit, "use": use, "seed": seed}
-        # Renewed before a batch is drawn, by the weights where it is resampled.
         indexed = indexed_loader(loader, self._sampler)
         self.loader = ResumableLoader(indexed, self._renew_if_due, (rank, number))
         self._held = HeldWeights(resampled=self._sampler is not None)
@@ -139,7 +138,7 @@ class GlobalScheme:
             self._batches += 1
             self._held.indices, batch = indices_and_batch(drawn)
             yield batch
-        self._held.indices = None  # a batch of the same size from elsewhere is another one
+        self._held.indices = None  # a batch from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
         """Say first in a loop over an `IndexedDataset` which samples, (B,) int64, come next.
@@ -165,7 +164,7 @@ class GlobalScheme:
         if self._sampler is not None and self._reader.size != len(self._sampler.weights):
             raise ValueError(
                 f"the data set has {self._reader.size} samples, and had "
-                f"{len(self._sampler.weights)} when the draws were set up: "
+                f"{len(self._sampler.weights)} when draws were set up: "
                 'make a new GlobalScheme(..., use="resampling")'
             )
         optimizer = self.optimizer
@@ -208,15 +207,14 @@ class GlobalScheme:
             ValueError: a state of others, or of the middle of another process's epoch.
         """
         record, draws = state_dict["record"], state_dict["sampler"]
-        if record is not None:
-            check_sample_weights(record["weights"], self._reader.size)
         if (draws is None) != (self._sampler is None):
             raise ValueError(
                 "the state is that of a GlobalScheme with another use=: expected one with "
                 f"use={USES[self._sampler is not None]!r}"
             )
-        if draws is not None:
-            check_sample_weights(draws["weights"], self._reader.size)
+        for held in (record, draws):
+            if held is not None:
+                check_sample_weights(held["weights"], self._reader.size)
         self.loader.check(state_dict["loader"])
         if record is not None:
             device = next(self._model.parameters()).device
@@ -225,7 +223,7 @@ class GlobalScheme:
         self._held.record = record
         self._batches = state_dict["batches"]
         self._renewed_at = state_dict["renewed_at"]
-        if self.unit == "epochs":  # counted in batches, of which other processes have more or fewer
+        if self.unit == "epochs":  # counted in batches: more or fewer by the number of processes
             held_for = self._batches - self._renewed_at
             held_for = round(held_for * len(self.loader) / state_dict["loader"]["length"])
             self._renewed_at = self._batches - held_for
@@ -278,7 +276,7 @@ def _model_and_criterion_of(
     criterion = criterion or optimizer.criterion
     if criterion is None:
         raise ValueError(
-            "criterion=None and the optimizer has none: give the one that the losses come from, "
+            "criterion=None and the optimizer has none: expected that of the losses, "
             "GlobalScheme(..., criterion=torch.nn.CrossEntropyLoss())"
         )
     return model, criterion

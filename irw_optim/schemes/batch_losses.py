@@ -111,9 +111,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             warn_once(
                 model,
-                f"{name} ({type(module).__name__}) has no running statistics and normalises by "
-                "the batch even in eval mode: the weights depend on batch size and order; use "
-                "track_running_stats=True",
+                f"{name} ({type(module).__name__}) has no running statistics, and makes the "
+                "weights depend on batch size and order; use track_running_stats=True",
             )
     number = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     devices = {torch.device("cuda", i) for i in range(number)}
@@ -122,7 +121,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            # CuDNN has no backward for recurrent layers in eval mode; torch's own kernels have.
+            # CuDNN has no backward for recurrent layers in eval mode.
             undo.enter_context(torch.backends.cudnn.flags(enabled=False))
         model.eval()
         yield

@@ -39,10 +39,7 @@ from irw_optim.schemes.reading import DatasetReader
 logger = logging.getLogger("irw_optim")
 
 DIFFERENTIATES = "the losses are derivatives themselves"
-"""What an `Engine` remembers of a physics-informed model."""
-
-INTERLEAVED = 8
-"""Batches that neighbours in the data set are dealt out to: reading stays local."""
+"""What an `Engine` remembers of its model."""
 
 
 @dataclass(eq=False)
@@ -208,7 +205,7 @@ class DatasetGradients:
         """All rows for `losses`, in batches of twice the size."""
         size = 2 * self.reader.batch_size
         batches = []
-        for piece in self._all().split(INTERLEAVED * size):
+        for piece in self._all().split(8 * size):  # reading stays local
             number = -(-len(piece) // size)
             batches += [piece[first::number] for first in range(number)]
         return torch.cat(batches), [len(batch) for batch in batches]

@@ -28,7 +28,7 @@ from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import ScoreRule
 
 FEW = 1 / 3
-"""Weights on fewer of the samples have the second model learn them by heart."""
+"""Weights on a lesser share are learnt by heart."""
 
 
 @dataclass(frozen=True)
@@ -264,8 +264,8 @@ class ClassByClassSampler(ResamplingSampler):
         if few:
             warnings.warn(
                 f"the weights rest on {' and on '.join(few)}, less than a third: the second model "
-                "may learn these by heart; compare the accuracy of each class in training and "
-                "validation, raise mix, or balance the classes instead",
+                "may learn these by heart; compare training and validation accuracy of each class, "
+                "raise mix, or balance the classes instead",
                 stacklevel=2,
             )
 

@@ -32,16 +32,16 @@ Arrangement = tuple[Sequence[int], int]
 """An order of samples, and a seed."""
 
 REMEDY = (
-    "make it keep the order (sort, filter and repeat samples in a batch_sampler, or in the data "
-    "set), or let it say what it does: give a loader over irw_optim.schemes.IndexedDataset(dataset)"
-    ", whose collate_fn takes (index, sample) pairs and returns (indices, batch)"
+    "make it keep the order (sort, filter and repeat samples in a batch_sampler or data set), or "
+    "say it: give a loader over irw_optim.schemes.IndexedDataset(dataset), whose collate_fn takes "
+    "(index, sample) pairs and returns (indices, batch)"
 )
 
 _OF_THE_LARGEST = {torch.float64: 1e-8, torch.float32: 1e-4, None: 3e-2}
 """Tolerances (None: low precision) for the same samples in a batch of the same size."""
 
 _OF_THE_MEAN_LOSS = {torch.float64: 1e-6, torch.float32: 1e-2, None: 0.1}
-"""Far above what another kernel for another batch size rounds differently."""
+"""Far above what kernels for another batch size round differently."""
 
 
 class RefusedError(Exception):
@@ -76,7 +76,7 @@ def _copied(sample: Any) -> Any:
 def refuse_sorting(collate_fn: Collate, samples: Sequence[Any]) -> None:
     """Raise a ValueError for a batch that stays the same in another order."""
     straight = list(range(len(samples)))
-    # Ties keep their order in most sorts: two neighbours say whether it is theirs or ours.
+    # Most sorts keep the order of ties: two neighbours tell whose it is.
     neighbours = straight[: -1 : max(1, len(samples) // 4)]
     others = [straight[::-1], *(_exchanged(straight, i, i + 1) for i in neighbours)]
 
@@ -231,10 +231,10 @@ class LossConsistency:
         warn_once(
             model,
             f"a sample's loss differs by up to {float(difference):.2g} (the mean loss is "
-            f"{float(mean):.2g}) from one batch to another: the forward mixes the samples of a "
-            "batch, pads them without a mask, or data set, collate_fn or model draw at random. The "
-            "weights depend on it: use a model in which each sample stands for itself, without "
-            "random augmentation",
+            f"{float(mean):.2g}) from one batch to another, and the weights with it: the forward "
+            "mixes samples or pads them without a mask, or data set, collate_fn or model draw at "
+            "random. Use a model in which each sample stands for itself, without random "
+            "augmentation",
         )
 
     def _most_different(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,8 +37,8 @@ def check_loader(loader: object) -> None:
         )
     if loader.batch_sampler is None:
         raise ValueError(
-            "loader has batch_size=None, so that an index of its data set is no sample: expected "
-            "DataLoader(dataset, batch_size=64)"
+            "loader has batch_size=None, and an index is no sample: expected DataLoader(dataset, "
+            "batch_size=64)"
         )
     sampler = sampler_of(loader)
     if isinstance(sampler, SubsetRandomSampler):
@@ -169,8 +169,8 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
             f"loader is a {type(loader).__name__}, which has an iteration of its own: give the "
-            "DataLoader it was made from, or iterate over your own of an IndexedDataset(dataset) "
-            "and call scheme.select(indices) before each batch"
+            "DataLoader it was made from, or iterate over one of an IndexedDataset(dataset) and "
+            "call scheme.select(indices) before each batch"
         )
     data, collate = loader.dataset, loader.collate_fn
     if not isinstance(data, IndexedDataset):

@@ -97,7 +97,6 @@ class ResamplingSampler(Sampler[int]):
         self._cumulative = weights.double().cumsum(0)
 
     def __len__(self) -> int:
-        """Draws of this rank in an epoch."""
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
@@ -140,7 +139,7 @@ class ResamplingSampler(Sampler[int]):
         while len(drawn) < len(draws):
             cumulative = self._cumulative
             total = cumulative[-1]
-            # Not rounded to the total itself, behind which there is nobody.
+            # Behind the total itself there is nobody.
             points = (draws[len(drawn) :] * total).clamp(
                 max=total.nextafter(torch.zeros_like(total))
             )
@@ -200,7 +199,7 @@ class ResumableLoader:
     def check(self, state_dict: dict[str, Any]) -> None:
         """Refuse the middle of another process's epoch."""
         saved, own = tuple(state_dict["share"]), self.share
-        # A DistributedSampler's order is that of its seed and epoch, on all ranks the same.
+        # A DistributedSampler's order is that of its seed and epoch.
         alike = saved[1] == own[1] and hasattr(sampler_of(self.loader), "num_replicas")
         if state_dict["position"] and saved != own and not alike:
             raise ValueError(
@@ -230,7 +229,7 @@ class ResumableLoader:
         batches = iter(self.loader)
         for _ in range(self.position):
             next(batches)
-        torch.set_rng_state(now)  # the loop's own; the generators have moved on as they had before
+        torch.set_rng_state(now)  # the loop's own; the generators have moved on as before
         return batches
 
     def _generators(self) -> list[torch.Generator]:

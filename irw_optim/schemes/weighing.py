@@ -228,8 +228,8 @@ class HeldWeights:
             raise failure
         if bool((everybody < 0).any()):
             raise RuntimeError(
-                "another process does not know which samples its batch holds, or they are not "
-                "those of the weights: its own error says more"
+                "another process does not know its batch's samples, or they are not those of the "
+                "weights: its own error says more"
             )
         return replace(self, indices=everybody)
 
