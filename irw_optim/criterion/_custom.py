@@ -1,8 +1,8 @@
-"""Criteria that are the user's own: a function of per-sample losses, or a module, checked.
+"""Criteria of the user's own, checked.
 
-One that reduces over the batch itself (a Dice loss with ``batch=True``) returns one number a class,
-of which the shape may not tell. So it is called again with samples that have changed places: losses
-that are theirs go along, a sum over the batch stays as it is.
+One that reduces over the batch itself (a Dice loss with ``batch=True``) returns a number a class,
+which the shape may not tell. So it is called again with samples that have changed places: losses of
+theirs go along, sums over the batch stay.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ class PerSampleLoss(nn.Module):
 
     Args:
         function: Maps the criterion's arguments to differentiable losses of shape (B,), or
-            (B, ...), which are averaged over each sample. May be an ``nn.Module``.
+            (B, ...), averaged over each sample. May be an ``nn.Module``.
         reduction: ``"mean"`` or ``"sum"`` over all losses.
 
     Raises:
-        TypeError: If `function` is not callable.
-        ValueError: If `reduction` is neither.
+        TypeError, ValueError: Another `function` or `reduction`.
 
     Example:
         >>> import torch
@@ -70,7 +69,7 @@ class PerSampleLoss(nn.Module):
         self.reduction = reduction
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The losses of `function`, reduced to a scalar."""
+        """The losses, reduced to a scalar."""
         losses = self.function(*args, **kwargs)
         if self.reduction == "none":  # only while per_sample_losses asks
             return losses
@@ -88,8 +87,8 @@ RULES[PerSampleLoss] = Rule(plain, trusted=False)
 def value_of_its_own(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
     """What the criterion itself returns, detached; the next call finds all as this one did.
 
-    Gradients stay enabled: a criterion may differentiate on its way. Whether it draws from NumPy,
-    whose state takes long to save, is looked at now and then, until it has.
+    Gradients stay enabled: it may differentiate. Whether it draws from NumPy, whose state takes
+    long to save, is looked at now and then, until it has.
     """
     looks = is_due(criterion, _uses) or criterion in _draw_from_numpy
     with rehearsal(criterion, (*args, *kwargs.values()), numpy=looks) as saved:
@@ -105,7 +104,7 @@ _draw_from_numpy: WeakSet[nn.Module] = WeakSet()
 
 
 def is_due(criterion: nn.Module, uses: WeakKeyDictionary[nn.Module, int]) -> bool:
-    """Counts a use: is it the 1st, 2nd, 4th, 8th, ...?"""
+    """Counts a use: the 1st, 2nd, 4th, 8th, ...?"""
     count = uses[criterion] = uses.get(criterion, 0) + 1
     return not count & (count - 1)
 
@@ -114,10 +113,7 @@ def is_due(criterion: nn.Module, uses: WeakKeyDictionary[nn.Module, int]) -> boo
 def rehearsal(
     criterion: nn.Module, arguments: Iterable[object], *, numpy: bool = True
 ) -> Iterator[Any]:
-    """Afterwards random states, and what it and the modules that it calls keep, are as before.
-
-    What it changes elsewhere (a file, a global) stays changed. NumPy's state is yielded.
-    """
+    """Restores random states and what it and the modules that it calls keep; yields NumPy's."""
     undo = list(undo_state(criterion, by_version=True))
     known, here = set(criterion.modules()), get_ident()
 
@@ -147,15 +143,12 @@ def with_own_value(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> PerSampleLosses:
-    """The losses of a module that is not torch's, with the value ``own`` that itself returns.
-
-    It must be the mean or the sum that it claims: one may be weighted, or have a penalty on top.
-    """
+    """The losses with the value ``own`` of a module, if their mean or sum as it claims."""
     if isinstance(own, Tensor) and own.dim() == 0:
         if _agree(criterion, own, elements):
             return result._replace(value=own)
         if _is_another_draw(criterion, args, kwargs):
-            return result  # with the value that these elements would have come to
+            return result  # with the value of these elements
     shown = own.tolist() if isinstance(own, Tensor) else own
     name, reduction = type(criterion).__name__, criterion.reduction
     raise ValueError(
@@ -166,7 +159,6 @@ def with_own_value(
 
 
 def _agree(criterion: nn.Module, own: Any, elements: Tensor) -> bool:
-    """Whether it is their mean or sum; broken ones say nothing."""
     elements = elements.detach()
     ours = plain(criterion, elements, 1).value
     size = plain(criterion, elements.abs(), 1).value  # of what may have cancelled in the sum
@@ -175,7 +167,7 @@ def _agree(criterion: nn.Module, own: Any, elements: Tensor) -> bool:
 
 
 def _is_another_draw(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether value and elements agree from the same random states, or elements never do."""
+    """Whether they agree from the same random states, or elements never do."""
 
     def again(call: Callable[..., Any]) -> Any:
         with rehearsal(criterion, (*args, *kwargs.values())):
@@ -216,8 +208,6 @@ def check_leading_dimension(
 
 _checked: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
-_FAR_CLOSER = 0.1  # to one of two expectations than these are to each other
-
 
 def check_rows_are_samples(
     criterion: nn.Module,
@@ -226,14 +216,11 @@ def check_rows_are_samples(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Checks at uses 1, 2, 4, 8, ... that the losses go along when the samples change places.
-
-    A criterion that raises, draws numbers, or has no two losses that differ does not tell.
-    """
+    """Checks now and then that the losses go along when the samples change places."""
     if not is_due(criterion, _checked):
         return
-    # As many calls whatever the numbers are: it may gather from other processes.
-    # What may be a number a class goes along, or not.
+    # As many calls whatever the numbers are: it may gather from other processes. What may be a
+    # number a class goes along, or not.
     move = partial(_moved, rows=len(elements), batch=batch)
     moves = [partial(move, classes_stay=stay) for stay in (False, True)]
     calls = [_called_again(criterion, args, kwargs, move) for move in moves]
@@ -241,15 +228,15 @@ def check_rows_are_samples(
         return
     elements = elements.detach()
     along = elements.roll(len(elements) // batch, 0)
-    near = _FAR_CLOSER * _distance(elements, along)
+    near = 0.1 * _distance(elements, along)  # far closer than the expectations to each other
     moved = [other for other in calls if other is not None and other.shape == elements.shape]
     if any(_distance(other, along) <= near for other in moved):
         return
     if any(_distance(other, elements) <= near for other in moved):
         raise ValueError(
             f"{type(criterion).__name__} returned losses of shape {tuple(elements.shape)} that "
-            "stay as they are when the samples change places: they are not one loss per sample, "
-            f"but reduced over the batch (as by the batch=True of a Dice loss); {WAYS_OUT}"
+            "stay when the samples change places: they are not one loss per sample, but reduced "
+            f"over the batch (as by the batch=True of a Dice loss); {WAYS_OUT}"
         )
 
 
@@ -258,7 +245,7 @@ def _may_be_of_classes(tensor: Tensor) -> bool:
 
 
 def _moved(value: Any, rows: int, batch: int, classes_stay: bool) -> Any:
-    """What has a row a sample moved on by one, also in lists and mappings."""
+    """With rows of samples moved on by one."""
     if isinstance(value, Tensor):
         stays = classes_stay and _may_be_of_classes(value)
         if stays or not value.dim() or len(value) not in (rows, batch):
@@ -288,11 +275,10 @@ def _called_again(
         try:
             with torch.no_grad():
                 return unreduced(criterion, move(args), move(kwargs))
-        except Exception:  # whatever another's code raises: it says nothing about the samples
+        except Exception:  # it says nothing about the samples
             return None
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
-    # There is none between infinite numbers that are equal.
-    difference = (left - right).masked_fill(left == right, 0)
+    difference = (left - right).masked_fill(left == right, 0)  # inf - inf is NaN
     return float(difference.abs().max()) if left.numel() else 0.0

@@ -1,4 +1,4 @@
-"""From a criterion's unreduced elements, (B·k, ...), to one loss per sample, by rules."""
+"""From a criterion's unreduced elements, (B·k, ...), to one loss per sample."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class PerSampleLosses(NamedTuple):
-    """The losses of the B samples of a batch and how they make up the criterion's value.
+    """The losses of a batch and how they make up the criterion's value.
 
     The ordinary gradient is ``scale * Σ_i (n_i / Σ n) ∇ℓ_i`` with n = ``counts``, or all alike.
 
     Attributes:
-        losses: ℓ, shape (B,), differentiable: the mean of each sample's own n_i valid elements,
-            class weights included; 0 with gradient 0 where there are none.
+        losses: ℓ, shape (B,), differentiable: the mean of each sample's n_i valid elements, class
+            weights included; 0 with gradient 0 where there are none.
         value: What the criterion itself returns, detached.
         scale: Detached. 1 for the plain mean, Σn / Σc for torch's mean with class weights c,
             Σn for the sum, the number of elements of a sample for KLDivLoss' ``batchmean``.
         labels: Class of each sample or ``ignore_index``, int64 of shape (B,), if the target is one.
-        counts: n, int64 of shape (B,), or None if all samples are known to have equally many.
-            Samples with 0 are part of no mean.
+        counts: n, int64 of shape (B,), or None if all are known to be equal. Samples with 0 are
+            part of no mean.
         elements: Σn, or None if every sample is one. A mean over several batches divides by the sum
-            of their ``elements / scale``.
+            of ``elements / scale``.
         summed: Whether the value is the sum.
     """
 
@@ -39,7 +39,7 @@ class PerSampleLosses(NamedTuple):
     summed: bool = False
 
     def ordinary_factors(self) -> Tensor:
-        """What the ordinary gradient multiplies each loss's gradient with: (B,), detached."""
+        """The factors of ∇ℓ_i in the ordinary gradient: (B,), detached."""
         losses = self.losses.detach()
         if self.counts is None:
             return torch.full_like(losses, 1 / max(1, len(losses))) * self.scale
@@ -53,7 +53,7 @@ def unreduced(
     kwargs: dict[str, Any],
     forward: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """What the criterion returns with ``reduction="none"``; its own reduction is put back."""
+    """What the criterion returns with ``reduction="none"``."""
     attributes = vars(criterion)  # nn.Module's __setattr__ takes as long as a small loss
     own = attributes.get("reduction")
     handed_on = None  # by a property, to the criteria inside
@@ -63,7 +63,7 @@ def unreduced(
     else:
         attributes["reduction"] = "none"
     try:
-        # Not criterion(...): that would run its hooks, and this may be called from one of them.
+        # Not criterion(...), whose hooks may have called this.
         elements: Tensor = (forward or forward_of(criterion))(*args, **kwargs)
     finally:
         if handed_on is not None:
@@ -76,7 +76,7 @@ def unreduced(
 
 
 def forward_of(criterion: nn.Module) -> Callable[..., Any]:
-    """Its own: what stands in for one names it ``original``."""
+    """Its own, which a stand-in names ``original``."""
     return getattr(criterion.forward, "original", criterion.forward)
 
 
@@ -89,9 +89,9 @@ def fold(
     normaliser: Tensor | float | None = None,
     labels: Tensor | None = None,
 ) -> PerSampleLosses:
-    """Means over each sample's valid elements, and the value of torch's reduction, without a wait.
+    """Means over each sample's valid elements (others are 0), and the value of torch's reduction.
 
-    Elements are 0 where not valid. A mean divides by the normaliser, or the number of valid ones.
+    A mean divides by the normaliser, or the number of valid ones. Nothing waits for a device.
     """
     detached = elements.detach()
     counts: Tensor | None = None
@@ -116,7 +116,7 @@ def fold(
         if isinstance(normaliser, Tensor) or normaliser:  # Python's 0/0 raises
             scale = total / normaliser
         if isinstance(scale, Tensor):
-            # 0/0, all ignored: torch's value is NaN and its gradient 0, as any number leaves it.
+            # 0/0, all ignored: torch's gradient is 0, as any number leaves it.
             scale = scale.nan_to_num(1.0, posinf=float("inf"))
     else:
         value = detached.mean() if valid is None else _quotient(detached, total)
@@ -133,7 +133,7 @@ def _valid_row_means(elements: Tensor, valid: Tensor, batch: int) -> tuple[Tenso
 def _quotient(elements: Tensor, divisor: Tensor | float, *dim: int) -> Tensor:
     if elements.dtype not in _HALVES:
         return elements.sum(dim or None) / divisor
-    # Their sum can overflow, or drop small terms, where the quotient does neither.
+    # Their sum can overflow, or drop small terms.
     return (elements.sum(dim or None, dtype=torch.float32) / divisor).to(elements.dtype)
 
 
@@ -143,11 +143,11 @@ Compute: TypeAlias = Callable[..., PerSampleLosses]
 class Rule(NamedTuple):
     compute: Compute
     reductions: tuple[str, ...] = ("mean", "sum")
-    trusted: bool = True  # its elements are known to be one row or more a sample
+    trusted: bool = True  # to have a row or more a sample
 
 
 def find_rule(criterion: nn.Module) -> Rule | None:
-    """That of its class, or of the class whose `forward` it inherits."""
+    """That of the class whose `forward` it has."""
     kind = type(criterion)
     if "forward" in vars(criterion):  # put there by somebody; whose, if not the class's?
         own = forward_of(criterion)
@@ -167,7 +167,7 @@ def plain(criterion: Any, elements: Tensor, batch: int, *_: Any, **__: Any) -> P
 
 
 def labelled(threshold: float | None = None) -> Compute:
-    """With labels from the target: two classes, by a threshold, or those it names."""
+    """With labels from the target, by a threshold or as they are."""
 
     def rule(
         criterion: Any, elements: Tensor, batch: int, input: Tensor, target: Tensor
@@ -218,7 +218,7 @@ def _ctc(
     input_lengths: Any,
     target_lengths: Any,
 ) -> PerSampleLosses:
-    # The elements are sums over a target's symbols; torch's mean divides each by its length, >= 1.
+    # Elements are sums over a target's symbols; torch's mean divides each by its length, >= 1.
     if batch != elements.shape[0]:
         raise ValueError(
             f"batch_size={batch} must be {elements.shape[0]}: CTCLoss has one loss per sequence"
@@ -250,7 +250,7 @@ RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys([nn.CrossEntropyLoss, nn.NLLLoss], Rule(_cross_entropy)),
     nn.CTCLoss: Rule(_ctc),
     nn.KLDivLoss: Rule(_kl_div, ("mean", "sum", "batchmean")),
-    # Unlike the cross entropy's, its mean divides by the number of samples, class weights or not.
+    # Its mean divides by the number of samples, class weights or not.
     nn.MultiMarginLoss: Rule(labelled()),
     nn.SoftMarginLoss: Rule(labelled(0.0)),
 }

@@ -41,25 +41,24 @@ def per_sample_losses(
 ) -> PerSampleLosses:
     """Computes a criterion's loss for each sample of the batch, differentiably.
 
-    The criterion runs unreduced and without its hooks, and is left as it was. A module that is
-    neither torch's nor a :class:`PerSampleLoss` runs once more, with its own reduction, which must
-    give the mean or sum of its elements. Samples are dimension 0 of these: a loss of shape (B, T)
-    becomes the mean over each sample's own T elements, those with ``ignore_index`` left out.
+    The criterion runs unreduced, without its hooks, and is left as it was. A module that is neither
+    torch's nor a :class:`PerSampleLoss` runs once more, with its own reduction, which must give the
+    mean or sum of its elements. Dimension 0 is that of samples: elements (B, T) become the mean
+    over each sample's T, those with ``ignore_index`` left out.
 
     Args:
         criterion: A ``torch.nn`` loss with a reduction, a :class:`PerSampleLoss`, or any module
             that returns (B, ...) elements when its attribute ``reduction`` is ``"none"``.
         *args: What the criterion is called with.
-        batch_size: Number of samples B where the call has flattened them with a further
-            dimension, as in logits (B·T, V) against targets (B·T,), row-major. None: each row is a
-            sample.
+        batch_size: B where the call has flattened samples with a further dimension, as in logits
+            (B·T, V) against targets (B·T,), row-major. None: each row is a sample.
         **kwargs: What the criterion is called with.
 
     Returns:
         Losses of shape (B,), and how they make up the criterion's value.
 
     Raises:
-        TypeError: If per-sample losses cannot be had from such a criterion.
+        TypeError: If the criterion has no per-sample losses.
         ValueError: If its ``reduction`` is ``"none"`` or unknown, the elements have no batch
             dimension or are reduced over it, their number is no multiple of `batch_size`, or its
             own value is not their mean or sum.
@@ -85,7 +84,6 @@ def _losses_by(
     batch_size: int | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> PerSampleLosses:
-    """Of a criterion whose rule is known, and perhaps its ``forward``."""
     own = value_of_its_own(criterion, args, kwargs) if rule is _CUSTOM else None
     try:
         elements = unreduced(criterion, args, kwargs, forward)
@@ -121,7 +119,7 @@ def _losses_by(
 
 
 def validate_criterion(criterion: nn.Module) -> Rule:
-    """Its rule; raises for what can be seen to be impossible before a call."""
+    """Its rule; raises for what is impossible before a call."""
     if isinstance(criterion, type):
         name = criterion.__name__
         raise TypeError(
@@ -132,18 +130,18 @@ def validate_criterion(criterion: nn.Module) -> Rule:
             f"criterion={criterion!r} is no nn.Module: expected one, such as "
             f"torch.nn.CrossEntropyLoss(); or {WAYS_OUT}"
         )
+    name = type(criterion).__name__
     rule = find_rule(criterion) or _CUSTOM
     # What torch.compile returns is of a private class; _orig_mod is how its state_dict names it.
     compiled = isinstance(criterion, torch.jit.ScriptModule) or hasattr(criterion, "_orig_mod")
     if rule is _CUSTOM and compiled:
         raise TypeError(
-            f"criterion {type(criterion).__name__} is compiled, which fixes its reduction: use the "
-            f"module it was compiled from, here and in the loop, or {WAYS_OUT}"
+            f"criterion {name} is compiled, which fixes its reduction: use the module it was "
+            f"compiled from, here and in the loop, or {WAYS_OUT}"
         )
     reduction = getattr(criterion, "reduction", None)
     if reduction in rule.reductions:
         return rule
-    name = type(criterion).__name__
     if reduction == "none":
         raise ValueError(
             f"criterion {name} has reduction='none', which leaves the reduction to the training "
@@ -164,8 +162,7 @@ Listener = Callable[[PerSampleLosses], Tensor]
 def check_unattached(criterion: nn.Module, model: nn.Module | None = None) -> None:
     """Refuse a criterion that is attached to an optimizer that lives.
 
-    An older one of the same model yields, and in a notebook one of any model: a cell that runs
-    twice may make both anew.
+    One of the same model yields, and in a notebook any: a cell that runs twice may make both anew.
     """
     earlier = AttachedCriterion.found_on(criterion)
     if earlier is None or earlier.listener() is None:
@@ -179,7 +176,7 @@ def check_unattached(criterion: nn.Module, model: nn.Module | None = None) -> No
 
 
 class AttachedCriterion(Attachment):
-    """Lets a criterion tell its per-sample losses, for as long as somebody holds this.
+    """Lets a criterion tell its losses for as long as somebody holds this.
 
     While the model trains, the ``listener``, held weakly, turns them into the scalar to return.
     """
@@ -205,23 +202,20 @@ class AttachedCriterion(Attachment):
 
 
 class _Forward(Replacement):
-    """Stands in for ``criterion.forward``."""
-
     def __init__(
         self, criterion: nn.Module, model: ref[nn.Module], listener: WeakMethod[Listener]
     ) -> None:
         self.criterion = criterion
         self.model = model
         self.listener = listener
-        self.seen: object = None  # what decides on the criterion's rule and its own forward
+        self.seen: object = None  # what decides on rule and forward
 
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The listener's scalar while the model trains, else the criterion's."""
         listener, model, criterion = self.listener(), self.model(), self.criterion
         training = torch.is_grad_enabled() and model is not None and model.training
         reduction = getattr(criterion, "reduction", None)
-        # A criterion may call itself while its losses are asked for, without a reduction.
+        # It may call itself, with reduction "none", while its losses are asked for.
         ordinary = dual_level() >= 0 or transform() is not None  # as the derivatives there are
         if listener is None or not training or reduction == "none" or ordinary:
             return self.original(*args, **kwargs)
@@ -233,5 +227,4 @@ class _Forward(Replacement):
 
     @property
     def original(self) -> Callable[..., Any]:
-        """The forward that the criterion had before."""
         return self.previous or MethodType(type(self.criterion).forward, self.criterion)

@@ -54,7 +54,7 @@ class Ranks:
     ) -> tuple[list[list[float]], Tensor]:
         """One header a rank, equally long on all, and the rows (n, c) of all, float64.
 
-        A message has room for as many as any rank ever had: it is repeated where that is too few.
+        A message has room for the most that any rank ever had, and is repeated with more.
         """
         self._compare_options()
         size, width = rows.shape
@@ -73,7 +73,7 @@ class Ranks:
         return [front[1:] for front in fronts], self._joined(bodies)
 
     def gather(self, values: Tensor) -> Tensor:
-        """The values (n, ...) of every sample of the batch, of this rank's n."""
+        """The values of every sample of the batch, of this rank's (n, ...)."""
         most = max(self.sizes)
         room = values.new_zeros(most, *values.shape[1:])
         room[: len(values)] = values
@@ -83,16 +83,16 @@ class Ranks:
         return torch.cat([body[:n] for body, n in zip(bodies, self.sizes, strict=True)])
 
     def each(self, numbers: Tensor) -> Tensor:
-        """The numbers of every rank, equally many on each: (number, *numbers.shape)."""
+        """(ranks, *numbers.shape): the numbers of every rank, equally many on each."""
         self._compare_options()
         return self._gathered(numbers)
 
     def total(
         self, parts: Mapping[Tensor, Tensor], layout: Sequence[Tensor], rows: tuple[int, ...] = ()
     ) -> dict[Tensor, Tensor]:
-        """The sum over ranks of vectors with one part a parameter, in float32 or better.
+        """The sum over ranks of vectors with one part a parameter, 0 if missing; at least float32.
 
-        A missing part counts as 0. Parts may have ``rows``, dimensions in front of the parameter's.
+        Parts may have ``rows``, dimensions in front of the parameter's.
         """
         double = any(p.dtype.to_real() == torch.float64 for p in layout)
         dtype = torch.float64 if double else torch.float32
@@ -109,7 +109,6 @@ class Ranks:
         return views
 
     def objects(self, mine: Any) -> list[Any]:
-        """What every rank has to say, pickled."""
         found: list[Any] = [None] * self.number
         dist.all_gather_object(found, mine, group=self.group)
         return found
@@ -120,13 +119,11 @@ class Ranks:
             values = [options.get(name) for options in everybody]
             if any(value != values[0] for value in values):
                 raise ValueError(
-                    f"{name} differs between the processes: {values}, by rank; expected the same "
-                    "in all of them"
+                    f"{name} differs between the processes: {values}, by rank; expected one value"
                 )
         self._to_compare = {}
 
     def _gathered(self, message: Tensor) -> Tensor:
-        """(number, *message.shape)."""
         received = message.new_empty(self.number, *message.shape)
         if not message.numel():  # the same on every rank, and gloo sends nothing
             return received
@@ -144,20 +141,17 @@ class GlobalGradients:
         self.batch_size = sum(ranks.sizes)
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """Sum over ranks of G_r^T w_r: an all-reduce of P numbers."""
         return self.ranks.total(self.rows.combine(weights[self.ranks.own]), self.layout)
 
     def dot(self, direction: Direction) -> Tensor:
-        """[G_0 v; G_1 v; ...]: an all-gather of B numbers."""
         return self.ranks.gather(self.rows.dot(direction))
 
     def gram(self) -> Tensor:
-        """See `gram_over`."""
         return gram_over(self.rows, self.ranks, self.layout)
 
 
 class LayerwiseGradients(GlobalGradients):
-    """With the columns in groups, of which FSDP has one at a time."""
+    """With the columns in groups, of which FSDP has one at a time; without `combine` and `dot`."""
 
     rows: GhostGradients
 
@@ -185,15 +179,13 @@ class LayerwiseGradients(GlobalGradients):
     align_rescaled = align
 
     def gram(self) -> Tensor:
-        """Group after group."""
         rows, ranks = self.rows, self.ranks
         return added(gram_over(rows.restricted_to(set(g)), ranks, g) for g in self.groups)
 
     def combine(self, weights: object) -> NoReturn:
-        """Not on offer, nor is `dot`."""
         raise NotImplementedError(
-            "a rule of one's own asked for a sum of gradients, as large as the model that FSDP "
-            "shards: expected weighting='irw', 'cvar' or 'uniform'"
+            "a rule of one's own asked for a sum of gradients, as large as the sharded model: "
+            "expected weighting='irw', 'cvar' or 'uniform'"
         )
 
     dot = combine  # type: ignore[assignment]
@@ -202,9 +194,8 @@ class LayerwiseGradients(GlobalGradients):
 def gram_over(rows: PerSampleGradients, ranks: Ranks, layout: Sequence[Tensor]) -> Tensor:
     """G G^T over all ranks, (B, B): what an outlier filter looks at, on every rank.
 
-    Layers whose per-sample gradient is a product of input and output gradient send these factors.
-    All else (norms, tied weights, what only autodiff covers, factors of another shape on another
-    rank) sends its rows, a block at a time.
+    Layers whose per-sample gradient is a product of input and output gradient send these factors;
+    all else (norms, tied weights, factors of another shape on another rank) its rows.
     """
     parts = rows.parts if isinstance(rows, StackedGradients) else [rows]
     ghosts = [part for part in parts if isinstance(part, GhostGradients)]
@@ -242,7 +233,6 @@ def _sent_by_factors(ghost: GhostGradients) -> list[LayerCall]:
 
 
 def _outline(call: LayerCall, number: dict[Tensor, int]) -> object:
-    """What must be equal on all ranks."""
     factors = [(str(t.dtype), *t.shape[1:]) for t in (call.input, call.b)]
     roles = {role: number[p] for role, p in call.parameters.items()}
     return type(call).__name__, roles, factors

@@ -1,7 +1,4 @@
-"""Which DistributedDataParallel a model is in, and what that asks of a weighted loss.
-
-DDP reduces what arrives at the parameters, which is the weighted gradient.
-"""
+"""Which DistributedDataParallel a model is in, and what that asks of a weighted loss."""
 
 from __future__ import annotations
 
@@ -36,7 +33,6 @@ class CallerNoted(Attachment):
     """Notes which DDP calls a model."""
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        """Attach, and yield what removes it."""
         if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
             yield module.register_forward_pre_hook(_note_caller)
 
@@ -53,7 +49,7 @@ class Replicas(Renewed):
             _AROUND[model] = ref(found)
 
     def begin(self) -> None:
-        """Watch the model, if it is whole: else `find` does so."""
+        # A model that is being copied is not whole yet: `find` watches it.
         whole = self.model is not None and "_modules" in vars(self.model)
         self.watch = CallerNoted.on(self.model) if whole else None  # type: ignore[arg-type]
         self.ranks: Ranks | None = None
@@ -61,7 +57,6 @@ class Replicas(Renewed):
         self.synced = True
 
     def find(self) -> DistributedDataParallel | None:
-        """As `replica_in`, checked."""
         if self.model is None:
             return None
         if self.watch is None:
@@ -89,15 +84,14 @@ class Replicas(Renewed):
                 _TOLD.add(model)
                 logger.warning(
                     "%d processes run, but the model is not in DistributedDataParallel: each "
-                    "process weighs its own batch. Wrap the model, or say worst_off='local' if "
-                    "that is meant",
+                    "weighs its own batch. Wrap the model, or say worst_off='local' if it is meant",
                     dist.get_world_size(),
                 )
             return alone
         if self.static and most_passes > 1:
             raise NotImplementedError(
                 f"accumulation_steps={most_passes} in DistributedDataParallel(static_graph=True): "
-                "passes without a gradient of their own are no static graph; leave one out"
+                "passes without a gradient are no static graph; leave one out"
             )
         self.synced = replica.require_backward_grad_sync
         if worst_off == "local":
@@ -109,10 +103,9 @@ class Replicas(Renewed):
     weighted_loss = staticmethod(weighted_loss)
 
     def prepare(self, loss: Tensor) -> None:
-        """Tell a DDP with ``static_graph=True`` of the backward pass of this loss, when it runs.
+        """Let this loss's backward ask a DDP with ``static_graph=True`` to reduce.
 
-        In its first iteration it reduces everything at the end of backward, which a node behind the
-        model's output asks for, in the nested pass: too early. So the outer one asks for it.
+        In its first iteration it does so at the end of backward: the nested pass asks too early.
         """
         replica: Any = None if self.static is None else self.static()
         if replica is None or replica._static_graph_delay_allreduce_enqueued:
@@ -131,19 +124,16 @@ class Replicas(Renewed):
         loss.register_hook(ask)
 
     def leaves_of(self, parameters: Iterable[Tensor]) -> set[Tensor]:
-        """What autograd meets of these parameters."""
         return set(parameters)
 
     def check_reduced(self) -> None:
-        """Raise where DDP would not reduce what is added now."""
         if not self.synced:
             raise RuntimeError(
                 "a logical batch ends before its last pass, and all that it has had ran under "
-                "no_sync(): leave the last pass before step() out of no_sync()"
+                "no_sync(): leave the last pass before step() out of it"
             )
 
     def release(self) -> None:
-        """Watch the model no longer."""
         self.model = self.watch = self.ranks = self.static = None
 
 
@@ -167,16 +157,14 @@ def replica_in(
 
 
 def replicas_in(model: nn.Module) -> Iterator[DistributedDataParallel]:
-    """Those that the model is, or that are in it."""
     return (m for m in model.modules() if isinstance(m, DistributedDataParallel))
 
 
 def check_replica(replica: DistributedDataParallel) -> None:
-    """Refuse SyncBatchNorm and `join`."""
     for name, module in replica.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise NotImplementedError(
-                f"{name} is a SyncBatchNorm, through which samples of all processes meet; use "
+                f"{name} is a SyncBatchNorm, which mixes samples of all processes: expected "
                 "GroupNorm, LayerNorm or BatchNorm"
             )
     if replica._join_config.enable:

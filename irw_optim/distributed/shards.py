@@ -1,8 +1,8 @@
 """FSDP2: an optimizer holds shards, and autograd meets the whole parameters of a group of layers.
 
-FSDP gathers them at its output, and reduces and frees them at its input. So every pass is one of
-autograd's own. The first is nested and ends at the layers' outputs; with the a and b of all layers
-the scores need no parameter's value. The second is the user's, which goes on with the weights.
+FSDP gathers them at its output and frees them at its input, so every pass is one of autograd's own:
+a nested one up to the layers' outputs, whose a and b give the scores without any parameter's value,
+and the user's, which goes on with the weights.
 """
 
 from __future__ import annotations
@@ -56,11 +56,9 @@ class Shards(Renewed):
         self.begin()
 
     def begin(self) -> None:
-        """Know the group when it is asked for."""
         self._ranks: Ranks | None = None
 
     def ranks(self, alike: Callable[[], dict[str, Any]] = dict) -> Ranks:
-        """Those that the parameters are sharded over."""
         if self._ranks is None:
             assert self.model is not None, "released"
             shard: Any = next(iter(groups_of(self.model)[0]))
@@ -68,14 +66,13 @@ class Shards(Renewed):
         return self._ranks
 
     def columns(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-        """The whole parameters of the shards, group by group, alike on all ranks."""
+        """The whole parameters, group by group, alike on all ranks."""
         chosen = set(parameters)
         groups = [] if self.model is None else groups_of(self.model)
         found = [[whole for shard, whole in group.items() if shard in chosen] for group in groups]
         return [group for group in found if group]
 
     def leaves_of(self, parameters: Iterable[Tensor]) -> set[Tensor]:
-        """Whole ones, and those that are no shards."""
         chosen = set(parameters)
         return chosen.union(*self.columns(chosen))
 
@@ -87,7 +84,6 @@ class Shards(Renewed):
         most_passes: int,
         alike: Callable[[], dict[str, Any]],
     ) -> Weigher:
-        """As of `Replicas`; one pass at a time."""
         if worst_off == "local":
             return alone
         over_groups = partial(LayerwiseGradients, groups=self.columns(scored))
@@ -100,26 +96,24 @@ class Shards(Renewed):
         scored: Callable[[Tensor], bool],
         weigher: Weigher,
     ) -> Tensor:
-        """See `irw_optim.backward.weighted_loss`."""
         assert self.model is not None, "released"
         named = partial(names_of, self.model)
         if captured.others:
             raise NotImplementedError(
-                f"the losses also lead to {', '.join(named(captured.others))}, which are "
-                "no parameters of the model: under fully_shard their gradient would be the "
-                "weighted one. Detach them, model(x.detach()), or use another criterion for them"
+                f"the losses also lead to {', '.join(named(captured.others))}, no parameters of "
+                "the model, whose gradient would be weighted: detach them, model(x.detach()), or "
+                "use another criterion for them"
             )
         weighted = ShardedPass(batch, weigher, captured, scored, self.ranks(), named)
         return deferred_loss(batch.value, weighted, [captured.losses])
 
     def prepare(self, loss: Tensor) -> None:
-        """FSDP hears of every pass."""
+        """Nothing: FSDP hears of every pass."""
 
     def check_reduced(self) -> None:
-        """Nothing is added to ``p.grad`` behind its back."""
+        """Nothing is added to ``p.grad`` behind FSDP's back."""
 
     def release(self) -> None:
-        """Know the model no longer."""
         self.model = self._ranks = None
 
 
@@ -127,7 +121,6 @@ Processes = Replicas | Shards
 
 
 def processes_of(model: nn.Module | None) -> Processes:
-    """Those that the model trains in."""
     if model is not None and is_sharded(model):
         return Shards(model)
     return Replicas(model)
@@ -146,13 +139,13 @@ def check_sharding(
         if any(map(is_shard, parameters)):
             raise NotImplementedError(
                 "the optimizer holds DTensors, and model= is not sharded: expected one after "
-                "fully_shard(model); tensor parallelism is not supported"
+                "fully_shard(model), not tensor parallelism"
             )
         return
     if torch.__version__ < TESTED_FROM:  # it compares as a version
         raise NotImplementedError(
-            f"fully_shard with torch {torch.__version__}: expected torch {TESTED_FROM} or newer, "
-            "or DistributedDataParallel"
+            f"fully_shard with torch {torch.__version__}: expected {TESTED_FROM} or newer, or "
+            "DistributedDataParallel"
         )
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
@@ -174,32 +167,32 @@ def check_sharding(
             continue
         if len(p.placements) != 1 or not p.placements[0].is_shard():
             raise NotImplementedError(
-                f"{name} is placed as {p.placements}: expected fully_shard over one dimension; "
-                "HSDP and tensor parallelism are not supported"
+                f"{name} is placed as {p.placements}: expected fully_shard over one dimension, "
+                "not HSDP or tensor parallelism"
             )
         meshes.add(p.device_mesh)
     if len(meshes) > 1:
         raise NotImplementedError(
-            f"the parameters are sharded over {len(meshes)} groups of processes: expected one mesh"
+            f"the parameters are sharded over {len(meshes)} meshes: expected one"
         )
     for name, p in () if criterion is None else criterion.named_parameters():
         if p.requires_grad and not is_shard(p):
             raise NotImplementedError(
-                f"criterion has a parameter, {name}, that fully_shard does not reduce: make it a "
-                "part of the model, or freeze it with requires_grad_(False)"
+                f"criterion has a parameter, {name}, that fully_shard does not reduce: expected it "
+                "in the model, or frozen by requires_grad_(False)"
             )
     if engine == "autodiff":
         raise NotImplementedError(
-            "engine='autodiff' under fully_shard would need all parameters at once; use "
-            "engine='auto', or DistributedDataParallel"
+            "engine='autodiff' under fully_shard needs all parameters at once: expected 'auto', or "
+            "DistributedDataParallel"
         )
     if not isinstance(weighting, str) and getattr(weighting, "needs_gradients", True):
         raise NotImplementedError(
-            f"weighting={weighting!r} under fully_shard: a rule of one's own may ask for sums as "
-            "large as the model; expected a named one, or one with needs_gradients=False"
+            f"{weighting=} under fully_shard: a rule of one's own may ask for sums as large as the "
+            "model: expected a named one, or one with needs_gradients=False"
         )
     if accumulation_steps != 1:
         raise NotImplementedError(
-            f"{accumulation_steps=} under fully_shard: passes weighed together would each "
-            "keep their graph; use accumulation_steps=1, which adds up passes weighed by themselves"
+            f"{accumulation_steps=} under fully_shard: each pass would keep its graph; expected "
+            "1, with which passes are weighed by themselves and add up"
         )

@@ -37,8 +37,8 @@ from irw_optim.gradients.recomputation import OneForward
 from irw_optim.weighting import NoRows
 
 WAY_OUT = (
-    "choose score_parameters= without them (score_parameters='last', say), or train with "
-    "DistributedDataParallel, where autodiff takes them"
+    "choose score_parameters= without them ('last', say), or DistributedDataParallel, where "
+    "autodiff takes them"
 )
 
 
@@ -59,7 +59,7 @@ class OverRanks:
         self.most_passes = most_passes
 
     def coefficients(self, passes: Sequence[Pass], rows: PerSampleGradients) -> Tensor:
-        """The factor on the gradient of every loss of this rank, (B_r,)."""
+        """The factors on the gradients of this rank's losses, (B_r,)."""
         ranks = self.ranks
         batch, length = join(passes, ranks, self.most_passes)
         over_ranks = getattr(self.scheme, "over_ranks", None)
@@ -71,7 +71,6 @@ class OverRanks:
         return record.weights[ranks.own] * (ranks.number * length)  # for DDP averages over ranks
 
     def loss(self, batch: PerSampleLosses) -> Tensor:
-        """All ranks go backward through it, if not forward."""
         detached = batch._replace(losses=batch.losses.detach())
         return deferred_loss(batch.value, FactorsOfLosses(detached, self), [batch.losses])
 
@@ -84,18 +83,16 @@ class FactorsOfLosses(Deferred):
     weigher: Weigher
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
-        """The factor of every loss."""
         factors = self.weigher.coefficients([Pass(self.batch, upstream)], self.rows(upstream))
         return [factors.to(self.batch.losses.dtype)]
 
     def rows(self, upstream: Tensor) -> PerSampleGradients:
-        """G of this rank; here of nothing but losses."""
         return NoRows(len(self.batch.losses))
 
 
 @dataclass(eq=False)
 class ShardedPass(FactorsOfLosses):
-    """Of a batch of which all ranks have their part."""
+    """With G of this rank."""
 
     captured: LossGradients = field()
     scored: Callable[[Tensor], bool]  # which leaves' gradients make the score
@@ -103,7 +100,7 @@ class ShardedPass(FactorsOfLosses):
     names_of: Callable[[Iterable[Tensor]], list[str]]
 
     def rows(self, upstream: Tensor) -> GhostGradients:
-        """G of this rank, from a pass that all make alike; the user's is to come."""
+        """From a pass that all ranks make alike; the user's is to come."""
         losses, columns = self.captured.losses, set(filter(self.scored, self.captured.leaves))
         if not columns:
             raise RuntimeError(NOTHING_TO_SCORE)
@@ -132,7 +129,7 @@ class ShardedPass(FactorsOfLosses):
         return rows
 
     def _agree(self, columns: set[Tensor]) -> tuple[Covering | None, bool]:
-        """What is known of this rank's products, if it has any, and whether all ranks check."""
+        """What is known of this rank's products, and whether all ranks check them."""
         batch = self.captured
         missing: set[Tensor] = set()
         covering, due = None, False
@@ -185,8 +182,8 @@ def join(
 ) -> tuple[PerSampleLosses, float]:
     """The losses of all ranks in their order, without a graph, and the length of their gradient.
 
-    As in one process: a mean divides by the number of elements, or their class weights, and the
-    quotient is taken of sums over shards, which need not be of equal size.
+    A mean divides by the number of elements, or their class weights, summed over shards, which need
+    not be of equal size.
     """
     labelled = all(batch.labels is not None for batch, _ in passes)
     counted = any(batch.counts is not None for batch, _ in passes)
@@ -225,8 +222,8 @@ def _length(headers: Sequence[Sequence[float]], summed: bool) -> float:
         first = factors[0]
         if any(abs(factor - first) > 1e-5 * abs(first) for factor in factors):
             raise RuntimeError(
-                f"the losses of the processes carry different factors, {list(factors)}: expected "
-                "one. Leave out what makes up for shards of unequal size, which is done, or use "
+                f"the losses of the processes carry different factors, {list(factors)}: leave out "
+                "what makes up for shards of unequal size, which is done, or use "
                 "IRWOptimizer(..., worst_off='local')"
             )
         total, divisor = sum(elements), sum(divisors)

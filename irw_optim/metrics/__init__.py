@@ -1,7 +1,4 @@
-"""How the groups fare, and how the tail: metrics of a trained model, on arrays or tensors.
-
-`group_report` has all of them; `worst_cluster_accuracy` is for choosing a model without groups.
-"""
+"""How the groups fare, and how the tail: metrics of a trained model, on arrays or tensors."""
 
 from __future__ import annotations
 
@@ -61,10 +58,9 @@ class GroupReport:
         by_group: a row a group: ``samples``, ``accuracy``, ``mean loss`` if losses were given, and
             the metrics asked for.
         overall: the same for everybody.
-        worst_group: the group that fares worst, the first of several.
+        worst_group: the first that fares worst.
         worst_group_accuracy: its accuracy.
-        mad, tad: as the functions have them.
-        loss_variance, worst_alpha_loss: likewise, if losses, and alpha, were given.
+        mad, tad, loss_variance, worst_alpha_loss: as the functions, if losses, alpha were given.
     """
 
     by_group: pd.DataFrame
@@ -99,7 +95,7 @@ def group_report(
     alpha: float | None = None,
     metrics: Mapping[str, Metric] | None = None,
 ) -> GroupReport:
-    """Accuracy, and any other metric, by group, with the disparities between the groups.
+    """Accuracy, and other metrics, by group, with the disparities.
 
     Needs fairlearn: ``pip install "irw-optim[report]"``.
 
@@ -107,8 +103,8 @@ def group_report(
         y_true: (N,) classes.
         y_pred: (N,) predicted ones.
         groups: as of `group_accuracy`.
-        losses: (N,), for the mean loss of each group and the variance of all.
-        alpha: share in (0, 1], for the mean of the worst losses.
+        losses: (N,), for each group's mean and the variance of all.
+        alpha: share in (0, 1], for the mean of the worst.
         metrics: further columns, {name: metric(y_true, y_pred)}.
 
     Raises:
@@ -160,7 +156,7 @@ def group_report(
         sensitive_features=columns,
         sample_params=sample_params,
     )
-    # MetricFrame has a row of NaN for each combination of groups that nobody is in.
+    # MetricFrame has a row of NaN for combinations that nobody is in.
     by_group = frame.by_group[frame.by_group["samples"] > 0].astype({"samples": int})
     worst = min(accuracies, key=accuracies.__getitem__)
     return GroupReport(
@@ -175,13 +171,11 @@ def group_report(
 
 
 class Cell(NamedTuple):
-    """The samples of one class in one cluster, or in several that are too small by themselves.
+    """The samples of one class in one cluster, or in all that are too small by themselves.
 
     Attributes:
-        label: the class.
-        clusters: their numbers.
-        samples: how many.
-        accuracy: share of right predictions.
+        label, clusters: the class, and the numbers of the clusters.
+        samples, accuracy: how many, and the share predicted right.
         counted: whether it is large enough for the worst cell.
     """
 
@@ -196,9 +190,9 @@ class ClusterAccuracy(NamedTuple):
     """What to select a model by where nobody's group is known; see `worst_cluster_accuracy`.
 
     Attributes:
-        worst_cell: the least accuracy of a label x cluster cell that counts.
-        worst_class: the least accuracy of a class.
-        cells: the table behind ``worst_cell``; ``pandas.DataFrame(cells)`` shows it.
+        worst_cell: the least accuracy of a cell that counts.
+        worst_class: that of a class.
+        cells: all of them; ``pandas.DataFrame(cells)`` shows the table.
     """
 
     worst_cell: float
@@ -224,16 +218,16 @@ def worst_cluster_accuracy(
 
     Compare models by its ``score`` on the same samples, with the same ``n_clusters`` and ``seed``.
     The clusters are those of scikit-learn's KMeans on the inputs, flattened: standardise features
-    before. For many models, cluster once and call `worst_cell_accuracy`. Of one class, all clusters
-    with fewer than ``min_cell`` samples are one cell, which counts in ``worst_class`` only where it
-    is still smaller.
+    before. For many models, cluster once and call `worst_cell_accuracy`. Of one class, clusters
+    with fewer than ``min_cell`` samples are one cell; where it is still smaller it counts in
+    ``worst_class`` alone.
 
     Args:
-        inputs: (N, ...) numbers, what the model predicts from.
+        inputs: (N, ...) numbers.
         y_true: (N,) classes.
         y_pred: (N,) predicted ones.
         n_clusters: k >= 1; inputs with fewer distinct rows make fewer clusters.
-        seed: of the k-means initialisation.
+        seed: of k-means.
         min_cell: samples that a cell needs.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How groups fare, and the losses are spread; what users hand in, as numpy arrays of shape (N,)."""
+"""How groups fare, and the losses are spread; what users hand in, as numpy arrays."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def worst_group_accuracy(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLik
 
 
 def mad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
-    """MAD, the largest gap between two groups' accuracies; arguments of `group_accuracy`.
+    """MAD, the largest gap between group accuracies; arguments of `group_accuracy`.
 
     >>> mad([1, 0, 1, 1], [1, 0, 0, 1], groups=["f", "f", "m", "m"])
     0.5
@@ -112,7 +112,7 @@ def worst_alpha_loss(losses: ArrayLike, alpha: float) -> float:
 
 
 def intersect(columns: Mapping[str, Array]) -> tuple[list[Group], npt.NDArray[np.intp]]:
-    """The combinations of values that occur, sorted, and whose each sample's is."""
+    """The combinations that occur, sorted, and each sample's number."""
     each = [np.unique(column, return_inverse=True) for column in columns.values()]
     if len(each) == 1:
         return each[0][0].tolist(), each[0][1]
@@ -123,7 +123,6 @@ def intersect(columns: Mapping[str, Array]) -> tuple[list[Group], npt.NDArray[np
 
 
 def as_array(values: ArrayLike) -> Array:
-    """Any tensor, list, array or pandas column as a numpy array on the CPU."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
@@ -134,8 +133,7 @@ def as_array(values: ArrayLike) -> Array:
 
 
 def _is_known(value: object) -> bool:
-    """False for None, NaN, NaT and pandas.NA, which are not equal to themselves."""
-    same: object = value == value
+    same: object = value == value  # unlike NaN, NaT and pandas.NA
     return value is not None and isinstance(same, bool | np.bool_) and bool(same)
 
 
@@ -155,12 +153,11 @@ def as_vector(name: str, values: ArrayLike, each: str, mend: str = "") -> Array:
             f"{name} has no value for {gaps.sum()} of {len(array)} samples, the first at "
             f"{gaps.argmax()}: leave these samples out, or give them a value of their own"
         )
-    # Objects (pandas' strings) are slow to compare and cannot always be sorted.
+    # Objects (pandas' strings) compare slowly and cannot always be sorted.
     return np.asarray(array.tolist()) if objects else array
 
 
 def as_losses(losses: ArrayLike) -> npt.NDArray[np.float64]:
-    """Per-sample losses as float64, (N,), finite."""
     array = as_vector("losses", losses, "loss")
     if array.dtype.kind not in "fiu":
         raise TypeError(f"losses has dtype {array.dtype}: expected numbers, one loss a sample")
@@ -173,7 +170,6 @@ def as_losses(losses: ArrayLike) -> npt.NDArray[np.float64]:
 
 
 def as_classes(name: str, values: ArrayLike) -> Array:
-    """Class labels, (N,): whole numbers, or strings."""
     array = as_vector(name, values, "class", "; of scores, scores.argmax(-1)")
     if array.dtype.kind == "f" and (fractions := array != np.round(array)).any():
         first = int(fractions.argmax())
@@ -185,7 +181,6 @@ def as_classes(name: str, values: ArrayLike) -> Array:
 
 
 def as_predictions(y_true: ArrayLike, y_pred: ArrayLike) -> tuple[Array, Array]:
-    """True and predicted classes of the same samples, comparable with each other."""
     true, predicted = as_classes("y_true", y_true), as_classes("y_pred", y_pred)
     check_lengths(y_true=true, y_pred=predicted)
     if (true.dtype.kind in "US") != (predicted.dtype.kind in "US"):
@@ -197,7 +192,6 @@ def as_predictions(y_true: ArrayLike, y_pred: ArrayLike) -> tuple[Array, Array]:
 
 
 def as_columns(groups: GroupsLike) -> dict[str, Array]:
-    """The columns of ``groups`` by name; else they are group, or group_0, ..."""
     if isinstance(groups, Mapping) or (hasattr(groups, "columns") and hasattr(groups, "items")):
         columns = [(str(n), f"groups[{str(n)!r}]", column) for n, column in groups.items()]
         given = "groups has no column"
@@ -212,7 +206,6 @@ def as_columns(groups: GroupsLike) -> dict[str, Array]:
 
 
 def as_rows(inputs: ArrayLike) -> Array:
-    """Inputs of any shape (N, ...) as finite rows (N, d)."""
     array = as_array(inputs)
     if array.ndim < 2 or not array.size:
         raise ValueError(
@@ -224,7 +217,6 @@ def as_rows(inputs: ArrayLike) -> Array:
 
 
 def check_numbers(name: str, array: Array) -> None:
-    """Raise unless ``array``, (N, ...), holds finite numbers."""
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name} has dtype {array.dtype}: expected numbers; encode categories")
     broken = ~np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
@@ -235,7 +227,6 @@ def check_numbers(name: str, array: Array) -> None:
 
 
 def check_lengths(**arrays: Sized) -> None:
-    """Raise unless all have as many samples as the first."""
     (first, reference), *others = arrays.items()
     for name, array in others:
         if len(array) != len(reference):
@@ -246,7 +237,6 @@ def check_lengths(**arrays: Sized) -> None:
 
 
 def kmeans(rows: Array, n_clusters: int, seed: int) -> Array:
-    """The cluster of each row, (N,)."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 

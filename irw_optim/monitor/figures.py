@@ -1,4 +1,4 @@
-"""The course of a training as one figure: a panel for each question that the rows can answer."""
+"""The course of a training as one figure: a panel for each question about it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from matplotlib.ticker import PercentFormatter
 
 from irw_optim.monitor.rows import Array, Row, column, parts_of
 
-MOST_LINES = 8
-"""More classes or groups than that are shown as the largest ones."""
-
-# Okabe and Ito's colours, for readers with any colour vision.
+# Okabe and Ito's, for readers with any colour vision; as many of the largest parts have a line.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 
 STYLE: Any = {
@@ -46,7 +43,6 @@ class ShownFigure(Figure):
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """All panels that the rows have something for."""
     if not rows:
         raise RuntimeError("nothing was recorded yet: expected a call after optimizer.step()")
     panels = [(title, panel) for title, answers, panel in PANELS if answers(rows)]
@@ -146,7 +142,6 @@ PANELS: tuple[tuple[str, Callable[[Sequence[Row]], bool], Draw], ...] = (
     ),
     ("Length of the gradient", lambda _: True, _gradient),
 )
-"""What each shows, whether the rows have it, and how."""
 
 
 def _line(
@@ -157,7 +152,6 @@ def _line(
     colour: str,
     show_each: bool = False,
 ) -> None:
-    """The running mean of values, or of a column, over a fortieth of the course."""
     values = column(rows, values) if isinstance(values, str) else values
     if show_each:
         axis.plot(_steps(rows), values, ".", color=colour, alpha=0.2, markersize=2)
@@ -169,7 +163,7 @@ def _steps(rows: Sequence[Row]) -> Array:
 
 
 def _smooth(values: Array) -> Array:
-    """The mean of the known values around each."""
+    """The mean of the known values around each, over a fortieth of the course."""
     window = np.ones(2 * (len(values) // 80) + 1)
     known = np.isfinite(values)
     total = np.convolve(np.where(known, values, 0.0), window, mode="same")
@@ -187,7 +181,7 @@ def _by_part(axis: Axes, rows: Sequence[Row], kind: str, name: str, absent: floa
 
 def _shown(rows: Sequence[Row], kind: str) -> list[tuple[Hashable, str]]:
     parts = parts_of(rows, kind)
-    largest = sorted(parts, key=lambda part: -parts[part].samples)[:MOST_LINES]
+    largest = sorted(parts, key=lambda part: -parts[part].samples)[: len(COLOURS)]
     return list(zip(sorted(largest, key=str), COLOURS, strict=False))
 
 

@@ -13,17 +13,16 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[Any]
 
 OF_A_PART = ("samples", "worst_off", "weight", "removed", "loss")
-"""Of a class or group: its share of the batch, of S, of the weight; of it removed; mean loss."""
+"""Shares of the batch, of S, of the weight; of the part what is removed; mean loss."""
 
 
 class Breakdown(NamedTuple):
-    """The classes or groups of a batch, sorted, and the numbers `OF_A_PART` of each, (parts, 5)."""
+    """The classes or groups of a batch, and the numbers `OF_A_PART` of each, (parts, 5)."""
 
     parts: tuple[Hashable, ...]
     numbers: Array
 
     def column(self, name: str) -> dict[Hashable, float]:
-        """One of `OF_A_PART`, by part."""
         values = self.numbers[:, OF_A_PART.index(name)].tolist()
         return dict(zip(self.parts, values, strict=True))
 
@@ -37,7 +36,6 @@ class Row:
     breakdowns: dict[str, Breakdown]
 
     def flat(self, most_parts: float = math.inf) -> dict[str, float]:
-        """One number a column, as in ``weight/class_1``, of partitions that are not too large."""
         row = {"step": self.step, **self.numbers}
         for kind, breakdown in self.breakdowns.items():
             if len(breakdown.parts) > most_parts:
@@ -48,13 +46,11 @@ class Row:
         return row
 
     def state(self) -> dict[str, Any]:
-        """The row as plain data, for a checkpoint."""
         tables = {k: (list(b.parts), b.numbers.tolist()) for k, b in self.breakdowns.items()}
         return {"step": self.step, "numbers": self.numbers, "breakdowns": tables}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Row:
-        """The row that gave this `state`."""
         tables = state["breakdowns"].items()
         by_kind = {k: Breakdown(tuple(parts), np.array(numbers)) for k, (parts, numbers) in tables}
         return cls(state["step"], dict(state["numbers"]), by_kind)
@@ -64,30 +60,23 @@ def _text(part: Hashable) -> str:
     return ",".join(map(str, part)) if isinstance(part, tuple) else str(part)
 
 
-MOST_PARTS = 20
-"""A logger is spared partitions with more parts: a thousand charts help nobody."""
-
-
 class ScalarWriter(Protocol):
     """``torch.utils.tensorboard.SummaryWriter``, and its like."""
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Take one number."""
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
 
 
 class MetricsLogger(Protocol):
     """Any logger of Lightning's, and its like."""
 
-    def log_metrics(self, metrics: dict[str, float], step: int) -> Any:
-        """Take the numbers of one step, by name."""
+    def log_metrics(self, metrics: dict[str, float], step: int) -> Any: ...
 
 
 Logger: TypeAlias = ScalarWriter | MetricsLogger
 
 
 def send(row: Row, logger: Logger) -> None:
-    """Give a row to a logger; what is not known in it (NaN) is left out."""
-    numbers = row.flat(MOST_PARTS)
+    numbers = row.flat(most_parts=20)  # a thousand charts help nobody
     del numbers["step"]
     known = {f"irw/{name}": value for name, value in numbers.items() if not math.isnan(value)}
     if hasattr(logger, "log_metrics"):
@@ -99,10 +88,7 @@ def send(row: Row, logger: Logger) -> None:
 
 @dataclass(eq=False)
 class Course:
-    """The first row, and the newest at every interval: the whole training, ever more thinly.
-
-    A ring of the newest would forget how the training began, which its present is compared with.
-    """
+    """The first row, which the present is compared with, and the newest at every interval."""
 
     interval: int
     capacity: int
@@ -124,31 +110,26 @@ class Course:
 
     @property
     def weighted(self) -> list[Row]:
-        """The rows after the warm-up."""
         return [row for row in self.rows if row.numbers["weighted"]]
 
     @property
     def recent(self) -> list[Row]:
-        """The later half of these."""
         return self.weighted[len(self.weighted) // 2 :]
 
     def recent_with(self, *, held: bool) -> list[Row]:
-        """Those whose weights were held, or made in the step."""
+        """Rows with weights held, or made in the step."""
         return [row for row in self.recent if np.isnan(row.numbers["held_for"]) != held]
 
 
 def column(rows: Sequence[Row], name: str) -> Array:
-    """One number of each row, float64."""
     return np.array([row.numbers[name] for row in rows], dtype=np.float64)
 
 
 def medians(rows: Sequence[Row], *names: str) -> list[float]:
-    """The median of each of these columns."""
     return [float(np.median(column(rows, name))) for name in names]
 
 
 def mean(rows: Sequence[Row], name: str) -> float:
-    """The mean of a column; 0 without rows."""
     return float(column(rows, name).mean()) if rows else 0.0
 
 
@@ -171,7 +152,6 @@ class Part(NamedTuple):
 
 
 def parts_of(rows: Sequence[Row], kind: str) -> dict[Hashable, Part]:
-    """Each class or group (``kind``) of the rows that know it, in the order of first sight."""
     known = [row for row in rows if kind in row.breakdowns]
     sums: dict[Hashable, Array] = {}
     for row in known:

@@ -90,19 +90,19 @@ def compare_remedies(
 ) -> Comparison:
     """Train a model with each remedy, and say which one to take, if any, and how sure that is.
 
-    Every remedy starts from the same initialisation of a seed and takes the same number of steps
-    (balancing with half the steps: half; the two stages: a fifth more). All is measured on the
-    validation data, after the last step. Needs ``pip install "irw-optim[report]"``.
+    Of a seed every remedy has the same initialisation and number of steps (balancing with half the
+    steps: half; the two stages: a fifth more), and is measured on the validation data after the
+    last one. Needs ``pip install "irw-optim[report]"``.
 
     Args:
         make_model: gives an untrained model: (N, classes) logits, or one number a sample.
         criterion: a classification loss, as of `IRWOptimizer`.
         train: a map-style data set, or ``(X, y)`` as NumPy arrays, tensors, lists or pandas.
         validation: as ``train``, of other people.
-        groups: of ``validation``, one column or several, which are intersected. They add worst
+        groups: (N,) of ``validation``, or several columns, which are intersected. They add worst
             group and headroom, and decide; no remedy sees them.
-        remedies: names of `REMEDIES`, or ``{name: remedy}``, simpler ones first;
-            ``{**REMEDIES, "mine": mine}`` adds one. None takes all; plain is always in.
+        remedies: names of `REMEDIES`, or ``{name: remedy}``, simpler ones first, such as
+            ``{**REMEDIES, "mine": mine}``. None takes all; plain is always in.
         seeds: how many, or which.
         epochs: of whole batches.
         batch_size: of a step.
@@ -115,7 +115,7 @@ def compare_remedies(
         forward: ``forward(model, batch)`` gives the criterion's arguments, the model's output
             first; None for batches (inputs, target).
         loader_options: of the DataLoaders over data sets: ``num_workers``, ``collate_fn``.
-        progress: show a bar, on a terminal or in a notebook.
+        progress: show a bar.
 
     Raises:
         ImportError: the extra ``report`` is not installed.
@@ -184,7 +184,7 @@ def _train_all(
     rare: int,
     progress: bool,
 ) -> tuple[pd.DataFrame, dict[str, Numbers]]:
-    """Every remedy with every seed: rows of numbers, and what it predicts."""
+    """Rows of numbers for every remedy and seed, and what they predict."""
     import pandas as pd
 
     predictions: dict[str, list[Numbers]] = {}
@@ -231,8 +231,8 @@ def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, 
         asked = [remedies] if isinstance(remedies, str) else list(remedies)
         if unknown := [name for name in asked if name not in REMEDIES]:
             raise ValueError(
-                f"remedies={asked!r}: {unknown[0]!r} is none; expected names out of "
-                f"{list(REMEDIES)}, or {{name: remedy}} for one of your own"
+                f"remedies={asked!r}: {unknown[0]!r} is none; expected some of {list(REMEDIES)}, "
+                "or {name: remedy} for one of your own"
             )
         remedies = {name: REMEDIES[name] for name in asked}
     for name, remedy in remedies.items():
@@ -246,13 +246,12 @@ def _check_optimizer(optimizer: Any, scheduler: Any, model: nn.Module) -> None:
         made = optimizer(model.parameters())
     except Exception as error:
         raise TypeError(
-            f"optimizer={optimizer!r} cannot be called with the parameters ({error}): expected a "
-            "function such as functools.partial(torch.optim.SGD, lr=0.1)"
+            f"optimizer={optimizer!r} does not take the parameters ({error}): expected a function "
+            "such as functools.partial(torch.optim.SGD, lr=0.1)"
         ) from error
     if scheduler is not None and not callable(scheduler):
         raise TypeError(
-            f"scheduler={scheduler!r}: expected a function of optimizer and number of steps, or "
-            "None for a constant learning rate"
+            f"scheduler={scheduler!r}: expected a function of optimizer and steps, or None"
         )
     check_inner(made)
 

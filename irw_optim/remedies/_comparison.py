@@ -1,4 +1,4 @@
-"""What was found, as a table, sentences, a figure, and a page that needs nothing else."""
+"""What was found, as a table, sentences, a figure, and a page."""
 
 from __future__ import annotations
 
@@ -59,8 +59,7 @@ class Comparison:
         runs: a row for each remedy and seed, with every metric.
         predictions: {remedy: (seeds, N)} classes on the validation data.
         take: the remedy to take, ``"plain"`` where none is clearly better.
-        sentences: the decision, its price, who is worst off, how sure it is, and what there is to
-            gain, or not to be seen.
+        sentences: the decision, its price, who is worst off, how sure it is, and the headroom.
         signs: {remedy: how it is seen to hurt}.
         settings: how it was made.
     """
@@ -79,7 +78,7 @@ class Comparison:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A row for each remedy: means over the seeds, and the people of the worst cell."""
+        """Means over the seeds by remedy, and the people of the worst cell."""
         means = self.runs.groupby(level="remedy", sort=False).mean()[[m.name for m in self.metrics]]
         people = [worst_part(self.judge, "cell", self.predictions[n])[1] for n in means.index]
         means.insert(list(means).index("worst cell") + 1, "people in it", people)
@@ -90,7 +89,7 @@ class Comparison:
         return difference(self.runs, remedy, metric)
 
     def to_pandas(self) -> pd.DataFrame:
-        """For each remedy and metric the mean, the difference to plain, its interval."""
+        """By remedy and metric: mean, difference to plain, and its interval."""
         import pandas as pd
 
         metrics = [metric.name for metric in self.metrics]
@@ -99,7 +98,7 @@ class Comparison:
         return pd.DataFrame(rows, index, ["mean", "difference", "low", "high"])
 
     def by_group(self, groups: Any) -> pd.DataFrame:
-        """Accuracy of every group under every remedy, mean over the seeds, and its people.
+        """Accuracy of every group by remedy, mean over the seeds, and its people.
 
         Args:
             groups: any grouping of the validation data; columns are intersected.
@@ -113,7 +112,7 @@ class Comparison:
         return table
 
     def figure(self) -> Figure:
-        """A panel for each metric, a dot and its interval for each remedy."""
+        """A panel a metric, a dot and its interval a remedy."""
         from matplotlib import rc_context
 
         from irw_optim.monitor.figures import STYLE, ShownFigure
@@ -128,7 +127,7 @@ class Comparison:
         return figure
 
     def to_html(self, path: Any = None) -> str:
-        """One page that needs nothing else; written to ``path`` if one is given."""
+        """One page that needs nothing else, also written to ``path``."""
         text = self._page(whole=True)
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +157,7 @@ class Comparison:
 
     @property
     def _shown(self) -> list[Metric]:
-        """Shares where more is better; groups decide without the score."""
+        """Shares where more is better; with groups, without the score."""
         out = "score" if ORACLE in self.predictions else ""
         return [m for m in self.metrics if m.percent and m.sign > 0 and m.name != out]
 
@@ -188,7 +187,7 @@ class Comparison:
         axis.set_ylim(len(names) - 0.5, -0.5)
 
     def _panels(self) -> Iterator[str]:
-        """An SVG for each metric, in the colour of the text around it."""
+        """SVGs in the colour of the text around them."""
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 

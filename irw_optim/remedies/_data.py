@@ -32,7 +32,7 @@ Data: TypeAlias = Dataset[Any] | tuple[Any, Any]
 
 
 class Samples:
-    """A data set, in the dtypes of a model and a criterion."""
+    """A data set, as a model and a criterion take it."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class Samples:
             data = _from_arrays(name, data, model, criterion)
         if isinstance(data, IterableDataset | DataLoader) or not hasattr(data, "__getitem__"):
             raise TypeError(
-                f"{name} is a {type(data).__name__}: expected a map-style data set, with "
-                "__getitem__ and __len__, or a tuple (X, y) of arrays"
+                f"{name} is a {type(data).__name__}: expected a map-style data set, or a tuple "
+                "(X, y) of arrays"
             )
         self.dataset: Any = data
         if not len(self):
@@ -100,13 +100,13 @@ class Samples:
     def _checked(self, part: PerSampleLosses) -> Tensor:
         if part.labels is None:
             raise ValueError(
-                f"{self.name}: the criterion's target is no class a sample: expected "
-                "classification, with CrossEntropyLoss or BCEWithLogitsLoss, say"
+                f"{self.name}: the criterion's target is no class a sample: expected one such as "
+                "CrossEntropyLoss or BCEWithLogitsLoss"
             )
         if part.counts is not None and not bool(part.counts.all()):
             raise ValueError(
                 f"{self.name}: the criterion ignores {int((part.counts == 0).sum())} targets: "
-                "leave these samples out"
+                "leave them out"
             )
         return part.labels
 
@@ -144,7 +144,7 @@ def _from_arrays(
     y = as_classes(f"{name} y", y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y)
     if y.dtype.kind in "US":
         raise ValueError(
-            f"{name} y has names, as {y[0]!r}: expected class numbers, as by "
+            f"{name} y has names, as {y[0]!r}: expected numbers, as by "
             "sklearn.preprocessing.LabelEncoder"
         )
     both: dict[str, Sized] = {f"{name} X": x, f"{name} y": y}
@@ -166,8 +166,8 @@ def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
             array = array.astype(np.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"{name} X has entries that are no numbers ({error}): encode categories first, "
-                "with sklearn.preprocessing.OneHotEncoder, say"
+                f"{name} X has entries that are no numbers ({error}): encode categories, as by "
+                "sklearn.preprocessing.OneHotEncoder"
             ) from error
     check_numbers(f"{name} X", array)
     if isinstance(values, Tensor):
@@ -182,17 +182,13 @@ def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
 
 
 def logits_of(outputs: Tensor, criterion: nn.Module) -> Tensor:
-    """Outputs (N,), (N, 1) or (N, C) as logits (N, C), C >= 2.
-
-    >>> logits_of(torch.tensor([2.0]), nn.BCEWithLogitsLoss())
-    tensor([[0., 2.]])
-    """
+    """Outputs (N,), (N, 1) or (N, C) as logits (N, C), C >= 2."""
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         return outputs.float()
     if outputs.ndim not in (1, 2) or outputs.numel() != len(outputs):
         raise ValueError(
-            f"the model's outputs have shape {tuple(outputs.shape)}: expected (N, classes), or one "
-            "number a sample for two classes"
+            f"the model's outputs have shape {tuple(outputs.shape)}: expected (N, classes), or "
+            "(N,) for two"
         )
     one = outputs.float().flatten()
     if isinstance(criterion, nn.BCELoss):
@@ -227,6 +223,6 @@ def cluster_numbers(inputs: Any, clusters: Any, n_clusters: int, people: Sized) 
 
 def _cannot_be_clustered(why: object) -> ValueError:
     return ValueError(
-        f"validation inputs cannot be clustered ({why}): give clusters=, (N,) numbers from any "
-        "clustering of the people, or of an embedding"
+        f"validation inputs cannot be clustered ({why}): give clusters=, (N,) numbers of any "
+        "clustering of the people"
     )

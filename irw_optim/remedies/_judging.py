@@ -21,17 +21,16 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 
 BY_HEART = 0.2
-"""So much better a class is in training where it is learnt by heart."""
+"""So much better in training a class is that is learnt by heart."""
 
 TOLD, MISLED, NEAR = 0.9, 20, 0.1
 """A shortcut tells that share of the classes, misleads as many, who fare so much worse."""
 
 
 class Judge:
-    """Measures models on one set of people.
+    """Measures models on people by ``"class"``, ``"cell"`` and, if known, ``"group"``.
 
-    ``parts`` has everybody's number of ``"class"``, ``"cell"`` and, if known, ``"group"``, (N,), -1
-    for whoever counts nowhere; ``names`` has their names.
+    ``parts`` has everybody's number in ``names``, (N,), -1 for whoever counts nowhere.
     """
 
     def __init__(
@@ -62,16 +61,16 @@ class Judge:
         return np.bincount(part[part >= 0])
 
     def accuracies(self, kind: str, right: Numbers) -> Numbers:
-        """(M, parts) of M models, ``right`` (M, N)."""
+        """(M, parts), of M models' ``right`` (M, N)."""
         part, sizes = self.parts[kind], self.sizes(kind)
         inside = part >= 0
         hits = [np.bincount(part[inside], one[inside], len(sizes)) for one in right]
         return np.stack(hits) / sizes
 
     def moves(self, right: Numbers) -> Numbers:
-        """How each person moves what to choose by, (N,), in the mean over the models.
+        """(N,): how each person moves what to choose by, in the mean over the models.
 
-        By the delta method, the root of the sum of squares is the standard error over the people.
+        The root of their sum of squares is the standard error (delta method).
         """
         kinds = ["group"] if "group" in self.parts else ["class", "cell"]
         moves = np.zeros(right.shape[1])
@@ -105,10 +104,10 @@ def calibration_error(logits: Tensor, right: Numbers) -> float:
 
 
 def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> str | None:
-    """Why the score by clusters may be blind here, of plain training's ``right`` (seeds, N).
+    """Why the score by clusters may be blind, by plain training's ``right`` (seeds, N).
 
-    A shortcut that one feature shows does not move a cluster's centre: a tree with a leaf a class
-    looks for one that misleads people who fare worse than the worst cell.
+    A shortcut of one feature moves no cluster's centre: a tree with a leaf a class looks for one
+    whose misled fare worse than the worst cell.
     """
     from sklearn.metrics import balanced_accuracy_score
     from sklearn.tree import DecisionTreeClassifier
@@ -126,12 +125,12 @@ def unseen_by_clusters(inputs: Numbers | None, judge: Judge, right: Numbers) -> 
                     f"feature {tree.tree_.feature[0]} alone tells {told:.0%} of the classes; of "
                     f"{misled.sum()} people of class {label} whom it misleads plain training gets "
                     f"{share:.0%} right, {least:.0%} in the worst cell: the clusters do not see "
-                    "this shortcut, and the score may prefer models that use it"
+                    "this shortcut, which the score may prefer"
                 )
     if least > max(0.01, float(judge.accuracies("class", right).mean(0).min()) - 0.01):
         return (
-            "no cluster fares worse than its class: the clusters say nothing that the classes do "
-            "not, and a group that they do not see (a shortcut, say) would be missed"
+            "no cluster fares worse than its class: the clusters say no more than the classes, and "
+            "a group that they do not see would be missed"
         )
     return None
 
@@ -145,14 +144,18 @@ class Difference(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
+
+
+def paired(runs: pd.DataFrame, remedy: str, metric: str, other: str) -> Numbers:
+    differences: Numbers = (runs.loc[remedy, metric] - runs.loc[other, metric]).to_numpy()
+    return differences
 
 
 def difference(runs: pd.DataFrame, remedy: str, metric: str, other: str = PLAIN) -> Difference:
     from scipy import stats
 
-    differences = (runs.loc[remedy, metric] - runs.loc[other, metric]).to_numpy()
+    differences = paired(runs, remedy, metric, other)
     mean, number = float(differences.mean()), len(differences)
     if number < 2:
         return Difference(mean, np.nan, np.nan)
@@ -161,7 +164,7 @@ def difference(runs: pd.DataFrame, remedy: str, metric: str, other: str = PLAIN)
 
 
 def worst_part(judge: Judge, kind: str, predicted: Numbers) -> tuple[Any, int, float]:
-    """The part that fares worst in the mean over the seeds: name, people, accuracy."""
+    """Name, people and accuracy of the part that fares worst."""
     found = judge.accuracies(kind, predicted == judge.labels).mean(0)
     worst = int(found.argmin())
     return judge.names[kind][worst], int(judge.sizes(kind)[worst]), float(found[worst])
@@ -201,7 +204,7 @@ def conclude(
     means = runs.groupby(level="remedy").mean()
 
     def better(one: str, other: str, confidence: float) -> bool:
-        differences = (runs.loc[one, metric] - runs.loc[other, metric]).to_numpy()
+        differences = paired(runs, one, metric, other)
         return beyond_chance(differences, moves[one] - moves[other], confidence)
 
     adjusted = 1 - (1 - CONFIDENCE) / max(1, len(names))
@@ -218,8 +221,8 @@ def conclude(
     sure = "One seed has no spread, so nothing here is sure."
     if number > 1:
         sure = (
-            f"“Clearly” is beyond chance at {CONFIDENCE:.0%}, over {number} seeds and over the "
-            f"people of the validation data alike, adjusted for {len(names)} remedies."
+            f"“Clearly” is beyond chance at {CONFIDENCE:.0%}, over {number} seeds and the "
+            f"people of the validation data, adjusted for {len(names)} remedies."
         )
     if take == PLAIN and number < 5:
         sure += " More seeds would make the intervals narrower."
@@ -246,10 +249,9 @@ def conclude(
 
 
 def beyond_chance(differences: Numbers, moves: Numbers, confidence: float) -> bool:
-    """Whether the mean of paired differences (seeds,) is above what is made by chance.
+    """Whether the mean of paired differences (seeds,) is above chance, by people's moves (N,), too.
 
-    ``moves`` (N,) is how each person moves it. The variances of seeds and people add up, by
-    Satterthwaite's degrees of freedom.
+    The variances add up, by Satterthwaite's degrees of freedom.
     """
     from scipy import stats
 
@@ -264,11 +266,6 @@ def beyond_chance(differences: Numbers, moves: Numbers, confidence: float) -> bo
 
 
 def as_text(found: Difference, unit: str = " points", percent: bool = True) -> str:
-    """A difference with its interval, where they are known.
-
-    >>> as_text(Difference(0.1, 0.05, 0.15))
-    '+10.0 points (+5.0 to +15.0)'
-    """
     if np.isnan(found.mean):
         return ""
     scale, digits = (100, 1) if percent else (1, 2)

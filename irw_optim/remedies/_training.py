@@ -1,4 +1,4 @@
-"""The one training loop, and the remedies, by what they ask of `Training.fit`."""
+"""The one training loop, `Training.fit`, and the remedies."""
 
 from __future__ import annotations
 
@@ -19,13 +19,8 @@ from irw_optim.remedies._data import ClassLosses, Numbers, Samples
 from irw_optim.schemes import ClassByClassSampler
 from irw_optim.schemes.batch_losses import Forward
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""From losses (B,) and classes (B,) to what is minimised."""
-
 T = TypeVar("T")
 PLAIN, BALANCED, ORACLE = "plain", "class-balanced", "groups known (oracle)"
-EARLY = 0.2
-"""Share of the steps of the first of two stages."""
 
 
 class Fitted(NamedTuple):
@@ -35,7 +30,7 @@ class Fitted(NamedTuple):
         model: trained.
         effective_share: of the samples, what its weights rested on, in (0, 1].
         shift: (classes,) added to the logits.
-        held: whether the weights were made once, so that few samples may be learnt by heart.
+        held: whether the weights were made once.
     """
 
     model: nn.Module
@@ -57,8 +52,8 @@ class Recipe:
     Attributes:
         make_model: gives an untrained model.
         criterion: of outputs and targets.
-        optimizer: makes an optimizer of the parameters.
-        scheduler: makes a learning rate's schedule of optimizer and number of steps; None: none.
+        optimizer: makes one of the parameters.
+        scheduler: makes one of optimizer and number of steps, or None.
         steps: of one training, with ``batch_size`` samples each.
         forward: gives the criterion's arguments; None for batches (inputs, target).
     """
@@ -77,12 +72,12 @@ class Training:
     """What a remedy is given: one seed's training.
 
     Attributes:
-        samples: the training data; ``samples.loader()`` reads it in order.
+        samples: whose ``loader()`` reads them in order.
         labels: (N,) int64, its classes.
         classes: how many the model decides between.
         seed: of the initialisation and the batches.
         alpha: of IRW.
-        spared: seconds of work that a remedy found done already.
+        spared: seconds of work found done already.
         advance: is told of every step.
     """
 
@@ -100,7 +95,7 @@ class Training:
         self,
         *,
         share: float = 1.0,
-        objective: Objective | None = None,
+        objective: Callable[[Tensor, Tensor], Tensor] | None = None,
         sampler: Sampler[int] | None = None,
         irw: Mapping[str, Any] | None = None,
     ) -> Fitted:
@@ -108,7 +103,7 @@ class Training:
 
         Args:
             share: of the steps, in (0, 1]; the schedule fits into it.
-            objective: of a batch; None for the mean.
+            objective: of losses (B,) and classes (B,); None for the mean.
             sampler: draws the samples; None shuffles them.
             irw: options of `IRWOptimizer`, which then makes the steps.
         """
@@ -142,7 +137,7 @@ class Training:
         return Fitted(model, sum(rested) / len(rested) if rested else 1.0)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What several begin with, made for the first; its time counts for each."""
+        """What several begin with, made once; its time counts for each."""
         if name in self._made:
             self.spared += self._made[name][1]
         else:
@@ -151,7 +146,6 @@ class Training:
         return self._made[name][0]  # type: ignore[no-any-return]
 
     def _pieces(self, sampler: Sampler[int] | None) -> Iterator[Tensor]:
-        """Indices of batches of one size, without end."""
         generator = torch.Generator().manual_seed(self.seed)
         size = min(self.recipe.batch_size, len(self.samples))
         while True:
@@ -168,7 +162,7 @@ def plain(training: Training) -> Fitted:
 
 
 def moved_threshold(training: Training) -> Fitted:
-    """Decides as if the classes were equally frequent (Menon et al. 2021)."""
+    """As if the classes were equally frequent (Menon et al. 2021)."""
     share = _sizes(training) / len(training.labels)
     return plain(training)._replace(shift=(-share.log()).masked_fill(share == 0, -torch.inf))
 
@@ -190,8 +184,8 @@ def _sizes(training: Training) -> Tensor:
 
 
 def two_stages(training: Training, by: str = "gradients") -> Fitted:
-    """An early balanced model says who of each class is worst off; a second learns them."""
-    early = training.once("early", lambda: class_balanced(training, EARLY)).model
+    """A second model learns who was worst off by class under an early balanced one."""
+    early = training.once("early", lambda: class_balanced(training, share=0.2)).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the comparison reports it
         sampler = ClassByClassSampler(
@@ -225,10 +219,9 @@ REMEDIES: dict[str, Remedy] = {
 
 
 def oracle_logits(training: Training, samples: Samples, groups: Numbers) -> Tensor:
-    """Logits (N, C) of plain training's model, its last layer fitted again with groups balanced.
+    """Logits (N, C) of plain training's model, each half by a last layer fitted to the other.
 
-    Each half is decided by a layer fitted to the other (Kirichenko et al. 2023, "Last layer
-    re-training is sufficient"). Group -1 is nobody's.
+    Balances groups, of which -1 is none ("Last layer re-training", Kirichenko et al. 2023).
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold

@@ -1,9 +1,4 @@
-"""The global scheme: weights of a whole data set, renewed now and then, held in between.
-
-Every sample's weight is known before its batch is drawn. So the weights can scale the gradients
-(reweighting) or be the distribution that batches are drawn from (resampling). Source: arXiv
-2411.03068; measurements: ``docs/schemes.md``.
-"""
+"""The global scheme (arXiv 2411.03068): weights of a whole data set, renewed now and then."""
 
 from __future__ import annotations
 
@@ -46,19 +41,19 @@ class GlobalScheme:
     """Trains with weights of the whole data set, renewed every ``refresh`` epochs or steps.
 
     The loop iterates over the scheme in place of its loader. The optimizer's options hold for the
-    data set, with ``warmup_steps`` of plain averaging first. A renewal costs about 1.5 epochs of
-    plain training. The processes of a DistributedDataParallel, with the same data set each, share
-    it out, and step as one process on all their batches.
+    data set, after ``warmup_steps`` of plain averaging. A renewal costs about 1.5 plain epochs. The
+    processes of a DistributedDataParallel, with the same data set each, share it out, and step as
+    one process.
 
     Args:
         optimizer: its local scheme is replaced until `detach`.
         loader: a plain DataLoader over a map-style data set.
-        refresh: how long weights are held, in ``unit``. Held for long, they settle on one class
-            and flip from renewal to renewal: ``docs/schemes.md``.
+        refresh: how long weights are held, in ``unit``; for long, they settle on one class and
+            flip with each renewal (``docs/schemes.md``).
         unit: ``"epochs"`` (of the loader's length, in batches) or ``"steps"`` of the optimizer.
-        use: ``"reweighting"``: batches as the loader draws them, each sample counted by its
-            weight, renormalised in the batch. ``"resampling"``: batches drawn with replacement in
-            proportion to the weights, without the loader's sampler, and plain steps.
+        use: ``"reweighting"``: the loader's batches, weights renormalised in each.
+            ``"resampling"``: plain steps, on batches drawn with replacement by the weights in place
+            of the loader's sampler.
         criterion: None takes the optimizer's.
         forward, batch_size, outlier_block, progress: as of `global_weights`.
         seed: of the draws, with ``use="resampling"``; the same in all processes.
@@ -117,7 +112,6 @@ class GlobalScheme:
                 even, generator=generator, rank=rank, world_size=number
             )
         self._equal_on_ranks = {"refresh": self.refresh, "unit": unit, "use": use, "seed": seed}
-        # Renewed before a batch is drawn, by the weights where it is resampled.
         indexed = indexed_loader(loader, self._sampler)
         self.loader = ResumableLoader(indexed, self._renew_if_due, (rank, number))
         self._held = HeldWeights(resampled=self._sampler is not None)
@@ -127,12 +121,12 @@ class GlobalScheme:
 
     @property
     def record(self) -> StepRecord | None:
-        """What the last renewal decided, (N,); None before the first."""
+        """What the last renewal decided, (N,); None before."""
         return self._held.record
 
     @property
     def weights(self) -> Tensor | None:
-        """The weights held, (N,), sum 1; None before the first renewal."""
+        """The weights held, (N,), sum 1."""
         return None if self.record is None else self.record.weights
 
     def __len__(self) -> int:
@@ -144,12 +138,10 @@ class GlobalScheme:
             self._batches += 1
             self._held.indices, batch = indices_and_batch(drawn)
             yield batch
-        self._held.indices = None  # a batch of the same size from elsewhere is another one
+        self._held.indices = None  # a batch from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
-        """Say which samples, (B,) int64, come next, in a loop over a loader of an `IndexedDataset`.
-
-        It stands first in the loop, and renews the weights where that is due.
+        """Say first in a loop over an `IndexedDataset` which samples, (B,) int64, come next.
 
         Raises:
             RuntimeError: ``use="resampling"``, which draws the batches itself.
@@ -167,12 +159,12 @@ class GlobalScheme:
         """Make new weights now, with the model as it is.
 
         Raises:
-            ValueError: the data set has another length than draws were set up for.
+            ValueError: the data set has changed its length, and draws were set up.
         """
         if self._sampler is not None and self._reader.size != len(self._sampler.weights):
             raise ValueError(
                 f"the data set has {self._reader.size} samples, and had "
-                f"{len(self._sampler.weights)} when the draws were set up: "
+                f"{len(self._sampler.weights)} when draws were set up: "
                 'make a new GlobalScheme(..., use="resampling")'
             )
         optimizer = self.optimizer
@@ -197,7 +189,7 @@ class GlobalScheme:
         _restore_local_scheme(ref(self.optimizer), self._held)
 
     def state_dict(self) -> dict[str, Any]:
-        """All to resume with, in mid-epoch too, beside model, optimizer and random states."""
+        """What resumes, in mid-epoch too, beside model, optimizer and random states."""
         known = {} if self.record is None else vars(self.record)
         record = {name: t for name, t in known.items() if t is None or isinstance(t, Tensor)}
         return {
@@ -212,19 +204,17 @@ class GlobalScheme:
         """Take over a state of `state_dict`, for the same data set, loader and ``use``.
 
         Raises:
-            ValueError: a state of others, or of the middle of another process's epoch; nothing has
-                changed.
+            ValueError: a state of others, or of the middle of another process's epoch.
         """
         record, draws = state_dict["record"], state_dict["sampler"]
-        if record is not None:
-            check_sample_weights(record["weights"], self._reader.size)
         if (draws is None) != (self._sampler is None):
             raise ValueError(
                 "the state is that of a GlobalScheme with another use=: expected one with "
                 f"use={USES[self._sampler is not None]!r}"
             )
-        if draws is not None:
-            check_sample_weights(draws["weights"], self._reader.size)
+        for held in (record, draws):
+            if held is not None:
+                check_sample_weights(held["weights"], self._reader.size)
         self.loader.check(state_dict["loader"])
         if record is not None:
             device = next(self._model.parameters()).device
@@ -233,7 +223,7 @@ class GlobalScheme:
         self._held.record = record
         self._batches = state_dict["batches"]
         self._renewed_at = state_dict["renewed_at"]
-        if self.unit == "epochs":  # counted in batches, of which other processes have more or fewer
+        if self.unit == "epochs":  # counted in batches: more or fewer by the number of processes
             held_for = self._batches - self._renewed_at
             held_for = round(held_for * len(self.loader) / state_dict["loader"]["length"])
             self._renewed_at = self._batches - held_for
@@ -286,7 +276,7 @@ def _model_and_criterion_of(
     criterion = criterion or optimizer.criterion
     if criterion is None:
         raise ValueError(
-            "criterion=None and the optimizer has none: give the one that the losses come from, "
+            "criterion=None and the optimizer has none: expected that of the losses, "
             "GlobalScheme(..., criterion=torch.nn.CrossEntropyLoss())"
         )
     return model, criterion

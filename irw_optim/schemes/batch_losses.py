@@ -1,9 +1,7 @@
-"""The losses of a batch as a loader yields it, and their derivative along a direction.
+"""The losses of a loader's batch, and G v, their derivative along a direction in forward mode.
 
-That is G v = d/dt losses(parameters + t v) at t = 0 by forward-mode differentiation, without a
-graph: what ``torch.no_grad()`` stops for backward, it does not see. So the first batch's scores are
-compared with the engine's, and the weighted sum of all with <G^T w, v>; the engine makes them where
-they differ, or an operation has no such derivative.
+That does not see what ``torch.no_grad()`` stops for backward. So the first batch's scores are
+compared with the engine's, and the weighted sum of all with <G^T w, v>.
 """
 
 from __future__ import annotations
@@ -34,14 +32,14 @@ logger = logging.getLogger("irw_optim")
 _warned: WeakSet[nn.Module] = WeakSet()
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
-"""``forward(model, batch)`` gives the arguments of the criterion, ``(model(x), y)`` as a rule."""
+"""``forward(model, batch)`` gives the criterion's arguments, ``(model(x), y)`` as a rule."""
 
 FORWARD_FAILS = "forward mode fails"
 """What an `Engine` remembers of its model."""
 
 
 class BatchLosses:
-    """The per-sample losses of a batch; no closure, for its copy is about the model's copy."""
+    """The per-sample losses of a batch; its copy is about the model's copy."""
 
     def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
         check_whole(model, "a weight for every sample of a data set")
@@ -49,10 +47,10 @@ class BatchLosses:
         self.forward = forward or inputs_and_target
 
     def __call__(self, batch: Any) -> PerSampleLosses:
-        """The losses, with their graph where gradients are enabled."""
+        """The losses, with a graph where gradients are enabled."""
         model = self.model
         if isinstance(model, DistributedDataParallel):
-            model = model.module  # its own forward would wait for a backward pass of every process
+            model = model.module  # its forward would wait for a backward pass of every process
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         output, *others = self.forward(model, _on(device, batch))
@@ -62,7 +60,7 @@ class BatchLosses:
 
 
 def _as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
-    """A target as a criterion of torch takes it: numbers as a tensor, classes as int64."""
+    """A target as torch's criteria take it."""
     name = type(criterion).__name__
     if not isinstance(target, Tensor):
         try:
@@ -95,7 +93,7 @@ def _on(device: torch.device, batch: Any) -> Any:
 
 
 def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
-    """What the criterion is called with, of a batch that is a pair."""
+    """The criterion's arguments, of a pair."""
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         shape = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
         raise TypeError(
@@ -108,14 +106,13 @@ def inputs_and_target(model: nn.Module, batch: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, where a sample's gradient is its own; it leaves no trace."""
+    """Eval mode, which leaves no trace."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             warn_once(
                 model,
-                f"{name} ({type(module).__name__}) has no running statistics and normalises by "
-                "the batch even in eval mode: the weights depend on batch size and order; use "
-                "track_running_stats=True",
+                f"{name} ({type(module).__name__}) has no running statistics, and makes the "
+                "weights depend on batch size and order; use track_running_stats=True",
             )
     number = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     devices = {torch.device("cuda", i) for i in range(number)}
@@ -124,7 +121,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            # CuDNN has no backward for recurrent layers in eval mode; torch's own kernels have.
+            # CuDNN has no backward for recurrent layers in eval mode.
             undo.enter_context(torch.backends.cudnn.flags(enabled=False))
         model.eval()
         yield
@@ -154,20 +151,20 @@ def jvp(
 
 
 def long_attention(graph: Graph) -> bool:
-    """Whether fused attention spares a matrix that forward mode makes, and a large one."""
+    """Whether forward mode makes a large matrix that fused attention spares."""
     fused = (node for node in graph.order if node.name().startswith("ScaledDotProduct"))
     shapes = map(shape_of, fused)  # (B, heads, T, numbers a head)
     return any(shape[-2] > 3 * shape[-1] for shape in shapes)
 
 
 def forward_mode_pays_off(engine: Engine, model: nn.Module) -> bool:
-    """Whether to try it: it saves graph, hooks and Python, but low precision carries it badly."""
+    """Whether to try it: low precision carries it badly."""
     failed = engine.known.get(FORWARD_FAILS)
     return not failed and engine.kind == "auto" and in_full_precision(model)
 
 
 def in_full_precision(model: nn.Module) -> bool:
-    """Whether a model computes in float32 or better throughout."""
+    """Whether all is float32 or better."""
     parameters = list(model.parameters())
     return all(p.dtype in (torch.float32, torch.float64) for p in parameters) and not any(
         torch.is_autocast_enabled(device) for device in {p.device.type for p in parameters}
@@ -175,7 +172,7 @@ def in_full_precision(model: nn.Module) -> bool:
 
 
 def check_difference(difference: Tensor, scale: Tensor) -> None:
-    """Raise a RuntimeError for a difference to the backward pass that is more than rounding."""
+    """Raise a RuntimeError for more than rounding."""
     tolerance = 1e-8 if scale.dtype == torch.float64 else 1e-3
     alike = difference <= tolerance * scale + torch.finfo(scale.dtype).tiny
     if not bool(alike | ~scale.isfinite()):  # what is not finite is for the scheme to say
@@ -186,9 +183,9 @@ def check_difference(difference: Tensor, scale: Tensor) -> None:
 
 @contextmanager
 def _differentiable(model: nn.Module, values: Direction) -> Iterator[None]:
-    """The modules with these values in place of parameters, and attention by plain operations.
+    """The modules with these values in place of parameters, and without fused attention.
 
-    (``torch.func.functional_call`` fails on modules of two names, forward mode on fused attention.)
+    (``torch.func.functional_call`` fails on modules of two names.)
     """
     mha = torch.backends.mha
     with ExitStack() as undo, sdpa_kernel(SDPBackend.MATH):

@@ -1,9 +1,6 @@
-"""G for a whole data set, (N, P): never built, and never more than one batch of it at a time.
+"""G for a whole data set, (N, P), of which products read one batch after the other.
 
-Batches are run again for every product, in O(P) memory; there is no gram::
-
-    G^T w = sum over batches G_b^T w_b        only batches of samples with a weight are run
-    G v   = [G_b v for every batch b]
+G^T w sums up G_b^T w_b over batches of samples with a weight, G v lines up G_b v; no gram.
 """
 
 from __future__ import annotations
@@ -42,15 +39,12 @@ from irw_optim.schemes.reading import DatasetReader
 logger = logging.getLogger("irw_optim")
 
 DIFFERENTIATES = "the losses are derivatives themselves"
-"""What an `Engine` remembers of a physics-informed model, whose losses need a graph."""
-
-INTERLEAVED = 8
-"""Batches that neighbours in the data set are dealt out to, for the losses: reading stays local."""
+"""What an `Engine` remembers of its model."""
 
 
 @dataclass(eq=False)
 class DatasetGradients:
-    """G for the parameters that are ``scored``; ``advance`` hears of numbers of samples read."""
+    """G for the ``scored`` parameters; ``advance`` hears of numbers of samples read."""
 
     reader: DatasetReader
     losses_of: BatchLosses
@@ -73,14 +67,14 @@ class DatasetGradients:
         return torch.arange(len(self.samples), device="cpu")
 
     def of(self, rows: Tensor) -> DatasetGradients:
-        """These rows alone: ``rows`` is a bool mask (n,), or their positions."""
+        """These rows alone, by a bool mask (n,) or positions."""
         some = copy(self)
         some.samples = self.samples[rows.cpu()]
         some._combined = None
         return some
 
     def losses(self) -> PerSampleLosses:
-        """The losses of all rows, (n,), with labels and counts, as one batch has them."""
+        """The losses of all rows, (n,), as of one batch."""
         batches, order = [], []
         for some, indices, batch in self._read(*self.interleaved()):
             batches.append(self._losses_alone(indices, batch))
@@ -92,9 +86,9 @@ class DatasetGradients:
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         """G^T w, over the samples that have a weight."""
-        # Summed up in the products' own precision: float64 came no closer, for 32,000 samples.
+        # Summed up in float64 it came no closer, for 32,000 samples.
         total: dict[Tensor, Tensor] = {}
-        # No engine computes it in less than a backward pass, but they do better in low precision.
+        # Engines are no quicker, but better in low precision.
         by_backward = in_full_precision(self.losses_of.model)
         for some, indices, batch in self._read(weights.nonzero().squeeze(1).cpu()):
             chosen = weights[some.to(weights.device)]
@@ -116,7 +110,7 @@ class DatasetGradients:
         return {p: g.to_dense() for p, g in found if g is not None}
 
     def dot(self, direction: Direction) -> Tensor:
-        """G v, (n,): in forward mode where that is quicker and right, else by the engine."""
+        """G v, (n,), in forward mode where that is quicker and right."""
         long = self._long_attention
         if not long and forward_mode_pays_off(self.engine, self.losses_of.model):
             try:
@@ -129,7 +123,7 @@ class DatasetGradients:
 
     def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
         size = self.reader.batch_size
-        # One batch, which the engine takes as well, and then two at once: no graph holds anything.
+        # One batch for the engine too, and then two at once: no graph holds anything.
         first, others = self.samples[:size], self.samples[size:]
         sizes = [len(first), *map(len, others.split(2 * size) if len(others) else ())]
         parts: list[tuple[Tensor, Tensor]] = []
@@ -167,7 +161,7 @@ class DatasetGradients:
     def _read(
         self, positions: Tensor, sizes: list[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor, Any]]:
-        """Yield pieces of ``positions`` with the dataset indices and the batch of each."""
+        """Yield pieces of ``positions`` with dataset indices and batch."""
         for places, batch in self.reader.batches(self.samples[positions], sizes):
             some = positions[places]
             yield some, self.samples[some], batch
@@ -182,7 +176,7 @@ class DatasetGradients:
                 yield captured.rows(self.scored)
 
     def _captured(self, indices: Tensor, batch: Any) -> closing[LossGradients]:
-        """The losses of a batch with what leads to them, until the end of the block."""
+        """The losses of a batch with their graph."""
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
         captured = LossGradients(self.engine, losses)
@@ -200,7 +194,7 @@ class DatasetGradients:
         return part
 
     def probe(self, indices: Tensor, batch: Any, direction: Direction | None) -> Tensor:
-        """What tells samples apart: losses, and G v along a direction, (b, 1 or 2)."""
+        """What tells samples apart: losses, and G v, (b, 1 or 2)."""
         columns = [widened(self._losses_alone(indices, batch).losses)]
         if direction is not None:
             with self._gradients(indices, batch) as rows:
@@ -208,23 +202,23 @@ class DatasetGradients:
         return torch.stack(columns, 1)
 
     def interleaved(self) -> tuple[Tensor, list[int]]:
-        """All rows in batches for `losses`, of twice the size, among which neighbours are dealt."""
+        """All rows for `losses`, in batches of twice the size."""
         size = 2 * self.reader.batch_size
         batches = []
-        for piece in self._all().split(INTERLEAVED * size):
+        for piece in self._all().split(8 * size):  # reading stays local
             number = -(-len(piece) // size)
             batches += [piece[first::number] for first in range(number)]
         return torch.cat(batches), [len(batch) for batch in batches]
 
     def read_in_other_batches(self) -> None:
-        """Look at the samples in other batches than `losses` has."""
+        """Note losses in other batches than those of `losses`."""
         in_one_batch = self.batch_size <= 2 * self.reader.batch_size
         some = self.samples[1::2] if in_one_batch else self.samples
         for places, batch in self.reader.batches(some):
             self._losses_alone(some[places], batch)
 
     def _losses_alone(self, indices: Tensor, batch: Any) -> PerSampleLosses:
-        """Without their graph, and without making one, unless the losses are derivatives."""
+        """No graph is made, unless the losses are derivatives."""
         known = self.engine.known
         try:
             with torch.set_grad_enabled(bool(known.get(DIFFERENTIATES))):
@@ -239,21 +233,21 @@ class DatasetGradients:
 
 @dataclass(eq=False)
 class DatasetOverRanks(DatasetGradients):
-    """The same rows on every process of ``ranks``: products are collectives, of a part each."""
+    """The same rows on every process: products are collectives, of a part each."""
 
     ranks: Ranks
-    layout: Sequence[Tensor]  # the columns, as parameters in an order that all ranks have
+    layout: Sequence[Tensor]  # parameters in an order that all ranks have
 
     def losses(self) -> PerSampleLosses:
-        """The losses of all rows: an all-gather of n numbers."""
+        """The losses: an all-gather of n numbers."""
         positions = self._own_positions()
-        # Whoever has none reads one that is not theirs, and drops its loss.
+        # Whoever has none reads another's, and drops its loss.
         read = positions if len(positions) else torch.zeros(1, dtype=torch.int64, device="cpu")
         own = some_of(DatasetGradients.losses(self.of(read)), slice(len(positions)))
         return join([Pass(own, 1.0)], self.ranks)[0]
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """G^T w, each over its part of those with a weight: an all-reduce of P."""
+        """G^T w: an all-reduce of P."""
         used = weights.nonzero().squeeze(1)
         mine = used.tensor_split(self.ranks.number)[self.ranks.rank]
         part = torch.zeros_like(weights).index_copy(0, mine, weights[mine])
@@ -268,14 +262,14 @@ class DatasetOverRanks(DatasetGradients):
         return self.ranks.gather(own)
 
     def _own_positions(self) -> Tensor:
-        """Contiguous, so that the pieces in the order of the ranks are all rows."""
+        """Contiguous, in the order of the ranks."""
         pieces = self._all().tensor_split(self.ranks.number)
         self.ranks.sizes = [len(piece) for piece in pieces]
         return pieces[self.ranks.rank]
 
 
 def _in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The values of batches, each with the places of its samples, by place."""
+    """The values of batches, (places, values), by place."""
     places, values = zip(*parts, strict=True)
     joined = torch.cat(values)
     return joined[torch.cat(places).argsort().to(joined.device)]

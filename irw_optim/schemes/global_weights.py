@@ -28,12 +28,12 @@ from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import ScoreRule
 
 FEW = 1 / 3
-"""Weights on fewer of the samples have the second model learn them by heart."""
+"""Weights on a lesser share are learnt by heart."""
 
 
 @dataclass(frozen=True)
 class _ByLoss:
-    """Scores in proportion to the loss: the control, for which no gradient is needed."""
+    """Scores in proportion to the loss."""
 
     needs_gradients = False
 
@@ -66,26 +66,25 @@ def global_weights(
     """IRW weights of all N samples of a data set (arXiv 2411.03068, the global scheme).
 
     S is the worst-off alpha-fraction of the data set, and w_i is proportional to
-    max(0, <g_i, g_S>). The samples are read two or three times, nearly in the order of the data
-    set, with the model in eval mode, and leave no trace: the weights depend neither on the loader's
-    sampler nor on the batch size. A loss that depends on who else is in the batch is logged.
-
-    The processes of a DistributedDataParallel, with the same data set each, share the reading;
-    given the module inside, each makes them by itself.
+    max(0, <g_i, g_S>). The samples are read two or three times, nearly in the data set's order,
+    with the model in eval mode; neither the loader's sampler nor the batch size makes a difference.
+    A loss that depends on who else is in the batch is logged. The processes of a
+    DistributedDataParallel, with the same data set each, share the reading; given the module
+    inside, each makes all.
 
     Args:
         model: gives the gradients; its parameters decide the device.
         criterion: as of `IRWOptimizer`.
-        loader: over a map-style data set without random augmentation, of ``(inputs, target)``, or
-            whatever ``forward`` understands.
+        loader: over a map-style data set without random augmentation, of ``(inputs, target)`` or
+            what ``forward`` understands.
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers: filter in gradient space, for example `DBSCANFilter` (IRWO), in blocks.
         score_parameters: as of `IRWOptimizer`.
         progress: show a bar, in a notebook or by rich.
         center: beta >= 0; above 0, pass 2 covers the whole data set.
         class_balance: give every class of the data set the same total weight.
-        within_classes: make S, the scores and the weights in each class by itself, with the same
-            total weight for each. ``outliers`` still compares all classes.
+        within_classes: S, scores and weights in each class by itself, of the same total weight.
+            ``outliers`` still compares all classes.
         labels: (N,) classes for ``within_classes``, of any kind; None takes the criterion's target.
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / N, or of each class alike.
         batch_size: samples at once; None takes the loader's. Twice as many where no graph is kept.
@@ -126,8 +125,8 @@ def global_weights(
 class WithinClasses(LocalScheme):
     """Weighs the samples of each class against each other; of C classes each has the weight 1 / C.
 
-    Between classes the sign of <g_i, g_S> is little but the label; inside one it says who is like
-    the worst-off. The classes are ``given``, (N,) int64, or those of the criterion's target.
+    Between classes the sign of <g_i, g_S> is little but the label. The classes are ``given``, (N,)
+    int64, or the criterion's target.
     """
 
     given: Tensor | None = None
@@ -135,7 +134,7 @@ class WithinClasses(LocalScheme):
     def decide(
         self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
     ) -> StepRecord:
-        """As `LocalScheme` has it; even in a class without a positive score."""
+        """As of `LocalScheme`."""
         assert isinstance(rows, DatasetGradients)
         labels = batch.labels if self.given is None else self.given.to(batch.losses.device)
         if labels is None:
@@ -184,25 +183,25 @@ class ClassShare(NamedTuple):
 
 
 class ClassByClassSampler(ResamplingSampler):
-    """Draws for a second training, in which an early model says who of each class needs it most.
+    """Draws for a second training in which an early model says who of each class needs it most.
 
     Train the early one with class weights for a fifth of the steps, and a new model plainly with
     ``DataLoader(data, batch_size=64, sampler=sampler)``. Every class has the same share of the
-    draws; inside a class, ``mix`` of it goes to all alike.
+    draws, ``mix`` of which goes to all alike.
 
     Args:
         model: the early one.
         criterion, loader, labels, batch_size, forward, progress: as of `global_weights`; class
             weights make no difference.
         by: ``"gradients"``, IRW weights with S the worst-off ``alpha`` of each class, in (0, 1];
-            ``"losses"``, in proportion to the loss: the control, which needs no gradients.
+            ``"losses"``, in proportion to the loss: the control, without gradients.
         alpha: as above.
         mix: in [0, 1].
         num_samples, generator: as of `ResamplingSampler`.
 
     Attributes:
         classes: a `ClassShare` for each class.
-        effective_share: of all N samples, how many the weights rest on, in (0, 1].
+        effective_share: the share of all that the weights rest on, in (0, 1].
 
     Raises:
         TypeError, ValueError: an argument that does not fit; a target without classes.
@@ -265,8 +264,8 @@ class ClassByClassSampler(ResamplingSampler):
         if few:
             warnings.warn(
                 f"the weights rest on {' and on '.join(few)}, less than a third: the second model "
-                "may learn these by heart; compare the accuracy of each class in training and "
-                "validation, raise mix, or balance the classes instead",
+                "may learn these by heart; compare training and validation accuracy of each class, "
+                "raise mix, or balance the classes instead",
                 stacklevel=2,
             )
 

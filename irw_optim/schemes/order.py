@@ -1,9 +1,9 @@
-"""Are the batches what the weights take them for: in the order asked for, and the same each time?
+"""Are the batches in the order asked for, and the same each time?
 
-A ``collate_fn`` may sort, fill gaps with other samples, or shuffle; weights would go to others. A
-batch that is the same in whatever order its samples come shows it without a model. Else the losses
-do, and their derivatives along a direction: of a batch drawn at random, and of every batch with a
-loss that was another one elsewhere, as where the forward mixes the samples.
+A ``collate_fn`` may sort, replace samples, or shuffle; weights would go to others. A batch that
+stays the same in another order shows it without a model. Else the losses do, and their derivatives
+along a direction: of a batch drawn at random, and of every batch with a loss that was another one
+elsewhere.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
 Collate = Callable[[list[Any]], Any]
 
 Arrangement = tuple[Sequence[int], int]
-"""An order of samples, and the seed of what is drawn as they are put together."""
+"""An order of samples, and a seed."""
 
 REMEDY = (
-    "make it keep the order (sort, filter and repeat samples in a batch_sampler, or in the data "
-    "set), or let it say what it does: give a loader over irw_optim.schemes.IndexedDataset(dataset)"
-    ", whose collate_fn takes (index, sample) pairs and returns (indices, batch)"
+    "make it keep the order (sort, filter and repeat samples in a batch_sampler or data set), or "
+    "say it: give a loader over irw_optim.schemes.IndexedDataset(dataset), whose collate_fn takes "
+    "(index, sample) pairs and returns (indices, batch)"
 )
 
 _OF_THE_LARGEST = {torch.float64: 1e-8, torch.float32: 1e-4, None: 3e-2}
-"""Tolerances, None for low precision: the same samples in a batch of the same size."""
+"""Tolerances (None: low precision) for the same samples in a batch of the same size."""
 
 _OF_THE_MEAN_LOSS = {torch.float64: 1e-6, torch.float32: 1e-2, None: 0.1}
-"""Far above what another kernel for another batch size rounds differently."""
+"""Far above what kernels for another batch size round differently."""
 
 
 class RefusedError(Exception):
-    """Stands for the batch of an order that a ``collate_fn`` would not take."""
+    """Stands for a batch that ``collate_fn`` would not make."""
 
 
 def rearranged(
     collate_fn: Collate, arrangements: Sequence[Arrangement], samples: Sequence[Any]
 ) -> list[Any]:
-    """Make of samples one batch for each arrangement."""
+    """A batch of the samples for each arrangement."""
     batches: list[Any] = []
     for order, seed in arrangements:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach into devices
@@ -67,22 +67,21 @@ def rearranged(
 
 
 def _copied(sample: Any) -> Any:
-    """A ``collate_fn`` may change its samples in place."""
     try:
-        return copy.deepcopy(sample)
+        return copy.deepcopy(sample)  # they may be changed in place
     except Exception:  # what cannot be copied is taken as it is
         return sample
 
 
 def refuse_sorting(collate_fn: Collate, samples: Sequence[Any]) -> None:
-    """Raise a ValueError for a batch that is the same in whatever order its samples come."""
+    """Raise a ValueError for a batch that stays the same in another order."""
     straight = list(range(len(samples)))
-    # Ties keep their order in most sorts: two neighbours say whether it is theirs or ours.
+    # Most sorts keep the order of ties: two neighbours tell whose it is.
     neighbours = straight[: -1 : max(1, len(samples) // 4)]
     others = [straight[::-1], *(_exchanged(straight, i, i + 1) for i in neighbours)]
 
     def differ(order: list[int]) -> bool:
-        """Not where what it exchanges makes the same batch alone."""
+        """Whether what changes places differs."""
         moved = [([place], 0) for k, i in enumerate(order) if i != k for place in (i, k)]
         alone = rearranged(collate_fn, moved, samples)
         return not all(map(_same, alone[::2], alone[1::2]))
@@ -98,7 +97,7 @@ def refuse_sorting(collate_fn: Collate, samples: Sequence[Any]) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two batches are seen to be equal; False where that cannot be seen."""
+    """Whether two batches are seen to be equal."""
     arrays: tuple[Any, ...] = (Tensor, np.ndarray)
     if any(isinstance(one, kind) and isinstance(other, kind) for kind in arrays):
         return one.shape == other.shape and bool((one == other).all())
@@ -108,7 +107,7 @@ def _same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(_same, one, other))
     try:
         return bool(one is other or one == other)
-    except Exception:  # of whatever kind, it says nothing
+    except Exception:  # it says nothing
         return False
 
 
@@ -123,25 +122,19 @@ def _exchanged(order: list[int], i: int, j: int) -> list[int]:
 
 
 def batches_to_check(rows: DatasetGradients, losses: Tensor, seed: int) -> list[Tensor]:
-    """Samples whose order is to be looked at, as dataset indices: one drawn batch, as a rule.
-
-    Where all ``losses``, (N,), are equal, later ones show no other order: every batch.
-    """
+    """Dataset indices whose order to look at: a drawn batch, or all where all losses are equal."""
     if losses.max() - losses.min() <= 1e-3 * losses.mean().abs():
         positions, sizes = rows.interleaved()
         return [rows.samples[some] for some in positions.split(sizes)]
     number = max(rows.reader.batch_size, rows.reader.loader.batch_size or 1)
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.randperm(rows.batch_size, generator=generator, device="cpu")
-    # In the order of the data set, which may be the only one that is taken.
+    # The data set's order may be the only one that is taken.
     return [drawn[:number].sort().values]
 
 
 def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tensor] | None) -> None:
-    """Raise a ValueError unless these samples (dataset indices) give the same in other orders.
-
-    By their losses and, where these are equal, their derivatives along some direction.
-    """
+    """Raise a ValueError unless ``asked``, dataset indices, give the same in other orders."""
     number = len(asked)
     if number < 2:
         return
@@ -159,7 +152,7 @@ def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tens
     first = next(tables)
     try:
         reversed_ = next(tables)
-    except Exception:  # what takes no order but the one it is given makes none of its own
+    except Exception:  # what takes one order only makes none of its own
         return
     if alike(first, reversed_):
         return
@@ -167,10 +160,10 @@ def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tens
     if alike(first, next(tables)):
         raise ValueError(
             f"collate_fn={name} (or forward=) gives the samples of a batch in an order of its own, "
-            "or others: the losses of the same samples differ in another order, and weights "
-            f"would go to the wrong samples; {REMEDY}"
+            "or others: their losses differ in another order, and weights would go to the wrong "
+            f"samples; {REMEDY}"
         )
-    # Samples that change places have to change their own rows alone, as some pair has to show.
+    # Some pair that changes places has to change its own rows alone.
     shown = False
     for places, table in zip(pairs, tables, strict=True):
         pair = torch.tensor(places, device="cpu")
@@ -193,7 +186,7 @@ def _tables(
     arrangements: Sequence[Arrangement],
     parameters: Sequence[Tensor] | None,
 ) -> Iterator[Tensor]:
-    """What tells the samples apart, for each arrangement; rows in the order of ``asked``."""
+    """What `probe` tells, for each arrangement, in the order of ``asked``."""
     direction: Direction | None = None
     if parameters is not None:
         generator = torch.Generator("cpu").manual_seed(0)
@@ -214,17 +207,17 @@ def _tolerance(table: Mapping[Any, float], values: Tensor, full_precision: bool)
 
 @dataclass(eq=False)
 class LossConsistency:
-    """The losses of N samples in all batches, and how much a sample's differ."""
+    """The losses of N samples in all batches."""
 
     size: int
     batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def note(self, samples: Tensor, losses: Tensor) -> None:
-        """Take the losses (b,) of these samples (b,), dataset indices on the CPU."""
+        """Take the losses (b,) of dataset indices (b,)."""
         self.batches.append((samples, forward_ad.unpack_dual(losses.detach()).primal))
 
     def differing_batches(self, full_precision: bool) -> list[list[int]]:
-        """The batches with the sample whose losses differ most, if beyond rounding."""
+        """Those with the sample whose losses differ most, if beyond rounding."""
         difference, sample, mean = self._most_different()
         tolerance = _tolerance(_OF_THE_MEAN_LOSS, mean, full_precision)
         if not float(difference) > tolerance * abs(float(mean)):
@@ -233,15 +226,15 @@ class LossConsistency:
         return [batch for batch in batches if int(sample) in batch]
 
     def warn(self, model: nn.Module) -> None:
-        """Say, once for a model, what that means for its weights."""
+        """Say, once for a model, what that means."""
         difference, _, mean = self._most_different()
         warn_once(
             model,
             f"a sample's loss differs by up to {float(difference):.2g} (the mean loss is "
-            f"{float(mean):.2g}) from one batch to another: the forward mixes the samples of a "
-            "batch, pads them without a mask, or data set, collate_fn or model draw at random. The "
-            "weights depend on it: use a model in which each sample stands for itself, and leave "
-            "random augmentation out of the scoring",
+            f"{float(mean):.2g}) from one batch to another, and the weights with it: the forward "
+            "mixes samples or pads them without a mask, or data set, collate_fn or model draw at "
+            "random. Use a model in which each sample stands for itself, without random "
+            "augmentation",
         )
 
     def _most_different(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Any samples of a loader's data set by their index, in batches that know which they hold."""
+"""A loader's samples by their index, in batches that know which they hold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from irw_optim.schemes.order import Arrangement, RefusedError, rearranged, refus
 
 
 def check_loader(loader: object) -> None:
-    """Refuse what has no samples to be read by index, or draws from only some of them."""
+    """Refuse what has no samples by index, or draws only some."""
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"loader={loader!r}: expected a torch.utils.data.DataLoader over a map-style data set"
@@ -37,8 +37,8 @@ def check_loader(loader: object) -> None:
         )
     if loader.batch_sampler is None:
         raise ValueError(
-            "loader has batch_size=None, so that an index of its data set is no sample: expected "
-            "DataLoader(dataset, batch_size=64)"
+            "loader has batch_size=None, and an index is no sample: expected DataLoader(dataset, "
+            "batch_size=64)"
         )
     sampler = sampler_of(loader)
     if isinstance(sampler, SubsetRandomSampler):
@@ -65,12 +65,11 @@ _WORKERS = (
 
 
 def _loader_like(loader: DataLoader[Any], data: Dataset[Any], **changes: Any) -> DataLoader[Any]:
-    """A loader over ``data`` with the workers of another one; ``changes`` say what it draws."""
     return DataLoader(data, **{name: getattr(loader, name) for name in _WORKERS} | changes)
 
 
 def idle_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The loader as a copy can have it, without persistent workers."""
+    """A copy without persistent workers."""
     idle = copy(loader)
     idle._iterator = None
     return idle
@@ -79,8 +78,7 @@ def idle_copy(loader: DataLoader[Any]) -> DataLoader[Any]:
 class IndexedDataset(Dataset[tuple[int, Any]]):
     """A map-style data set whose samples come with their index: ``data[i] == (i, dataset[i])``.
 
-    A loader over it yields ``(indices, batch)``: for loops with a loader of their own, which call
-    `GlobalScheme.select`.
+    A loader over it yields ``(indices, batch)``, for `GlobalScheme.select`.
 
     Args:
         dataset: map-style, with a length.
@@ -95,8 +93,8 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     >>> next(iter(DataLoader(data, batch_size=2)))
     [tensor([0, 1]), [tensor([5., 6.])]]
 
-    `collate` makes a ``collate_fn`` that knows of no indices one for a loader over it. One that
-    sorts, leaves out or repeats samples takes the pairs, and says what it did:
+    Its loader takes ``collate_fn=data.collate(collate_fn)``. One that sorts, leaves out or repeats
+    samples takes the pairs, and says what it did:
 
     >>> def longest_first(pairs):
     ...     indices, samples = zip(*sorted(pairs, key=lambda pair: -pair[1][0]))
@@ -116,7 +114,7 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
         return index, self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        """A batch of samples at once, which some data sets are quicker at."""
+        """A batch of samples at once."""
         fetch = getattr(self.dataset, "__getitems__", None)
         samples = [self.dataset[i] for i in indices] if fetch is None else fetch(indices)
         if len(samples) != len(indices):
@@ -127,19 +125,19 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
         return list(zip(indices, samples, strict=True))
 
     def collate(self, collate_fn: Callable[[list[Any]], Any]) -> IndexedCollate:
-        """A ``collate_fn`` that keeps the order, made one for ``(index, sample)`` pairs."""
+        """A ``collate_fn`` that keeps the order, for ``(index, sample)`` pairs."""
         return IndexedCollate(collate_fn)
 
 
 class IndexedCollate:
-    """Collates ``(index, sample)`` pairs into ``(indices, batch)``, with a look at the order."""
+    """Collates ``(index, sample)`` pairs, with a look at the order."""
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
         self.collate_fn = collate_fn
         self.uses = 0
 
     def __call__(self, pairs: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
-        """Collate the samples; ``indices`` is int64, (B,)."""
+        """``(indices, batch)``, the indices int64, (B,)."""
         indices, samples = zip(*pairs, strict=True)
         self.uses += 1
         if _is_due(self.uses) and self.collate_fn is not default_collate:
@@ -153,15 +151,15 @@ def _is_due(uses: int) -> bool:
 
 
 def indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
-    """A batch of an `IndexedDataset` as indices, (B,) int64 on the CPU, and the rest."""
+    """Of a batch of an `IndexedDataset`: indices, (B,) int64 on the CPU, and the rest."""
     if isinstance(batch, list | tuple) and len(batch) == 2:
         indices, rest = batch
         told = torch.as_tensor(indices if isinstance(indices, Tensor | list | tuple) else 0.0)
         if told.ndim == 1 and not told.is_floating_point():
             return told.to("cpu", torch.int64), rest
     raise TypeError(
-        f"collate_fn made a {type(batch).__name__} of the (index, sample) pairs of an "
-        "IndexedDataset: expected (indices, batch), with the index of every sample in its order"
+        f"collate_fn made a {type(batch).__name__} of an IndexedDataset's (index, sample) pairs: "
+        "expected (indices, batch), with the index of every sample in its order"
     )
 
 
@@ -171,8 +169,8 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
             f"loader is a {type(loader).__name__}, which has an iteration of its own: give the "
-            "DataLoader it was made from, or iterate over your own of an IndexedDataset(dataset) "
-            "and call scheme.select(indices) before each batch"
+            "DataLoader it was made from, or iterate over one of an IndexedDataset(dataset) and "
+            "call scheme.select(indices) before each batch"
         )
     data, collate = loader.dataset, loader.collate_fn
     if not isinstance(data, IndexedDataset):
@@ -192,7 +190,7 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
 
 
 class DatasetReader:
-    """A loader's data set in any order: its sampler and generator stay where they are."""
+    """A loader's data set in any order, without its sampler and generator."""
 
     def __init__(self, loader: DataLoader[Any], batch_size: int | None = None) -> None:
         check_loader(loader)
@@ -212,17 +210,14 @@ class DatasetReader:
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
     def check_is_due(self) -> bool:
-        """Whether the order of the samples is to be looked at in this use."""
+        """Whether this use looks at the order."""
         self.uses += 1
         return _is_due(self.uses)
 
     def batches(
         self, samples: Tensor, sizes: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Any]]:
-        """Yield ``samples``, (n,) dataset indices on the CPU, in batches of these sizes.
-
-        Each comes with the places in ``samples`` of those that it holds, in its own order.
-        """
+        """Yield dataset indices, (n,) on the CPU, in batches of these sizes: (places, batch)."""
         if not len(samples):
             return
         pieces = samples.split(self.batch_size if sizes is None else list(sizes))
@@ -236,7 +231,7 @@ class DatasetReader:
     def rearranged(
         self, samples: Tensor, arrangements: Sequence[Arrangement]
     ) -> Iterator[tuple[Tensor, Any]]:
-        """Yield a batch as `batches` does for each arrangement of samples, which are read once."""
+        """The same for each arrangement of samples, which are read once."""
         collate = partial(rearranged, self.loader.collate_fn, arrangements)
         (batches,) = self._loader([samples.tolist()], collate)
         for (order, _), batch in zip(arrangements, batches, strict=True):
@@ -252,7 +247,6 @@ class DatasetReader:
         return _loader_like(loader, loader.dataset, **own)
 
     def _places(self, piece: Tensor, batch: Any) -> tuple[Tensor, Any]:
-        """Where in the piece the samples of a batch are, and the batch without its indices."""
         if not isinstance(self.loader.dataset, IndexedDataset):
             return torch.arange(len(piece), device="cpu"), batch
         told, batch = indices_and_batch(batch)

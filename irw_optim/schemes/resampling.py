@@ -1,4 +1,4 @@
-"""Samples drawn by their weights, and epochs that can be gone on with."""
+"""Samples drawn by their weights, and resumable epochs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from irw_optim.torch_internals import place
 class ResamplingSampler(Sampler[int]):
     """Draws dataset indices with probability proportional to their weights.
 
-    The seed and the epoch's number make the draws. New ``weights`` count from the next index on
-    (without replacement, the next epoch), in a DataLoader with workers up to ``num_workers *
-    prefetch_factor`` batches later.
+    Seed and epoch make the draws. New ``weights`` count from the next index (without replacement,
+    the next epoch) on, with workers up to ``num_workers * prefetch_factor`` batches later.
 
     Args:
         weights: (N,) non-negative, not all 0; need not sum to 1.
         num_samples: draws an epoch, over all ranks; None takes N.
-        replacement: whether a sample may come twice. Without it, the inclusion probabilities are
-            not proportional to the weights, which with ``num_samples=N`` only order the epoch.
+        replacement: whether a sample may come twice; without it, inclusion is not proportional to
+            the weights, which with ``num_samples=N`` only order the epoch.
         generator: gives the seed; None is seed 0. All ranks need equal seeds.
-        rank: of this process, which takes every ``world_size``-th of one process's draws,
-            lengthened as in DistributedSampler.
+        rank: takes every ``world_size``-th draw; they are lengthened as in DistributedSampler.
         world_size: number of processes. None for both takes the process group's.
 
     Raises:
@@ -99,7 +97,6 @@ class ResamplingSampler(Sampler[int]):
         self._cumulative = weights.double().cumsum(0)
 
     def __len__(self) -> int:
-        """Draws of this rank in an epoch."""
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
@@ -117,11 +114,11 @@ class ResamplingSampler(Sampler[int]):
         return iter(arrivals.argsort()[own].tolist())
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration that of this epoch; else epochs count up."""
+        """The next iteration's; else epochs count up."""
         self.epoch = epoch
 
     def resume_epoch(self) -> None:
-        """Make the next iteration go on with the epoch that was broken off, and its draws."""
+        """Go on with the epoch that was broken off, and its draws."""
         self.epoch -= 1
         self._repeated = self._drawn
 
@@ -142,7 +139,7 @@ class ResamplingSampler(Sampler[int]):
         while len(drawn) < len(draws):
             cumulative = self._cumulative
             total = cumulative[-1]
-            # Not rounded to the total itself, behind which there is nobody.
+            # Behind the total itself there is nobody.
             points = (draws[len(drawn) :] * total).clamp(
                 max=total.nextafter(torch.zeros_like(total))
             )
@@ -155,11 +152,10 @@ class ResamplingSampler(Sampler[int]):
 
 @dataclass(eq=False)
 class ResumableLoader:
-    """Iterates over a loader; its state says how far, and what the order was drawn from.
+    """Goes on with a broken epoch: its batches are read again, and dropped up to where it stopped.
 
-    A broken epoch goes on: its batches are read again, and dropped up to where it stopped. Orders
-    drawn from torch's random numbers, or by a `ResamplingSampler`, come out the same. ``share`` is
-    this process's rank, and of how many.
+    Orders drawn from torch's random numbers, or by a `ResamplingSampler`, come out the same.
+    ``share`` is this process's rank, and of how many.
     """
 
     loader: DataLoader[Any]
@@ -203,7 +199,7 @@ class ResumableLoader:
     def check(self, state_dict: dict[str, Any]) -> None:
         """Refuse the middle of another process's epoch."""
         saved, own = tuple(state_dict["share"]), self.share
-        # A DistributedSampler's order is that of its seed and epoch, on all ranks the same.
+        # A DistributedSampler's order is that of its seed and epoch.
         alike = saved[1] == own[1] and hasattr(sampler_of(self.loader), "num_replicas")
         if state_dict["position"] and saved != own and not alike:
             raise ValueError(
@@ -233,7 +229,7 @@ class ResumableLoader:
         batches = iter(self.loader)
         for _ in range(self.position):
             next(batches)
-        torch.set_rng_state(now)  # the loop's own; the generators have moved on as they had before
+        torch.set_rng_state(now)  # the loop's own; the generators have moved on as before
         return batches
 
     def _generators(self) -> list[torch.Generator]:
@@ -243,7 +239,7 @@ class ResumableLoader:
 
 
 def check_sample_weights(weights: object, size: int | None = None) -> None:
-    """Raise for weights, (N,), that are not of this ``size``, or cannot be drawn by."""
+    """Raise for weights, (N,), not of this ``size``, or that cannot be drawn by."""
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights is {kind}: expected a floating-point tensor of shape (N,)")

@@ -1,8 +1,7 @@
-"""The weights of a whole data set: how they are made, and held for the batches to come.
+"""The weights of a whole data set, made and held: the local scheme on one batch of all N samples.
 
-The local scheme on a single batch of all N samples: losses in pass 1, g_S over the members of S in
-pass 2, scores in pass 3, backward to the layers or forward along g_S. It takes the memory of one
-batch and one gradient; `docs/schemes.md` counts the time.
+Losses in pass 1, g_S over the members of S in pass 2, scores in pass 3, in the memory of one batch
+and one gradient (`docs/schemes.md`).
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def weigh_by(
 
 
 def check_block(outlier_block: object) -> int:
-    """The number that ``outlier_block`` is, or an error."""
+    """A whole number, or an error."""
     expected = "the number of samples that the filter compares, for example 256"
     return whole_number("outlier_block", outlier_block, 1, expected)
 
@@ -100,12 +99,12 @@ def weigh_dataset(
     replica: DistributedDataParallel | None,
     equal_on_ranks: dict[str, Any],
 ) -> StepRecord:
-    """What ``scheme`` decides for a batch of all samples, (N,), on each process of ``replica``."""
+    """What ``scheme`` decides for all samples, (N,), on each process of ``replica``."""
     model, size = losses_of.model, reader.size
     if not size:
         raise ValueError("loader.dataset is empty: expected at least one sample")
     ranks = None
-    # A DDP inside of the model may broadcast buffers: all processes have to run as many batches.
+    # A DDP inside of the model may broadcast buffers: all have to run as many batches.
     if replica is not None and not any(child is replica for child in list(model.modules())[1:]):
         alike = {"the number of samples in the data set": size, "outlier_block": outlier_block}
         ranks = Ranks(replica.process_group, alike | equal_on_ranks)
@@ -156,10 +155,7 @@ def _outliers_in_blocks(
     present: Tensor | None,
     ranks: Ranks | None,
 ) -> Tensor:
-    """Whom the filter removes, (N,) bool, each compared with its ``block`` of samples alone.
-
-    Blocks are drawn at random: those of a sorted data set would have one class each.
-    """
+    """Whom the filter removes, (N,) bool, in random blocks: sorted ones might have one class."""
     generator = torch.Generator("cpu").manual_seed(0)
     order = torch.randperm(rows.batch_size, generator=generator, device="cpu")
     if present is not None:
@@ -183,13 +179,13 @@ def _check_finite(values: Tensor, what: str) -> None:
         named = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
         raise FloatingPointError(
             f"the {what} of {len(broken)} samples are not finite (dataset indices {named}): "
-            "look at these samples, or at the model's parameters"
+            "look at these, or at the model's parameters"
         )
 
 
 @dataclass(eq=False)
 class HeldWeights:
-    """A scheme: the weights of the batch's own samples; plain steps if ``resampled``."""
+    """A scheme: held weights; plain steps if ``resampled``."""
 
     needs_gradients = False
 
@@ -198,7 +194,7 @@ class HeldWeights:
     indices: Tensor | None = None
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None = None) -> StepRecord:
-        """The held weights of the batch's samples, renormalised; uniform where nobody has any."""
+        """Those of the batch's samples, renormalised; uniform where nobody has any."""
         if self.resampled:
             return Averaging().decide(batch, rows)
         losses = batch.losses.detach()
@@ -215,7 +211,7 @@ class HeldWeights:
         )
 
     def over_ranks(self, ranks: Ranks) -> HeldWeights:
-        """What decides for the batch of all processes: an all-gather of B indices."""
+        """For the batch of all processes: an all-gather of B indices."""
         if self.resampled:
             return self
         size = ranks.sizes[ranks.rank]
@@ -225,24 +221,22 @@ class HeldWeights:
         except (RuntimeError, ValueError, IndexError) as error:
             if self.record is None:  # nowhere, then: nobody waits
                 raise
-            # The others wait for as many indices, and are told by ones that cannot be.
+            # The others wait for indices, and are told by impossible ones.
             told, failure = torch.full((size,), -1, device=self.record.weights.device), error
         everybody = ranks.gather(told)
         if failure is not None:
             raise failure
         if bool((everybody < 0).any()):
             raise RuntimeError(
-                "another process does not know which samples its batch holds, or they are not "
-                "those of the weights: its own error says more"
+                "another process does not know its batch's samples, or they are not those of the "
+                "weights: its own error says more"
             )
         return replace(self, indices=everybody)
 
     def __copy__(self) -> HeldWeights:
-        """For the same batch, whatever comes next."""
         return replace(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is told of its own batches."""
         return {**vars(self), "indices": None}
 
     def _selected(self, size: int) -> Tensor:

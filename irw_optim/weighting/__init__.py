@@ -1,4 +1,4 @@
-"""How weights are chosen; the local scheme: those inside a mini-batch (paper, section III)."""
+"""How weights are chosen; the local scheme, inside a mini-batch (paper, section III)."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class StepRecord(Weights):
 
     Attributes:
         losses: per-sample losses.
-        labels: classes, where the criterion's target shows them, else None.
+        labels: classes, where the target shows them.
         worst_off: bool, the members of S.
-        outliers: bool, the samples that a filter removed; their weight is 0.
-        scores: s_i = <g_i, g_S> (or of another rule); float64 where the losses' is too narrow.
+        outliers: bool, whom a filter removed; their weight is 0.
+        scores: s_i = <g_i, g_S>, or another rule's; float64 where the losses' is too narrow.
         weights: w_i, sums to 1.
-        fallback: 0-dim bool, True where no score was positive and the weights are uniform.
-        finite: whether losses and scores are; None where nobody has looked yet.
-        own: bool, this process's samples where B counts those of all, in the order of their ranks.
+        fallback: 0-dim bool: no score was positive, the weights are uniform.
+        finite: whether losses and scores are; None where nobody has looked.
+        own: bool, this process's samples where B counts those of all ranks.
     """
 
     losses: Tensor = field(kw_only=True)
@@ -63,7 +63,7 @@ class StepRecord(Weights):
 
     @property
     def effective_sample_size(self) -> float:
-        """1 / sum(w^2): B for uniform weights, 1 where one sample has all the weight."""
+        """1 / sum(w^2): B for uniform weights, 1 where one sample has all."""
         total = float(self.weights.square().sum())
         return 1 / total if total else 0.0
 
@@ -72,7 +72,7 @@ class StepRecord(Weights):
         """Samples whose loss is not finite, or else their score."""
         if self.finite:
             return []
-        # No number that is not finite gives a finite product or sum. One look, as it waits.
+        # What is not finite gives no finite product or sum. One look, as it waits.
         if isfinite(float(self.losses.to(self.scores.dtype).dot(self.scores))):
             return []
         of_losses, of_scores = (
@@ -105,14 +105,14 @@ class StepRecord(Weights):
 
 
 class Scheme(Protocol):
-    """Decides the weights of a batch: `LocalScheme`, or one that holds weights."""
+    """Decides the weights of a batch."""
 
     @property
     def needs_gradients(self) -> bool:
         """Whether the weights depend on more than the losses."""
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients) -> StepRecord:
-        """The weights of one batch, and all that led to them."""
+        """The weights, and all that led to them."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,11 @@ NAMED: dict[str, type[Alignment | Membership | Equality]] = {
     "cvar": Membership,
     "uniform": Equality,
 }
-"""The rules that the optimizer's argument ``weighting`` knows by name."""
+"""What the optimizer's argument ``weighting`` may be."""
 
 
 def rule_named(weighting: str | ScoreRule, center: float) -> ScoreRule:
-    """The rule that this argument means."""
+    """The rule that it means."""
     if not isinstance(weighting, str):
         return weighting
     return Alignment(center) if weighting == "irw" else NAMED[weighting]()
@@ -154,7 +154,7 @@ def rule_named(weighting: str | ScoreRule, center: float) -> ScoreRule:
 
 @dataclass(frozen=True)
 class LocalScheme:
-    """Weighs the samples of one batch against each other; `IRWOptimizer` says more."""
+    """Weighs the samples of a batch against each other, as `IRWOptimizer` says."""
 
     alpha: float
     rule: ScoreRule
@@ -164,18 +164,18 @@ class LocalScheme:
 
     @cached_property
     def needs_gradients(self) -> bool:
-        """As `Scheme` has it."""
+        """As of `Scheme`."""
         return self.outliers is not None or getattr(self.rule, "needs_gradients", True)
 
     @cached_property
     def needs_one_product(self) -> bool:
-        """Whether all that they need of G is G (G^T c), for one c."""
+        """Whether they need but G (G^T c), for one c."""
         return self.outliers is None and isinstance(self.rule, Alignment)
 
     def decide(
         self, batch: PerSampleLosses, rows: PerSampleGradients, removed: Tensor | None = None
     ) -> StepRecord:
-        """As `Scheme` has it; ``removed`` (B,) bool are the outliers, if known already."""
+        """As of `Scheme`; ``removed`` (B,) bool are outliers that are known."""
         losses = batch.losses.detach() if batch.losses.requires_grad else batch.losses
         labels = batch.labels if self.class_balance else None
         if self.class_balance and labels is None:
@@ -199,13 +199,13 @@ class LocalScheme:
 
 
 class Averaging:
-    """Plain training, as a scheme: equal weights, for equally many elements."""
+    """Plain training: equal weights, for equally many elements."""
 
     needs_gradients = False
     needs_one_product = True  # none at all, but the gradient
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None) -> StepRecord:
-        """As `Scheme` has it."""
+        """As of `Scheme`."""
         losses = batch.losses.detach()
         nobody = torch.zeros_like(losses, dtype=torch.bool)
         if batch.counts is None:
@@ -233,13 +233,13 @@ def present_in(batch: PerSampleLosses) -> Tensor | None:
 
 
 class NoRows:
-    """What a rule that looks at losses alone is handed."""
+    """For a rule of losses alone."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
 
     def combine(self, _: object = None) -> NoReturn:
-        """Not on offer, as the other products."""
+        """Not on offer."""
         raise RuntimeError("a rule with needs_gradients=False asked for gradients")
 
     dot = gram = combine

@@ -1,11 +1,10 @@
-"""Which samples are outliers, from the inner products of their gradients alone: the O of IRWO.
+"""Which samples are outliers, from K = G G^T alone: the O of IRWO.
 
-Noise needs no clustering: a sample is noise iff it is no core point and none lies within ``eps``
-(Ester, Kriegel, Sander and Xu 1996, definitions 2 and 6): two comparisons on the device that holds
-K = G G^T.
+Noise needs no clustering: it is no core point, and none lies within ``eps`` (Ester, Kriegel, Sander
+and Xu 1996, definitions 2 and 6).
 
-An outlier filter cannot tell a corrupted sample from a rare group: it can remove the very minority
-that IRW is there for. Look at who leaves before trusting it.
+A filter cannot tell a corrupted sample from a rare group: it can remove the very minority that IRW
+is there for. Look at who leaves before trusting it.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from irw_optim.arguments import real_number, whole_number
 
 
 class OutlierFilter(Protocol):
-    """What IRWO takes as ``outliers=``: from K = G G^T, (B, B), to (B,) bool on the same device.
-
-    True for the samples to remove.
+    """What ``outliers=`` takes: from K, (B, B), to (B,) bool on its device, True to remove.
 
     >>> def largest_norm(gram):
     ...     return gram.diagonal() == gram.diagonal().max()
@@ -33,21 +30,19 @@ class OutlierFilter(Protocol):
     """
 
     def __call__(self, gram: Tensor, /) -> Tensor:
-        """Return the mask of the samples to remove."""
-        ...
+        """Return the mask."""
 
 
 @dataclass(frozen=True)
 class DBSCANFilter:
     """DBSCAN's noise among the per-sample gradients, as an outlier filter (IRWO).
 
-    Where DBSCAN calls every sample noise (always so if B < ``min_samples``), everything is kept;
-    `noise` shows the labels before that.
+    Where every sample is noise (always so if B < ``min_samples``), everything is kept.
 
     Args:
-        eps: radius of the neighbourhood, in units of gradient norm, >= 0 (0: only exact
-            duplicates are neighbours); or ``"auto"`` for `auto_eps` on every batch: gradient norms
-            shrink by orders of magnitude in training.
+        eps: radius in units of gradient norm, >= 0 (0: exact duplicates alone are neighbours); or
+            ``"auto"`` for `auto_eps` on every batch: norms shrink by orders of magnitude in
+            training.
         min_samples: neighbours that make a core point, itself counted.
         quantile: for ``"auto"``, the least share of the batch to keep, in (0, 1]. At 0.95 nobody
             leaves a batch of fewer than 20.
@@ -79,7 +74,7 @@ class DBSCANFilter:
             object.__setattr__(self, name, value)  # frozen for everybody else
 
     def __call__(self, gram: Tensor, /) -> Tensor:
-        """Return the outliers, (B,) bool, for ``gram`` of shape (B, B); never all of them.
+        """Return the outliers, (B,) bool, of ``gram``, (B, B); never all.
 
         Raises:
             FloatingPointError: ``gram`` holds NaN or infinity.
@@ -89,12 +84,12 @@ class DBSCANFilter:
         return noise & ~noise.all()
 
     def noise(self, gram: Tensor) -> Tensor:
-        """Return DBSCAN's own verdict, (B,) bool: all True where a call keeps everything."""
+        """Return DBSCAN's own verdict, (B,) bool, which may be all."""
         D = distances(gram)
         return dbscan_noise(D, self.radius(D), self.min_samples)
 
     def radius(self, distances: Tensor) -> float | Tensor:
-        """Return the ``eps`` for one batch, in units of gradient norm."""
+        """Return the ``eps`` for one batch."""
         if self.eps == "auto":
             return auto_eps(distances, self.min_samples, self.quantile)
         return self.eps
@@ -104,7 +99,7 @@ def distances(gram: Tensor) -> Tensor:
     """Euclidean distances between the rows of G: D_ij^2 = K_ii + K_jj - 2 K_ij, clamped at 0.
 
     (B, B), float32 at least; symmetric, 0 on the diagonal. The difference cancels: equal gradients
-    may come out 3e-4 of their norm apart in float32. Raises as `DBSCANFilter.__call__`.
+    may be 3e-4 of their norm apart in float32. Raises as `DBSCANFilter.__call__`.
     """
     if not isinstance(gram, Tensor):
         raise TypeError(f"gram={gram!r}: expected a tensor of shape (B, B), G @ G.T")
@@ -112,9 +107,9 @@ def distances(gram: Tensor) -> Tensor:
         raise ValueError(f"gram has shape {tuple(gram.shape)}: expected (B, B), G @ G.T")
     K = gram.detach().to(torch.promote_types(gram.dtype, torch.float32))
     norms = K.diagonal()
-    # Symmetric, which rounded products need not be: two samples must be equally near to each other.
+    # Symmetric, which rounded products need not be.
     squares = (K + K.T).neg_().add_(norms[:, None] + norms)
-    # The one wait for the device. Later, clamp would turn K_ij = inf into a distance of 0.
+    # Before clamp turns K_ij = inf into a distance of 0; the one wait for the device.
     if not squares.sum().isfinite() and not squares.isfinite().all():  # the first is cheaper
         broken = ~norms.isfinite() if not norms.isfinite().all() else ~squares.isfinite().all(1)
         raise FloatingPointError(
@@ -126,10 +121,10 @@ def distances(gram: Tensor) -> Tensor:
 
 
 def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Tensor:
-    """The samples that DBSCAN labels -1: no core point, and no core point within ``eps``.
+    """The samples that DBSCAN labels -1: no core point, and none within ``eps``.
 
-    Equal to ``sklearn.cluster.DBSCAN(eps, min_samples=min_samples, metric="precomputed")`` on
-    every input. scikit-learn refuses ``eps=0``; here it makes duplicates the only neighbours.
+    As ``sklearn.cluster.DBSCAN(eps, min_samples=min_samples, metric="precomputed")``, which refuses
+    ``eps=0``.
     """
     near = (distances <= eps).to(torch.float32)  # counts below 2^24 are exact, sums of it quick
     core = near.sum(dim=1) >= min_samples
@@ -140,14 +135,13 @@ def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Te
 def auto_eps(distances: Tensor, min_samples: int, quantile: float = 0.95) -> Tensor:
     """A radius for DBSCAN that removes at most the share ``1 - quantile`` of a batch, 0-dim.
 
-    The least distance to the (``min_samples`` - 1)-th other neighbour that the share ``quantile``
-    of the batch has: core points, then. (Interpolated quantiles give no such bound.) Infinity where
-    B < ``min_samples``.
+    The least within which the share ``quantile`` has ``min_samples`` - 1 others: core points, then.
+    (Interpolated quantiles give no such bound.) Infinity where B < ``min_samples``.
     """
     size = len(distances)
     if size < min_samples:
         return distances.new_tensor(math.inf)
-    # topk, and not kthvalue: the latter has no deterministic form on CUDA.
+    # kthvalue has no deterministic form on CUDA.
     nearest = distances.topk(min_samples, dim=1, largest=False).values
     reach = nearest.amax(dim=1).sort().values
     kept = math.ceil(quantile * size * (1 - 1e-12))  # an exact product is not rounded up
@@ -157,16 +151,13 @@ def auto_eps(distances: Tensor, min_samples: int, quantile: float = 0.95) -> Ten
 def outliers_in(
     gram: Tensor, outliers: OutlierFilter, present: Tensor | None = None, *, finite: bool = False
 ) -> Tensor:
-    """What a filter removes; nobody where it removed everybody or where G is not ``finite``.
-
-    Scores of what is not finite are not finite either, and whoever steps on them decides.
-    """
-    if present is not None:  # the others have no gradient, and would look like a dense crowd
+    """What a filter removes; nobody where it removed all, or G is not ``finite``."""
+    if present is not None:  # the others, without a gradient, would look like a dense crowd
         removed = torch.zeros_like(present)
         removed[present] = outliers_in(gram[present][:, present], outliers, finite=finite)
         return removed
     size = len(gram)
-    # Known to be finite, it is not looked at, which would wait for a device.
+    # A look waits for the device.
     if not finite and not gram.sum().isfinite() and not gram.isfinite().all():
         return torch.zeros(size, dtype=torch.bool, device=gram.device)
     removed = outliers(gram)

@@ -1,7 +1,7 @@
-"""How much each sample counts: pure functions of the losses and of the per-sample gradients.
+"""How much each sample counts: pure functions of losses and per-sample gradients.
 
-The weights are the positive parts of scores, normalised to sum 1; intrinsic reweighting (IRW)
-scores a sample by how much a step on it lowers the loss of the worst-off group S, to first order::
+Intrinsic reweighting (IRW) scores a sample by how much a step on it lowers the loss of the
+worst-off group S, to first order::
 
     S   = worst_off(losses, alpha)              # the worst alpha-fraction by loss
     g_S = gradients.combine(S)                  # G^T 1_S
@@ -30,7 +30,7 @@ ScoreRule = Callable[[Tensor, PerSampleGradients, Tensor], Tensor]
 def worst_off_count(size: int, alpha: float) -> int:
     """The size of S for ``size`` samples: max(1, ceil(alpha * size)), and 0 for none.
 
-    An exact product is not rounded up: ``math.ceil(0.07 * 100)`` is 8, and the share meant is 7.
+    An exact product is not rounded up, as ``math.ceil(0.07 * 100)``, 8, would be.
 
     >>> worst_off_count(100, 0.07), worst_off_count(64, 0.2), worst_off_count(3, 0.01)
     (7, 13, 1)
@@ -45,7 +45,7 @@ ROUNDING = 1e-12
 def worst_off(losses: Tensor, alpha: float) -> Tensor:
     """The worst alpha-fraction of the samples by loss: S (paper, section III).
 
-    Of equal losses the lower index comes first, so that S always has ``worst_off_count`` members.
+    Of equal losses the lower index comes first: S always has ``worst_off_count`` members.
 
     Args:
         losses: (B,), any float dtype.
@@ -55,7 +55,7 @@ def worst_off(losses: Tensor, alpha: float) -> Tensor:
         (B,) bool, True for the members of S.
 
     Raises:
-        TypeError, ValueError: alpha outside (0, 1], or losses that are no such vector.
+        TypeError, ValueError: another alpha, or losses that are no such vector.
 
     >>> worst_off(torch.tensor([0.1, 2.0, 0.3, 2.0]), alpha=0.25)
     tensor([False,  True, False, False])
@@ -78,7 +78,7 @@ def irw_weights(
 
     Args:
         losses: (B,).
-        gradients: the per-sample gradients, as an engine or as a plain (B, P) tensor.
+        gradients: per-sample, as an engine or a plain (B, P) tensor.
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers: drops samples before S is chosen; a `DBSCANFilter` makes this IRWO.
         center: beta >= 0; what the worst-off need beyond what everybody needs.
@@ -155,10 +155,10 @@ def weigh(
     present: Tensor | None = None,
     removed: Tensor | None = None,
 ) -> Weights:
-    """Outliers out, S, scores, weights: the whole of one mini-batch (the local scheme).
+    """Outliers out, S, scores, weights of one mini-batch; `irw_weights` is the checked front.
 
-    `irw_weights` is its checked front. ``present`` (B,) bool leaves out samples whose target is
-    ignored, of which ``alpha`` is no share. ``removed`` (B,) bool are outliers that are known.
+    ``present`` (B,) bool leaves out samples whose target is ignored, ``removed`` (B,) bool outliers
+    that are known.
     """
     kept, gram, finite, mass = present, None, None, None
     factor = 1.0  # scores are those of `factor` times the gradients
@@ -176,7 +176,7 @@ def weigh(
         scores, factor, finite, mass = align_in_range(gradients, coefficients, losses)
     else:  # G G^T is at hand: G (G^T c) costs nothing more
         scores = gram @ rule.coefficients(worst, kept, gram.dtype)
-    # Who is ignored has no gradient, and a score of 0 by it.
+    # Who is ignored has no gradient, and so a score of 0.
     if kept is not None and (removed is not None or not isinstance(rule, Alignment)):
         scores, mass = scores * kept, None
     positive, nobody = scores.relu(), torch.zeros_like(worst)
@@ -196,8 +196,8 @@ def normalise(
 ) -> tuple[Tensor, Tensor]:
     """Scale non-negative ``mass`` (B,) to sum 1, or to equal sums over the classes of ``labels``.
 
-    Where there is no mass (in the batch, or in a class of it) the weights are uniform; the second
-    answer, 0-dim bool, is whether there was none at all. NaN stays NaN.
+    Uniform where there is no mass, in the batch or a class; the second answer, 0-dim bool, is
+    whether there was none at all. NaN stays NaN.
     """
     total = mass.sum()
     if labels is not None:
@@ -224,7 +224,7 @@ def _by_classes(mass: Tensor, kept: Tensor | None, labels: Tensor) -> Tensor:
 
 
 COMPARED_UP_TO = 2048
-"""Batch size up to which classes are found by comparing all labels with each other."""
+"""Batch size up to which all labels are compared with each other."""
 
 
 def uniform(like: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -241,20 +241,20 @@ def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tens
         mask = torch.zeros_like(losses, dtype=torch.bool)
         return mask.index_fill_(0, worst_first[: worst_off_count(size, alpha)], True)
     worst_first = losses.where(kept, -math.inf).argsort(descending=True, stable=True)
-    # Rank r is below `worst_off_count` if r / share is below the number of the kept, not looked at.
+    # Rank r is below `worst_off_count` if r / share is below the number of the kept: no look at it.
     share = alpha * (1 - ROUNDING)
     ranks = torch.linspace(0, (size - 1) / share, size, dtype=torch.float64, device=losses.device)
     return torch.empty_like(kept).scatter_(0, worst_first, ranks < kept.sum())
 
 
 def check_alpha(alpha: object) -> float:
-    """``alpha`` as a float, or an error that says what is allowed."""
+    """``alpha`` as a float, or an error."""
     meaning = "a lower bound on the share of the smallest group, for example alpha=0.2"
     return real_number("alpha", alpha, "(0, 1]", meaning)
 
 
 def check_losses(losses: object) -> None:
-    """Raise unless ``losses`` is a vector of floating-point numbers."""
+    """Raise unless a vector of floating-point numbers."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses={losses!r}: expected a tensor of shape (B,), one loss a sample")
     if losses.ndim != 1:
@@ -267,7 +267,7 @@ def check_losses(losses: object) -> None:
 
 
 def check_labels(labels: object, size: int) -> None:
-    """Raise unless ``labels`` holds one whole number for each of ``size`` samples."""
+    """Raise unless ``size`` whole numbers."""
     wanted = f"expected a tensor of {size} whole numbers, the class of each sample"
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}: {wanted}")
@@ -278,7 +278,7 @@ def check_labels(labels: object, size: int) -> None:
 
 
 def check_options(*, center: object = 0.0, mix: object = 0.0, warmup_steps: object = 0) -> None:
-    """Raise for options of `IRWOptimizer` and `irw_weights` outside their ranges."""
+    """Raise for options outside their ranges."""
     recommended = "where 0 is the paper's rule, and 1 what we recommend to try"
     real_number("center", center, "[0, inf)", recommended)
     real_number("mix", mix, "[0, 1]", "the share of plain averaging in the weights")

@@ -17,7 +17,9 @@ from irw_optim.metrics import worst_cell_accuracy, worst_group_accuracy
 from irw_optim.remedies import REMEDIES, Fitted
 from irw_optim.remedies._data import logits_of
 from irw_optim.remedies._judging import (
+    Difference,
     Judge,
+    as_text,
     beyond_chance,
     calibration_error,
     signs_of_hurt,
@@ -273,6 +275,9 @@ class TestMeasures:
         expected = np.abs(right[order].mean(1) - said).mean()
         assert calibration_error(logits, right) == pytest.approx(expected, abs=0.01)
 
+    def test_a_difference_as_text(self):
+        assert as_text(Difference(0.1, 0.05, 0.15)) == "+10.0 points (+5.0 to +15.0)"
+
     def test_small_groups_do_not_count(self):
         y = np.repeat([0, 1], 50)
         group = np.array(["few"] * 5 + ["many"] * 95)
@@ -283,5 +288,7 @@ class TestMeasures:
 
     def test_outputs_of_any_shape(self):
         assert torch.equal(logits_of(torch.tensor([0.5]), nn.BCELoss()), torch.tensor([[0.0, 0.0]]))
+        one = logits_of(torch.tensor([2.0]), nn.BCEWithLogitsLoss())
+        assert torch.equal(one, torch.tensor([[0.0, 2.0]]))
         with pytest.raises(ValueError, match=r"\(3, 2, 2\)"):
             logits_of(torch.zeros(3, 2, 2), nn.CrossEntropyLoss())
