@@ -1,8 +1,7 @@
 """The autodiff engine: G's products for any model, from the graph of the losses alone.
 
-``u -> G^T u`` is a backward pass, and ``v -> G v`` what a direction v, pushed forwards through the
-same graph, does to the losses. Where an operation can only be pulled back, one backward pass a
-sample is exact too, only slower.
+``G^T u`` is a backward pass, ``G v`` what a direction v, pushed forwards through the graph, does to
+the losses. Where an operation can only be pulled back, a backward pass a sample is exact too.
 """
 
 from __future__ import annotations
@@ -29,9 +28,6 @@ from irw_optim.gradients.pushforward import NoPushForwardError
 from irw_optim.torch_internals import copies, squared_length
 
 logger = logging.getLogger("irw_optim")
-
-_ADDS_UP = "adds up"
-"""What is remembered of a model in which changes went forwards as gradients go back."""
 
 
 class AutodiffGradients:
@@ -99,11 +95,10 @@ class AutodiffGradients:
     def settle_doubt(self) -> None:
         """Take the scores row by row from now on.
 
-        In this step alone, if both sides have agreed before: then every sample is learnt by heart,
-        and its gradient all rounding.
+        In this step alone if both sides added up before: then its gradients are all rounding.
         """
         self.doubt, self._row_by_row = None, True
-        if not self.known.get(_ADDS_UP):
+        if not self.known.get("adds up"):
             self._go_row_by_row("a change goes forwards otherwise than its gradient goes back")
 
     def gram(self) -> Tensor:
@@ -111,9 +106,9 @@ class AutodiffGradients:
         return blocked_gram(self.batch_size, numbers, self.rows)
 
     def _both_sides(self, scores: Tensor, direction: Direction) -> Tensor | None:
-        """u^T (G v), the sum of the sizes of its terms, and (G^T u)^T v: (3,), for `adds_up`.
+        """u^T (G v), the sum of its terms' sizes, and (G^T u)^T v: (3,), for `adds_up`.
 
-        Some operations hide that they cannot be pushed through. The u is at hand.
+        Some operations hide that they cannot be pushed through.
         """
         if self._newest is None:
             return None
@@ -122,23 +117,23 @@ class AutodiffGradients:
         return torch.stack([terms.sum(), terms.abs().sum(), _inner(combined, direction)])
 
     def adds_up(self, sides: Sequence[float]) -> bool:
-        """Whether both sides are equal. What is not finite either way is for the step to say."""
+        """Whether both sides are equal, or not finite, which the step tells."""
         one, terms, other = sides
         dtype = self.losses.dtype
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 1e-1)
         rounding = torch.finfo(wide(dtype)).tiny  # of numbers below it
         same = not math.isfinite(other) or not abs(one - other) > tolerance * terms + rounding
         if same and terms > rounding:
-            self.known[_ADDS_UP] = True
+            self.known["adds up"] = True
         return same
 
     def _go_row_by_row(self, reason: str) -> None:
         self.known["row_by_row"] = True
         self.known[IN_CUDNN] = IN_CUDNN in reason
         logger.warning(
-            "an operation of this model has no double backward (%s): scores are taken one "
-            "backward pass a sample from now on, %d a step here, exact but slow. Avoid it by "
-            'score_parameters="last", or a backward of its own that can be differentiated',
+            "an operation of this model has no double backward (%s): scores take one backward pass "
+            "a sample from now on, %d a step here, exact but slow. Avoid it by "
+            'score_parameters="last", or a backward that can be differentiated',
             reason,
             self.batch_size,
         )
@@ -156,7 +151,7 @@ class AutodiffGradients:
         return self._backward(one)
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
-        """The per-sample gradients of some samples, one backward pass each: (b, *p.shape)."""
+        """One backward pass a sample: (b, *p.shape)."""
         chosen = range(self.batch_size)[samples]
         blocks = {p: p.new_empty(len(chosen), *p.shape) for p in self.parameters}
         for place, sample in enumerate(chosen):

@@ -1,8 +1,8 @@
 """Backward passes from one vector of losses: one that hooks on activations hear, others that not.
 
-Hooks hear one pass from us: that of the ordinary mean, to the layers' outputs; or, where autograd
-finishes some parameters, the weighted one. A hook that changes what it hears (a reversal, a
-clipping) has to hear every pass, which is found out by comparing two.
+Hooks hear that of the mean, to the layers' outputs; or, where autograd finishes some parameters,
+the weighted one. A hook that changes what it hears (a reversal, a clipping) has to hear every pass,
+which comparing two finds out.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from irw_optim.gradients.recomputation import NOTHING
 from irw_optim.torch_internals import silent
 
 End: TypeAlias = Tensor | GradientEdge
-"""Where a gradient is wanted: a leaf, or an edge of the graph."""
+"""A leaf, or an edge of the graph."""
 
 logger = logging.getLogger("irw_optim")
 
 HOOKS_CHANGE = "hooks change gradients"
-"""What an `Engine` remembers of its model."""
 
 
 class BackwardPasses:
@@ -54,7 +53,7 @@ class BackwardPasses:
 
     @property
     def may_share_memory(self) -> bool:
-        """Whether a pass may write where the last did, as recorded (CUDA) graphs do."""
+        """Whether a pass may write where the last did, as CUDA graphs do."""
         return not self.losses.is_cpu or places_of(self.graph).in_python
 
     def without_hooks(self, ends: Sequence[End], weights: Tensor) -> Sequence[Tensor | None]:
@@ -67,7 +66,6 @@ class BackwardPasses:
             return pull_back(self.losses, cotangent, found, self.graph)
 
     def push(self, direction: Direction) -> Tensor:
-        """How much each loss changes along a direction, (B,)."""
         if self.known.get(HOOKS_CHANGE):
             raise NoPushForwardError("hooks on activations have a say in it")
         numbers = {p: n for n, p in enumerate(self.graph.leaves)}
@@ -98,7 +96,7 @@ class BackwardPasses:
             self.known[HOOKS_CHANGE] = True
             logger.info(
                 "a hook on an activation changes the gradient: it is called in every backward pass "
-                "that the weights need, so that all of them see the same model"
+                "that the weights need"
             )
         return found[: len(edges)]
 
@@ -116,10 +114,9 @@ def _nothing_added(model: nn.Module | None, nodes: Iterable[Node]) -> Iterator[N
             p.grad = gradient
         raise RuntimeError(
             f"{', '.join(sorted(foreign))}: its backward calls backward() on a part of the model, "
-            "and so adds to p.grad from inside the backward pass: no gradient of single samples "
-            "can be had. Turn it off (reversible layers often have an option), take "
-            "torch.utils.checkpoint with use_reentrant=False, or have its backward return the "
-            "gradients that torch.autograd.grad computes"
+            "which adds to p.grad: no gradient of single samples can be had. Turn it off "
+            "(reversible layers often have an option), take torch.utils.checkpoint with "
+            "use_reentrant=False, or have it return what torch.autograd.grad computes"
         )
 
 
@@ -135,13 +132,13 @@ def backward_to(
     *,
     retain_graph: bool,
 ) -> Sequence[Tensor | None]:
-    """A backward pass of autograd's, unheard by the leaves, whose hooks belong to the final one."""
+    """Autograd's own pass, unheard by the leaves, whose hooks belong to the final one."""
     with silent(leaves), torch.enable_grad():
         return gradients_at(losses, ends, weights.to(losses.dtype), retain_graph=retain_graph)
 
 
 def edges_aside(graph: Graph, rest: Sequence[Tensor]) -> list[GradientEdge]:
-    """Layers off the way to the rest, whose hooks should hear the pass, too."""
+    """Layers off the way to the rest, whose hooks hear the pass, too."""
     if not graph.sites:
         return []
     on_the_way = {graph.edges[leaf].node for leaf in rest}

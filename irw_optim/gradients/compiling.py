@@ -1,8 +1,8 @@
 """torch.compile: what of a model it may fuse, so that the layers stay in sight.
 
-Compiled code is one node in the graph, whose gradient cannot be differentiated. So layers are kept
-out of it. Where that does not give quick products for every parameter, the modules around those
-without are kept out, but not what they call; where that does not help, the whole model is.
+Compiled code is one node, whose gradient cannot be differentiated. So layers are kept out of it;
+then the modules around parameters without quick products, but not what they call; where that does
+not help, the whole model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class KeptOut(OfModule):
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The forward that the module had before; its signature is ours."""
+        """What it stands in for; its signature is ours."""
         return self.previous or MethodType(type(self.module).forward, self.module)
 
     @uncompiled
@@ -75,7 +75,7 @@ class CompiledAgain(OnForward):
 
 
 class UncompiledItself(OnForward):
-    """Keeps a module out of what torch.compile fuses, but not the modules that it calls."""
+    """Keeps a module out of what is fused, but not the modules that it calls."""
 
     stands_in = ItselfKeptOut
 
@@ -86,20 +86,8 @@ class Uncompiled(OnForward):
     stands_in = KeptOut
 
 
-KEPT_OUT = (
-    "torch.compile leaves this model alone from now on: what it fuses has parameters without quick "
-    "products, and would take one backward pass a sample. See 'torch.compile' in the documentation "
-    "of models"
-)
-
-KEPT_OUT_AROUND = (
-    "torch.compile leaves the modules alone in which parameters have no quick products; what these "
-    "modules call is still compiled"
-)
-
-
 def keep_out(model: nn.Module) -> list[Attachment]:
-    """Keep a model, and what is compiled inside by itself, out of it until nobody holds these."""
+    """Keep a model, and what is compiled inside by itself, out of it."""
     torch.compiler.reset()
     inner = [_original(module) for module in model.modules() if is_compiled_module(module)]
     return [Uncompiled.on(module) for module in dict.fromkeys([_original(model), *inner])]
@@ -122,7 +110,7 @@ def keep_out_around(model: nn.Module, parameters: Set[Tensor]) -> list[Attachmen
 
 
 def inside(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules in one that torch would compile by themselves: none of torch's own."""
+    """The outermost modules in one that torch would compile by themselves."""
     for child in module.children():
         if _is_kept_out(child) or isinstance(child, torch.jit.ScriptModule):
             continue
@@ -153,7 +141,7 @@ def prepare(model: nn.Module | None) -> None:
 
 
 def compile_anew(nodes: Iterable[Node]) -> None:
-    """Drop compiled code, which does not call recorders that came later."""
+    """Drop compiled code, which calls no later recorders."""
     torch.compiler.reset()
     compile_for_each_layer()
     for node in filter(is_compiled, nodes):
@@ -165,9 +153,8 @@ def compile_anew(nodes: Iterable[Node]) -> None:
 
 _RECORDED = (
     'this model is compiled with CUDA graphs (mode="reduce-overhead" or "max-autotune"), which '
-    "write their results into the same memory at every call, while the weights of the samples need "
-    'several passes through one step; compile it with mode="default" or '
-    '"max-autotune-no-cudagraphs"'
+    "overwrite their results at every call, while a weighted step needs several; compile it with "
+    'mode="default" or "max-autotune-no-cudagraphs"'
 )
 
 
@@ -188,5 +175,5 @@ def is_compiled(node: Node) -> bool:
 
 
 def may_be_of_compiled(node: Node) -> bool:
-    """Whether it is one, or how one hands out what shares memory with something else."""
+    """Whether it is one, or how one hands out what shares memory."""
     return is_compiled(node) or node.name() == "AsStridedBackward0"

@@ -1,8 +1,7 @@
 """Whom the ghost products cover in a kind of graph, and how autograd vouches for them.
 
-A forward may mix samples (``h - h.mean(0)``), use a child's weight behind its back, or fold the
-batch dimension. Each shows in G^T r for a random r. What has been shown holds for every graph that
-reads its parameters likewise: skipped blocks make many kinds out of few readings.
+A forward may mix samples (``h - h.mean(0)``) or use a child's weight behind its back: G^T r shows
+it, for a random r. What it shows holds for every graph that reads its parameters likewise.
 """
 
 from __future__ import annotations
@@ -40,29 +39,26 @@ class Covering:
 
     covered: set[Tensor]  # what only layers with a rule read
     covers_all: bool  # whether nothing is left for autograd
-    mixed_by: str | None  # the operation that may mix the samples
-    reads: frozenset[Hashable]  # the ways of reading parameters
+    mixed_by: str | None
+    reads: frozenset[Hashable]
     trust: Trust
-    alone: set[Tensor]  # what nothing but covered layers read, as the graph shows
+    alone: set[Tensor]  # what covered layers alone read
     reached: set[int] = field(default_factory=set)  # numbers of calls that a gradient arrived at
-    is_settled: bool = False  # whether checks alone can show that anything is left
+    is_settled: bool = False  # whether only checks can unsettle it
 
     def __post_init__(self) -> None:
         self.lose(self.trust.lost)
 
     @property
     def reason(self) -> str:
-        """Why some are left to autograd."""
         if self.mixed_by is not None:
             return f"samples may meet in the forward (at {self.mixed_by})"
         return "an operation reads them of which no quick products are known"
 
     def agree(self) -> None:
-        """Take note that autograd agreed."""
         self.trust.proven |= self.reads
 
     def lose(self, parameters: Iterable[Tensor]) -> None:
-        """Leave these parameters to autograd from now on."""
         lost = set(parameters)
         self.trust.lost |= lost
         self.covers_all = self.covers_all and self.covered.isdisjoint(lost)
@@ -86,7 +82,7 @@ def covering_of(
 
 
 def reads_of(graph: Graph, own: Sequence[Tensor], batch: Batch) -> list[Hashable]:
-    """How parameters are read: by which layers, and by how many operations."""
+    """By which layers parameters are read, and by how many operations."""
     calls, mine = [site.call for site in graph.sites], set(own)
     counted = zip(graph.leaves, batch.reads, strict=False)
     return [
@@ -96,18 +92,18 @@ def reads_of(graph: Graph, own: Sequence[Tensor], batch: Batch) -> list[Hashable
 
 
 def _name(tensor: Tensor) -> int:
-    """Of a tensor that outlives a step; what is computed in the forward has none."""
+    """What is computed in the forward does not outlive a step."""
     return id(tensor) if tensor.is_leaf else 0
 
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
-"""Far above rounding, also of sums whose terms cancel; far below what mixing does."""
+"""Far above rounding, also where terms cancel; far below what mixing does."""
 
 _OF_PRODUCTS = {"highest": 1e-3, "high": 1e-2, "medium": 3e-2}
 """For float32, by how torch multiplies it: TF32 has the digits of float16."""
 
 _NOISE = 1e-2
-"""Share of the whole gradient below which one is noise: of a bias in front of a normalisation."""
+"""Share of the whole gradient below which one is noise: of a bias before a normalisation."""
 
 
 def probe_of(losses: Tensor, random: torch.Generator) -> Tensor:
@@ -178,7 +174,7 @@ def equal(
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    """0-dim, in float64 or the device's widest, of numbers whose squares float32 may not hold."""
+    """0-dim and wide, of numbers whose squares float32 may not hold."""
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64
     if not tensor.numel():
         return torch.zeros((), dtype=wide, device=tensor.device)
@@ -195,7 +191,7 @@ def _tolerance(dtype: torch.dtype) -> float:
         precision = torch.get_float32_matmul_precision()
         if precision == "highest" and torch.cuda.is_available() and torch.backends.cudnn.allow_tf32:
             precision = "high"
-    except RuntimeError:  # set by torch's newer names, which the older ones do not tell
+    except RuntimeError:  # set by torch's newer names
         precision = "high"
     return _OF_PRODUCTS[precision]
 

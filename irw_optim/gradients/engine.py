@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment, Renewed
 from irw_optim.gradients.compiling import (
-    KEPT_OUT,
-    KEPT_OUT_AROUND,
     compile_anew,
     is_compiled,
     is_compiled_module,
@@ -28,7 +26,6 @@ from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
 from irw_optim.gradients.graph import Graph, OfKinds, Plan
 from irw_optim.gradients.hooks import (
     IN_CUDNN,
-    WITHOUT_CUDNN,
     hook_layers,
     silence_of,
     weighed_by,
@@ -47,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("irw_optim")
 
 OwnEngine = Callable[[Tensor, Sequence[Tensor]], PerSampleGradients]
-"""``own(losses, parameters)`` gives the gradients of single losses, whose graph is still there."""
+"""``own(losses, parameters)``, with the losses' graph still there."""
 
 ENGINES = ("auto", "ghost", "autodiff", "grad_sample")
 
@@ -85,7 +82,7 @@ class Engine(Renewed):
         self.known: dict[str, bool] = {}
         self.coverings: OfKinds[Covering] = OfKinds()
         self.plans: OfKinds[Plan] = OfKinds()
-        self.common: OfKinds[dict[str, Any]] = OfKinds()  # as graphs have it
+        self.common: OfKinds[dict[str, Any]] = OfKinds()
         self.trust: dict[Hashable, Trust] = {}
         self.told: set[str] = set()
         self.uses = 0
@@ -94,7 +91,6 @@ class Engine(Renewed):
         self.random = torch.Generator().manual_seed(0)
 
     def add_layer_hooks(self) -> None:
-        """See layers as they are called, where the graph does not show what they do."""
         if self.hooks is not None and self.model is not None and not self.has_layer_hooks:
             self.has_layer_hooks = True
             self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
@@ -102,7 +98,7 @@ class Engine(Renewed):
     def covering(self, batch: LossGradients, *, sharded: bool = False) -> Covering:
         """What is known of a kind of graph; its layer calls are found, with the batch in front.
 
-        Where values are freed after use (``sharded``), only hooks have seen the layers.
+        Where it is ``sharded``, only hooks have seen the layers.
         """
         losses, graph, own = batch.losses, batch.graph, batch.leaves
         plan = self.plans.get(graph.kind)
@@ -166,7 +162,7 @@ class Engine(Renewed):
             self.hooks += packed_as_one(self.model)
 
     def left(self) -> None:
-        """After a pass row by row: have the next forward show what compiled code or cuDNN hid."""
+        """After a pass row by row: have the next forward show what was hidden."""
         model = self.model
         if model is None:
             return
@@ -174,14 +170,14 @@ class Engine(Renewed):
             self.made_anew = False
         elif self.sees_fused and (around := self._kept_out_around_uncovered(model)):
             self.hooks = [*(self.hooks or ()), *around]
-            self.tell(logging.INFO, "kept out around", KEPT_OUT_AROUND)
+            self.tell(logging.INFO, "kept out around", _KEPT_OUT_AROUND)
         elif self.sees_fused:
             self.hooks, self.has_layer_hooks = [*silence_of(model), *keep_out(model)], False
             self.known["packed"] = False
-            self.tell(logging.WARNING, "kept out", KEPT_OUT)
+            self.tell(logging.WARNING, "kept out", _KEPT_OUT)
         elif self.known.pop(IN_CUDNN, False) and (layers := without_cudnn(model)):
             self.hooks = [*(self.hooks or ()), *layers]
-            self.tell(logging.INFO, "cuDNN", WITHOUT_CUDNN)
+            self.tell(logging.INFO, "cuDNN", _WITHOUT_CUDNN)
         else:
             return
         del self.known["row_by_row"]
@@ -195,7 +191,7 @@ class Engine(Renewed):
         return keep_out_around(model, trained - newest.covered)
 
     def check_is_due(self, covering: Covering) -> bool:
-        """Where samples may mix always; else at what is new, and at uses 1, 2, 4, 8, ..."""
+        """Where samples may mix; else at what is new, and at uses 1, 2, 4, ..."""
         trust = covering.trust
         trust.uses += 1
         seldom = trust.uses & (trust.uses - 1) == 0
@@ -214,7 +210,7 @@ class Engine(Renewed):
         return new
 
     def reject(self, covering: Covering, wrong: dict[Tensor, float]) -> None:
-        """Stop using the ghost products for parameters on which autograd disagrees."""
+        """Leave to autograd the parameters on which it disagrees."""
         for known in (covering, *self.coverings.values()):
             if known.trust is covering.trust:
                 known.lose(wrong)
@@ -271,13 +267,24 @@ class Engine(Renewed):
 
 
 _RECOMPUTED = (
-    "activation checkpointing: scores are pushed forward, in the memory of the plain step and two "
-    'and a half of its time; engine="ghost" takes one and a half, and the memory of a step without '
-    "checkpointing"
+    "activation checkpointing: scores are pushed forward, in the memory of the plain step and 2.5 "
+    'times its time; engine="ghost" takes 1.5, and the memory of a step without checkpointing'
+)
+_KEPT_OUT = (
+    "torch.compile leaves this model alone from now on: parameters in what it fuses would take one "
+    "backward pass a sample. See 'torch.compile' in the documentation of models"
+)
+_KEPT_OUT_AROUND = (
+    "torch.compile leaves the modules alone whose parameters have no quick products; what these "
+    "call is still compiled"
+)
+_WITHOUT_CUDNN = (
+    "recurrent layers take torch's own kernels from now on: with cuDNN's, scores would take one "
+    "backward pass a sample"
 )
 _PARTS = (
-    "{losses} losses come from {rows} rows that entered the model: each loss counts as a sample of "
-    "its own, as a token does where a language model's loss is flattened. For {rows} sequences, "
-    "call optimizer.backward(losses) with losses of shape ({rows},): criterion(logits, targets) "
-    'with reduction="none", then .view({rows}, -1).mean(1)'
+    "{losses} losses come from {rows} rows that entered the model: each loss counts as a sample, "
+    "as tokens do where a language model's loss is flattened. For {rows} sequences, call "
+    "optimizer.backward(losses) with losses of shape ({rows},): criterion(logits, targets) with "
+    'reduction="none", then .view({rows}, -1).mean(1)'
 )

@@ -32,21 +32,19 @@ class GhostGradients:
         self.of_every_site = calls
         self.batch_size = batch_size
         self.seed = seed
-        # Most steps are spared the divisions; elsewhere looking would wait for a device.
+        # Spares divisions; elsewhere looking would wait for a device.
         self._factor = None if seed.device.type == "cpu" and seed.item() == 1.0 else seed
 
     @cached_property
     def parts(self) -> tuple[Sequence[Part], list[LayerCall]]:
-        """The calls as their products are taken; and those that share parameters."""
         return side_by_side(self.calls)
 
     @property
     def reached(self) -> set[int]:
-        """Numbers of the calls that a gradient arrived at."""
         return {number for number, call in enumerate(self.of_every_site) if call is not None}
 
     def restricted_to(self, parameters: Container[Tensor]) -> GhostGradients:
-        """The same rows with the columns of these parameters alone."""
+        """The columns of these parameters alone."""
         calls: list[LayerCall] = []
         for call in self.calls:
             kept = {role: p for role, p in call.parameters.items() if p in parameters}
@@ -57,7 +55,7 @@ class GhostGradients:
         return GhostGradients(calls, self.batch_size, self.seed)
 
     def combine(self, weights: Tensor, *, release: bool = False) -> dict[Tensor, Tensor]:
-        """G^T w; with ``release`` for the last time: each layer's a and b go as they are used."""
+        """G^T w; with ``release`` each layer's a and b go as they are used."""
         rows = RowWeights(weights if self._factor is None else weights / self._factor)
         apart, meeting = map(list, map(reversed, self.parts))
         if release:
@@ -75,7 +73,7 @@ class GhostGradients:
         return self._unseeded(added(part.dot(direction) for part in (*apart, *meeting)))
 
     def align(self, coefficients: Tensor) -> Tensor:
-        """G (G^T c), shape (B,), by ways that are shorter than g_S for small batches."""
+        """G (G^T c), (B,), by shorter ways than g_S for small batches."""
         factor = self._factor
         rows = RowWeights(coefficients if factor is None else coefficients / factor)
         apart, meeting = self.parts
@@ -97,7 +95,6 @@ class GhostGradients:
         return self._unseeded(self._unseeded(gram))
 
     def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
-        """The per-sample gradients of some samples, (b, *p.shape) by parameter."""
         rows = summed_rows(self.calls, samples)
         return {p: self._unseeded(block) for p, block in rows.items()}
 
@@ -116,9 +113,8 @@ def ghost_gradients(
 ) -> GhostGradients:
     """One backward pass from the losses, (B,), to the layers' outputs.
 
-    They carry the ``seed``, 0-dim: that of a gradient scaler, for half precision. At sites that an
-    earlier pass has ``reached``, rows that are made of a and b are made as b arrives. The pass is
-    ``backward``, to edges of the graph, or autograd's own.
+    They carry the ``seed``, 0-dim. At sites ``reached`` by an earlier pass, rows are made as b
+    arrives. The pass is ``backward``, to edges of the graph, or autograd's own.
     """
     calls: list[LayerCall | None] = [None] * len(sites)
     asked: list[tuple[int, CallSite, bool]] = []
@@ -166,7 +162,7 @@ def _arrive(
 
 
 def _settled(site: CallSite, gradient: Tensor, retain_graph: bool, makes_rows: bool) -> LayerCall:
-    """With its output gradient, or as the rows that are made of both."""
+    """With its output gradient, or as rows."""
     # Another loss of the same graph has output gradients of its own.
     call = site.call.copy() if retain_graph else site.call
     if call.input._version != call.version:
@@ -192,17 +188,16 @@ def check_inputs(calls: Iterable[LayerCall]) -> None:
             shapes = [tuple(p.shape) for p in call.parameters.values()]
             raise RuntimeError(
                 f"the input of a layer with parameters of shape {shapes} was modified in place "
-                "after the layer read it: its per-sample gradients are lost; use the operation "
-                "that is not in place"
+                "after the layer read it; use the operation that is not in place"
             )
 
 
 FEW = 3
-"""So many are added as quickly one after the other."""
+"""So many are added one after the other."""
 
 
 def _sharing_parameters(calls: Sequence[LayerCall]) -> list[list[LayerCall]]:
-    """Grouped so that no parameter is in two groups: <g_i, g_j> has no terms between."""
+    """Grouped so that no parameter is in two groups."""
     uses = [p for call in calls for p in call.parameters.values()]
     if len(uses) == len(set(uses)):
         return [[call] for call in calls]

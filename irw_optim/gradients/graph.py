@@ -37,12 +37,12 @@ class CallSite(NamedTuple):
 class Graph:
     """What leads to a vector of losses."""
 
-    leaves: list[Tensor]  # what gradients are accumulated in
-    leaf_nodes: list[Node]  # what accumulates them
+    leaves: list[Tensor]
+    leaf_nodes: list[Node]  # what accumulates their gradients
     order: list[Node]  # the nodes in between, each before those it reads from
     wiring: tuple[int | tuple[int, int], ...]  # who reads from whom, as numbers
     sites: list[CallSite] = field(default_factory=list)  # as far as they are known
-    kind: Hashable = None  # equal for graphs in which everything is at the same places
+    kind: Hashable = None  # equal where everything is at the same places
     common: dict[str, Any] = field(default_factory=dict)  # what is kept for all graphs of the kind
 
     @cached_property
@@ -62,7 +62,7 @@ class Graph:
 
 
 class OfKinds(dict[Hashable, _Value]):
-    """By kinds of graphs; the oldest goes: a forward that changes for ever must not fill memory."""
+    """By kinds of graphs; the oldest goes where a forward changes for ever."""
 
     MOST = 256
 
@@ -73,7 +73,6 @@ class OfKinds(dict[Hashable, _Value]):
 
 
 NO_GRAPH = Graph([], [], [], ())
-"""In the place of one that is over."""
 
 
 def read_by(node: Any) -> Sequence[tuple[Node | None, int]]:
@@ -90,7 +89,7 @@ def walk(losses: Tensor) -> Graph:
     wiring: list[int | tuple[int, int]] = []
     root = losses.grad_fn
     seen: dict[Node, int] = {} if root is None else {root: 0}
-    # Depth first; a node is written down when all that it reads from is: the order, from its end.
+    # Depth first: a node comes after all that it reads from.
     path = [] if root is None else [(root, iter(read_by(root)))]
     while path:
         node, parents = path[-1]
@@ -130,7 +129,7 @@ def gradients_at(
 
 
 def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
-    """What decides where the batch is and which calls layers make: equal in graphs of a kind."""
+    """What decides where the batch is and which calls layers make."""
     found: list[object] = [losses.shape, losses.output_nr, graph.wiring]
     for node in graph.order:
         kind = type(node)
@@ -147,7 +146,7 @@ _SETTINGS = (
     "dim dim0 dim1 dimension dims keepdim normalized_shape pad reduction repeats size stride "
     "training"
 )
-"""All that a rule of `mixing_rules` reads beside the shapes and, of indices, their `picks_of`."""
+"""All that `mixing_rules` read beside the shapes and, of indices, their `picks_of`."""
 
 _FACTORS = {"Addmm": ("_saved_alpha", "_saved_beta")}
 """What a `Remade` call depends on beside these."""
@@ -178,7 +177,7 @@ def _slice(node: Any) -> tuple[int, bool]:
 
 
 class Remade(NamedTuple):
-    """A linear map of samples without positions, the only one with its parameters."""
+    """A linear map without positions, the only one with its parameters."""
 
     place: int  # of its node in the graph's order
     input: str  # its node's name for it
@@ -209,8 +208,8 @@ def refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:
     """Raise where a part is recomputed by a backward pass of its own."""
     if "CheckpointFunctionBackward" in {kind.__name__ for kind in set(map(type, nodes))}:
         raise RuntimeError(
-            "torch.utils.checkpoint with use_reentrant=True: it adds to p.grad from inside the "
-            "backward pass, so that no gradient of single samples can be had. Call "
-            "checkpoint(..., use_reentrant=False), with Hugging Face "
+            "torch.utils.checkpoint with use_reentrant=True adds to p.grad inside the backward "
+            "pass: no gradient of single samples can be had. Call checkpoint(..., "
+            "use_reentrant=False), with Hugging Face "
             'gradient_checkpointing_kwargs={"use_reentrant": False}, for the same memory'
         )

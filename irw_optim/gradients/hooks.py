@@ -1,7 +1,6 @@
 """What an engine puts on its model: recorders of layer calls, and what keeps others quiet.
 
-A call is kept in the metadata of the graph's node, and lives as long: two forwards before one
-backward, a forward without any, and operations in place on the output need no care.
+A call is kept in the metadata of the graph's node, and lives as long.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from irw_optim.torch_internals import itself_uncompiled, uncompiled
 
 
 def hook_layers(model: nn.Module) -> list[Attachment]:
-    """Attach the recorders, but to scripted modules, until nobody holds what is returned."""
+    """Attach the recorders until nobody holds what is returned."""
     attached: list[Attachment] = []
     owners: list[nn.Module] = []
     try:
@@ -53,7 +52,7 @@ def hook_layers(model: nn.Module) -> list[Attachment]:
 
 
 def _holds_parameters(module: nn.Module) -> bool:
-    """Of its own, be it in a list or a dictionary, which nobody calls."""
+    """Of its own, or in a list or dictionary, which nobody calls."""
     kept = (nn.ParameterList, nn.ParameterDict)
     return bool(module._parameters) or any(isinstance(child, kept) for child in module.children())
 
@@ -68,7 +67,7 @@ def sites_noted(order: Iterable[Any]) -> list[CallSite]:
 
 
 def forget_calls(nodes: Iterable[Any]) -> None:
-    """The graph may outlive its backward pass by an iteration."""
+    """The graph may outlive its pass by an iteration."""
     for node in nodes:
         node.metadata.pop(CALLS, None)
 
@@ -76,11 +75,11 @@ def forget_calls(nodes: Iterable[Any]) -> None:
 def record(call: LayerCall | None, output: Tensor) -> None:
     """Note on the graph that ``call`` computed ``output``."""
     if call is None or not call.parameters or output.is_complex():
-        return  # the products are of real numbers; autodiff takes complex ones
+        return  # products are of real numbers
     at, base = output, output._base
     if base is not None and base.grad_fn is not None and base.numel() == output.numel():
-        # An in-place operation on a view rewrites the graph up to the base: the gradient then
-        # arrives at the base's edge alone. A Linear's (B, T, d) output is such a view.
+        # After an in-place operation on a view, as a Linear's (B, T, d) output is one, the
+        # gradient arrives at the base's edge alone.
         at = base if base.is_contiguous() and output.is_contiguous() else output
     node: Any = at.grad_fn
     if node is not None:
@@ -149,10 +148,7 @@ def _linear_in_attention(input: Tensor, weight: Tensor, bias: Tensor | None = No
 
 
 def _attention_with(linear: Any) -> Any:
-    """``F.multi_head_attention_forward`` with another ``linear``: it offers no hook of its own.
-
-    Inside it works on (T, B, d) and (T * B, d).
-    """
+    """``F.multi_head_attention_forward`` with another ``linear``, of (T, B, d) or (T * B, d)."""
     names = {**F.__dict__, "linear": linear}
     for name in ("_in_projection", "_in_projection_packed", "multi_head_attention_forward"):
         function = getattr(F, name)
@@ -168,10 +164,9 @@ def silence_of(model: Any) -> list[Attachment]:
 
 
 class OpacusSilenced(Attachment):
-    """Opacus' hooks make rows that nobody reads here, and trip over passes within a pass."""
+    """Opacus' hooks make rows that nobody reads, and trip over passes within a pass."""
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        """Switch them off."""
         if module.hooks_enabled:
             module.disable_hooks()  # type: ignore[operator]
             yield _Silence(module)
@@ -191,7 +186,7 @@ class _Silence:
 
 
 def weighed_by(model: nn.Module) -> WeakSet[Any]:
-    """The engines that weigh a model's gradients, whether it has hooks or not."""
+    """The engines that weigh a model's gradients."""
     return _WEIGHED_BY.setdefault(model, WeakSet())
 
 
@@ -209,15 +204,9 @@ class _OwnKernels(KeptOut):
 
 
 class WithoutCudnn(OnForward):
-    """Has a recurrent layer take torch's own kernels while gradients are recorded."""
+    """Has a layer take torch's own kernels while gradients are recorded."""
 
     stands_in = _OwnKernels
-
-
-WITHOUT_CUDNN = (
-    "recurrent layers take torch's own kernels from now on: the gradient of cuDNN's cannot be "
-    "differentiated, and would take one backward pass a sample"
-)
 
 
 def without_cudnn(model: nn.Module) -> list[Attachment]:

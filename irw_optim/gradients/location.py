@@ -1,10 +1,9 @@
 """Where the batch is in what each layer computes: as the graph says, or as the sizes do.
 
-Where sizes coincide and the graph was not followed, the likeliest reading is taken, and compared
-with autograd as everything there.
+Where sizes coincide and the graph was not followed, autograd checks the likeliest reading.
 
 ``tokens(x) + positions(arange(T))`` computes the second term without a batch. Gradients of single
-samples arrive at the sum, which passes them on unchanged.
+samples arrive at the sum.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from irw_optim.gradients.nodes import shape_of
 
 
 def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
-    """The layer calls of a graph with the batch brought first, where they have one."""
+    """The layer calls of a graph with the batch first, where they have one."""
 
     def stride_at(site: CallSite) -> int | None:
         return batch.places.get((graph.nodes[site.edge.node], site.edge.output_nr))
@@ -60,7 +59,7 @@ def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:
 def _between(
     offered: Sequence[Layout], shape: torch.Size, stride: int, batch_size: int
 ) -> list[Layout]:
-    """Where the batch may be folded, with positions on both sides of it."""
+    """With positions on both sides of the batch."""
     found = []
     for layout in offered:
         inner = stride // max(1, prod(shape[layout.dim + 1 :]))
@@ -71,13 +70,13 @@ def _between(
 
 
 _HANDS_ON = frozenset({"AddBackward0", "UnsqueezeBackward0", "ExpandBackward0", "AliasBackward0"})
-"""Their gradient is that of what they read, summed where it was repeated."""
+"""Their gradient is that of what they read, but for repetitions."""
 
 
 def _sites_of_sums(
     site: CallSite, graph: Graph, batch_size: int
 ) -> tuple[int, list[CallSite]] | None:
-    """As if every sample had made the call, at the sums where it meets the batch in a dimension.
+    """As if every sample had made the call, at the sums where it meets the batch.
 
     None where anything else reads the output.
     """
@@ -98,7 +97,7 @@ def _sites_of_sums(
 def _meets_the_batch(
     site: CallSite, nodes: Iterable[Node], batch_size: int
 ) -> list[tuple[Node, int]]:
-    """Where the output is repeated for every sample, and along which dimension."""
+    """Where it is repeated for every sample, and along which dimension."""
     readers: dict[tuple[Node | None, int], list[Node]] = {}
     for node in nodes:
         for parent in node.next_functions:

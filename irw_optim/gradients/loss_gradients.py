@@ -43,13 +43,12 @@ NOTHING_TO_SCORE = (
 )
 
 MANY_LOSSES = 8
-"""So many others that wait for their backward pass on one graph are worth a word."""
+"""So many others on one graph are worth a word."""
 
 NO_LOSSES = torch.empty(0)
-"""In the place of those whose backward pass is over."""
 
 WAITING = WeakSet["LossGradients"]()
-"""Losses whose backward pass is still to come, in whatever thread: they may share a graph."""
+"""Losses whose backward pass is to come, in any thread: they may share a graph."""
 
 _LOCK = Lock()
 
@@ -80,12 +79,12 @@ class LossGradients:
             graph.sites = sites_noted(graph.order)
             engine.sees_fused = any(map(is_compiled, graph.order))
         self.leaves: list[Tensor] = graph.leaves  # those of the model
-        self.others: list[Tensor] = []  # inputs, other networks: their gradient is the plain one
+        self.others: list[Tensor] = []  # inputs, other networks
         own = None if owns is None else owns(graph.leaves)
         if own is not None:
             self.leaves = [leaf for leaf in graph.leaves if leaf in own]
             self.others = [leaf for leaf in graph.leaves if leaf not in own]
-        self.apart = False  # whether the graph proves, in `start`, that no sample reads another
+        self.apart = False  # whether it is proven, in `start`, that no sample reads another
         self.uncovered = self.finished_by_autograd = self.leaves
         self.ghost: GhostGradients | None = None
         self.came_along: tuple[Sequence[Tensor | None], Tensor] | None = None  # with their seed
@@ -106,17 +105,16 @@ class LossGradients:
                 logging.WARNING,
                 "many losses",
                 f"{MANY_LOSSES + 1} losses lead through one graph, such as those of time steps: "
-                "each is weighed as a batch of its own, and goes back through all of the graph, at "
-                "a cost quadratic in their number. For one batch of sequences add up the losses of "
-                "each: optimizer.backward(torch.stack(losses).mean(0)) with losses of shape (B,) "
-                'from reduction="none"',
+                "each is weighed as a batch of its own, at a cost quadratic in their number. For "
+                "one batch of sequences call optimizer.backward(torch.stack(losses).mean(0)) with "
+                'losses of shape (B,) from reduction="none"',
             )
 
     def start(self, seed: Tensor, keep_graph: bool, alike: Sequence[Tensor] = ()) -> None:
         """The backward pass to the layers' outputs, with its check where one is due.
 
-        The losses carry the ``seed``, 0-dim and not zero. Leaves whose gradient counts all losses
-        ``alike`` get it in the same pass if they can.
+        The ``seed`` is 0-dim and not zero. Leaves whose gradient counts all losses ``alike`` get it
+        in the same pass if they can.
         """
         size, engine, graph, self.came_along = self.losses.shape[0], self.engine, self.graph, None
         plan = self.plan or engine.plans.get(graph.kind)
@@ -167,7 +165,7 @@ class LossGradients:
     def _take_products(
         self, covering: Covering, seed: Tensor, keep_graph: bool, alike: Sequence[Tensor]
     ) -> None:
-        """With nothing left to autograd, or to compare with it."""
+        """With nothing left to autograd."""
 
         def on_to_others(edges: Sequence[End]) -> Sequence[Tensor | None]:
             factors = seed.expand_as(self.losses)
@@ -202,13 +200,13 @@ class LossGradients:
         return parts[0] if len(parts) == 1 else StackedGradients(parts)
 
     def weighted_sum(self, weights: Tensor, keep_graph: bool) -> dict[Tensor, Tensor]:
-        """Sum of w_i times the gradient of loss i, for every leaf of the model that has one."""
+        """G^T w, for every leaf of the model that has a gradient."""
         total: dict[Tensor, Tensor] = {}
         rest = self.finished_by_autograd
         last = not keep_graph and not self.sharing
         if self.ghost is not None and not rest:
             ghost = self.ghost
-            if last:  # nothing else holds the layers' inputs and output gradients then
+            if last:  # nothing else holds a and b then
                 if self.engine.has_layer_hooks:
                     forget_calls(self.graph.order)
                 self.graph, self.ghost = NO_GRAPH, None
@@ -242,7 +240,6 @@ class LossGradients:
         return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
 
     def is_wanted(self, leaf: Tensor) -> bool:
-        """Whether the backward pass that runs now asks for a leaf."""
         return is_wanted(self.graph.edges[leaf].node)
 
     def close(self) -> None:
@@ -277,7 +274,7 @@ class LossGradients:
         probe = probe_of(self.losses, self.engine.random)
         wrong = compare(parameters, self.passes.without_hooks(parameters, probe), probe, ghost)
         if in_half_precision(ghost):
-            # Autograd's sums over many samples are too rough there to tell; our own are not.
+            # Autograd's sums over many samples are too rough there to tell.
             one = torch.ones((), device=probe.device)
             by = partial(self.passes.without_hooks, weights=probe)
             rows = ghost_gradients(self.losses, sites, one, retain_graph=True, backward=by)

@@ -1,9 +1,8 @@
 """Which operation of a graph can carry one sample's numbers into another sample's loss.
 
-The batch is followed from the losses, (B,), to the leaves. Reshaping moves it, so it is kept as a
-stride: number ``n`` of a tensor, in row-major order, belongs to sample ``n // stride % B``. An
-operation that works along the batch, or that has no rule, may mix; so may one whose result is read
-sample by sample here and whole there, as in ``h - h.mean(0)``.
+The batch is followed from the losses, (B,), to the leaves, as a stride: in row-major order, number
+``n`` of a tensor belongs to sample ``n // stride % B``. An operation that works along the batch, or
+has no rule, may mix; so may what is read sample by sample here and whole there.
 """
 
 from __future__ import annotations
@@ -41,17 +40,17 @@ class Crossing(NamedTuple):
 class Batch(NamedTuple):
     """Where the batch is in a graph, as far as it can be followed."""
 
-    mixed_by: str | None  # the first operation that may mix the samples; None where none can
-    # Its stride in each output that was met, or `SHARED`, by the node's place in the order.
+    mixed_by: str | None  # the first operation that may mix the samples
+    # Its stride in each output, or `SHARED`, by the node's place.
     places: Mapping[tuple[int, int], int] = MappingProxyType({})
-    reads: tuple[int, ...] = ()  # of each leaf by operations on samples, or of what is made of it
-    computes_shared: bool = False  # whether anything but views is made of weights alone
+    reads: tuple[int, ...] = ()  # of each leaf, or of what is made of it, by operations on samples
+    computes_shared: bool = False  # whether weights alone make more than views
     crossings: tuple[Crossing, ...] = ()
-    surely_mixes: bool = False  # whether `mixed_by` is known to mix, or just not known not to
+    surely_mixes: bool = False  # whether `mixed_by` is known to mix
 
     @property
     def followed(self) -> bool:
-        """Whether it is known to the end of the graph where the batch is."""
+        """Whether that is to the end."""
         return self.mixed_by is None and bool(self.places)
 
 
@@ -117,7 +116,7 @@ def _first_in(edge: tuple[Node | None, int], batch_size: int) -> int:
 
 
 def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:
-    """How many rows entered the model, where the samples are parts of these, such as tokens."""
+    """How many rows entered, where the samples are parts of these, such as tokens."""
     if batch.followed:
         held = [(*at, stride) for at, stride in batch.places.items() if stride != SHARED]
         outputs = [Output(graph.order[n], number, stride, losses) for n, number, stride in held]

@@ -1,7 +1,7 @@
 """How operations move the batch: from its place in the output to that in each input.
 
-A rule answers with a stride, `SHARED` for what all samples have in common, or raises `MixesError`
-where the operation works along the batch, or may: such a graph is compared at every step.
+A rule answers with a stride or `SHARED`, or raises `MixesError`: such a graph is compared at every
+step.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _with_weights(leading: Callable[[Output], int]) -> Rule:
 
 
 def _batch_norm(output: Output) -> Sequence[int]:
-    """In channels, as in an instance norm, statistics do not mix."""
+    """In channels, as in an instance norm, nothing mixes."""
     in_channels = output.dim == 1  # each sample has its own copy of the weights
     if output.node._saved_training and not in_channels:
         raise MixesError
@@ -171,7 +171,7 @@ def picking(output: Output) -> Sequence[int]:
     kinds = picks_of(output.node)
     if output.dim != 0 or not kinds:
         raise MixesError
-    if kinds[0] == "whole":  # several indices with a gap put their dimension in front
+    if kinds[0] == "whole":  # with a gap they put their dimension first
         return output.all_at(0) if kinds.count("whole") == len(kinds) - 1 else mixes()
     for dim, kind in enumerate(kinds):
         if kind == "every row":
@@ -190,7 +190,7 @@ def _recurrent(output: Output) -> Sequence[int]:
 
 
 def _strided(output: Output) -> Sequence[int]:
-    """As where the strides of 1 x 1 pictures are put right."""
+    """As strides of 1 x 1 pictures are put right."""
     if not output.inputs[0] or tuple(output.inputs[0]) != tuple(output.shape):
         raise MixesError
     metadata = output.node._input_metadata[output.number]

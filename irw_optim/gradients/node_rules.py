@@ -34,7 +34,7 @@ from irw_optim.gradients.pushforward import ChainPlaces
 class Weight(NamedTuple):
     """A tensor that all samples share."""
 
-    tensor: Tensor  # a leaf, or a stand-in for what was computed, without its numbers
+    tensor: Tensor  # a leaf, or a stand-in without numbers
     chain: ChainPlaces | None  # how it was computed; None for a leaf
     turned: bool = False  # whether the operation read its transpose
 
@@ -195,7 +195,7 @@ def _expansion(node: Any, weights: Weights) -> list[LayerCall]:
 
 
 def _repetition(node: Any, weights: Weights) -> list[LayerCall]:
-    """With a dimension for the copies in front of each that is repeated."""
+    """With a dimension for copies in front of each."""
     weight, repeats = weights[0].tensor, list(node._saved_repeats)
     sizes = [*[1] * (len(repeats) - weight.ndim), *weight.shape]
     shape = torch.Size([n for pair in zip(repeats, sizes, strict=True) for n in pair])
@@ -220,7 +220,7 @@ def _gain_and_bias(weights: Weights) -> list[Tensor | None]:
 
 
 def of_each_number(node: Any, weights: Weights) -> list[LayerCall] | None:
-    """Where each number of the output depends on one of each input: on this much."""
+    """By the slope of each number of the output."""
     output = _like_output(node)
     others = [None] * (len(node._input_metadata) - 1)
     slopes = pull(node, [torch.ones_like(output), *others])
@@ -255,6 +255,6 @@ _RULES: dict[str, tuple[NodeRule, int | None]] = {
     "Repeat": (_repetition, None),
     "Mul": (_product, None),
 }
-"""For each operation its rule, and the number of an input that must not be a weight."""
+"""The rules, and the number of an input that must not be a weight."""
 
 _BY_NAME = {name: entry for names, entry in _RULES.items() for name in names.split()}

@@ -16,11 +16,11 @@ from torch.autograd.graph import Node
 _BASE_NAMES: dict[type[Node], str] = {}
 
 _SUFFIX = re.compile(r"Backward\d*$")
-"""``TanhBackwardBackward0`` is the gradient of a gradient, and no ``Tanh``."""
+"""``TanhBackwardBackward0`` is no ``Tanh``."""
 
 
 def base_name(node: Node) -> str:
-    """``Mean`` for ``MeanBackward1``; none for functions written in Python, which may have any."""
+    """``Mean`` for ``MeanBackward1``; none for functions in Python."""
     name = _BASE_NAMES.get(type(node))
     if name is None:
         in_python = isinstance(node, BackwardCFunction)
@@ -41,7 +41,7 @@ def read_by(node: Any, number: int) -> Any:
 
 
 def signed(value: Any) -> Any:
-    """What a node remembers, which keeps negative numbers as unsigned."""
+    """Nodes keep negative numbers as unsigned."""
     return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
 
 
@@ -62,7 +62,7 @@ def pull(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | Non
 
 
 def _pull_in_python(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Such functions expect zeros where nothing arrived, and answer for every argument."""
+    """They expect zeros where nothing arrived, and answer for every argument."""
     arrived = [
         torch.zeros(m.shape, dtype=m.dtype, device=m.device) if g is None else g
         for g, m in zip(gradients, node._input_metadata, strict=True)
@@ -77,7 +77,7 @@ def _pull_in_python(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[T
 
 
 def is_block(node: Any) -> bool:
-    """Whether a slice is of rows, one after the other, behind none or once or twice as many."""
+    """Whether a slice is of adjacent rows, behind a multiple of as many."""
     rows = (*shape_of(node), 0)[0]
     if node._saved_dim != 0 or node._saved_step != 1 or not rows:
         return False
@@ -138,7 +138,7 @@ class Output:
 
     @cached_property
     def located(self) -> tuple[int, int] | None:
-        """The dimension that holds the batch, and the stride inside it; None for several."""
+        """The batch's dimension, and the stride inside it; None for several."""
         right = 1
         for dim in reversed(range(len(self.shape))):
             wider = right * self.shape[dim]
@@ -164,7 +164,7 @@ class Output:
         return dims or list(range(size))
 
     def at(self, shape: Sequence[int], dim: int) -> int:
-        """The stride of the batch in a tensor that holds it in ``dim`` as the output does."""
+        """The stride in a tensor that holds the batch in ``dim`` as the output does."""
         own, stride = self.located or mixes()
         if not shape:
             return SHARED

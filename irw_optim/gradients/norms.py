@@ -1,12 +1,11 @@
 """Norms of per-sample gradients from layer inputs and output gradients: |g_i| without g_i.
 
-A linear map of one position has |g_i| = |a_i| |b_i|. With positions t, |g_i|^2 is made of the
-smaller of two products::
+A linear map has |g_i| = |a_i| |b_i|; with positions t, |g_i|^2 by the smaller of two products::
 
     sum over t, t' of <a_it, a_it'> <b_it, b_it'>      (T x T)
     | sum over t of b_it a_it^T |^2                    (d' x d)
 
-Convolutions are linear maps of patches, embeddings of one-hot vectors. The rest goes by rows.
+Convolutions are linear maps of patches, embeddings of one-hot vectors; the rest goes by rows.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from irw_optim.gradients.protocol import MEMORY_BOUND, as_matrix, widened
 
 
 def row_norms(gradients: GhostGradients) -> Tensor:
-    """|g_i| over all parameters that `gradients` covers, shape (B,), in float32 or better."""
+    """|g_i|, (B,), in float32 or better."""
     groups = _sharing_parameters(gradients.calls)
     squares = torch.stack([_squares(group) for group in groups]).sum(0)
     return squares.clamp(min=0).sqrt() / gradients.seed.abs()
@@ -38,7 +37,7 @@ def _squares(calls: Sequence[LayerCall]) -> Tensor:
         return _embedding(call)
     kinds = {(type(call), *map(id, call.parameters.values())) for call in calls}
     if type(call) is LinearCall and len(kinds) == 1:
-        return _linear(calls)  # several of a recurrent layer: one call a time step
+        return _linear(calls)  # several: one call a time step
     return _by_rows(calls)
 
 

@@ -1,7 +1,7 @@
 """A recurrent layer over a packed sequence, as one operation of our passes.
 
-On the CPU torch takes some ten nodes for each step. No hook can be in between: autograd's engine
-pulls back through all at once, and dual numbers push forwards.
+On the CPU torch takes some ten nodes a step. Autograd's engine pulls back through all at once, and
+dual numbers push forwards.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def push_run(end: Any, changes: Tangents) -> Tangents:
         ]
         count = len(run.values)
         sequence, states = _with(dual[:count], *run.given)
-        if states is None:  # as torch takes them, but dual from the first step on
+        if states is None:  # but dual from the first step on
             zeros = [values[0].new_zeros(tuple(m.shape)) for m in end._input_metadata[1:]]
             first = [forward_ad.make_dual(zero, zero.clone()) for zero in zeros]
             states = tuple(first) if len(first) > 1 else first[0]
@@ -96,7 +96,7 @@ def pull_run(end: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | 
 
 
 class _Leave(torch.autograd.Function):
-    """By copies: users may write into them, as not into views."""
+    """By copies, into which users may write."""
 
     @staticmethod
     def forward(ctx: Any, run: Run, *tensors: Tensor) -> Any:
@@ -110,7 +110,7 @@ class _Leave(torch.autograd.Function):
 
 
 ENDS_RUN: type[Node] = _Leave._backward_cls
-"""The node at the end of a `Run`, which it holds as ``run``."""
+"""The node at the end of its ``run``."""
 
 
 class _AsOne(KeptOut):
@@ -136,7 +136,7 @@ class PackedAsOne(OnForward):
 
 
 def packed_as_one(model: nn.Module) -> list[Attachment]:
-    """For a model's recurrent layers, while somebody holds these."""
+    """For a model's recurrent layers."""
     kinds = nn.RNN, nn.LSTM, nn.GRU
     return [PackedAsOne.on(layer) for layer in model.modules() if type(layer) in kinds]
 

@@ -33,9 +33,7 @@ _OF_KIND: dict[Rule | None, ForwardRule] = {elementwise: diagonal, unreduced: of
 
 _MOVES = "Cat Permute Select Slice Stack T Transpose Unbind ViewAsComplex ViewAsReal"
 _OF_COMPLEX = {*RESHAPED, *_MOVES.split()}
-"""What was done to the numbers, complex ones as well, is done to the change."""
-
-Pulled = Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
+"""What is done to complex numbers is done to the change."""
 
 
 class Operation(NamedTuple):
@@ -46,9 +44,9 @@ class Operation(NamedTuple):
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
     rule: ForwardRule | None  # None: by its own derivative
-    pull: Pulled
+    pull: Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
     hands_on: bool  # whether each output is one of the inputs
-    fills_in: bool  # whether it is asked where nothing arrives, too: with zeros
+    fills_in: bool  # whether zeros arrive where nothing does
 
 
 class Push(NamedTuple):
@@ -94,7 +92,7 @@ class Places:
             self.operations.append(self._operation(node, reads, makes))
         self.in_python = any(operation.fills_in for operation in self.operations)
         self._ways_back: dict[frozenset[int], list[Pull]] = {}
-        # Whether there is one leaf, of which only the shape changes.
+        # One leaf, and only its shape changes.
         self.reshapes = len(leaf_nodes) == 1 and all(base_name(n) in RESHAPED for n in order)
 
     def _operation(self, node: Node, reads: tuple[int, ...], makes: slice) -> Operation:

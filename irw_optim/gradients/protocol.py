@@ -1,7 +1,7 @@
 """The door between gradients and weights: three products with G, the matrix of all gradients.
 
-G has one row per sample, g_i, and one column per trainable number: shape (B, P). It is never built
-but by `MaterializedGradients`: the reference, and Opacus' ``grad_sample``.
+G has one row per sample, g_i, and one column per trainable number: (B, P). It is built only by
+`MaterializedGradients`: the reference, and Opacus' ``grad_sample``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PerSampleGradients(Protocol):
 
 
 class StackedGradients:
-    """Several engines side by side, each with parameters of its own: G = [G_1 | G_2 | ...]."""
+    """Engines side by side, each with its parameters: G = [G_1 | G_2 | ...]."""
 
     def __init__(self, parts: Iterable[PerSampleGradients]) -> None:
         self.parts = list(parts)
@@ -45,18 +45,16 @@ class StackedGradients:
 
     @property
     def doubt(self) -> Tensor | None:
-        """What tells whether the newest `align` adds up; None if it surely does."""
+        """What tells whether the newest `align` adds up; None if it does."""
         doubts = [part.doubt for part in self._in_doubt()]
         return torch.cat(doubts) if doubts else None
 
     def adds_up(self, sides: Sequence[float]) -> bool:
-        """Whether it does in every engine."""
         doubtful = self._in_doubt()
         each = len(sides) // len(doubtful)
         return all(p.adds_up(sides[n * each :][:each]) for n, p in enumerate(doubtful))
 
     def settle_doubt(self) -> None:
-        """Take other ways from now on."""
         for part in self._in_doubt():
             part.settle_doubt()
 
@@ -77,7 +75,7 @@ class StackedGradients:
 
 
 def added(products: Iterable[Tensor]) -> Tensor:
-    """One after the other: those of pairs of samples are too large to be all held."""
+    """One after the other: all are too large to hold."""
     each = iter(products)
     return sum(each, start=next(each))
 
@@ -147,7 +145,7 @@ class MaterializedGradients:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(parameter.shape)} has a gradient but no "
                     "grad_sample: Opacus does not cover its layer; give IRWOptimizer the plain "
-                    "model (model=model, criterion=criterion) instead"
+                    "model (model=model, criterion=criterion)"
                 )
         if not rows:
             raise RuntimeError(
@@ -180,7 +178,7 @@ class MaterializedGradients:
 def blocked_gram(
     batch_size: int, numbers: int, rows: Callable[[slice], Mapping[Tensor, Tensor]]
 ) -> Tensor:
-    """G G^T from ``rows(samples)``, two blocks of so many ``numbers`` a sample at a time."""
+    """G G^T from ``rows(samples)`` of so many ``numbers`` each, two blocks at a time."""
     step = max(1, MEMORY_BOUND // max(1, 2 * numbers))
     blocks = [slice(start, min(start + step, batch_size)) for start in range(0, batch_size, step)]
     gram: Tensor | None = None
@@ -202,8 +200,7 @@ def blocked_gram(
 def as_matrix(block: Tensor) -> Tensor:
     """(B, ...) as (B, P) real numbers, for scalars and empty batches too.
 
-    A complex number counts as two: Re(conj(a) b) is what a step along a complex gradient changes
-    the loss by.
+    A complex number counts as two: the loss changes by Re(conj(a) b).
     """
     block = numbers_of(block)
     return block.flatten(1) if block.ndim > 1 else block.unsqueeze(1)
@@ -215,7 +212,7 @@ def as_vector(tensor: Tensor) -> Tensor:
 
 
 def numbers_of(tensor: Tensor) -> Tensor:
-    """As real numbers: complex ones as pairs, in a further dimension."""
+    """Complex ones as pairs, in a further dimension."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 

@@ -1,12 +1,11 @@
 """Passes of our own through the graph that a forward pass has left: directions forwards, or back.
 
-A node that is called pulls gradients back, u -> J^T u; with what it saved for that, `forward`
-pushes changes forwards, t -> J t. So the derivative of all losses along one direction costs about a
-forward pass, with batch statistics and dropout masks as they were. No hook hears it: autograd's
-engine calls hooks, and here nodes are called one after the other. Nothing is freed on the way.
+A node that is called pulls gradients back, u -> J^T u; with what it saved, `forward` pushes changes
+forwards, t -> J t. So the derivative of all losses along one direction costs about a forward pass,
+with statistics and dropout masks as they were. No hook hears it, and nothing is freed.
 
-A layer whose weight is computed from parameters (a cast, g v / |v|, W + B A, a table) has products
-with that weight q = f(p), and f is passed once for all samples, either way: a `ChainedCall`.
+A layer whose weight is computed from parameters (g v / |v|, W + B A) has products with that weight
+q = f(p), and f is passed once for all samples, either way: a `ChainedCall`.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def push(node: Node, operation: Operation, tangents: Tangents) -> Tangents:
     try:
         try:
             changes = None if operation.rule is None else operation.rule(node, tangents)
-        except AttributeError:  # another version of torch saves it under another name
+        except AttributeError:  # in another version of torch
             changes = None
         if changes is None:
             changes = transposed(node, tangents)
@@ -61,7 +60,7 @@ def push(node: Node, operation: Operation, tangents: Tangents) -> Tangents:
 def push_through(
     order: Sequence[Node], output: int, places: Places, leaves: Mapping[int, Tensor]
 ) -> Tensor | None:
-    """The change of an output of the first node for those of leaves, by their numbers; or None."""
+    """The change of an output of the first node for those of leaves, by their numbers."""
     changed: list[Tensor | None] = [None] * (places.count + 1)  # the last for `NOTHING`
     for number, change in leaves.items():
         changed[places.leaves[number]] = change
@@ -142,11 +141,11 @@ def push_forward(losses: Tensor, direction: Mapping[int, Tensor], graph: Graph) 
 
 
 def in_a_pass(losses: Tensor, edges: Sequence[GradientEdge], run: Callable[[], None]) -> None:
-    """Run something as if in a backward pass of autograd's engine from the losses to some edges.
+    """Run something in a backward pass of autograd's engine from the losses to some edges.
 
-    So nodes know what is needed, and what is recomputed (checkpointing) is of one pass.
+    So nodes know what is needed, and recompute (checkpointing) once.
     """
-    detects = torch.is_anomaly_enabled()  # it would report how such a pass ends
+    detects = torch.is_anomaly_enabled()  # it would report the end
     quiet = torch.autograd.set_detect_anomaly(False) if detects else nullcontext()
     with torch.enable_grad(), suppress(_FinishedError), quiet:
         above: Tensor = _Above.apply(losses, run)  # type: ignore[no-untyped-call]
@@ -194,7 +193,7 @@ class ChainPlaces(NamedTuple):
 
 
 class ChainedCall(LayerCall):
-    """A call with placeholders for parameters, and how each was computed from the model's."""
+    """A call with placeholders, and how each was computed from parameters."""
 
     # Asked of the call itself:
     recorded = property(attrgetter("call.recorded"))
@@ -269,7 +268,7 @@ class ChainedCall(LayerCall):
 
 
 def _pulled_through(chain: Chain, gradient: Tensor) -> dict[Tensor, Tensor]:
-    """Without hooks: where these change gradients, the comparison tells."""
+    """Without hooks: a comparison tells if these change it."""
     leaves, places = chain.leaves, chain.places
     if places.reshapes:
         (leaf,) = leaves

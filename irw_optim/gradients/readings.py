@@ -1,7 +1,6 @@
 """Layers, seen in the graph: operations on samples that read what all samples share.
 
-That is a weight, or was computed from weights alone: so a class token, LoRA or weight
-standardisation cost what a layer costs.
+These are weights, or computed from weights alone: a class token or LoRA cost what a layer costs.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ Found: TypeAlias = tuple[list[Reading], list[CallSite]] | None
 """Readings and the layer calls of one graph; None where an operation has no quick products."""
 
 NOTHING_READ: Found = ([], [])
-"""Where reading would cost more memory than the model was to take."""
+"""Where reading would cost too much memory."""
 
 
 def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
-    """What a graph reads in which the batch is known, for the gradients of its ``own`` leaves."""
+    """What a graph reads, for the gradients of its ``own`` leaves."""
     mine = set(own)
     leaves = {node: n for n, node in enumerate(graph.leaf_nodes) if graph.leaves[n] in mine}
     readings: list[Reading] = []
@@ -130,13 +129,13 @@ def plan_of(readings: Sequence[Reading], graph: Graph, covering: Covering) -> Pl
     def read_in_a_pass(graph: Graph, losses: Tensor) -> list[CallSite] | None:
         return in_a_pass_to_all(losses, graph, partial(read, graph, losses))
 
-    # Operations tell their slopes in a backward pass alone.
+    # Slopes are told in a pass.
     asks = any(reading.rule is of_each_number for reading in readings)
     return Plan(covering, read_in_a_pass if asks else read, _remade(readings, graph))
 
 
 def _remade(readings: Sequence[Reading], graph: Graph) -> list[Remade] | None:
-    """Linear maps of samples without positions, where they are all there is."""
+    """Where these are all there is."""
     remade: list[Remade] = []
     if len(readings) != len(graph.sites):
         return None
@@ -156,7 +155,7 @@ def _remade(readings: Sequence[Reading], graph: Graph) -> list[Remade] | None:
 
 
 def in_a_pass_to_all(losses: Tensor, graph: Graph, look: Callable[[], _Value]) -> _Value:
-    """What a look at nodes gives where they know that all their inputs are wanted."""
+    """What a look at nodes gives while all their inputs are wanted."""
     found: list[_Value] = []
     edges = [GradientEdge(leaf, 0) for leaf in graph.leaf_nodes]
     with torch.no_grad():

@@ -1,10 +1,9 @@
 """Activation checkpointing: who chose to pay time for memory gets the memory.
 
-The ghost products need the inputs of all layers at once, which is what was spared. A change goes
-forwards part by part instead.
+The ghost products need all layers' inputs at once; a change goes forwards part by part instead.
 
 A forward may change the model: BatchNorm's averages, spectral norm's vectors. A plain step does so
-once more as it computes a part again; so do all passes of ours together.
+once more as it recomputes a part; so do all passes of ours together.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ from torch.overrides import TorchFunctionMode
 _Value = TypeVar("_Value")
 
 RECOMPUTES = "a backward pass changes buffers"
-"""What an `Engine` remembers of its model."""
 
 NOTHING = nullcontext()
 """Around a pass that computes nothing again."""
 
 
 def unless_recomputed(look: Callable[[], _Value], otherwise: _Value) -> _Value:
-    """A look at what nodes saved, or ``otherwise`` where it would have a part computed again."""
+    """A look at what nodes saved, or ``otherwise`` where that recomputes a part."""
     try:
         with _NoRecomputation():
             return look()
@@ -36,17 +34,17 @@ def unless_recomputed(look: Callable[[], _Value], otherwise: _Value) -> _Value:
 
 
 class _RecomputedError(Exception):
-    """A part of the forward began to be computed again."""
+    """A part began to be computed again."""
 
 
 _MAKE_NOTHING = frozenset(
     {Tensor.view, Tensor.unsqueeze, Tensor.__getitem__, torch._C._set_grad_enabled}
 )
-"""Of these a look may take some with gradients: a view tells what it is a view of."""
+"""A look takes some with gradients: a view tells what it is a view of."""
 
 
 class _NoRecomputation(TorchFunctionMode):
-    """Stops a recomputation where it makes a tensor: it wants gradients, and a look does not."""
+    """Stops a recomputation: it wants gradients, and a look does not."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -57,14 +55,14 @@ class _NoRecomputation(TorchFunctionMode):
 
 
 _State: TypeAlias = list[tuple[str, Tensor, Tensor]]
-"""Of each buffer of a module: its name, itself, and its values."""
+"""Of each buffer: its name, itself, and its values."""
 
 
 class OneForward(AbstractContextManager[None]):
     """A model's buffers around each backward pass of one loss that may compute its forward again.
 
-    Every pass begins with those that the first one met, and leaves those that the first one left
-    that came by. What is ``known`` of the model is whether any pass was seen to change one.
+    Every pass begins with those that the first one met, and leaves those that the first one left.
+    What is ``known`` of the model is whether any pass changed one.
     """
 
     def __init__(self, model: nn.Module | None, known: dict[str, bool]) -> None:
@@ -107,7 +105,7 @@ def _is_counted(buffer: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _put(buffers: dict[str, Tensor | None], state: _State) -> None:
-    """Past autograd's count of changes, as BatchNorm's own: a graph may have saved a buffer."""
+    """Past autograd's count of changes: a graph may have saved a buffer."""
     for name, buffer, values in state:
         buffers[name] = buffer
         buffer.data.copy_(values)

@@ -1,7 +1,7 @@
 """Products that are quadratic in the gradients, for gradients of any size.
 
-Losses times 1e-24 have gradients that float32 holds, and scores (1e-48) that it does not. The
-products of k G give the same weights. Whether k is needed shows in the finished product.
+Losses times 1e-24 have scores (1e-48) that float32 does not hold. The products of k G give the same
+weights. Whether k is needed shows in the finished product.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from irw_optim.gradients.protocol import (
 )
 
 _ROUNDS = 4
-"""From infinity it takes at most two steps to a number, and two from there into the range."""
+"""From infinity at most two to a number, and two into the range."""
 
 
 class Aligned(NamedTuple):
@@ -35,13 +35,13 @@ class Aligned(NamedTuple):
     scores: Tensor
     factor: float
     finite: bool
-    mass: float | None  # the sum of the positive ones; None where nobody has looked
+    mass: float | None  # of the positive ones; None where nobody has looked
 
 
 def align_in_range(
     gradients: PerSampleGradients, coefficients: Tensor, losses: Tensor | None = None
 ) -> Aligned:
-    """G G^T c for c of (B,), or that of k G, where k = 1 will not do and another one helps.
+    """G G^T c for c of (B,), or that of k G, where k = 1 will not do.
 
     The losses, (B,), are to be finite as well.
     """
@@ -84,7 +84,7 @@ class RescaledGradients:
         return self.gradients.dot(direction) * self.factor
 
     def align(self, coefficients: Tensor) -> Tensor:
-        """An engine that does not hold a whole direction has an ``align_rescaled``."""
+        """Engines that hold no whole direction have an ``align_rescaled``."""
         own: Any = getattr(self.gradients, "align_rescaled", None)
         if own is None:
             return self.dot(self.combine(coefficients))
@@ -118,10 +118,10 @@ def unscaled(product: Tensor, factor: float) -> Tensor:
 
 
 class _Look(NamedTuple):
-    """What one look at finished products shows, which waits for a device once."""
+    """What a look at finished products shows, in one wait for a device."""
 
     size: float  # the largest of them
-    in_range: bool  # whether it is far from both ends of the range, and what led to it
+    in_range: bool  # whether it, and what led to it, is far from both ends of the range
     finite: bool  # whether all of them are, and the losses
     doubted: bool  # whether the engine has shown that they are wrong
     everybody: bool  # whether all samples are present
@@ -141,7 +141,7 @@ def _look(
         sent = squares, losses, seed, doubt, present
         squares, losses, seed, doubt, present = _on_host(*sent, dtype=squares.dtype)
     size: float = torch.linalg.vector_norm(squares, math.inf).item()  # NaN if one is NaN
-    # The engine's way to a product may be quadratic in what its gradients carry, too.
+    # The way to a product may be quadratic in the seed, too.
     quadratic = size if seed is None else size * seed.item() ** 2
     low, high = _range_of(squares.dtype)
     return _Look(
@@ -189,6 +189,6 @@ def _rescaled(
 
 @cache
 def _range_of(dtype: torch.dtype) -> tuple[float, float]:
-    """Roots of the least and of the largest number: in between, a product's factors fit too."""
+    """Roots of the least and of the largest number: a product's factors fit too."""
     limits = torch.finfo(dtype)
     return limits.tiny**0.5, limits.max**0.5

@@ -30,7 +30,7 @@ _Rule = TypeVar("_Rule", bound=Rule)
 _BY_TYPE: dict[type | str, Rule] = {}
 
 CALLS = "irw_optim.call"
-"""Where a node keeps the calls that computed its outputs, in its metadata."""
+"""Where a node's metadata keep the calls that computed its outputs."""
 
 
 def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
@@ -49,9 +49,9 @@ def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """The rule for a module: its type's, or a base class's whose ``forward`` it keeps."""
+    """Its type's, or a base class's whose ``forward`` it keeps."""
     if "parametrizations" in module._modules:
-        return None  # what it reads is computed at every access anew
+        return None  # computed at every access anew
     return _rule_of_type(type(module))  # type: ignore[arg-type]  # they are hashable
 
 
@@ -136,7 +136,7 @@ def _convolution(
 @layer_rule(nn.Embedding)
 def _embedding(module: nn.Embedding, input: Tensor) -> LayerCall | None:
     if module.scale_grad_by_freq:
-        return None  # the gradient of one sample depends on the indices of the others
+        return None
     return EmbeddingCall(input, module.weight, module.padding_idx, module.sparse)
 
 
@@ -214,7 +214,7 @@ def _of_channels(module: Any, input: Tensor, normalise: Callable[..., Tensor]) -
 def _sum(
     output: Tensor, input: Any, other: Any, *, alpha: float = 1, signs: tuple[int, int] = (1, 1)
 ) -> LayerCall | None:
-    """Of a parameter and something else; of two parameters, one call alone cannot tell."""
+    """Of a parameter and something else."""
     if is_parameter(input) == is_parameter(other):
         return None
     if is_parameter(input):
@@ -259,7 +259,7 @@ _BY_FUNCTION: dict[Any, Rule] = {
 
 
 def is_parameter(tensor: Any) -> bool:
-    """Whether it is a trainable leaf, or a plain view of one that no other call accounts for."""
+    """Whether it is a trainable leaf, or a plain view of one without other calls."""
     if not isinstance(tensor, Tensor) or not tensor.requires_grad:
         return False
     if tensor.is_leaf:

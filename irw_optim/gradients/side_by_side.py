@@ -1,7 +1,7 @@
-"""Small products put together, where to start an operation costs more than the numbers in it.
+"""Small products put together, where to start an operation costs the most.
 
-Rows of G that exist (of biases, norms, tables that are added) are columns of one matrix R. Small
-linear maps share what is no matrix product: the weighting of b = [b_1 | b_2 | ...] and its sums.
+Rows of G that exist (of biases, norms, added tables) are columns of one matrix R. Small linear maps
+share what is no matrix product: the weighting of b = [b_1 | b_2 | ...] and its sums.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from irw_optim.gradients.layers import (
 from irw_optim.gradients.protocol import WIDER, Direction, as_matrix, widened
 
 FEW = {"cpu": 2**14}
-"""So many numbers are copied while an operation starts; elsewhere `MORE`."""
-
-MORE = 2**20
+"""So many numbers are copied while an operation starts; elsewhere 2^20."""
 
 PRODUCTS = 2**5
-"""So many multiplications of a matrix product are as quick as one number copied."""
+"""So many multiplications are as quick as one number copied."""
 
 
 Part: TypeAlias = "LayerCall | Rows | LinearMaps"
@@ -39,9 +37,9 @@ Part: TypeAlias = "LayerCall | Rows | LinearMaps"
 
 
 def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall]]:
-    """What stands for the calls, without a parameter in two; and those that share parameters."""
+    """What stands for the calls; and those that share parameters."""
     device = calls[0].input.device.type if calls else "cpu"
-    few = FEW.get(device, MORE)
+    few = FEW.get(device, 2**20)
     shared = _in_several(calls)
     if shared and len(joined := _steps_as_one(calls, few)) < len(calls):
         calls, shared = joined, _in_several(joined)
@@ -72,7 +70,7 @@ def _in_several(calls: Sequence[LayerCall]) -> set[Tensor]:
 
 
 def _steps_as_one(calls: Sequence[LayerCall], few: int) -> list[LayerCall]:
-    """The calls of one small map at every step of time are one call with positions."""
+    """The calls of a small map at every step of time are one, with positions."""
     found: dict[object, list[LayerCall]] = {}
     for number, call in enumerate(calls):
         key: object = number
@@ -141,7 +139,7 @@ class Rows:
 
 
 class LinearMaps:
-    """Linear maps of samples without positions, y_k = a_k W_k^T + bias_k, in one dtype."""
+    """y_k = a_k W_k^T + bias_k of samples without positions, in one dtype."""
 
     def __init__(self, calls: Sequence[LinearCall]) -> None:
         self.calls = calls
@@ -175,7 +173,7 @@ class LinearMaps:
         return result
 
     def align(self, coefficients: RowWeights) -> Tensor:
-        """Row i of b_k times a_k (a_k^T c b_k) + sum of c b_k: `dot` after `combine`, in one."""
+        """`dot` after `combine`, in one: b_k times a_k (a_k^T c b_k) + sum of c b_k."""
         weighted = self.b * coefficients.values.to(self.b.dtype).unsqueeze(1)
         sums = weighted.sum(0).split(self.widths)
         outputs = torch.empty_like(self.b)

@@ -1,8 +1,7 @@
 """How a change of an operation's inputs changes its outputs, from what it saved for autograd.
 
-A rule for each operation that models spend their time in: from its node and a change for each
-input (None for none) to that of the output, in a shape and type that broadcast to it. None stands
-for "not by this rule": then the node's own derivative is taken.
+A rule makes of a node and a change for each input that of the output, in a shape and type that
+broadcast to it; of None, the node's own derivative is taken.
 
 What is recomputed (checkpointing) is handed out once in a pass: a rule decides first whether it
 applies, and then reads every ``_saved_`` tensor once.

@@ -48,8 +48,8 @@ def _convolution(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 _ONLY_INPUT = [True, False, False]
-"""The derivative of a normalisation by its input is symmetric but for the gain behind it: the
-formula of the backward pass, without the gain, pushes forwards."""
+"""The derivative is symmetric but for the gain behind it: without it, the formula of the backward
+pass pushes forwards."""
 
 _ATEN: Any = torch.ops.aten
 
@@ -97,7 +97,7 @@ def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
     x, mean, rstd = _statistics(node)
     across = (1, -1, *[1] * (x.ndim - 2))
     change = None
-    if d_input is not None:  # the gain is the same for all that a statistic is taken of
+    if d_input is not None:  # the gain is one for each statistic
         settings = (running_mean, running_variance, mean, rstd, training, eps, _ONLY_INPUT)
         backward, weight = _ATEN.native_batch_norm_backward.default, node._saved_weight
         change = backward(d_input, x, weight, *settings)[0]
@@ -155,7 +155,6 @@ def _bags(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def _by_frequency(table: Tensor, indices: Tensor) -> Tensor:
-    """The rows, each divided by how often it is looked up."""
     counts = torch.bincount(indices.flatten(), minlength=len(table)).clamp(min=1)
     return table / counts.unsqueeze(-1)
 
@@ -209,7 +208,7 @@ _DIFFERENCES = 2**24
 
 
 def _lengthened(distance: Tensor, apart: Tensor, moved: Tensor, p: float) -> Tensor:
-    """The change of ``norm(apart, p)`` over the last dimension; 0 where that is 0."""
+    """The change of ``norm(apart, p)`` over the last dimension."""
     distance = distance.unsqueeze(-1)
     if p == torch.inf:
         slope = apart.sign() * (apart.abs() == distance)

@@ -52,7 +52,7 @@ def _reduced(method: str) -> ForwardRule:
 
 
 def _joined(node: Any, tangents: Tangents) -> Tensor | None:
-    """Neighbours without a gradient, of a shape that nothing tells, are one block."""
+    """Neighbours without a gradient are one block, whose shape is what is left."""
     present = next(t for t in tangents if t is not None)
     dim, shape = saved(node, "dim"), list(shape_of(node))
     parts: list[Tensor | None] = []
@@ -102,7 +102,6 @@ def _index_put(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def _found_by_size(node: Any, change: Tensor) -> Tensor:
-    """Each where it was found."""
     indices, dim = node._saved_indices, saved(node, "dim")
     if getattr(node, "_saved_keepdim", True):
         return change.gather(dim, indices)
@@ -117,7 +116,7 @@ def _gated(node: Any, change: Tensor) -> Tensor:
 
 
 def _bent(node: Any, tangents: Tangents) -> Tensor:
-    """PReLU, by its slope below zero."""
+    """PReLU."""
     d_input, d_slope = (0.0 if t is None else t for t in tangents)
     values, slope = node._saved_self, node._saved_weight
     return torch.where(values > 0, d_input, slope * d_input + values * d_slope)

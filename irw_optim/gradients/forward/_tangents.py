@@ -1,7 +1,7 @@
 """What rules are given and give; and J t of any operation without one.
 
-u -> J^T u is what a node does. It is linear, so its derivative by u, along t, is J t, at any u.
-What torch fuses may have none: attention in one kernel and an LSTM over time have rules here.
+u -> J^T u is what a node does, so its derivative by u, along t, is J t. Fused attention and LSTMs
+have none, but rules here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ForwardRule: TypeAlias = Callable[[Any, Tangents], Changes]
 
 
 def of_one(rule: Callable[[Any, Tensor], Changes]) -> ForwardRule:
-    """A rule for operations that read one tensor, which is given its change."""
+    """For operations that read one tensor, whose change the rule is given."""
 
     def of_node(node: Any, tangents: Tangents) -> Changes:
         (change,) = [t for t in tangents if t is not None]
@@ -50,11 +50,7 @@ def added(*terms: Tensor | None) -> Tensor | None:
 
 
 def transposed(node: Any, tangents: Tangents) -> Tangents:
-    """The changes of a node's outputs, one for each.
-
-    Raises:
-        RuntimeError: no double backward, or one that a function in Python hides.
-    """
+    """The changes of a node's outputs; RuntimeError without double backward, or a hidden one."""
     changing = [(number, t) for number, t in enumerate(tangents) if t is not None]
     with torch.enable_grad():
         seeds = [_seed(node, metadata).requires_grad_() for metadata in node._input_metadata]
@@ -142,11 +138,10 @@ _NOT_NEEDED = ("_saved_output", "_saved_logsumexp", "_saved_out", "_saved_log_su
 """What was recomputed is held until it is read."""
 
 _AT_ONCE = {"cpu": 2**16}
-"""Numbers of attention weights that are made at a time, to spare memory as kernels do."""
+"""Attention weights that are made at a time, to spare memory."""
 
 
 def _part(tensor: Any, samples: slice, query: Tensor) -> Any:
-    """Some samples; of one mask for all, all."""
     one_for_all = tensor is None or tensor.ndim < query.ndim or len(tensor) == 1
     return tensor if one_for_all else tensor[samples]
 

@@ -1,11 +1,11 @@
-"""Layers that are linear in their parameters, and the three products for one call of a layer.
+"""Layers that are linear in their parameters theta, and the products for one call of a layer.
 
-With input a_i, output gradient b_i = d(loss_i)/d(output_i) and parameters theta, such a layer has
+With input a_i and output gradient b_i = d(loss_i)/d(output_i), two products need no B x P tensor::
 
-    <g_i, v>        = <b_i, layer(a_i; v)>                 dot: the layer run with v as parameters
-    sum_i w_i g_i   = d/dtheta <w b, layer(a; theta)>      combine: the layer's own weight gradient
+    <g_i, v>        = <b_i, layer(a_i; v)>                 dot
+    sum_i w_i g_i   = d/dtheta <w b, layer(a; theta)>      combine
 
-and neither needs a B x P tensor. `apply` alone is enough to be exact; the rest is for speed.
+`apply` alone is enough to be exact; the rest is for speed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from irw_optim.gradients.layers._products import gram_of_rows, inner, operands, 
 from irw_optim.gradients.protocol import Direction, wide, widened
 
 GATHER_FROM = 2**17
-"""Numbers in a and b from which it pays to gather the rows that have a weight."""
+"""Numbers from which it pays to gather the rows that have a weight."""
 
 
 class Layout(NamedTuple):
     """Where the batch stands, whatever the sizes."""
 
     dim: int
-    # With positions: "batch major" (B * T, d), "batch minor" (T * B, d), "between" (T * B * inner).
+    # Folded: "batch major" (B * T), "batch minor" (T * B), "between" (T * B * inner).
     fold: str = ""
     inner: int = 1
 
@@ -52,7 +52,7 @@ FIRST = Layout(0)
 def layouts_of(
     shape: torch.Size, batch_size: int, is_sequence: bool, time_major: bool = False
 ) -> tuple[Layout, ...]:
-    """Where the batch may be in tensors with these leading dimensions, for all that sizes say."""
+    """Where the batch may be, by these leading dimensions alone."""
     if not shape:
         return ()
     if time_major:
@@ -79,7 +79,7 @@ class RowWeights:
 
     @cached_property
     def used(self) -> Tensor | None:
-        """Indices of the rows of weight; None for nearly all, or on a device, which would wait."""
+        """Indices of these; None for nearly all, or on a device, which would wait."""
         if self.values.device.type != "cpu":
             return None
         used = self.values.nonzero().squeeze(1)
@@ -98,12 +98,11 @@ class LayerCall:
         **parameters: the layer's tensors by role (``weight``, ``bias``).
     """
 
-    # Whether all leading positions are treated alike: the batch may be any, or folded with some.
-    is_sequence = False
-    features = 1  # trailing dimensions of the output of a sequence that are no positions
-    needs_autograd_combine = False  # whether only autograd gives the layout that is expected
+    is_sequence = False  # whether all leading positions are treated alike
+    features = 1  # trailing dimensions of a sequence that are no positions
+    needs_autograd_combine = False  # whether autograd alone gives the right layout
     time_major = False  # whether the batch is known not to stand first
-    may_lack_batch = False  # whether one input may serve all samples, as indices of positions do
+    may_lack_batch = False  # whether one input may serve all samples
     output_shape: torch.Size | None = None  # as which the output is seen; None for its own
     made_of_b = ""  # a property that is made of b, and kept
     layout: Layout | None = None  # where the batch was found,
@@ -140,7 +139,7 @@ class LayerCall:
         return self.layout, self.recorded.ndim
 
     def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
-        """As if each sample had made the call, with the batch in ``dim``."""
+        """As if each had made the call, with the batch in ``dim``."""
         return None
 
     def set_output_gradient(self, gradient: Tensor) -> None:
@@ -157,7 +156,7 @@ class LayerCall:
         self.__dict__.pop(self.made_of_b, None)
 
     def without(self, dropped: Tensor) -> LayerCall:
-        """A copy with zeros for the rows ``dropped``, (B,) bool, finite or not."""
+        """A copy with zeros for the rows ``dropped``, (B,) bool."""
         part = self.copy()
         if self.input.is_floating_point() and len(self.input) == len(dropped):
             part.input = zeroed(self.input, dropped)  # both a and b: 0 times NaN is NaN
@@ -180,7 +179,7 @@ class LayerCall:
         raise NotImplementedError
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
-        """Whether the rows of G are quickly made, and no larger than a and b."""
+        """Whether rows of G are quick to make, and no larger than a and b."""
         return False
 
     def dot(self, direction: Direction) -> Tensor:
@@ -232,7 +231,6 @@ class LayerCall:
         return {role: direction[p] for role, p in self.parameters.items() if p in direction}
 
     def completed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values, with zeros for other roles."""
         like = next(iter(values.values()))
         zeros = {r: like.new_zeros(p.shape) for r, p in self.roles.items() if r not in values}
         return {**zeros, **values}

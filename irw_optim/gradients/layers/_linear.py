@@ -20,7 +20,7 @@ from irw_optim.gradients.layers._products import (
 from irw_optim.gradients.protocol import MEMORY_BOUND, WIDER, Direction, wide, widened
 
 FEW_PRODUCTS = 2**19
-"""Below this many the number of operations counts: the kernel has fewer."""
+"""Below this many the kernel is quicker, having fewer operations."""
 
 KERNEL_SELECTS_FROM = 128
 """Batch size from which the kernel has the used columns alone."""
@@ -32,11 +32,9 @@ class AffineCall(LayerCall):
     made_of_b = "bias_rows"
 
     def weight_dot(self, direction: Tensor) -> Tensor:
-        """<g_i, v> for the weight alone."""
         raise NotImplementedError
 
     def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
-        """Sum over samples and positions."""
         raise NotImplementedError
 
     def weight_rows(self, samples: slice) -> Tensor:
@@ -90,7 +88,7 @@ class LinearCall(AffineCall):
         self.transposed = transposed
 
     def of(self, input: Tensor) -> LinearCall:
-        """The same call in another graph, which has read this, (B, in)."""
+        """The same call in a graph that has read this, (B, in)."""
         twin = object.__new__(LinearCall)
         vars(twin).update(vars(self))
         twin.recorded = twin.input = input.detach()
@@ -104,7 +102,7 @@ class LinearCall(AffineCall):
         return self.b if b.ndim == 2 else b.flatten(1, -2).sum(1, dtype=wide(b.dtype))
 
     def weight_dot(self, direction: Tensor) -> Tensor:
-        """<b_i, W a_i> = <W^T b_i, a_i>: the side with fewer numbers is made."""
+        """<b_i, W a_i> = <W^T b_i, a_i>, the smaller of both."""
         a, b = operands(self.input, self.output_gradient)
         weight = direction.t() if self.transposed else direction
         if a.numel() < b.numel():
@@ -112,7 +110,7 @@ class LinearCall(AffineCall):
         return inner(b, mapped(a, weight.t()), in_place=True)
 
     def combine(self, weights: RowWeights, *, narrow: bool = False) -> dict[Tensor, Tensor]:
-        """Few numbers: b times the weights once, for weight and bias alike."""
+        """Few: b times the weights once, for weight and bias."""
         a, b, parameters = self.input, self.output_gradient, self.parameters
         many = a.ndim > 2 or a.numel() + b.numel() >= GATHER_FROM
         if many or b.dtype in WIDER or "weight" not in parameters:
@@ -126,7 +124,7 @@ class LinearCall(AffineCall):
         return result
 
     def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
-        """B^T A over samples and positions, in the order that needs no copy."""
+        """B^T A, in the order that needs no copy."""
         if b.ndim > 2:
             if stands_behind(a) or stands_behind(b):
                 a, b = a.transpose(0, 1), b.transpose(0, 1)
@@ -143,7 +141,7 @@ class LinearCall(AffineCall):
         return product(left.mT, right)
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
-        """With more positions than features the rows are the fewer numbers."""
+        """With many positions the rows are fewer numbers."""
         numbers = len(self.input) * sum(p.numel() for p in self.parameters.values())
         return self.input.ndim > 2 and numbers <= self.input.numel() + output_shape.numel()
 
@@ -191,7 +189,7 @@ class LinearCall(AffineCall):
             gram_of(self.bias_rows) if with_bias else a.new_zeros(batch, batch, dtype=wide(a.dtype))
         )
         step = max(1, MEMORY_BOUND // (batch * width_in))
-        for some in b.split(step, dim=-1):  # per-sample gradients of the weight, a block at a time
+        for some in b.split(step, dim=-1):  # rows of the weight, a block at a time
             gram = gram + gram_of(product(some.mT, a))
         return gram
 
@@ -207,7 +205,7 @@ def mapped(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def stands_behind(rows: Tensor) -> bool:
-    """Whether the samples stand behind the positions in memory, as in (T, B, d)."""
+    """Whether samples stand behind positions in memory, as in (T, B, d)."""
     return rows.ndim == 3 and rows.stride(0) < rows.stride(1)
 
 
@@ -234,7 +232,6 @@ class LinearRowsCall(LinearCall):
         return self.among_zeros(super().combine(weights, narrow=narrow))
 
     def among_zeros(self, parts: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """With zeros for the other rows."""
         each = [(p, self.slices[role]) for role, p in self.parameters.items()]
         return {
             p: F.pad(parts[p], (*[0, 0] * (p.ndim - 1), rows.start, len(p) - rows.stop))
@@ -246,7 +243,6 @@ class HeadsCall(LayerCall):
     """y_h = a_h W_h for a of shape (heads, rows, in) and W of shape (heads, in, out)."""
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
-        """All rows are treated alike."""
         found = layouts_of(output_shape[1:2], batch_size, is_sequence=True)
         return tuple(layout._replace(dim=1) for layout in found)
 

@@ -1,8 +1,7 @@
 """Layers that use a weight at many positions: convolutions over space, LSTMs over time.
 
-Convolutions go through the operation that autograd itself uses. A fused LSTM shows the gradient of
-its states alone: a pass backwards through time makes of it that of the gates, which are a linear
-map of the inputs and another of the states.
+A fused LSTM shows the gradient of its states alone: a pass backwards through time makes of it that
+of the gates, which are a linear map of the inputs and another of the states.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class ConvolutionCall(AffineCall):
         self.settings = [settings[name] for name in CONVOLUTION]
         self.transposed, self.groups = bool(settings["transposed"]), int(settings["groups"])
         self.features = input.ndim - 1
-        self.patch_size = weight.shape[1:].numel()  # numbers that a position reads in one group
+        self.patch_size = weight.shape[1:].numel()  # in one group
 
     def forget_values(self) -> None:
         """Only its shape counts."""
@@ -61,7 +60,7 @@ class ConvolutionCall(AffineCall):
         return inner(b, output.view(b.shape), in_place=True)
 
     def weight_gradient(self, a: Tensor, b: Tensor, *, narrow: bool = False) -> Tensor:
-        weight = self.weight  # only its shape and layout count
+        weight = self.weight
         if weight.dtype != b.dtype:
             weight = torch.empty_like(weight, dtype=b.dtype)
         a, b = self._pictures(a), self._pictures(b)
@@ -71,7 +70,7 @@ class ConvolutionCall(AffineCall):
         return result[1]  # type: ignore[no-any-return]
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
-        """Where neither the rows nor the patches outnumber a and b."""
+        """Where rows and patches do not outnumber a and b."""
         shape = self.recorded.shape if self.transposed else output_shape
         rows = sum(p.numel() for p in self.parameters.values())
         patches = shape[2:].numel() * self.patch_size * self.groups
@@ -120,7 +119,6 @@ class ConvolutionCall(AffineCall):
         return positions_last(windows, self.patch_size), positions_last(single, width)
 
     def _pictures(self, side: Tensor) -> Tensor:
-        """Whoever's they are."""
         return side.flatten(0, 1) if side.ndim > self.features + 1 else side
 
 
@@ -134,9 +132,9 @@ RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class Gates(NamedTuple):
     """What an LSTM's gates i, f, g, o and cells hand on, time first."""
 
-    slopes: Tensor  # (T, B, 4, H), what the gradient of a cell gives i, f and g, of a state o
-    to_cell: Tensor  # (T, B, H), of a state the cell
-    forget: Tensor  # (T, B, H), of a cell the one before
+    slopes: Tensor  # (T, B, 4, H), of a cell to i, f and g, of a state to o
+    to_cell: Tensor  # (T, B, H), of a state to the cell
+    forget: Tensor  # (T, B, H), of a cell to the one before
 
 
 def gates_of(
@@ -186,7 +184,7 @@ class LSTMCall(LayerCall):
         self.parts: list[LayerCall] = []
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
-        """Behind the time, if there is one; or several rows a sample."""
+        """Behind the time; or several rows a sample."""
         rows, dim = self.recorded.shape[1], int(self.output == 0)
         if rows == batch_size:
             return (Layout(dim) if dim else FIRST,)
@@ -232,7 +230,7 @@ class LSTMCall(LayerCall):
         outputs = zip(b[:, :, 3].unbind(), gates.slopes[:, :, 3].unbind(), strict=True)
         ways = zip(gates.to_cell.unbind(), gates.forget.unbind(), strict=True)
         steps = list(zip(arriving, states, outputs, ways, of_gates.unbind(), strict=True))
-        later: Tensor | None = None  # the gradient of the gates one step later
+        later: Tensor | None = None  # of the gates one step later
         for here, (to_ifg, of_ifg), (to_o, of_o), (to_cell, forget), all_four in reversed(steps):
             state = here if later is None else torch.addmm(here, later, weight)
             cell = torch.addcmul(cell, state, to_cell)
@@ -264,7 +262,7 @@ class LSTMCall(LayerCall):
         return summed_rows(self._of_chosen(), samples)
 
     def _of_chosen(self) -> list[LayerCall]:
-        """The two maps with the parameters that this call still has."""
+        """With the parameters that are left."""
         mine = set(self.parameters.values())
         chosen = [part.copy() for part in self.parts]
         for part in chosen:

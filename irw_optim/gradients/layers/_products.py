@@ -1,8 +1,8 @@
 """Products of numbers in any precision, and Gram matrices without a row of G per sample.
 
-Products of bfloat16 are exact in float32: a device with cores for it multiplies them as they are
-and adds in float32. What becomes an operand first, w_i b_i and g_S, is rounded as autocast rounds
-activations. The CPU widens, being slower with bfloat16; and float16 is too narrow for w_i b_i.
+Devices multiply bfloat16 as it is and add in float32: that is exact, but w_i b_i and g_S are
+rounded as autocast rounds activations. The CPU widens, being slower with bfloat16; and float16 is
+too narrow for w_i b_i.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as products take them: bfloat16 as it is on a device, else float32 or better."""
+    """Both as products take them."""
     if a.dtype == b.dtype and (a.dtype not in WIDER or stays(a)):
         return a, b
     return widened(a), widened(b)
@@ -33,10 +33,7 @@ def stays(tensor: Tensor) -> bool:
 
 
 def product(left: Tensor, right: Tensor, *, narrow: bool = False) -> Tensor:
-    """``left @ right`` of (stacks of) matrices of one dtype: in float32 or better.
-
-    A ``narrow`` result is an operand next, and may be rounded.
-    """
+    """``left @ right`` of (stacks of) matrices: in float32 or better unless ``narrow``."""
     multiply = torch.mm if left.ndim == 2 else torch.bmm
     if narrow or left.dtype not in WIDER:
         return multiply(left, right)

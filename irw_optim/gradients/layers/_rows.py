@@ -131,9 +131,9 @@ class VectorCall(LayerCall):
 
 
 class ElementwiseCall(LayerCall):
-    """A parameter, or a view of one, that broadcasts to the shape of an ``output``.
+    """A parameter, or a view of one, broadcast to an ``output``: a summand, or times a factor.
 
-    It is added, or times a ``factor``; ``scale`` is that of ``torch.add(x, p, alpha=2)``.
+    ``scale`` is that of ``torch.add(x, p, alpha=2)``.
     """
 
     made_of_b = "reduced"
@@ -142,10 +142,10 @@ class ElementwiseCall(LayerCall):
         self, parameter: Tensor, factor: Tensor | None, output: Tensor, scale: float = 1
     ) -> None:
         whole = parameter if parameter.is_leaf or parameter._base is None else parameter._base
-        # A sum does not read what it adds to, which may be changed in place afterwards.
+        # What a sum adds to may be changed in place afterwards.
         read = output.new_empty(()) if factor is None else factor
         super().__init__(read.expand(output.shape), weight=whole)
-        # What an expanded view repeats is one number of the parameter.
+        # What a view repeats is one number.
         steps = zip(parameter.shape, parameter.stride(), strict=True)
         self.size = torch.Size(size if stride else 1 for size, stride in steps)
         start = parameter.storage_offset() - whole.storage_offset()
@@ -203,7 +203,7 @@ class ElementwiseCall(LayerCall):
         return {self.parameters["weight"]: whole}
 
     def _broadcast_size(self) -> list[int]:
-        """With the dimensions that broadcasting puts in front."""
+        """With what broadcasting puts in front."""
         return [*[1] * (self.recorded.ndim - len(self.size)), *self.size]
 
 
@@ -239,7 +239,7 @@ class EmbeddingCall(LayerCall):
 
     @property
     def b(self) -> Tensor:
-        """Padding has no gradient, whatever arrives there."""
+        """Padding has no gradient."""
         b, padding = super().b, self.padding_idx
         return b if padding is None else b * (self.input != padding).unsqueeze(-1)
 
