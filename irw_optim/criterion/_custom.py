@@ -40,13 +40,17 @@ WAYS_OUT = (
 class PerSampleLoss(nn.Module):
     """A criterion out of a function that returns one loss per sample.
 
+    Called, it returns the ordinary scalar, so it is used in a training loop like any other
+    criterion; handed to ``IRWOptimizer(criterion=...)``, its per-sample losses are known.
+
     Args:
         function: Maps the criterion's arguments to differentiable losses of shape (B,), or
-            (B, ...), averaged over each sample. May be an ``nn.Module``.
+            (B, ...), which are averaged over each sample. May be an ``nn.Module``.
         reduction: ``"mean"`` or ``"sum"`` over all losses.
 
     Raises:
-        TypeError, ValueError: Another `function` or `reduction`.
+        TypeError: If `function` is not callable.
+        ValueError: If `reduction` is neither.
 
     Example:
         >>> import torch

@@ -188,7 +188,8 @@ def check_inputs(calls: Iterable[LayerCall]) -> None:
             shapes = [tuple(p.shape) for p in call.parameters.values()]
             raise RuntimeError(
                 f"the input of a layer with parameters of shape {shapes} was modified in place "
-                "after the layer read it; use the operation that is not in place"
+                "after the layer read it: its per-sample gradients are lost; use the operation "
+                "that is not in place"
             )
 
 

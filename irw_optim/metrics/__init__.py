@@ -1,4 +1,7 @@
-"""How the groups fare, and how the tail: metrics of a trained model, on arrays or tensors."""
+"""How the groups fare, and how the tail: metrics of a trained model, on arrays or tensors.
+
+`group_report` has all of them; `worst_cluster_accuracy` is for choosing a model without groups.
+"""
 
 from __future__ import annotations
 
@@ -55,12 +58,13 @@ class GroupReport:
     """What `group_report` found; ``print(report)`` shows it.
 
     Attributes:
-        by_group: a row a group: ``samples``, ``accuracy``, ``mean loss`` if losses were given, and
-            the metrics asked for.
-        overall: the same for everybody.
-        worst_group: the first that fares worst.
-        worst_group_accuracy: its accuracy.
-        mad, tad, loss_variance, worst_alpha_loss: as the functions, if losses, alpha were given.
+        by_group: one row a group: ``samples``, ``accuracy``, ``mean loss`` if losses were given,
+            and the metrics asked for; ``overall`` has the same for everybody.
+        worst_group: that fares worst, the first of several, with ``worst_group_accuracy``.
+        mad: largest gap between two groups' accuracies.
+        tad: sum over the groups of the distance to the overall accuracy.
+        loss_variance: VAR, if losses were given.
+        worst_alpha_loss: mean of the worst ceil(alpha N) losses, if losses and alpha were given.
     """
 
     by_group: pd.DataFrame
@@ -95,7 +99,7 @@ def group_report(
     alpha: float | None = None,
     metrics: Mapping[str, Metric] | None = None,
 ) -> GroupReport:
-    """Accuracy, and other metrics, by group, with the disparities.
+    """Accuracy, and any other metric, by group, with the disparities between the groups.
 
     Needs fairlearn: ``pip install "irw-optim[report]"``.
 
@@ -103,8 +107,8 @@ def group_report(
         y_true: (N,) classes.
         y_pred: (N,) predicted ones.
         groups: as of `group_accuracy`.
-        losses: (N,), for each group's mean and the variance of all.
-        alpha: share in (0, 1], for the mean of the worst.
+        losses: (N,), for the mean loss of each group and the variance of all.
+        alpha: share in (0, 1], for the mean of the worst losses.
         metrics: further columns, {name: metric(y_true, y_pred)}.
 
     Raises:
@@ -156,7 +160,7 @@ def group_report(
         sensitive_features=columns,
         sample_params=sample_params,
     )
-    # MetricFrame has a row of NaN for combinations that nobody is in.
+    # MetricFrame has a row of NaN for each combination of groups that nobody is in.
     by_group = frame.by_group[frame.by_group["samples"] > 0].astype({"samples": int})
     worst = min(accuracies, key=accuracies.__getitem__)
     return GroupReport(
@@ -171,11 +175,13 @@ def group_report(
 
 
 class Cell(NamedTuple):
-    """The samples of one class in one cluster, or in all that are too small by themselves.
+    """The samples of one class in one cluster, or in several that are too small by themselves.
 
     Attributes:
-        label, clusters: the class, and the numbers of the clusters.
-        samples, accuracy: how many, and the share predicted right.
+        label: the class.
+        clusters: their numbers.
+        samples: how many.
+        accuracy: share of right predictions.
         counted: whether it is large enough for the worst cell.
     """
 
@@ -190,9 +196,9 @@ class ClusterAccuracy(NamedTuple):
     """What to select a model by where nobody's group is known; see `worst_cluster_accuracy`.
 
     Attributes:
-        worst_cell: the least accuracy of a cell that counts.
-        worst_class: that of a class.
-        cells: all of them; ``pandas.DataFrame(cells)`` shows the table.
+        worst_cell: the least accuracy of a label x cluster cell that counts.
+        worst_class: the least accuracy of a class.
+        cells: the table behind ``worst_cell``; ``pandas.DataFrame(cells)`` shows it.
     """
 
     worst_cell: float
@@ -218,16 +224,16 @@ def worst_cluster_accuracy(
 
     Compare models by its ``score`` on the same samples, with the same ``n_clusters`` and ``seed``.
     The clusters are those of scikit-learn's KMeans on the inputs, flattened: standardise features
-    before. For many models, cluster once and call `worst_cell_accuracy`. Of one class, clusters
-    with fewer than ``min_cell`` samples are one cell; where it is still smaller it counts in
-    ``worst_class`` alone.
+    before. For many models, cluster once and call `worst_cell_accuracy`. Of one class, all clusters
+    with fewer than ``min_cell`` samples are one cell, which counts in ``worst_class`` only where it
+    is still smaller.
 
     Args:
-        inputs: (N, ...) numbers.
+        inputs: (N, ...) numbers, what the model predicts from.
         y_true: (N,) classes.
         y_pred: (N,) predicted ones.
         n_clusters: k >= 1; inputs with fewer distinct rows make fewer clusters.
-        seed: of k-means.
+        seed: of the k-means initialisation.
         min_cell: samples that a cell needs.
 
     Raises:
@@ -250,7 +256,16 @@ def worst_cluster_accuracy(
 def worst_cell_accuracy(
     y_true: ArrayLike, y_pred: ArrayLike, clusters: ArrayLike, *, min_cell: int = 20
 ) -> ClusterAccuracy:
-    """`worst_cluster_accuracy` with ``clusters``, (N,) whole numbers, from any clustering.
+    """`worst_cluster_accuracy` with clusters that are known, from any clustering.
+
+    Args:
+        y_true: (N,) class labels.
+        y_pred: (N,) predicted classes.
+        clusters: (N,) whole numbers.
+        min_cell: samples that a cell needs.
+
+    Raises:
+        TypeError, ValueError: as of `worst_cluster_accuracy`.
 
     >>> result = worst_cell_accuracy([0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1], min_cell=1)
     >>> for cell in result.cells:

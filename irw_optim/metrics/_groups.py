@@ -33,10 +33,11 @@ def group_accuracy(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> 
             DataFrame.
 
     Returns:
-        {group: accuracy in [0, 1]}, sorted; with several columns a group is a tuple.
+        {group: accuracy in [0, 1]}, sorted by group; with several columns a group is a tuple.
 
     Raises:
-        TypeError, ValueError: lengths or kinds that differ, empty input, missing values, scores.
+        TypeError: labels and predictions of different kinds.
+        ValueError: lengths that differ, empty input, missing values, predictions that are scores.
 
     >>> y_true, y_pred, sex, old = [1, 0, 1, 1], [1, 0, 0, 1], ["f", "f", "m", "m"], [0, 1, 0, 1]
     >>> group_accuracy(y_true, y_pred, sex)
@@ -86,7 +87,10 @@ def tad(y_true: ArrayLike, y_pred: ArrayLike, groups: GroupsLike) -> float:
 
 
 def loss_variance(losses: ArrayLike) -> float:
-    """VAR, the variance of losses (N,) over the samples: mean of (loss_i - mean loss)^2.
+    """VAR, the variance of the losses over the samples: mean of (loss_i - mean loss)^2.
+
+    Args:
+        losses: (N,).
 
     Raises:
         TypeError, ValueError: ``losses`` that are no numbers, not finite, or of another shape.
@@ -98,10 +102,14 @@ def loss_variance(losses: ArrayLike) -> float:
 
 
 def worst_alpha_loss(losses: ArrayLike, alpha: float) -> float:
-    """The mean of the worst ceil(alpha N) of losses (N,): the objective itself, CVaR at alpha.
+    """The mean of the worst ceil(alpha N) losses: the objective itself, CVaR at level alpha.
+
+    Args:
+        losses: (N,), as of `loss_variance`.
+        alpha: share in (0, 1]; 1 gives the mean loss.
 
     Raises:
-        TypeError, ValueError: as of `loss_variance`; ``alpha`` outside (0, 1].
+        TypeError, ValueError: an argument that is impossible.
 
     >>> worst_alpha_loss([0.1, 2.0, 0.3, 1.0], alpha=0.5)
     1.5

@@ -32,16 +32,17 @@ class IRWMonitor(Renewed):
     """Records what an `IRWOptimizer` decides, in bounded memory, and says what is wrong with it.
 
     A row is one step's `IRWOptimizer.last_step` in numbers (O(B) work, and one norm of ``p.grad``);
-    no other step waits for the device. Beyond ``capacity`` rows every second one is let go and the
-    interval doubles. Steps that a scaler skipped are none.
+    no other step waits for the device. With more than ``capacity`` rows every second one is let go
+    and the interval doubles: they cover the training evenly. Steps that a scaler skipped are none.
 
-    Of backward passes that add up to a step the newest is recorded, with ``accumulation_steps`` the
-    whole logical batch; of several processes all samples weighed together, by group this one's.
+    Of several backward passes that add up to a step the newest is recorded, with
+    ``accumulation_steps`` the whole logical batch; of several processes all samples that they weigh
+    together, and by group this one's.
 
     Args:
-        optimizer: the one that trains, or Accelerate's or Lightning's proxy of it.
-        every: steps between rows, to begin with; the first has one, too.
-        capacity: most rows kept, >= 10.
+        optimizer: the one that trains, or a proxy of it from Accelerate or Lightning.
+        every: steps between rows, to begin with; the first one has a row, too.
+        capacity: most rows that are kept, >= 10.
 
     Attributes:
         optimizer: the `IRWOptimizer` listened to.
@@ -84,7 +85,7 @@ class IRWMonitor(Renewed):
         self.begin()
 
     def begin(self) -> None:
-        """Set what copies do not carry, and listen."""
+        """Set what copies, which go with the copy of the optimizer, do not carry, and listen."""
         self._loggers: list[Logger] = []
         self._passes: deque[GroupsLike] = deque(maxlen=self.optimizer.accumulation_steps)
         self._handles: list[Removable] = []
@@ -92,9 +93,9 @@ class IRWMonitor(Renewed):
         self._listen()
 
     def groups(self, groups: GroupsLike) -> None:
-        """Say which groups the batch is of, before ``optimizer.step()``, once a backward pass.
+        """Say which groups the batch at hand is of, for the evaluation: training never sees them.
 
-        Training never sees them.
+        To be called before ``optimizer.step()``, once for each backward pass.
 
         Args:
             groups: in the order of the batch, as of `irw_optim.metrics.group_accuracy`.
@@ -102,10 +103,10 @@ class IRWMonitor(Renewed):
         self._passes.append(groups)
 
     def log_to(self, logger: Logger) -> None:
-        """Give a logger the rows so far and, until `detach`, every new one.
+        """Give a logger the rows so far and, until `detach`, every row when it is made.
 
-        The names begin with ``irw/``; partitions into more than 20 classes or groups, and numbers
-        that are not known, are left out.
+        The names begin with ``irw/``, and the step is the optimizer's. Partitions into more than
+        20 classes or groups, and numbers that are not known, are left out.
 
         Args:
             logger: of TensorBoard or Lightning, or whatever has ``add_scalar(tag, value, step)`` or
@@ -117,8 +118,8 @@ class IRWMonitor(Renewed):
         takes = hasattr(logger, "add_scalar") or hasattr(logger, "log_metrics")
         if isinstance(logger, type) or not takes:
             raise TypeError(
-                f"logger={logger!r}: expected a TensorBoard SummaryWriter, a Lightning logger, or "
-                "what has add_scalar(tag, value, step) or log_metrics(metrics, step)"
+                f"logger={logger!r}: expected a TensorBoard SummaryWriter, a Lightning logger, "
+                "or an object with add_scalar(tag, value, step) or log_metrics(metrics, step)"
             )
         for row in self._course.rows:
             send(row, logger)
@@ -145,7 +146,7 @@ class IRWMonitor(Renewed):
         return [row.flat() for row in self._course.rows]
 
     def frame(self) -> pd.DataFrame:
-        """The rows as a DataFrame by step; NaN where a row lacks a column.
+        """The rows as a DataFrame with the steps as index; NaN where a row lacks a column.
 
         Raises:
             ImportError: pandas is not installed.
@@ -160,7 +161,7 @@ class IRWMonitor(Renewed):
         return pd.DataFrame(rows, columns=_columns_of(rows) or ["step"]).set_index("step")
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows to a CSV file; empty where a row lacks a column."""
+        """Write the rows to a CSV file, under their names; empty where a row lacks a column."""
         rows = self.rows()
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, _columns_of(rows))
@@ -168,7 +169,7 @@ class IRWMonitor(Renewed):
             writer.writerows(rows)
 
     def plot(self) -> Figure:
-        """The course of the training, as a figure.
+        """The course of the training as a matplotlib figure.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -188,11 +189,11 @@ class IRWMonitor(Renewed):
         return found + html_table(names, cells)
 
     def diagnose(self) -> list[Finding]:
-        """The ways to fail that the rows show: ``docs/diagnostics.md``."""
+        """The known ways to fail that the rows show: ``docs/diagnostics.md``."""
         return diagnose(self._course)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data, as ``torch.load(weights_only=True)`` takes."""
+        """Plain data, which ``torch.load(weights_only=True)`` takes."""
         return {
             "interval": self._course.interval,
             "rows": [row.state() for row in self._course.rows],
@@ -200,14 +201,15 @@ class IRWMonitor(Renewed):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the rows of a checkpoint."""
+        """Go on from the rows of a checkpoint, in place of those here."""
         self._course = Course(state_dict["interval"], self._course.capacity)
         for row in state_dict["rows"]:
             self._course.add(Row.of_state(row))
         self._held.load(state_dict["held"])
 
     def _listen(self) -> None:
-        monitor = self if self._loggers else proxy(self)  # which may be forgotten
+        """Hear of the steps; a monitor without a logger may be forgotten, and ends with that."""
+        monitor = self if self._loggers else proxy(self)
         remove_all(self._handles)
         self._handles += [
             self.optimizer.register_step_pre_hook(lambda *_: monitor._before_step()),
@@ -242,6 +244,6 @@ def _irw_optimizer(optimizer: Any) -> IRWOptimizer:
         if isinstance(candidate, IRWOptimizer):
             return candidate
     raise TypeError(
-        f"optimizer is a {type(optimizer).__name__}: expected the IRWOptimizer that trains, no "
-        "private one, whose guarantee does not cover its samples' weights"
+        f"optimizer is a {type(optimizer).__name__}: expected the IRWOptimizer that trains; a "
+        "private one cannot be listened to, whose guarantee does not cover its samples' weights"
     )

@@ -19,7 +19,7 @@ from irw_optim.weighting import StepRecord, worst_off_count
 
 
 class Batch(NamedTuple):
-    """Samples of a step, on the CPU."""
+    """A step's record as numpy arrays of shape (B,) on the CPU."""
 
     losses: Array
     worst_off: Array
@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     labels: Array | None
 
     def part(self, chosen: Array) -> Batch:
+        """The chosen samples, (B,) bool."""
         fields: Any = [v[chosen] if isinstance(v, np.ndarray) else v for v in self]
         return Batch(*fields)
 
@@ -40,7 +41,10 @@ def row_of(
     held_for: int | None,
     passes: Sequence[GroupsLike],
 ) -> Row | None:
-    """The row of the step just taken, with the groups of its ``passes``; None without a target."""
+    """The row of the step that the optimizer just took; None where nobody has a target.
+
+    ``passes`` has the groups of each backward pass, oldest first; a ValueError if they do not fit.
+    """
     batch, scheme = read(record, gradient_norm(optimizer)), optimizer.scheme
     counted = own = np.ones(len(batch.losses), dtype=bool)
     if record.own is not None:  # of several processes, whose samples the record holds
@@ -74,7 +78,7 @@ def row_of(
 
 
 def read(record: StepRecord, gradient_norm: Tensor) -> Batch:
-    """A record, waiting for the device once (twice with labels)."""
+    """A record on the CPU, float32, waiting for the device once (twice with labels)."""
     like = record.losses
     vectors = [record.losses, record.worst_off, record.outliers, record.weights]
     vectors += [v.to(like.device).expand_as(like) for v in (record.fallback, gradient_norm)]
@@ -86,6 +90,7 @@ def read(record: StepRecord, gradient_norm: Tensor) -> Batch:
 
 
 def summarise(batch: Batch, alpha: float) -> dict[str, float]:
+    """The columns that hold for a batch as a whole; B >= 1."""
     losses, weights = batch.losses.astype(np.float64), batch.weights.astype(np.float64)
     size, squares = len(losses), float(weights @ weights)
     effective = float(weights.sum()) ** 2 / squares if squares else 0.0
@@ -114,6 +119,7 @@ def summarise(batch: Batch, alpha: float) -> dict[str, float]:
 
 
 def by_group(batch: Batch, groups: Mapping[str, Array]) -> Breakdown:
+    """The batch by group; of several columns, by each combination that occurs."""
     parts, member = intersect(groups)
     size = np.bincount(member)
 
@@ -139,7 +145,8 @@ def groups_of(passes: Sequence[GroupsLike], size: int) -> dict[str, Array]:
     if sum(lengths[first:]) != size:
         raise ValueError(
             f"the step was on a batch of {size} samples, but monitor.groups() was given "
-            f"{' + '.join(map(str, lengths))}: expected one for each, in a call a backward pass"
+            f"{' + '.join(map(str, lengths))}: expected one label for each sample, in one call for "
+            "each backward pass"
         )
     return {name: np.concatenate([columns[name] for columns in given[first:]]) for name in given[0]}
 
@@ -165,7 +172,7 @@ class WeightAge:
         self.load({"step": 0, "weights": None})
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on, if the same weights come back."""
+        """Go on from there, if the same weights come back."""
         self.step: int = state["step"]
         self._resumed: float | None = state["weights"]
         self._known: Callable[[], StepRecord | None] = lambda: None
@@ -182,6 +189,7 @@ class WeightAge:
         return step - self.step
 
     def state(self) -> dict[str, Any]:
+        """Since when they are held, and what is in them."""
         record = self._known()
         return {"step": self.step, "weights": None if record is None else _fingerprint(record)}
 
@@ -193,8 +201,11 @@ def _fingerprint(record: StepRecord) -> float:
 
 
 def agreement(losses: Array, worst_off: Array) -> float:
-    """P(a member of S has a larger loss than somebody else), NaN where S is everybody or nobody."""
-    from sklearn.metrics import roc_auc_score  # slow to import
+    """The area under the ROC curve of S by the losses, NaN where everybody is in S, or nobody.
+
+    P(a member of S has a larger loss than somebody else): 1/2 where S says nothing more.
+    """
+    from sklearn.metrics import roc_auc_score  # takes longer to import than this package
 
     inside = worst_off.astype(bool)
     if inside.all() or not inside.any():

@@ -1,6 +1,7 @@
 """The known ways in which reweighted training fails, each as a function of its course.
 
-Medians of the later half of the weighted steps decide; of the worst-off loss, the whole course.
+They are judged on the later half of the weighted steps, by medians, so that single batches and the
+beginning do not decide; the two about the worst-off loss look at the whole course.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from irw_optim.monitor.rows import Course, blocks, column, mean, medians, parts_of
 
 ENOUGH = 20
-"""Weighted rows, or removed samples, before anything is said of them."""
+"""Weighted rows before anything is said, and removed samples before it is said who they are."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Finding:
     """One way in which the training fails; ``print(finding)`` shows it.
 
     Attributes:
-        name: as in ``docs/diagnostics.md``.
-        says: what was seen.
-        figures: those in it, by name.
+        name: as in the table of ``docs/diagnostics.md``.
+        says: what was seen, with the figures in it.
+        figures: the figures alone, by name.
         advice: what to change.
 
     >>> print(Finding("few_worst_off", "S has 2 samples.", {"worst_off_samples": 2.0}, "More."))
@@ -42,11 +43,12 @@ class Finding:
 
 
 def diagnose(course: Course) -> list[Finding]:
+    """All findings, in the order of `SIGNATURES`."""
     if (seen := len(course.weighted)) < ENOUGH:
         return [
             Finding(
                 "too_few_records",
-                f"{seen} weighted steps are recorded, and {ENOUGH} are needed.",
+                f"{seen} weighted steps are recorded, and {ENOUGH} are needed to say anything.",
                 {"rows": float(seen)},
                 "train on, or record more often with IRWMonitor(..., every=1).",
             )
@@ -55,7 +57,7 @@ def diagnose(course: Course) -> list[Finding]:
 
 
 def worst_off_loss(course: Course) -> Iterator[Finding]:
-    """The objective itself does not fall."""
+    """The objective itself, the mean of the worst losses, does not fall."""
     if course.rows[-1].numbers["resampled"]:
         return  # a batch is drawn from those who were badly off, each time other ones
     losses = column(course.rows, "worst_alpha_loss")
@@ -67,7 +69,8 @@ def worst_off_loss(course: Course) -> Iterator[Finding]:
     lowest, latest = float(np.exp(best) - floor), float(np.exp(now) - floor)
     figures = {"start": start, "lowest": lowest, "now": latest}
     numbers = f"{start:.3g} at the start, {lowest:.3g} at the lowest, {latest:.3g} now"
-    # A tenth, and three errors of a difference; a doubling is news also where batches exploded.
+    # More than a tenth, since less is no news, and than three errors of a difference; twice as much
+    # is news also where the last batches exploded and scatter.
     if now - min(best, first) > max(0.1, min(3 * 2**0.5 * error, np.log(2))):
         yield Finding(
             "worst_off_loss_rises",
@@ -105,8 +108,8 @@ def one_class(course: Course) -> Iterator[Finding]:
             f"in the median step {weight:.0%} of the weight lies on one class, {which}, "
             f"which has {weight - excess:.0%} of the samples.",
             {"weight": weight, "samples": weight - excess, "usual_class_share": often},
-            "class_balance=True, which gives every class the same weight, or mix=0.5: gradients of "
-            "a class are alike, so most who help S are of its majority's class.",
+            "class_balance=True, which gives every class the same weight, or mix=0.5. Gradients of "
+            "a class resemble each other, so most who help S are of its majority's class.",
         )
 
 
@@ -121,21 +124,21 @@ def few_samples(course: Course) -> Iterator[Finding]:
             f"the median step counts as {effective:.1f} of {size:.0f} samples, and one sample has "
             f"{largest:.0%} of its weight.",
             {"effective_samples": effective, "effective_share": share, "largest_weight": largest},
-            "a larger batch or alpha, accumulation_steps, or mix=0.5; look at samples whose "
-            "gradients are far above all others, and at outliers=DBSCANFilter().",
+            "a larger batch or alpha, accumulation_steps, or mix=0.5; if a few gradients are far "
+            "above all others, look at these samples, and at outliers=DBSCANFilter().",
         )
 
 
 def few_worst_off(course: Course) -> Iterator[Finding]:
-    """S is one or two samples."""
+    """S is one or two samples: its gradient is theirs."""
     if not (local := course.recent_with(held=False)):
         return
     members, size = medians(local, "worst_off_samples", "samples")
     if 0 < members < 3:
         yield Finding(
             "few_worst_off",
-            f"the worst-off of the median batch are {members:.0f} of {size:.0f} samples, who alone "
-            "give the direction.",
+            f"the worst-off of the median batch are {members:.0f} of {size:.0f} samples, whose "
+            "gradients alone give the direction.",
             {"worst_off_samples": members, "samples": size},
             "batch size times alpha should be 3 at least, better 10: a larger batch, "
             "accumulation_steps, a larger alpha, or irw_optim.schemes.GlobalScheme.",
@@ -143,12 +146,12 @@ def few_worst_off(course: Course) -> Iterator[Finding]:
 
 
 def gradients_vanished(course: Course) -> Iterator[Finding]:
-    """There is nothing to weigh by, though not everything is learned."""
+    """There is nothing to weigh by, and it is not because everything is learned."""
     fallback = mean(course.recent_with(held=False), "fallback")
     tenth = max(1, len(course.rows) // 10)
     norms, losses = column(course.rows, "gradient_norm"), column(course.rows, "worst_alpha_loss")
     first, now = float(np.median(norms[:tenth])), float(np.median(norms[-tenth:]))
-    # What is learned has small gradients too, but small losses as well.
+    # Training on what is learned already has small gradients too, but small losses as well.
     learned = np.median(losses[-tenth:]) < 0.5 * losses[:3].mean()
     if fallback >= 0.05 or not (learned or now > 1e-3 * first):
         yield Finding(
@@ -156,13 +159,14 @@ def gradients_vanished(course: Course) -> Iterator[Finding]:
             f"no sample had a positive score in {fallback:.0%} of the later steps, whose weights "
             f"were uniform; the gradient's norm was {first:.2g} at first and is {now:.2g} now.",
             {"fallback": fallback, "norm_at_first": first, "norm_now": now},
-            "a smaller learning rate, a criterion on logits (BCEWithLogitsLoss) or normalisation "
-            "layers, since saturated or dead units have no gradient; unfrozen score_parameters.",
+            "saturated outputs and dead units have no gradient: a smaller learning rate, a "
+            "criterion on logits (BCEWithLogitsLoss), normalisation layers; score_parameters that "
+            "are not frozen.",
         )
 
 
 def batches_without_weight(course: Course) -> Iterator[Finding]:
-    """Global weights leave whole batches without any."""
+    """The weights of a global scheme leave whole batches without any."""
     fallback = mean(course.recent_with(held=True), "fallback")
     if fallback >= 0.05:
         yield Finding(
@@ -182,13 +186,13 @@ def removes_many(course: Course) -> Iterator[Finding]:
             "filter_removes_many",
             f"the outlier filter removes {removed:.0%} of the samples.",
             {"removed": removed},
-            'DBSCANFilter(eps="auto"), whose quantile bounds the share: gradients shrink, and a '
-            "fixed eps does not.",
+            'DBSCANFilter(eps="auto"), whose quantile bounds the share; a fixed eps does not '
+            "survive training, since gradients shrink.",
         )
 
 
 def removes_one(course: Course, kind: str) -> Iterator[Finding]:
-    """The outlier filter takes mostly one class or group."""
+    """The outlier filter takes mostly one class, or one group."""
     parts = parts_of(course.weighted, kind)
     removed = {name: part.removed * part.seen for name, part in parts.items()}
     total = sum(removed.values())
@@ -205,8 +209,8 @@ def removes_one(course: Course, kind: str) -> Iterator[Finding]:
             f"{share:.0%} of the samples that the outlier filter removed are of {kind} {name}: "
             f"{rate:.1%} of that {kind}, and {rate_of_others:.1%} of the others.",
             {"share_of_removed": share, "rate": rate, "rate_of_others": rate_of_others},
-            "a minority looks like noise to the filter: outliers=None, or a quantile nearer to 1, "
-            f"and look whether these samples of {kind} {name} are broken.",
+            "a minority looks like noise to the filter: leave outliers=None, or raise its quantile "
+            f"towards 1, and look whether these samples of {kind} {name} are broken.",
         )
 
 
@@ -222,13 +226,14 @@ def worst_group_underweighted(course: Course) -> Iterator[Finding]:
             f"group {name} has the largest mean loss, {worst.loss:.3g}, and {worst.samples:.1%} of "
             f"the samples, but {worst.weight:.1%} of the weight.",
             {"loss": worst.loss, "samples": worst.samples, "weight": worst.weight},
-            "what helps the worst-off is not what this group needs: center=1 after warmup_steps, "
-            'class_balance=True, an alpha nearer to its share, or weighting="uniform".',
+            "what helps the worst-off samples is not what this group needs: center=1 after "
+            "warmup_steps, class_balance=True, an alpha nearer to the group's share, or "
+            'weighting="uniform".',
         )
 
 
 def stale_weights(course: Course) -> Iterator[Finding]:
-    """Who was held for the worst off is so no longer."""
+    """Those whom a global scheme holds for the worst off are so no longer."""
     held = [row for row in course.recent if not np.isnan(row.numbers["held_agreement"])]
     if not held:
         return
@@ -239,9 +244,10 @@ def stale_weights(course: Course) -> Iterator[Finding]:
         yield Finding(
             "stale_weights",
             f"weights held for {age:.0f} steps no longer say who is worst off: somebody in S has "
-            f"the larger loss in {now:.0%} of the pairs (50 % by chance).",
+            f"the larger loss of a pair in {now:.0%} of the pairs (50 % by chance).",
             {"held_for": age, "agreement": now},
-            'more often, as by GlobalScheme(..., refresh=10, unit="steps"), or the local scheme.',
+            'renew more often, for example GlobalScheme(..., refresh=10, unit="steps"), or use the '
+            "local scheme, which decides in each batch.",
         )
 
 

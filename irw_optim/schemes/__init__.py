@@ -41,21 +41,24 @@ class GlobalScheme:
     """Trains with weights of the whole data set, renewed every ``refresh`` epochs or steps.
 
     The loop iterates over the scheme in place of its loader. The optimizer's options hold for the
-    data set, after ``warmup_steps`` of plain averaging. A renewal costs about 1.5 plain epochs. The
-    processes of a DistributedDataParallel, with the same data set each, share it out, and step as
-    one process.
+    data set, with ``warmup_steps`` of plain averaging first. A renewal costs about 1.5 epochs of
+    plain training. The processes of a DistributedDataParallel, with the same data set each, share
+    it out, and step as one process would on all their batches.
 
     Args:
         optimizer: its local scheme is replaced until `detach`.
         loader: a plain DataLoader over a map-style data set.
-        refresh: how long weights are held, in ``unit``; for long, they settle on one class and
-            flip with each renewal (``docs/schemes.md``).
+        refresh: how long weights are held, in ``unit``. Held for long, they settle on one class
+            and flip from renewal to renewal: ``docs/schemes.md``.
         unit: ``"epochs"`` (of the loader's length, in batches) or ``"steps"`` of the optimizer.
-        use: ``"reweighting"``: the loader's batches, weights renormalised in each.
-            ``"resampling"``: plain steps, on batches drawn with replacement by the weights in place
-            of the loader's sampler.
+        use: ``"reweighting"``: batches as the loader draws them, each sample counted by its
+            weight, renormalised in the batch. ``"resampling"``: batches drawn with replacement in
+            proportion to the weights, without the loader's sampler, and plain steps.
         criterion: None takes the optimizer's.
-        forward, batch_size, outlier_block, progress: as of `global_weights`.
+        forward: as of `global_weights`, for batches that are no pairs.
+        batch_size: as there, for the renewals.
+        outlier_block: as there.
+        progress: as there.
         seed: of the draws, with ``use="resampling"``; the same in all processes.
 
     Raises:
@@ -64,6 +67,7 @@ class GlobalScheme:
 
     >>> import torch
     >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
     >>> model, criterion = nn.Linear(2, 2), nn.CrossEntropyLoss()
     >>> data = TensorDataset(torch.randn(40, 2), torch.randint(0, 2, (40,)))
     >>> optimizer = IRWOptimizer(
@@ -141,10 +145,15 @@ class GlobalScheme:
         self._held.indices = None  # a batch from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
-        """Say first in a loop over an `IndexedDataset` which samples, (B,) int64, come next.
+        """Say which samples the next batch holds, in a loop over a loader of an `IndexedDataset`.
+
+        It comes first in the loop, and renews the weights where that is due.
+
+        Args:
+            indices: (B,) int64, of the data set.
 
         Raises:
-            RuntimeError: ``use="resampling"``, which draws the batches itself.
+            RuntimeError: the scheme draws the batches itself.
         """
         if self._sampler is not None:
             raise RuntimeError(

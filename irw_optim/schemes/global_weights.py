@@ -183,25 +183,30 @@ class ClassShare(NamedTuple):
 
 
 class ClassByClassSampler(ResamplingSampler):
-    """Draws for a second training in which an early model says who of each class needs it most.
+    """Draws for a second training, in which an early model says who of each class needs it most.
 
     Train the early one with class weights for a fifth of the steps, and a new model plainly with
     ``DataLoader(data, batch_size=64, sampler=sampler)``. Every class has the same share of the
-    draws, ``mix`` of which goes to all alike.
+    draws; inside a class, ``mix`` of it goes to all alike.
 
     Args:
         model: the early one.
-        criterion, loader, labels, batch_size, forward, progress: as of `global_weights`; class
-            weights make no difference.
-        by: ``"gradients"``, IRW weights with S the worst-off ``alpha`` of each class, in (0, 1];
-            ``"losses"``, in proportion to the loss: the control, without gradients.
-        alpha: as above.
+        criterion: as of `global_weights`; class weights in it make no difference.
+        loader: as there.
+        by: ``"gradients"``, IRW weights with S the worst-off ``alpha`` of each class;
+            ``"losses"``, in proportion to the loss: the control, which needs no gradients.
+        alpha: share of each class that makes S, in (0, 1]; not used by ``"losses"``.
         mix: in [0, 1].
-        num_samples, generator: as of `ResamplingSampler`.
+        labels: (N,) classes in any form; None takes them out of the criterion's target.
+        num_samples: draws an epoch; None takes N.
+        generator: gives the seed of the draws.
+        batch_size: samples read at once; None takes the loader's.
+        forward: as of `global_weights`, for batches that are no pairs.
+        progress: show a bar.
 
     Attributes:
         classes: a `ClassShare` for each class.
-        effective_share: the share of all that the weights rest on, in (0, 1].
+        effective_share: of all N samples, how many the weights rest on, in (0, 1].
 
     Raises:
         TypeError, ValueError: an argument that does not fit; a target without classes.

@@ -18,21 +18,24 @@ from irw_optim.torch_internals import place
 class ResamplingSampler(Sampler[int]):
     """Draws dataset indices with probability proportional to their weights.
 
-    Seed and epoch make the draws. New ``weights`` count from the next index (without replacement,
-    the next epoch) on, with workers up to ``num_workers * prefetch_factor`` batches later.
+    Every epoch has its own draws, by the seed and the epoch's number alone. New ``weights`` count
+    from the next index on (without replacement, the next epoch); a DataLoader with workers has up
+    to ``num_workers * prefetch_factor`` batches drawn in advance.
 
     Args:
         weights: (N,) non-negative, not all 0; need not sum to 1.
         num_samples: draws an epoch, over all ranks; None takes N.
-        replacement: whether a sample may come twice; without it, inclusion is not proportional to
-            the weights, which with ``num_samples=N`` only order the epoch.
-        generator: gives the seed; None is seed 0. All ranks need equal seeds.
-        rank: takes every ``world_size``-th draw; they are lengthened as in DistributedSampler.
-        world_size: number of processes. None for both takes the process group's.
+        replacement: whether a sample may come twice. Without it, the inclusion probabilities are
+            not proportional to the weights, which with ``num_samples=N`` only order the epoch.
+        generator: gives the seed, drawn from it once; None is seed 0. All ranks need equal seeds.
+        rank: of this process, which takes the draws ``rank``, ``rank + world_size``, ... of those
+            that one process would make, lengthened to a multiple as in DistributedSampler.
+        world_size: number of processes. None for both takes the process group's, if there is one.
 
     Raises:
-        TypeError, ValueError: weights that cannot be drawn by; more draws without replacement than
-            positive weights; a rank outside the world, or one without the other.
+        TypeError: weights that are no floating-point tensor.
+        ValueError: weights that cannot be drawn by; more draws without replacement than positive
+            weights; a rank outside the world, or one without the other.
 
     >>> sampler = ResamplingSampler(torch.tensor([0.0, 3.0, 1.0]), num_samples=8)
     >>> first, second = list(sampler), list(sampler)

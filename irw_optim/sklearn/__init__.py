@@ -40,22 +40,24 @@ __all__ = ["IRWClassifier", "IRWRegressor", "mlp"]
 class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     """A neural network trained with intrinsic reweighting, as a classifier of scikit-learn.
 
-    Each `fit` makes module, criterion and optimizer, whose arguments have a prefix:
-    ``module__dropout=0.1``, ``optimizer__weight_decay=1e-4``, ``criterion__label_smoothing=0.1``.
-    Standardise the columns of X first. X may be sparse: it is made dense batch by batch.
+    Each `fit` makes module, criterion and optimizer, and trains on shuffled batches with skorch and
+    `irw_optim.IRWOptimizer`. Arguments of what is made have its prefix: ``module__dropout=0.1``,
+    ``optimizer__weight_decay=1e-4``, ``criterion__label_smoothing=0.1``. Standardise the columns of
+    X first. X may be sparse: it is made dense batch by batch.
 
     Args:
         module: None for `mlp`, or a class, function or instance from float32 rows
-            (B, features, ...) to logits (B, classes). A class or function is told ``n_features``
-            and ``n_outputs``; an instance is copied for every fit.
+            (B, features, ...) to logits (B, classes). Arguments ``n_features`` and ``n_outputs`` of
+            a class or function are filled in; an instance is copied for every fit.
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers, center, class_balance, mix, warmup_steps, score_parameters, weighting, engine:
             those of `irw_optim.IRWOptimizer`.
         class_weight: None, ``"balanced"``, or {label: factor}: the criterion's ``weight=``, which
             the worst-off are found with.
-        threshold: of two classes `predict` says ``classes_[1]`` from this probability on; None
-            takes the likeliest.
-        criterion: None for `torch.nn.CrossEntropyLoss`, or a class for logits and class numbers.
+        threshold: for two classes: `predict` says ``classes_[1]`` from this probability on. None
+            takes the likeliest class.
+        criterion: None for `torch.nn.CrossEntropyLoss`, or a class that takes logits and class
+            numbers.
         optimizer: the class of any torch optimizer.
         lr, max_epochs, callbacks, device, verbose: those of skorch.
         batch_size: samples in a batch; the worst-off are alpha * batch_size of them.
@@ -63,7 +65,7 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         predict_nonlinearity: from outputs to probabilities; ``"auto"`` is softmax for
             `torch.nn.CrossEntropyLoss`, nothing for others.
         random_state: a seed, a `numpy.random.RandomState`, or None for NumPy's global one; torch's
-            stays.
+            own is left as it was.
 
     Attributes:
         classes_: (C,) the labels, sorted.
@@ -134,13 +136,13 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         begin = not hasattr(self, "net_")
         if begin and classes is None:
             raise ValueError(
-                "classes=None in the first call: expected all labels that there will be, "
-                "partial_fit(X, y, classes=numpy.unique(all_labels))"
+                "classes=None in the first call of partial_fit: expected all labels that there "
+                "will be, partial_fit(X, y, classes=numpy.unique(all_labels))"
             )
         if begin and isinstance(self.class_weight, str):
             raise ValueError(
                 f"class_weight={self.class_weight!r} needs all data at once: expected fit, or "
-                "{label: factor}"
+                "{label: factor} for partial_fit"
             )
         return self._fit(X, y, 1, begin, classes)
 
@@ -154,7 +156,7 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         if len(unknown := np.setdiff1d(y, self.classes_)):
             raise ValueError(
                 f"y has labels that are not among classes: {unknown.tolist()}; expected some of "
-                f"{self.classes_.tolist()}, or fit"
+                f"{self.classes_.tolist()}, or fit on all of them"
             )
         return self._train(X, np.searchsorted(self.classes_, y), epochs)  # type: ignore[no-any-return]
 
@@ -179,8 +181,8 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         share = as_real(self.threshold)
         if classes != 2 or share is None or not 0 <= share <= 1:
             raise ValueError(
-                f"threshold={self.threshold!r} with {classes} classes: expected None, or for two a "
-                "probability in [0, 1]"
+                f"threshold={self.threshold!r} with {classes} classes: expected None, which takes "
+                "the likeliest, or for two a probability in [0, 1] from which on it is classes_[1]"
             )
 
     def predict_proba(self, X: Any) -> npt.NDArray[Any]:
@@ -193,8 +195,8 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         if (scores < 0).any() or (abs(scores.sum(1) - 1) > 1e-3).any():
             raise ValueError(
                 f"predict_nonlinearity={self.predict_nonlinearity!r} makes no probabilities with "
-                f"{self.net_.criterion_}: expected a function of the module's output, such as "
-                "functools.partial(torch.softmax, dim=1)"
+                f"the criterion {self.net_.criterion_}: expected a function from the module's "
+                "output, such as functools.partial(torch.softmax, dim=1)"
             )
         return scores / scores.sum(1, keepdims=True)  # type: ignore[no-any-return]
 
@@ -211,9 +213,9 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
 class IRWRegressor(RegressorMixin, Estimator):  # type: ignore[misc]
     """A neural network trained with intrinsic reweighting, as a regressor of scikit-learn.
 
-    Arguments and attributes are those of `IRWClassifier`, without those of classes. The criterion,
-    None for `torch.nn.MSELoss`, gets outputs and targets (B, 1). Scale y, as with
-    `sklearn.compose.TransformedTargetRegressor`.
+    Arguments and attributes are those of `IRWClassifier` that do not speak of classes. The
+    criterion, `torch.nn.MSELoss` where none is given, gets outputs and targets of shape (B, 1).
+    Scale y, with `sklearn.compose.TransformedTargetRegressor`, say.
 
     >>> from sklearn.datasets import make_regression
     >>> from sklearn.preprocessing import scale

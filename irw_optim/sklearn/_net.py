@@ -1,4 +1,4 @@
-"""What classifier and regressor share."""
+"""What classifier and regressor share: skorch's net with `IRWOptimizer`, arguments, randomness."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mlp(
     hidden_layer_sizes: Sequence[int] = (64, 32),
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """A multilayer perceptron with ReLU, the estimators' module where none is given.
+    """A multilayer perceptron with ReLU, the module of the estimators where none is given.
 
     Args:
         n_features: columns of X.
@@ -61,7 +61,7 @@ def mlp(
 
 
 class Rows(Dataset[Any]):
-    """Arrays cut into batches, and made dense only there; row by row takes longer."""
+    """Arrays cut into whole batches, and made dense only there: row by row takes longer."""
 
     def __init__(self, X: Any, y: Any = None) -> None:
         self.X = X
@@ -128,8 +128,8 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             if not _has_prefix(name):
                 raise TypeError(
                     f"{type(self).__name__} has no argument {name!r}: expected one of "
-                    f"{', '.join(self._get_param_names())}, or one that begins with "
-                    f"{'__, '.join(PREFIXES)}__"
+                    f"{', '.join(self._get_param_names())}, or an argument of what it builds, as "
+                    f"module__dropout=0.1 (prefixes: {'__, '.join(PREFIXES)}__)"
                 )
         self.__dict__.update(given, **nested)
 
@@ -170,8 +170,8 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return self.net_.predict_proba(self._checked(X, reset=False))
 
     def _begin(self, X: Any, n_outputs: int, **options: Any) -> None:
-        """Make a new net."""
-        self.__dict__.pop("net_", None)  # a fit that fails leaves none
+        """Make a new net; a fit that fails later leaves none behind."""
+        self.__dict__.pop("net_", None)
         self._random = check_random_state(self.random_state)
         whole_number("max_epochs", self.max_epochs, least=1)
         if not callable(self.optimizer) or isinstance(self.optimizer, Optimizer):
@@ -198,19 +198,19 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         if shape != (1, n_outputs):
             raise ValueError(
                 f"module gives one row of X an output of shape {shape}: expected (1, {n_outputs}), "
-                f"{self._meaning}, as by torch.nn.Linear(..., {n_outputs}); a constructor's "
-                "n_features and n_outputs are filled in"
+                f"{self._meaning}, as by torch.nn.Linear(..., {n_outputs}); a constructor with "
+                "arguments n_features and n_outputs is told both"
             )
         self.net_ = net
 
     def _new(self, name: str, given: Any, told: Mapping[str, Any]) -> Any:
-        """What to make module or criterion of, or a copy of one that is made."""
+        """What to make module or criterion of: one that is made already is copied."""
         nested, kind = self._nested(f"{name}__"), type(given).__name__
         if isinstance(given, nn.Module):
             if nested:
                 raise TypeError(
                     f"{name} is a {kind} that is made already, so {nested} comes too late: "
-                    f"expected {name}={kind}, and its arguments as {name}__..."
+                    f"expected the class, {name}={kind}, and its arguments as {name}__..."
                 )
             return copy.deepcopy(given)
         try:
@@ -231,7 +231,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
-        """Let torch draw from ``random_state`` in here."""
+        """Let torch draw from ``random_state`` in here alone."""
         device = torch.device(self.device or "cpu")
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self._random.randint(2**31 - 1))
@@ -256,9 +256,9 @@ def takes(maker: Any, argument: str) -> bool:
 def refuse(keywords: Mapping[str, Any]) -> None:
     if "sample_weight" in keywords:
         raise TypeError(
-            "sample_weight is not taken, since IRW weighs the samples: expected "
+            "sample_weight is not taken, since IRW decides how much a sample counts: expected "
             "class_weight={label: weight}, class_balance=True, or a loop of your own with "
-            "IRWOptimizer.backward(losses * weights)"
+            "IRWOptimizer and optimizer.backward(losses * weights)"
         )
     if keywords:
         raise TypeError(f"fit() got an unexpected keyword argument {next(iter(keywords))!r}")

@@ -45,7 +45,8 @@ ROUNDING = 1e-12
 def worst_off(losses: Tensor, alpha: float) -> Tensor:
     """The worst alpha-fraction of the samples by loss: S (paper, section III).
 
-    Of equal losses the lower index comes first: S always has ``worst_off_count`` members.
+    Of losses equal to the last bit the lower index comes first, so the set has exactly
+    ``worst_off_count`` members on every input.
 
     Args:
         losses: (B,), any float dtype.
@@ -55,7 +56,7 @@ def worst_off(losses: Tensor, alpha: float) -> Tensor:
         (B,) bool, True for the members of S.
 
     Raises:
-        TypeError, ValueError: another alpha, or losses that are no such vector.
+        ValueError: alpha outside (0, 1], or losses that are not a vector.
 
     >>> worst_off(torch.tensor([0.1, 2.0, 0.3, 2.0]), alpha=0.25)
     tensor([False,  True, False, False])
