@@ -1,4 +1,4 @@
-"""The state around the pure functions of ``mechanism``."""
+"""DP-IRW as a DPOptimizer: the state around the pure functions of ``mechanism``."""
 
 from __future__ import annotations
 

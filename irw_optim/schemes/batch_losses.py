@@ -1,4 +1,8 @@
-"""The losses of a loader's batch, and G v, their derivative along a direction in forward mode.
+"""The losses of a loader's batch, and their derivative along a direction, in forward mode.
+
+Without a graph::
+
+    G v = d/dt losses(parameters + t v)   at t = 0
 
 That does not see what ``torch.no_grad()`` stops for backward. So the first batch's scores are
 compared with the engine's, and the weighted sum of all with <G^T w, v>.

@@ -1,7 +1,15 @@
-"""The weights of a whole data set, made and held: the local scheme on one batch of all N samples.
+"""The weights of a whole data set, made and held.
 
-Losses in pass 1, g_S over the members of S in pass 2, scores in pass 3, in the memory of one batch
-and one gradient (`docs/schemes.md`).
+They are those of the local scheme on a single batch of all N samples::
+
+    losses = G.losses()                          # pass 1: forward
+    S      = worst_off(losses, alpha)
+    g_S    = G.combine(S)                        # pass 2: over the members of S alone
+    s      = G.dot(g_S)                          # pass 3: the derivative along g_S, forwards, or
+                                                 #         forward and backward to the layers
+    w      = s.clamp(min=0) / s.clamp(min=0).sum()
+
+It takes the memory of one batch and one gradient.
 """
 
 from __future__ import annotations
