@@ -160,8 +160,8 @@ def check_order(rows: DatasetGradients, asked: Tensor, parameters: Sequence[Tens
     if alike(first, next(tables)):
         raise ValueError(
             f"collate_fn={name} (or forward=) gives the samples of a batch in an order of its own, "
-            "or others: their losses differ in another order, and weights would go to the wrong "
-            f"samples; {REMEDY}"
+            "or others: the losses of the same samples differ when it is handed them the other way "
+            f"round, and weights would go to the wrong samples; {REMEDY}"
         )
     # Some pair that changes places has to change its own rows alone.
     shown = False
