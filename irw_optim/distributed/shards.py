@@ -144,8 +144,8 @@ def check_sharding(
         return
     if torch.__version__ < TESTED_FROM:  # it compares as a version
         raise NotImplementedError(
-            f"fully_shard with torch {torch.__version__}: expected torch {TESTED_FROM} or newer, or "
-            "DistributedDataParallel"
+            f"fully_shard with torch {torch.__version__}: expected torch {TESTED_FROM} or newer, "
+            "or DistributedDataParallel"
         )
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):

@@ -245,6 +245,6 @@ def _irw_optimizer(optimizer: Any) -> IRWOptimizer:
             return candidate
     raise TypeError(
         f"optimizer is a {type(optimizer).__name__}: expected the IRWOptimizer that trains, as "
-        "in IRWMonitor(IRWOptimizer(...)); a private one cannot be listened to, whose guarantee does "
-        "not cover its samples' weights"
+        "in IRWMonitor(IRWOptimizer(...)); a private one cannot be listened to, whose guarantee "
+        "does not cover its samples' weights"
     )
