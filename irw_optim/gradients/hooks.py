@@ -194,7 +194,7 @@ _WEIGHED_BY: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 
 IN_CUDNN = "CudnnRnn"
-"""What autograd calls them."""
+"""How autograd names the recurrent layers of cuDNN."""
 
 
 class _OwnKernels(KeptOut):

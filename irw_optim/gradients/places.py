@@ -142,7 +142,7 @@ class Places:
 
 
 def places_of(graph: Graph) -> Places:
-    """Those of its kind."""
+    """The places of all graphs of its kind."""
     found: Places | None = graph.common.get("places")
     if found is None:
         found = graph.common["places"] = Places(graph.order, graph.leaf_nodes)

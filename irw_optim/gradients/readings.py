@@ -206,7 +206,7 @@ def _unconverted(node: Any) -> Any:
 def _part_above(
     node: Node, graph: Graph, leaves: Mapping[Node, int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """In order, and the leaves."""
+    """What a computed weight is made of: nodes, in order, and leaves, by their places."""
     seen, waiting = {node}, [node]
     while waiting:
         for parent, _ in waiting.pop().next_functions:

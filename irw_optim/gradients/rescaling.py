@@ -167,7 +167,7 @@ def _rescaled(
     gradients: PerSampleGradients,
     product: Callable[[PerSampleGradients], Tensor],
 ) -> tuple[Tensor, float]:
-    """Of a k that brings it into the range; the plain product where none does."""
+    """The product of gradients times a k that brings it into range, and k; else ``plain``, 1."""
     low, high = _range_of(plain.dtype)
     reach, exponent = math.frexp(high)[1], 0
     for _ in range(_ROUNDS):
