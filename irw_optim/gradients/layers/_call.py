@@ -59,7 +59,7 @@ def layouts_of(
         if len(shape) > 1:
             return (Layout(1),) if shape[1] == batch_size else ()
         return (Layout(0, "batch minor"),) if batch_size and shape[0] % batch_size == 0 else ()
-    if not is_sequence or (shape[0] == batch_size < 2):
+    if not is_sequence:
         return (FIRST,) if shape[0] == batch_size else ()
     sizes = enumerate(shape)
     found = [Layout(dim) if dim else FIRST for dim, size in sizes if size == batch_size]
