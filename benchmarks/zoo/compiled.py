@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections import Counter
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -106,8 +107,6 @@ def trained(entry: Entry, backend: str, order: str, alpha: float | None) -> dict
     error = 0.0
     for epoch in range(EPOCHS):
         for place, size in enumerate(SIZES):
-            if size != SIZES[0]:
-                counted.first_size_ends()
             batch = in_double(entry.draw(size, seed=1 + epoch * len(SIZES) + place))
             twin.load_state_dict(model.state_dict())
             torch.manual_seed(2)
@@ -115,6 +114,7 @@ def trained(entry: Entry, backend: str, order: str, alpha: float | None) -> dict
             if alpha is not None:
                 error = max(error, *differences(loop, *reference(entry, twin, batch)))
             loop.optimizer.step()
+            counted.step_ends(size)
         counted.epoch_ends()
     found = counted.found()
     if alpha is not None:
@@ -135,30 +135,41 @@ class Counted(logging.Handler):
     """What dynamo counts of a training from here on, and how often it gave up on a function."""
 
     def __init__(self) -> None:
+        import torch._dynamo as dynamo
         from torch._dynamo.utils import counters
 
         super().__init__(logging.WARNING)
         torch.compiler.reset()
         counters.clear()
         self.counters, self.limits, self.ends = counters, 0, [0]
-        self.breaks: int | None = None
+        self.breaks: Counter[int] = Counter()  # by the size of the batch that they came with
+        self.so_far = 0
+        self.reset, dynamo.reset = dynamo.reset, self.code_is_dropped
         logging.getLogger("torch._dynamo").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.limits += "recompile_limit" in record.getMessage()
 
-    def first_size_ends(self) -> None:
-        """Another size of batch compiles all of it anew, and would count every break twice."""
-        if self.breaks is None:
-            self.breaks = sum(self.counters["graph_break"].values())
+    def code_is_dropped(self) -> None:
+        """Earlier breaks are not those of what will be trained with."""
+        self.reset()
+        self.step_ends(0)
+        self.breaks.clear()
+
+    def step_ends(self, size: int) -> None:
+        before, self.so_far = self.so_far, sum(self.counters["graph_break"].values())
+        self.breaks[size] += self.so_far - before
 
     def epoch_ends(self) -> None:
         self.ends.append(self.counters["frames"]["total"])
 
     def found(self) -> dict[str, Any]:
+        import torch._dynamo as dynamo
+
         logging.getLogger("torch._dynamo").removeHandler(self)
+        dynamo.reset = self.reset
         return {
-            "breaks": self.breaks,
+            "breaks": max(self.breaks.values()),  # another size compiles all of it once more
             "graphs": self.counters["stats"]["unique_graphs"],
             "compiled_in_epochs": [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)],
             "limits": self.limits,
@@ -173,9 +184,9 @@ EXACT, EXACT_IN_FLOAT32 = 1e-10, 1e-5
 """The error that a row may have; the second where the model itself computes in float32."""
 
 EXPLANATION = (
-    "Three epochs of batches of 5, 5 and 3 samples. Breaks: as torch counts them until the batch "
-    "of 3, before and after a model is left alone (≤: an earlier run counted those of the batch "
-    "of 3 as well). Compiled regions: for both sizes together. "
+    "Three epochs of batches of 5, 5 and 3 samples. Breaks: as torch counts them for one "
+    "size in the code that is trained with in the end (≤: an earlier run also counted those of "
+    "code that was dropped, or of the other size). Compiled regions: all, for both sizes. "
     "Error: the largest one of weights and gradients in all steps, against a loop of plain "
     "autograd in float64; * where the model itself computes in float32.\n"
 )
@@ -223,10 +234,10 @@ def _part(row: Found, what: str) -> Found:
 
 
 def _breaks(part: Found) -> tuple[int, str]:
-    """Their number, and how it is written: at most so many, where both sizes were counted."""
-    both = part.get("breaks_of_both_sizes")
-    number: int = part.get("breaks", 0) if both is None else both
-    return number, str(number) if both is None else f"≤ {number}"
+    """Their number, and how it is written."""
+    most = part.get("breaks_at_most")
+    number: int = part.get("breaks", 0) if most is None else most
+    return number, str(number) if most is None else f"≤ {number}"
 
 
 def _way(row: Found) -> tuple[str, str]:
