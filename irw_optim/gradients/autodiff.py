@@ -86,7 +86,7 @@ class AutodiffGradients:
                 if not waits:
                     self.doubt = sides
                     return scores
-                if sides is None or self.adds_up(sides.tolist()):
+                if sides is None or self.adds_up(sides.cpu()):
                     return scores
                 self.settle_doubt()
         rows = (self._row(i) for i in range(self.batch_size))
@@ -106,7 +106,7 @@ class AutodiffGradients:
         return blocked_gram(self.batch_size, numbers, self.rows)
 
     def _both_sides(self, scores: Tensor, direction: Direction) -> Tensor | None:
-        """u^T (G v), the sum of its terms' sizes, and (G^T u)^T v: (3,), for `adds_up`.
+        """The terms of u^T (G v), and (G^T u)^T v: (B + 1,), for `adds_up`.
 
         Some operations hide that they cannot be pushed through.
         """
@@ -114,11 +114,12 @@ class AutodiffGradients:
             return None
         weights, combined = self._newest
         terms = weights.to(scores.dtype) * scores
-        return torch.stack([terms.sum(), terms.abs().sum(), _inner(combined, direction)])
+        return torch.cat([terms, _inner(combined, direction).to(terms.dtype).view(1)])
 
-    def adds_up(self, sides: Sequence[float]) -> bool:
-        """Whether both sides are equal, or not finite, which the step tells."""
-        one, terms, other = sides
+    def adds_up(self, sides: Tensor) -> bool:
+        """Whether both sides, on the host, are equal, or not finite, which the step tells."""
+        other = sides[-1].item()
+        one, terms = sides[:-1].sum().item(), sides[:-1].abs().sum().item()
         dtype = self.losses.dtype
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 1e-1)
         rounding = torch.finfo(wide(dtype)).tiny  # of numbers below it

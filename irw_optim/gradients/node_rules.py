@@ -14,6 +14,7 @@ from irw_optim.gradients.layers import (
     CONVOLUTION,
     LSTM,
     RECURRENT,
+    ChannelNormCall,
     ConvolutionCall,
     ElementwiseCall,
     EmbeddingBagCall,
@@ -144,13 +145,8 @@ def _layer_norm(node: Any, weights: Weights) -> list[LayerCall]:
 
 
 def _group_norm(node: Any, weights: Weights) -> list[LayerCall]:
-    input, of_groups = node._saved_input, (node._saved_result1, node._saved_result2)  # (N, groups)
-    channels = int(node._saved_C) // int(node._saved_group)
-    mean, scale = (
-        t.repeat_interleave(channels, 1)[(..., *[None] * (input.ndim - 2))] for t in of_groups
-    )
-    dims = (1 - input.ndim,)
-    return [SampleNormCall(input, mean, scale, dims, *_gain_and_bias(weights))]
+    input, mean, scale = node._saved_input, node._saved_result1, node._saved_result2
+    return [ChannelNormCall(input, mean, scale, (1 - input.ndim,), *_gain_and_bias(weights))]
 
 
 def _batch_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
@@ -158,9 +154,8 @@ def _batch_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
         return None
     input, mean, variance = node._saved_input, node._saved_running_mean, node._saved_running_var
     eps = getattr(node, "_saved_eps", None) or node._saved_epsilon
-    shape = (len(input), -1, *[1] * (input.ndim - 2))
-    mean, scale = (t.expand(len(input), -1).view(shape) for t in (mean, (variance + eps).rsqrt()))
-    return [SampleNormCall(input, mean, scale, (1 - input.ndim,), *_gain_and_bias(weights))]
+    mean, scale = (t.expand(len(input), -1) for t in (mean, (variance + eps).rsqrt()))
+    return [ChannelNormCall(input, mean, scale, (1 - input.ndim,), *_gain_and_bias(weights))]
 
 
 def _recurrent(output: int, node: Any, weights: Weights) -> list[LayerCall] | None:

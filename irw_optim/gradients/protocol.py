@@ -6,7 +6,7 @@ G has one row per sample, g_i, and one column per trainable number: (B, P). It i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -49,10 +49,9 @@ class StackedGradients:
         doubts = [part.doubt for part in self._in_doubt()]
         return torch.cat(doubts) if doubts else None
 
-    def adds_up(self, sides: Sequence[float]) -> bool:
+    def adds_up(self, sides: Tensor) -> bool:
         doubtful = self._in_doubt()
-        each = len(sides) // len(doubtful)
-        return all(p.adds_up(sides[n * each :][:each]) for n, p in enumerate(doubtful))
+        return all(p.adds_up(s) for p, s in zip(doubtful, sides.chunk(len(doubtful)), strict=True))
 
     def settle_doubt(self) -> None:
         for part in self._in_doubt():

@@ -148,7 +148,7 @@ def _look(
         size,
         low <= size <= high and low <= quadratic <= high,
         math.isfinite(size) and (losses is None or math.isfinite(losses.sum().item())),
-        doubt is not None and not gradients.adds_up(doubt.tolist()),  # type: ignore[attr-defined]
+        doubt is not None and not gradients.adds_up(doubt),  # type: ignore[attr-defined]
         present is None or bool(present.all()),
         squares.relu().sum().item(),
     )

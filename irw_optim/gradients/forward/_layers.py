@@ -19,19 +19,33 @@ def _bilinear(multiply: Callable[[Tensor, Tensor], Tensor], left: str, right: st
 
     def rule(node: Any, tangents: Tangents) -> Tensor | None:
         *summands, d_left, d_right = tangents
-        product = added(
-            None if d_left is None else multiply(d_left, getattr(node, f"_saved_{right}")),
-            None if d_right is None else multiply(getattr(node, f"_saved_{left}"), d_right),
-        )
         alpha, beta = getattr(node, "_saved_alpha", 1), getattr(node, "_saved_beta", 1)
-        if product is not None and alpha != 1:
-            product = product * alpha
-        summand = summands[0] if summands else None
-        if summand is not None and beta != 1:
-            summand = summand * beta
-        return added(product, summand)
+        total = summands[0] if summands else None
+        if total is not None and beta != 1:
+            total = total * beta
+        if d_left is not None:
+            total = plus(total, d_left, getattr(node, f"_saved_{right}"), alpha)
+        if d_right is not None:
+            total = plus(total, getattr(node, f"_saved_{left}"), d_right, alpha)
+        return total
+
+    def plus(total: Tensor | None, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+        if total is None or total.dtype != left.dtype:
+            product = multiply(left, right)
+            product = product if alpha == 1 else product * alpha
+            return product if total is None else total + product
+        return _ADDING[multiply](total, left, right, alpha=alpha)
 
     return rule
+
+
+_ADDING: dict[Any, Callable[..., Tensor]] = {
+    torch.mm: torch.addmm,
+    torch.bmm: torch.baddbmm,
+    torch.mv: torch.addmv,
+    torch.dot: lambda total, left, right, *, alpha: total + alpha * left.dot(right),
+}
+"""A product and a sum in one operation."""
 
 
 def _convolution(node: Any, tangents: Tangents) -> Tensor | None:

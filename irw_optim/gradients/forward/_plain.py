@@ -205,14 +205,14 @@ def _filled(node: Any, tangents: Tangents) -> Tensor:
 
 
 def _negative_likelihood(node: Any, change: Tensor) -> Tensor | None:
+    """Linear in the log-probabilities."""
     if node._saved_reduction or change.ndim < 2:
         return None
-    target, weight = node._saved_target.long(), node._saved_weight  # uint8 is allowed, too
-    ignored = target == saved(node, "ignore_index")
-    labels = target.masked_fill(ignored, 0)
-    picked = change.gather(1, labels.unsqueeze(1)).squeeze(1)
-    picked = -picked if weight is None else picked * -weight[labels]
-    return picked.masked_fill(ignored, 0.0)
+    aten, weight = torch.ops.aten, node._saved_weight
+    forward = aten.nll_loss2d_forward if change.ndim > 2 else aten.nll_loss_forward
+    weight = None if weight is None else weight.to(change.dtype)
+    found: Tensor = forward(change, node._saved_target, weight, 0, saved(node, "ignore_index"))[0]
+    return found
 
 
 def _of_separate_samples(node: Any, change: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from irw_optim.gradients.layers._positions import (
 )
 from irw_optim.gradients.layers._products import summed
 from irw_optim.gradients.layers._rows import (
+    ChannelNormCall,
     ElementwiseCall,
     EmbeddingBagCall,
     EmbeddingCall,
@@ -26,6 +27,7 @@ __all__ = [
     "FIRST",
     "LSTM",
     "RECURRENT",
+    "ChannelNormCall",
     "ConvolutionCall",
     "ElementwiseCall",
     "EmbeddingBagCall",
