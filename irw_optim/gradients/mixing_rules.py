@@ -189,6 +189,13 @@ def _recurrent(output: Output) -> Sequence[int]:
     return [output.at(read, 1), *[SHARED] * len(weights), *states]
 
 
+def _in_a_cell(output: Output) -> Sequence[int]:
+    """Gates and states (B, width); biases."""
+    if output.dim != 0:
+        raise MixesError
+    return [output.at(shape, 0) if len(shape) > 1 else SHARED for shape in output.inputs]
+
+
 def _strided(output: Output) -> Sequence[int]:
     """As strides of 1 x 1 pictures are put right."""
     if not output.inputs[0] or tuple(output.inputs[0]) != tuple(output.shape):
@@ -284,6 +291,7 @@ _NAMES: dict[Rule, str] = {
     _strided: "AsStrided",
     picking: "Index",
     _recurrent: "MkldnnRnnLayer",
+    _in_a_cell: "ThnnFusedGruCell ThnnFusedLstmCell",
 }
 
 RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}

@@ -46,6 +46,10 @@ Weights = Mapping[int, Weight]
 NodeRule = Callable[[Any, Weights], "Sequence[LayerCall] | None"]
 
 
+FUSED_CELLS = {"ThnnFusedGruCell": {3: 0, 4: 1}, "ThnnFusedLstmCell": {3: 1, 4: 1}}
+"""Their biases, and which of their inputs gets a gradient that the bias gets the sum of."""
+
+
 def rule_of(node: Node, output: int, weights: Weights) -> NodeRule | None:
     """Of an operation whose output of this number holds the batch."""
     name = base_name(node)
@@ -185,8 +189,10 @@ def _sum(node: Any, weights: Weights) -> list[LayerCall]:
     return [ElementwiseCall(w.tensor, None, output, scales[n]) for n, w in weights.items()]
 
 
-def _expansion(node: Any, weights: Weights) -> list[LayerCall]:
-    return [ElementwiseCall(weights[0].tensor, None, _like_output(node))]
+def summands(node: Any, weights: Weights) -> list[LayerCall]:
+    """Of what a node makes, or is added to it later."""
+    output = _like_output(node)
+    return [ElementwiseCall(weight.tensor, None, output) for weight in weights.values()]
 
 
 def _repetition(node: Any, weights: Weights) -> list[LayerCall]:
@@ -231,7 +237,7 @@ def of_each_number(node: Any, weights: Weights) -> list[LayerCall] | None:
 def _like_output(node: Any) -> Tensor:
     """Without its numbers, which nobody may have saved."""
     metadata = node._input_metadata[0]
-    return torch.zeros((), dtype=metadata.dtype, device=metadata.device).expand(shape_of(node))
+    return torch.empty((), dtype=metadata.dtype, device=metadata.device).expand(shape_of(node))
 
 
 _RULES: dict[str, tuple[NodeRule, int | None]] = {
@@ -246,7 +252,7 @@ _RULES: dict[str, tuple[NodeRule, int | None]] = {
     "NativeGroupNorm": (_group_norm, 0),
     "NativeBatchNorm CudnnBatchNorm MiopenBatchNorm": (_batch_norm, 0),
     "Add Sub": (_sum, None),
-    "Expand": (_expansion, None),
+    "Expand": (summands, None),
     "Repeat": (_repetition, None),
     "Mul": (_product, None),
 }

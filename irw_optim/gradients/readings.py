@@ -5,7 +5,7 @@ These are weights, or computed from weights alone: a class token or LoRA cost wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -18,7 +18,15 @@ from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.graph import CallSite, Graph, Plan, Remade
 from irw_optim.gradients.layers import FIRST, LayerCall, Layout, LinearCall
 from irw_optim.gradients.mixing import Batch, follow_batch
-from irw_optim.gradients.node_rules import NodeRule, Weight, Weights, of_each_number, rule_of
+from irw_optim.gradients.node_rules import (
+    FUSED_CELLS,
+    NodeRule,
+    Weight,
+    Weights,
+    of_each_number,
+    rule_of,
+    summands,
+)
 from irw_optim.gradients.nodes import base_name
 from irw_optim.gradients.places import Places
 from irw_optim.gradients.pushforward import ChainedCall, ChainPlaces, in_a_pass
@@ -38,6 +46,7 @@ class Reading(NamedTuple):
     rule: NodeRule
     weights: Weights
     computed: tuple[Weight, ...]  # those of them that were computed
+    calls: int = 1  # that it makes
     layouts: tuple[Layout | None, ...] | None = None  # of each call; None until they are known
 
 
@@ -54,24 +63,48 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
     leaves = {node: n for n, node in enumerate(graph.leaf_nodes) if graph.leaves[n] in mine}
     readings: list[Reading] = []
     sites: list[CallSite] = []
+    cells: set[Node] = set()
     for place, output, inputs in batch.crossings:
         node: Any = graph.order[place]
+        if base_name(node) in FUSED_CELLS:
+            if node in cells:  # of which another output was met
+                continue
+            cells.add(node)
         turns = base_name(node) in _INPUTS
         shared = {n: _weight_at(node.next_functions[n], graph, leaves, turns) for n in inputs}
         weights = {n: weight for n, weight in shared.items() if weight is not None}
-        if not weights:
-            continue
-        rule = None if _is_complex(node, weights, graph) else rule_of(node, output, weights)
-        if rule is None:
-            return None
-        computed = tuple(w for w in weights.values() if w.chain is not None)
-        reading = Reading(place, output, rule, weights, computed)
-        found = sites_of([reading], graph)
-        if found is None:
-            return None
-        readings.append(reading)
-        sites += found
+        for reading in _readings_at(place, output, weights, graph) if weights else ():
+            found = None if reading is None else sites_of([reading], graph)
+            if reading is None or found is None:
+                return None
+            readings.append(reading._replace(calls=len(found)))
+            sites += found
     return readings, sites
+
+
+def _readings_at(
+    place: int, output: int, weights: Weights, graph: Graph
+) -> Iterator[Reading | None]:
+    """Of one operation; None where it has no quick products."""
+    node: Any = graph.order[place]
+    ends = FUSED_CELLS.get(base_name(node))
+    if ends is None:
+        known = not _is_complex(node, weights, graph)
+        yield _reading(place, output, rule_of(node, output, weights) if known else None, weights)
+        return
+    for number, weight in weights.items():
+        made_by, output = node.next_functions[ends[number]] if number in ends else (node, 0)
+        at = None if made_by is node else graph.nodes.get(made_by)
+        yield _reading(at, output, summands, {number: weight})
+
+
+def _reading(
+    place: int | None, output: int, rule: NodeRule | None, weights: Weights
+) -> Reading | None:
+    if place is None or rule is None:
+        return None
+    computed = tuple(w for w in weights.values() if w.chain is not None)
+    return Reading(place, output, rule, weights, computed)
 
 
 def read_in_a_pass(
@@ -170,12 +203,16 @@ def _chained(call: LayerCall, computed: Sequence[Weight], graph: Graph) -> Layer
 
 
 def _with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
-    found: dict[tuple[Node, int], tuple[Layout | None, ...]] = {}
+    found: dict[tuple[Node, int], list[Layout | None]] = {}
     for call, edge, *_ in graph.sites:
-        at = edge.node, edge.output_nr
         layout = FIRST if call.layout == FIRST else call.layout  # told by identity, in a hurry
-        found[at] = (*found.get(at, ()), layout)
-    return [r._replace(layouts=found.get((graph.order[r.place], r.output))) for r in readings]
+        found.setdefault((edge.node, edge.output_nr), []).append(layout)
+    settled = []
+    for reading in readings:  # several may be at one edge
+        there = found.get((graph.order[reading.place], reading.output), [])
+        settled.append(reading._replace(layouts=tuple(there[: reading.calls]) or None))
+        del there[: reading.calls]
+    return settled
 
 
 def _weight_at(

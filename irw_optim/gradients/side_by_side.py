@@ -70,15 +70,26 @@ def _in_several(calls: Sequence[LayerCall]) -> set[Tensor]:
 
 
 def _steps_as_one(calls: Sequence[LayerCall], few: int) -> list[LayerCall]:
-    """The calls of a small map at every step of time are one, with positions."""
+    """The calls of a small map at every step of time are one, with positions; so are summands."""
     found: dict[object, list[LayerCall]] = {}
     for number, call in enumerate(calls):
         key: object = number
         a, b = call.input, call.output_gradient
         if type(call) is LinearCall and a.ndim == 2 and a.numel() + b.numel() <= few:
             key = (*map(id, call.parameters.values()), call.transposed, a.dtype, b.dtype, a.shape)
+        elif type(call) is ElementwiseCall and call.is_whole and b.numel() <= few:
+            key = (*map(id, call.parameters.values()), b.dtype, len(b))
         found.setdefault(key, []).append(call)
-    return [some[0] if len(some) == 1 else _as_positions(some) for some in found.values()]
+    return [some[0] if len(some) == 1 else _as_one(some) for some in found.values()]
+
+
+def _as_one(steps: Sequence[LayerCall]) -> LayerCall:
+    if type(steps[0]) is LinearCall:
+        return _as_positions(steps)
+    one = steps[0].copy()
+    rows = [getattr(step, one.made_of_b) for step in steps]
+    vars(one)[one.made_of_b] = torch.stack(rows).sum(0)
+    return one
 
 
 def _as_positions(steps: Sequence[LayerCall]) -> LayerCall:

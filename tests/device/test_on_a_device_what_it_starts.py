@@ -98,6 +98,17 @@ def with_batch_norm() -> nn.Module:
     return convolutional(nn.BatchNorm1d)
 
 
+class Recurrent(nn.Module):
+    """A class for a sequence, by the last state."""
+
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.head = layer(WIDTH, 24, batch_first=True), nn.Linear(24, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
 def inputs() -> Tensor:
     torch.manual_seed(1)
     return torch.randn(B, LENGTH, WIDTH)
@@ -123,7 +134,14 @@ def a_step(make: Callable[[], nn.Module], *, ours: bool, half: bool = False) -> 
 
 @pytest.mark.parametrize(
     ("make", "times"),
-    [(mlp, 2.6), (Transformer, 2.1), (convolutional, 4.1), (with_batch_norm, 4.5)],
+    [
+        (mlp, 2.6),
+        (Transformer, 2.1),
+        (convolutional, 3.5),
+        (with_batch_norm, 4.0),
+        (partial(Recurrent, nn.LSTM), 1.2),
+        (partial(Recurrent, nn.GRU), 1.2),
+    ],
 )
 def test_kernels_of_a_step(make, times):
     ours, plain = a_step(make, ours=True).kernels, a_step(make, ours=False).kernels

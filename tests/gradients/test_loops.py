@@ -388,9 +388,7 @@ class TestLog:
         [
             ("in-place ReLU", None, ()),
             ("BatchNorm, train", "INFO", ("autodiff", "1.weight", "1.bias")),
-            pytest.param(
-                "LSTM", None, (), marks=pytest.mark.cpu("a device's cells are fused: autodiff")
-            ),
+            ("LSTM", None, ()),
             ("centred by the batch", "INFO", ("first.weight", "autodiff")),
             ("no double backward", "WARNING", ("double backward", "score_parameters")),
         ],

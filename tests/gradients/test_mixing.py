@@ -184,12 +184,7 @@ def batch_is_followed(losses: Tensor, h: Tensor) -> bool:
     return batch.mixed_by is None and stride == h[0].numel()
 
 
-FUSED = pytest.mark.cpu("a device's cells are fused: autodiff")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=FUSED) if n.startswith("LSTM") else n for n in APART]
-)
+@pytest.mark.parametrize("name", APART)
 def test_samples_that_stay_apart_are_proven_to(name):
     # Only in float32 is an LSTM one operation on the CPU.
     h = input_rows(torch.float32 if name.startswith("LSTM") else torch.float64)

@@ -240,7 +240,6 @@ LSTMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.cpu("a device fuses its cells, not the whole")
 @pytest.mark.parametrize("read", ["states", "last state", "states, state and cell"])
 @pytest.mark.parametrize("kind", LSTMS)
 def test_a_fused_lstm(kind, read):
@@ -250,6 +249,16 @@ def test_a_fused_lstm(kind, read):
     model(x)
     optimizer = check(model, x, 1e-4)
     assert set(model.parameters()) <= optimizer.engine.covered_parameters()
+
+
+@pytest.mark.parametrize("frozen", ["bias_ih_l0", "bias_hh_l0", "weight_hh_l0", "weight_ih_l0"])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_of_which_a_part_is_frozen(kind, frozen):
+    torch.manual_seed(0)
+    model = OverRows("states", 0, kind).double()
+    for suffix in ("", "_reverse"):
+        getattr(model.cell, frozen + suffix).requires_grad_(False)
+    check(model, torch.randn(B, 3, T, D).double())
 
 
 class OverRows(nn.Module):
@@ -268,7 +277,6 @@ class OverRows(nn.Module):
         return self.last(read.view(*rows.shape[:2], 6).sum(1 - self.first))
 
 
-@pytest.mark.cpu("a device fuses its cells, not the whole")
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("read", ["states", "state and cell"])
 def test_a_fused_lstm_over_several_sequences_of_a_sample(read, first):
@@ -278,7 +286,6 @@ def test_a_fused_lstm_over_several_sequences_of_a_sample(read, first):
     assert set(model.parameters()) <= optimizer.engine.covered_parameters()
 
 
-@pytest.mark.cpu("a device fuses its cells")
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
 def test_cells_over_several_sequences_of_a_sample(kind, first):
