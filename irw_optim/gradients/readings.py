@@ -73,38 +73,31 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
         turns = base_name(node) in _INPUTS
         shared = {n: _weight_at(node.next_functions[n], graph, leaves, turns) for n in inputs}
         weights = {n: weight for n, weight in shared.items() if weight is not None}
-        for reading in _readings_at(place, output, weights, graph) if weights else ():
-            found = None if reading is None else sites_of([reading], graph)
-            if reading is None or found is None:
+        for at, number, rule, some in _read_at(place, output, weights, graph) if weights else ():
+            if at is None or rule is None:
+                return None
+            computed = tuple(w for w in some.values() if w.chain is not None)
+            reading = Reading(at, number, rule, some, computed)
+            if (found := sites_of([reading], graph)) is None:
                 return None
             readings.append(reading._replace(calls=len(found)))
             sites += found
     return readings, sites
 
 
-def _readings_at(
+def _read_at(
     place: int, output: int, weights: Weights, graph: Graph
-) -> Iterator[Reading | None]:
-    """Of one operation; None where it has no quick products."""
+) -> Iterator[tuple[int | None, int, NodeRule | None, Weights]]:
+    """Where what one operation reads gets its gradient, and by which rule; None for neither."""
     node: Any = graph.order[place]
     ends = FUSED_CELLS.get(base_name(node))
     if ends is None:
-        known = not _is_complex(node, weights, graph)
-        yield _reading(place, output, rule_of(node, output, weights) if known else None, weights)
+        rule = None if _is_complex(node, weights, graph) else rule_of(node, output, weights)
+        yield place, output, rule, weights
         return
-    for number, weight in weights.items():
-        made_by, output = node.next_functions[ends[number]] if number in ends else (node, 0)
-        at = None if made_by is node else graph.nodes.get(made_by)
-        yield _reading(at, output, summands, {number: weight})
-
-
-def _reading(
-    place: int | None, output: int, rule: NodeRule | None, weights: Weights
-) -> Reading | None:
-    if place is None or rule is None:
-        return None
-    computed = tuple(w for w in weights.values() if w.chain is not None)
-    return Reading(place, output, rule, weights, computed)
+    for n, weight in weights.items():
+        made_by, output = node.next_functions[ends.get(n, n)]
+        yield graph.nodes.get(made_by), output, summands if n in ends else None, {n: weight}
 
 
 def read_in_a_pass(

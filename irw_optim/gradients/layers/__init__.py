@@ -6,13 +6,13 @@ from irw_optim.gradients.layers._positions import (
     CONVOLUTION,
     LSTM,
     RECURRENT,
+    ChannelNormCall,
     ConvolutionCall,
     LSTMCall,
     gates_of,
 )
 from irw_optim.gradients.layers._products import summed
 from irw_optim.gradients.layers._rows import (
-    ChannelNormCall,
     ElementwiseCall,
     EmbeddingBagCall,
     EmbeddingCall,

@@ -1,4 +1,4 @@
-"""Layers that use a weight at many positions: convolutions over space, LSTMs over time.
+"""Layers that use a weight at many positions: over space, convolutions and gains; LSTMs over time.
 
 A fused LSTM shows the gradient of its states alone: a pass backwards through time makes of it that
 of the gates, which are a linear map of the inputs and another of the states.
@@ -6,6 +6,7 @@ of the gates, which are a linear map of the inputs and another of the states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import copy
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import Tensor
 from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
 from irw_optim.gradients.layers._linear import AffineCall, LinearCall
 from irw_optim.gradients.layers._products import inner, operands, summed, summed_rows
+from irw_optim.gradients.layers._rows import SampleNormCall
 from irw_optim.gradients.protocol import Direction, added, wide, widened
 
 CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
@@ -120,6 +122,27 @@ class ConvolutionCall(AffineCall):
 
     def _pictures(self, side: Tensor) -> Tensor:
         return side.flatten(0, 1) if side.ndim > self.features + 1 else side
+
+
+class ChannelNormCall(SampleNormCall):
+    """With a gain for each channel; mean and scale of groups of channels, (N, groups)."""
+
+    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
+        """Autograd sums over samples: here over the one that has everybody's channels."""
+        given = self.input, self.mean, self.scale, self.output_gradient
+        a, mean, scale, b = (widened(t[samples]) for t in given)
+        *leading, channels = b.shape[: 1 - self.features or None]
+        count = math.prod(leading) * channels
+        if not count:
+            return {p: b.new_zeros(0, channels) for p in self.parameters.values()}
+        one = 1, count, b.numel() // count
+        sides = b.reshape(one), a.reshape(one), mean.reshape(1, -1), scale.reshape(1, -1)
+        settings = a.new_empty(count), *one, mean.numel(), [False, True, True]
+        _, *sums = torch.ops.aten.native_group_norm_backward(*sides, *settings)
+        if len(leading) > 1:
+            sums = [t.view(len(b), -1, channels).sum(1) for t in sums]
+        by_role = {"weight": sums[0].view(-1, channels), "bias": sums[1].view(-1, channels)}
+        return {p: by_role[role] for role, p in self.parameters.items()}
 
 
 LSTM = 2

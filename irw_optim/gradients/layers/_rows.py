@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import cached_property
@@ -113,29 +112,6 @@ class SampleNormCall(NormCall):
         super().settle(layout, batch_size)
         if layout is not None:
             self.mean, self.scale = (layout.bring(t, batch_size) for t in self.taken)
-
-
-class ChannelNormCall(SampleNormCall):
-    """With a gain for each channel; mean and scale of groups of channels, (N, groups)."""
-
-    def rows(self, samples: slice = slice(None)) -> dict[Tensor, Tensor]:
-        a, mean, scale, b = (
-            widened(t[samples]) for t in (self.input, self.mean, self.scale, self.output_gradient)
-        )
-        *leading, channels = b.shape[: 1 - self.features or None]
-        count = math.prod(leading) * channels
-        if not count:
-            return {p: b.new_zeros(0, channels) for p in self.parameters.values()}
-        # Autograd sums over samples: here over the one that has everybody's channels.
-        as_one = 1, count, b.numel() // count
-        wanted = [False, "weight" in self.parameters, "bias" in self.parameters]
-        sides = b.reshape(as_one), a.reshape(as_one), mean.reshape(1, -1), scale.reshape(1, -1)
-        _, *sums = torch.ops.aten.native_group_norm_backward(
-            *sides, a.new_empty(count), *as_one, mean.numel(), wanted
-        )
-        by_role = dict(zip(("weight", "bias"), sums, strict=True))
-        blocks = {p: by_role[role].view(*leading, channels) for role, p in self.parameters.items()}
-        return {p: t.flatten(1, -2).sum(1) if t.ndim > 2 else t for p, t in blocks.items()}
 
 
 class VectorCall(LayerCall):
