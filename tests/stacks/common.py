@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from irw_optim import IRWOptimizer
+
+PYTHON_H = Path(sysconfig.get_path("include"), "Python.h")
+
+INDUCTOR = (
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("c++") is None or not PYTHON_H.exists(),
+        reason="torch's compiler needs a C++ compiler and Python's headers",
+    ),
+)
+"""The marks of what runs `torch.compile` with its own backend."""
 
 ALPHA = 0.3
 ALL_WORST_OFF = {"alpha": 1.0}

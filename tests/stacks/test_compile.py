@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from common import ALPHA, BATCHES, CLASSES, FEATURES, make_loader, sgd
+from common import ALPHA, BATCHES, CLASSES, FEATURES, INDUCTOR, make_loader, sgd
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -77,7 +77,7 @@ def run_before_the_hooks_came(model: nn.Module, criterion: nn.Module, **how: Any
     return attach(model, criterion), compiled
 
 
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=INDUCTOR)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

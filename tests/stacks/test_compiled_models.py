@@ -13,6 +13,7 @@ import reference
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+from common import INDUCTOR
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -294,13 +295,13 @@ def test_blocks_are_compiled_again_in_a_model_that_was_compiled_after() -> None:
     assert compiled_regions(model) >= 10
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=INDUCTOR)])
 @pytest.mark.parametrize("order", [before, after])
 @pytest.mark.parametrize("kind", ["convolutions", "encoder", "gated", "places"])
 def test_with_fused_kernels(
-    kind: str, order: Callable[..., tuple[IRWOptimizer, nn.Module]]
+    kind: str, order: Callable[..., tuple[IRWOptimizer, nn.Module]], backend: str
 ) -> None:
-    train(kind, order, "inductor")
+    train(kind, order, backend)
 
 
 @pytest.mark.parametrize("kind", KINDS)
