@@ -7,6 +7,7 @@ import gc
 import io
 import logging
 import pickle
+import pickletools
 import subprocess
 import sys
 import textwrap
@@ -70,6 +71,14 @@ def traces(*modules: nn.Module) -> list[tuple[dict[str, int], set[str]]]:
     return [
         ({k: len(v) for k, v in vars(m).items() if "hooks" in k and v is not None}, set(vars(m)))
         for m in every
+    ]
+
+
+def without_addresses(pickled: bytes) -> list[tuple[str, str | None]]:
+    """What a pickle does, and its names; a tensor's bytes say where it was."""
+    return [
+        (operation.name, given if isinstance(given, str) and len(given) < 60 else None)
+        for operation, given, _ in pickletools.genops(pickled)
     ]
 
 
@@ -351,7 +360,7 @@ class TestWhatIsSavedIsTheModel:
         optimizer = over(*both)
         found = pickle.dumps(both, protocol)
         assert b"irw_optim" not in found
-        assert len(found) == len(expected)
+        assert without_addresses(found) == without_addresses(expected)
         assert traces(*pickle.loads(found)) == traces(*self.layers())
         optimizer.detach()
 
