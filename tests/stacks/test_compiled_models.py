@@ -295,9 +295,17 @@ def test_blocks_are_compiled_again_in_a_model_that_was_compiled_after() -> None:
     assert compiled_regions(model) >= 10
 
 
+ATTENDING = pytest.param(
+    "encoder",
+    marks=pytest.mark.skipif(
+        torch.__version__ < (2, 7), reason="torch's compiler mistakes attention's dtype"
+    ),
+)
+
+
 @pytest.mark.parametrize("backend", [pytest.param("inductor", marks=INDUCTOR)])
 @pytest.mark.parametrize("order", [before, after])
-@pytest.mark.parametrize("kind", ["convolutions", "encoder", "gated", "places"])
+@pytest.mark.parametrize("kind", ["convolutions", ATTENDING, "gated", "places"])
 def test_with_fused_kernels(
     kind: str, order: Callable[..., tuple[IRWOptimizer, nn.Module]], backend: str
 ) -> None:
