@@ -19,7 +19,8 @@ _ELSEWHERE = """
 AdaptiveMaxPool1D AvgPool1D ConvolutionOverrideable CudnnBatchNorm Detach FusedRmsNorm Heaviside
 Imag LiftFresh Linear MaxPool1D MiopenBatchNorm MkldnnLinear Real Relu6
 ScaledDotProductAttentionMath ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention
-ScaledDotProductFlashAttention ScaledDotProductFusedAttentionOverrideable Xlog1Py
+ScaledDotProductFlashAttention ScaledDotProductFusedAttentionOverrideable ThnnFusedGruCell
+ThnnFusedLstmCell Xlog1Py
 """
 """On other devices, in other versions, or under the names of what they are made of."""
 
