@@ -103,6 +103,18 @@ LOSSES = [
         lambda x: F.nll_loss(x, torch.tensor([156, 3], dtype=torch.uint8), reduction="none"),
         (2, 200),
     ),
+    case(
+        "nll with class weights",
+        lambda x: F.nll_loss(x, _CLASSES, torch.arange(4.0).to(x), reduction="none"),
+        (3, 4),
+    ),
+    case(
+        "nll with class weights at every position",
+        lambda x: F.nll_loss(
+            x, _CLASSES.expand(3, 2, 3), torch.arange(4.0).to(x), reduction="none", ignore_index=2
+        ),
+        (3, 4, 2, 3),
+    ),
     case("nll of one", lambda x: F.nll_loss(x, _CLASSES[0], reduction="none"), (4,)),
     case(
         "bce",
