@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import products
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
@@ -102,6 +103,7 @@ class TestEmbedding(AgainstTheLoop, embedding_test.Embedding_test):
     pass
 
 
+@pytest.mark.cpu("its bags' indices are made on the host")
 class TestEmbeddingBag(AgainstTheLoop, embedding_bag_test.Embedding_bag_test):
     pass
 
