@@ -47,7 +47,7 @@ NodeRule = Callable[[Any, Weights], "Sequence[LayerCall] | None"]
 
 
 FUSED_CELLS = {"ThnnFusedGruCell": {3: 0, 4: 1}, "ThnnFusedLstmCell": {3: 1, 4: 1}}
-"""Their biases, and which of their inputs gets a gradient that the bias gets the sum of."""
+"""For each bias the gates to which it is added, whose gradient is its own; as numbers of inputs."""
 
 
 def rule_of(node: Node, output: int, weights: Weights) -> NodeRule | None:

@@ -66,9 +66,9 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
     cells: set[Node] = set()
     for place, output, inputs in batch.crossings:
         node: Any = graph.order[place]
+        if node in cells:  # another output of it was met
+            continue
         if base_name(node) in FUSED_CELLS:
-            if node in cells:  # of which another output was met
-                continue
             cells.add(node)
         turns = base_name(node) in _INPUTS
         shared = {n: _weight_at(node.next_functions[n], graph, leaves, turns) for n in inputs}
@@ -88,7 +88,7 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
 def _read_at(
     place: int, output: int, weights: Weights, graph: Graph
 ) -> Iterator[tuple[int | None, int, NodeRule | None, Weights]]:
-    """Where what one operation reads gets its gradient, and by which rule; None for neither."""
+    """The output at which each thing that is read gets its gradient, and the rule; or None."""
     node: Any = graph.order[place]
     ends = FUSED_CELLS.get(base_name(node))
     if ends is None:

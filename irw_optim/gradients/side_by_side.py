@@ -84,16 +84,11 @@ def _steps_as_one(calls: Sequence[LayerCall], few: int) -> list[LayerCall]:
 
 
 def _as_one(steps: Sequence[LayerCall]) -> LayerCall:
-    if type(steps[0]) is LinearCall:
-        return _as_positions(steps)
     one = steps[0].copy()
-    rows = [getattr(step, one.made_of_b) for step in steps]
-    vars(one)[one.made_of_b] = torch.stack(rows).sum(0)
-    return one
-
-
-def _as_positions(steps: Sequence[LayerCall]) -> LayerCall:
-    one = steps[0].copy()
+    if isinstance(one, ElementwiseCall):
+        rows = [getattr(step, one.made_of_b) for step in steps]
+        vars(one)[one.made_of_b] = torch.stack(rows).sum(0)
+        return one
     one.recorded = torch.stack([step.input for step in steps], 1)
     one.settle(FIRST, one.batch_size)
     one.set_output_gradient(torch.stack([step.output_gradient for step in steps], 1))

@@ -137,6 +137,7 @@ class ChannelNormCall(SampleNormCall):
             return {p: b.new_zeros(0, channels) for p in self.parameters.values()}
         one = 1, count, b.numel() // count
         sides = b.reshape(one), a.reshape(one), mean.reshape(1, -1), scale.reshape(1, -1)
+        # The gain is read for the gradient of the input alone, which nobody asks for.
         settings = a.new_empty(count), *one, mean.numel(), [False, True, True]
         _, *sums = torch.ops.aten.native_group_norm_backward(*sides, *settings)
         if len(leading) > 1:
