@@ -30,20 +30,19 @@ def _bilinear(multiply: Callable[[Tensor, Tensor], Tensor], left: str, right: st
         return total
 
     def plus(total: Tensor | None, left: Tensor, right: Tensor, alpha: float) -> Tensor:
-        if total is None or total.dtype != left.dtype:
-            product = multiply(left, right)
-            product = product if alpha == 1 else product * alpha
-            return product if total is None else total + product
-        return _ADDING[multiply](total, left, right, alpha=alpha)
+        if total is not None and total.dtype == left.dtype:
+            return _ADDING[multiply](total, left, right, alpha=alpha)  # type: ignore[no-any-return]
+        product = multiply(left, right)
+        product = product if alpha == 1 else product * alpha
+        return product if total is None else total + product
 
     return rule
 
 
-_ADDING: dict[Any, Callable[..., Tensor]] = {
+_ADDING: dict[Any, Any] = {
     torch.mm: torch.addmm,
     torch.bmm: torch.baddbmm,
     torch.mv: torch.addmv,
-    torch.dot: lambda total, left, right, *, alpha: total + alpha * left.dot(right),
 }
 """A product and a sum in one operation."""
 
@@ -251,7 +250,6 @@ RULES: dict[str, ForwardRule] = {
     "Mm": _bilinear(torch.mm, "self", "mat2"),
     "Bmm": _bilinear(torch.bmm, "self", "mat2"),
     "Mv": _bilinear(torch.mv, "self", "vec"),
-    "Dot": _bilinear(torch.dot, "self", "tensor"),
     "Addmm": _bilinear(torch.mm, "mat1", "mat2"),
     "Baddbmm": _bilinear(torch.bmm, "batch1", "batch2"),
     "Addmv": _bilinear(torch.mv, "mat", "vec"),
