@@ -170,7 +170,8 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def squared_length(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of all squares in them."""
-    return torch.stack(list(torch._foreach_norm(list(tensors)))).square().sum()
+    lengths = torch.stack(list(torch._foreach_norm(list(tensors))))
+    return lengths.dot(lengths)
 
 
 @cache

@@ -228,12 +228,19 @@ def seed_of(upstream: Tensor, batch: PerSampleLosses) -> Tensor:
     So hooks on activations hear gradients of the usual size, and half precision gets a gradient
     scaler's scale. 0 would take the weights with it.
     """
-    seed = upstream * (batch.scale / max(1, batch.losses.shape[0]))
-    if seed.device.type == "cpu":  # looking at it waits for nothing there
+    scale, size = batch.scale, max(1, batch.losses.shape[0])
+    if upstream.device.type == "cpu":  # looking at it waits for nothing there
+        seed = upstream * (scale / size)
         value = seed.item()
         return seed if value and isfinite(value) else torch.ones_like(seed)
-    seed = seed.nan_to_num(1.0, posinf=1.0, neginf=1.0)
-    return seed.masked_fill_(seed == 0, 1.0)
+    if isinstance(scale, Tensor):
+        upstream, scale = upstream * scale, 1.0
+    seed = torch.rsub(upstream, LEAST, alpha=-scale / size).nan_to_num(1.0, 1.0, 1.0)
+    return seed.masked_fill(seed == 0, 1.0) if seed.dtype is torch.float16 else seed
+
+
+LEAST = 1e-32
+"""In place of 0: lost in the sum with any other factor, and 0 in float16."""
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:

@@ -23,8 +23,8 @@ class PerSampleLosses(NamedTuple):
         scale: Detached. 1 for the plain mean, Σn / Σc for torch's mean with class weights c,
             Σn for the sum, the number of elements of a sample for KLDivLoss' ``batchmean``.
         labels: Class of each sample or ``ignore_index``, int64 of shape (B,), if the target is one.
-        counts: n, int64 of shape (B,), or None if all are known to be equal. Samples with 0 are
-            part of no mean.
+        counts: n, integers or bool of shape (B,), or None if all are known to be equal. Samples
+            with 0 are part of no mean.
         elements: Σn, or None if every sample is one. A mean over several batches divides by the sum
             of ``elements / scale``.
         summed: Whether the value is the sum.
@@ -45,6 +45,12 @@ class PerSampleLosses(NamedTuple):
             return torch.full_like(losses, 1 / max(1, len(losses))) * self.scale
         counts = self.counts.to(losses.dtype)
         return counts / counts.sum().clamp(min=1) * self.scale
+
+
+class Attendance:
+    """What is supposed of the next batch where to look at its ``counts`` is to wait."""
+
+    is_full = True
 
 
 def unreduced(
@@ -125,7 +131,7 @@ def fold(
 
 def _valid_row_means(elements: Tensor, valid: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     if elements.numel() == batch:
-        return elements.reshape(-1), valid.reshape(-1).long()
+        return elements.reshape(-1), valid.reshape(-1)
     counts = valid.reshape(batch, -1).sum(1)
     return _quotient(elements.reshape(batch, -1), counts.clamp(min=1), 1), counts
 

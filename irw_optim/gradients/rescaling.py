@@ -36,26 +36,30 @@ class Aligned(NamedTuple):
     factor: float
     finite: bool
     mass: float | None  # of the positive ones; None where nobody has looked
+    everybody: bool
 
 
 def align_in_range(
-    gradients: PerSampleGradients, coefficients: Tensor, losses: Tensor | None = None
+    gradients: PerSampleGradients,
+    coefficients: Tensor,
+    losses: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Aligned:
     """G G^T c for c of (B,), or that of k G, where k = 1 will not do.
 
-    The losses, (B,), are to be finite as well.
+    The losses, (B,), are to be finite as well, and all to be ``present``.
     """
     aligned = getattr(gradients, "align", None) or partial(align, gradients)
     scores: Tensor = aligned(coefficients)
-    look = _look(scores, gradients, losses)
+    look = _look(scores, gradients, losses, present)
     if look.doubted:
         gradients.settle_doubt()  # type: ignore[attr-defined]
         scores = aligned(coefficients)
-        look = _look(scores, gradients, losses)
+        look = _look(scores, gradients, losses, present)
     if look.in_range:
-        return Aligned(scores, 1.0, look.finite, look.mass)
+        return Aligned(scores, 1.0, look.finite, look.mass, look.everybody)
     found = _rescaled(scores, look.size, gradients, lambda rows: align(rows, coefficients))
-    return Aligned(*found, finite=False, mass=None)
+    return Aligned(*found, finite=False, mass=None, everybody=look.everybody)
 
 
 def gram_in_range(

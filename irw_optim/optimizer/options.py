@@ -39,7 +39,9 @@ class Options:
     def __post_init__(self) -> None:
         outliers, weighting, center = self.outliers, self.weighting, self.center
         check_alpha(self.alpha)
-        check_options(center=center, mix=self.mix, warmup_steps=self.warmup_steps)
+        check_options(center, self.mix)
+        steps = "a whole number of steps, 0 or more, for example warmup_steps=len(loader)"
+        whole_number("warmup_steps", self.warmup_steps, 0, steps)
         true_or_false("class_balance", self.class_balance)
         if isinstance(outliers, type):
             name = outliers.__name__

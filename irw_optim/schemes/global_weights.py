@@ -23,7 +23,7 @@ from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.schemes.reading import DatasetReader
 from irw_optim.schemes.resampling import ResamplingSampler
 from irw_optim.schemes.weighing import weigh_by
-from irw_optim.weighting import Alignment, LocalScheme, StepRecord, present_in
+from irw_optim.weighting import Alignment, LocalScheme, StepRecord, present_of
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import ScoreRule
 
@@ -143,7 +143,7 @@ class WithinClasses(LocalScheme):
                 "none: give labels=, one class for each"
             )
         batch = batch._replace(labels=labels)
-        present = present_in(batch)
+        present = present_of(batch.counts)
         inside = torch.ones_like(labels, dtype=torch.bool) if present is None else present
         members = [(labels == label) & inside for label in labels[inside].unique()]
         records = []

@@ -50,7 +50,7 @@ from irw_optim.weighting import (
     LocalScheme,
     StepRecord,
     normalise,
-    present_in,
+    present_of,
     worst_off_count,
 )
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
@@ -139,7 +139,7 @@ def weigh_dataset(
                 check_order(rows, asked, compared)
         removed = None
         if scheme.outliers is not None:
-            present = present_in(everybody)
+            present = present_of(everybody.counts)
             removed = _outliers_in_blocks(rows, scheme.outliers, outlier_block, present, ranks)
             removed = removed.to(everybody.losses.device)
         record = scheme.decide(everybody, rows, removed)
@@ -208,7 +208,7 @@ class HeldWeights:
         losses = batch.losses.detach()
         indices, record = self._selected(len(losses)), self.record
         assert record is not None  # or it would have been said
-        held, present = record.weights[indices].to(losses.device), present_in(batch)
+        held, present = record.weights[indices].to(losses.device), present_of(batch.counts)
         held = held if present is None else held * present
         weights, fallback = normalise(held, present)
         worst_off, outliers, scores = (

@@ -10,7 +10,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from irw_optim.criterion import PerSampleLosses
+from irw_optim.criterion import Attendance, PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.notebook import html_table
 from irw_optim.weighting.outliers import OutlierFilter
@@ -20,6 +20,7 @@ from irw_optim.weighting.weights import (
     Weights,
     irw_weights,
     normalise,
+    present_of,
     uniform,
     weigh,
     worst_off,
@@ -34,6 +35,7 @@ __all__ = [
     "Weights",
     "irw_weights",
     "normalise",
+    "present_of",
     "uniform",
     "weigh",
     "worst_off",
@@ -161,6 +163,7 @@ class LocalScheme:
     outliers: OutlierFilter | None = None
     class_balance: bool = False
     mix: float = 0.0
+    attendance: Attendance = field(default_factory=Attendance, compare=False, repr=False)
 
     @cached_property
     def needs_gradients(self) -> bool:
@@ -184,6 +187,8 @@ class LocalScheme:
                 "shows none: call optimizer.backward(losses, labels=labels), use a criterion whose "
                 "target is a class, or set class_balance=False"
             )
+        # The products of a data set take too long to be made again.
+        alone = self.needs_one_product and removed is None
         decided = weigh(
             losses,
             rows,
@@ -192,8 +197,9 @@ class LocalScheme:
             outliers=self.outliers,
             labels=labels,
             mix=self.mix,
-            present=None if batch.counts is None else present_in(batch),
+            counts=batch.counts,
             removed=removed,
+            attendance=self.attendance if alone and hasattr(rows, "align") else None,
         )
         return StepRecord(**vars(decided), losses=losses, labels=batch.labels)
 
@@ -222,14 +228,6 @@ class Averaging:
             losses=losses,
             labels=batch.labels,
         )
-
-
-def present_in(batch: PerSampleLosses) -> Tensor | None:
-    """The samples with a target; None for all, or all where nobody has one."""
-    if batch.counts is None:
-        return None
-    present = batch.counts > 0
-    return present | ~present.any()
 
 
 class NoRows:

@@ -167,4 +167,4 @@ def outliers_in(
         raise TypeError(f"the outlier filter returned {found}: {expected}")
     if removed.shape != (size,):
         raise ValueError(f"the outlier filter returned shape {tuple(removed.shape)}: {expected}")
-    return removed & ~removed.all()
+    return (removed & ~removed.all()).to(gram.device)

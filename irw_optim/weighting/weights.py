@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from irw_optim.arguments import real_number, whole_number
+from irw_optim.arguments import real_number
+from irw_optim.criterion import Attendance
 from irw_optim.gradients.protocol import MaterializedGradients, PerSampleGradients
 from irw_optim.gradients.rescaling import align_in_range, gram_in_range, unscaled
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
@@ -62,7 +63,7 @@ def worst_off(losses: Tensor, alpha: float) -> Tensor:
     tensor([False,  True, False, False])
     """
     check_losses(losses)
-    return _worst_off(losses.detach(), check_alpha(alpha))
+    return _mark(torch.zeros_like(losses, dtype=torch.bool), losses.detach(), check_alpha(alpha))
 
 
 def irw_weights(
@@ -99,7 +100,7 @@ def irw_weights(
     """
     alpha = check_alpha(alpha)
     check_losses(losses)
-    check_options(center=center, mix=mix)
+    check_options(center, mix)
     rows = MaterializedGradients.of(gradients) if isinstance(gradients, Tensor) else gradients
     if rows.batch_size != len(losses):
         raise ValueError(
@@ -153,15 +154,20 @@ def weigh(
     outliers: OutlierFilter | None = None,
     labels: Tensor | None = None,
     mix: float = 0.0,
-    present: Tensor | None = None,
+    counts: Tensor | None = None,
     removed: Tensor | None = None,
+    attendance: Attendance | None = None,
 ) -> Weights:
     """Outliers out, S, scores, weights of one mini-batch; `irw_weights` is the checked front.
 
-    ``present`` (B,) bool leaves out samples whose target is ignored, ``removed`` (B,) bool outliers
-    that are known.
+    ``counts`` (B,) of 0 leave out samples whose target is ignored, ``removed`` (B,) bool outliers
+    that are known. With ``attendance`` all may be supposed present until the scores are looked at.
     """
-    kept, gram, finite, mass = present, None, None, None
+    supposed = None
+    if attendance and attendance.is_full and counts is not None and not counts.is_cpu:
+        supposed, counts = counts, None
+    kept = present = present_of(counts)
+    gram, finite, mass = None, None, None
     factor = 1.0  # scores are those of `factor` times the gradients
     if removed is None and outliers is not None and len(losses):
         gram, factor, finite, everybody = gram_in_range(gradients, losses, present)
@@ -169,18 +175,23 @@ def weigh(
         removed = outliers_in(unscaled(gram, factor), outliers, shown, finite=finite)
     if removed is not None:
         kept = ~removed if present is None else present & ~removed
-    worst = _worst_off(losses, alpha, kept)
+    worst, nobody = losses.new_zeros((2, len(losses)), dtype=torch.bool).unbind()
+    _mark(worst, losses, alpha, kept)
     if not isinstance(rule, Alignment):
         scores, factor, finite = rule(losses, gradients, worst), 1.0, None
     elif gram is None:
         coefficients = rule.coefficients(worst, kept, losses.dtype)
-        scores, factor, finite, mass = align_in_range(gradients, coefficients, losses)
+        aligned = align_in_range(gradients, coefficients, losses, supposed)
+        if attendance and not aligned.everybody:  # whose loss of 0 may be in S
+            attendance.is_full = False
+            return weigh(losses, gradients, alpha, rule, labels=labels, mix=mix, counts=supposed)
+        scores, factor, finite, mass, _ = aligned
     else:  # G G^T is at hand: G (G^T c) costs nothing more
         scores = gram @ rule.coefficients(worst, kept, gram.dtype)
     # Who is ignored has no gradient, and so a score of 0.
     if kept is not None and (removed is not None or not isinstance(rule, Alignment)):
         scores, mass = scores * kept, None
-    positive, nobody = scores.relu(), torch.zeros_like(worst)
+    positive = scores.relu()
     if mass and labels is None:
         weights, fallback = positive / mass, nobody[0]
     else:
@@ -188,8 +199,8 @@ def weigh(
     if mix:
         weights = (1 - mix) * weights + mix * uniform(weights, kept)
     scores = scores if factor == 1.0 else unscaled(scores, factor)
-    outside = nobody if removed is None else removed
-    return Weights(worst, outside, scores, weights, fallback, finite)
+    removed = nobody if removed is None else removed
+    return Weights(worst, removed, scores, weights, fallback, finite)
 
 
 def normalise(
@@ -228,6 +239,11 @@ COMPARED_UP_TO = 2048
 """Batch size up to which all labels are compared with each other."""
 
 
+def present_of(counts: Tensor | None) -> Tensor | None:
+    """(B,) bool, the samples with a target; None for all, or all where nobody has one."""
+    return None if counts is None else (present := counts > 0) | ~present.any()
+
+
 def uniform(like: Tensor, kept: Tensor | None = None) -> Tensor:
     """Equal weights (B,) over the kept samples, sum 1."""
     if kept is None:
@@ -235,17 +251,16 @@ def uniform(like: Tensor, kept: Tensor | None = None) -> Tensor:
     return kept.to(like.dtype) / kept.sum()
 
 
-def _worst_off(losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tensor:
+def _mark(nobody: Tensor, losses: Tensor, alpha: float, kept: Tensor | None = None) -> Tensor:
     size = losses.shape[0]
     if kept is None:
         worst_first = losses.argsort(descending=True, stable=True)
-        mask = torch.zeros_like(losses, dtype=torch.bool)
-        return mask.index_fill_(0, worst_first[: worst_off_count(size, alpha)], True)
+        return nobody.index_fill_(0, worst_first[: worst_off_count(size, alpha)], True)
     worst_first = losses.where(kept, -math.inf).argsort(descending=True, stable=True)
     # Rank r is below `worst_off_count` if r / share is below the number of the kept: no look at it.
     share = alpha * (1 - ROUNDING)
     ranks = torch.linspace(0, (size - 1) / share, size, dtype=torch.float64, device=losses.device)
-    return torch.empty_like(kept).scatter_(0, worst_first, ranks < kept.sum())
+    return nobody.scatter_(0, worst_first, ranks < kept.sum())
 
 
 def check_alpha(alpha: object) -> float:
@@ -278,10 +293,8 @@ def check_labels(labels: object, size: int) -> None:
         raise TypeError(f"labels has dtype {labels.dtype}: {wanted}")
 
 
-def check_options(*, center: object = 0.0, mix: object = 0.0, warmup_steps: object = 0) -> None:
+def check_options(center: object, mix: object) -> None:
     """Raise for options outside their ranges."""
     recommended = "where 0 is the paper's rule, and 1 what we recommend to try"
     real_number("center", center, "[0, inf)", recommended)
     real_number("mix", mix, "[0, 1]", "the share of plain averaging in the weights")
-    steps = "a whole number of steps, 0 or more, for example warmup_steps=len(loader) for one epoch"
-    whole_number("warmup_steps", warmup_steps, 0, steps)

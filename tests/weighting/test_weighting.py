@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as arrays
 
 from irw_optim import irw_weights, worst_off
 from irw_optim.gradients import MaterializedGradients
+from irw_optim.optimizer.options import Options
 from irw_optim.weighting import (
     Alignment,
     Equality,
@@ -20,7 +21,6 @@ from irw_optim.weighting import (
     weigh,
     worst_off_count,
 )
-from irw_optim.weighting.weights import check_options
 
 SMALL = st.integers(-3, 3)  # small whole numbers: many ties, and every product is exact
 SHARES = st.fractions(0, 1, max_denominator=200).filter(bool).map(float)
@@ -39,7 +39,7 @@ def batches(draw, min_size=1):
     size, width = draw(st.tuples(st.integers(min_size, 24), st.integers(1, 4)))
     losses = draw(arrays.arrays("float64", size, elements=SMALL))
     gradients = draw(arrays.arrays("float64", (size, width), elements=SMALL))
-    return torch.from_numpy(losses), torch.from_numpy(gradients)
+    return torch.tensor(losses), torch.tensor(gradients)
 
 
 def keep_all_but(removed):
@@ -336,7 +336,7 @@ def test_bad_arguments_are_named(arguments, kind, message):
 )
 def test_a_bad_warm_up_is_named(value, kind):
     with pytest.raises(kind, match=f"warmup_steps={value!r}: expected"):
-        check_options(warmup_steps=value)
+        Options(alpha=0.2, warmup_steps=value)
 
 
 @pytest.mark.parametrize(
