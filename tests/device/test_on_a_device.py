@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 
 import pytest
@@ -51,6 +52,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "LSTM": lambda: Recurrent(nn.LSTM(WIDTH, 6, batch_first=True), CLASSES),
     "GRU": lambda: Recurrent(nn.GRU(WIDTH, 6, batch_first=True), CLASSES),
     "RNN": lambda: Recurrent(nn.RNN(WIDTH, 6, batch_first=True), CLASSES),
+    "batch norm, LSTM": lambda: nn.Sequential(
+        nn.BatchNorm1d(LENGTH), Recurrent(nn.LSTM(WIDTH, 6, batch_first=True), CLASSES)
+    ),
+    "batch norm, two GRUs": lambda: nn.Sequential(
+        nn.BatchNorm1d(LENGTH), Recurrent(nn.GRU(WIDTH, 6, 2, batch_first=True), CLASSES)
+    ),
+    "batch norm, two LSTMs without biases": lambda: nn.Sequential(
+        nn.BatchNorm1d(LENGTH), Recurrent(nn.LSTM(WIDTH, 6, 2, False, batch_first=True), CLASSES)
+    ),
 }
 
 
@@ -96,6 +106,55 @@ def test_steps_are_exact(name: str) -> None:
             assert p.grad.device.type == DEVICE.type
             assert reference.error(p.grad, gradient, floor) < 1e-9
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["convolutional", "batch norm"])
+def test_targets_that_are_ignored_after_full_batches(name: str) -> None:
+    """S is smaller then, and who is in it is not known before the step has waited."""
+    model, ignored = make(name), [0, 2, 3, 5]
+    optimizer, criterion = attach(model)
+    for seed in range(5):
+        x, y = draw(seed=seed)
+        y[ignored if seed > 1 else []] = -100
+        twin = copy.deepcopy(model)
+        losses = F.cross_entropy(twin(x), y, reduction="none")
+        removed = ignored if seed > 1 else ()
+        oracle = reference.step(losses, twin.parameters(), ALPHA, removed=removed)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        record = optimizer.last_step
+        assert record.worst_off.tolist() == oracle.worst_off.tolist()
+        assert reference.error(record.weights.cpu(), oracle.weights.cpu()) < 1e-9
+        for p, gradient in zip(model.parameters(), oracle.gradients, strict=True):
+            assert reference.error(p.grad, gradient, 1e-3) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["convolutional", "batch norm"])
+def test_nobody_with_a_target_moves_nothing(name: str) -> None:
+    model = make(name)
+    optimizer, criterion = attach(model)
+    x, y = draw()
+    criterion(model(x), torch.full_like(y, -100)).backward()
+    assert not any(p.grad.any() for p in model.parameters())
+    assert torch.equal(optimizer.last_step.weights, torch.full_like(x[:, 0, 0], 1 / len(x)))
+
+
+@pytest.mark.parametrize("name", ["convolutional", "batch norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("upstream", [0.0, math.inf, math.nan])
+def test_what_arrives_at_the_loss_does_not_choose_the_weights(
+    name: str, dtype: torch.dtype, upstream: float
+) -> None:
+    x, y = draw()
+    weights = []
+    for factor in (1.0, upstream):
+        model = make(name).to(dtype)
+        optimizer, criterion = attach(model)
+        (criterion(model(x.to(dtype)), y) * factor).backward()
+        weights.append(optimizer.last_step.weights)
+        finite = [bool(p.grad.isfinite().all()) for p in model.parameters()]
+        assert all(finite) == math.isfinite(factor)
+    assert reference.error(weights[1], weights[0]) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "attending"])
