@@ -195,20 +195,6 @@ class ChainPlaces(NamedTuple):
 class ChainedCall(LayerCall):
     """A call with placeholders, and how each was computed from parameters."""
 
-    # Asked of the call itself:
-    recorded = property(attrgetter("call.recorded"))
-    input = property(attrgetter("call.input"))
-    version = property(attrgetter("call.version"))
-    batch_size = property(attrgetter("call.batch_size"))
-    output_gradient = property(attrgetter("call.output_gradient"))
-    precision = property(attrgetter("call.precision"))
-    needs_autograd_combine = property(attrgetter("call.needs_autograd_combine"))
-    layout = property(attrgetter("call.layout"))
-    layouts = property(attrgetter("call.layouts"))
-    settle = property(attrgetter("call.settle"))
-    let_go = property(attrgetter("call.let_go"))
-    forget_values = property(attrgetter("call.forget_values"))
-
     def __init__(self, call: LayerCall, chains: Mapping[Tensor, Chain]) -> None:
         self.call = call
         self.chains = dict(chains)
@@ -265,6 +251,14 @@ class ChainedCall(LayerCall):
         )
         mine = self.parameters.values()
         return {p: total[p] if p in total else torch.zeros_like(p) for p in mine}
+
+
+_ASKED_OF_THE_CALL = (
+    "recorded input version batch_size output_gradient precision needs_autograd_combine layout "
+    "layouts settle let_go forget_values"
+)
+for _name in _ASKED_OF_THE_CALL.split():
+    setattr(ChainedCall, _name, property(attrgetter(f"call.{_name}")))
 
 
 def _pulled_through(chain: Chain, gradient: Tensor) -> dict[Tensor, Tensor]:

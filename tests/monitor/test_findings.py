@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monitored_runs import majority_and_minority, mlp, train
@@ -310,11 +311,11 @@ def test_every_signature_says_what_it_is() -> None:
 
 
 def test_the_error_of_a_block_is_that_of_the_scatter_inside() -> None:
-    means, error = blocks(torch.tensor([1.0, 3.0, 1.0, 3.0]).numpy(), 2)
+    means, error = blocks(np.array([1.0, 3.0, 1.0, 3.0]), 2)
     assert (means.tolist(), error) == ([2.0, 2.0], 1.0)
 
 
 def test_blocks_of_a_course_without_scatter_have_no_error() -> None:
-    means, error = blocks(torch.tensor([1.0, 1.0, 3.0, 3.0]).numpy(), 2)
+    means, error = blocks(np.array([1.0, 1.0, 3.0, 3.0]), 2)
     assert means.tolist() == [1.0, 3.0]
     assert error == 0

@@ -66,7 +66,7 @@ def test_a_row_is_what_its_columns_say(record: StepRecord) -> None:
     assert row["mean_loss"] == pytest.approx(float(losses.mean()), **close)
     assert row["worst_alpha_loss"] == pytest.approx(worst_alpha_loss(losses, ALPHA), **close)
     for name, q in (("loss_median", 0.5), ("loss_q90", 0.9), ("loss_q99", 0.99)):
-        expected = np.quantile(losses.numpy(), q, method="inverted_cdf")
+        expected = np.quantile(losses.cpu().numpy(), q, method="inverted_cdf")
         assert row[name] == pytest.approx(expected, **close)
     assert row["largest_loss"] == pytest.approx(float(losses.max()), **close)
     assert (row["samples"], row["worst_off_samples"]) == (size, int(record.worst_off.sum()))

@@ -90,6 +90,7 @@ class Mixes(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         kinds = {t.device.type for t in tensors if t.ndim or t.device.type != "cpu"}
         copies = name in ("copy_", "_copy_from", "_to_copy") or "index" in name
+        copies |= name == "_pack_padded_sequence"  # its lengths are the host's
         if {"cpu", DEVICE} <= kinds and not copies and (where := _line_of_ours()):
             self.found.append(f"{name} at {where}")
         result = function(*args, **kwargs)

@@ -47,21 +47,21 @@ def test_a_draw_at_the_very_end_is_the_last_with_a_weight(monkeypatch):
     # (1 - 2^-53) * 3 rounds up to 3: one past the last index.
     weights = torch.tensor([1.0, 2.0, 0.0])
     sampler = ResamplingSampler(weights, 4)
-    monkeypatch.setattr(
-        torch, "rand", lambda n, dtype, **_: torch.full((n,), 1 - 2.0**-53, dtype=dtype)
-    )
+    drawn = 1 - torch.full((4,), 2.0**-53, dtype=torch.float64, device="cpu")
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: drawn)
     assert list(sampler) == [1, 1, 1, 1]
 
 
 def test_a_draw_at_the_very_beginning_is_the_first_with_a_weight(monkeypatch):
     sampler = ResamplingSampler(torch.tensor([0.0, 1.0, 2.0]), 2)
-    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.zeros(n).double())
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.zeros(n, device="cpu").double())
     assert list(sampler) == [1, 1]
 
 
 def test_small_weights_behind_large_ones_are_not_rounded_away(monkeypatch):
     sampler = ResamplingSampler(torch.tensor([2.0**24, 1.0]), 1)
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([1 - 2.0**-25]).double())
+    drawn = torch.tensor([1 - 2.0**-25], device="cpu").double()
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: drawn)
     assert list(sampler) == [1]
 
 
