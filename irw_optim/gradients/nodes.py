@@ -48,9 +48,7 @@ def signed(value: Any) -> Any:
 def saved(node: Any, name: str) -> Any:
     """What a node remembers under a name, `signed`; tuples as lists."""
     value = getattr(node, f"_saved_{name}")
-    if isinstance(value, tuple | list):
-        return list(map(signed, value))
-    return signed(value)
+    return list(map(signed, value)) if isinstance(value, tuple | list) else signed(value)
 
 
 def pull(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

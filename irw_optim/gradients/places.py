@@ -100,11 +100,9 @@ class Places:
         if type(node) is ENDS_RUN:
             return Operation(reads, makes, shapes, dtypes, push_run, pull_run, False, False)
         name, touched = base_name(node), {self.dtypes[n] for n in reads if n != NOTHING} | {*dtypes}
-        rule = _OF_KIND.get(RULES.get(name))
+        rule = FORWARD.get(name, _OF_KIND.get(RULES.get(name)))
         if name in RESHAPED:
             rule = reshaped(shapes[0])
-        elif name in FORWARD:
-            rule = FORWARD[name]
         if name not in _OF_COMPLEX and any(dtype.is_complex for dtype in touched):
             rule = None
         if rule is diagonal and len(reads) == len(shapes) == 1:

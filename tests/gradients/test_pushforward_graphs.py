@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import reference
 import torch
-from pushes import Case, assert_case, assert_pushed, case, numbers
+from pushes import Case, assert_case, assert_pushed, case, numbers, rows_of
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from irw_optim import IRWOptimizer
 from irw_optim.gradients import places
+from irw_optim.gradients.backward_passes import BackwardPasses
 from irw_optim.gradients.forward import FORWARD
-from irw_optim.gradients.graph import OfKinds
+from irw_optim.gradients.graph import OfKinds, walk
 from irw_optim.gradients.places import Places
 from irw_optim.gradients.pushforward import NoPushForwardError, push
 
@@ -128,6 +129,23 @@ def _written(x: Tensor, y: Tensor) -> Tensor:
     return z.sin()
 
 
+def _copied(x: Tensor, y: Tensor) -> Tensor:
+    """In order, in another, from one number, and zeros."""
+    z = x * 2
+    z[1:, 1:3] = y
+    z[1:, :2].t().copy_(y * 3)
+    z[:, 3] = y[1, 1]
+    z[2] = 0.0
+    z[0, 1:].zero_()
+    return z.sin()
+
+
+def _copied_turned(x: Tensor, y: Tensor) -> Tensor:
+    z = x.clone()
+    z[:2, :2].t().copy_(y)
+    return z[:2, :2]
+
+
 def _written_by_a_function(x: Tensor, function: type[torch.autograd.Function]) -> Tensor:
     z = x + 1
     z[0].mul_(2)
@@ -182,6 +200,22 @@ GRAPHS = [
     case("straight through", Straight.apply, (3, 4)),
     case("function with a setup", WithSetup.apply, (3, 4), (4, 2)),
     case("views written to", _written, (3, 4), (2, 2)),
+    case("copies into views", _copied, (3, 4), (2, 2)),
+    case(
+        "a copy from another type",
+        lambda x, y: _copied(x, y.float()),
+        (3, 4),
+        (2, 2),
+        tolerance=1e-6,
+    ),
+    case(
+        "a copy where many are alike",
+        _copied_turned,
+        (1000, 4),
+        (2, 2),
+        dtype=torch.bfloat16,
+        tolerance=1e-2,
+    ),
     case("function on a view", lambda x: _written_by_a_function(x, Cube), (3, 4)),
     case("in place", _in_place, (3, 4), (3, 4)),
     case(
@@ -212,6 +246,19 @@ def test_what_can_only_be_pulled_back_says_so(
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(NoPushForwardError):
         assert_pushed(numbers(within(x, function)), [x], 1e-10)
+
+
+def test_copies_into_views_take_no_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 2))
+    z = x * 2
+    z[1:3] = y
+    z[3] = 0.0
+    output = z.sin().flatten()
+    rows = rows_of(output, [x, y])
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    pushed = BackwardPasses(output, walk(output), {}).push({x: x.detach(), y: y.detach()})
+    expected = [(row[0] * x).sum() + (row[1] * y).sum() for row in rows]
+    torch.testing.assert_close(pushed, torch.stack(expected).detach(), rtol=0.0, atol=1e-12)
 
 
 def test_operations_without_double_backward_say_so() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, added, again, of_one
 from irw_optim.gradients.layers import CONVOLUTION
-from irw_optim.gradients.nodes import saved, shape_of
+from irw_optim.gradients.nodes import base_name, saved, shape_of
 
 
-def _bilinear(multiply: Callable[[Tensor, Tensor], Tensor], left: str, right: str) -> ForwardRule:
+def _bilinear(multiply: Any, add: Any, left: str, right: str) -> ForwardRule:
     """``beta * summand + alpha * multiply(left, right)``, or without a summand."""
 
     def rule(node: Any, tangents: Tangents) -> Tensor | None:
@@ -23,28 +22,20 @@ def _bilinear(multiply: Callable[[Tensor, Tensor], Tensor], left: str, right: st
         total = summands[0] if summands else None
         if total is not None and beta != 1:
             total = total * beta
+        products, own = [], None  # to write to
         if d_left is not None:
-            total = plus(total, d_left, getattr(node, f"_saved_{right}"), alpha)
+            products.append((d_left, getattr(node, f"_saved_{right}")))
         if d_right is not None:
-            total = plus(total, getattr(node, f"_saved_{left}"), d_right, alpha)
+            products.append((getattr(node, f"_saved_{left}"), d_right))
+        for pair in products:
+            if total is not None and total.dtype == pair[0].dtype:
+                total = own = add(total, *pair, alpha=alpha, out=own)
+            else:
+                product = multiply(*pair) if alpha == 1 else multiply(*pair) * alpha
+                total = own = product if total is None else total + product
         return total
 
-    def plus(total: Tensor | None, left: Tensor, right: Tensor, alpha: float) -> Tensor:
-        if total is not None and total.dtype == left.dtype:
-            return _ADDING[multiply](total, left, right, alpha=alpha)  # type: ignore[no-any-return]
-        product = multiply(left, right)
-        product = product if alpha == 1 else product * alpha
-        return product if total is None else total + product
-
     return rule
-
-
-_ADDING: dict[Any, Any] = {
-    torch.mm: torch.addmm,
-    torch.bmm: torch.baddbmm,
-    torch.mv: torch.addmv,
-}
-"""A product and a sum in one operation."""
 
 
 def _convolution(node: Any, tangents: Tangents) -> Tensor | None:
@@ -57,7 +48,8 @@ def _convolution(node: Any, tangents: Tangents) -> Tensor | None:
         total = d_bias.view(1, -1, *[1] * (len(shape_of(node)) - 2))
     if d_input is None:
         return total
-    return added(_ATEN.convolution.default(d_input, node._saved_weight, None, *settings), total)
+    moved: Tensor = _ATEN.convolution.default(d_input, node._saved_weight, None, *settings)
+    return moved if total is None else moved.add_(total)  # no new memory
 
 
 _ONLY_INPUT = [True, False, False]
@@ -104,24 +96,18 @@ def _group_norm(node: Any, tangents: Tangents) -> Tensor | None:
 
 def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
     d_input, d_gain, d_bias = tangents
-    training = node._saved_training
-    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
-    running_mean, running_variance = node._saved_running_mean, node._saved_running_var
-    x, mean, rstd = _statistics(node)
-    across = (1, -1, *[1] * (x.ndim - 2))
-    change = None
+    eps = getattr(node, "_saved_eps", None) or node._saved_epsilon
+    running = node._saved_running_mean, node._saved_running_var
+    (x, mean, rstd), training, change = _statistics(node), node._saved_training, None
     if d_input is not None:  # the gain is one for each statistic
-        settings = (running_mean, running_variance, mean, rstd, training, eps, _ONLY_INPUT)
-        backward, weight = _ATEN.native_batch_norm_backward.default, node._saved_weight
-        change = backward(d_input, x, weight, *settings)[0]
+        settings = (node._saved_weight, *running, mean, rstd, training, eps, _ONLY_INPUT)
+        change = _ATEN.native_batch_norm_backward.default(d_input, x, *settings)[0]
     if d_gain is None:
-        return added(change, None if d_bias is None else d_bias.view(across))
-    if not training:
-        mean, rstd = running_mean, (running_variance + eps).rsqrt()
-    scale = d_gain * rstd
-    shift = -mean * scale if d_bias is None else torch.addcmul(d_bias, mean, scale, value=-1)
-    moved = shift.view(across) if change is None else change.add_(shift.view(across))
-    return torch.addcmul(moved, x, scale.view(across))
+        return added(change, None if d_bias is None else d_bias.view(1, -1, *[1] * (x.ndim - 2)))
+    if training:
+        running, eps = (mean, rstd**-2), 0.0
+    moved: Tensor = torch.native_batch_norm(x, d_gain, d_bias, *running, False, 0.0, eps)[0]
+    return moved if change is None else moved.add_(change)
 
 
 def _weight_norm(node: Any, tangents: Tangents) -> Tensor | None:
@@ -175,19 +161,17 @@ def _by_frequency(table: Tensor, indices: Tensor) -> Tensor:
 def _grid_sample(node: Any, tangents: Tangents) -> Tensor | None:
     """A moving position changes each channel by its own gradient there."""
     d_input, d_grid = tangents
-    name = "grid_sampler_2d" if node.name().startswith("GridSampler2D") else "grid_sampler_3d"
-    operation = getattr(_ATEN, name)
+    name = f"grid_sampler_{base_name(node)[-2:].lower()}"
     modes = [saved(node, n) for n in ("interpolation_mode", "padding_mode", "align_corners")]
     grid = node._saved_grid
-    total = None if d_input is None else operation(d_input, grid, *modes)
+    total = None if d_input is None else getattr(_ATEN, name)(d_input, grid, *modes)
     if d_grid is None:
         return total
-    operation = getattr(_ATEN, f"{name}_backward")
     values = node._saved_input
     count, channels = values.shape[:2]
     ones = values.new_ones(count * channels, 1, *grid.shape[1:-1])
     values, grids = values.flatten(0, 1).unsqueeze(1), grid.repeat_interleave(channels, 0)
-    gradient = operation(ones, values, grids, *modes, [False, True])[1]
+    gradient = getattr(_ATEN, f"{name}_backward")(ones, values, grids, *modes, [False, True])[1]
     moved = (gradient.unflatten(0, (count, channels)) * d_grid.unsqueeze(1)).sum(-1)
     return added(total, moved)
 
@@ -247,12 +231,12 @@ RULES: dict[str, ForwardRule] = {
     "ViewAsComplex": of_one(lambda node, t: torch.view_as_complex(t.contiguous())),
     "ViewAsReal": of_one(lambda node, t: torch.view_as_real(t.resolve_conj())),
     "Im2Col": again(F.unfold, "kernel_size", "dilation", "padding", "stride"),
-    "Mm": _bilinear(torch.mm, "self", "mat2"),
-    "Bmm": _bilinear(torch.bmm, "self", "mat2"),
-    "Mv": _bilinear(torch.mv, "self", "vec"),
-    "Addmm": _bilinear(torch.mm, "mat1", "mat2"),
-    "Baddbmm": _bilinear(torch.bmm, "batch1", "batch2"),
-    "Addmv": _bilinear(torch.mv, "mat", "vec"),
+    "Mm": _bilinear(torch.mm, torch.addmm, "self", "mat2"),
+    "Bmm": _bilinear(torch.bmm, torch.baddbmm, "self", "mat2"),
+    "Mv": _bilinear(torch.mv, torch.addmv, "self", "vec"),
+    "Addmm": _bilinear(torch.mm, torch.addmm, "mat1", "mat2"),
+    "Baddbmm": _bilinear(torch.bmm, torch.baddbmm, "batch1", "batch2"),
+    "Addmv": _bilinear(torch.mv, torch.addmv, "mat", "vec"),
     "Convolution ConvolutionOverrideable": _convolution,
     "NativeLayerNorm": _layer_norm,
     "NativeGroupNorm": _group_norm,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.forward._tangents import Changes, ForwardRule, Tangents, again, of_one
+from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, again, of_one
 from irw_optim.gradients.nodes import base_name, pull, read_by, saved, shape_of
 
 
@@ -39,16 +39,11 @@ def of_single_losses(node: Any, tangents: Tangents) -> Tensor | None:
     return None if node._saved_reduction else diagonal(node, tangents)
 
 
-def _reduced(method: str) -> ForwardRule:
+def _reduced(node: Any, change: Tensor) -> Any:
     """Over remembered dimensions, or all."""
-
-    def rule(node: Any, change: Tensor) -> Changes:
-        dims = saved(node, "dim") if hasattr(node, "_saved_dim") else None
-        kept = getattr(node, "_saved_keepdim", False)
-        found: Tensor = getattr(change, method)(dims or None, keepdim=kept)
-        return found
-
-    return of_one(rule)
+    dims = saved(node, "dim") if hasattr(node, "_saved_dim") else None
+    kept = getattr(node, "_saved_keepdim", False)
+    return getattr(change, base_name(node).lower())(dims or None, keepdim=kept)
 
 
 def _joined(node: Any, tangents: Tangents) -> Tensor | None:
@@ -74,31 +69,23 @@ def _stacked(node: Any, tangents: Tangents) -> Tensor:
     return torch.stack([zero if t is None else t for t in tangents], saved(node, "dim"))
 
 
-def _scattered(node: Any, tangents: Tangents) -> Tensor | None:
+def _put(node: Any, tangents: Tangents) -> Any:
     """As autograd has it: several numbers for one place add up."""
-    into, put = _two(tangents)
+    (into, put), name = _two(tangents), base_name(node)
+    total = put.new_zeros(shape_of(node)) if into is None else into.clone()  # type: ignore[union-attr]
+    if name == "IndexPut":
+        write, indices = torch.ops.aten.index_put_.default, list(node._saved_indices)
+        if not node._saved_accumulate:
+            write(total, indices, total.new_zeros(()))
+        return total if put is None else write(total, indices, put, True)
     where = saved(node, "dim"), node._saved_index
-    total = put.new_zeros(shape_of(node)) if into is None else into  # type: ignore[union-attr]
-    if base_name(node) == "Scatter":
-        total = total.scatter(*where, 0.0)
-    return total if put is None else total.scatter_add(*where, put)
-
-
-def _index_added(node: Any, tangents: Tangents) -> Tensor | None:
-    into, put = tangents
-    where = saved(node, "dim"), node._saved_index
-    total = put.new_zeros(shape_of(node)) if into is None else into  # type: ignore[union-attr]
-    return total if put is None else total.index_add(*where, put, alpha=node._saved_alpha)
-
-
-def _index_put(node: Any, tangents: Tangents) -> Tensor | None:
-    into, put = tangents
-    operation: Any = torch.ops.aten.index_put.default
-    where = list(node._saved_indices)
-    total = put.new_zeros(shape_of(node)) if into is None else into  # type: ignore[union-attr]
-    if not node._saved_accumulate:
-        total = operation(total, where, total.new_zeros(()))
-    return total if put is None else operation(total, where, put, True)
+    if name == "Scatter":
+        total.scatter_(*where, 0.0)
+    if put is None:
+        return total
+    if name == "IndexAdd":
+        return total.index_add_(*where, put, alpha=node._saved_alpha)
+    return total.scatter_add_(*where, put)
 
 
 def _found_by_size(node: Any, change: Tensor) -> Tensor:
@@ -180,13 +167,10 @@ def _quotient(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def _where(node: Any, tangents: Tangents) -> Tensor:
-    left, right = (0.0 if t is None else t for t in tangents)
+    left, right = (0.0 if t is None else t for t in _two(tangents))
+    if base_name(node) == "MaskedFill":
+        return torch.where(node._saved_mask, right, left)
     return torch.where(node._saved_condition, left, right)
-
-
-def _masked(node: Any, tangents: Tangents) -> Tensor:
-    elsewhere, value = (0.0 if t is None else t for t in _two(tangents))
-    return torch.where(node._saved_mask, value, elsewhere)
 
 
 def _larger(node: Any, tangents: Tangents) -> Tensor:
@@ -196,12 +180,6 @@ def _larger(node: Any, tangents: Tangents) -> Tensor:
     won = values > others if base_name(node) == "Maximum" else values < others
     share = torch.where(values == others, 0.5, won.to(values.dtype))
     return torch.add(share * left, (1 - share) * right)
-
-
-def _filled(node: Any, tangents: Tangents) -> Tensor:
-    _, value = _two(tangents)
-    output = node._input_metadata[0]
-    return torch.zeros((), dtype=output.dtype, device=output.device) if value is None else value
 
 
 def _negative_likelihood(node: Any, change: Tensor) -> Tensor | None:
@@ -242,9 +220,7 @@ RULES: dict[str, ForwardRule] = {
     "Index": again(torch.ops.aten.index.Tensor, "indices"),
     "IndexSelect": again(torch.index_select, "dim", "index"),
     "Gather": again(torch.gather, "dim", "index"),
-    "IndexAdd": _index_added,
-    "IndexPut": _index_put,
-    "Scatter ScatterAdd": _scattered,
+    "IndexAdd IndexPut Scatter ScatterAdd": _put,
     "Kthvalue Max Median Min Mode Sort Topk": of_one(_found_by_size),
     "Cumsum": again(torch.cumsum, "dim"),
     "Flip": again(torch.flip, "dims"),
@@ -254,8 +230,7 @@ RULES: dict[str, ForwardRule] = {
     "ConstantPadNd": again(F.pad, "pad"),
     "Tril": again(torch.tril, "diagonal"),
     "Triu": again(torch.triu, "diagonal"),
-    "Sum": _reduced("sum"),
-    "Mean": _reduced("mean"),
+    "Mean Sum": of_one(_reduced),
     "Glu": of_one(_gated),
     "PackPaddedSequence": of_one(_packed),
     "PreluKernel": _bent,
@@ -264,12 +239,10 @@ RULES: dict[str, ForwardRule] = {
     "Add Sub": _sum,
     "Mul": _product,
     "Div": _quotient,
-    "Where": _where,
-    "torch::autograd::CopyBackwards": lambda node, tangents: tangents[1],
-    "MaskedFill": _masked,
+    "MaskedFill Where": _where,
+    "Fill torch::autograd::CopyBackwards": lambda node, tangents: _two(tangents)[1],
     "MaskedSelect": again(torch.masked_select, "mask"),
     "Maximum Minimum": _larger,
-    "Fill": _filled,
     "NllLoss NllLoss2D": of_one(_negative_likelihood),
     "CtcLoss MultiMarginLoss MultilabelMarginLoss": of_one(_of_separate_samples),
 }

@@ -55,6 +55,10 @@ def transposed(node: Any, tangents: Tangents) -> Tangents:
     with torch.enable_grad():
         seeds = [_seed(node, metadata).requires_grad_() for metadata in node._input_metadata]
         pulled = pull(node, seeds)
+        if base_name(node) == _COPY and len(tangents) == 2:
+            copied = _copied(*seeds, *pulled, *tangents)
+            if copied is not None:
+                return [copied]
         gradients, directions = [], []
         for number, tangent in changing:
             gradient = pulled[number]
@@ -72,19 +76,34 @@ def transposed(node: Any, tangents: Tangents) -> Tangents:
     return [None if change is None else change.detach() for change in found]
 
 
+_COPY = "torch::autograd::CopySlices"
+
+
+def _copied(seed: Tensor, kept: Any, taken: Any, base: Any, put: Any) -> Tensor | None:
+    """Into a view, if unlike numbers that go back show this alone, and where."""
+    if base is None or seed.numel() * torch.finfo(seed.dtype).eps > 0.1:  # some are alike
+        return None
+    gone = kept == 0
+    if put is None:
+        return base.masked_fill(gone, 0.0) if kept.where(~gone, seed).equal(seed) else None
+    if taken.dtype != seed.dtype or taken.numel() != gone.sum():
+        return None
+    return base.masked_scatter(gone, put) if kept.masked_scatter(gone, taken).equal(seed) else None
+
+
 _SAYS_NOT = "its gradient does not depend as it should on what it is given"
 
 
 def _may_hide(node: Node) -> bool:
     """Functions in Python may detach what they are given; copies into views may call such."""
-    return base_name(node) in ("", "torch::autograd::CopySlices")
+    return base_name(node) in ("", _COPY)
 
 
 def _seed(node: Node, metadata: Any) -> Tensor:
     shape: Sequence[int] = metadata.shape
     options: Any = {"dtype": metadata.dtype, "device": metadata.device}
     if _may_hide(node):  # no two alike: what is linear is seen to be
-        return _different(prod(shape), metadata.dtype, metadata.device).view(shape)
+        return _different(prod(shape), **options).view(shape)
     if base_name(node) == "Logcumsumexp":  # its backward takes a logarithm
         return torch.ones(shape, **options)
     return torch.zeros(shape, **options)
@@ -95,7 +114,7 @@ def _different(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32).to_real()
     steps = torch.arange(count, dtype=wide, device=device)
     numbers = (steps * 0.6180339887498949).frac_().div_(2).add_(steps)
-    return numbers.div_(max(1, count)).add_(0.5).to(dtype)
+    return numbers.div_(count).add_(0.5).to(dtype)
 
 
 _Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
@@ -125,7 +144,7 @@ def _attention(node: Any, tangents: Tangents) -> Tensor | None:
     scale = query.shape[-1] ** -0.5 if node._saved_scale is None else node._saved_scale
     mask = next((m for m in masks if m is not None), None)
     attended = partial(_attended, scale=scale, causal=node._saved_is_causal)
-    inputs: list[Any] = [query, key, value, mask, *tangents[:3]]
+    inputs = query, key, value, mask, *tangents[:3]
     number = query[..., 0].numel() * key.shape[-2]
     size = max(1, _AT_ONCE.get(query.device.type, 2**22) * len(query) // number)
     if size >= len(query):
@@ -146,40 +165,34 @@ def _part(tensor: Any, samples: slice, query: Tensor) -> Any:
     return tensor if one_for_all else tensor[samples]
 
 
-def _attended(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    d_query: Tensor | None,
-    d_key: Tensor | None,
-    d_value: Tensor | None,
-    *,
-    scale: float,
-    causal: bool,
-) -> Tensor:
+def _attended(*inputs: Any, scale: float, causal: bool) -> Tensor:
+    query, key, value, mask, d_query, d_key, d_value = inputs
     repeats = query.shape[-3] // key.shape[-3] if query.ndim > 3 else 1
     if repeats > 1:  # grouped queries
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-        d_key, d_value = (
-            None if t is None else t.repeat_interleave(repeats, -3) for t in (d_key, d_value)
+        of_groups = key, value, d_key, d_value
+        key, value, d_key, d_value = (
+            None if t is None else t.repeat_interleave(repeats, -3) for t in of_groups
         )
-    scores = query @ key.mT * scale
-    if mask is not None:
-        scores = scores + mask if mask.is_floating_point() else scores.where(mask, -torch.inf)
+    query, d_query = query * scale, None if d_query is None else d_query * scale
+    scores = query @ key.mT
     if causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.where(allowed, -torch.inf)
-    sees_nothing = scores.amax(-1, keepdim=True) == -torch.inf
-    weights = scores.softmax(-1).masked_fill(sees_nothing, 0.0)
-    change = None if d_value is None else weights @ d_value
+    if mask is None:
+        weights = scores.softmax(-1)
+    else:
+        scores = scores + mask if mask.is_floating_point() else scores.where(mask, -torch.inf)
+        sees_nothing = scores.amax(-1, keepdim=True) == -torch.inf
+        weights = scores.softmax(-1).masked_fill_(sees_nothing, 0.0)
     of_scores = added(
         None if d_query is None else d_query @ key.mT,
         None if d_key is None else query @ d_key.mT,
     )
-    if of_scores is not None:
-        product = weights * of_scores * scale
-        change = added(change, (product - weights * product.sum(-1, keepdim=True)) @ value)
+    back = torch.ops.aten._softmax_backward_data.default  # J = J^T
+    change = added(
+        None if of_scores is None else back(of_scores, weights, -1, weights.dtype) @ value,
+        None if d_value is None else weights @ d_value,
+    )
     assert change is not None
     return change
 
@@ -190,9 +203,8 @@ def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
     d_input, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_state, d_cell = tangents
     names = RECURRENT if node._saved_has_biases else RECURRENT[:2]
     values = {name: getattr(node, f"_saved_weight{n}") for n, name in enumerate(names)}
-    names_of = ("input", "result0", "hx_", "cx_")
-    inputs, states, state, cell = (getattr(node, f"_saved_{name}") for name in names_of)
-    reverse = node._saved_reverse
+    inputs, states, reverse = node._saved_input, node._saved_result0, node._saved_reverse
+    state, cell = node._saved_hx_, node._saved_cx_
     if reverse:
         inputs, states = inputs.flip(0), states.flip(0)
         d_input = None if d_input is None else d_input.flip(0)
@@ -204,13 +216,13 @@ def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
         None if d_weight_hh is None else before @ d_weight_hh.t(),
         added(d_bias_ih, d_bias_hh),
     )
-    shape = (*states.shape[:2], 4 * states.shape[2])
-    of_inputs = states.new_zeros(shape) if change is None else change.expand(shape)
+    slopes = gates.slopes.flatten(2)
+    change = torch.zeros_like(slopes, dtype=states.dtype) if change is None else change
     d_state, d_cell = (torch.zeros_like(state) if t is None else t for t in (d_state, d_cell))
     recurrent, cells, found = values["weight_hh"].t(), 3 * states.shape[2], []
     for first, slope, forget, to_cell in zip(
-        of_inputs.unbind(),
-        gates.slopes.flatten(2).unbind(),
+        change.expand_as(slopes).unbind(),
+        slopes.unbind(),
         gates.forget.unbind(),
         gates.to_cell.unbind(),
         strict=True,

@@ -225,13 +225,16 @@ class LSTMCall(LayerCall):
         before = torch.cat([self.first_state.unsqueeze(0), states[:-1]]).to(inputs.dtype)
         gates = gates_of(inputs, before, self.first_cell, self.values)
         b = self._back_through_time(gates, widened(gradient))
-        self.parts = []
+        parts = []
         for side, read in (("ih", inputs), ("hh", before)):
-            weight, bias = (self.parameters.get(f"{name}_{side}") for name in ("weight", "bias"))
+            weight, bias = map(self.parameters.get, (f"weight_{side}", f"bias_{side}"))
             part = LinearCall(read, weight, bias)
             part.settle(self.layout._replace(dim=1), self.batch_size)
             part.set_output_gradient(b)
-            self.parts += [part] if part.parameters else []
+            parts += [part] if part.parameters else []
+            if bias is not None:
+                part.bias_rows = parts[0].bias_rows  # of one b
+        self.parts = [*parts]
 
     def _in_order(self, sequence: Tensor) -> Tensor:
         return sequence.flip(0) if self.reverse else sequence
