@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,7 +15,6 @@ from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import Engine, OwnEngine
 from irw_optim.optimizer.at_hand import check_backward, check_reads_rows
 from irw_optim.optimizer.options import Options, check_arguments, check_group, described
-from irw_optim.optimizer.selection import ScoreParameters, select_parameters
 from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.optimizer.wrapping import Hold, OptimizerWrapper, closure_step
 from irw_optim.weighting import ScoreRule
@@ -23,6 +22,8 @@ from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import check_losses
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
+
+ScoreParameters: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
 
 def fires_own_hooks(step: _Step) -> _Step:
@@ -243,3 +244,49 @@ class IRWOptimizer(OptimizerWrapper):
     def scored_parameters(self) -> set[Tensor]:
         """The parameters whose gradients make the scores."""
         return set(self._weighted.scored)
+
+
+def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
+    """The parameters whose gradients make the scores (the paper's "key layers").
+
+    A tied one goes by any of its names; ``"last"`` means the last layer that has trainable ones,
+    None all of them.
+
+    Raises:
+        ValueError: nothing trainable is chosen, or a name is not the model's.
+        TypeError: anything else.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> sorted(p.numel() for p in select_parameters(model, "last"))
+    [1, 3]
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    selected: set[Tensor]
+    if chosen is None:
+        selected = set(trainable.values())
+    elif chosen == "last":
+        owners = [name.rpartition(".")[0] for name in trainable]
+        selected = {p for name, p in trainable.items() if name.rpartition(".")[0] == owners[-1]}
+    elif callable(chosen):
+        selected = {p for name, p in trainable.items() if chosen(name, p)}
+    elif isinstance(chosen, Sequence) and not isinstance(chosen, str):
+        selected = set()
+        for wanted in chosen:
+            found = [name for name in named if name == wanted or name.startswith(f"{wanted}.")]
+            if not found:
+                raise ValueError(
+                    f"score_parameters names {wanted!r}, which the model does not have; it has "
+                    f"{', '.join([*named][:6])}{', ...' if len(named) > 6 else ''}"
+                )
+            selected.update(trainable[name] for name in found if name in trainable)
+    else:
+        raise TypeError(
+            f"score_parameters={chosen!r}: expected None, 'last', a list of parameter or module "
+            "names, or a predicate on (name, parameter)"
+        )
+    if not selected:
+        raise ValueError(
+            f"score_parameters={chosen!r} chooses no trainable parameter: there would be no scores"
+        )
+    return selected

@@ -16,8 +16,8 @@ from irw_optim.backward.weighted_loss import some_of
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.metrics._groups import ArrayLike, Group, as_classes
+from irw_optim.optimizer.irw_optimizer import ScoreParameters
 from irw_optim.optimizer.options import Options
-from irw_optim.optimizer.selection import ScoreParameters
 from irw_optim.schemes.batch_losses import Forward
 from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.schemes.reading import DatasetReader

@@ -32,8 +32,8 @@ from irw_optim.gradients.engine import ENGINES, Engine
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.rescaling import gram_in_range, unscaled
 from irw_optim.notebook import progress_bar
+from irw_optim.optimizer.irw_optimizer import ScoreParameters, select_parameters
 from irw_optim.optimizer.options import described
-from irw_optim.optimizer.selection import ScoreParameters, select_parameters
 from irw_optim.schemes.batch_losses import (
     BatchLosses,
     Forward,

@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from irw_optim.arguments import as_real
-from irw_optim.optimizer.selection import ScoreParameters
+from irw_optim.optimizer.irw_optimizer import ScoreParameters
 from irw_optim.sklearn._net import (
     Estimator,
     ReweightedClassifier,

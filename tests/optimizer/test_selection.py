@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from irw_optim.optimizer.selection import select_parameters
+from irw_optim.optimizer.irw_optimizer import select_parameters
 
 
 class Tied(nn.Module):
