@@ -47,12 +47,6 @@ class PerSampleLosses(NamedTuple):
         return counts / counts.sum().clamp(min=1) * self.scale
 
 
-class Attendance:
-    """What is supposed of the next batch where to look at its ``counts`` is to wait."""
-
-    is_full = True
-
-
 def unreduced(
     criterion: Any,
     args: tuple[Any, ...],

@@ -29,14 +29,15 @@ _ROUNDS = 4
 """From infinity at most two to a number, and two into the range."""
 
 
-class Aligned(NamedTuple):
-    """``(k G)(k G)^T c``, (B,), for a power of two k."""
+class Look(NamedTuple):
+    """What a look at finished products shows, in one wait for a device."""
 
-    scores: Tensor
-    factor: float
-    finite: bool
-    mass: float | None  # of the positive ones; None where nobody has looked
-    everybody: bool
+    size: float  # the largest of them
+    in_range: bool  # whether it, and what led to it, is far from both ends of the range
+    finite: bool  # whether all of them are, and the losses
+    doubted: bool  # whether the engine has shown that they are wrong
+    everybody: bool  # whether all samples are present
+    mass: float  # of the positive ones
 
 
 def align_in_range(
@@ -44,8 +45,8 @@ def align_in_range(
     coefficients: Tensor,
     losses: Tensor | None = None,
     present: Tensor | None = None,
-) -> Aligned:
-    """G G^T c for c of (B,), or that of k G, where k = 1 will not do.
+) -> tuple[Tensor, float, Look]:
+    """G G^T c for c of (B,), or ``(k G)(k G)^T c`` and k, a power of two, where 1 will not do.
 
     The losses, (B,), are to be finite as well, and all to be ``present``.
     """
@@ -57,21 +58,21 @@ def align_in_range(
         scores = aligned(coefficients)
         look = _look(scores, gradients, losses, present)
     if look.in_range:
-        return Aligned(scores, 1.0, look.finite, look.mass, look.everybody)
+        return scores, 1.0, look
     found = _rescaled(scores, look.size, gradients, lambda rows: align(rows, coefficients))
-    return Aligned(*found, finite=False, mass=None, everybody=look.everybody)
+    return *found, look._replace(finite=False, mass=0.0)
 
 
 def gram_in_range(
     gradients: PerSampleGradients, losses: Tensor | None = None, present: Tensor | None = None
-) -> tuple[Tensor, float, bool, bool]:
-    """``(k G)(k G)^T``, (B, B), k, whether all of it and the losses are finite, and all present."""
+) -> tuple[Tensor, float, Look]:
+    """The same of ``(k G)(k G)^T``, (B, B)."""
     gram = gradients.gram()
     look = _look(gram.diagonal(), gradients, losses, present)
     if look.in_range:
-        return gram, 1.0, look.finite, look.everybody
+        return gram, 1.0, look
     found = _rescaled(gram, look.size, gradients, lambda rows: rows.gram())
-    return *found, False, look.everybody
+    return *found, look._replace(finite=False)
 
 
 class RescaledGradients:
@@ -121,25 +122,14 @@ def unscaled(product: Tensor, factor: float) -> Tensor:
     return (wide / factor / factor).nan_to_num() if bool(wide.isfinite().all()) else wide
 
 
-class _Look(NamedTuple):
-    """What a look at finished products shows, in one wait for a device."""
-
-    size: float  # the largest of them
-    in_range: bool  # whether it, and what led to it, is far from both ends of the range
-    finite: bool  # whether all of them are, and the losses
-    doubted: bool  # whether the engine has shown that they are wrong
-    everybody: bool  # whether all samples are present
-    mass: float  # of the positive ones
-
-
 def _look(
     squares: Tensor,
     gradients: PerSampleGradients,
     losses: Tensor | None = None,
     present: Tensor | None = None,
-) -> _Look:
+) -> Look:
     if not gradients.batch_size:
-        return _Look(0.0, True, True, False, True, 0.0)
+        return Look(0.0, True, True, False, True, 0.0)
     seed, doubt = getattr(gradients, "seed", None), getattr(gradients, "doubt", None)
     if squares.device.type != "cpu":
         sent = squares, losses, seed, doubt, present
@@ -148,7 +138,7 @@ def _look(
     # The way to a product may be quadratic in the seed, too.
     quadratic = size if seed is None else size * seed.item() ** 2
     low, high = _range_of(squares.dtype)
-    return _Look(
+    return Look(
         size,
         low <= size <= high and low <= quadratic <= high,
         math.isfinite(size) and (losses is None or math.isfinite(losses.sum().item())),

@@ -174,7 +174,7 @@ def _outliers_in_blocks(
     removed = torch.zeros(rows.batch_size, dtype=torch.bool, device="cpu")
     own, sizes = torch.cat([order[:0], *pieces]), [len(piece) for piece in pieces]
     for positions, gradients in rows.blocks(own, sizes):
-        gram, factor, _, _ = gram_in_range(gradients)
+        gram, factor, _ = gram_in_range(gradients)
         removed[positions] = outliers_in(unscaled(gram, factor), outliers).cpu()
     if ranks is not None:
         removed = torch.stack(ranks.objects(removed)).any(0)

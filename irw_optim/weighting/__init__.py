@@ -10,7 +10,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from irw_optim.criterion import Attendance, PerSampleLosses
+from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.notebook import html_table
 from irw_optim.weighting.outliers import OutlierFilter
@@ -163,7 +163,7 @@ class LocalScheme:
     outliers: OutlierFilter | None = None
     class_balance: bool = False
     mix: float = 0.0
-    attendance: Attendance = field(default_factory=Attendance, compare=False, repr=False)
+    known: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def needs_gradients(self) -> bool:
@@ -199,7 +199,7 @@ class LocalScheme:
             mix=self.mix,
             counts=batch.counts,
             removed=removed,
-            attendance=self.attendance if alone and hasattr(rows, "align") else None,
+            known=self.known if alone and hasattr(rows, "align") else None,
         )
         return StepRecord(**vars(decided), losses=losses, labels=batch.labels)
 

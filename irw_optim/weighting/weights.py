@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from irw_optim.arguments import real_number
-from irw_optim.criterion import Attendance
 from irw_optim.gradients.protocol import MaterializedGradients, PerSampleGradients
 from irw_optim.gradients.rescaling import align_in_range, gram_in_range, unscaled
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
@@ -129,8 +128,8 @@ class Alignment:
     def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
         """Scores of a batch, (B,)."""
         coefficients = self.coefficients(worst_off, None, losses.dtype)
-        aligned = align_in_range(gradients, coefficients)
-        return unscaled(aligned.scores, aligned.factor)
+        scores, factor, _ = align_in_range(gradients, coefficients)
+        return unscaled(scores, factor)
 
 
 @dataclass(frozen=True)
@@ -156,22 +155,22 @@ def weigh(
     mix: float = 0.0,
     counts: Tensor | None = None,
     removed: Tensor | None = None,
-    attendance: Attendance | None = None,
+    known: dict[str, bool] | None = None,
 ) -> Weights:
     """Outliers out, S, scores, weights of one mini-batch; `irw_weights` is the checked front.
 
     ``counts`` (B,) of 0 leave out samples whose target is ignored, ``removed`` (B,) bool outliers
-    that are known. With ``attendance`` all may be supposed present until the scores are looked at.
+    that are known. What is ``known`` of batches before lets all be supposed present until a look.
     """
     supposed = None
-    if attendance and attendance.is_full and counts is not None and not counts.is_cpu:
+    if known is not None and counts is not None and not (counts.is_cpu or known.get("some absent")):
         supposed, counts = counts, None
-    kept = present = present_of(counts)
+    kept = present = None if counts is None else present_of(counts)
     gram, finite, mass = None, None, None
     factor = 1.0  # scores are those of `factor` times the gradients
     if removed is None and outliers is not None and len(losses):
-        gram, factor, finite, everybody = gram_in_range(gradients, losses, present)
-        shown = None if everybody else present
+        gram, factor, look = gram_in_range(gradients, losses, present)
+        finite, shown = look.finite, None if look.everybody else present
         removed = outliers_in(unscaled(gram, factor), outliers, shown, finite=finite)
     if removed is not None:
         kept = ~removed if present is None else present & ~removed
@@ -181,11 +180,11 @@ def weigh(
         scores, factor, finite = rule(losses, gradients, worst), 1.0, None
     elif gram is None:
         coefficients = rule.coefficients(worst, kept, losses.dtype)
-        aligned = align_in_range(gradients, coefficients, losses, supposed)
-        if attendance and not aligned.everybody:  # whose loss of 0 may be in S
-            attendance.is_full = False
+        scores, factor, look = align_in_range(gradients, coefficients, losses, supposed)
+        if known is not None and not look.everybody:  # whose loss of 0 may be in S
+            known["some absent"] = True
             return weigh(losses, gradients, alpha, rule, labels=labels, mix=mix, counts=supposed)
-        scores, factor, finite, mass, _ = aligned
+        finite, mass = look.finite, look.mass
     else:  # G G^T is at hand: G (G^T c) costs nothing more
         scores = gram @ rule.coefficients(worst, kept, gram.dtype)
     # Who is ignored has no gradient, and so a score of 0.
