@@ -157,7 +157,7 @@ def _batch_norm(node: Any, weights: Weights) -> list[LayerCall] | None:
     if node._saved_training:
         return None
     input, mean, variance = node._saved_input, node._saved_running_mean, node._saved_running_var
-    eps = getattr(node, "_saved_eps", None) or node._saved_epsilon
+    eps = saved(node, "eps" if hasattr(node, "_saved_eps") else "epsilon")
     mean, scale = (t.expand(len(input), -1) for t in (mean, (variance + eps).rsqrt()))
     return [ChannelNormCall(input, mean, scale, (1 - input.ndim,), *_gain_and_bias(weights))]
 

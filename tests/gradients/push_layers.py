@@ -219,6 +219,7 @@ NORMS = [
         )
         for mode in ("train", "eval")
     ],
+    module("batch exact eval", lambda: nn.BatchNorm1d(4, eps=0.0).eval(), LINE),
     case(
         "batch channels last",
         lambda x, w, b: F.batch_norm(

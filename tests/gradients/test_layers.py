@@ -158,6 +158,7 @@ CASES = {
     "BatchNorm1d, eval, sequence": Case(lambda: trained(nn.BatchNorm1d(4)), normal(4, 3)),
     "BatchNorm2d, eval": Case(lambda: trained(nn.BatchNorm2d(3)), normal(3, 4, 4)),
     "BatchNorm3d, eval": Case(lambda: trained(nn.BatchNorm3d(2)), normal(2, 2, 3, 2)),
+    "BatchNorm1d, eval, no epsilon": Case(lambda: trained(nn.BatchNorm1d(4, eps=0.0)), normal(4)),
     "MultiheadAttention": Case(lambda: nn.MultiheadAttention(4, 2, batch_first=True), attention(4)),
     "MultiheadAttention, no weights": Case(
         lambda: nn.MultiheadAttention(4, 2, batch_first=True), attention(4), {"need_weights": False}

@@ -96,7 +96,7 @@ def _group_norm(node: Any, tangents: Tangents) -> Tensor | None:
 
 def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
     d_input, d_gain, d_bias = tangents
-    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+    eps = saved(node, "eps" if hasattr(node, "_saved_eps") else "epsilon")
     running = node._saved_running_mean, node._saved_running_var
     (x, mean, rstd), training, change = _statistics(node), node._saved_training, None
     if d_input is not None:  # the gain is one for each statistic
