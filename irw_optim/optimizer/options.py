@@ -40,7 +40,8 @@ class Options:
         outliers, weighting, center = self.outliers, self.weighting, self.center
         check_alpha(self.alpha)
         check_options(center, self.mix)
-        whole_number("warmup_steps", self.warmup_steps, 0, "0 or more steps, such as len(loader)")
+        steps = "a whole number of steps, 0 or more, for example warmup_steps=len(loader)"
+        whole_number("warmup_steps", self.warmup_steps, 0, steps)
         true_or_false("class_balance", self.class_balance)
         if isinstance(outliers, type):
             name = outliers.__name__

@@ -163,7 +163,7 @@ def weigh(
     that are known. What is ``known`` of batches before lets all be supposed present until a look.
     """
     supposed = None
-    if known is not None and counts is not None and not (counts.is_cpu or known.get("some absent")):
+    if known is not None and counts is not None and not (counts.is_cpu or known.get("absent")):
         supposed, counts = counts, None
     kept = present = None if counts is None else present_of(counts)
     gram, finite, mass = None, None, None
@@ -182,7 +182,7 @@ def weigh(
         coefficients = rule.coefficients(worst, kept, losses.dtype)
         scores, factor, look = align_in_range(gradients, coefficients, losses, supposed)
         if known is not None and not look.everybody:  # whose loss of 0 may be in S
-            known["some absent"] = True
+            known["absent"] = True
             return weigh(losses, gradients, alpha, rule, labels=labels, mix=mix, counts=supposed)
         finite, mass = look.finite, look.mass
     else:  # G G^T is at hand: G (G^T c) costs nothing more
