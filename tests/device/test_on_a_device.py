@@ -157,9 +157,9 @@ def test_what_arrives_at_the_loss_does_not_choose_the_weights(
     assert reference.error(weights[1], weights[0]) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "attending"])
+@pytest.mark.parametrize("name", MODELS)
 def test_no_kernel_makes_it_pass_row_by_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the derivative of a fused backward pass is refused."""
+    """Where the derivative of a fused backward pass is refused, or a change were pushed wrongly."""
     passes = []
     row = AutodiffGradients._row
     monkeypatch.setattr(
