@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from irw_optim import IRWOptimizer
+from irw_optim import IRWOptimizer, verify
 from irw_optim.gradients.autodiff import AutodiffGradients
 
 ALPHA = 0.4
@@ -85,3 +85,35 @@ def test_only_the_first_step_goes_row_by_row(
     assert torch.backends.cudnn.enabled
     optimizer.detach()
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "frozen", [None, "bias_ih_l0", "bias_hh_l0", "weight_ih_l0", "weight_hh_l0"]
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_first": True}, {"num_layers": 2, "bidirectional": True}, {"bias": False}],
+    ids=str,
+)
+def test_an_lstm_in_one_operation_has_quick_products(options, frozen):
+    """Which the CPU has in float32; products that a comparison found wrong would be autograd's."""
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(5, 6, **options)
+            self.head = nn.Linear(6 * (1 + self.layer.bidirectional), 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x if self.layer.batch_first else x.transpose(0, 1)
+            states = self.layer(x)[0]
+            return self.head(states.mean(1 if self.layer.batch_first else 0))
+
+    torch.manual_seed(0)
+    model = Tagger()
+    for name, p in model.layer.named_parameters():
+        p.requires_grad_(name != frozen)
+    x, y = torch.randn(8, 4, 5), torch.randint(3, (8,))
+    found = verify(model, x, y, nn.CrossEntropyLoss(), repeats=1)
+    assert found.exact
+    assert set(found.engines.values()) == {"ghost"}
