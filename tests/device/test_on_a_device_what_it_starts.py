@@ -164,7 +164,6 @@ def a_step(make: Callable[[], nn.Module], *, ours: bool, half: bool = False) -> 
         (residual, 2.9),
         (partial(Recurrent, nn.LSTM), 1.1),
         (partial(Recurrent, nn.GRU), 1.1),
-        (lambda: nn.Sequential(nn.BatchNorm1d(LENGTH), Recurrent(nn.LSTM)), 3.2),
     ],
 )
 def test_kernels_of_a_step(make, times):

@@ -248,6 +248,7 @@ def test_what_can_only_be_pulled_back_says_so(
         assert_pushed(numbers(within(x, function)), [x], 1e-10)
 
 
+@pytest.mark.cpu("to look whether it is a copy would be to wait")
 def test_copies_into_views_take_no_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 2))
     z = x * 2

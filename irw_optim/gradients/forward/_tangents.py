@@ -238,29 +238,4 @@ def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
     return [over_time.flip(0) if reverse else over_time, d_state, d_cell]
 
 
-def _fused_cell(node: Any, tangents: Tangents) -> list[Tensor | None]:
-    """A number of an output depends on one of each gate and one of the state: pulled is pushed."""
-    of_input, of_hidden, state, *biases = tangents
-    gates, outputs = [added(of_input, *biases[:1]), added(of_hidden, *biases[1:])], 1
-    if base_name(node) == "ThnnFusedLstmCell":  # which adds them up
-        gates, outputs = [added(*gates), None], 2
-    like, *others = node._input_metadata
-    one = torch.ones(like.shape, dtype=like.dtype, device=like.device)
-    found = []
-    for number in range(outputs):
-        slopes = pull(node, [one if n == number else None for n in range(1 + len(others))])
-        pairs = zip(slopes, (*gates, state), strict=False)
-        changes = [slope * t for slope, t in pairs if slope is not None and t is not None]
-        found.append(added(*[_folded(change, like.shape[1]) for change in changes]))
-    return found
-
-
-def _folded(gates: Tensor, width: int) -> Tensor:
-    return gates if gates.shape[1] == width else gates.unflatten(1, (-1, width)).sum(1)
-
-
-RULES: dict[str, ForwardRule] = {
-    ATTENTION: _attention,
-    "MkldnnRnnLayer": _lstm,
-    "ThnnFusedGruCell ThnnFusedLstmCell": _fused_cell,
-}
+RULES: dict[str, ForwardRule] = {ATTENTION: _attention, "MkldnnRnnLayer": _lstm}
