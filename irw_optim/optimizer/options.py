@@ -40,7 +40,7 @@ class Options:
         outliers, weighting, center = self.outliers, self.weighting, self.center
         check_alpha(self.alpha)
         check_options(center, self.mix)
-        steps = "a whole number of steps, 0 or more, for example warmup_steps=len(loader)"
+        steps = "a whole number of steps, 0 or more; warmup_steps=len(loader) makes one epoch"
         whole_number("warmup_steps", self.warmup_steps, 0, steps)
         true_or_false("class_balance", self.class_balance)
         if isinstance(outliers, type):
