@@ -118,7 +118,7 @@ class ShardedPass(FactorsOfLosses):
                 rows = ghost.restricted_to(columns)
             else:  # this rank goes along, since the others need its shards
                 edges = [site.edge for site in sites]
-                gradients_at(losses, edges, torch.ones_like(losses), retain_graph=True)
+                gradients_at([losses], edges, [torch.ones_like(losses)], retain_graph=True)
                 rows = GhostGradients([], 0, seed)
         if check:
             with one_forward:

@@ -134,7 +134,7 @@ def backward_to(
 ) -> Sequence[Tensor | None]:
     """Autograd's own pass, unheard by the leaves, whose hooks belong to the final one."""
     with silent(leaves), torch.enable_grad():
-        return gradients_at(losses, ends, weights.to(losses.dtype), retain_graph=retain_graph)
+        return gradients_at([losses], ends, [weights.to(losses.dtype)], retain_graph=retain_graph)
 
 
 def edges_aside(graph: Graph, rest: Sequence[Tensor]) -> list[GradientEdge]:

@@ -31,8 +31,7 @@ from irw_optim.gradients.hooks import (
     weighed_by,
     without_cudnn,
 )
-from irw_optim.gradients.location import arranged
-from irw_optim.gradients.mixing import Batch, follow_batch, is_foreign, rows_that_entered
+from irw_optim.gradients.mixing import Batch, arranged, follow_batch, is_foreign, rows_that_entered
 from irw_optim.gradients.packed import packed_as_one
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import NOTHING_READ, plan_of, read_around, read_in_a_pass

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Sequence
 from copy import copy
 from functools import cached_property, partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from irw_optim.gradients.graph import CallSite, gradients_at
+from irw_optim.gradients.graph import CallSite, gradients_at, read_by, walk
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.layers._products import gram_of_rows, summed_rows
 from irw_optim.gradients.protocol import Direction, added
 from irw_optim.gradients.side_by_side import Part, side_by_side
+
+Asked: TypeAlias = tuple[int, CallSite, bool]
+"""A site's number, the site, and whether its rows are made."""
 
 
 class GhostGradients:
@@ -117,10 +121,10 @@ def ghost_gradients(
     arrives. The pass is ``backward``, to edges of the graph, or autograd's own.
     """
     calls: list[LayerCall | None] = [None] * len(sites)
-    asked: list[tuple[int, CallSite, bool]] = []
+    asked: list[Asked] = []
     edges: list[GradientEdge] = []
     waiting: dict[int, RemovableHandle] = {}
-    all_plain = losses.is_cpu
+    all_plain, layers_hand_back = losses.is_cpu, False
     for number, site in enumerate(sites):
         all_plain = all_plain and site.is_plain
         makes_rows = not site.is_plain and site.call.makes_rows(site.shape)
@@ -131,18 +135,31 @@ def ghost_gradients(
         else:
             asked.append((number, site, makes_rows))
             edges.append(site.edge)
+            layers_hand_back = layers_hand_back or site.call.hands_back is not None
+    rounds = by_rounds(losses, asked) if layers_hand_back and backward is None else [asked]
+    starts: list[Tensor | GradientEdge] = [losses]
+    cotangents = [seed.to(losses.dtype).expand(losses.shape)]
     try:
-        if backward is not None:
-            gradients = backward(edges)
-        else:
-            cotangent = seed.to(losses.dtype).expand(losses.shape)
-            gradients = gradients_at(losses, edges, cotangent, retain_graph=retain_graph)
+        for here in rounds:
+            if len(rounds) > 1:
+                edges = [site.edge for _, site, _ in here]
+            if backward is not None:
+                gradients = backward(edges)
+            elif not starts:
+                break
+            else:
+                gradients = gradients_at(starts, edges, cotangents, retain_graph=retain_graph)
+            starts, cotangents = [], []
+            for (number, site, makes_rows), gradient in zip(here, gradients, strict=True):
+                if gradient is None:
+                    continue
+                calls[number] = call = _settled(site, gradient, retain_graph, makes_rows)
+                if len(rounds) > 1 and call.hands_back:
+                    starts.append(call.hands_back)
+                    cotangents.append(call.input_gradient())
     finally:
         for handle in waiting.values():
             handle.remove()
-    for (number, site, makes_rows), gradient in zip(asked, gradients, strict=True):
-        if gradient is not None:
-            calls[number] = _settled(site, gradient, retain_graph, makes_rows)
     if waiting and any(calls[number] is None for number in waiting):
         raise RuntimeError(
             "no gradient arrived at a layer that one arrived at before: expected a forward that "
@@ -152,6 +169,29 @@ def ghost_gradients(
     if all_plain:  # a small step has no time for more
         ghost.parts = ghost.calls, []
     return ghost
+
+
+def by_rounds(losses: Tensor, asked: list[Asked]) -> list[list[Asked]]:
+    """By how many layers that hand back stand between them and the losses.
+
+    Autograd need not go through those layers then. All at once, where their number depends on the
+    way or such a layer is read elsewhere.
+    """
+    edges = {site.edge for _, site, _ in asked}
+    layers = {s.edge.node for _, s, makes_rows in asked if s.call.hands_back and not makes_rows}
+    behind: dict[Any, int] = {losses.grad_fn: 0}
+    for node in walk(losses).order:
+        here = behind[node] + (node in layers)
+        for parent, output in read_by(node):
+            if parent is None or hasattr(parent, "variable"):
+                continue
+            read_elsewhere = parent in layers and GradientEdge(parent, output) not in edges
+            if behind.setdefault(parent, here) != here or read_elsewhere:
+                return [asked]
+    rounds: list[list[Asked]] = [[] for _ in range(1 + max(behind.values()))]
+    for one in asked:
+        rounds[behind[one[1].edge.node]].append(one)
+    return rounds
 
 
 def _arrive(

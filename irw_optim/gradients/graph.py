@@ -119,12 +119,16 @@ def walk(losses: Tensor) -> Graph:
 
 
 def gradients_at(
-    start: Tensor | GradientEdge, ends: Sequence[Any], cotangent: Tensor, *, retain_graph: bool
+    starts: Sequence[Tensor | GradientEdge],
+    ends: Sequence[Any],
+    cotangents: Sequence[Tensor],
+    *,
+    retain_graph: bool,
 ) -> Sequence[Tensor | None]:
-    """The gradients of one tensor at tensors or edges, where they arrive."""
+    """The gradients of some tensors at tensors or edges, where they arrive."""
     if not ends:
         return ()
-    once = (start,), (cotangent,), retain_graph, False, tuple(ends), True
+    once = tuple(starts), tuple(cotangents), retain_graph, False, tuple(ends), True
     return run_backward(*once, accumulate_grad=False)  # type: ignore[no-any-return]
 
 

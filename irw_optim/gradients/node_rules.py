@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from irw_optim.gradients.layers import (
     CONVOLUTION,
@@ -168,6 +168,7 @@ def _recurrent(output: int, node: Any, weights: Weights) -> list[LayerCall] | No
         return None
     if any(weight.chain is not None for weight in weights.values()):
         return None
+    input, *_, (state, _), (cell, _) = node.next_functions
     return [
         LSTMCall(
             node._saved_input,
@@ -178,6 +179,7 @@ def _recurrent(output: int, node: Any, weights: Weights) -> list[LayerCall] | No
             {names[n - 1]: weight.tensor for n, weight in weights.items()},
             output=output,
             reverse=node._saved_reverse,
+            hands_back=GradientEdge(*input) if input[0] and not (state or cell) else None,
         )
     ]
 

@@ -149,7 +149,7 @@ def in_a_pass(losses: Tensor, edges: Sequence[GradientEdge], run: Callable[[], N
     quiet = torch.autograd.set_detect_anomaly(False) if detects else nullcontext()
     with torch.enable_grad(), suppress(_FinishedError), quiet:
         above: Tensor = _Above.apply(losses, run)  # type: ignore[no-untyped-call]
-        gradients_at(above, edges, losses, retain_graph=True)
+        gradients_at([above], edges, [losses], retain_graph=True)
 
 
 class _FinishedError(Exception):

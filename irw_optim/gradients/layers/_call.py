@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.layers._products import gram_of_rows, inner, operands, scaled
 from irw_optim.gradients.protocol import Direction, wide, widened
@@ -102,6 +103,7 @@ class LayerCall:
     features = 1  # trailing dimensions of a sequence that are no positions
     needs_autograd_combine = False  # whether autograd alone gives the right layout
     time_major = False  # whether the batch is known not to stand first
+    hands_back: GradientEdge | None = None  # where its `input_gradient` goes, if made of b
     may_lack_batch = False  # whether one input may serve all samples
     output_shape: torch.Size | None = None  # as which the output is seen; None for its own
     made_of_b = ""  # a property that is made of b, and kept
@@ -120,6 +122,10 @@ class LayerCall:
                 if parameter.requires_grad:
                     self.parameters[role] = parameter
         self.output_gradient: Tensor = self.input  # until `set_output_gradient`
+
+    def input_gradient(self) -> Tensor:
+        """That of the input as it was read."""
+        raise NotImplementedError
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
         """Where the batch may be, in input and output alike."""

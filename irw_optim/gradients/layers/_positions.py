@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
 from irw_optim.gradients.layers._linear import AffineCall, LinearCall
@@ -25,8 +26,7 @@ from irw_optim.gradients.protocol import Direction, added, wide, widened
 CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
 """Settings in the order of ``aten.convolution``."""
 
-PATCHES = 2**20
-"""Numbers that are unfolded at once."""
+PATCHES = 2**20  # numbers that are unfolded at once
 
 
 class ConvolutionCall(AffineCall):
@@ -146,11 +146,9 @@ class ChannelNormCall(SampleNormCall):
         return {p: by_role[role] for role, p in self.parameters.items()}
 
 
-LSTM = 2
-"""Torch's number of the cell."""
+LSTM = 2  # torch's number of the cell
 
-RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-"""The weights of a layer, in torch's order."""
+RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # in torch's order
 
 
 class Gates(NamedTuple):
@@ -200,11 +198,12 @@ class LSTMCall(LayerCall):
         *,
         output: int,
         reverse: bool,
+        hands_back: GradientEdge | None = None,
     ) -> None:
         super().__init__(input, **parameters)
         self.states, self.first_state, self.first_cell = states, first_state, first_cell
         self.values = {name: value.detach() for name, value in values.items()}
-        self.output, self.reverse = output, reverse
+        self.output, self.reverse, self.hands_back = output, reverse, hands_back
         self.parts: list[LayerCall] = []
 
     def layouts(self, batch_size: int, output_shape: torch.Size) -> tuple[Layout, ...]:
@@ -224,7 +223,7 @@ class LSTMCall(LayerCall):
         inputs, states = self._in_order(widened(self.recorded)), self._in_order(self.states)
         before = torch.cat([self.first_state.unsqueeze(0), states[:-1]]).to(inputs.dtype)
         gates = gates_of(inputs, before, self.first_cell, self.values)
-        b = self._back_through_time(gates, widened(gradient))
+        self.of_gates = b = self._back_through_time(gates, widened(gradient))
         parts = []
         for side, read in (("ih", inputs), ("hh", before)):
             weight, bias = map(self.parameters.get, (f"weight_{side}", f"bias_{side}"))
@@ -235,6 +234,10 @@ class LSTMCall(LayerCall):
             if bias is not None:
                 part.bias_rows = parts[0].bias_rows  # of one b
         self.parts = [*parts]
+
+    def input_gradient(self) -> Tensor:
+        gradient = self.of_gates @ widened(self.values["weight_ih"])
+        return self._in_order(gradient).type_as(self.recorded)
 
     def _in_order(self, sequence: Tensor) -> Tensor:
         return sequence.flip(0) if self.reverse else sequence
@@ -268,7 +271,7 @@ class LSTMCall(LayerCall):
 
     def let_go(self) -> None:
         super().let_go()
-        self.states = self.first_state = self.first_cell = self.recorded
+        self.states = self.first_state = self.first_cell = self.of_gates = self.recorded
         self.parts = []
 
     def arrangement(self) -> tuple[object, ...]:
