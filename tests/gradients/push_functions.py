@@ -156,6 +156,7 @@ MOVES = [
     case("view, one row in many places", partial(_written, at=ROWS[:2]), M, (3,)),
     case("view, one number in many places", partial(_written, at=MASK.t()), M, ()),
     case("index with gaps", lambda x: (x[ROWS, :, ROWS], x[:, ROWS, None, ROWS]), (3, 3, 3)),
+    case("index from the end", lambda x: (x[ROWS - 3], x[:, ROWS - 2], x[ROWS[:0]]), M),
     case("pick", lambda x: (x.index_select(1, ROWS), x.gather(1, LABELS), x.take(LABELS)), M),
     case("take_along_dim", lambda x: torch.take_along_dim(x, LABELS, 1), (2, 4)),
     case("masked_select", lambda x: x.masked_select(MASK), M),

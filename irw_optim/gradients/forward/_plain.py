@@ -88,6 +88,14 @@ def _put(node: Any, tangents: Tangents) -> Any:
     return total.scatter_add_(*where, put)
 
 
+def _indexed(node: Any, change: Tensor) -> Tensor:
+    indices = node._saved_indices
+    (dim, index), *more = [(d, i) for d, i in enumerate(indices) if i is not None]
+    if more or index.ndim != 1 or index.dtype != torch.int64 or not index.is_cpu:
+        return torch.ops.aten.index.Tensor(change, indices)  # type: ignore[no-any-return]
+    return change.index_select(dim, index % change.shape[dim])  # several times as quick
+
+
 def _found_by_size(node: Any, change: Tensor) -> Tensor:
     indices, dim = node._saved_indices, saved(node, "dim")
     if getattr(node, "_saved_keepdim", True):
@@ -217,7 +225,7 @@ RULES: dict[str, ForwardRule] = {
     "Unbind": again(Tensor.unbind, "dim"),
     "Cat": _joined,
     "Stack": _stacked,
-    "Index": again(torch.ops.aten.index.Tensor, "indices"),
+    "Index": of_one(_indexed),
     "IndexSelect": again(torch.index_select, "dim", "index"),
     "Gather": again(torch.gather, "dim", "index"),
     "IndexAdd IndexPut Scatter ScatterAdd": _put,
