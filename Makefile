@@ -18,6 +18,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
+# Processes that run the tests of `make test`, a file at a time: `make test JOBS=8`.
+JOBS ?= 2
+
 # Other processors' arithmetic, as far as this one can do it: the kernels of torch, MKL and oneDNN
 # for older ones, and two threads. Each kind shuffles the tests by a seed of its own.
 machine-oldest := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
@@ -58,10 +61,10 @@ help: ## Show this text
 setup: $(WITH_ALL) ## Install the package with everything needed for development
 
 test: $(WITH_ALL) ## Run all tests, the slow ones and the doctests included
-	$(PYTEST)
+	$(PYTEST) --numprocesses $(JOBS) --dist loadfile
 
 test-fast: $(WITH_ALL) ## Run the tests that take no more than seconds
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --numprocesses $(JOBS) --dist loadfile -m "not slow"
 
 test-lowest: $(VENV)-lowest/.installed ## Run the tests on Python 3.10 and the lowest versions
 	$(VENV)-lowest/bin/python -m pytest -W default -p no:cacheprovider

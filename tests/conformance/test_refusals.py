@@ -81,7 +81,7 @@ def test_what_is_no_optimizer(inner: Any) -> None:
         ({"score_parameters": "last", "model": None, "criterion": None}, "without model"),
         ({"model": None}, "criterion is given without model"),
         ({"criterion": nn.MSELoss(reduction="none")}, "reduction='none'"),
-        ({"criterion": lambda a, b: a}, "criterion="),
+        ({"criterion": max}, "criterion="),
         ({"model": "net"}, "model='net': expected the torch.nn.Module"),
         ({"model": [model()]}, "expected the torch.nn.Module"),
     ],

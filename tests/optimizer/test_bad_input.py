@@ -393,7 +393,7 @@ class TestNonFinite:
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize(
-        "options", [{}, {"outliers": lambda gram: gram.diagonal() < 0}], ids=str
+        "options", [{}, {"outliers": lambda gram: gram.diagonal() < 0}], ids=["plain", "a filter"]
     )
     def test_losses(self, world, value, options):
         optimizer = world.wrap(**options)
