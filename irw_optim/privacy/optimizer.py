@@ -164,6 +164,11 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         self.last_release = released
         return True
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "max_grad_norm" and vars(self).get("_logical_batch"):
+            self._refuse_mid_batch(f"max_grad_norm={value!r}")  # some are clipped to the old one
+        super().__setattr__(name, value)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and losses; the sums of an unfinished logical batch stay."""
         self.pending.arrived.clear()

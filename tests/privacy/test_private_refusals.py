@@ -9,6 +9,7 @@ import torch
 from models import mlp
 from opacus import GradSampleModule, PrivacyEngine
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
+from opacus.schedulers import ExponentialGradClip
 from private_zoo import CLASSES, CONFIG, setting
 from torch import nn
 from torch.optim import Optimizer
@@ -479,6 +480,26 @@ def test_checkpoints_in_the_middle_of_a_logical_batch_are_refused(parts, tmp_pat
     parts["criterion"](model(x), y).backward()
     optimizer.step()
     assert optimizer.state_dict()["irw_dp"]["steps"] == 1
+
+
+def test_another_clipping_norm_in_the_middle_of_a_logical_batch_is_refused(parts):
+    """Those clipped before would be too long for the noise of the new one."""
+    _, optimizer, _ = IRWPrivacyEngine(accountant="rdp").make_private(**parts)
+    schedule = ExponentialGradClip(optimizer, gamma=0.1)
+    x, y = torch.randn(4, 4), torch.zeros(4).long()
+    for skip in (True, False):
+        optimizer.signal_skip_step(skip)
+        parts["criterion"](parts["module"](x), y).backward()
+        optimizer.step()
+        if skip:
+            with pytest.raises(
+                DPGuaranteeError, match=r"max_grad_norm=0\.1 in the middle of a log"
+            ):
+                schedule.step()
+            assert optimizer.max_grad_norm == 1.0
+        optimizer.zero_grad()
+    schedule.step()
+    assert optimizer.max_grad_norm == pytest.approx(0.1)
 
 
 # Not built, misspelt, out of range -----------------------------------------------------------
