@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from irw_optim.arguments import one_of, whole_number
+from irw_optim.criterion import validate_criterion
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.schemes.batch_losses import BatchLosses, Forward
+from irw_optim.schemes.batch_losses import BatchLosses, Forward, warn_once
 from irw_optim.schemes.global_weights import ClassByClassSampler, global_weights
 from irw_optim.schemes.reading import (
     DatasetReader,
@@ -23,7 +24,7 @@ from irw_optim.schemes.reading import (
 )
 from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader, check_sample_weights
 from irw_optim.schemes.weighing import HeldWeights, check_block, weigh_dataset
-from irw_optim.torch_internals import place
+from irw_optim.torch_internals import names_of_bases, place
 from irw_optim.weighting import LocalScheme, StepRecord
 
 __all__ = [
@@ -56,14 +57,11 @@ class GlobalScheme:
             proportion to the weights, without the loader's sampler, and plain steps.
         criterion: None takes the optimizer's.
         forward: as of `global_weights`, for batches that are no pairs.
-        batch_size: as there, for the renewals.
-        outlier_block: as there.
-        progress: as there.
+        batch_size, outlier_block, progress: as there, for the renewals.
         seed: of the draws, with ``use="resampling"``; the same in all processes.
 
     Raises:
-        DPGuaranteeError: a differentially private optimizer.
-        TypeError, ValueError: another argument that is impossible.
+        DPGuaranteeError, TypeError, ValueError: an argument that is impossible.
 
     >>> import torch
     >>> from torch.utils.data import TensorDataset
@@ -134,14 +132,24 @@ class GlobalScheme:
         return None if self.record is None else self.record.weights
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        for drawn in self.loader:
-            self._batches += 1
-            self._held.indices, batch = indices_and_batch(drawn)
-            yield batch
+        self._held.unused = False
+        try:
+            for drawn in self.loader:
+                self._batches += 1
+                if self._held.unused:
+                    warn_once(
+                        self._model,
+                        "read ahead: weights are of the batch drawn last; call scheme.select()",
+                    )
+                self._held.indices, batch = indices_and_batch(drawn)
+                self._held.unused = not (self._held.resampled or self.record is None)
+                yield batch
+        except GeneratorExit:
+            if self._held.unused:  # next(iter(scheme)) is this batch
+                return
         self._held.indices = None  # a batch from elsewhere is another one
 
     def select(self, indices: Tensor) -> None:
@@ -233,9 +241,8 @@ class GlobalScheme:
         self._batches = state_dict["batches"]
         self._renewed_at = state_dict["renewed_at"]
         if self.unit == "epochs":  # counted in batches: more or fewer by the number of processes
-            held_for = self._batches - self._renewed_at
-            held_for = round(held_for * len(self.loader) / state_dict["loader"]["length"])
-            self._renewed_at = self._batches - held_for
+            more = len(self.loader) / state_dict["loader"]["length"]
+            self._renewed_at = self._batches - round((self._batches - self._renewed_at) * more)
         self.loader.load_state_dict(state_dict["loader"])
         if self._sampler is not None:
             self._sampler.load_state_dict(draws)
@@ -260,7 +267,7 @@ def _restore_local_scheme(of: ref[IRWOptimizer], held: HeldWeights) -> None:
 def _model_and_criterion_of(
     optimizer: object, criterion: nn.Module | None
 ) -> tuple[nn.Module, nn.Module]:
-    if "DPOptimizer" in {kind.__name__ for kind in type(optimizer).__mro__}:
+    if "DPOptimizer" in names_of_bases(optimizer):
         raise DPGuaranteeError(
             f"optimizer is an Opacus {type(optimizer).__name__}: weights of a whole data set "
             "depend on every sample and would void its guarantee; use "
@@ -288,4 +295,5 @@ def _model_and_criterion_of(
             "criterion=None and the optimizer has none: expected that of the losses, "
             "GlobalScheme(..., criterion=torch.nn.CrossEntropyLoss())"
         )
+    validate_criterion(criterion)
     return model, criterion

@@ -1,15 +1,8 @@
 """The weights of a whole data set, made and held.
 
-They are those of the local scheme on a single batch of all N samples::
-
-    losses = G.losses()                          # pass 1: forward
-    S      = worst_off(losses, alpha)
-    g_S    = G.combine(S)                        # pass 2: over the members of S alone
-    s      = G.dot(g_S)                          # pass 3: the derivative along g_S, forwards, or
-                                                 #         forward and backward to the layers
-    w      = s.clamp(min=0) / s.clamp(min=0).sum()
-
-It takes the memory of one batch and one gradient.
+They are those of the local scheme on a single batch of all N samples, in three passes: the losses;
+g_S, over the members of S alone; the derivative along g_S, forwards, or forward and backward to the
+layers. It takes the memory of one batch and one gradient.
 """
 
 from __future__ import annotations
@@ -200,6 +193,7 @@ class HeldWeights:
     resampled: bool
     record: StepRecord | None = None
     indices: Tensor | None = None
+    unused = False
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None = None) -> StepRecord:
         """Those of the batch's samples, renormalised; uniform where nobody has any."""
@@ -248,7 +242,7 @@ class HeldWeights:
         return {**vars(self), "indices": None}
 
     def _selected(self, size: int) -> Tensor:
-        record, indices = self.record, self.indices
+        record, indices, self.unused = self.record, self.indices, False
         if indices is None and not size:  # a process without samples
             indices = torch.empty(0)
         if record is None or indices is None:

@@ -308,6 +308,35 @@ def test_a_batch_after_the_epoch_is_not_the_last_one_of_it():
     training.epochs(1)
 
 
+def test_a_batch_after_a_loop_that_broke_off_is_not_the_last_one_of_it():
+    training = Training()
+    for x, y in training.scheme:
+        training.step(x, y)
+        break
+    with pytest.raises(RuntimeError, match=r"for batch in scheme, or call scheme\.select"):
+        training.step(*training.data[:BATCH])
+    x, y = next(iter(training.scheme))  # which is left in the middle, too
+    training.step(x, y)
+    training.step(x, y)
+
+
+@pytest.mark.parametrize("use", ["reweighting", "resampling"])
+def test_a_loop_that_reads_ahead_is_told_once(use, caplog):
+    training = Training(use=use, loader_options={"drop_last": True})
+    next(iter(training.scheme))
+    training.epochs(1)
+    assert not caplog.records
+    for _ in range(2):
+        ahead = iter(training.scheme)
+        batch = next(ahead)
+        for following in ahead:
+            training.step(*batch)
+            batch = following
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (use == "reweighting")
+    assert all("read ahead" in words and "scheme.select()" in words for words in said)
+
+
 def test_a_batch_of_another_size_is_refused():
     training = Training()
     x, y = next(iter(training.scheme))
@@ -491,6 +520,9 @@ def test_logical_batches_are_refused():
         ({"use": "magic"}, "use='magic': expected one of 'reweighting', 'resampling'"),
         ({"outlier_block": 0}, "outlier_block=0"),
         ({"batch_size": -3}, "batch_size=-3"),
+        ({"criterion": nn.functional.cross_entropy}, "criterion=<function cross_entropy"),
+        ({"criterion": nn.MSELoss}, r"criterion=MSELoss is a class.*criterion=MSELoss\(\)"),
+        ({"criterion": nn.MSELoss(reduction="none")}, "reduction='none'"),
     ],
     ids=str,
 )
