@@ -19,7 +19,7 @@ from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.optimizer.wrapping import Hold, OptimizerWrapper, closure_step
 from irw_optim.weighting import ScoreRule
 from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.weights import check_losses
+from irw_optim.weighting.weights import check_labels, check_losses
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
@@ -143,7 +143,7 @@ class IRWOptimizer(OptimizerWrapper):
             undo.callback(hooked.remove_hooks)
             self._weighted = WeightedBackward(optimizer, hooked, options, chosen)
             undo.callback(self._weighted.release)
-            self.inner, self._hold = optimizer, Hold()
+            self._hold = Hold()
             self.begin()
             self._weighted.attach(criterion)
             undo.pop_all()
@@ -182,6 +182,8 @@ class IRWOptimizer(OptimizerWrapper):
         """
         check_losses(losses)
         check_backward(self.engine, losses)
+        if labels is not None:
+            check_labels(labels, len(losses))
         value = losses.detach().mean()
         batch = PerSampleLosses(losses, value, 1.0, labels)
         self._weighted.loss(batch, of_the_model=True).backward()
@@ -268,7 +270,7 @@ def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
     elif chosen == "last":
         owners = [name.rpartition(".")[0] for name in trainable]
         selected = {p for name, p in trainable.items() if name.rpartition(".")[0] == owners[-1]}
-    elif callable(chosen):
+    elif callable(chosen) and not isinstance(chosen, nn.Module):
         selected = {p for name, p in trainable.items() if chosen(name, p)}
     elif isinstance(chosen, Sequence) and not isinstance(chosen, str):
         selected = set()

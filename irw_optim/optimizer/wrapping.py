@@ -64,7 +64,6 @@ class OptimizerWrapper(Renewed, Optimizer):
     Options that may change in mid-training act from the next backward pass on.
     """
 
-    inner: Optimizer
     _weighted: WeightedBackward
     _hold: Hold
 
@@ -76,6 +75,7 @@ class OptimizerWrapper(Renewed, Optimizer):
     warmup_steps = option("warmup_steps")
     weighting = option("weighting")
 
+    inner = chosen_once("_weighted.inner")
     score_parameters = chosen_once("_weighted.options.score_parameters")
     accumulation_steps = chosen_once("_weighted.options.accumulation_steps")
     worst_off = chosen_once("_weighted.options.worst_off")
@@ -145,6 +145,10 @@ class OptimizerWrapper(Renewed, Optimizer):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         found = getattr(self.inner, name)
         return own_step(self, self._weighted, name, found) if ismethod(found) else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name.startswith("_") or hasattr(type(self), name) or not hasattr(self.inner, name)
+        (super().__setattr__ if own else self.inner.__setattr__)(name, value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self.inner!r}"

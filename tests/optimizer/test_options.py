@@ -56,6 +56,7 @@ CHOSEN_ONCE = {
     "criterion": nn.MSELoss(),
     "engine": "ghost",
     "processes": None,
+    "inner": None,
 }
 
 
@@ -121,10 +122,36 @@ def test_options_that_exclude_each_other_do_so_later_too():
 def test_what_was_chosen_once_says_so(name):
     optimizer, *rest = optimizer_with()
     before = getattr(optimizer, name)
-    with pytest.raises(AttributeError, match=rf"^{name}=.* was chosen .*detach\(\).*IRWOptimizer"):
+    with pytest.raises(
+        AttributeError, match=rf"(?s)^{name}=.* was chosen .*detach\(\).*IRWOptimizer"
+    ):
         setattr(optimizer, name, CHOSEN_ONCE[name])
     assert getattr(optimizer, name) is before
     step(optimizer, *rest)
+
+
+class Slowed(torch.optim.SGD):
+    """Has a setting of its own beside its groups."""
+
+    share = 1.0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad, alpha=self.share)
+
+
+def test_a_setting_of_the_inner_optimizer_is_set_there():
+    model, criterion = nn.Linear(4, 3).double(), nn.CrossEntropyLoss()
+    inner = Slowed(model.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(inner, alpha=0.25, model=model, criterion=criterion)
+    before = model.weight.detach().clone()
+    optimizer.share, optimizer.note = 0.0, "of one's own"
+    step(optimizer, model, criterion)
+    assert torch.equal(model.weight, before)
+    assert inner.share == optimizer.share == 0.0
+    assert "share" not in vars(optimizer)
+    assert "note" not in vars(inner)
 
 
 @pytest.mark.parametrize("name", ["steps", "last_step", "local_scheme"])
