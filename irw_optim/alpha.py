@@ -191,7 +191,7 @@ def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:
     expected = f"expected whole numbers 0 ... {num_groups - 1}, one a person"
     mend = f"{name} = numpy.unique({name}, return_inverse=True)[1] numbers them"
     try:
-        numbers = torch.as_tensor(groups)
+        numbers = torch.as_tensor(groups if isinstance(groups, Tensor | list) else np.array(groups))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} holds no numbers: {expected}; {mend}") from error
     if numbers.ndim != 1:

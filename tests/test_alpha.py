@@ -252,6 +252,15 @@ def test_the_projection_is_the_closest_point_of_the_simplex(point):
     np.testing.assert_allclose(project_onto_simplex(projected), projected, atol=1e-12)
 
 
+def test_a_column_of_a_table_after_a_selection_is_an_array():
+    pd = pytest.importorskip("pandas")
+    answers = pd.Series([0, 1, 1, 0, 0, 0, 1])
+    for some in (answers[answers.index > 1], answers[2:].to_numpy()[::-1]):
+        assert estimate_alpha(some, 2) == estimate_alpha([1, 0, 0, 0, 1], 2)
+        drawn = randomized_response(some, 2, truth_probability=1.0)
+        assert drawn.tolist() == list(some)
+
+
 COMMON_ERRORS = [
     ({"num_groups": 1}, ValueError, "num_groups=1: expected a whole number >= 2"),
     ({"num_groups": 2.0}, TypeError, "num_groups=2.0: expected a whole number >= 2"),
