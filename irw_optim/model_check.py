@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
+from irw_optim.arguments import whole_number
 from irw_optim.criterion import PerSampleLosses, per_sample_losses, validate_criterion
 from irw_optim.criterion.attached import check_unattached
 from irw_optim.gradients.autodiff import AutodiffGradients
@@ -152,6 +153,7 @@ def verify(
     check_model(model)
     check_whole(model, "verify")
     validate_criterion(criterion)
+    repeats = whole_number("repeats", repeats, 1)
     if isinstance(inputs, DataLoader):
         raise TypeError(
             "inputs is a DataLoader: expected one batch, inputs, targets = next(iter(loader))"

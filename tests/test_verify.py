@@ -131,6 +131,12 @@ def test_everything_is_as_it_was(case):
     assert torch.equal(model(x.clone()), before)
 
 
+@pytest.mark.parametrize("repeats", [0, 1.5, "2"])
+def test_an_impossible_number_of_rounds_is_named(repeats):
+    with pytest.raises((TypeError, ValueError), match=f"repeats={repeats!r}: expected a whole"):
+        verify(nn.Linear(6, 3), *batch(), nn.CrossEntropyLoss(), repeats=repeats)
+
+
 def test_what_cannot_be_repeated_is_told():
     unseen = random.Random(0)
     report = verify(Drawing(lambda m: unseen.random()), *batch(), nn.CrossEntropyLoss(), repeats=1)

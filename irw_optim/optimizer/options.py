@@ -17,7 +17,7 @@ from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import ENGINES
 from irw_optim.torch_internals import is_shard, is_sharded, names_of_bases, several_processes
 from irw_optim.weighting import NAMED, LocalScheme, rule_named
-from irw_optim.weighting.outliers import OutlierFilter
+from irw_optim.weighting.outliers import OutlierFilter, check_filter
 from irw_optim.weighting.weights import Alignment, ScoreRule, check_alpha, check_options
 
 
@@ -37,20 +37,13 @@ class Options:
     worst_off: str = "global"
 
     def __post_init__(self) -> None:
-        outliers, weighting, center = self.outliers, self.weighting, self.center
+        weighting, center = self.weighting, self.center
         check_alpha(self.alpha)
         check_options(center, self.mix)
         steps = "a whole number of steps, 0 or more; warmup_steps=len(loader) makes one epoch"
         whole_number("warmup_steps", self.warmup_steps, 0, steps)
         true_or_false("class_balance", self.class_balance)
-        if isinstance(outliers, type):
-            name = outliers.__name__
-            raise TypeError(f"outliers={name} is a class: expected an instance, outliers={name}()")
-        if outliers is not None and not callable(outliers):
-            raise TypeError(
-                f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter(), a "
-                "callable from the (B, B) Gram matrix to a bool mask (B,)"
-            )
+        check_filter(self.outliers)
         if isinstance(weighting, str) and weighting not in NAMED:
             raise ValueError(
                 f"weighting={weighting!r}: expected one of {', '.join(map(repr, NAMED))}, or a "

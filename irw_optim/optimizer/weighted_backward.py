@@ -29,7 +29,7 @@ from irw_optim.optimizer.at_hand import (
 from irw_optim.optimizer.options import Options
 from irw_optim.torch_internals import has_group, is_sharded, several_processes
 from irw_optim.weighting import Averaging, Scheme, StepRecord
-from irw_optim.weighting.weights import check_losses
+from irw_optim.weighting.weights import check_labels, check_losses
 
 if TYPE_CHECKING:
     from irw_optim.distributed.shards import Processes
@@ -158,6 +158,8 @@ class WeightedBackward(Renewed):
     def weigh_rows(self, losses: Tensor, labels: Tensor | None) -> None:
         """The third way in: the weighted sum of ``p.grad_sample``."""
         check_losses(losses)
+        if labels is not None:
+            check_labels(labels, len(losses))
         rows = MaterializedGradients.from_grad_sample(self.parameters)
         if rows.batch_size != len(losses):
             raise ValueError(

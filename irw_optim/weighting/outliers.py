@@ -33,6 +33,15 @@ class OutlierFilter(Protocol):
         """Return the mask."""
 
 
+def check_filter(outliers: object) -> None:
+    """Raise for what is neither None nor a filter."""
+    if isinstance(outliers, type):
+        name = outliers.__name__
+        raise TypeError(f"outliers={name} is a class: expected an instance, outliers={name}()")
+    if outliers is not None and not callable(outliers):
+        raise TypeError(f"outliers={outliers!r}: expected None or a filter such as DBSCANFilter()")
+
+
 @dataclass(frozen=True)
 class DBSCANFilter:
     """DBSCAN's noise among the per-sample gradients, as an outlier filter (IRWO).

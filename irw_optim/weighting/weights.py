@@ -21,7 +21,7 @@ from torch import Tensor
 from irw_optim.arguments import real_number
 from irw_optim.gradients.protocol import MaterializedGradients, PerSampleGradients
 from irw_optim.gradients.rescaling import align_in_range, gram_in_range, unscaled
-from irw_optim.weighting.outliers import OutlierFilter, outliers_in
+from irw_optim.weighting.outliers import OutlierFilter, check_filter, outliers_in
 
 ScoreRule = Callable[[Tensor, PerSampleGradients, Tensor], Tensor]
 """``rule(losses, gradients, worst_off) -> scores``, all vectors of shape (B,)."""
@@ -100,12 +100,13 @@ def irw_weights(
     alpha = check_alpha(alpha)
     check_losses(losses)
     check_options(center, mix)
+    check_filter(outliers)
     rows = MaterializedGradients.of(gradients) if isinstance(gradients, Tensor) else gradients
+    if not isinstance(rows, PerSampleGradients):
+        raise TypeError(f"gradients={gradients!r}: expected a tensor of shape (B, P)")
     if rows.batch_size != len(losses):
-        raise ValueError(
-            f"losses has {len(losses)} samples but gradients has {rows.batch_size}: "
-            "expected one loss for each per-sample gradient"
-        )
+        wrong = f"losses has {len(losses)} samples but gradients has {rows.batch_size}: "
+        raise ValueError(wrong + "expected one loss for each per-sample gradient")
     rule = Alignment(center)
     return weigh(losses, rows, alpha, rule, outliers=outliers, labels=labels, mix=mix).weights
 

@@ -129,6 +129,11 @@ class WithoutReduction(nn.Module):
             TypeError,
             r"score_parameters='first': expected None, 'last'",
         ),
+        (
+            {"score_parameters": nn.Linear(2, 2)},
+            TypeError,
+            r"score_parameters=Linear\(.*\): expected None, 'last'",
+        ),
         ({"score_parameters": ["7"]}, ValueError, r"score_parameters names '7'.*it has 0\.weight"),
         ({"score_parameters": lambda n, p: False}, ValueError, r"chooses no trainable parameter"),
         (
@@ -324,8 +329,9 @@ def test_class_balance_without_labels(world):
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(5).long(), torch.zeros(6, 2).long(), [0] * 6])
-def test_labels_that_do_not_fit(world, labels):
-    optimizer = world.wrap(criterion=None, class_balance=True)
+@pytest.mark.parametrize("needed", [True, False])
+def test_labels_that_do_not_fit(world, labels, needed):
+    optimizer = world.wrap(criterion=None, class_balance=needed)
     before = world.snapshot()
     with pytest.raises((TypeError, ValueError), match="labels"):
         optimizer.backward(world.losses(), labels=labels)

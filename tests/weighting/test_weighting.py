@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from irw_optim import irw_weights, worst_off
+from irw_optim import DBSCANFilter, irw_weights, worst_off
 from irw_optim.gradients import MaterializedGradients
 from irw_optim.optimizer.options import Options
 from irw_optim.weighting import (
@@ -316,6 +316,10 @@ NO_SHARE = r"expected a number in \(0, 1\].*alpha=0\.2"
         ({"losses": torch.arange(4)}, TypeError, r"losses has dtype torch\.int64"),
         ({"losses": LOSSES[:3]}, ValueError, r"losses has 3 samples but gradients has 4"),
         ({"gradients": LOSSES}, ValueError, r"gradients has shape \(4,\): expected \(B, P\)"),
+        ({"gradients": GRADIENTS.numpy()}, TypeError, r"gradients=array.*tensor of shape \(B, P\)"),
+        ({"gradients": None}, TypeError, r"gradients=None: expected a tensor of shape \(B, P\)"),
+        ({"outliers": 0.5}, TypeError, "outliers=0.5: expected None or a filter such as DBSCAN"),
+        ({"outliers": DBSCANFilter}, TypeError, r"is a class: .* outliers=DBSCANFilter\(\)"),
         ({"center": -1}, ValueError, r"center=-1: expected a number in \[0, inf\)"),
         ({"center": math.nan}, ValueError, r"center=nan: expected a number in \[0, inf\)"),
         ({"center": math.inf}, ValueError, r"center=inf: expected a number in \[0, inf\)"),
@@ -327,7 +331,7 @@ NO_SHARE = r"expected a number in \(0, 1\].*alpha=0\.2"
     ],
 )
 def test_bad_arguments_are_named(arguments, kind, message):
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=rf"(?s){message}"):
         irw_weights(**{"losses": LOSSES, "gradients": GRADIENTS, "alpha": 0.5, **arguments})
 
 
