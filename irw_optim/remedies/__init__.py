@@ -95,7 +95,7 @@ def compare_remedies(
     last one. Needs ``pip install "irw-optim[report]"``.
 
     Args:
-        make_model: gives an untrained model: (N, classes) logits, or one number a sample.
+        make_model: gives a new model: (N, classes) logits, or one number a sample.
         criterion: a classification loss, as of `IRWOptimizer`.
         train: a map-style data set, or ``(X, y)`` as NumPy arrays, tensors, lists or pandas.
         validation: as ``train``, of other people.
@@ -142,6 +142,9 @@ def compare_remedies(
         model = make_model()
         if not isinstance(model, nn.Module):
             raise TypeError(f"make_model() gave {model!r}: expected a torch.nn.Module")
+        again = set(make_model().parameters())
+        if any(p.requires_grad and p in again for p in model.parameters()):
+            raise ValueError("make_model() gave the same parameters twice: expected new ones")
         people, judged = (
             Samples(name, data, model, criterion, loader_options or {}, forward)
             for name, data in (("train", train), ("validation", validation))

@@ -62,8 +62,6 @@ class DBSCANFilter:
     >>> gradients = torch.tensor([[1.0, 0.0], [1.1, 0.0], [1.0, 0.1], [0.0, 9.0]])
     >>> DBSCANFilter(eps=0.5, min_samples=3)(gradients @ gradients.T)
     tensor([False, False, False,  True])
-    >>> DBSCANFilter(eps=0.01, min_samples=3)(gradients @ gradients.T)  # all noise: all kept
-    tensor([False, False, False, False])
     """
 
     eps: float | Literal["auto"] = "auto"

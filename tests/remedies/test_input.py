@@ -52,6 +52,8 @@ class Stream(IterableDataset):
         return iter(())
 
 
+SHARED = nn.Linear(4, 2)
+
 BAD = {
     "names as labels": ({"train": (people()[0], ["a", "b"] * 100)}, "LabelEncoder"),
     "a gap": ({"train": (np.full((200, 4), np.nan), people()[1])}, r"train X\[0\] has NaN"),
@@ -76,6 +78,11 @@ BAD = {
     "remedy": ({"remedies": {"mine": 1}}, "remedies\\['mine'\\]=1"),
     "optimizer": ({"optimizer": "adam"}, "optimizer='adam'"),
     "model": ({"model": lambda: 3}, "make_model\\(\\) gave 3"),
+    "the same model": ({"model": lambda: SHARED}, "the same parameters twice: expected new ones"),
+    "a shared body": (
+        {"model": lambda: nn.Sequential(SHARED, nn.Linear(2, 2))},
+        "the same parameters twice",
+    ),
     "criterion": ({"criterion": nn.CrossEntropyLoss(reduction="none")}, "reduction"),
     "regression": (
         {"train": (people()[0], people()[1]), "criterion": nn.MSELoss(), "model": linear(1)},
