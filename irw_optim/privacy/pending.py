@@ -69,9 +69,10 @@ class GradSampleRows(MaterializedGradients):
                 block = p.detach().new_zeros((0, *p.shape))
             if block is None:
                 raise ValueError(
-                    f"{which} has no grad_sample: call backward before step; the model must go "
-                    "through IRWPrivacyEngine.make_private, or be an opacus GradSampleModule; "
-                    "freeze (requires_grad_(False)) parameters that the loss does not use"
+                    f"{which} has no grad_sample: call backward before step, and after every "
+                    "forward in train mode; the model must go through IRWPrivacyEngine."
+                    "make_private; freeze (requires_grad_(False)) parameters that the loss does "
+                    "not use"
                 )
             if len(block) != batch_size:
                 raise DPGuaranteeError(

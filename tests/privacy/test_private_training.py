@@ -254,6 +254,16 @@ def test_losses_that_are_only_looked_at_do_not_count():
         s.optimizer.step()
 
 
+def test_a_forward_that_never_went_backward_is_named():
+    """Opacus' hooks wait for it."""
+    s = setting("mlp")
+    s.criterion(s.model(s.x), s.y)
+    s.optimizer.zero_grad()
+    s.criterion(s.model(s.x), s.y).backward()
+    with pytest.raises(ValueError, match=r"call backward .* after every forward in train mode"):
+        s.optimizer.step()
+
+
 def test_a_new_training_takes_the_criterion_over():
     _, _, first, _, criterion = private()
     _, model, second, loader, _ = private(criterion=criterion)
