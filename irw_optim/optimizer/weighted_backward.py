@@ -185,7 +185,7 @@ class WeightedBackward(Renewed):
             self.discarded += 1
         if self.alone < ALONE:
             self.alone = self.alone + 1 if record.losses.shape[0] == 1 else 0
-            if self.alone == ALONE and self.held is None:
+            if self.alone == ALONE and not getattr(self.held, "resampled", self.held is not None):
                 logger.warning(
                     "the last %d batches had one sample each, whose weight is 1: nothing is "
                     "weighed. Expected several samples in a call of the criterion, or several "

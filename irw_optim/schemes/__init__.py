@@ -49,8 +49,8 @@ class GlobalScheme:
     Args:
         optimizer: its local scheme is replaced until `detach`.
         loader: a plain DataLoader over a map-style data set.
-        refresh: how long weights are held, in ``unit``. Held for long, they settle on one class
-            and flip from renewal to renewal: ``docs/schemes.md``.
+        refresh: how long weights are held, in ``unit``. Held for long, they flip from class to
+            class: ``docs/schemes.md``.
         unit: ``"epochs"`` (of the loader's length, in batches) or ``"steps"`` of the optimizer.
         use: ``"reweighting"``: batches as the loader draws them, each sample counted by its
             weight, renormalised in the batch. ``"resampling"``: batches drawn with replacement in

@@ -337,6 +337,15 @@ def test_a_loop_that_reads_ahead_is_told_once(use, caplog):
     assert all("read ahead" in words and "scheme.select()" in words for words in said)
 
 
+@pytest.mark.parametrize("use", ["reweighting", "resampling"])
+def test_held_weights_in_batches_of_one_sample_weigh_nothing_which_is_told(use, caplog):
+    training = Training(use=use, loader_options={"batch_size": 1})
+    training.epochs(1)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (use == "reweighting")
+    assert all("one sample each, whose weight is 1" in words for words in said)
+
+
 def test_a_batch_of_another_size_is_refused():
     training = Training()
     x, y = next(iter(training.scheme))
