@@ -145,8 +145,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         for p in self.params:
             _mark_as_processed(getattr(p, "grad_sample", None))
         for kind, totals in (self._logical_batch or {}).items():
-            for key, earlier in totals.items():
-                sums[kind][key] += earlier
+            for key in totals.keys() & sums[kind]:  # some may be frozen
+                sums[kind][key] += totals[key]
         self._is_last_step_skipped = self._check_skip_next_step()
         self._logical_batch = sums if self._is_last_step_skipped else None
         if self._is_last_step_skipped:
@@ -166,7 +166,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "max_grad_norm" and vars(self).get("_logical_batch"):
-            self._refuse_mid_batch(f"max_grad_norm={value!r}")  # some are clipped to the old one
+            self._refuse_mid_batch(f"max_grad_norm={value!r}")  # its noise would be too small
         super().__setattr__(name, value)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -1,8 +1,8 @@
 """The weights of a whole data set, made and held.
 
 They are those of the local scheme on a single batch of all N samples, in three passes: the losses;
-g_S, over the members of S alone; the derivative along g_S, forwards, or forward and backward to the
-layers. It takes the memory of one batch and one gradient.
+g_S, over the members of S alone; the derivative along g_S. It takes the memory of one batch and one
+gradient.
 """
 
 from __future__ import annotations

@@ -254,6 +254,20 @@ def test_losses_that_are_only_looked_at_do_not_count():
         s.optimizer.step()
 
 
+def test_a_layer_frozen_in_the_middle_of_a_logical_batch_stays_as_it_is():
+    s = setting("mlp")
+    first = next(s.model.parameters())
+    before = first.detach().clone()
+    for skip in (True, False):
+        s.optimizer.signal_skip_step(skip)
+        s.optimizer.zero_grad()
+        s.criterion(s.model(s.x), s.y).backward()
+        s.optimizer.step()
+        first.requires_grad_(False)
+    assert torch.equal(first, before)
+    assert s.optimizer.public_state.steps == 1
+
+
 def test_a_forward_that_never_went_backward_is_named():
     """Opacus' hooks wait for it."""
     s = setting("mlp")
