@@ -123,7 +123,7 @@ class AutodiffGradients:
         dtype = self.losses.dtype
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 1e-1)
         rounding = torch.finfo(wide(dtype)).tiny  # of numbers below it
-        same = not math.isfinite(other) or not abs(one - other) > tolerance * terms + rounding
+        same = not math.isfinite(other) or abs(one - other) <= tolerance * terms + rounding
         if same and terms > rounding:
             self.known["adds up"] = True
         return same

@@ -70,8 +70,13 @@ class BackwardPasses:
             raise NoPushForwardError("hooks on activations have a say in it")
         numbers = {p: n for n, p in enumerate(self.graph.leaves)}
         changes = {numbers[p]: v.to(p.dtype) for p, v in direction.items() if p in numbers}
+        unit: Tensor | float = 1.0
+        if changes and torch.float16 in places_of(self.graph).dtypes:  # up to 65504
+            sizes = [change.abs().max().float() for change in changes.values() if change.numel()]
+            unit = torch.stack(sizes).max().clamp(min=1e-30)
+            changes = {n: change / unit for n, change in changes.items()}
         with self.one_forward:
-            return push_forward(self.losses, changes, self.graph)
+            return push_forward(self.losses, changes, self.graph) * unit
 
     def with_hooks(
         self, ends: Sequence[End], weights: Tensor, *, retain_graph: bool = True

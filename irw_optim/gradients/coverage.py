@@ -155,7 +155,7 @@ def differences(
 
 def wrong_among(found: Sequence[Difference]) -> dict[Tensor, float]:
     """The relative error of each parameter that disagrees."""
-    total = sum((d.size**2 for d in found), 0.0) ** 0.5
+    total = math.hypot(*(d.size for d in found))
     wrong: dict[Tensor, float] = {}
     for parameter, error, size, tolerance in found:
         unit = max(size, _NOISE * total)

@@ -86,7 +86,7 @@ def follow_batch(
             else:
                 try:
                     found = rule_for(node)(Output(node, number, stride, len(losses)))
-                except (MixesError, AttributeError, RuntimeError):
+                except (MixesError, AttributeError, IndexError, RuntimeError):
                     # Or another version of torch; or a graph that is freed.
                     surely = rule_for(node) is not mixing
                     return Batch(node.name(), places, surely_mixes=surely)

@@ -255,8 +255,8 @@ _NAMES: dict[Rule, str] = {
     _in_blocks: "Cat Slice Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes",
     _along("_saved_dims"): "Flip Roll",
     _reducing: (
-        "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Norm Prod Std Sum "
-        "Var"
+        "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Norm Prod Std "
+        "StdMean Sum Var VarMean"
     ),
     _inserting: "Stack",
     removing: "Select Unbind",

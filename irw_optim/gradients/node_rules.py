@@ -28,7 +28,7 @@ from irw_optim.gradients.layers import (
 )
 from irw_optim.gradients.mixing import rule_for
 from irw_optim.gradients.mixing_rules import elementwise
-from irw_optim.gradients.nodes import base_name, pull, saved, shape_of
+from irw_optim.gradients.nodes import base_name, saved, shape_of, slopes_of
 from irw_optim.gradients.pushforward import ChainPlaces
 
 
@@ -224,9 +224,7 @@ def _gain_and_bias(weights: Weights) -> list[Tensor | None]:
 
 def of_each_number(node: Any, weights: Weights) -> list[LayerCall] | None:
     """By the slope of each number of the output."""
-    output = _like_output(node)
-    others = [None] * (len(node._input_metadata) - 1)
-    slopes = pull(node, [torch.ones_like(output), *others])
+    output, slopes = _like_output(node), slopes_of(node)
     calls: list[LayerCall] = []
     for number, weight in weights.items():
         slope = slopes[number]

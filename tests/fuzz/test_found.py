@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from irw_optim import DBSCANFilter, IRWOptimizer
+from irw_optim.gradients.autodiff import AutodiffGradients
 
 
 def wrapped(model: nn.Module, criterion: nn.Module | None = None, **options) -> IRWOptimizer:
@@ -214,3 +215,64 @@ def test_a_layer_that_is_parametrized_after_the_optimizer_was_made():
     truth = reference.step(F.cross_entropy(model(x), y, reduction="none"), model.parameters(), 0.5)
     criterion(model(x), y).backward()
     agree(optimizer, model, truth)
+
+
+def deviation(h: Tensor) -> Tensor:
+    """Statistics pooling, over features that are dead."""
+    return torch.cat([h.std(1, keepdim=True), torch.std_mean(0 * h, 1, keepdim=True)[0]], 1)
+
+
+@pytest.mark.parametrize(
+    "pool", [deviation, lambda h: h.norm(3, 1, keepdim=True), lambda h: (0 * h) ** (0 * h)]
+)
+def test_a_gradient_that_has_no_derivative(pool):
+    """At 0 these have a gradient, and autograd's derivative of it is NaN, as were the scores."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LazyLinear(3)).double()
+    optimizer = None
+    for _ in range(3):
+        x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+
+        def losses(x=x, y=y):
+            h = model[1](model[0](x)) * (torch.arange(6) > 1)[:, None]
+            return F.cross_entropy(model[2](pool(h)), y, reduction="none")
+
+        losses()  # makes the lazy layer
+        optimizer = optimizer or wrapped(model, alpha=0.4)
+        truth = reference.step(losses(), model.parameters(), 0.4)
+        optimizer.zero_grad()
+        optimizer.backward(losses())
+        agree(optimizer, model, truth)
+
+
+def test_a_tensor_of_nothing_that_is_joined():
+    """One of shape (0,), as lists of outputs begin, has not the dimension that is joined along."""
+    model = nn.Linear(4, 3).double()
+    optimizer = wrapped(model, alpha=0.4)
+    for size in (1, 6):
+        x, y = torch.randn(size, 4).double(), torch.randint(3, (size,))
+
+        def losses(x=x, y=y):
+            out = torch.cat([model.weight.flatten()[:0], model(x).T.contiguous()], 1).T
+            return F.cross_entropy(out, y, reduction="none")
+
+        truth = reference.step(losses(), model.parameters(), 0.4)
+        optimizer.zero_grad()
+        optimizer.backward(losses())
+        agree(optimizer, model, truth)
+
+
+def test_gradients_whose_squares_float64_does_not_hold():
+    """Python's power of a float raises there."""
+    model, x = nn.Linear(4, 3).double(), torch.randn(6, 4).double()
+    optimizer = wrapped(model)
+    optimizer.backward(1e160 * model(x).square().sum(1))
+    optimizer.step()
+    assert model.weight.isfinite().all()
+
+
+def test_a_change_that_float16_does_not_hold():
+    """g_S is as long as it likes: so were its changes in autocast, and BatchNorm took rows."""
+    x, w = torch.rand(6, 4), torch.zeros(4, requires_grad=True)
+    losses = (x.half() * w.half()).float().sum(1)
+    change = AutodiffGradients(losses, [w]).dot({w: torch.full((4,), 1e6)})
+    torch.testing.assert_close(change, x.half().float().sum(1) * 1e6, rtol=1e-2, atol=0.0)

@@ -104,6 +104,8 @@ REDUCTIONS = [
     case("var", lambda x: (x.var(), x.var(0), x.std(1, keepdim=True), x.std()), M),
     case("var_mean", lambda x: (*torch.var_mean(x, 0), *torch.std_mean(x)), M),
     case("prod", lambda x: (x.prod(), x.prod(1)), M),
+    case("nothing varies", lambda x: (*torch.std_mean(0 * x, 0), (0 * x).norm(3, 1)), M),
+    case("norm of zeros", lambda x: (0 * x).norm(0, 1) + x.sum(1), M),
     case("norm", lambda x: (x.norm(), x.norm(1, 0), x.norm(3, 1), x.norm(float("inf"), 1)), M),
     case("vector_norm", lambda x: (torch.linalg.vector_norm(x, 3, 1), torch.linalg.norm(x)), M),
     case("frobenius", lambda x: torch.norm(x, p=2, dim=(0, 1)) + torch.linalg.matrix_norm(x), M),
@@ -208,6 +210,7 @@ MOVES = [
         (3,),
     ),
     case("alias", lambda x: torch.ops.aten.alias(x.exp()), M),
+    case("cat with nothing", lambda x: torch.cat([x.flatten()[:0], x], 1), M),
     case("empty", lambda x: (x[:0].sum(0), x[:0] @ x.mT, torch.cat([x, x[:0]])), M),
     case("empty batch", lambda x, w: torch.addmm(w[0, :2], x, w[:, :2]).relu(), (0, 4), (4, 3)),
 ]

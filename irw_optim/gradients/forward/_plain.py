@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, again, of_one
-from irw_optim.gradients.nodes import base_name, pull, read_by, saved, shape_of
+from irw_optim.gradients.nodes import base_name, pull, read_by, saved, shape_of, slopes_of
 
 
 def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
@@ -203,12 +203,20 @@ def _negative_likelihood(node: Any, change: Tensor) -> Tensor | None:
 
 def _of_separate_samples(node: Any, change: Tensor) -> Tensor:
     """One pull has the gradients of all losses."""
-    output, *others = node._input_metadata
-    ones = torch.ones(output.shape, dtype=output.dtype, device=output.device)
-    (gradient, *_) = pull(node, [ones, *[None] * len(others)])
-    assert gradient is not None
+    slopes = slopes_of(node)[0]
+    assert slopes is not None
     batch_dim = 1 if node.name().startswith("Ctc") else 0
-    return (gradient * change).movedim(batch_dim, 0).reshape(*output.shape, -1).sum(-1)
+    return (slopes * change).movedim(batch_dim, 0).reshape(*shape_of(node), -1).sum(-1)
+
+
+def _spread(node: Any, change: Tensor) -> Tangents:
+    """Where nothing varies, there is a slope, but no derivative of it."""
+    slopes, *_ = slopes_of(node)
+    settings = saved(node, "dim") or None, saved(node, "keepdim")
+    if slopes is None:
+        return [None]
+    spread = (slopes * change).sum(*settings)
+    return [spread, change.mean(*settings)] if len(node._input_metadata) > 1 else [spread]
 
 
 RESHAPED = "Alias", "Clone", "Detach", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"
@@ -239,6 +247,7 @@ RULES: dict[str, ForwardRule] = {
     "Tril": again(torch.tril, "diagonal"),
     "Triu": again(torch.triu, "diagonal"),
     "Mean Sum": of_one(_reduced),
+    "LinalgVectorNorm Std StdMean Var VarMean": of_one(_spread),
     "Glu": of_one(_gated),
     "PackPaddedSequence": of_one(_packed),
     "PreluKernel": _bent,
