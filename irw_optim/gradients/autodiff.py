@@ -129,6 +129,8 @@ class AutodiffGradients:
         return same
 
     def _go_row_by_row(self, reason: str) -> None:
+        if self.batch_size < 2:
+            return  # others may do without
         self.known["row_by_row"] = True
         self.known[IN_CUDNN] = IN_CUDNN in reason
         logger.warning(

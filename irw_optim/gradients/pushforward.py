@@ -38,7 +38,7 @@ def push(node: Node, operation: Operation, tangents: Tangents) -> Tangents:
     try:
         try:
             changes = None if operation.rule is None else operation.rule(node, tangents)
-        except (AttributeError, IndexError):  # in another version of torch; empty parts
+        except (AttributeError, IndexError):  # in another torch; nothing
             changes = None
         if changes is None:
             changes = transposed(node, tangents)
