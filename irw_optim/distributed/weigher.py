@@ -22,6 +22,7 @@ from irw_optim.backward.weighted_loss import (
 )
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.distributed.ranks import Ranks
+from irw_optim.gradients.backward_passes import OneForward
 from irw_optim.gradients.coverage import (
     Covering,
     Difference,
@@ -33,7 +34,6 @@ from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.graph import gradients_at
 from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.gradients.recomputation import OneForward
 from irw_optim.weighting import NoRows
 
 WAY_OUT = (

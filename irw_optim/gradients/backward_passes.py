@@ -3,18 +3,23 @@
 Hooks hear that of the mean, to the layers' outputs; or, where autograd finishes some parameters,
 the weighted one. A hook that changes what it hears (a reversal, a clipping) has to hear every pass,
 which comparing two finds out.
+
+With activation checkpointing a pass computes the forward again, part by part. That may change the
+model (BatchNorm's averages, spectral norm's vectors), in a plain step once more; so do all passes
+of ours together.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
+from torch.overrides import TorchFunctionMode
 
 from irw_optim.gradients.coverage import equal
 from irw_optim.gradients.graph import Graph, gradients_at
@@ -22,13 +27,19 @@ from irw_optim.gradients.mixing import is_foreign
 from irw_optim.gradients.places import places_of
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
-from irw_optim.gradients.recomputation import NOTHING
 from irw_optim.torch_internals import silent
+
+_Value = TypeVar("_Value")
 
 End: TypeAlias = Tensor | GradientEdge
 """A leaf, or an edge of the graph."""
 
 logger = logging.getLogger("irw_optim")
+
+RECOMPUTES = "a backward pass changes buffers"
+
+NOTHING = nullcontext()
+"""Around a pass that computes nothing again."""
 
 HOOKS_CHANGE = "hooks change gradients"
 
@@ -151,3 +162,93 @@ def edges_aside(graph: Graph, rest: Sequence[Tensor]) -> list[GradientEdge]:
         if any(parent in on_the_way for parent, _ in node.next_functions):
             on_the_way.add(node)
     return [site.edge for site in graph.sites if site.edge.node not in on_the_way]
+
+
+def unless_recomputed(look: Callable[[], _Value], otherwise: _Value) -> _Value:
+    """A look at what nodes saved, or ``otherwise`` where that recomputes a part.
+
+    Who chose to pay time for memory gets it: the products need all layers' inputs at once.
+    """
+    try:
+        with _NoRecomputation():
+            return look()
+    except _RecomputedError:
+        return otherwise
+
+
+class _RecomputedError(Exception):
+    """A part began to be computed again."""
+
+
+_MAKE_NOTHING = frozenset(
+    {Tensor.view, Tensor.unsqueeze, Tensor.__getitem__, torch._C._set_grad_enabled}
+)
+"""A look takes some with gradients: a view tells what it is a view of."""
+
+
+class _NoRecomputation(TorchFunctionMode):
+    """Stops a recomputation: it wants gradients, and a look does not."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if torch.is_grad_enabled() and function not in _MAKE_NOTHING:
+            raise _RecomputedError
+        return function(*args, **(kwargs or {}))
+
+
+_State: TypeAlias = list[tuple[str, Tensor, Tensor]]
+"""Of each buffer: its name, itself, and its values."""
+
+
+class OneForward(AbstractContextManager[None]):
+    """A model's buffers around each backward pass of one loss that may compute its forward again.
+
+    Every pass begins with those that the first one met, and leaves those that the first one left.
+    What is ``known`` of the model is whether any pass changed one.
+    """
+
+    def __init__(self, model: nn.Module | None, known: dict[str, bool]) -> None:
+        self.known = known
+        modules = () if model is None else model.modules()
+        self.buffers = [module._buffers for module in modules if module._buffers]
+        self.before: list[_State] = []
+        self.after: dict[int, _State] = {}
+
+    def __enter__(self) -> None:
+        if not self.before:
+            self.before = [_state(buffers) for buffers in self.buffers]
+        self.start_over()
+        self.marks = [_marks(buffers) for buffers in self.buffers]
+
+    def start_over(self) -> None:
+        """Begin with the buffers that the first pass met."""
+        for place in self.after:
+            _put(self.buffers[place], self.before[place])
+
+    def __exit__(self, *raised: object) -> None:
+        for place, (buffers, marks) in enumerate(zip(self.buffers, self.marks, strict=True)):
+            if place in self.after:
+                _put(buffers, self.after[place])
+            elif marks != _marks(buffers):
+                self.known[RECOMPUTES] = True
+                self.after[place] = _state(buffers)
+
+
+def _marks(buffers: dict[str, Tensor | None]) -> list[tuple[int, int]]:
+    return [(id(buffer), buffer._version) for buffer in buffers.values() if _is_counted(buffer)]
+
+
+def _state(buffers: dict[str, Tensor | None]) -> _State:
+    return [(name, b, b.detach().clone()) for name, b in buffers.items() if _is_counted(b)]
+
+
+def _is_counted(buffer: Tensor | None) -> TypeGuard[Tensor]:
+    return buffer is not None and not buffer.is_inference()
+
+
+def _put(buffers: dict[str, Tensor | None], state: _State) -> None:
+    """Past autograd's count of changes: a graph may have saved a buffer."""
+    for name, buffer, values in state:
+        buffers[name] = buffer
+        buffer.data.copy_(values)

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from irw_optim.gradients.autodiff import AutodiffGradients
-from irw_optim.gradients.backward_passes import HOOKS_CHANGE, BackwardPasses, End, edges_aside
+from irw_optim.gradients.backward_passes import (
+    HOOKS_CHANGE,
+    NOTHING,
+    RECOMPUTES,
+    BackwardPasses,
+    End,
+    OneForward,
+    edges_aside,
+)
 from irw_optim.gradients.compiling import is_compiled
 from irw_optim.gradients.coverage import (
     Covering,
@@ -33,7 +41,6 @@ from irw_optim.gradients.graph import (
 )
 from irw_optim.gradients.hooks import forget_calls, sites_noted
 from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
-from irw_optim.gradients.recomputation import NOTHING, RECOMPUTES, OneForward
 from irw_optim.torch_internals import is_wanted
 
 NOTHING_TO_SCORE = (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from irw_optim.gradients.backward_passes import unless_recomputed
 from irw_optim.gradients.coverage import Covering
 from irw_optim.gradients.graph import CallSite, Graph, Plan, Remade
 from irw_optim.gradients.layers import FIRST, LayerCall, Layout, LinearCall
@@ -30,7 +31,6 @@ from irw_optim.gradients.node_rules import (
 from irw_optim.gradients.nodes import base_name
 from irw_optim.gradients.places import Places
 from irw_optim.gradients.pushforward import ChainedCall, ChainPlaces, in_a_pass
-from irw_optim.gradients.recomputation import unless_recomputed
 
 _Value = TypeVar("_Value")
 

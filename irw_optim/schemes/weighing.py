@@ -1,8 +1,14 @@
 """The weights of a whole data set, made and held.
 
-They are those of the local scheme on a single batch of all N samples, in three passes: the losses;
-g_S, over the members of S alone; the derivative along g_S. It takes the memory of one batch and one
-gradient.
+They are those of the local scheme on a single batch of all N samples::
+
+    S   = worst_off(losses, alpha)               # pass 1: forward
+    g_S = G.combine(S)                           # pass 2: over the members of S alone
+    s   = G.dot(g_S)                             # pass 3: the derivative along g_S, forwards, or
+                                                 #         forward and backward to the layers
+    w   = s.clamp(min=0) / s.clamp(min=0).sum()
+
+It takes the memory of one batch and one gradient.
 """
 
 from __future__ import annotations
