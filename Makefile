@@ -18,8 +18,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
-# Processes that run the tests of `make test`, a file at a time: `make test JOBS=8`.
+# Processes that share the tests out, a file at a time: `make test JOBS=8`.
 JOBS ?= 2
+SHARED = --numprocesses $(JOBS) --dist loadfile
 
 # Other processors' arithmetic, as far as this one can do it: the kernels of torch, MKL and oneDNN
 # for older ones, and two threads. Each kind shuffles the tests by a seed of its own.
@@ -61,10 +62,10 @@ help: ## Show this text
 setup: $(WITH_ALL) ## Install the package with everything needed for development
 
 test: $(WITH_ALL) ## Run all tests, the slow ones and the doctests included
-	$(PYTEST) --numprocesses $(JOBS) --dist loadfile
+	$(PYTEST) $(SHARED)
 
 test-fast: $(WITH_ALL) ## Run the tests that take no more than seconds
-	$(PYTEST) --numprocesses $(JOBS) --dist loadfile -m "not slow"
+	$(PYTEST) $(SHARED) -m "not slow"
 
 test-lowest: $(VENV)-lowest/.installed ## Run the tests on Python 3.10 and the lowest versions
 	$(VENV)-lowest/bin/python -m pytest -W default -p no:cacheprovider
