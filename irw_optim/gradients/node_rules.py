@@ -46,8 +46,14 @@ Weights = Mapping[int, Weight]
 NodeRule = Callable[[Any, Weights], "Sequence[LayerCall] | None"]
 
 
-FUSED_CELLS = {"ThnnFusedGruCell": {3: 0, 4: 1}, "ThnnFusedLstmCell": {3: 1, 4: 1}}
-"""For each bias the gates to which it is added, whose gradient is its own; as numbers of inputs."""
+FUSED_CELLS: dict[str, dict[int, tuple[int, ...]]] = {
+    "ThnnFusedGruCell": {3: (0,), 4: (1,)},
+    "ThnnFusedLstmCell": {3: (1, 0), 4: (1, 0)},
+}
+"""For each bias the gates to which it is added, whose gradient is its own; as numbers of inputs.
+
+The first that has one counts: a frozen weight gives the first step none.
+"""
 
 
 def rule_of(node: Node, output: int, weights: Weights) -> NodeRule | None:

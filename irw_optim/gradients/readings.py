@@ -96,7 +96,8 @@ def _read_at(
         yield place, output, rule, weights
         return
     for n, weight in weights.items():
-        made_by, output = node.next_functions[ends.get(n, n)]
+        edges = [node.next_functions[end] for end in ends.get(n, (n,))]
+        made_by, output = next((edge for edge in edges if edge[0]), edges[0])
         yield graph.nodes.get(made_by), output, summands if n in ends else None, {n: weight}
 
 
