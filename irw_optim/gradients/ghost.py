@@ -172,10 +172,9 @@ def ghost_gradients(
 
 
 def by_rounds(losses: Tensor, asked: list[Asked]) -> list[list[Asked]]:
-    """By how many layers that hand back stand between them and the losses.
+    """By how many layers that hand back are before them; autograd need not go through those then.
 
-    Autograd need not go through those layers then. All at once, where their number depends on the
-    way or such a layer is read elsewhere.
+    All at once, where their number depends on the way or such a layer is read elsewhere.
     """
     edges = {site.edge for _, site, _ in asked}
     layers = {s.edge.node for _, s, makes_rows in asked if s.call.hands_back and not makes_rows}

@@ -103,7 +103,7 @@ def picks_of(node: Any) -> tuple[str, ...]:
 def _is_every_row(index: Tensor, rows: int) -> bool:
     if index.dtype == torch.bool or index.ndim < 1 or index.shape[0] != rows:
         return False
-    if rows and index.is_cpu and int(index[-1].flatten()[-1]) != rows - 1:
+    if index.numel() and index.is_cpu and int(index[-1].flatten()[-1]) != rows - 1:
         return False  # as most are, and soon seen
     column = torch.arange(rows, device=index.device).view(-1, *[1] * (index.ndim - 1))
     return bool((index == column).all())

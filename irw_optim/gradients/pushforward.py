@@ -38,7 +38,7 @@ def push(node: Node, operation: Operation, tangents: Tangents) -> Tangents:
     try:
         try:
             changes = None if operation.rule is None else operation.rule(node, tangents)
-        except (AttributeError, IndexError):  # in another torch; nothing
+        except (AttributeError, IndexError):  # in another torch; no numbers
             changes = None
         if changes is None:
             changes = transposed(node, tangents)

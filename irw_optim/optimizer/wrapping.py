@@ -147,6 +147,7 @@ class OptimizerWrapper(Renewed, Optimizer):
         return own_step(self, self._weighted, name, found) if ismethod(found) else found
 
     def __setattr__(self, name: str, value: Any) -> None:
+        """Settings of the inner optimizer are its own."""
         own = name.startswith("_") or hasattr(type(self), name) or not hasattr(self.inner, name)
         (super().__setattr__ if own else self.inner.__setattr__)(name, value)
 

@@ -199,7 +199,7 @@ class HeldWeights:
     resampled: bool
     record: StepRecord | None = None
     indices: Tensor | None = None
-    unused = False
+    unused = False  # the batch drawn last
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None = None) -> StepRecord:
         """Those of the batch's samples, renormalised; uniform where nobody has any."""

@@ -261,6 +261,20 @@ def test_a_tensor_of_nothing_that_is_joined():
         agree(optimizer, model, truth)
 
 
+def test_an_index_of_nothing():
+    """It has a row for each sample, as what takes every row, but no last number."""
+    model = nn.Linear(4, 3).double()
+    optimizer = wrapped(model, alpha=0.4)
+    for size in (6, 1, 6):
+        out = model(torch.randn(size, 4).double())
+        nothing = torch.zeros(size, 0, dtype=torch.int64)
+        losses = out.square().sum(1) + out[nothing].sum((1, 2))
+        truth = reference.step(losses, model.parameters(), 0.4)
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        agree(optimizer, model, truth)
+
+
 def test_gradients_whose_squares_float64_does_not_hold():
     """Python's power of a float raises there."""
     model, x = nn.Linear(4, 3).double(), torch.randn(6, 4).double()
