@@ -236,7 +236,7 @@ class OneWay(torch.autograd.Function):
 
 class Through(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return OneWay.apply(x.T).T  # where nobody expects the batch
+        return OneWay.apply(x - x.mean(0))  # where samples have met
 
 
 def test_one_backward_pass_a_sample_is_said_with_its_cost_and_how_to_avoid_it(caplog):
@@ -249,7 +249,8 @@ def test_one_backward_pass_a_sample_is_said_with_its_cost_and_how_to_avoid_it(ca
     report = verify(model, x, y, criterion, repeats=1)
     assert report.exact
     assert "a step takes 8 backward passes for it, one a sample" in str(report)
-    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    (said,) = [text for text in warned if "one backward pass a sample" in text]
     assert "8 a step here" in said
     assert "\n" not in said
     caplog.clear()

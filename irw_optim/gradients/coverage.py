@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.graph import Graph
+from irw_optim.gradients.graph import Graph, Opaque
 from irw_optim.gradients.mixing import Batch
+from irw_optim.gradients.nodes import SHARED, pull, read_by
 from irw_optim.gradients.protocol import PerSampleGradients
 
 if TYPE_CHECKING:
@@ -171,6 +174,43 @@ def equal(
     if any((a is None) is not (b is None) for a, b in zip(some, others, strict=True)):
         return False
     return not wrong_among(differences(parameters, some, others))
+
+
+@contextmanager
+def watching(
+    opaque: Opaque, graph: Graph, losses: Tensor, random: torch.Generator
+) -> Iterator[list[Tensor]]:
+    """Flags of the nodes that do not answer for each sample alone, in autograd's next pass.
+
+    Those that do pull r u back to r times what they make of u, for random r of the samples, (B,).
+    """
+    flags: list[Tensor] = []
+    probe = probe_of(losses, random) if opaque else losses
+
+    def times_probe(values: Tensor, stride: int) -> Tensor:
+        factors = probe.to(values.dtype).view(1, -1, 1)
+        return (values.reshape(-1, len(probe), stride) * factors).view(values.shape)
+
+    def compare(place: int, gradients: Sequence[Any], arrived: Sequence[Any]) -> None:
+        node, (made, read) = graph.order[place], opaque[place]
+        us = list(arrived)
+        for number, stride in made.items():
+            us[number] = None if us[number] is None else times_probe(us[number], stride)
+        scaled = pull(node, us)
+        for number, stride in read.items():
+            pair = [g for g in (gradients[number], scaled[number]) if g is not None]
+            if pair and stride > SHARED and pair[0].numel():
+                shape = read_by(node, number).shape
+                truth = times_probe(pair[0].sum_to_size(shape), stride)
+                error = (pair[-1].sum_to_size(shape) - truth).abs().max()
+                flags.append(error > _tolerance(truth.dtype) * truth.abs().max())
+
+    hooks = [graph.order[place].register_hook(partial(compare, place)) for place in opaque]
+    try:
+        yield flags
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _norm(tensor: Tensor) -> Tensor:

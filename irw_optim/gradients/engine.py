@@ -144,7 +144,7 @@ class Engine(Renewed):
                 if not sharded and (rows := rows_that_entered(graph, at, size)):
                     self.tell(logging.WARNING, "parts", _PARTS.format(losses=size, rows=rows))
         if found is not None or always:
-            self.plans[graph.kind] = plan_of(found[0] if found else (), graph, covering)
+            self.plans[graph.kind] = plan_of(found[0] if found else (), graph, covering, at)
         return covering
 
     def _goes_forwards(self, batch: Batch, graph: Graph) -> bool:
@@ -189,12 +189,12 @@ class Engine(Renewed):
         trained = {p for p in model.parameters() if p.requires_grad}
         return keep_out_around(model, trained - newest.covered)
 
-    def check_is_due(self, covering: Covering) -> bool:
-        """Where samples may mix; else at what is new, and at uses 1, 2, 4, ..."""
+    def check_is_due(self, covering: Covering, watched: bool = False) -> bool:
+        """Where samples may mix unwatched; else at what is new, and at uses 1, 2, 4, ..."""
         trust = covering.trust
         trust.uses += 1
-        seldom = trust.uses & (trust.uses - 1) == 0
-        return covering.mixed_by is not None or seldom or not covering.reads <= trust.proven
+        may_mix = covering.mixed_by is not None and not watched
+        return may_mix or trust.uses & (trust.uses - 1) == 0 or not covering.reads <= trust.proven
 
     def hook_check_is_due(self, graph: Graph) -> bool:
         """In a new graph, and at uses 2, 4, ..."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from irw_optim.gradients.coverage import Covering
 
 _Value = TypeVar("_Value")
+
+Opaque: TypeAlias = dict[int, tuple[dict[int, int], dict[int, int]]]
+"""By a node's place: the strides of the batch in what it makes and what it reads, by number."""
 
 
 class CallSite(NamedTuple):
@@ -196,6 +199,7 @@ class Plan:
     covering: Covering
     read: Callable[[Graph, Tensor], list[CallSite] | None]  # None: other settings than ever
     remade: Sequence[Remade] | None  # where these are all
+    opaque: Opaque  # nothing else may mix the samples
 
     def sites(self, graph: Graph, losses: Tensor) -> list[CallSite] | None:
         if self.remade is None:

@@ -29,6 +29,7 @@ from irw_optim.gradients.coverage import (
     in_half_precision,
     probe_of,
     rows_by,
+    watching,
 )
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
@@ -139,9 +140,11 @@ class LossGradients:
         with self.one_forward:
             covering = engine.covering(self)
         check_hooks = bool(size) and engine.hook_check_is_due(graph)
-        check = bool(size and covering.covered) and engine.check_is_due(covering)
-        hooks_change = engine.known.get(HOOKS_CHANGE)
-        if covering.covers_all and covering.covered and not (check or check_hooks or hooks_change):
+        plan = engine.plans.get(graph.kind)
+        opaque = plan.opaque if plan and covering.covers_all else {}
+        check = bool(size and covering.covered) and engine.check_is_due(covering, bool(opaque))
+        unsure = check or check_hooks or opaque or engine.known.get(HOOKS_CHANGE)
+        if covering.covers_all and covering.covered and not unsure:
             covering.is_settled = bool(size)
             with self.one_forward:
                 self._take_products(covering, seed, keep_graph, alike)
@@ -158,9 +161,11 @@ class LossGradients:
             return
         sites = [s for s in graph.sites if not covered.isdisjoint(s.call.parameters.values())]
         check_inputs(site.call for site in sites)
-        ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True, backward=by)
+        with watching({} if check else opaque, graph, self.losses, engine.random) as flags:
+            ghost = ghost_gradients(self.losses, sites, seed, retain_graph=True, backward=by)
         if len(sites) == len(graph.sites):
             covering.reached = ghost.reached
+        check = check or bool(flags and torch.stack(flags).any())
         if check or engine.known.get(HOOKS_CHANGE):  # as just found out; a hook may mix samples
             self._check(covering, sites, ghost)
         calls = [site.call for site in sites if site.call.needs_autograd_combine]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.graph import CallSite, Graph
+from irw_optim.gradients.graph import CallSite, Graph, Opaque
 from irw_optim.gradients.layers import Layout
 from irw_optim.gradients.mixing_rules import (
     RULES,
@@ -53,6 +53,7 @@ class Batch(NamedTuple):
     computes_shared: bool = False  # whether weights alone make more than views
     crossings: tuple[Crossing, ...] = ()
     surely_mixes: bool = False  # whether `mixed_by` is known to mix
+    opaque: Opaque = {}  # noqa: RUF012 (where it should be)
 
     @property
     def followed(self) -> bool:
@@ -65,13 +66,14 @@ def follow_batch(
 ) -> Batch:
     """Follow the batch through the graph of losses, (B,), B > 1.
 
-    ``opaque`` operations may mix; the batch is taken to come first in what they read.
+    What ``opaque`` operations read is taken to hold the batch as what they make, or first.
     """
     may_mix: str | None = None
     places = {(0, losses.output_nr): 1}
     outputs = {0: [losses.output_nr]}
     reads: dict[Node, int] = {}
     crossings: list[Crossing] = []
+    hidden: Opaque = {}
     computes_shared = False
     for at, node in enumerate(graph.order):
         for number in outputs.get(at, ()):
@@ -82,7 +84,9 @@ def follow_batch(
                 computes_shared |= not is_view(node)
             elif opaque is not None and opaque(node):
                 may_mix = may_mix or node.name()
-                found = [_first_in(edge, len(losses)) for edge in node.next_functions]
+                made = Output(node, number, stride, len(losses))
+                found = [_likely_in(edge, made) for edge in node.next_functions]
+                hidden.setdefault(at, ({}, dict(enumerate(found))))[0][number] = stride
             else:
                 try:
                     found = rule_for(node)(Output(node, number, stride, len(losses)))
@@ -107,18 +111,19 @@ def follow_batch(
                 if places.setdefault(key, place) != place:
                     return Batch(parent.name(), places, surely_mixes=True)
     counted = tuple(reads.get(node, 0) for node in graph.leaf_nodes)
-    return Batch(may_mix, places, counted, computes_shared, tuple(crossings))
+    return Batch(may_mix, places, counted, computes_shared, tuple(crossings), opaque=hidden)
 
 
-def _first_in(edge: tuple[Node | None, int], batch_size: int) -> int:
-    """The stride of the batch if it comes first."""
+def _likely_in(edge: tuple[Node | None, int], output: Output) -> int:
     node, number = edge
     if node is None:
         return UNREAD
     shape = shape_of(node, number)
-    if not node.next_functions or not shape or shape[0] % batch_size:
+    if not node.next_functions or not shape:
         return SHARED
-    return shape.numel() // batch_size
+    if shape == tuple(output.shape):
+        return output.stride
+    return SHARED if shape[0] % output.batch_size else shape.numel() // output.batch_size
 
 
 def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:

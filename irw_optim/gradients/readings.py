@@ -113,7 +113,7 @@ def read_in_a_pass(
 def read_around(
     losses: Tensor, graph: Graph, own: Sequence[Tensor], opaque: Callable[[Node], bool]
 ) -> tuple[Batch, Found]:
-    """Where the batch is around ``opaque`` operations, and what is read there; None if not all."""
+    """Where the batch is around ``opaque`` nodes, and what is read there; None if not all."""
     batch = follow_batch(losses, graph, opaque)
     if not batch.reads:
         return batch, None
@@ -146,7 +146,7 @@ def sites_of(
     return sites
 
 
-def plan_of(readings: Sequence[Reading], graph: Graph, covering: Covering) -> Plan:
+def plan_of(readings: Sequence[Reading], graph: Graph, covering: Covering, batch: Batch) -> Plan:
     """For graphs of the kind of one whose calls have their layouts."""
     settled = _with_layouts(readings, graph)
 
@@ -158,7 +158,7 @@ def plan_of(readings: Sequence[Reading], graph: Graph, covering: Covering) -> Pl
 
     # Slopes are told in a pass.
     asks = any(reading.rule is of_each_number for reading in readings)
-    return Plan(covering, read_in_a_pass if asks else read, _remade(readings, graph))
+    return Plan(covering, read_in_a_pass if asks else read, _remade(readings, graph), batch.opaque)
 
 
 def _remade(readings: Sequence[Reading], graph: Graph) -> list[Remade] | None:

@@ -49,10 +49,10 @@ def chosen_once(path: str) -> Any:
     return property(attrgetter(path), refuse)
 
 
-def inners(name: str) -> Any:
+def inners(name: str, *otherwise: Any) -> Any:
     """An attribute that is read, set and deleted on the optimizer inside."""
     return property(
-        attrgetter(f"inner.{name}"),
+        lambda self: getattr(self.inner, name, *otherwise),
         lambda self, value: setattr(self.inner, name, value),
         lambda self: delattr(self.inner, name),
     )
@@ -124,15 +124,7 @@ class OptimizerWrapper(Renewed, Optimizer):
     # A GradScaler leaves these for fused optimizers, which unscale and skip by themselves.
     grad_scale = inners("grad_scale")
     found_inf = inners("found_inf")
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's; schedule-free's wrapper has none."""
-        return getattr(self.inner, "defaults", {})
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.inner.defaults = defaults
+    defaults = inners("defaults", {})  # schedule-free's wrapper has none
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

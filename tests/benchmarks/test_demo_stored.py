@@ -1,4 +1,4 @@
-"""The first figure and table of README are made of the stored runs of the demo."""
+"""The first figure of README, and what it says of it, are made of the stored runs of the demo."""
 
 import pytest
 
@@ -11,11 +11,10 @@ def runs():
     return report.stored("demo")
 
 
-def test_the_first_page_shows_the_table(runs):
-    readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_table_is_of_the_runs(runs):
     (text,) = demo.texts(runs).values()
     assert text == (report.RESULTS / "demo.md").read_text(encoding="utf-8")
-    assert text in readme
+    assert "results/demo.md" in (report.ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
 
 
 def test_groups_make_up_everybody(runs):

@@ -108,23 +108,106 @@ class Opaque(torch.autograd.Function):
     """Nothing is known of what is written in Python."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
         return h * 2
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * 2
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.change(gradient * 2), None
 
 
 class Doubled(nn.Module):
+    """Its backward is a ``change`` of what arrives."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor] = lambda g: g) -> None:
+        super().__init__()
+        self.change = change
+
     def forward(self, h: Tensor) -> Tensor:
-        return Opaque.apply(h)
+        return Opaque.apply(h, self.change)
 
 
-def test_where_nothing_is_known_every_step_is_checked(checks):
-    train(mlp(Doubled()), steps=9)
-    assert len(checks) == 9
+def test_a_function_in_python_is_compared_with_itself_in_every_step(checks):
+    train(mlp(Doubled()), steps=STEPS)
+    assert len(checks) == AT_POWERS_OF_TWO
+
+
+CHANGES = {
+    "a mean over the samples": lambda g: g - g.mean(0),
+    "the next sample's": lambda g: g.roll(1, 0),
+    "a sign": torch.sign,
+    "one that is clipped": lambda g: g.clamp(max=float(g.max()) / 2),
+    "a common norm": lambda g: g / g.norm(),
+    "none": lambda g: None,
+    "in place": lambda g: g.sub_(g.sum(0)),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("late", [3, 7])
+def test_a_function_that_begins_to_mix_is_noticed_at_once(kind, late, checks):
+    """At steps that are no powers of two."""
+    model, turn = mlp(Doubled()), [0]
+
+    def inputs() -> Tensor:
+        turn[0] += 1
+        if turn[0] == late:
+            model[2].change = CHANGES[kind]
+        return torch.randn(B, 4).double()
+
+    if kind in NOT_LINEAR:
+        comparisons_before = late.bit_length()
+        train_without_the_loop(model, late, inputs)
+        assert len(checks) == comparisons_before + 1
+    else:
+        train(model, late + 1, inputs)
+
+
+NOT_LINEAR = {"a sign", "one that is clipped", "a common norm"}
+"""Alone a sample has another gradient than among others: there is no loop to compare with."""
+
+
+def train_without_the_loop(model: nn.Module, steps: int, inputs: Callable[[], Tensor]) -> None:
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.01), alpha=ALPHA, model=model)
+    for _ in range(steps):
+        losses = F.cross_entropy(model(inputs()), torch.randint(2, (B,)), reduction="none")
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        optimizer.step()
+
+
+class Crossed(torch.autograd.Function):
+    """Two inputs, two outputs, of which one goes nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(h, g)
+        return h * g, h + g
+
+    @staticmethod
+    def backward(ctx: Any, product: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        h, g = ctx.saved_tensors
+        return product * g + total, product * h + total
+
+
+class TimeFirst(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = torch.stack([h, h.sin(), h.cos()], self.dim)
+        product, _ = Crossed.apply(self.one(h).tanh(), self.other(h))
+        return product.mean(self.dim)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_function_of_several_inputs_and_outputs(dim, checks):
+    train(mlp(TimeFirst(dim)), steps=9)
+    assert len(checks) == 4
 
 
 def test_where_samples_surely_meet_nothing_relies_on_a_check(checks):

@@ -65,17 +65,17 @@ class Hidden(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h):
-        return h * 2
+        return (h * 2).T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        return gradient * 2
+        return (gradient * 2).T
 
 
 class Hiding(nn.Module):
     def forward(self, h):
-        return Hidden.apply(h.T).T  # with the batch where nobody expects it
+        return Hidden.apply(h.T)  # with the batch where nobody expects it
 
 
 @pytest.mark.parametrize("known", [True, False])
