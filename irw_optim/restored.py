@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from functools import partial
-from types import ModuleType
+from itertools import islice
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -64,35 +65,63 @@ def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]
         yield from undo_own_state(part, by_version)
 
 
-def undo_own_state(part: nn.Module, by_version: bool = False) -> Iterator[Undo]:
+def undo_own_state(part: nn.Module, by_version: bool = False, depth: int = 3) -> Iterator[Undo]:
     """The same of one module alone."""
     yield _undo_dict(vars(part))
     yield _undo_dict(part._buffers)
     own = [value for name, value in vars(part).items() if name not in _OF_MODULES]
     for value in (*own, *part._buffers.values()):
-        if (undo := undo_inside(value, by_version)) is not None:
-            yield undo
+        yield from undo_inside(value, by_version, depth)
 
 
-def undo_inside(value: Any, by_version: bool = False) -> Undo | None:
-    """The same of an attribute's value; None where nothing is known to change."""
+def undo_inside(value: Any, by_version: bool = False, depth: int = 0) -> Iterator[Undo]:
+    """The same of an attribute's value, and of what is in it down to a ``depth``."""
+    inside: Iterable[Any] = ()
+    if type(value).__module__.startswith("irw_optim"):  # what is attached
+        return
     if isinstance(value, Tensor):
-        plain = not (value.requires_grad or value.is_inference())
-        return _undo_tensor(value, by_version) if plain else None
-    if isinstance(value, torch.Generator | np.random.RandomState):
+        if not (value.requires_grad or value.is_inference()):
+            yield _undo_tensor(value, by_version)
+    elif isinstance(value, np.ndarray):
+        if value.flags.writeable:
+            yield partial(np.copyto, value, value.copy())
+    elif isinstance(value, torch.Generator | np.random.RandomState):
         state: Any = value.get_state()
-        return partial(value.set_state, state)
-    if isinstance(value, np.random.Generator):
-        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    if isinstance(value, random.Random):
-        return partial(value.setstate, value.getstate())
-    if isinstance(value, dict):
-        return _undo_dict(value)
-    if isinstance(value, list | deque | set):
-        return partial(_refill, value, copy(value))
-    if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType):
-        return _undo_dict(vars(value))
-    return None
+        yield partial(value.set_state, state)
+    elif isinstance(value, np.random.Generator):
+        yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    elif isinstance(value, random.Random):
+        yield partial(value.setstate, value.getstate())
+    elif isinstance(value, dict):
+        yield _undo_dict(value)
+        inside = value.values()
+    elif isinstance(value, list | deque | set | tuple):
+        if not isinstance(value, tuple):
+            yield partial(_refill, value, copy(value))
+        inside = value
+    elif isinstance(value, nn.Module):
+        if depth:
+            yield from undo_own_state(value, by_version, depth - 1)
+    elif isinstance(value, partial):
+        inside = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        inside = (value.__self__,)
+    elif isinstance(value, FunctionType):
+        inside = []
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # of an empty one
+                inside.append(cell.cell_contents)
+                yield partial(setattr, cell, "cell_contents", inside[-1])
+    elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType):
+        yield _undo_dict(vars(value))
+        inside = vars(value).values()
+    for part in islice(inside, LARGE if depth else 0):
+        if getattr(part, "nbytes", 0) < LARGE**2:
+            yield from undo_inside(part, by_version, depth - 1)
+
+
+LARGE = 2**12
+"""So many parts are looked at, and none of as many bytes squared."""
 
 
 def _undo_dict(value: dict[Any, Any]) -> Undo:

@@ -205,8 +205,9 @@ def check_leading_dimension(
     if sizes and elements.shape[0] not in sizes:
         raise ValueError(
             f"{type(criterion).__name__} returned losses of shape {tuple(elements.shape)}, but its "
-            f"arguments have leading dimensions {sorted(sizes)}: return {_SHAPE}, or give "
-            "per_sample_losses(..., batch_size=B) to fold them"
+            f"arguments have leading dimensions {sorted(sizes)}: return {_SHAPE}; give "
+            "per_sample_losses(..., batch_size=B) to fold them; or, where they are right (time or "
+            "pairs come first), leave criterion out and call optimizer.backward(losses)"
         )
 
 
@@ -225,18 +226,21 @@ def check_rows_are_samples(
         return
     # As many calls whatever the numbers are: it may gather from other processes. What may be a
     # number a class goes along, or not.
-    move = partial(_moved, rows=len(elements), batch=batch)
-    moves = [partial(move, classes_stay=stay) for stay in (False, True)]
-    calls = [_called_again(criterion, args, kwargs, move) for move in moves]
+    calls = []
+    for classes_stay in (False, True):
+        moved: list[Any] = []
+        move = partial(_moved, len(elements), batch, classes_stay, moved)
+        other = _called_again(criterion, args, kwargs, move)
+        calls += [other] if moved else []  # who holds samples in an object shows nothing
     if batch < 2:
         return
     elements = elements.detach()
     along = elements.roll(len(elements) // batch, 0)
     near = 0.1 * _distance(elements, along)  # far closer than the expectations to each other
-    moved = [other for other in calls if other is not None and other.shape == elements.shape]
-    if any(_distance(other, along) <= near for other in moved):
+    shown = [other for other in calls if other is not None and other.shape == elements.shape]
+    if any(_distance(other, along) <= near for other in shown):
         return
-    if any(_distance(other, elements) <= near for other in moved):
+    if any(_distance(other, elements) <= near for other in shown):
         raise ValueError(
             f"{type(criterion).__name__} returned losses of shape {tuple(elements.shape)} that "
             "stay when the samples change places: they are not one loss per sample, but reduced "
@@ -248,23 +252,24 @@ def _may_be_of_classes(tensor: Tensor) -> bool:
     return tensor.dim() == 1 and tensor.is_floating_point() and not tensor.requires_grad
 
 
-def _moved(value: Any, rows: int, batch: int, classes_stay: bool) -> Any:
-    """With rows of samples moved on by one."""
+def _moved(rows: int, batch: int, classes_stay: bool, moved: list[Any], value: Any) -> Any:
+    """With rows of samples ``moved`` on by one."""
+    again = partial(_moved, rows, batch, classes_stay, moved)
     if isinstance(value, Tensor):
         stays = classes_stay and _may_be_of_classes(value)
         if stays or not value.dim() or len(value) not in (rows, batch):
             return value
+        moved.append(value)
         return value.detach().roll(len(value) // max(1, batch), 0)
     if isinstance(value, Mapping):
-        return type(value)(  # type: ignore[call-arg]
-            {name: _moved(v, rows, batch, classes_stay) for name, v in value.items()}
-        )
+        return type(value)({name: again(v) for name, v in value.items()})  # type: ignore[call-arg]
     if not isinstance(value, list | tuple):
         return value
     batches = any(isinstance(v, Tensor) and v.dim() and len(v) == batch for v in value)
     if len(value) == batch and not batches:
+        moved.append(value)
         return [value[-1], *value[:-1]]
-    parts = [_moved(v, rows, batch, classes_stay) for v in value]
+    parts = list(map(again, value))
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 

@@ -98,11 +98,12 @@ def _losses_by(
         check_elements(criterion, elements)
         if batch_size is None:
             check_leading_dimension(criterion, elements, (*args, *kwargs.values()))
-    if not elements.dim():
-        raise ValueError(
-            f"{type(criterion).__name__} was called on a single sample without a batch dimension: "
-            "add one, as in criterion(output.unsqueeze(0), target.unsqueeze(0))"
-        )
+    if not elements.dim() and isinstance(criterion, nn.CTCLoss):
+        raise ValueError("CTCLoss without a batch dimension: expected log_probs of shape (T, B, C)")
+    if not elements.dim():  # a last batch of one, squeezed
+        args = tuple(a[None] if isinstance(a, Tensor) else a for a in args)
+        kwargs = {k: v[None] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        return _losses_by(rule, criterion, args, kwargs, batch_size, forward)
     rows = elements.shape[0]
     batch = rows if batch_size is None else batch_size
     if batch != rows and (batch < 1 or rows % batch):

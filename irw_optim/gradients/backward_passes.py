@@ -27,6 +27,7 @@ from irw_optim.gradients.mixing import is_foreign
 from irw_optim.gradients.places import places_of
 from irw_optim.gradients.protocol import Direction
 from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
+from irw_optim.restored import randomness_restored
 from irw_optim.torch_internals import silent
 
 _Value = TypeVar("_Value")
@@ -103,18 +104,31 @@ class BackwardPasses:
         self, edges: Sequence[End], weights: Tensor, leaves: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """One that is heard, compared at the leaves with one that is not."""
-        with _nothing_added(self.model, self.graph.order):
+        devices = {leaf.device for leaf in leaves}
+        with _nothing_added(self.model, self.graph.order), randomness_restored(devices):
             found = self.with_hooks([*edges, *leaves], weights)
-        known = self.known.get(HOOKS_CHANGE)
-        if not known and not equal(
-            leaves, found[len(edges) :], self.without_hooks(leaves, weights)
-        ):
+        heard = found[len(edges) :]
+        try:
+            same = equal(leaves, heard, self.without_hooks(leaves, weights))
+            alike = same or equal(leaves, heard, self.with_hooks(leaves, weights))
+        except (AttributeError, AssertionError) as error:
+            raise RuntimeError(f"{_ONCE}; the second one raised {error!r}") from error
+        if not alike:
+            raise RuntimeError(_ONCE)
+        if not (same or self.known.get(HOOKS_CHANGE)):
             self.known[HOOKS_CHANGE] = True
             logger.info(
                 "a hook on an activation changes the gradient: it is called in every backward pass "
                 "that the weights need"
             )
         return found[: len(edges)]
+
+
+_ONCE = (
+    "two backward passes through one graph differ, and weights take several: expected hooks that "
+    "stay until the next forward, and functions that keep what they saved (return a new tensor "
+    "where they free it, or write over it)"
+)
 
 
 @contextmanager
@@ -204,7 +218,7 @@ _State: TypeAlias = list[tuple[str, Tensor, Tensor]]
 class OneForward(AbstractContextManager[None]):
     """A model's buffers around each backward pass of one loss that may compute its forward again.
 
-    Every pass begins with those that the first one met, and leaves those that the first one left.
+    Every pass begins with those that the first one met; all but that one leave them as they were.
     What is ``known`` of the model is whether any pass changed one.
     """
 
@@ -213,26 +227,27 @@ class OneForward(AbstractContextManager[None]):
         modules = () if model is None else model.modules()
         self.buffers = [module._buffers for module in modules if module._buffers]
         self.before: list[_State] = []
-        self.after: dict[int, _State] = {}
+        self.changed: set[int] = set()
 
     def __enter__(self) -> None:
         if not self.before:
             self.before = [_state(buffers) for buffers in self.buffers]
+        self.found = {place: _state(self.buffers[place]) for place in self.changed}
         self.start_over()
         self.marks = [_marks(buffers) for buffers in self.buffers]
 
     def start_over(self) -> None:
         """Begin with the buffers that the first pass met."""
-        for place in self.after:
+        for place in self.changed:
             _put(self.buffers[place], self.before[place])
 
     def __exit__(self, *raised: object) -> None:
         for place, (buffers, marks) in enumerate(zip(self.buffers, self.marks, strict=True)):
-            if place in self.after:
-                _put(buffers, self.after[place])
+            if place in self.found:
+                _put(buffers, self.found[place])
             elif marks != _marks(buffers):
                 self.known[RECOMPUTES] = True
-                self.after[place] = _state(buffers)
+                self.changed.add(place)
 
 
 def _marks(buffers: dict[str, Tensor | None]) -> list[tuple[int, int]]:

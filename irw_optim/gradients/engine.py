@@ -31,7 +31,7 @@ from irw_optim.gradients.hooks import (
     weighed_by,
     without_cudnn,
 )
-from irw_optim.gradients.mixing import Batch, arranged, follow_batch, is_foreign, rows_that_entered
+from irw_optim.gradients.mixing import Batch, arranged, flattened_from, follow_batch, is_foreign
 from irw_optim.gradients.packed import packed_as_one
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.gradients.readings import NOTHING_READ, plan_of, read_around, read_in_a_pass
@@ -141,8 +141,10 @@ class Engine(Renewed):
                     self.tell(logging.INFO, "recomputed", _RECOMPUTED)
                 elif not sharded:
                     self._report(covering, own)
-                if not sharded and (rows := rows_that_entered(graph, at, size)):
-                    self.tell(logging.WARNING, "parts", _PARTS.format(losses=size, rows=rows))
+                if not sharded and (shape := flattened_from(graph, size)):
+                    self.tell(
+                        logging.WARNING, "parts", _PARTS.format(losses=size, shape=tuple(shape))
+                    )
         if found is not None or always:
             self.plans[graph.kind] = plan_of(found[0] if found else (), graph, covering, at)
         return covering
@@ -282,8 +284,8 @@ _WITHOUT_CUDNN = (
     "backward pass a sample"
 )
 _PARTS = (
-    "{losses} losses come from {rows} rows that entered the model: each loss counts as a sample, "
-    "as tokens do where a language model's loss is flattened. For {rows} sequences, call "
-    "optimizer.backward(losses) with losses of shape ({rows},): criterion(logits, targets) with "
-    'reduction="none", then .view({rows}, -1).mean(1)'
+    "{losses} losses come from numbers of shape {shape}: each counts as a sample, as tokens or "
+    "pixels do where they are flattened. For whole sequences or pictures, call "
+    'optimizer.backward(losses) with one loss for each: criterion with reduction="none", viewed as '
+    "before, and its mean over all but their dimension"
 )

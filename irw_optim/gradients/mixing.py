@@ -126,20 +126,15 @@ def _likely_in(edge: tuple[Node | None, int], output: Output) -> int:
     return SHARED if shape[0] % output.batch_size else shape.numel() // output.batch_size
 
 
-def rows_that_entered(graph: Graph, batch: Batch, losses: int) -> int | None:
-    """How many rows entered, where the samples are parts of these, such as tokens."""
-    if batch.followed:
-        held = [(*at, stride) for at, stride in batch.places.items() if stride != SHARED]
-        outputs = [Output(graph.order[n], number, stride, losses) for n, number, stride in held]
-        entered = {output.shape[0] for output in outputs if output.located is None}
-    elif any(site.call.layout is not None for site in graph.sites):
-        return None
-    else:
-        shapes = {shape[:2] for node in graph.order if len(shape := shape_of(node)) > 2}
-        parted = any(rows * length == losses for rows, length in shapes)
-        entered = {rows for rows, _ in shapes} if parted else set()
-    (rows, *others) = entered or {1}
-    return rows if not others and 1 < rows < losses and losses % rows == 0 else None
+def flattened_from(graph: Graph, losses: int) -> torch.Size | None:
+    """The shape, with positions, that a view made as many rows of as there are losses."""
+    for node in graph.order:
+        if base_name(node) in ("UnsafeView", "View"):
+            before = shape_of(*node.next_functions[0])
+            rows = (*shape_of(node), 0)[0]
+            if rows == losses == before[:-1].numel() and 1 < before[0] < losses:
+                return before
+    return None
 
 
 _RULE_OF: dict[type[Node], Rule] = {}

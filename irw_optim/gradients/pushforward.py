@@ -10,9 +10,11 @@ q = f(p), and f is passed once for all samples, either way: a `ChainedCall`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from copy import copy
+from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from irw_optim.gradients.forward._tangents import Tangents, transposed
 from irw_optim.gradients.graph import Graph, gradients_at
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights, summed
 from irw_optim.gradients.places import NOTHING, Operation, Places, Pull, number_at, places_of
-from irw_optim.gradients.protocol import Direction, widened
+from irw_optim.gradients.protocol import Direction, MaterializedGradients, widened
 
 
 class NoPushForwardError(RuntimeError):
@@ -230,7 +232,12 @@ class ChainedCall(LayerCall):
             if changes and chain.places.reshapes:
                 values[placeholder] = widened(changes[0]).reshape(placeholder.shape)
             elif changes:
-                change = push_through(chain.order, chain.output, chain.places, changes)
+                try:
+                    change = push_through(chain.order, chain.output, chain.places, changes)
+                except NoPushForwardError as error:
+                    _tell_once(str(error))
+                    rows = (self.rows(slice(i, i + 1)) for i in range(len(self.call.b)))
+                    return torch.cat([MaterializedGradients(row).dot(direction) for row in rows])
                 if change is not None:
                     values[placeholder] = widened(change)
         return self.call.dot(values)
@@ -261,6 +268,15 @@ for _name in _ASKED_OF_THE_CALL.split():
     setattr(ChainedCall, _name, property(attrgetter(f"call.{_name}")))
 
 
+@cache
+def _tell_once(reason: str) -> None:
+    logging.getLogger("irw_optim").warning(
+        "a weight is computed by what has no double backward (%s): it is passed back once for each "
+        "sample, exact and slower",
+        reason,
+    )
+
+
 def _pulled_through(chain: Chain, gradient: Tensor) -> dict[Tensor, Tensor]:
     """Without hooks: a comparison tells if these change it."""
     leaves, places = chain.leaves, chain.places
@@ -269,7 +285,8 @@ def _pulled_through(chain: Chain, gradient: Tensor) -> dict[Tensor, Tensor]:
         return {leaf: gradient.to(leaf.dtype).reshape(leaf.shape)}
     end = places.first[0] + chain.output
     arrived: list[Tensor | None] = [None] * (places.count + 1)
-    arrived[end] = gradient.to(places.dtypes[end])
+    gradient = gradient.to(places.dtypes[end])
+    arrived[end] = gradient.clone() if places.in_python else gradient  # which may write to it
     pull_along(places.way_back(frozenset(places.leaves)), chain.order, places, arrived)
     found = zip(leaves, places.leaves, strict=True)
     return {p: g for p, n in found if (g := arrived[n]) is not None}

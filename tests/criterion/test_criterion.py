@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -624,6 +625,92 @@ def test_own_module_sees_one_call_a_batch() -> None:
     assert criterion.calls == ["none", "none", "none"]
 
 
+class Memory:
+    """An average of the losses so far, kept in many ways; the next losses are set against it."""
+
+    def __init__(self) -> None:
+        self.tensor = torch.zeros(())
+        self.parts: dict[str, Any] = {"list": [torch.zeros(())], "array": np.zeros(1)}
+        self.other = SimpleNamespace(calls=0, generator=torch.Generator().manual_seed(0))
+
+    def losses(self, output: Tensor, target: Tensor) -> Tensor:
+        losses = (output - target).square()
+        mean = losses.detach().mean()
+        self.tensor.mul_(0.9).add_(mean)
+        self.parts["list"][0] = self.parts["list"][0] * 0.9 + mean
+        self.parts["array"][0] += float(mean)
+        self.other.calls += 1
+        drawn = torch.rand((), generator=self.other.generator)
+        level = self.tensor + self.parts["list"][0] + float(self.parts["array"][0])
+        return losses * (1 + level + drawn)
+
+
+class KeepsAMemory(nn.Module):
+    reduction = "mean"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = Memory()
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        losses = self.memory.losses(output, target)
+        return losses if self.reduction == "none" else losses.mean()
+
+
+def closing_over(memory: Memory) -> nn.Module:
+    return PerSampleLoss(lambda output, target: memory.losses(output, target))
+
+
+WITH_MEMORY: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Memory]]] = {
+    "a module": (KeepsAMemory, lambda c: c.memory),
+    "a method": (lambda: PerSampleLoss(Memory().losses), lambda c: c.function.__self__),
+    "a function": (
+        lambda: closing_over(Memory()),
+        lambda c: c.function.__closure__[0].cell_contents,
+    ),
+    "a partial function": (
+        lambda: PerSampleLoss(partial(Memory.losses, Memory())),
+        lambda c: c.function.args[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_MEMORY)
+def test_what_a_loss_function_keeps_sees_one_call_a_batch(kind: str) -> None:
+    make, memory_of = WITH_MEMORY[kind]
+    torch.manual_seed(0)
+    criterion, alone = make(), Memory()
+    for _ in range(5):  # at uses 1, 2, 4 samples change places
+        output, target = normal(B), normal(B)
+        close(per_sample_losses(criterion, output, target).losses, alone.losses(output, target))
+    assert memory_of(criterion).other.calls == alone.other.calls == 5
+    assert memory_of(criterion).parts["array"] == alone.parts["array"]
+
+
+HOLDING: dict[str, Callable[[Tensor, Tensor], tuple[Callable[..., Tensor], tuple[Any, ...]]]] = {
+    "an object": lambda x, y: (
+        lambda batch: (batch.x - batch.y).square(),
+        (SimpleNamespace(x=x, y=y),),
+    ),
+    "a distribution": lambda x, y: (
+        lambda law, target: -law.log_prob(target),
+        (torch.distributions.Normal(x, 1.0), y),
+    ),
+    "nothing": lambda x, y: (lambda: (x - y).square(), ()),
+    "an array of indices": lambda x, y: (
+        lambda some: (x[some] - y[some]).square(),
+        (np.arange(B),),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDING)
+def test_arguments_that_show_no_samples_are_taken(kind: str) -> None:
+    x, y = normal(B).requires_grad_(), normal(B)
+    function, arguments = HOLDING[kind](x, y)
+    close(per_sample_losses(PerSampleLoss(function), *arguments).losses, function(*arguments))
+
+
 class MaskedMean(nn.Module):
     """Its mean is that of its elements only as long as nothing is masked."""
 
@@ -1024,7 +1111,12 @@ def scalar(a: Tensor, b: Tensor) -> Tensor:
 
 
 REFUSED_CALLS = {
-    "unbatched": (nn.CrossEntropyLoss(), (normal(C), classes()), {}, "without a batch dimension"),
+    "unbatched": (
+        nn.CTCLoss(),
+        (normal(9, C), torch.ones(2).long(), torch.tensor(9), torch.tensor(2)),
+        {},
+        "without a batch dimension",
+    ),
     "fold": (nn.MSELoss(), (normal(B), normal(B)), {"batch_size": 3}, "batch_size=3 must divide"),
     "no fold": (nn.MSELoss(), (normal(B), normal(B)), {"batch_size": -1}, "batch_size=-1 must"),
     "zero": (nn.MSELoss(), (normal(B), normal(B)), {"batch_size": 0}, "batch_size=0 must"),

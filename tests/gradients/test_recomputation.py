@@ -194,6 +194,28 @@ def test_what_a_forward_changes_is_changed_as_often_as_in_a_plain_step(
             assert torch.allclose(one, other, atol=1e-12), name
 
 
+@pytest.mark.parametrize("options", [{}, {"engine": "autodiff"}], ids=str)
+def test_a_logical_batch_changes_it_as_often_as_its_parts(options: dict[str, Any]) -> None:
+    plain = Averages().double()
+    ours = deepcopy(plain)
+    inner = torch.optim.SGD(ours.parameters(), lr=0.0)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = IRWOptimizer(
+        inner, alpha=0.3, model=ours, criterion=criterion, accumulation_steps=3, **options
+    )
+    for turn in range(12):
+        x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+        nn.functional.cross_entropy(plain(x), y).backward()
+        criterion(ours(x), y).backward()
+        if turn % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+            for part in ("apart", "again", "last"):
+                one, other = getattr(ours, part), getattr(plain, part)
+                assert one.norm.num_batches_tracked == other.norm.num_batches_tracked
+                assert one.seen == other.seen
+
+
 class Drifting(nn.Module):
     """Computes something else each time, as spectral norm does."""
 

@@ -324,17 +324,35 @@ def test_a_known_graph_in_which_samples_meet_is_not_followed_again(monkeypatch):
     assert len(followed) == 2  # a batch of 8, and one of 5
 
 
-def test_losses_of_tokens_are_named(caplog):
-    model = nn.Sequential(nn.Embedding(9, 8), nn.Tanh(), nn.Linear(8, 9))
+class Attends(nn.Module):
+    """Tokens read each other."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(h, h, h)
+
+
+FLATTENED = {
+    "alone": (nn.Tanh(), lambda h: h.flatten(0, 1)),
+    "in attention": (Attends(), lambda h: h.flatten(0, 1)),
+    "in a recurrent layer": (nn.GRU(8, 8, batch_first=True), lambda h: h[0].reshape(-1, 8)),
+    "time first": (nn.Tanh(), lambda h: h.transpose(0, 1).reshape(-1, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", FLATTENED)
+def test_losses_of_tokens_are_named(kind, caplog):
+    between, flatten = FLATTENED[kind]
+    model = nn.ModuleList([nn.Embedding(9, 8), between, nn.Linear(8, 9)])
     criterion = nn.CrossEntropyLoss()
     sgd = torch.optim.SGD(model.parameters(), 0.01)
     optimizer = IRWOptimizer(sgd, alpha=ALPHA, model=model, criterion=criterion)
     for _ in range(2):
-        x = torch.randint(9, (3, 5))
+        hidden = flatten(model[1](model[0](torch.randint(9, (3, 5)))))
         optimizer.zero_grad()
-        criterion(model(x).flatten(0, 1), x.flatten()).backward()
+        criterion(model[2](hidden), torch.randint(9, (15,))).backward()
         optimizer.step()
-    assert caplog.text.count("15 losses come from 3 rows") == 1
+    shape = (5, 3, 8) if kind == "time first" else (3, 5, 8)
+    assert caplog.text.count(f"15 losses come from numbers of shape {shape}") == 1
 
 
 def test_directions_of_a_packed_recurrent_layer_are_no_rows(caplog):
@@ -350,7 +368,7 @@ def test_directions_of_a_packed_recurrent_layer_are_no_rows(caplog):
     forwards, backwards = cell(packed)[1]
     criterion(head(torch.cat([forwards, backwards], 1)), torch.randint(2, (10,))).backward()
     optimizer.step()
-    assert "rows" not in caplog.text
+    assert "losses come from" not in caplog.text
 
 
 def test_losses_of_time_steps_are_named(caplog):

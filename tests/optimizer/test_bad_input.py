@@ -338,11 +338,17 @@ def test_labels_that_do_not_fit(world, labels, needed):
     assert world.snapshot() == before
 
 
-def test_outputs_without_a_batch_dimension(world):
+def test_a_last_batch_of_one_that_was_squeezed(world):
     optimizer = world.wrap()
-    with pytest.raises(ValueError, match=r"single sample without a batch dimension"):
-        world.criterion(world.model(world.x[0]), world.y[0])
-    assert optimizer.last_step is None
+    optimizer.zero_grad()
+    loss = world.criterion(world.model(world.x[0]), world.y[0])
+    plain = torch.nn.functional.cross_entropy(world.model(world.x[0]), world.y[0])
+    assert loss.item() == plain.item()
+    truth = torch.autograd.grad(plain, list(world.model.parameters()))
+    loss.backward()
+    assert optimizer.last_step.weights.tolist() == [1.0]
+    for p, gradient in zip(world.model.parameters(), truth, strict=True):
+        assert torch.allclose(p.grad, gradient)
 
 
 class TestStep:

@@ -1,0 +1,173 @@
+"""Functions that torch cannot differentiate twice, and backward passes that cannot be repeated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from agreement import agree
+from torch import Tensor, nn
+
+from irw_optim import IRWOptimizer, PerSampleLoss
+from irw_optim.gradients import pushforward
+
+B = 6
+
+
+def clipped(g: Tensor, w: Tensor) -> Tensor:
+    return g * (w.abs() <= 0.5)
+
+
+def without_a_graph(g: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return clipped(g, w)
+
+
+def in_place(g: Tensor, w: Tensor) -> Tensor:
+    g[w.abs() > 0.5] = 0
+    return g
+
+
+def by_numpy(g: Tensor, w: Tensor) -> Tensor:
+    return torch.from_numpy(g.detach().cpu().numpy() * (w.detach().cpu().numpy() < 0.5)).to(g)
+
+
+def once(g: Tensor, w: Tensor) -> Tensor:
+    return torch.autograd.function.once_differentiable(lambda ctx, g, w: clipped(g, w))(None, g, w)
+
+
+class Sign(torch.autograd.Function):
+    """Its gradient passes as if it were none, ``back`` its own way."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, back: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(w)
+        ctx.back = back
+        return w.sign()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return ctx.back(g, *ctx.saved_tensors), None
+
+
+LAYERS = {
+    "linear": lambda m, x: F.linear(x, Sign.apply(m.weight, m.back), m.bias),
+    "convolution": lambda m, x: F.conv1d(
+        x.unsqueeze(1), Sign.apply(m.weight[:, None, :3], m.back), m.bias, padding=1
+    ).mean(2),
+    "factor": lambda m, x: F.linear(x, m.weight) * Sign.apply(m.bias, m.back),
+}
+
+
+class Quantised(nn.Module):
+    def __init__(self, layer: str, back: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.back = layer, back
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(LAYERS[self.layer](self, x).tanh())
+
+
+@pytest.mark.parametrize("back", ["clipped", "without_a_graph", "in_place", "by_numpy", "once"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_weights_by_what_has_no_double_backward(layer, back, caplog):
+    caplog.set_level(logging.INFO, "irw_optim")
+    pushforward._tell_once.cache_clear()
+    torch.manual_seed(0)
+    model = Quantised(layer, globals()[back]).double()
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), 0.01), alpha=0.3, model=model)
+    for size in (B, B, 4, B):
+        x, y = torch.randn(size, 4).double(), torch.randint(3, (size,))
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        truth = reference.step(losses, list(model.parameters()), 0.3)
+        optimizer.zero_grad()
+        optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+        agree(optimizer, model, truth)
+        optimizer.step()
+    assert caplog.text.count("it is passed back once for each sample") == (back != "clipped")
+
+
+class ScalesWhatItSaved(torch.autograd.Function):
+    """Cross entropy, whose gradient is made in the forward pass: of some kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:
+        ctx.gradients = logits.softmax(1) - F.one_hot(y, logits.shape[1])
+        return F.cross_entropy(logits, y, reduction="none")
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradients.mul_(g.unsqueeze(1)), None
+
+
+class FreesWhatItSaved(ScalesWhatItSaved):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        gradients = ctx.gradients * g.unsqueeze(1)
+        del ctx.gradients
+        return gradients, None
+
+
+class HookedOnce(nn.Module):
+    """Its hook removes itself, as implicit layers have it."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        def hook(g: Tensor) -> Tensor:
+            handle.remove()
+            return 2 * g + 1
+
+        h = h.tanh()
+        handle = h.register_hook(hook)
+        return h
+
+
+@pytest.mark.parametrize("kind", ["scales", "frees", "hook"])
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(8)], ids=["apart", "meet"])
+def test_a_backward_pass_that_cannot_be_repeated_is_refused(kind, norm):
+    own = {"scales": ScalesWhatItSaved, "frees": FreesWhatItSaved}.get(kind)
+    between = nn.Tanh() if own else HookedOnce()
+    model = nn.Sequential(nn.Linear(4, 8), norm(), between, nn.Linear(8, 3))
+    criterion = nn.CrossEntropyLoss() if own is None else PerSampleLoss(own.apply)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = IRWOptimizer(sgd, alpha=0.3, model=model, criterion=criterion)
+    optimizer.zero_grad()
+    loss = criterion(model(torch.randn(B, 4)), torch.randint(3, (B,)))
+    with pytest.raises(RuntimeError, match="two backward passes through one graph differ"):
+        loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert optimizer.last_step is None
+
+
+class DrawsInBackward(torch.autograd.Function):
+    """As in a shake-shake network."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * torch.rand(len(g), 1, dtype=g.dtype)
+
+
+def test_chance_in_a_backward_pass_is_no_hook(caplog):
+    class Shakes(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return DrawsInBackward.apply(h)
+
+    caplog.set_level(logging.INFO, "irw_optim")
+    model = nn.Sequential(nn.Linear(4, 8), Shakes(), nn.Linear(8, 3))
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.3, model=model)
+    for _ in range(3):
+        y = torch.randint(3, (B,))
+        optimizer.zero_grad()
+        optimizer.backward(F.cross_entropy(model(torch.randn(B, 4)), y, reduction="none"))
+        optimizer.step()
+    assert "hook" not in caplog.text
