@@ -1,4 +1,7 @@
-"""Numbers and truth values among arguments, Python's, NumPy's or pandas', become Python's."""
+"""What is asked of arguments: numbers and truth values, NumPy's or pandas' too, become Python's.
+
+Imports nothing of the library, so that any module may raise its error.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,19 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 
 import numpy as np
+
+
+class DPGuaranteeError(RuntimeError):
+    """What was asked for would run, but the privacy guarantee it reports would be false.
+
+    Raised before any state changes: a wrong epsilon cannot be seen in the results.
+
+    Example:
+        >>> raise DPGuaranteeError("BatchNorm mixes the samples of a batch")
+        Traceback (most recent call last):
+        ...
+        irw_optim.arguments.DPGuaranteeError: BatchNorm mixes the samples of a batch
+    """
 
 
 def plain(value: object) -> object:

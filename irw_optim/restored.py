@@ -86,8 +86,7 @@ def undo_inside(value: Any, by_version: bool = False, depth: int = 0) -> Iterato
         if value.flags.writeable:
             yield partial(np.copyto, value, value.copy())
     elif isinstance(value, torch.Generator | np.random.RandomState):
-        state: Any = value.get_state()
-        yield partial(value.set_state, state)
+        yield partial(value.set_state, value.get_state())  # type: ignore[arg-type]
     elif isinstance(value, np.random.Generator):
         yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     elif isinstance(value, random.Random):
@@ -95,9 +94,10 @@ def undo_inside(value: Any, by_version: bool = False, depth: int = 0) -> Iterato
     elif isinstance(value, dict):
         yield _undo_dict(value)
         inside = value.values()
-    elif isinstance(value, list | deque | set | tuple):
-        if not isinstance(value, tuple):
-            yield partial(_refill, value, copy(value))
+    elif isinstance(value, list | deque | set):
+        yield partial(_refill, value, copy(value))
+        inside = value
+    elif isinstance(value, tuple):
         inside = value
     elif isinstance(value, nn.Module):
         if depth:

@@ -90,7 +90,12 @@ class AutodiffGradients:
                     return scores
                 self.settle_doubt()
         rows = (self._row(i) for i in range(self.batch_size))
-        return torch.stack([_inner(row, direction) for row in rows])
+        scores = torch.stack([_inner(row, direction) for row in rows])
+        sides = self._both_sides(scores, direction)
+        if not (self.known.get(_NOT_LINEAR) or sides is None or self.adds_up(sides.cpu())):
+            self.known[_NOT_LINEAR] = True
+            logger.warning(_NOT_LINEAR)
+        return scores
 
     def settle_doubt(self) -> None:
         """Take the scores row by row from now on.
@@ -173,6 +178,12 @@ def materialized_by_loop(losses: Tensor, parameters: Sequence[Tensor]) -> Materi
             [0., 3.]])
     """
     return MaterializedGradients(AutodiffGradients(losses, parameters).rows())
+
+
+_NOT_LINEAR = (
+    "a backward of this model is not linear (it clips, or takes a norm): the step is that of the "
+    "weighted losses, and no weighted sum of the samples' gradients"
+)
 
 
 def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:

@@ -104,8 +104,8 @@ class BackwardPasses:
         self, edges: Sequence[End], weights: Tensor, leaves: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """One that is heard, compared at the leaves with one that is not."""
-        devices = {leaf.device for leaf in leaves}
-        with _nothing_added(self.model, self.graph.order), randomness_restored(devices):
+        chance = randomness_restored(leaf.device for leaf in leaves)
+        with _nothing_added(self.model, self.graph.order), chance:
             found = self.with_hooks([*edges, *leaves], weights)
         heard = found[len(edges) :]
         try:
@@ -126,8 +126,7 @@ class BackwardPasses:
 
 _ONCE = (
     "two backward passes through one graph differ, and weights take several: expected hooks that "
-    "stay until the next forward, and functions that keep what they saved (return a new tensor "
-    "where they free it, or write over it)"
+    "stay until the next forward, and functions that neither free what they saved nor write to it"
 )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils.checkpoint import CheckpointFunction
 
 from irw_optim.gradients.layers import LayerCall, LinearCall
 from irw_optim.gradients.mixing_rules import RULES, picking
@@ -214,7 +215,7 @@ class Plan:
 
 def refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:
     """Raise where a part is recomputed by a backward pass of its own."""
-    if "CheckpointFunctionBackward" in {kind.__name__ for kind in set(map(type, nodes))}:
+    if CheckpointFunction._backward_cls in set(map(type, nodes)):
         raise RuntimeError(
             "torch.utils.checkpoint with use_reentrant=True adds to p.grad inside the backward "
             "pass: no gradient of single samples can be had. Call checkpoint(..., "

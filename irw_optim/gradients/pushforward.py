@@ -271,8 +271,8 @@ for _name in _ASKED_OF_THE_CALL.split():
 @cache
 def _tell_once(reason: str) -> None:
     logging.getLogger("irw_optim").warning(
-        "a weight is computed by what has no double backward (%s): it is passed back once for each "
-        "sample, exact and slower",
+        "a weight has no double backward (%s): it is passed back once for each sample, exact and "
+        "slower",
         reason,
     )
 

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from irw_optim.arguments import DPGuaranteeError
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import Engine, OwnEngine
 from irw_optim.optimizer.at_hand import check_backward, check_reads_rows
 from irw_optim.optimizer.options import Options, check_arguments, check_group, described

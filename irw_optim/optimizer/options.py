@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irw_optim.arguments import plain, true_or_false, whole_number
+from irw_optim.arguments import DPGuaranteeError, plain, true_or_false, whole_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.criterion.attached import check_unattached
-from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.engine import ENGINES
 from irw_optim.torch_internals import is_shard, is_sharded, names_of_bases, several_processes
 from irw_optim.weighting import NAMED, LocalScheme, rule_named

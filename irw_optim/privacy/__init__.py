@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from irw_optim.errors import DPGuaranteeError
+from irw_optim.arguments import DPGuaranteeError
 
 from .mechanism import IRWDPConfig
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from irw_optim.errors import DPGuaranteeError
+from irw_optim.arguments import DPGuaranteeError
 from irw_optim.restored import undo_inside
 
 from . import refusals

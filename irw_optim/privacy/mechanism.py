@@ -30,8 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irw_optim.arguments import real_number, whole_number
-from irw_optim.errors import DPGuaranteeError
+from irw_optim.arguments import DPGuaranteeError, real_number, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,7 @@ from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 from torch import Tensor
 from torch.optim import Optimizer
 
-from irw_optim.arguments import as_real
-from irw_optim.errors import DPGuaranteeError
+from irw_optim.arguments import DPGuaranteeError, as_real
 
 from . import mechanism, refusals
 from .mechanism import IRWDPConfig, NoiseScales, PublicState, Released, SampleTerms

@@ -15,18 +15,18 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from irw_optim.arguments import DPGuaranteeError
 from irw_optim.backward.weighted_loss import Deferred, deferred_loss
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.criterion.attached import AttachedCriterion
-from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.coverage import compare, probe_of
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.ghost import GhostGradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.layers import FIRST
 from irw_optim.gradients.loss_gradients import LossGradients
+from irw_optim.gradients.magnitudes import row_norms
 from irw_optim.gradients.mixing import follow_batch
-from irw_optim.gradients.norms import row_norms
 from irw_optim.gradients.protocol import Direction, MaterializedGradients, as_matrix
 from irw_optim.torch_internals import will_run
 from irw_optim.weighting.weights import check_losses

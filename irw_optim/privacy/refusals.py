@@ -21,9 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from irw_optim.arguments import real_number
+from irw_optim.arguments import DPGuaranteeError, real_number
 from irw_optim.criterion import validate_criterion
-from irw_optim.errors import DPGuaranteeError
 from irw_optim.gradients.hooks import weighed_by
 from irw_optim.optimizer.options import check_owned, no_optimizer, optimizers_inside
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from irw_optim.arguments import one_of, whole_number
+from irw_optim.arguments import DPGuaranteeError, one_of, whole_number
 from irw_optim.criterion import validate_criterion
-from irw_optim.errors import DPGuaranteeError
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.batch_losses import BatchLosses, Forward, warn_once
 from irw_optim.schemes.global_weights import ClassByClassSampler, global_weights

@@ -28,8 +28,8 @@ from irw_optim.criterion import PerSampleLosses, validate_criterion
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import replica_in
 from irw_optim.gradients.engine import ENGINES, Engine
+from irw_optim.gradients.magnitudes import gram_in_range, unscaled
 from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.gradients.rescaling import gram_in_range, unscaled
 from irw_optim.notebook import progress_bar
 from irw_optim.optimizer.irw_optimizer import ScoreParameters, select_parameters
 from irw_optim.optimizer.options import described

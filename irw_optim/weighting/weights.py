@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from irw_optim.arguments import real_number
+from irw_optim.gradients.magnitudes import align_in_range, gram_in_range, unscaled
 from irw_optim.gradients.protocol import MaterializedGradients, PerSampleGradients
-from irw_optim.gradients.rescaling import align_in_range, gram_in_range, unscaled
 from irw_optim.weighting.outliers import OutlierFilter, check_filter, outliers_in
 
 ScoreRule = Callable[[Tensor, PerSampleGradients, Tensor], Tensor]

@@ -15,7 +15,7 @@ from models import mlp
 from torch import nn
 
 from irw_optim import DBSCANFilter, IRWMonitor, IRWOptimizer, alpha, irw_weights, metrics, worst_off
-from irw_optim.errors import DPGuaranteeError
+from irw_optim.arguments import DPGuaranteeError
 from irw_optim.privacy import IRWDPConfig, IRWDPOptimizer
 from irw_optim.schemes import GlobalScheme, ResamplingSampler
 

@@ -584,6 +584,6 @@ def test_opacus_is_not_imported_for_the_error_alone():
     import subprocess
     import sys
 
-    code = "import sys, irw_optim.errors, irw_optim.privacy;print('opacus' in sys.modules)"
+    code = "import sys, irw_optim.arguments, irw_optim.privacy;print('opacus' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"

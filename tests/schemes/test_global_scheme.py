@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from irw_optim import DBSCANFilter, IRWOptimizer, PerSampleLoss
-from irw_optim.errors import DPGuaranteeError
+from irw_optim.arguments import DPGuaranteeError
 from irw_optim.schemes import GlobalScheme, IndexedDataset, ResamplingSampler, global_weights
 
 N, BATCH = 44, 8
