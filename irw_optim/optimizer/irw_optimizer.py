@@ -75,7 +75,8 @@ class IRWOptimizer(OptimizerWrapper):
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / B.
         warmup_steps: this many optimizer steps with plain averaging first.
         score_parameters: parameters whose gradients make the scores: ``"last"``, names, or a
-            predicate on (name, parameter); the update covers all. None takes all.
+            predicate on (name, parameter); the update covers all. None takes all
+            that this optimizer holds.
         engine: ``"auto"``, ``"ghost"``, ``"autodiff"`` or ``"grad_sample"``; or a callable
             ``(losses, parameters) -> PerSampleGradients``, an engine of your own.
         weighting: ``"irw"``, ``"cvar"``, ``"uniform"``, or a callable

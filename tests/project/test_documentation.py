@@ -36,7 +36,6 @@ ROOMS = {
     "backward",
     "criterion",
     "distributed",
-    "errors",
     "gradients",
     "measure",
     "model_check",
