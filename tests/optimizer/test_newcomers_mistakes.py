@@ -178,12 +178,6 @@ def class_balance_without_labels(w):
     optimizer.backward(w.losses())
 
 
-def one_sample_without_a_batch(w):
-    optimizer = w.wrap()
-    w.criterion(w.model(w.x[0]), w.y[0]).backward()
-    optimizer.step()
-
-
 def a_loader_that_does_not_go_through_the_scheme(w):
     optimizer = w.wrap()
     scheme = GlobalScheme(optimizer, w.loader)
@@ -228,7 +222,6 @@ MISTAKES: list[tuple[Callable[[World], None], str, str]] = [
     (losses_without_their_graph, "losses do not require a gradient", "without .detach()"),
     (losses_in_the_place_of_a_closure, "closure is a Tensor", "step(losses=losses)"),
     (class_balance_without_labels, "class_balance=True", "backward(losses, labels=labels)"),
-    (one_sample_without_a_batch, "a single sample", "output.unsqueeze(0)"),
     (a_loader_that_does_not_go_through_the_scheme, "which samples", "for batch in scheme"),
     (a_monitor_on_the_inner_optimizer, "optimizer is a SGD", "IRWMonitor(IRWOptimizer(...))"),
     (a_loader_to_verify, "inputs is a DataLoader", "next(iter(loader))"),
