@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from irw_optim.arguments import real_number, whole_number
 from irw_optim.errors import DPGuaranteeError
 from irw_optim.restored import undo_inside
 
@@ -165,15 +166,23 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
 
         Args:
             data_loader: as of `make_private`.
-            target_epsilon: the budget.
-            target_delta: probability with which it may fail; well below 1/N.
+            target_epsilon: the budget, > 0.
+            target_delta: probability with which it may fail, in (0, 1); well below 1/N.
             epochs: passes over the loader.
-            epsilon_tolerance: how far below the target the search may stop.
+            epsilon_tolerance: how far below the target the search may stop, >= 1e-4.
             **options: of `make_private`, without ``noise_multiplier``.
 
         Raises:
-            DPGuaranteeError: as `make_private`, or budget was spent already.
+            DPGuaranteeError: budget was spent already; all else as `make_private`.
         """
+        refusals.check_loader(data_loader)
+        search = {
+            "target_epsilon": real_number("target_epsilon", target_epsilon, "(0, inf)"),
+            "target_delta": real_number("target_delta", target_delta, "(0, 1)"),
+            "epochs": whole_number("epochs", epochs, 1),
+            # The search would not end.
+            "epsilon_tolerance": real_number("epsilon_tolerance", epsilon_tolerance, "[1e-4, inf)"),
+        }
         if len(self.accountant):
             raise DPGuaranteeError(
                 "make_private_with_epsilon on an engine that has accounted for steps already would "
@@ -183,15 +192,14 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
         return self.make_private(
             data_loader=data_loader,
             noise_multiplier=get_noise_multiplier(
-                target_epsilon=target_epsilon,
-                target_delta=target_delta,
-                sample_rate=1 / len(data_loader),
-                epochs=epochs,
-                accountant=self.accountant.mechanism(),
-                epsilon_tolerance=epsilon_tolerance,
+                sample_rate=1 / len(data_loader), accountant=self.accountant.mechanism(), **search
             ),
             **options,
         )
+
+    def get_epsilon(self, delta: float) -> float:
+        """The epsilon spent so far, for a ``delta`` in (0, 1)."""
+        return float(super().get_epsilon(real_number("delta", delta, "(0, 1)")))
 
     def _prepare_data_loader(
         self, data_loader: DataLoader[Any], *, distributed: bool, **options: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -13,7 +12,7 @@ from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 from torch import Tensor
 from torch.optim import Optimizer
 
-from irw_optim.arguments import as_real
+from irw_optim.arguments import real_number
 from irw_optim.errors import DPGuaranteeError
 
 from . import mechanism, refusals
@@ -89,12 +88,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             irw, optimizer, noise_multiplier, max_grad_norm, loss_reduction
         )
         # Known to all, unlike the size of the Poisson batch at hand.
-        size = as_real(expected_batch_size)
-        if size is None or not 0 < size < math.inf:
-            raise ValueError(
-                f"expected_batch_size={expected_batch_size!r}: expected a positive number, the "
-                "sampling rate times the number of samples"
-            )
+        meaning = "the sampling rate times the number of samples"
+        size = real_number("expected_batch_size", expected_batch_size, "(0, inf)", meaning)
         super().__init__(
             optimizer,
             noise_multiplier=sigma,
