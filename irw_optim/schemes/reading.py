@@ -7,6 +7,7 @@ from copy import copy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -150,13 +151,22 @@ def _is_due(uses: int) -> bool:
     return uses & (uses - 1) == 0
 
 
+def as_indices(values: object) -> Tensor | None:
+    """Whole numbers, (B,), as int64 on the CPU; None for all else, masks included."""
+    try:
+        told = torch.as_tensor(values if isinstance(values, Tensor) else np.array(values))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = torch.can_cast(told.dtype, torch.int64) and told.dtype != torch.bool
+    return told.to("cpu", torch.int64) if told.ndim == 1 and (whole or not len(told)) else None
+
+
 def indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
     """Of a batch of an `IndexedDataset`: indices, (B,) int64 on the CPU, and the rest."""
     if isinstance(batch, list | tuple) and len(batch) == 2:
         indices, rest = batch
-        told = torch.as_tensor(indices if isinstance(indices, Tensor | list | tuple) else 0.0)
-        if told.ndim == 1 and not told.is_floating_point():
-            return told.to("cpu", torch.int64), rest
+        if (told := as_indices(indices)) is not None:
+            return told, rest
     raise TypeError(
         f"collate_fn made a {type(batch).__name__} of an IndexedDataset's (index, sample) pairs: "
         "expected (indices, batch), with the index of every sample in its order"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
-from irw_optim.arguments import whole_number
+from irw_optim.arguments import check_state, whole_number
 from irw_optim.criterion import PerSampleLosses, validate_criterion
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import replica_in
@@ -43,6 +43,7 @@ from irw_optim.schemes.batch_losses import (
 from irw_optim.schemes.dataset_gradients import DatasetGradients, DatasetOverRanks
 from irw_optim.schemes.order import batches_to_check, check_order
 from irw_optim.schemes.reading import DatasetReader
+from irw_optim.schemes.resampling import check_sample_weights
 from irw_optim.weighting import (
     Alignment,
     Averaging,
@@ -188,6 +189,19 @@ def _check_finite(values: Tensor, what: str) -> None:
             f"the {what} of {len(broken)} samples are not finite (dataset indices {named}): "
             "look at these, or at the model's parameters"
         )
+
+
+def record_of(saved: Any, size: int, device: torch.device) -> StepRecord | None:
+    """What a state holds of a renewal, of ``size`` samples."""
+    if saved is None:
+        return None
+    check_state("record", saved, "weights")
+    check_sample_weights(saved["weights"], size)
+    moved: dict[str, Any] = {n: t if t is None else t.to(device) for n, t in saved.items()}
+    for name, t in moved.items():
+        if t is not None and t.ndim and len(t) != size:
+            raise ValueError(f"record[{name!r}] has {len(t)} entries: expected {size}, as weights")
+    return StepRecord(**moved)
 
 
 @dataclass(eq=False)
