@@ -179,6 +179,33 @@ def test_numbers_from_numpy_are_the_numbers_that_they_mean(world, name, value):
     assert plain.state_dict()["irw"] == optimizer.state_dict()["irw"]
 
 
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (3, r"state_dict\[.irw.\]=3: expected what state_dict\(\) returned"),
+        ("x", r"state_dict\[.irw.\]='x': expected what"),
+        ({}, r"state_dict\[.irw.\] has no 'steps': expected what"),
+        ({"steps": "7"}, "steps='7': expected a whole number >= 0"),
+        ({"steps": None}, "steps=None: expected a whole number >= 0"),
+        ({"steps": -1}, "steps=-1: expected a whole number >= 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_checkpoint_is_refused_before_the_optimizer_inside_has_it(world, own, message):
+    optimizer = world.wrap()
+    state = {**optimizer.state_dict(), "irw": own}
+    state["param_groups"] = [{**group, "lr": 77.0} for group in state["param_groups"]]
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.steps == 0
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.load_own_state(own)
+    for state in (None, "x"):
+        with pytest.raises(TypeError, match=f"state_dict={state!r}: expected what"):
+            optimizer.load_state_dict(state)
+
+
 NOT_NUMBERS = [
     {"alpha": np.True_},
     {"alpha": np.array([0.3])},
