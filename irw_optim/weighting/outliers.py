@@ -167,11 +167,18 @@ def outliers_in(
     # A look waits for the device.
     if not finite and not gram.sum().isfinite() and not gram.isfinite().all():
         return torch.zeros(size, dtype=torch.bool, device=gram.device)
-    removed = outliers(gram)
-    expected = f"expected a bool mask of shape ({size},), True for the samples to remove"
-    if not isinstance(removed, Tensor) or removed.dtype != torch.bool:
-        found = removed.dtype if isinstance(removed, Tensor) else type(removed).__name__
-        raise TypeError(f"the outlier filter returned {found}: {expected}")
-    if removed.shape != (size,):
-        raise ValueError(f"the outlier filter returned shape {tuple(removed.shape)}: {expected}")
+    removed = returned(outliers(gram), size, mask=True)
     return (removed & ~removed.all()).to(gram.device)
+
+
+def returned(found: object, size: int, *, mask: bool = False) -> Tensor:
+    """What a filter (a ``mask``) or a rule returned, or an error."""
+    whose = "the outlier filter" if mask else "weighting"
+    what = "a bool mask, True for the samples to remove" if mask else "scores, numbers"
+    expected = f"expected {what}, of shape ({size},)"
+    if not isinstance(found, Tensor) or (found.dtype == torch.bool) is not mask:
+        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"{whose} returned {kind}: {expected}")
+    if found.shape != (size,):
+        raise ValueError(f"{whose} returned shape {tuple(found.shape)}: {expected}")
+    return found

@@ -206,6 +206,53 @@ def test_a_wrong_checkpoint_is_refused_before_the_optimizer_inside_has_it(world,
             optimizer.load_state_dict(state)
 
 
+def three(losses, gradients, worst_off):
+    return losses[:3]
+
+
+def a_column(losses, gradients, worst_off):
+    return losses[:, None]
+
+
+def their_mean(losses, gradients, worst_off):
+    return losses.mean()
+
+
+def a_mask(losses, gradients, worst_off):
+    return losses > 0
+
+
+def a_number(losses, gradients, worst_off):
+    return 1.0
+
+
+def nothing(losses, gradients, worst_off):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        (three, r"shape \(3,\)"),
+        (a_column, r"shape \(6, 1\)"),
+        (their_mean, r"shape \(\)"),
+        (a_mask, "torch.bool"),
+        (a_number, "float"),
+        (nothing, "NoneType"),
+    ],
+    ids=["three", "column", "mean", "mask", "number", "nothing"],
+)
+def test_what_a_rule_returns_is_checked_by_name(world, rule, told):
+    optimizer = world.wrap(weighting=rule)
+    before = world.snapshot()
+    loss = world.criterion(world.model(world.x), world.y)
+    told = rf"weighting returned {told}: expected scores.* of shape \(6,\)"
+    with pytest.raises((TypeError, ValueError), match=told):
+        loss.backward()
+    assert world.snapshot() == before
+    assert optimizer.steps == 0
+
+
 NOT_NUMBERS = [
     {"alpha": np.True_},
     {"alpha": np.array([0.3])},
