@@ -193,9 +193,7 @@ def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:
     expected = f"expected whole numbers 0 ... {num_groups - 1}, one a person"
     mend = f"{name} = numpy.unique({name}, return_inverse=True)[1] numbers them"
     if np.ma.is_masked(groups):
-        raise ValueError(
-            f"{name} is masked in places: {expected}; {name}.compressed() has the rest"
-        )
+        raise ValueError(f"{name} has masked entries: {expected}; give {name}.compressed()")
     try:
         numbers = torch.as_tensor(groups if isinstance(groups, Tensor | list) else np.array(groups))
     except (TypeError, ValueError, RuntimeError) as error:

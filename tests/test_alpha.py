@@ -287,7 +287,7 @@ GROUP_ERRORS = [
     (np.array(["a", "b"]), TypeError, "holds no numbers"),
     ([[0, 1]], ValueError, r"has shape \(1, 2\): expected whole numbers"),
     (1, ValueError, r"has shape \(\)"),
-    (np.ma.array([0, 1], mask=[0, 1]), ValueError, "is masked in places: expected whole numbers"),
+    (np.ma.array([0, 1], mask=[0, 1]), ValueError, "has masked entries: expected whole numbers"),
 ]
 
 

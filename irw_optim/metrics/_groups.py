@@ -138,7 +138,7 @@ def as_array(values: ArrayLike) -> Array:
         values = np.ma.filled(values.astype(object), np.nan)
     array = np.asarray(values)
     if array.dtype.kind in ("T" if isinstance(values, np.ndarray) else "UST"):
-        return np.asarray(values, dtype=object)  # numpy would turn NaN into the string "nan"
+        return np.asarray(values, dtype=object)  # or NaN would be "nan"
     return array
 
 
@@ -223,8 +223,9 @@ def as_columns(groups: GroupsLike) -> dict[str, Array]:
         raise ValueError(f"{given}: expected one column or more")
     found = {name: as_vector(named, column, "group") for name, named, column in columns}
     if len(found) < len(columns):
-        names = [name for name, *_ in columns]
-        raise ValueError(f"groups has the columns {names}: expected names that differ")
+        raise ValueError(
+            f"groups has columns of one name, of {[*found]}: expected names that differ"
+        )
     return found
 
 

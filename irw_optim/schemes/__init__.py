@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from irw_optim.arguments import check_state, one_of, whole_number
 from irw_optim.criterion import validate_criterion
-from irw_optim.errors import DPGuaranteeError
 from irw_optim.metrics._groups import ArrayLike
 from irw_optim.optimizer import IRWOptimizer
+from irw_optim.optimizer.options import refuse_private
 from irw_optim.schemes.batch_losses import BatchLosses, Forward, warn_once
 from irw_optim.schemes.global_weights import ClassByClassSampler, global_weights
 from irw_optim.schemes.reading import (
@@ -25,8 +25,8 @@ from irw_optim.schemes.reading import (
     indices_and_batch,
 )
 from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader
-from irw_optim.schemes.weighing import HeldWeights, check_block, record_of, weigh_dataset
-from irw_optim.torch_internals import names_of_bases, place
+from irw_optim.schemes.weighing import HeldWeights, record_of, weigh_dataset
+from irw_optim.torch_internals import place
 from irw_optim.weighting import LocalScheme, StepRecord
 
 __all__ = [
@@ -101,8 +101,8 @@ class GlobalScheme:
         one_of("use", use, USES)
         self.unit = one_of("unit", unit, ("epochs", "steps"))
         self.optimizer = optimizer
-        self.refresh = whole_number("refresh", refresh, 1, "a whole number >= 1 of epochs or steps")
-        self.outlier_block = check_block(outlier_block)
+        self.refresh = whole_number("refresh", refresh, 1)
+        self.outlier_block = whole_number("outlier_block", outlier_block, 1)
         self.progress = progress
         self._reader = DatasetReader(loader, batch_size)
         self._losses_of = BatchLosses(self._model, criterion, forward)
@@ -187,8 +187,7 @@ class GlobalScheme:
         if self._sampler is not None and self._reader.size != len(self._sampler.weights):
             raise ValueError(
                 f"the data set has {self._reader.size} samples, and had "
-                f"{len(self._sampler.weights)} when draws were set up: "
-                'make a new GlobalScheme(..., use="resampling")'
+                f"{len(self._sampler.weights)} when draws were set up: make a new GlobalScheme"
             )
         optimizer = self.optimizer
         self._held.record = record = weigh_dataset(
@@ -227,15 +226,13 @@ class GlobalScheme:
         """Take over a state of `state_dict`, for the same data set, loader and ``use``.
 
         Raises:
-            ValueError: a state of others, or of the middle of another process's epoch.
+            TypeError, ValueError: a state of others, or of the middle of an epoch of others.
         """
         check_state("state_dict", state_dict, *self.state_dict())
         draws, loader = state_dict["sampler"], state_dict["loader"]
         if (draws is None) != (self._sampler is None):
-            raise ValueError(
-                "the state is that of a GlobalScheme with another use=: expected one with "
-                f"use={USES[self._sampler is not None]!r}"
-            )
+            use = USES[self._sampler is not None]
+            raise ValueError(f"the state is of another use=: expected one with use={use!r}")
         self.loader.check(loader)
         device = next(self._model.parameters()).device
         record = record_of(state_dict["record"], self._reader.size, device)
@@ -267,12 +264,7 @@ def _restore_local_scheme(of: ref[IRWOptimizer], held: HeldWeights) -> None:
 def _model_and_criterion_of(
     optimizer: object, criterion: nn.Module | None
 ) -> tuple[nn.Module, nn.Module]:
-    if "DPOptimizer" in names_of_bases(optimizer):
-        raise DPGuaranteeError(
-            f"optimizer is an Opacus {type(optimizer).__name__}: weights of a whole data set "
-            "depend on every sample and would void its guarantee; use "
-            "irw_optim.privacy.IRWPrivacyEngine().make_private(..., irw=IRWDPConfig())"
-        )
+    refuse_private(optimizer)
     if not isinstance(optimizer, IRWOptimizer):
         raise TypeError(
             f"optimizer={optimizer!r}: expected an IRWOptimizer(..., model=model, criterion=...)"

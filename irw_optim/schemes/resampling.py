@@ -33,9 +33,8 @@ class ResamplingSampler(Sampler[int]):
         world_size: number of processes. None for both takes the process group's, if there is one.
 
     Raises:
-        TypeError: weights that are no floating-point tensor.
-        ValueError: weights that cannot be drawn by; more draws without replacement than positive
-            weights; a rank outside the world, or one without the other.
+        TypeError, ValueError: weights that cannot be drawn by; more draws without replacement than
+            positive weights; another argument that is impossible.
 
     >>> sampler = ResamplingSampler(torch.tensor([0.0, 3.0, 1.0]), num_samples=8)
     >>> first, second = list(sampler), list(sampler)
@@ -65,9 +64,8 @@ class ResamplingSampler(Sampler[int]):
         self.world_size = whole_number("world_size", world_size, 1)
         if self.rank >= self.world_size:
             raise ValueError(f"rank={rank!r}: expected 0 <= rank < world_size={world_size!r}")
-        asked = len(weights)
-        if num_samples is not None:
-            asked = whole_number("num_samples", num_samples, 1, "the draws of an epoch, >= 1")
+        draws = len(weights) if num_samples is None else num_samples
+        asked = whole_number("num_samples", draws, 1)
         self.num_samples = -(-asked // self.world_size)
         self.replacement = true_or_false("replacement", replacement)
         self.seed = 0
@@ -190,12 +188,8 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Batches given so far, and the random states at the beginning."""
-        return {
-            "position": self.position,
-            "began_with": list(self._start_states),
-            "share": self.share,
-            **self._batches(),
-        }
+        began_with = list(self._start_states)
+        return {"position": self.position, "began_with": began_with, **self._setting()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, after `check`, at the next iteration."""
@@ -205,28 +199,27 @@ class ResumableLoader:
 
     def check(self, state_dict: dict[str, Any]) -> None:
         """Refuse the middle of another process's epoch, or of one with other batches."""
-        check_state('state_dict["loader"]', state_dict, "position", "began_with", "share", "length")
+        check_state('state_dict["loader"]', state_dict, "position", "began_with", "length")
         if not whole_number("position", state_dict["position"], 0):
             return
-        middle = "the state is from the middle of an epoch"
-        saved, own = tuple(state_dict["share"]), self.share
-        # A DistributedSampler's order is that of its seed and epoch.
-        alike = saved[1] == own[1] and hasattr(sampler_of(self.loader), "num_replicas")
-        if saved != own and not alike:
-            raise ValueError(
-                f"{middle} of process {saved[0]} of {saved[1]}, and this is process {own[0]} of "
-                f"{own[1]}: expected one saved between epochs, or by each process for itself"
-            )
-        for name, here in self._batches().items():
+        for name, here in self._setting().items():
             if (was := state_dict.get(name, here)) != here:
                 raise ValueError(
-                    f"{middle} of a loader with {name}={was}, and here it is {here}: expected the "
-                    "same, or one saved between epochs"
+                    f"the state is from the middle of an epoch with {name}={was}, and here it is "
+                    f"{here}: expected the same, or one saved between epochs"
                 )
 
-    def _batches(self) -> dict[str, Any]:
-        size = getattr(self.loader.batch_sampler, "batch_size", None)
-        return {"length": len(self), "batch_size": size, "generators": len(self._generators())}
+    def _setting(self) -> dict[str, Any]:
+        """What the middle of an epoch depends on."""
+        rank, number = self.share
+        return {
+            # A DistributedSampler's order is that of its seed and epoch.
+            "world_size": number,
+            "rank": 0 if hasattr(sampler_of(self.loader), "num_replicas") else rank,
+            "length": len(self),
+            "batch_size": getattr(self.loader.batch_sampler, "batch_size", None),
+            "generators": len(self._generators()),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "loader": idle_copy(self.loader)}

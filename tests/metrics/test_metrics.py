@@ -197,7 +197,7 @@ def test_half_precision_losses_do_not_overflow():
         (
             {"groups": {1: [0, 1, 0], "1": [0, 0, 0]}},
             ValueError,
-            r"groups has the columns \['1', '1'\]: expected names that differ",
+            r"groups has columns of one name, of .'1'.: expected names that differ",
         ),
         (
             {"groups": np.array([1, "1", 2], dtype=object)},
