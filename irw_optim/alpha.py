@@ -181,6 +181,8 @@ def project_onto_simplex(point: npt.ArrayLike) -> Vector:
     [0.5, 0.5, 0.0]
     """
     v = np.asarray(point, dtype=np.float64)
+    if v.ndim != 1 or not len(v) or not np.isfinite(v).all():
+        raise ValueError(f"point={point!r}: expected finite numbers, of shape (m,)")
     descending = np.sort(v)[::-1]
     thresholds = (descending.cumsum() - 1) / np.arange(1, len(v) + 1)
     positive = np.flatnonzero(descending > thresholds)[-1]
@@ -190,6 +192,8 @@ def project_onto_simplex(point: npt.ArrayLike) -> Vector:
 def _as_groups(name: str, groups: Groups, num_groups: int) -> Tensor:
     expected = f"expected whole numbers 0 ... {num_groups - 1}, one a person"
     mend = f"{name} = numpy.unique({name}, return_inverse=True)[1] numbers them"
+    if np.ma.is_masked(groups):
+        raise ValueError(f"{name} has masked entries: {expected}; give {name}.compressed()")
     try:
         numbers = torch.as_tensor(groups if isinstance(groups, Tensor | list) else np.array(groups))
     except (TypeError, ValueError, RuntimeError) as error:

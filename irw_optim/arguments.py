@@ -6,7 +6,7 @@ Imports nothing of the library, so that any module may raise its error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 
 import numpy as np
@@ -80,6 +80,14 @@ def one_of(name: str, value: object, allowed: Iterable[str]) -> str:
     if value not in (names := list(allowed)):
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, names))}")
     return str(value)
+
+
+def check_state(name: str, state: object, *keys: str) -> None:
+    """A TypeError for what is no dict, a ValueError for one without these keys."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{name}={state!r}: expected what state_dict() returned")
+    if missing := [key for key in keys if key not in state]:
+        raise ValueError(f"{name} has no {missing[0]!r}: expected what state_dict() returned")
 
 
 def true_or_false(name: str, value: object) -> bool:

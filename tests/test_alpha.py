@@ -252,6 +252,12 @@ def test_the_projection_is_the_closest_point_of_the_simplex(point):
     np.testing.assert_allclose(project_onto_simplex(projected), projected, atol=1e-12)
 
 
+@pytest.mark.parametrize("point", [[], [math.nan, 1], [math.inf], [[1.0, 2.0]], 3.0, None], ids=str)
+def test_what_is_no_point_is_named(point):
+    with pytest.raises(ValueError, match=r"point=.*: expected finite numbers, of shape \(m,\)"):
+        project_onto_simplex(point)
+
+
 def test_a_column_of_a_table_after_a_selection_is_an_array():
     pd = pytest.importorskip("pandas")
     answers = pd.Series([0, 1, 1, 0, 0, 0, 1])
@@ -281,6 +287,7 @@ GROUP_ERRORS = [
     (np.array(["a", "b"]), TypeError, "holds no numbers"),
     ([[0, 1]], ValueError, r"has shape \(1, 2\): expected whole numbers"),
     (1, ValueError, r"has shape \(\)"),
+    (np.ma.array([0, 1], mask=[0, 1]), ValueError, "has masked entries: expected whole numbers"),
 ]
 
 

@@ -134,10 +134,17 @@ def as_array(values: ArrayLike) -> Array:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
+    if isinstance(values, np.ma.MaskedArray):
+        values = np.ma.filled(values.astype(object), np.nan)
     array = np.asarray(values)
-    if array.dtype.kind in "US" and not isinstance(values, np.ndarray):
-        return np.asarray(values, dtype=object)  # numpy would turn NaN into the string "nan"
+    if array.dtype.kind in ("T" if isinstance(values, np.ndarray) else "UST"):
+        return np.asarray(values, dtype=object)  # or NaN would be "nan"
     return array
+
+
+def _narrowed(array: Array) -> Array:
+    """Objects (pandas' strings) compare slowly and cannot always be sorted."""
+    return np.asarray(array.tolist()) if array.dtype == object else array
 
 
 def _is_known(value: object) -> bool:
@@ -161,8 +168,12 @@ def as_vector(name: str, values: ArrayLike, each: str, mend: str = "") -> Array:
             f"{name} has no value for {gaps.sum()} of {len(array)} samples, the first at "
             f"{gaps.argmax()}: leave these samples out, or give them a value of their own"
         )
-    # Objects (pandas' strings) compare slowly and cannot always be sorted.
-    return np.asarray(array.tolist()) if objects else array
+    plain = _narrowed(array)
+    if plain.ndim > 1:  # of tuples
+        return array
+    if objects and len(np.unique(plain)) < len(set(array)):
+        raise TypeError(f"{name} has 1 and '1', or the like, as values: expected one type")
+    return plain
 
 
 def as_losses(losses: ArrayLike) -> npt.NDArray[np.float64]:
@@ -210,11 +221,16 @@ def as_columns(groups: GroupsLike) -> dict[str, Array]:
         return {"group": as_vector("groups", array, "group")}
     if not columns:
         raise ValueError(f"{given}: expected one column or more")
-    return {name: as_vector(named, column, "group") for name, named, column in columns}
+    found = {name: as_vector(named, column, "group") for name, named, column in columns}
+    if len(found) < len(columns):
+        raise ValueError(
+            f"groups has columns of one name, of {[*found]}: expected names that differ"
+        )
+    return found
 
 
 def as_rows(inputs: ArrayLike) -> Array:
-    array = as_array(inputs)
+    array = _narrowed(as_array(inputs))
     if array.ndim < 2 or not array.size:
         raise ValueError(
             f"inputs has shape {array.shape}: expected (N, ...), the features of each sample; "

@@ -82,8 +82,8 @@ class IRWOptimizer(OptimizerWrapper):
         weighting: ``"irw"``, ``"cvar"``, ``"uniform"``, or a callable
             ``(losses, gradients, worst_off) -> scores``, all of shape (B,).
         accumulation_steps: 1 chooses S and the weights inside each backward pass, which adds to
-            ``p.grad`` as usual; k over k passes together: ``p.grad`` then stays as it was until
-            the k-th one, and has the weighted gradient of all of them after it.
+            ``p.grad`` as usual; k over k passes together: after the warm-up, ``p.grad`` stays
+            as it was until the k-th one, and then has the weighted gradient of all of them.
         worst_off: over several processes, with the model in DistributedDataParallel or under
             ``fully_shard``: ``"global"``, the step of one process on the batch of all; or
             ``"local"``, each process weighs its own batch, which costs no message.

@@ -10,7 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irw_optim.arguments import DPGuaranteeError, plain, true_or_false, whole_number
+from irw_optim.arguments import (
+    DPGuaranteeError,
+    one_of,
+    plain,
+    true_or_false,
+    whole_number,
+)
 from irw_optim.criterion import validate_criterion
 from irw_optim.criterion.attached import check_unattached
 from irw_optim.gradients.engine import ENGINES
@@ -55,11 +61,7 @@ class Options:
             raise ValueError(f"center={center!r} belongs to weighting='irw', not to {weighting!r}")
         together = "1 (weights inside each backward pass) or the number of passes weighed together"
         whole_number("accumulation_steps", self.accumulation_steps, 1, together)
-        if self.worst_off not in ("global", "local"):
-            raise ValueError(
-                f"worst_off={self.worst_off!r}: expected 'global' (of the batch of all processes) "
-                "or 'local' (each process weighs its own batch)"
-            )
+        one_of("worst_off", self.worst_off, ("global", "local"))
         for field in fields(self):  # NumPy's numbers become Python's
             vars(self)[field.name] = plain(getattr(self, field.name))
 
@@ -141,12 +143,7 @@ def check_inner(optimizer: Any) -> None:
         raise no_optimizer(optimizer)
     for inner in optimizers_inside(optimizer):
         kinds = names_of_bases(inner)
-        if "DPOptimizer" in kinds:
-            raise DPGuaranteeError(
-                f"optimizer is an Opacus {type(inner).__name__}: IRW weights would void its "
-                "guarantee; use irw_optim.privacy.IRWPrivacyEngine().make_private(..., "
-                "irw=IRWDPConfig()) instead"
-            )
+        refuse_private(inner)
         if "IRWOptimizer" in kinds:
             raise TypeError(
                 "optimizer is an IRWOptimizer already: wrap the optimizer inside it, "
@@ -163,6 +160,16 @@ def check_inner(optimizer: Any) -> None:
                 f"optimizer is DeepSpeed's {type(inner).__name__}, which takes the gradients out "
                 "of p.grad: train with DistributedDataParallel, or on one device"
             )
+
+
+def refuse_private(optimizer: object) -> None:
+    """What Opacus made private."""
+    if "DPOptimizer" in names_of_bases(optimizer):
+        raise DPGuaranteeError(
+            f"optimizer is an Opacus {type(optimizer).__name__}: IRW weights would void its "
+            "guarantee; use irw_optim.privacy.IRWPrivacyEngine().make_private(..., "
+            "irw=IRWDPConfig()) instead"
+        )
 
 
 def no_optimizer(given: object) -> TypeError:

@@ -18,6 +18,7 @@ from weakref import finalize, ref
 
 from torch.optim import Optimizer
 
+from irw_optim.arguments import check_state, whole_number
 from irw_optim.attachments import Renewed
 from irw_optim.optimizer.options import described, optimizers_inside
 from irw_optim.optimizer.weighted_backward import WeightedBackward
@@ -153,13 +154,10 @@ class OptimizerWrapper(Renewed, Optimizer):
     def load_own_state(self, own: dict[str, Any] | None) -> None:
         """Go on from a checkpoint's steps; options that differ are logged, and stay."""
         if own is None:
-            logger.warning(
-                "the checkpoint is a plain optimizer's: its state is loaded, and steps, which "
-                "warmup_steps counts, stays at %d",
-                self.steps,
-            )
+            told = "the checkpoint is a plain optimizer's: its state is loaded, and steps, which "
+            logger.warning(told + "warmup_steps counts, stays at %d", self.steps)
             return
-        self._weighted.steps = own["steps"]
+        self._weighted.steps = _steps_of(own)
         for name, value in self._weighted.options.described().items():
             if own.get(name, value) != value:
                 told = "the checkpoint was made with %s=%r; training goes on with %r"
@@ -177,11 +175,13 @@ class OptimizerWrapper(Renewed, Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this, or of a plain optimizer of the inner kind."""
+        check_state("state_dict", state_dict)
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else dict(changed)
-        own = state_dict.pop("irw", None)
+        if (own := state_dict.pop("irw", None)) is not None:
+            _steps_of(own)
         self.inner.load_state_dict(state_dict)
         self.load_own_state(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -197,6 +197,11 @@ class OptimizerWrapper(Renewed, Optimizer):
         Optimizer.__setstate__(self, {})
         # Model and criterion are let go in the end: losses, which know them, may live longer.
         finalize(self._hold, _release, ref(self._weighted)).atexit = False
+
+
+def _steps_of(own: Any) -> int:
+    check_state('state_dict["irw"]', own, "steps")
+    return whole_number("steps", own["steps"], 0)
 
 
 class Hold:

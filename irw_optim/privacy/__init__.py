@@ -1,4 +1,4 @@
-"""DP-IRW: intrinsic reweighting under differential privacy; `mechanism` says why it is that."""
+"""DP-IRW: intrinsic reweighting under differential privacy."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from irw_optim.arguments import DPGuaranteeError
+from irw_optim.arguments import DPGuaranteeError, real_number, whole_number
 from irw_optim.restored import undo_inside
 
 from . import refusals
@@ -30,30 +30,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
 
     All else is Opacus' own. Guarantee: (epsilon, delta)-differential privacy for adding or removing
     one sample, of all that a step releases: the parameters and the optimizer's ``public_state``.
-
-    Example:
-        >>> import math, warnings
-        >>> from torch.utils.data import TensorDataset
-        >>> data = TensorDataset(torch.randn(64, 5), torch.randint(0, 2, (64,)))
-        >>> model, criterion = nn.Linear(5, 2), nn.CrossEntropyLoss()
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")  # Opacus: secure_mode is off
-        ...     engine = IRWPrivacyEngine(accountant="rdp")
-        >>> model, optimizer, loader = engine.make_private(
-        ...     module=model,
-        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        ...     data_loader=DataLoader(data, batch_size=16),
-        ...     criterion=criterion,
-        ...     noise_multiplier=1.0,
-        ...     max_grad_norm=1.0,
-        ...     irw=IRWDPConfig(init_threshold=math.log(2)),
-        ... )
-        >>> for x, y in loader:
-        ...     optimizer.zero_grad()
-        ...     criterion(model(x), y).backward()
-        ...     optimizer.step()
-        >>> engine.accountant.history
-        [(1.0, 0.25, 4)]
+    ``docs/privacy.md`` has a script.
     """
 
     def make_private(
@@ -165,33 +142,39 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
 
         Args:
             data_loader: as of `make_private`.
-            target_epsilon: the budget.
-            target_delta: probability with which it may fail; well below 1/N.
+            target_epsilon: the budget, > 0.
+            target_delta: probability with which it may fail, in (0, 1); well below 1/N.
             epochs: passes over the loader.
-            epsilon_tolerance: how far below the target the search may stop.
+            epsilon_tolerance: how far below the target the search may stop, >= 1e-4.
             **options: of `make_private`, without ``noise_multiplier``.
 
         Raises:
-            DPGuaranteeError: as `make_private`, or budget was spent already.
+            DPGuaranteeError: budget was spent already; all else as `make_private`.
         """
+        refusals.check_loader(data_loader)
+        search = {
+            "target_epsilon": real_number("target_epsilon", target_epsilon, "(0, inf)"),
+            "target_delta": real_number("target_delta", target_delta, "(0, 1)"),
+            "epochs": whole_number("epochs", epochs, 1),
+            # The search would not end.
+            "epsilon_tolerance": real_number("epsilon_tolerance", epsilon_tolerance, "[1e-4, inf)"),
+        }
         if len(self.accountant):
             raise DPGuaranteeError(
-                "make_private_with_epsilon on an engine that has accounted for steps already would "
-                "overspend the target: use a new IRWPrivacyEngine, or make_private with a "
-                "noise_multiplier"
+                "this engine has accounted for steps already, and would overspend the target: use "
+                "a new IRWPrivacyEngine, or make_private with a noise_multiplier"
             )
         return self.make_private(
             data_loader=data_loader,
             noise_multiplier=get_noise_multiplier(
-                target_epsilon=target_epsilon,
-                target_delta=target_delta,
-                sample_rate=1 / len(data_loader),
-                epochs=epochs,
-                accountant=self.accountant.mechanism(),
-                epsilon_tolerance=epsilon_tolerance,
+                sample_rate=1 / len(data_loader), accountant=self.accountant.mechanism(), **search
             ),
             **options,
         )
+
+    def get_epsilon(self, delta: float) -> float:
+        """The epsilon spent so far, for a ``delta`` in (0, 1)."""
+        return float(super().get_epsilon(real_number("delta", delta, "(0, 1)")))
 
     def _prepare_data_loader(
         self, data_loader: DataLoader[Any], *, distributed: bool, **options: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -13,7 +12,7 @@ from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 from torch import Tensor
 from torch.optim import Optimizer
 
-from irw_optim.arguments import DPGuaranteeError, as_real
+from irw_optim.arguments import DPGuaranteeError, real_number
 
 from . import mechanism, refusals
 from .mechanism import IRWDPConfig, NoiseScales, PublicState, Released, SampleTerms
@@ -30,32 +29,12 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     `noise_multiplier`, which is what Opacus' accountants are told.
 
     Args:
-        optimizer: takes the noisy gradient.
-        irw: the parameters of DP-IRW.
+        optimizer, irw, max_grad_norm: as of `make_private`, whose errors are raised.
         noise_multiplier: sigma of the whole step; noise schedulers may move it.
-        max_grad_norm: C, the norm to which each sample's gradient is clipped.
         expected_batch_size: B = sampling rate times N.
         loss_reduction: "mean" divides the noisy gradient by B, "sum" does not.
         generator: source of all noise; None is torch's default one.
         secure_mode: use Opacus' noise that resists floating-point attacks.
-
-    Raises:
-        DPGuaranteeError, NotImplementedError, TypeError, ValueError: as
-            `IRWPrivacyEngine.make_private`.
-
-    Example:
-        >>> from opacus import GradSampleModule
-        >>> model = GradSampleModule(torch.nn.Linear(2, 1), loss_reduction="mean")
-        >>> optimizer = IRWDPOptimizer(
-        ...     torch.optim.SGD(model.parameters(), lr=0.1), irw=IRWDPConfig(init_threshold=1.0),
-        ...     noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4,
-        ... )
-        >>> losses = model(torch.ones(4, 2)).square().squeeze(1)
-        >>> losses.mean().backward()
-        >>> optimizer.step(losses=losses)
-        >>> optimizer.zero_grad()
-        >>> optimizer.public_state.steps
-        1
     """
 
     public_state: PublicState
@@ -88,12 +67,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             irw, optimizer, noise_multiplier, max_grad_norm, loss_reduction
         )
         # Known to all, unlike the size of the Poisson batch at hand.
-        size = as_real(expected_batch_size)
-        if size is None or not 0 < size < math.inf:
-            raise ValueError(
-                f"expected_batch_size={expected_batch_size!r}: expected a positive number, the "
-                "sampling rate times the number of samples"
-            )
+        meaning = "the sampling rate times the number of samples"
+        size = real_number("expected_batch_size", expected_batch_size, "(0, inf)", meaning)
         super().__init__(
             optimizer,
             noise_multiplier=sigma,

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from irw_optim.arguments import DPGuaranteeError, real_number
+from irw_optim.arguments import DPGuaranteeError, one_of, real_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.gradients.hooks import weighed_by
 from irw_optim.optimizer.options import check_owned, no_optimizer, optimizers_inside
@@ -94,10 +94,7 @@ def check_mechanism(
         raise NotImplementedError(
             f"max_grad_norm={max_grad_norm!r}: per-layer clipping is not built; expected one number"
         )
-    if loss_reduction not in ("mean", "sum"):
-        raise ValueError(
-            f"loss_reduction={loss_reduction!r}: expected 'mean' or 'sum', as of the criterion"
-        )
+    one_of("loss_reduction", loss_reduction, ("mean", "sum"))
     sigma = real_number("noise_multiplier", noise_multiplier, "[0, inf)")
     return sigma, real_number("max_grad_norm", max_grad_norm, "(0, inf)")
 

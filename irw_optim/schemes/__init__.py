@@ -10,20 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from irw_optim.arguments import DPGuaranteeError, one_of, whole_number
+from irw_optim.arguments import check_state, one_of, whole_number
 from irw_optim.criterion import validate_criterion
+from irw_optim.metrics._groups import ArrayLike
 from irw_optim.optimizer import IRWOptimizer
+from irw_optim.optimizer.options import refuse_private
 from irw_optim.schemes.batch_losses import BatchLosses, Forward, warn_once
 from irw_optim.schemes.global_weights import ClassByClassSampler, global_weights
 from irw_optim.schemes.reading import (
     DatasetReader,
     IndexedDataset,
+    as_indices,
     indexed_loader,
     indices_and_batch,
 )
-from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader, check_sample_weights
-from irw_optim.schemes.weighing import HeldWeights, check_block, weigh_dataset
-from irw_optim.torch_internals import names_of_bases, place
+from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader
+from irw_optim.schemes.weighing import HeldWeights, record_of, weigh_dataset
+from irw_optim.torch_internals import place
 from irw_optim.weighting import LocalScheme, StepRecord
 
 __all__ = [
@@ -98,8 +101,8 @@ class GlobalScheme:
         one_of("use", use, USES)
         self.unit = one_of("unit", unit, ("epochs", "steps"))
         self.optimizer = optimizer
-        self.refresh = whole_number("refresh", refresh, 1, "a whole number >= 1 of epochs or steps")
-        self.outlier_block = check_block(outlier_block)
+        self.refresh = whole_number("refresh", refresh, 1)
+        self.outlier_block = whole_number("outlier_block", outlier_block, 1)
         self.progress = progress
         self._reader = DatasetReader(loader, batch_size)
         self._losses_of = BatchLosses(self._model, criterion, forward)
@@ -107,6 +110,7 @@ class GlobalScheme:
         rank = getattr(loader.sampler, "rank", rank)
         number = getattr(loader.sampler, "num_replicas", number)
         self._sampler: ResamplingSampler | None = None
+        seed = whole_number("seed", seed, 0) % 2**64
         if use == "resampling":
             even, generator = torch.ones(self._reader.size), torch.Generator().manual_seed(seed)
             self._sampler = ResamplingSampler(
@@ -151,15 +155,16 @@ class GlobalScheme:
                 return
         self._held.indices = None  # a batch from elsewhere is another one
 
-    def select(self, indices: Tensor) -> None:
+    def select(self, indices: ArrayLike) -> None:
         """Say which samples the next batch holds, in a loop over a loader of an `IndexedDataset`.
 
         It comes first in the loop, and renews the weights where that is due.
 
         Args:
-            indices: (B,) int64, of the data set.
+            indices: (B,) whole numbers, of the data set.
 
         Raises:
+            TypeError: other indices; of a mask, ``mask.nonzero().squeeze(1)``.
             RuntimeError: the scheme draws the batches itself.
         """
         if self._sampler is not None:
@@ -167,9 +172,11 @@ class GlobalScheme:
                 'use="resampling" draws the batches itself: iterate over the scheme, or give '
                 'use="reweighting"'
             )
+        if (told := as_indices(indices)) is None:
+            raise TypeError(f"indices={indices!r}: expected whole numbers of shape (B,)")
         self._renew_if_due()
         self._batches += 1
-        self._held.indices = indices
+        self._held.indices = told
 
     def renew(self) -> StepRecord:
         """Make new weights now, with the model as it is.
@@ -180,8 +187,7 @@ class GlobalScheme:
         if self._sampler is not None and self._reader.size != len(self._sampler.weights):
             raise ValueError(
                 f"the data set has {self._reader.size} samples, and had "
-                f"{len(self._sampler.weights)} when draws were set up: "
-                'make a new GlobalScheme(..., use="resampling")'
+                f"{len(self._sampler.weights)} when draws were set up: make a new GlobalScheme"
             )
         optimizer = self.optimizer
         self._held.record = record = weigh_dataset(
@@ -220,31 +226,23 @@ class GlobalScheme:
         """Take over a state of `state_dict`, for the same data set, loader and ``use``.
 
         Raises:
-            ValueError: a state of others, or of the middle of another process's epoch.
+            TypeError, ValueError: a state of others, or of the middle of an epoch of others.
         """
-        record, draws = state_dict["record"], state_dict["sampler"]
+        check_state("state_dict", state_dict, *self.state_dict())
+        draws, loader = state_dict["sampler"], state_dict["loader"]
         if (draws is None) != (self._sampler is None):
-            raise ValueError(
-                "the state is that of a GlobalScheme with another use=: expected one with "
-                f"use={USES[self._sampler is not None]!r}"
-            )
-        for held in (record, draws):
-            if held is not None:
-                check_sample_weights(held["weights"], self._reader.size)
-        self.loader.check(state_dict["loader"])
-        if record is not None:
-            device = next(self._model.parameters()).device
-            moved: dict[str, Any] = {n: t if t is None else t.to(device) for n, t in record.items()}
-            record = StepRecord(**moved)
-        self._held.record = record
-        self._batches = state_dict["batches"]
-        self._renewed_at = state_dict["renewed_at"]
+            use = USES[self._sampler is not None]
+            raise ValueError(f"the state is of another use=: expected one with use={use!r}")
+        self.loader.check(loader)
+        device = next(self._model.parameters()).device
+        record = record_of(state_dict["record"], self._reader.size, device)
+        batches, since = whole_number("batches", state_dict["batches"], 0), state_dict["renewed_at"]
         if self.unit == "epochs":  # counted in batches: more or fewer by the number of processes
-            more = len(self.loader) / state_dict["loader"]["length"]
-            self._renewed_at = self._batches - round((self._batches - self._renewed_at) * more)
-        self.loader.load_state_dict(state_dict["loader"])
+            since = batches - round((batches - since) * len(self.loader) / loader["length"])
         if self._sampler is not None:
             self._sampler.load_state_dict(draws)
+        self._held.record, self._batches, self._renewed_at = record, batches, since
+        self.loader.load_state_dict(loader)
 
     def _now(self) -> int:
         return self.optimizer.steps if self.unit == "steps" else self._batches
@@ -266,12 +264,7 @@ def _restore_local_scheme(of: ref[IRWOptimizer], held: HeldWeights) -> None:
 def _model_and_criterion_of(
     optimizer: object, criterion: nn.Module | None
 ) -> tuple[nn.Module, nn.Module]:
-    if "DPOptimizer" in names_of_bases(optimizer):
-        raise DPGuaranteeError(
-            f"optimizer is an Opacus {type(optimizer).__name__}: weights of a whole data set "
-            "depend on every sample and would void its guarantee; use "
-            "irw_optim.privacy.IRWPrivacyEngine().make_private(..., irw=IRWDPConfig())"
-        )
+    refuse_private(optimizer)
     if not isinstance(optimizer, IRWOptimizer):
         raise TypeError(
             f"optimizer={optimizer!r}: expected an IRWOptimizer(..., model=model, criterion=...)"

@@ -48,7 +48,9 @@ class BatchLosses:
     def __init__(self, model: nn.Module, criterion: nn.Module, forward: Forward | None) -> None:
         check_whole(model, "a weight for every sample of a data set")
         self.model, self.criterion = model, criterion
-        self.forward = forward or inputs_and_target
+        self.forward = inputs_and_target if forward is None else forward
+        if not callable(self.forward):
+            raise TypeError(f"forward={forward!r}: expected forward(model, batch) or None")
 
     def __call__(self, batch: Any) -> PerSampleLosses:
         """The losses, with a graph where gradients are enabled."""

@@ -144,6 +144,8 @@ class WithinClasses(LocalScheme):
             )
         batch = batch._replace(labels=labels)
         present = present_of(batch.counts)
+        if batch.counts is not None and not batch.counts.any():
+            raise ValueError("all targets are ignored: expected a sample with a target")
         inside = torch.ones_like(labels, dtype=torch.bool) if present is None else present
         members = [(labels == label) & inside for label in labels[inside].unique()]
         records = []
@@ -224,8 +226,6 @@ class ClassByClassSampler(ResamplingSampler):
     class 0: weights rest on 20 of 24 samples
     class 1: weights rest on 14 of 16 samples
     all: 0.82 of 40 samples
-    >>> [round(float(sampler.weights[data.tensors[1] == label].sum()), 4) for label in (0, 1)]
-    [0.5, 0.5]
     """
 
     def __init__(
@@ -253,10 +253,12 @@ class ClassByClassSampler(ResamplingSampler):
         assert record.labels is not None
         member, weights = record.labels.cpu(), self.weights.double()
         drawn = member[weights > 0].unique()  # samples whose target is ignored are in no class
-        names = drawn.tolist() if labels is None else np.unique(as_classes("labels", labels))
+        names = drawn.tolist()
+        if labels is not None:
+            names = np.unique(as_classes("labels", labels))[names].tolist()
         self.classes = tuple(
             ClassShare(name, int((member == number).sum()), _effective(weights[member == number]))
-            for name, number in zip(list(names), drawn, strict=True)
+            for name, number in zip(names, drawn, strict=True)
         )
         self.effective_share = _effective(weights) / len(weights)
         few = [

@@ -7,6 +7,7 @@ from copy import copy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -94,13 +95,7 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
     [tensor([0, 1]), [tensor([5., 6.])]]
 
     Its loader takes ``collate_fn=data.collate(collate_fn)``. One that sorts, leaves out or repeats
-    samples takes the pairs, and says what it did:
-
-    >>> def longest_first(pairs):
-    ...     indices, samples = zip(*sorted(pairs, key=lambda pair: -pair[1][0]))
-    ...     return torch.tensor(indices), torch.stack([x for x, in samples])
-    >>> next(iter(DataLoader(data, batch_size=3, collate_fn=longest_first)))
-    (tensor([2, 1, 0]), tensor([7., 6., 5.]))
+    samples takes the pairs, and says what it did, ``(indices, batch)``: ``docs/schemes.md``.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -150,13 +145,22 @@ def _is_due(uses: int) -> bool:
     return uses & (uses - 1) == 0
 
 
+def as_indices(values: object) -> Tensor | None:
+    """Whole numbers, (B,), as int64 on the CPU; None for masks and all else."""
+    try:
+        told = torch.as_tensor(values if isinstance(values, Tensor) else np.array(values))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = torch.can_cast(told.dtype, torch.int64) and told.dtype != torch.bool
+    return told.to("cpu", torch.int64) if told.ndim == 1 and (whole or not len(told)) else None
+
+
 def indices_and_batch(batch: Any) -> tuple[Tensor, Any]:
     """Of a batch of an `IndexedDataset`: indices, (B,) int64 on the CPU, and the rest."""
     if isinstance(batch, list | tuple) and len(batch) == 2:
         indices, rest = batch
-        told = torch.as_tensor(indices if isinstance(indices, Tensor | list | tuple) else 0.0)
-        if told.ndim == 1 and not told.is_floating_point():
-            return told.to("cpu", torch.int64), rest
+        if (told := as_indices(indices)) is not None:
+            return told, rest
     raise TypeError(
         f"collate_fn made a {type(batch).__name__} of an IndexedDataset's (index, sample) pairs: "
         "expected (indices, batch), with the index of every sample in its order"
@@ -196,9 +200,8 @@ class DatasetReader:
         check_loader(loader)
         own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         size = own if batch_size is None else batch_size
-        expected = "the number of samples to read at once, for example batch_size=256"
         self.loader = loader
-        self.batch_size = whole_number("batch_size", size, 1, expected)
+        self.batch_size = whole_number("batch_size", size, 1)
         self.uses = 0
 
     def __getstate__(self) -> dict[str, Any]:

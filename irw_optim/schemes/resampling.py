@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from irw_optim.arguments import whole_number
-from irw_optim.schemes.reading import idle_copy, sampler_of
+from irw_optim.arguments import check_state, true_or_false, whole_number
+from irw_optim.schemes.reading import as_indices, idle_copy, sampler_of
 from irw_optim.torch_internals import place
 
 
@@ -33,9 +33,8 @@ class ResamplingSampler(Sampler[int]):
         world_size: number of processes. None for both takes the process group's, if there is one.
 
     Raises:
-        TypeError: weights that are no floating-point tensor.
-        ValueError: weights that cannot be drawn by; more draws without replacement than positive
-            weights; a rank outside the world, or one without the other.
+        TypeError, ValueError: weights that cannot be drawn by; more draws without replacement than
+            positive weights; another argument that is impossible.
 
     >>> sampler = ResamplingSampler(torch.tensor([0.0, 3.0, 1.0]), num_samples=8)
     >>> first, second = list(sampler), list(sampler)
@@ -61,17 +60,18 @@ class ResamplingSampler(Sampler[int]):
             rank, world_size = place()
         if rank is None or world_size is None:
             raise ValueError(f"rank={rank!r}, world_size={world_size!r}: expected both or neither")
-        if not 0 <= rank < world_size:
+        self.rank = whole_number("rank", rank, 0)
+        self.world_size = whole_number("world_size", world_size, 1)
+        if self.rank >= self.world_size:
             raise ValueError(f"rank={rank!r}: expected 0 <= rank < world_size={world_size!r}")
-        asked = len(weights)
-        if num_samples is not None:
-            asked = whole_number("num_samples", num_samples, 1, "the draws of an epoch, >= 1")
-        self.num_samples = -(-asked // world_size)
-        self.replacement = replacement
-        self.rank = rank
-        self.world_size = world_size
+        draws = len(weights) if num_samples is None else num_samples
+        asked = whole_number("num_samples", draws, 1)
+        self.num_samples = -(-asked // self.world_size)
+        self.replacement = true_or_false("replacement", replacement)
         self.seed = 0
         if generator is not None:
+            if not isinstance(generator, torch.Generator):
+                raise TypeError(f"generator={generator!r}: expected a torch.Generator or None")
             seed = torch.empty((), dtype=torch.int64, device=generator.device)
             self.seed = int(seed.random_(generator=generator))
         self.epoch = 0
@@ -118,7 +118,7 @@ class ResamplingSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration's; else epochs count up."""
-        self.epoch = epoch
+        self.epoch = whole_number("epoch", epoch, 0)
 
     def resume_epoch(self) -> None:
         """Go on with the epoch that was broken off, and its draws."""
@@ -132,10 +132,12 @@ class ResamplingSampler(Sampler[int]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of `state_dict`, of as many weights."""
+        check_state("state_dict", state_dict, *self.state_dict())
+        seed, epoch = (whole_number(name, state_dict[name], 0) for name in ("seed", "epoch"))
+        if (drawn := as_indices(state_dict["drawn"])) is None:
+            raise TypeError(f"drawn={state_dict['drawn']!r}: expected whole numbers of shape (n,)")
         self.weights = state_dict["weights"]
-        self.seed = state_dict["seed"]
-        self.epoch = state_dict["epoch"]
-        self._drawn = state_dict["drawn"].tolist()
+        self.seed, self.epoch, self._drawn = seed, epoch, drawn.tolist()
 
     def _with_replacement(self, draws: Tensor, drawn: list[int]) -> Iterator[int]:
         yield from list(drawn)
@@ -186,12 +188,8 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Batches given so far, and the random states at the beginning."""
-        return {
-            "position": self.position,
-            "began_with": list(self._start_states),
-            "share": self.share,
-            "length": len(self),
-        }
+        began_with = list(self._start_states)
+        return {"position": self.position, "began_with": began_with, **self._setting()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, after `check`, at the next iteration."""
@@ -200,16 +198,28 @@ class ResumableLoader:
         self._resumes = self.position > 0
 
     def check(self, state_dict: dict[str, Any]) -> None:
-        """Refuse the middle of another process's epoch."""
-        saved, own = tuple(state_dict["share"]), self.share
-        # A DistributedSampler's order is that of its seed and epoch.
-        alike = saved[1] == own[1] and hasattr(sampler_of(self.loader), "num_replicas")
-        if state_dict["position"] and saved != own and not alike:
-            raise ValueError(
-                f"the state is from the middle of an epoch of process {saved[0]} of {saved[1]}, "
-                f"and this is process {own[0]} of {own[1]}: expected one saved between epochs, or "
-                "by each process for itself"
-            )
+        """Refuse the middle of another process's epoch, or of one with other batches."""
+        check_state('state_dict["loader"]', state_dict, "position", "began_with", "length")
+        if not whole_number("position", state_dict["position"], 0):
+            return
+        for name, here in self._setting().items():
+            if (was := state_dict.get(name, here)) != here:
+                raise ValueError(
+                    f"the state is from the middle of an epoch with {name}={was}, and here it is "
+                    f"{here}: expected the same, or one saved between epochs"
+                )
+
+    def _setting(self) -> dict[str, Any]:
+        """What the middle of an epoch depends on."""
+        rank, number = self.share
+        return {
+            # A DistributedSampler's order is that of its seed and epoch.
+            "world_size": number,
+            "rank": 0 if hasattr(sampler_of(self.loader), "num_replicas") else rank,
+            "length": len(self),
+            "batch_size": getattr(self.loader.batch_sampler, "batch_size", None),
+            "generators": len(self._generators()),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "loader": idle_copy(self.loader)}

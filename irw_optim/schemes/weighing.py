@@ -1,14 +1,8 @@
 """The weights of a whole data set, made and held.
 
-They are those of the local scheme on a single batch of all N samples::
-
-    S   = worst_off(losses, alpha)               # pass 1: forward
-    g_S = G.combine(S)                           # pass 2: over the members of S alone
-    s   = G.dot(g_S)                             # pass 3: the derivative along g_S, forwards, or
-                                                 #         forward and backward to the layers
-    w   = s.clamp(min=0) / s.clamp(min=0).sum()
-
-It takes the memory of one batch and one gradient.
+They are those of the local scheme on a single batch of all N samples, of which pass 1 has losses,
+2 sums up g_S over the members of S alone, and 3 takes the derivative along it, forwards, or forward
+and backward to the layers. It takes the memory of one batch and one gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
-from irw_optim.arguments import whole_number
+from irw_optim.arguments import check_state, one_of, whole_number
 from irw_optim.criterion import PerSampleLosses, validate_criterion
 from irw_optim.distributed.ranks import Ranks
 from irw_optim.distributed.replicas import replica_in
@@ -43,6 +37,7 @@ from irw_optim.schemes.batch_losses import (
 from irw_optim.schemes.dataset_gradients import DatasetGradients, DatasetOverRanks
 from irw_optim.schemes.order import batches_to_check, check_order
 from irw_optim.schemes.reading import DatasetReader
+from irw_optim.schemes.resampling import check_sample_weights
 from irw_optim.weighting import (
     Alignment,
     Averaging,
@@ -70,29 +65,20 @@ def weigh_by(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: expected a torch.nn.Module")
     validate_criterion(criterion)
-    allowed = [kind for kind in ENGINES if kind != "grad_sample"]
-    if engine not in allowed:
-        why = ", which reads what a training loop left in p.grad_sample"
-        why = why if engine == "grad_sample" else ""
-        raise ValueError(f"engine={engine!r}{why}: expected one of {', '.join(map(repr, allowed))}")
+    # The other reads what a training loop left in p.grad_sample.
+    one_of("engine", engine, [kind for kind in ENGINES if kind != "grad_sample"])
     scored = select_parameters(model, score_parameters)
     told = {"within_classes": type(scheme) is not LocalScheme}
     told |= {name: described(value) for name, value in vars(scheme).items()}
     hooked = Engine(model, engine)
     try:
-        losses_of, block = BatchLosses(model, criterion, forward), check_block(outlier_block)
-        replica = replica_in(model)
+        losses_of, replica = BatchLosses(model, criterion, forward), replica_in(model)
+        block = whole_number("outlier_block", outlier_block, 1)
         return weigh_dataset(
             reader, losses_of, hooked, scored, scheme, block, progress, replica, told
         )
     finally:
         hooked.remove_hooks()
-
-
-def check_block(outlier_block: object) -> int:
-    """A whole number, or an error."""
-    expected = "the number of samples that the filter compares, for example 256"
-    return whole_number("outlier_block", outlier_block, 1, expected)
 
 
 def weigh_dataset(
@@ -190,6 +176,19 @@ def _check_finite(values: Tensor, what: str) -> None:
         )
 
 
+def record_of(saved: Any, size: int, device: torch.device) -> StepRecord | None:
+    """What a state holds of a renewal."""
+    if saved is None:
+        return None
+    check_state("record", saved, "weights")
+    check_sample_weights(saved["weights"], size)
+    moved: dict[str, Any] = {n: t if t is None else t.to(device) for n, t in saved.items()}
+    for name, t in moved.items():
+        if t is not None and t.ndim and len(t) != size:
+            raise ValueError(f"record[{name!r}] has {len(t)} entries: expected {size}")
+    return StepRecord(**moved)
+
+
 @dataclass(eq=False)
 class HeldWeights:
     """A scheme: held weights; plain steps if ``resampled``."""
@@ -235,10 +234,7 @@ class HeldWeights:
         if failure is not None:
             raise failure
         if bool((everybody < 0).any()):
-            raise RuntimeError(
-                "another process does not know its batch's samples, or they are not those of the "
-                "weights: its own error says more"
-            )
+            raise RuntimeError("another process does not know its samples: its error says more")
         return replace(self, indices=everybody)
 
     def __copy__(self) -> HeldWeights:

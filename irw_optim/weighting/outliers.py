@@ -1,8 +1,5 @@
 """Which samples are outliers, from K = G G^T alone: the O of IRWO.
 
-Noise needs no clustering: it is no core point, and none lies within ``eps`` (Ester, Kriegel, Sander
-and Xu 1996, definitions 2 and 6).
-
 A filter cannot tell a corrupted sample from a rare group: it can remove the very minority that IRW
 is there for. Look at who leaves before trusting it.
 """
@@ -20,14 +17,7 @@ from irw_optim.arguments import real_number, whole_number
 
 
 class OutlierFilter(Protocol):
-    """What ``outliers=`` takes: from K, (B, B), to (B,) bool on its device, True to remove.
-
-    >>> def largest_norm(gram):
-    ...     return gram.diagonal() == gram.diagonal().max()
-    >>> outliers: OutlierFilter = largest_norm
-    >>> outliers(torch.diag(torch.tensor([1.0, 4.0, 1.0])))
-    tensor([False,  True, False])
-    """
+    """What ``outliers=`` takes: from K, (B, B), to (B,) bool on its device, True to remove."""
 
     def __call__(self, gram: Tensor, /) -> Tensor:
         """Return the mask."""
@@ -69,16 +59,12 @@ class DBSCANFilter:
     quantile: float = 0.95
 
     def __post_init__(self) -> None:
-        least, share = "a whole number >= 1, for example 5", "the least share to keep"
-        checked: dict[str, object] = {
-            "min_samples": whole_number("min_samples", self.min_samples, 1, least),
-            "quantile": real_number("quantile", self.quantile, "(0, 1]", share),
-        }
+        own = vars(self)  # frozen for everybody else
+        own["min_samples"] = whole_number("min_samples", self.min_samples, 1)
+        own["quantile"] = real_number("quantile", self.quantile, "(0, 1]")
         if not (isinstance(self.eps, str) and self.eps == "auto"):
             unit = 'in units of gradient norm, or "auto"'
-            checked["eps"] = real_number("eps", self.eps, "[0, inf]", unit)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)  # frozen for everybody else
+            own["eps"] = real_number("eps", self.eps, "[0, inf]", unit)
 
     def __call__(self, gram: Tensor, /) -> Tensor:
         """Return the outliers, (B,) bool, of ``gram``, (B, B); never all.
@@ -130,8 +116,8 @@ def distances(gram: Tensor) -> Tensor:
 def dbscan_noise(distances: Tensor, eps: float | Tensor, min_samples: int) -> Tensor:
     """The samples that DBSCAN labels -1: no core point, and none within ``eps``.
 
-    As ``sklearn.cluster.DBSCAN(eps, min_samples=min_samples, metric="precomputed")``, which refuses
-    ``eps=0``.
+    (Ester et al. 1996.) As ``sklearn.cluster.DBSCAN(eps, min_samples=min_samples,
+    metric="precomputed")``, which refuses ``eps=0``.
     """
     near = (distances <= eps).to(torch.float32)  # counts below 2^24 are exact, sums of it quick
     core = near.sum(dim=1) >= min_samples
@@ -167,11 +153,18 @@ def outliers_in(
     # A look waits for the device.
     if not finite and not gram.sum().isfinite() and not gram.isfinite().all():
         return torch.zeros(size, dtype=torch.bool, device=gram.device)
-    removed = outliers(gram)
-    expected = f"expected a bool mask of shape ({size},), True for the samples to remove"
-    if not isinstance(removed, Tensor) or removed.dtype != torch.bool:
-        found = removed.dtype if isinstance(removed, Tensor) else type(removed).__name__
-        raise TypeError(f"the outlier filter returned {found}: {expected}")
-    if removed.shape != (size,):
-        raise ValueError(f"the outlier filter returned shape {tuple(removed.shape)}: {expected}")
+    removed = returned(outliers(gram), size, mask=True)
     return (removed & ~removed.all()).to(gram.device)
+
+
+def returned(found: object, size: int, *, mask: bool = False) -> Tensor:
+    """What a filter (a ``mask``) or a rule returned, or an error."""
+    whose = "the outlier filter" if mask else "weighting"
+    what = "a bool mask, True for the samples to remove" if mask else "scores"
+    expected = f"expected {what}, of shape ({size},)"
+    if not isinstance(found, Tensor) or (found.dtype == torch.bool) is not mask:
+        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"{whose} returned {kind}: {expected}")
+    if found.shape != (size,):
+        raise ValueError(f"{whose} returned shape {tuple(found.shape)}: {expected}")
+    return found

@@ -21,7 +21,7 @@ from torch import Tensor
 from irw_optim.arguments import real_number
 from irw_optim.gradients.magnitudes import align_in_range, gram_in_range, unscaled
 from irw_optim.gradients.protocol import MaterializedGradients, PerSampleGradients
-from irw_optim.weighting.outliers import OutlierFilter, check_filter, outliers_in
+from irw_optim.weighting.outliers import OutlierFilter, check_filter, outliers_in, returned
 
 ScoreRule = Callable[[Tensor, PerSampleGradients, Tensor], Tensor]
 """``rule(losses, gradients, worst_off) -> scores``, all vectors of shape (B,)."""
@@ -178,7 +178,7 @@ def weigh(
     worst, nobody = losses.new_zeros((2, len(losses)), dtype=torch.bool).unbind()
     _mark(worst, losses, alpha, kept)
     if not isinstance(rule, Alignment):
-        scores, factor, finite = rule(losses, gradients, worst), 1.0, None
+        scores, factor, finite = returned(rule(losses, gradients, worst), len(losses)), 1.0, None
     elif gram is None:
         coefficients = rule.coefficients(worst, kept, losses.dtype)
         scores, factor, look = align_in_range(gradients, coefficients, losses, supposed)

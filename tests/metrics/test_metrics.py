@@ -102,6 +102,34 @@ def test_classes_may_be_strings():
     assert worst_group_accuracy(["yes", "no"], np.array(["yes", "no"], dtype=object), [0, 1]) == 1
 
 
+def test_a_masked_array_without_a_gap_is_an_array():
+    y_true = np.ma.array([1, 0, 1], mask=[0, 0, 0])
+    assert group_accuracy(y_true, y_true, np.ma.array(["f", "m", "m"])) == {"f": 1.0, "m": 1.0}
+
+
+def test_tuples_and_mixed_values_that_differ_are_groups():
+    pd = pytest.importorskip("pandas")
+    tuples = pd.Series([(1, 2), (1, 2), (1, 3)])
+    assert group_accuracy([1, 0, 1], [1, 0, 0], tuples) == {(1, 2): 1.0, (1, 3): 0.0}
+    mixed = pd.Series([1, 1, "unknown"], dtype=object)
+    assert group_accuracy([1, 0, 1], [1, 0, 0], mixed) == {"1": 1.0, "unknown": 0.0}
+
+
+def test_columns_of_a_table_have_names_of_their_own():
+    pd = pytest.importorskip("pandas")
+    table = pd.DataFrame([["f", "x"], ["f", "x"], ["m", "x"]], columns=["g", "g"])
+    with pytest.raises(ValueError, match="expected names that differ"):
+        group_accuracy([1, 0, 1], [1, 0, 0], table)
+
+
+@pytest.mark.skipif(not hasattr(np.dtypes, "StringDType"), reason="NumPy 2")
+def test_numpys_strings_are_strings():
+    y_true = np.array(["yes", "no"], dtype=np.dtypes.StringDType())
+    assert group_accuracy(y_true, ["yes", "no"], y_true) == {"no": 1.0, "yes": 1.0}
+    with pytest.raises(TypeError, match="expected both to be strings, or both numbers"):
+        group_accuracy(y_true, [1, 0], [0, 0])
+
+
 @given(arrays.arrays(np.float64, st.integers(1, 60), elements=st.floats(0, 1e6)), st.data())
 def test_tail_metrics_are_those_of_a_sorted_list(losses, data):
     count = data.draw(st.integers(1, len(losses)))
@@ -160,6 +188,22 @@ def test_half_precision_losses_do_not_overflow():
         ),
         ({"groups": [["a", 1], ["b", 2], [None, 3]]}, ValueError, r"groups\[:, 0\] has no value"),
         ({"groups": {}}, ValueError, "groups has no column"),
+        (
+            {"groups": np.ma.array(["a", "b", "b"], mask=[0, 0, 1])},
+            ValueError,
+            "groups has no value for 1 of 3 samples, the first at 2",
+        ),
+        ({"y_pred": np.ma.array([1, 0, 0], mask=[0, 1, 0])}, ValueError, "y_pred has no value for"),
+        (
+            {"groups": {1: [0, 1, 0], "1": [0, 0, 0]}},
+            ValueError,
+            r"groups has columns of one name, of .'1'.: expected names that differ",
+        ),
+        (
+            {"groups": np.array([1, "1", 2], dtype=object)},
+            TypeError,
+            "groups has 1 and '1', or the like, as values: expected one type",
+        ),
         ({"groups": np.empty((3, 0))}, ValueError, r"groups has shape \(3, 0\): expected one col"),
         ({"groups": np.zeros((3, 1, 1))}, ValueError, r"groups has shape \(3, 1, 1\)"),
     ],
@@ -178,6 +222,7 @@ def test_impossible_evaluations_are_named(function, change, error, message):
         ([[1.0]], ValueError, r"losses has shape \(1, 1\): expected \(N,\), one loss a sample"),
         (1.0, ValueError, r"losses has shape \(\)"),
         ([1.0, math.nan], ValueError, "losses has no value for 1 of 2 samples, the first at 1"),
+        (np.ma.array([1.0, 9.0], mask=[0, 1]), ValueError, "losses has no value for 1 of 2"),
         ([1.0, math.inf], ValueError, r"losses\[1\] is infinite: expected finite losses"),
         (["a"], TypeError, "losses has dtype <U1: expected numbers"),
     ],

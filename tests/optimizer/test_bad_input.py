@@ -179,6 +179,80 @@ def test_numbers_from_numpy_are_the_numbers_that_they_mean(world, name, value):
     assert plain.state_dict()["irw"] == optimizer.state_dict()["irw"]
 
 
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (3, r"state_dict\[.irw.\]=3: expected what state_dict\(\) returned"),
+        ("x", r"state_dict\[.irw.\]='x': expected what"),
+        ({}, r"state_dict\[.irw.\] has no 'steps': expected what"),
+        ({"steps": "7"}, "steps='7': expected a whole number >= 0"),
+        ({"steps": None}, "steps=None: expected a whole number >= 0"),
+        ({"steps": -1}, "steps=-1: expected a whole number >= 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_checkpoint_is_refused_before_the_optimizer_inside_has_it(world, own, message):
+    optimizer = world.wrap()
+    state = {**optimizer.state_dict(), "irw": own}
+    state["param_groups"] = [{**group, "lr": 77.0} for group in state["param_groups"]]
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.steps == 0
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.load_own_state(own)
+    for state in (None, "x"):
+        with pytest.raises(TypeError, match=f"state_dict={state!r}: expected what"):
+            optimizer.load_state_dict(state)
+
+
+def three(losses, gradients, worst_off):
+    return losses[:3]
+
+
+def a_column(losses, gradients, worst_off):
+    return losses[:, None]
+
+
+def their_mean(losses, gradients, worst_off):
+    return losses.mean()
+
+
+def a_mask(losses, gradients, worst_off):
+    return losses > 0
+
+
+def a_number(losses, gradients, worst_off):
+    return 1.0
+
+
+def nothing(losses, gradients, worst_off):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        (three, r"shape \(3,\)"),
+        (a_column, r"shape \(6, 1\)"),
+        (their_mean, r"shape \(\)"),
+        (a_mask, "torch.bool"),
+        (a_number, "float"),
+        (nothing, "NoneType"),
+    ],
+    ids=["three", "column", "mean", "mask", "number", "nothing"],
+)
+def test_what_a_rule_returns_is_checked_by_name(world, rule, told):
+    optimizer = world.wrap(weighting=rule)
+    before = world.snapshot()
+    loss = world.criterion(world.model(world.x), world.y)
+    told = rf"weighting returned {told}: expected scores.* of shape \(6,\)"
+    with pytest.raises((TypeError, ValueError), match=told):
+        loss.backward()
+    assert world.snapshot() == before
+    assert optimizer.steps == 0
+
+
 NOT_NUMBERS = [
     {"alpha": np.True_},
     {"alpha": np.array([0.3])},

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import mlp
@@ -562,7 +563,7 @@ def test_misspelt_arguments_are_refused(parts):
 
 @pytest.mark.parametrize("size", [None, 0, -1, math.inf])
 def test_an_unknown_batch_size_is_refused(parts, size):
-    with pytest.raises(ValueError, match="expected_batch_size="):
+    with pytest.raises((TypeError, ValueError), match="expected_batch_size="):
         IRWDPOptimizer(
             parts["optimizer"],
             irw=CONFIG,
@@ -578,6 +579,39 @@ def test_a_target_epsilon_on_a_spent_budget_is_refused(parts):
     del parts["noise_multiplier"]
     with pytest.raises(DPGuaranteeError, match="accounted for steps already"):
         engine.make_private_with_epsilon(**parts, target_epsilon=1.0, target_delta=1e-5, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("target_epsilon", [0, -1.0, math.nan, math.inf, None, True, "3"]),
+        ("target_delta", [0, 1, 2, 1e6, math.nan, None]),
+        ("epochs", [0, -1, 1.5, None, "2"]),
+        ("epsilon_tolerance", [0, -1.0, 1e-9, math.nan, "x"]),
+        ("data_loader", [3, None]),
+    ],
+)
+def test_a_budget_out_of_range_is_named_before_the_search(parts, name, values):
+    """It would give hardly any noise, or never end."""
+    del parts["noise_multiplier"]
+    parts |= {"target_epsilon": 3.0, "target_delta": 1e-5, "epochs": 2}
+    engine = IRWPrivacyEngine(accountant="rdp")
+    before = footprint(engine, parts)
+    for value in values:
+        with pytest.raises((TypeError, ValueError), match=f"{name}={value!r}: expected"):
+            engine.make_private_with_epsilon(**{**parts, name: value})
+    assert footprint(engine, parts) == before
+    given = {"epochs": np.int64(2), "target_epsilon": np.float32(3.0)}
+    assert engine.make_private_with_epsilon(**{**parts, **given})[1].noise_multiplier > 0
+
+
+@pytest.mark.parametrize("delta", [0, 1, 2.0, -1e-5, math.nan, None, "1e-5"])
+def test_an_impossible_delta_has_no_epsilon(delta):
+    engine = IRWPrivacyEngine(accountant="rdp")
+    engine.accountant.step(noise_multiplier=1.0, sample_rate=0.1)
+    with pytest.raises((TypeError, ValueError), match=f"delta={delta!r}: expected"):
+        engine.get_epsilon(delta=delta)
+    assert engine.get_epsilon(delta=1e-5) > 0
 
 
 def test_opacus_is_not_imported_for_the_error_alone():

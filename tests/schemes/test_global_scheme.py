@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -283,6 +284,37 @@ def test_select_gives_the_weights_of_these_samples():
     assert torch.equal(other.parameters(), training.parameters())
 
 
+@pytest.mark.parametrize("kind", [list, tuple, range, np.array, torch.tensor, torch.ByteTensor])
+def test_select_takes_whole_numbers_of_any_kind(kind):
+    training = Training()
+    x, y = training.data[:BATCH]
+    given = range(BATCH) if kind is range else kind(list(range(BATCH)))
+    training.scheme.select(given)
+    training.step(x, y)
+    held = training.scheme.weights[:BATCH]
+    assert torch.allclose(training.optimizer.last_step.weights, held / held.sum())
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        torch.ones(BATCH, dtype=torch.bool),
+        np.ones(BATCH, dtype=bool),
+        torch.arange(BATCH) + 0.9,
+        torch.arange(BATCH)[:, None],
+        ["a"] * BATCH,
+        None,
+        3,
+    ],
+    ids=["mask", "mask of numpy", "fractions", "column", "words", "none", "number"],
+)
+def test_what_are_no_indices_is_refused_at_the_call(indices):
+    training = Training()
+    with pytest.raises(TypeError, match=r"indices=(?s:.*): expected whole numbers of shape \(B,\)"):
+        training.scheme.select(indices)
+    assert training.scheme.record is None
+
+
 @pytest.mark.parametrize("indices", [[0, N], [-1, 3]], ids=str)
 def test_indices_of_another_data_set_are_refused(indices):
     training = Training()
@@ -489,6 +521,94 @@ def test_draws_of_another_data_set_are_refused_before_anything_changes():
     assert training.scheme._batches == 0
 
 
+def broken_off(**options):
+    """A training in the middle of its first epoch."""
+    training = Training(**options)
+    for number, (x, y) in enumerate(training.scheme):
+        training.step(x, y)
+        if number == 2:
+            break
+    return training
+
+
+@pytest.mark.parametrize("use", ["reweighting", "resampling"])
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ({"loader_options": {"batch_size": BATCH // 2}}, "length=6, and here it is 11"),
+        ({"loader_options": {"batch_size": BATCH + 1}}, "length=6, and here it is 5"),
+        ({"shuffle_seed": 3}, "generators=0, and here it is 1"),
+    ],
+    ids=str,
+)
+def test_the_middle_of_an_epoch_goes_on_in_the_same_batches_alone(use, there, message):
+    if use == "resampling" and "generators" in message:
+        message = "generators="
+    state = broken_off(use=use).scheme.state_dict()
+    other = Training(use=use, **there)
+    with pytest.raises(ValueError, match=f"middle of an epoch with .*{message}"):
+        other.scheme.load_state_dict(state)
+    assert other.scheme.record is None
+    other.epochs(1)
+
+
+def test_batches_of_another_size_are_refused_also_where_there_are_as_many():
+    state = broken_off(loader_options={"batch_size": 12}).scheme.state_dict()
+    with pytest.raises(ValueError, match="batch_size=12, and here it is 11"):
+        Training(loader_options={"batch_size": 11}).scheme.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"record": {"losses": torch.zeros(5)}}, "record.'losses'. has 5 entries: expected 44"),
+        ({"record": {"weights": torch.ones(5)}}, "5 entries but the data set has 44 samples"),
+        ({"sampler": {"seed": "x"}}, "seed='x': expected a whole number"),
+        ({"sampler": {"drawn": None}}, "drawn=None: expected whole numbers"),
+        ({"loader": {"position": "x"}}, "position='x': expected a whole number"),
+        ({"batches": "x"}, "batches='x': expected a whole number"),
+        ({"batches": -1}, "batches=-1: expected a whole number"),
+    ],
+    ids=str,
+)
+def test_a_state_that_is_none_is_refused_before_anything_changes(change, message):
+    state = broken_off(use="resampling").scheme.state_dict()
+    for name, part in change.items():
+        state[name] = {**state[name], **part} if isinstance(part, dict) else part
+    other = Training(use="resampling")
+    with pytest.raises((TypeError, ValueError), match=message):
+        other.scheme.load_state_dict(state)
+    assert (other.scheme.record, other.scheme._batches) == (None, 0)
+    assert torch.equal(other.scheme._sampler.weights, torch.ones(N))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "state_dict has no 'record': expected what state_dict"),
+        (None, "state_dict=None: expected what state_dict"),
+        ({**dict.fromkeys(["record", "batches", "renewed_at", "sampler"]), "loader": {}}, "loader"),
+    ],
+    ids=["empty", "none", "no loader"],
+)
+def test_what_is_no_state_is_refused(state, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Training().scheme.load_state_dict(state)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), 2**70])
+def test_seeds_of_any_integer_type_are_taken(seed):
+    training = Training()
+    drawn = []
+    for _ in range(2):
+        training.scheme.detach()
+        training.scheme = GlobalScheme(
+            training.optimizer, training.loader, use="resampling", seed=seed
+        )
+        drawn.append(training.scheme._sampler.seed)
+    assert drawn[0] == drawn[1]
+
+
 def test_a_state_of_the_other_use_is_refused():
     state = Training().scheme.state_dict()
     with pytest.raises(ValueError, match="expected one with use='resampling'"):
@@ -529,6 +649,11 @@ def test_logical_batches_are_refused():
         ({"use": "magic"}, "use='magic': expected one of 'reweighting', 'resampling'"),
         ({"outlier_block": 0}, "outlier_block=0"),
         ({"batch_size": -3}, "batch_size=-3"),
+        ({"seed": "x"}, "seed='x': expected a whole number"),
+        ({"seed": None, "use": "resampling"}, "seed=None: expected a whole number"),
+        ({"seed": 1.5}, "seed=1.5: expected a whole number"),
+        ({"forward": 3}, "forward=3: expected"),
+        ({"forward": 0}, "forward=0: expected"),
         ({"criterion": max}, "criterion=<built-in function max>"),
         ({"criterion": nn.MSELoss}, r"criterion=MSELoss is a class.*criterion=MSELoss\(\)"),
         ({"criterion": nn.MSELoss(reduction="none")}, "reduction='none'"),
@@ -559,7 +684,7 @@ def test_a_private_optimizer_is_refused():
         max_grad_norm=1.0,
         expected_batch_size=8,
     )
-    with pytest.raises(DPGuaranteeError, match=r"whole data set.*IRWPrivacyEngine"):
+    with pytest.raises(DPGuaranteeError, match=r"void its guarantee.*IRWPrivacyEngine"):
         GlobalScheme(private, training.loader)
 
 

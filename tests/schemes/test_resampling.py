@@ -128,6 +128,28 @@ def test_state_is_resumed():
     assert list(resumed) == expected
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "x"}, "seed='x': expected a whole number"),
+        ({"epoch": -1}, "epoch=-1: expected a whole number >= 0"),
+        ({"drawn": "x"}, "drawn='x': expected whole numbers"),
+        ({"drawn": torch.ones(2)}, "drawn=tensor"),
+    ],
+    ids=str,
+)
+def test_a_wrong_state_is_refused_before_anything_changes(change, message):
+    sampler = ResamplingSampler(WEIGHTS, 30)
+    state = ResamplingSampler(torch.ones(6), 30).state_dict() | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        sampler.load_state_dict(state)
+    assert sampler.weights.equal(WEIGHTS)
+    with pytest.raises(ValueError, match="state_dict has no 'weights'"):
+        sampler.load_state_dict({})
+    with pytest.raises(TypeError, match="epoch='x': expected a whole number"):
+        sampler.set_epoch("x")
+
+
 def test_a_broken_epoch_repeats_its_draws_and_goes_on_by_the_weights_of_now():
     sampler = ResamplingSampler(torch.tensor([1.0, 0.0, 0.0]), 10)
     draws = iter(sampler)
@@ -194,6 +216,11 @@ def test_weights_of_another_data_set_are_refused():
         ({"num_samples": 2.5}, "num_samples=2.5"),
         ({"rank": 1}, "rank=1, world_size=None: expected both or neither"),
         ({"world_size": 2}, "rank=None, world_size=2: expected both or neither"),
+        ({"rank": "0", "world_size": 2}, "rank='0': expected a whole number"),
+        ({"rank": 0.5, "world_size": 2}, "rank=0.5: expected a whole number"),
+        ({"rank": 0, "world_size": 0}, "world_size=0: expected a whole number >= 1"),
+        ({"generator": 3}, "generator=3: expected a torch.Generator or None"),
+        ({"replacement": "x"}, "replacement='x': expected True or False"),
         ({"rank": 2, "world_size": 2}, "rank=2: expected 0 <= rank < world_size=2"),
         ({"num_samples": 4, "replacement": False}, "only 3 weights are positive"),
         ({"replacement": False}, "num_samples=6 without replacement"),

@@ -115,6 +115,20 @@ class TestWithinClasses:
         ]
         assert not sampler.weights[:7].any()
 
+    def test_a_class_that_is_ignored_as_a_whole_is_none(self, data):
+        targets, sexes = LABELS.clone(), np.where(np.arange(N) % 3 == 0, "f", "m")
+        targets[torch.tensor(sexes == "f")] = -100
+        loader = loader_of(TensorDataset(data.tensors[0], targets))
+        sampler = quietly(model_of(), CRITERION, loader, labels=sexes)
+        assert [one.label for one in sampler.classes] == ["m"]
+        assert not sampler.weights.numpy()[sexes == "f"].any()
+
+    @pytest.mark.parametrize("labels", [None, LABELS], ids=["targets", "labels"])
+    def test_nobody_with_a_target_is_refused(self, data, labels):
+        loader = loader_of(TensorDataset(data.tensors[0], torch.full((N,), -100)))
+        with pytest.raises(ValueError, match="all targets are ignored"):
+            quietly(model_of(), CRITERION, loader, labels=labels)
+
     def test_labels_without_within_classes_are_refused(self, data):
         with pytest.raises(ValueError, match="within_classes=True"):
             global_weights(model_of(), CRITERION, loader_of(data), 0.3, labels=LABELS)
