@@ -25,9 +25,8 @@ from irw_optim.optimizer import IRWOptimizer
 from irw_optim.optimizer.options import check_model
 from irw_optim.restored import restored
 from irw_optim.torch_internals import check_whole
-from irw_optim.weighting import Alignment, weigh
+from irw_optim.weighting import Alignment, LocalScheme, StepRecord
 from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.weights import Weights
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _IN_HALF = 5e-2
@@ -140,7 +139,7 @@ def verify(
         repeats: timed rounds; the loop takes B backward passes once.
 
     Raises:
-        TypeError, ValueError: as `IRWOptimizer` does.
+        TypeError, ValueError, FloatingPointError: as `IRWOptimizer` does.
         NotImplementedError: a model under `fully_shard`.
 
     >>> _ = torch.manual_seed(0)
@@ -179,6 +178,7 @@ def verify(
                     "the criterion made no weighted gradient: expected the model in train mode and "
                     "a loss that depends on its parameters"
                 )
+            record.check_finite()
             covered = optimizer.engine.covered_parameters()
             reason = "; ".join({c.reason for c in optimizer.engine.coverings.values()})
             by_rows = optimizer.engine.known.get("row_by_row", False)
@@ -187,7 +187,7 @@ def verify(
             optimizer.detach()
         plain_time, plain_memory = batch.cost(repeats)
     with restored(model, criterion):
-        truth, expected, losses = _by_loop(batch, alpha, outliers)
+        truth, expected = _by_loop(batch, LocalScheme(alpha, Alignment(), outliers))
     with restored(model, criterion):
         again = batch.losses().losses.detach()
     found = [
@@ -199,7 +199,7 @@ def verify(
         "weights": _relative(record.weights, truth.weights),
         "gradient": _relative(_flat(found), _flat(expected.values())),
     }
-    lowest = {t.dtype.to_real() for t in (losses, *batch.parameters)}
+    lowest = {t.dtype.to_real() for t in (truth.losses, *batch.parameters)}
     tolerance = max(_TOLERANCE.get(d, _IN_HALF) for d in lowest)
     return Verification(
         _engines_by_module(model, covered),
@@ -207,10 +207,10 @@ def verify(
         tolerance,
         time / plain_time,
         memory / plain_memory if plain_memory else nan,
-        all(_relative(other, losses) <= tolerance for other in (again, record.losses)),
+        all(_relative(other, truth.losses) <= tolerance for other in (again, record.losses)),
         reason if any(p not in covered for p in batch.parameters) else "",
         plain_time,
-        len(losses) if by_rows else 0,
+        len(again) if by_rows else 0,
     )
 
 
@@ -240,16 +240,14 @@ class _Batch:
         return seconds, peak_bytes(self.step, self.device)
 
 
-def _by_loop(
-    batch: _Batch, alpha: float, outliers: OutlierFilter | None
-) -> tuple[Weights, dict[Tensor, Tensor], Tensor]:
-    """Weights, weighted gradient and losses, sample by sample."""
+def _by_loop(batch: _Batch, scheme: LocalScheme) -> tuple[StepRecord, dict[Tensor, Tensor]]:
+    """Weights and weighted gradient, sample by sample."""
     samples = batch.losses()
-    losses, reached = samples.losses.detach(), set(walk(samples.losses).leaves)
+    reached = set(walk(samples.losses).leaves)
     scored = [p for p in batch.parameters if p in reached]
     rows = AutodiffGradients(samples.losses, scored, {"row_by_row": True})
-    truth = weigh(losses, rows, alpha, Alignment(), outliers=outliers)
-    return truth, rows.combine(truth.weights * samples.scale), losses
+    truth = scheme.decide(samples, rows)
+    return truth, rows.combine(truth.weights * samples.scale)
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:

@@ -83,6 +83,15 @@ class StepRecord(Weights):
         )
         return of_losses or of_scores
 
+    def check_finite(self) -> None:
+        """A FloatingPointError that names `broken_samples`, if there are any."""
+        if broken := self.broken_samples:
+            shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
+            raise FloatingPointError(
+                f"the losses or gradients of {len(broken)} samples are not finite (batch indices "
+                f"{shown}): nothing was updated; look at optimizer.last_step.losses"
+            )
+
     def __str__(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self._summary())
 
