@@ -169,7 +169,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "net_")
         return self.net_.predict_proba(self._checked(X, reset=False))
 
-    def _begin(self, X: Any, n_outputs: int, **options: Any) -> None:
+    def _begin(self, X: Any, n_outputs: int, **options: Any) -> Any:
         """Make a new net; a fit that fails later leaves none behind."""
         self.__dict__.pop("net_", None)
         self._random = check_random_state(self.random_state)
@@ -201,7 +201,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
                 f"{self._meaning}, as by torch.nn.Linear(..., {n_outputs}); a constructor with "
                 "arguments n_features and n_outputs is told both"
             )
-        self.net_ = net
+        return net
 
     def _new(self, name: str, given: Any, told: Mapping[str, Any]) -> Any:
         """What to make module or criterion of: one that is made already is copied."""
@@ -224,9 +224,10 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             ) from error
         return given
 
-    def _train(self, X: Any, y: Any, epochs: int) -> Any:
+    def _train(self, net: Any, X: Any, y: Any, epochs: int) -> Any:
         with self._seeded():
-            self.net_.partial_fit(X, y, epochs=epochs)
+            net.partial_fit(X, y, epochs=epochs)
+        self.net_ = net
         return self
 
     @contextmanager
