@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from irw_optim import IRWOptimizer
+from irw_optim.arguments import real_number
 from irw_optim.remedies._data import ClassLosses, Numbers, Samples
 from irw_optim.schemes import ClassByClassSampler
 from irw_optim.schemes.batch_losses import Forward
@@ -107,7 +108,10 @@ class Training:
             sampler: draws the samples; None shuffles them.
             irw: options of `IRWOptimizer`, which then makes the steps.
         """
-        recipe, steps = self.recipe, max(1, round(share * self.recipe.steps))
+        if objective is not None and irw is not None:
+            raise ValueError("objective and irw are given: expected one of them")
+        recipe, share = self.recipe, real_number("share", share, "(0, 1]")
+        steps = max(1, round(share * recipe.steps))
         torch.manual_seed(self.seed)
         model = recipe.make_model()
         inner = recipe.optimizer(model.parameters())
@@ -154,6 +158,11 @@ class Training:
                 if sampler is None
                 else torch.tensor(list(sampler))
             )
+            if len(order) < size:
+                raise ValueError(
+                    f"sampler={sampler!r} drew {len(order)} samples: expected a batch, {size}, or "
+                    "more"
+                )
             yield from (piece for piece in order.split(size) if len(piece) == size)
 
 
