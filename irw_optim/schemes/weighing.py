@@ -214,9 +214,8 @@ class HeldWeights:
         worst_off, outliers, scores = (
             of_all[indices] for of_all in (record.worst_off, record.outliers, record.scores)
         )
-        return StepRecord(
-            worst_off, outliers, scores, weights, fallback, losses=losses, labels=batch.labels
-        )
+        decided = worst_off, outliers, scores, weights, fallback
+        return StepRecord(*decided, losses=losses, labels=batch.labels, counts=batch.counts)
 
     def over_ranks(self, ranks: Ranks) -> HeldWeights:
         """For the batch of all processes: an all-gather of B indices."""

@@ -57,11 +57,13 @@ class StepRecord(Weights):
         fallback: 0-dim bool: no score was positive, the weights are uniform.
         finite: whether losses and scores are; None where nobody has looked.
         own: bool, this process's samples where B counts those of all ranks.
+        counts: targets of each that the criterion does not ignore; None for equally many.
     """
 
     losses: Tensor = field(kw_only=True)
     labels: Tensor | None = None
     own: Tensor | None = None
+    counts: Tensor | None = None
 
     @property
     def effective_sample_size(self) -> float:
@@ -210,7 +212,8 @@ class LocalScheme:
             removed=removed,
             known=self.known if alone and hasattr(rows, "align") else None,
         )
-        return StepRecord(**vars(decided), losses=losses, labels=batch.labels)
+        told = vars(decided)
+        return StepRecord(**told, losses=losses, labels=batch.labels, counts=batch.counts)
 
 
 class Averaging:
@@ -236,6 +239,7 @@ class Averaging:
             fallback=nobody.any(),
             losses=losses,
             labels=batch.labels,
+            counts=batch.counts,
         )
 
 
