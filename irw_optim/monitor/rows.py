@@ -56,8 +56,17 @@ class Row:
         return cls(state["step"], dict(state["numbers"]), by_kind)
 
 
+def plain(part: Hashable) -> Hashable:
+    """As text what is neither number nor text: dates, intervals."""
+    if isinstance(part, tuple):
+        return tuple(map(plain, part))
+    return part if isinstance(part, str | int | float) else str(part)
+
+
 def _text(part: Hashable) -> str:
-    return ",".join(map(str, part)) if isinstance(part, tuple) else str(part)
+    if isinstance(part, tuple):  # whose values may have a comma
+        return ",".join(str(value).replace(",", "\\,") for value in part)
+    return str(part)
 
 
 class ScalarWriter(Protocol):

@@ -6,8 +6,11 @@ import copy
 import io
 import math
 import pickle
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monitored_runs import majority_and_minority, mlp, train
@@ -327,6 +330,38 @@ def test_arguments_that_are_impossible(options: Any, error: Any, match: str) -> 
     with pytest.raises(error, match=match):
         IRWMonitor(optimizer, **options)
     assert not optimizer._optimizer_step_post_hooks
+
+
+DATES = np.array(["2020-01-01", "2021-01-01"], "datetime64[s]")[GROUPS[:16].numpy()]
+OBJECTS: dict[str, Any] = {
+    "dates": DATES,
+    "decimals": [Decimal(int(g)) / 2 for g in GROUPS[:16]],
+    "fractions beside dates": {"f": [Fraction(1, 3)] * 16, "d": DATES},
+    "truth values": GROUPS[:16] == 1,
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_a_state_is_plain_data_whatever_the_groups_are(kind: str) -> None:
+    model, criterion, optimizer = setting()
+    monitor, file = IRWMonitor(optimizer), io.BytesIO()
+    monitor.groups(OBJECTS[kind])
+    step_on(BATCHES[0], model, criterion, optimizer)
+    torch.save(monitor.state_dict(), file)
+    file.seek(0)
+    again = IRWMonitor(optimizer)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert str(again.rows()) == str(monitor.rows())  # NaN is not NaN
+    assert sum("weight/group" in name for name in again.rows()[0]) == 2
+
+
+def test_groups_whose_values_have_a_comma() -> None:
+    model, criterion, optimizer = setting()
+    monitor = IRWMonitor(optimizer)
+    monitor.groups({"a": ["x,y"] * 4 + ["x"] * 12, "b": ["z"] * 4 + ["y,z"] * 12})
+    step_on(BATCHES[0], model, criterion, optimizer)
+    row = monitor.rows()[0]
+    assert (row[r"samples/group_x\,y,z"], row[r"samples/group_x,y\,z"]) == (0.25, 0.75)
 
 
 def test_what_is_no_irw_optimizer() -> None:
