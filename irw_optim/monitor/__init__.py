@@ -101,12 +101,14 @@ class IRWMonitor(Renewed):
             groups: in the order of the batch, as of `irw_optim.metrics.group_accuracy`.
 
         Raises:
-            ValueError: no groups; by ``step()``, before it changes anything: not the batch's. Only
-                of steps that are recorded.
+            ValueError: groups that do not fit, here or in ``step()``, before anything changes.
         """
         if self._course.due(self.optimizer.steps + 1):
             columns = as_columns(groups)
             check_lengths(**{f"groups[{name!r}]": column for name, column in columns.items()})
+            for name, column in columns.items():
+                if column.dtype.kind not in "biufU":  # dates, say, which are no plain data
+                    columns[name] = column.astype(str)
             self._passes.append(columns)
 
     def log_to(self, logger: Logger) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from irw_optim.metrics._groups import intersect
-from irw_optim.monitor.rows import Array, Breakdown, Row, plain
+from irw_optim.monitor.rows import Array, Breakdown, Row
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.weighing import HeldWeights
 from irw_optim.weighting import StepRecord, worst_off_count
@@ -129,7 +129,7 @@ def by_group(batch: Batch, groups: Mapping[str, Array]) -> Breakdown:
         outliers / size,
         losses / size,
     ]
-    return Breakdown(tuple(map(plain, parts)), np.stack(columns, axis=1))
+    return Breakdown(tuple(parts), np.stack(columns, axis=1))
 
 
 def groups_of(given: Sequence[Mapping[str, Array]], record: StepRecord) -> dict[str, Array]:

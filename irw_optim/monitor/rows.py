@@ -56,17 +56,9 @@ class Row:
         return cls(state["step"], dict(state["numbers"]), by_kind)
 
 
-def plain(part: Hashable) -> Hashable:
-    """As text what is neither number nor text: dates, intervals."""
-    if isinstance(part, tuple):
-        return tuple(map(plain, part))
-    return part if isinstance(part, str | int | float) else str(part)
-
-
 def _text(part: Hashable) -> str:
-    if isinstance(part, tuple):  # whose values may have a comma
-        return ",".join(str(value).replace(",", "\\,") for value in part)
-    return str(part)
+    values = [str(v).replace(",", "\\,") for v in part] if isinstance(part, tuple) else [str(part)]
+    return ",".join(values)
 
 
 class ScalarWriter(Protocol):

@@ -128,9 +128,9 @@ def compare_remedies(
         if find_spec(needed) is None:
             raise ImportError(f'compare_remedies needs {needed}: pip install "irw-optim[report]"')
     chosen = _chosen(remedies)
-    asked = list(seeds if isinstance(seeds, Iterable) else range(as_whole(seeds) or 0))
-    numbers = [number for number in map(as_whole, asked) if number is not None]
-    if not numbers or len({*numbers}) != len(asked):
+    asked = seeds if isinstance(seeds, Iterable) else range(as_whole(seeds) or 0)
+    numbers: list[Any] = list(map(as_whole, asked))
+    if not numbers or len({*numbers} - {None}) < len(numbers):
         raise ValueError(f"seeds={seeds!r}: expected how many, >= 1, or different whole numbers")
     epochs = whole_number("epochs", epochs, 1)
     batch_size = whole_number("batch_size", batch_size, 1)
@@ -155,8 +155,8 @@ def compare_remedies(
         steps = epochs * max(1, len(people) // batch_size)
         of = "the parameters, such as functools.partial(torch.optim.SGD, lr=0.1)"
         made = _made("optimizer", optimizer, of, model.parameters())
-        IRWOptimizer(made, alpha=1.0, model=model).detach()  # which refuses what it cannot step
-        if scheduler is not None:
+        IRWOptimizer(made, alpha=alpha, model=model).detach()
+        if scheduler:
             _made("scheduler", scheduler, "optimizer and steps, or None", made, steps)
         for name, found in (("train", labels), ("validation", truth)):
             if len(found.unique()) < 2:
@@ -248,8 +248,7 @@ def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, 
     for name, remedy in remedies.items():
         if name == ORACLE or not callable(remedy):
             raise TypeError(
-                f"remedies[{name!r}]={remedy!r}: expected a function of a Training, and another "
-                f"name than {ORACLE!r}"
+                f"remedies[{name!r}]={remedy!r}: expected a function of a Training, not {ORACLE!r}"
             )
     return {PLAIN: REMEDIES[PLAIN], **remedies}
 
@@ -259,9 +258,7 @@ def _made(name: str, make: Any, of: str, *given: Any) -> Any:
         made = make(*given)
         assert callable(made.step)
     except Exception as error:
-        raise TypeError(
-            f"{name}={make!r} makes none ({error}): expected a function of {of}"
-        ) from error
+        raise TypeError(f"{name}={make!r} ({error}): expected a function of {of}") from error
     return made
 
 

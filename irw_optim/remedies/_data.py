@@ -59,7 +59,7 @@ class Samples:
             self.options = dict(options)
             self.loader()
         except (TypeError, ValueError) as error:
-            raise ValueError(f"loader_options={options!r} make no DataLoader: {error}") from error
+            raise ValueError(f"loader_options={options!r}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.dataset)

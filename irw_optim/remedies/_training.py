@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -40,10 +40,8 @@ class Fitted(NamedTuple):
     held: bool = False
 
 
-class Remedy(Protocol):
-    """Gives a trained model, nearly always by `Training.fit`."""
-
-    def __call__(self, training: Training, /) -> Fitted | nn.Module: ...
+Remedy: TypeAlias = "Callable[[Training], Fitted | nn.Module]"
+"""Gives a trained model, nearly always by `Training.fit`."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,8 @@ class Training:
             sampler: draws the samples; None shuffles them.
             irw: options of `IRWOptimizer`, which then makes the steps.
         """
-        if objective is not None and irw is not None:
-            raise ValueError("objective and irw are given: expected one of them")
+        if objective and irw:
+            raise ValueError("objective and irw: expected one of them")
         recipe, share = self.recipe, real_number("share", share, "(0, 1]")
         steps = max(1, round(share * recipe.steps))
         torch.manual_seed(self.seed)
@@ -153,16 +151,11 @@ class Training:
         generator = torch.Generator().manual_seed(self.seed)
         size = min(self.recipe.batch_size, len(self.samples))
         while True:
-            order = (
-                torch.randperm(len(self.samples), generator=generator)
-                if sampler is None
-                else torch.tensor(list(sampler))
-            )
+            order = torch.randperm(len(self.samples), generator=generator)
+            if sampler is not None:
+                order = torch.tensor(list(sampler))
             if len(order) < size:
-                raise ValueError(
-                    f"sampler={sampler!r} drew {len(order)} samples: expected a batch, {size}, or "
-                    "more"
-                )
+                raise ValueError(f"sampler drew {len(order)} samples: expected a batch of {size}")
             yield from (piece for piece in order.split(size) if len(piece) == size)
 
 

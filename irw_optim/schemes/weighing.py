@@ -50,6 +50,7 @@ from irw_optim.weighting import (
     StepRecord,
     normalise,
     present_of,
+    refuse_broken,
     worst_off_count,
 )
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
@@ -182,12 +183,7 @@ def _outliers_in_blocks(
 
 def _check_finite(values: Tensor, what: str) -> None:
     broken = (~values.isfinite()).nonzero().flatten().tolist()
-    if broken:
-        named = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
-        raise FloatingPointError(
-            f"the {what} of {len(broken)} samples are not finite (dataset indices {named}): "
-            "look at these, or at the model's parameters"
-        )
+    refuse_broken(what, "dataset", broken, "look at these, or at the model's parameters")
 
 
 @dataclass(eq=False)

@@ -87,12 +87,10 @@ class StepRecord(Weights):
 
     def check_finite(self) -> None:
         """A FloatingPointError that names `broken_samples`, if there are any."""
-        if broken := self.broken_samples:
-            shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
-            raise FloatingPointError(
-                f"the losses or gradients of {len(broken)} samples are not finite (batch indices "
-                f"{shown}): nothing was updated; look at optimizer.last_step.losses"
-            )
+        refuse_broken(
+            *("losses or gradients", "batch", self.broken_samples),
+            "nothing was updated; look at optimizer.last_step.losses",
+        )
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self._summary())
@@ -115,6 +113,15 @@ class StepRecord(Weights):
             ("effective sample size", f"{self.effective_sample_size:.1f}"),
             ("uniform for want of a score", "yes" if bool(self.fallback) else "no"),
         ]
+
+
+def refuse_broken(what: str, of: str, broken: list[int], then: str) -> None:
+    """A FloatingPointError that names the broken samples, if there are any."""
+    if broken:
+        shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
+        raise FloatingPointError(
+            f"the {what} of {len(broken)} samples are not finite ({of} indices {shown}): {then}"
+        )
 
 
 class Scheme(Protocol):
