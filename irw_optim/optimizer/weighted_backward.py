@@ -218,7 +218,8 @@ class WeightedBackward(Renewed):
             of = self.parameters if parameters is None else parameters
             self.ready = check_unrecorded(of, self.engine.model, self.passed)
         for record in self.pending:
-            record.check_finite()
+            if not record.finite:
+                record.check_finite()
 
     def step_taken(self) -> None:
         """Count the step, unless it was skipped or on no weighted gradient."""

@@ -38,7 +38,6 @@ ROOMS = {
     "distributed",
     "errors",
     "gradients",
-    "measure",
     "model_check",
     "notebook",
     "optimizer",
