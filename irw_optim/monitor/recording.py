@@ -42,10 +42,7 @@ def row_of(
     held_for: int | None,
     passes: Sequence[Mapping[str, Array]],
 ) -> Row | None:
-    """The row of the step that the optimizer just took; None where nobody has a target.
-
-    ``passes`` has the groups of each backward pass, oldest first; a ValueError if they do not fit.
-    """
+    """The row of the step just taken, with `groups_of` passes; None where nobody has a target."""
     batch, scheme = read(record, gradient_norm(optimizer)), optimizer.scheme
     counted = batch.counts > 0
     own = np.ones_like(counted) if record.own is None else record.own.cpu().numpy()

@@ -248,7 +248,8 @@ def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, 
     for name, remedy in remedies.items():
         if name == ORACLE or not callable(remedy):
             raise TypeError(
-                f"remedies[{name!r}]={remedy!r}: expected a function of a Training, not {ORACLE!r}"
+                f"remedies[{name!r}]={remedy!r}: expected a function of a Training, and a name "
+                f"other than {ORACLE!r}"
             )
     return {PLAIN: REMEDIES[PLAIN], **remedies}
 

@@ -85,7 +85,7 @@ IN_BATCHES: dict[str, Any] = {
 }
 
 
-class Reweighted:
+class Reweighted(NeuralNet):  # type: ignore[misc]
     """A net of skorch whose optimizer is wrapped."""
 
     def __init__(self, *args: Any, irw: dict[str, Any], **options: Any) -> None:
@@ -93,13 +93,9 @@ class Reweighted:
         self.irw = irw
 
     def initialize_optimizer(self, *args: Any, **options: Any) -> Any:
-        super().initialize_optimizer(*args, **options)  # type: ignore[misc]
-        self.optimizer_: Any = IRWOptimizer(
-            self.optimizer_,
-            model=self.module_,  # type: ignore[attr-defined]
-            criterion=self.criterion_,  # type: ignore[attr-defined]
-            **self.irw,
-        )
+        super().initialize_optimizer(*args, **options)
+        own = {"model": self.module_, "criterion": self.criterion_, **self.irw}
+        self.optimizer_: Any = IRWOptimizer(self.optimizer_, **own)
         return self
 
 

@@ -90,7 +90,7 @@ BAD = {
     "remedy": ({"remedies": {"mine": 1}}, "remedies\\['mine'\\]=1"),
     "the oracle's name": (
         {"remedies": {"groups known (oracle)": REMEDIES["plain"]}},
-        "expected a function of a Training, not 'groups known",
+        "a name other than 'groups known",
     ),
     "options": ({"loader_options": {"nope": 1}}, r"loader_options=\{'nope': 1\}.*'nope'"),
     "no options": ({"loader_options": 3}, "loader_options=3"),
