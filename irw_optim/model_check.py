@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from math import nan
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,18 +22,15 @@ from irw_optim.criterion.attached import check_unattached
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.protocol import as_vector
-from irw_optim.measure import median_seconds, peak_bytes
 from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.optimizer.options import check_model
 from irw_optim.restored import restored
 from irw_optim.torch_internals import check_whole
-from irw_optim.weighting import Alignment, weigh
+from irw_optim.weighting import Alignment, LocalScheme, StepRecord
 from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.weights import Weights
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_IN_HALF = 5e-2
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # and 0.05 in half precision
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def verify(
         repeats: timed rounds; the loop takes B backward passes once.
 
     Raises:
-        TypeError, ValueError: as `IRWOptimizer` does.
+        TypeError, ValueError, FloatingPointError: as `IRWOptimizer` does.
         NotImplementedError: a model under `fully_shard`.
 
     >>> _ = torch.manual_seed(0)
@@ -161,24 +161,23 @@ def verify(
     check_unattached(criterion)  # or the optimizer that has it would lose it
     batch = _Batch(model, inputs, targets, criterion)
     with restored(model, criterion):
-        optimizer = IRWOptimizer(
-            torch.optim.SGD(batch.parameters, lr=0.0),
-            alpha=alpha,
-            model=model,
-            criterion=criterion,
-            outliers=outliers,
-            engine=engine,
-        )
+        options: Any = {"criterion": criterion, "outliers": outliers, "engine": engine}
+        inner = torch.optim.SGD(batch.parameters, lr=0.0)
+        optimizer = IRWOptimizer(inner, alpha=alpha, model=model, **options)
         try:
             with restored(model, criterion):
                 batch.step()
-                gradients: dict[Tensor, Tensor | None] = {p: p.grad for p in batch.parameters}
+                gradients: dict[Tensor, Tensor] = {
+                    p: torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
+                    for p in batch.parameters
+                }
             record = optimizer.last_step
             if record is None:
                 raise RuntimeError(
                     "the criterion made no weighted gradient: expected the model in train mode and "
                     "a loss that depends on its parameters"
                 )
+            record.check_finite()
             covered = optimizer.engine.covered_parameters()
             reason = "; ".join({c.reason for c in optimizer.engine.coverings.values()})
             by_rows = optimizer.engine.known.get("row_by_row", False)
@@ -187,30 +186,26 @@ def verify(
             optimizer.detach()
         plain_time, plain_memory = batch.cost(repeats)
     with restored(model, criterion):
-        truth, expected, losses = _by_loop(batch, alpha, outliers)
+        truth, expected = _by_loop(batch, LocalScheme(alpha, Alignment(), outliers))
     with restored(model, criterion):
         again = batch.losses().losses.detach()
-    found = [
-        torch.zeros_like(g) if (own := gradients[p]) is None else own.to_dense()
-        for p, g in expected.items()
-    ]
     errors = {
         "scores": _relative(record.scores, truth.scores),
         "weights": _relative(record.weights, truth.weights),
-        "gradient": _relative(_flat(found), _flat(expected.values())),
+        "gradient": _relative(_flat(gradients[p] for p in expected), _flat(expected.values())),
     }
-    lowest = {t.dtype.to_real() for t in (losses, *batch.parameters)}
-    tolerance = max(_TOLERANCE.get(d, _IN_HALF) for d in lowest)
+    lowest = {t.dtype.to_real() for t in (truth.losses, *batch.parameters)}
+    tolerance = max(_TOLERANCE.get(d, 0.05) for d in lowest)
     return Verification(
         _engines_by_module(model, covered),
         errors,
         tolerance,
         time / plain_time,
         memory / plain_memory if plain_memory else nan,
-        all(_relative(other, losses) <= tolerance for other in (again, record.losses)),
+        all(_relative(other, truth.losses) <= tolerance for other in (again, record.losses)),
         reason if any(p not in covered for p in batch.parameters) else "",
         plain_time,
-        len(losses) if by_rows else 0,
+        len(again) if by_rows else 0,
     )
 
 
@@ -236,20 +231,24 @@ class _Batch:
         self.criterion(self.output(), self.targets).backward()
 
     def cost(self, repeats: int) -> tuple[float, int]:
-        (seconds,) = median_seconds([self.step], repeats, device=self.device)
-        return seconds, peak_bytes(self.step, self.device)
+        times = []
+        for _ in range(repeats + 1):
+            wait(self.device)
+            start = perf_counter()
+            self.step()
+            wait(self.device)
+            times.append(perf_counter() - start)
+        return median(times[1:]), peak_bytes(self.step, self.device)
 
 
-def _by_loop(
-    batch: _Batch, alpha: float, outliers: OutlierFilter | None
-) -> tuple[Weights, dict[Tensor, Tensor], Tensor]:
-    """Weights, weighted gradient and losses, sample by sample."""
+def _by_loop(batch: _Batch, scheme: LocalScheme) -> tuple[StepRecord, dict[Tensor, Tensor]]:
+    """Weights and weighted gradient, sample by sample."""
     samples = batch.losses()
-    losses, reached = samples.losses.detach(), set(walk(samples.losses).leaves)
+    reached = set(walk(samples.losses).leaves)
     scored = [p for p in batch.parameters if p in reached]
     rows = AutodiffGradients(samples.losses, scored, {"row_by_row": True})
-    truth = weigh(losses, rows, alpha, Alignment(), outliers=outliers)
-    return truth, rows.combine(truth.weights * samples.scale), losses
+    truth = scheme.decide(samples, rows)
+    return truth, rows.combine(truth.weights * samples.scale)
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -269,3 +268,32 @@ def _engines_by_module(model: nn.Module, covered: set[Tensor]) -> dict[str, str]
         if kinds := {"ghost" if p in covered else "autodiff" for p in own}:
             engines[name or "(the model itself)"] = " and ".join(sorted(kinds, reverse=True))
     return engines
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device | str | None = None) -> int:
+    """The most bytes of tensors that one call holds at once on a device, beyond what stays."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    step()
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()  # the profiler may miss, or not, that something older is freed: in here alone
+        with torch.profiler.record_function("irw_optim: measured"):
+            step()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    start = next(e.start_ns() for e in events if e.name() == "irw_optim: measured")
+    memory = (e.nbytes() for e in events if e.name() == "[memory]" and e.start_ns() >= start)
+    held: list[int] = list(accumulate(memory, initial=0))
+    return max(held) - min(held)
+
+
+def wait(device: torch.device) -> None:
+    """Until it has done what it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

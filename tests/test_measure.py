@@ -2,7 +2,7 @@
 
 import torch
 
-from irw_optim.measure import peak_bytes
+from irw_optim.model_check import peak_bytes
 
 MEGA = 2**20  # bytes
 

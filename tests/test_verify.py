@@ -14,7 +14,7 @@ from models import mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irw_optim import IRWOptimizer, PerSampleLoss, verify
+from irw_optim import DBSCANFilter, IRWOptimizer, PerSampleLoss, verify
 from irw_optim.restored import restored
 
 
@@ -135,6 +135,23 @@ def test_everything_is_as_it_was(case):
 def test_an_impossible_number_of_rounds_is_named(repeats):
     with pytest.raises((TypeError, ValueError), match=f"repeats={repeats!r}: expected a whole"):
         verify(nn.Linear(6, 3), *batch(), nn.CrossEntropyLoss(), repeats=repeats)
+
+
+@pytest.mark.parametrize("outliers", [None, DBSCANFilter()])
+def test_samples_without_a_target_are_in_neither(outliers):
+    x, y = batch()
+    y[3:] = -100
+    report = verify(mlp(6, 5, 3), x, y, nn.CrossEntropyLoss(), outliers=outliers, repeats=1)
+    assert report.exact, str(report)
+
+
+def test_samples_that_are_not_finite_are_named_as_by_the_optimizer():
+    x, y = batch()
+    x[3] = math.nan
+    model = nn.Linear(6, 3)
+    with pytest.raises(FloatingPointError, match=r"1 samples are not finite \(batch indices 3\)"):
+        verify(model, x, y, nn.CrossEntropyLoss(), repeats=1)
+    assert verify(model, *batch(), nn.CrossEntropyLoss(), repeats=1).exact  # and detached
 
 
 def test_what_cannot_be_repeated_is_told():

@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks import report
 from benchmarks.cost.neighbours import ALPHA, METHODS, Step
 from benchmarks.models import BATCHES, LENGTHS, TABLE, Work, small_mlp, transformer
-from irw_optim.measure import median_seconds, peak_bytes
+from irw_optim.model_check import peak_bytes, wait
 
 COLUMNS = ("work", "method", "milliseconds", "time", "memory", "fails")
 
@@ -38,6 +38,26 @@ def makers(
     """Steps of a piece of work, whose model may be changed first."""
     x, y = (t.to(device) for t in work.batch())
     return {m: lambda m=m: METHODS[m](changed(work.build().to(device)), x, y) for m in methods}
+
+
+def median_seconds(
+    steps: Sequence[Step], repeats: int, inner: int, device: torch.device
+) -> list[float]:
+    """Median time of each step, taken in turns so that a slower machine slows all alike.
+
+    Of ``repeats`` rounds of ``inner`` calls, after one.
+    """
+    times: list[list[float]] = [[] for _ in steps]
+    for round_ in range(repeats + 1):
+        for step, taken in zip(steps, times, strict=True):
+            wait(device)
+            start = time.perf_counter()
+            for _ in range(inner):
+                step()
+            wait(device)
+            if round_:
+                taken.append((time.perf_counter() - start) / inner)
+    return [statistics.median(taken) for taken in times]
 
 
 def ready(makers: Makers) -> tuple[dict[str, Step], dict[str, str]]:

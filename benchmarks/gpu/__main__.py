@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import report
-from benchmarks.cost.neighbours import ALPHA
+from benchmarks.cost.neighbours import ALPHA, Step
 from benchmarks.cost.steps import Makers, makers, measured, table
 from benchmarks.models import TABLE
 from benchmarks.zoo.entry import Entry
 from benchmarks.zoo.measuring import Loop
 from benchmarks.zoo.registry import named
-from irw_optim.measure import Step
 
 NO_CARD = (
     "no CUDA device: torch.cuda.is_available() is False, so nothing was measured. On a machine "

@@ -18,10 +18,10 @@ from time import process_time
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cost.neighbours import ALPHA
+from benchmarks.cost.neighbours import ALPHA, Step
 from benchmarks.zoo.entry import Batch, Entry
 from irw_optim import IRWOptimizer
-from irw_optim.measure import Step, peak_bytes
+from irw_optim.model_check import peak_bytes
 
 WARM_UP = 9
 FEWEST, MOST = 7, 1000

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from irw_optim.arguments import whole_number
 from irw_optim.attachments import Removable, Renewed, remove_all
-from irw_optim.metrics._groups import GroupsLike
-from irw_optim.monitor.recording import WeightAge, row_of
-from irw_optim.monitor.rows import Course, Logger, Row, send
+from irw_optim.metrics._groups import GroupsLike, as_columns, check_lengths
+from irw_optim.monitor.recording import WeightAge, groups_of, row_of
+from irw_optim.monitor.rows import Array, Course, Logger, Row, send
 from irw_optim.monitor.signatures import Finding, diagnose
 from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
@@ -87,7 +87,7 @@ class IRWMonitor(Renewed):
     def begin(self) -> None:
         """Set what copies, which go with the copy of the optimizer, do not carry, and listen."""
         self._loggers: list[Logger] = []
-        self._passes: deque[GroupsLike] = deque(maxlen=self.optimizer.accumulation_steps)
+        self._passes: deque[dict[str, Array]] = deque(maxlen=self.optimizer.accumulation_steps)
         self._handles: list[Removable] = []
         finalize(self, remove_all, self._handles).atexit = False
         self._listen()
@@ -99,8 +99,17 @@ class IRWMonitor(Renewed):
 
         Args:
             groups: in the order of the batch, as of `irw_optim.metrics.group_accuracy`.
+
+        Raises:
+            ValueError: groups that do not fit, here or in ``step()``, before anything changes.
         """
-        self._passes.append(groups)
+        if self._course.due(self.optimizer.steps + 1):
+            columns = as_columns(groups)
+            check_lengths(**{f"groups[{name!r}]": column for name, column in columns.items()})
+            for name, column in columns.items():
+                if column.dtype.kind not in "biufU":  # dates, say, which are no plain data
+                    columns[name] = column.astype(str)
+            self._passes.append(columns)
 
     def log_to(self, logger: Logger) -> None:
         """Give a logger the rows so far and, until `detach`, every row when it is made.
@@ -218,6 +227,10 @@ class IRWMonitor(Renewed):
 
     def _before_step(self) -> None:
         self._steps_before = self.optimizer.steps
+        given, pending = list(self._passes), self.optimizer._weighted.pending
+        if given and pending:
+            self._passes.clear()
+            self._passes.append(groups_of(given, pending[-1]))
 
     def _after_step(self) -> None:
         passes = list(self._passes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from irw_optim.metrics._groups import GroupsLike, as_columns, intersect
+from irw_optim.metrics._groups import intersect
 from irw_optim.monitor.rows import Array, Breakdown, Row
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.weighing import HeldWeights
@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     worst_off: Array
     outliers: Array
     weights: Array
+    counts: Array
     fallback: float
     gradient_norm: float
     labels: Array | None
@@ -39,20 +40,13 @@ def row_of(
     optimizer: IRWOptimizer,
     record: StepRecord,
     held_for: int | None,
-    passes: Sequence[GroupsLike],
+    passes: Sequence[Mapping[str, Array]],
 ) -> Row | None:
-    """The row of the step that the optimizer just took; None where nobody has a target.
-
-    ``passes`` has the groups of each backward pass, oldest first; a ValueError if they do not fit.
-    """
+    """The row of the step just taken, with `groups_of` passes; None where nobody has a target."""
     batch, scheme = read(record, gradient_norm(optimizer)), optimizer.scheme
-    counted = own = np.ones(len(batch.losses), dtype=bool)
-    if record.own is not None:  # of several processes, whose samples the record holds
-        own = record.own.cpu().numpy()
-    groups = groups_of(passes, int(own.sum())) if passes else None
-    ignored = getattr(optimizer.criterion, "ignore_index", None)
-    if batch.labels is not None and ignored is not None:
-        counted = np.asarray(batch.labels != ignored)
+    counted = batch.counts > 0
+    own = np.ones_like(counted) if record.own is None else record.own.cpu().numpy()
+    groups = groups_of(passes, record) if passes else None
     batch, mine, mine_counted = batch.part(counted), batch.part(own & counted), counted[own]
     if not len(batch.losses):
         return None
@@ -80,13 +74,13 @@ def row_of(
 def read(record: StepRecord, gradient_norm: Tensor) -> Batch:
     """A record on the CPU, float32, waiting for the device once (twice with labels)."""
     like = record.losses
-    vectors = [record.losses, record.worst_off, record.outliers, record.weights]
-    vectors += [v.to(like.device).expand_as(like) for v in (record.fallback, gradient_norm)]
-    losses, worst_off, outliers, weights, fallback, norm = (
-        torch.stack([v.float() for v in vectors]).cpu().numpy()
-    )
+    counts = torch.ones_like(like) if record.counts is None else record.counts
+    vectors = [like, record.worst_off, record.outliers, record.weights]
+    vectors += [v.to(like.device).expand_as(like) for v in (counts, record.fallback, gradient_norm)]
+    *each, fallback, norm = torch.stack([v.float() for v in vectors]).cpu().numpy()
     labels = None if record.labels is None else record.labels.cpu().numpy()
-    return Batch(losses, worst_off, outliers, weights, float(fallback[0]), float(norm[0]), labels)
+    fields: Any = [*each, float(fallback[0]), float(norm[0]), labels]
+    return Batch(*fields)
 
 
 def summarise(batch: Batch, alpha: float) -> dict[str, float]:
@@ -135,9 +129,9 @@ def by_group(batch: Batch, groups: Mapping[str, Array]) -> Breakdown:
     return Breakdown(tuple(parts), np.stack(columns, axis=1))
 
 
-def groups_of(passes: Sequence[GroupsLike], size: int) -> dict[str, Array]:
-    """The groups of the newest passes that have ``size`` samples together, by column."""
-    given = [as_columns(groups) for groups in passes]
+def groups_of(given: Sequence[Mapping[str, Array]], record: StepRecord) -> dict[str, Array]:
+    """The groups of the newest passes that have this process's samples together, by column."""
+    size = len(record.losses) if record.own is None else int(record.own.sum())
     lengths = [len(next(iter(columns.values()))) for columns in given]
     first = len(given)
     while first and sum(lengths[first:]) < size:

@@ -57,7 +57,8 @@ class Row:
 
 
 def _text(part: Hashable) -> str:
-    return ",".join(map(str, part)) if isinstance(part, tuple) else str(part)
+    values = [str(v).replace(",", "\\,") for v in part] if isinstance(part, tuple) else [str(part)]
+    return ",".join(values)
 
 
 class ScalarWriter(Protocol):

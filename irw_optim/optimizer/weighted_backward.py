@@ -218,12 +218,8 @@ class WeightedBackward(Renewed):
             of = self.parameters if parameters is None else parameters
             self.ready = check_unrecorded(of, self.engine.model, self.passed)
         for record in self.pending:
-            if not record.finite and (broken := record.broken_samples):
-                shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
-                raise FloatingPointError(
-                    f"the losses or gradients of {len(broken)} samples are not finite (batch "
-                    f"indices {shown}): nothing was updated; look at optimizer.last_step.losses"
-                )
+            if not record.finite:
+                record.check_finite()
 
     def step_taken(self) -> None:
         """Count the step, unless it was skipped or on no weighted gradient."""

@@ -21,7 +21,7 @@ from irw_optim.arguments import as_whole, whole_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._groups import ArrayLike, GroupsLike
 from irw_optim.notebook import progress_bar
-from irw_optim.optimizer.options import check_inner
+from irw_optim.optimizer import IRWOptimizer
 from irw_optim.remedies._comparison import Comparison
 from irw_optim.remedies._data import (
     Data,
@@ -128,10 +128,10 @@ def compare_remedies(
         if find_spec(needed) is None:
             raise ImportError(f'compare_remedies needs {needed}: pip install "irw-optim[report]"')
     chosen = _chosen(remedies)
-    asked = list(seeds if isinstance(seeds, Iterable) else range(as_whole(seeds) or 0))
-    numbers = [number for number in map(as_whole, asked) if number is not None]
-    if not numbers or len(numbers) != len(asked):
-        raise ValueError(f"seeds={seeds!r}: expected how many, >= 1, or a list of whole numbers")
+    asked = seeds if isinstance(seeds, Iterable) else range(as_whole(seeds) or 0)
+    numbers: list[Any] = list(map(as_whole, asked))
+    if not numbers or len({*numbers} - {None}) < len(numbers):
+        raise ValueError(f"seeds={seeds!r}: expected how many, >= 1, or different whole numbers")
     epochs = whole_number("epochs", epochs, 1)
     batch_size = whole_number("batch_size", batch_size, 1)
     n_clusters = whole_number("n_clusters", n_clusters, 1)
@@ -152,14 +152,19 @@ def compare_remedies(
         outputs, labels = people.read(model)
         classes = logits_of(outputs[:1], criterion).shape[1]
         truth = judged.read(model)[1]
-        _check_optimizer(optimizer, scheduler, model)
-        if len(labels.unique()) < 2:
-            raise ValueError("train has a single class: expected two or more")
+        steps = epochs * max(1, len(people) // batch_size)
+        of = "the parameters, such as functools.partial(torch.optim.SGD, lr=0.1)"
+        made = _made("optimizer", optimizer, of, model.parameters())
+        IRWOptimizer(made, alpha=alpha, model=model).detach()
+        if scheduler:
+            _made("scheduler", scheduler, "optimizer and steps, or None", made, steps)
+        for name, found in (("train", labels), ("validation", truth)):
+            if len(found.unique()) < 2:
+                raise ValueError(f"{name} has a single class: expected two or more")
         inputs = judged.inputs(needed=clusters is None)
         cluster = cluster_numbers(inputs, clusters, n_clusters, judged)
         named = None if groups is None else group_names(groups, judged)
         judge = Judge(truth, cluster, named, min_cell)
-        steps = epochs * max(1, len(people) // batch_size)
         recipe = Recipe(make_model, criterion, optimizer, scheduler, steps, batch_size, forward)
         trainings = [Training(recipe, people, labels, classes, seed, alpha) for seed in numbers]
         rare = min(truth.unique().tolist(), key=lambda label: int((labels == label).sum()))
@@ -212,6 +217,8 @@ def _train_all(
                 fitted = remedy(training)
                 seconds = time.perf_counter() - started + training.spared
                 fitted = fitted if isinstance(fitted, Fitted) else Fitted(fitted)
+                if not isinstance(fitted.model, nn.Module):
+                    raise TypeError(f"remedies[{name!r}] gave {fitted.model!r}: expected a model")
                 logits, of_train = (_decided(some, fitted) for some in (judged, training.samples))
                 measured = {
                     "effective share": fitted.effective_share,
@@ -239,24 +246,21 @@ def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, 
             )
         remedies = {name: REMEDIES[name] for name in asked}
     for name, remedy in remedies.items():
-        if not callable(remedy):
-            raise TypeError(f"remedies[{name!r}]={remedy!r}: expected a function of a Training")
+        if name == ORACLE or not callable(remedy):
+            raise TypeError(
+                f"remedies[{name!r}]={remedy!r}: expected a function of a Training, and a name "
+                f"other than {ORACLE!r}"
+            )
     return {PLAIN: REMEDIES[PLAIN], **remedies}
 
 
-def _check_optimizer(optimizer: Any, scheduler: Any, model: nn.Module) -> None:
+def _made(name: str, make: Any, of: str, *given: Any) -> Any:
     try:
-        made = optimizer(model.parameters())
+        made = make(*given)
+        assert callable(made.step)
     except Exception as error:
-        raise TypeError(
-            f"optimizer={optimizer!r} does not take the parameters ({error}): expected a function "
-            "such as functools.partial(torch.optim.SGD, lr=0.1)"
-        ) from error
-    if scheduler is not None and not callable(scheduler):
-        raise TypeError(
-            f"scheduler={scheduler!r}: expected a function of optimizer and steps, or None"
-        )
-    check_inner(made)
+        raise TypeError(f"{name}={make!r} ({error}): expected a function of {of}") from error
+    return made
 
 
 def _decided(samples: Samples, fitted: Fitted) -> Tensor:

@@ -43,7 +43,7 @@ class Samples:
         options: Mapping[str, Any],
         forward: Forward | None = None,
     ) -> None:
-        self.name, self.options = name, dict(options)
+        self.name = name
         self.criterion, self.forward = criterion, forward
         if isinstance(data, tuple):
             data = _from_arrays(name, data, model, criterion)
@@ -55,6 +55,11 @@ class Samples:
         self.dataset: Any = data
         if not len(self):
             raise ValueError(f"{name} is empty: expected at least one sample")
+        try:
+            self.options = dict(options)
+            self.loader()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"loader_options={options!r}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from irw_optim import IRWOptimizer
+from irw_optim.arguments import real_number
 from irw_optim.remedies._data import ClassLosses, Numbers, Samples
 from irw_optim.schemes import ClassByClassSampler
 from irw_optim.schemes.batch_losses import Forward
@@ -39,10 +40,8 @@ class Fitted(NamedTuple):
     held: bool = False
 
 
-class Remedy(Protocol):
-    """Gives a trained model, nearly always by `Training.fit`."""
-
-    def __call__(self, training: Training, /) -> Fitted | nn.Module: ...
+Remedy: TypeAlias = "Callable[[Training], Fitted | nn.Module]"
+"""Gives a trained model, nearly always by `Training.fit`."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,10 @@ class Training:
             sampler: draws the samples; None shuffles them.
             irw: options of `IRWOptimizer`, which then makes the steps.
         """
-        recipe, steps = self.recipe, max(1, round(share * self.recipe.steps))
+        if objective and irw:
+            raise ValueError("objective and irw: expected one of them")
+        recipe, share = self.recipe, real_number("share", share, "(0, 1]")
+        steps = max(1, round(share * recipe.steps))
         torch.manual_seed(self.seed)
         model = recipe.make_model()
         inner = recipe.optimizer(model.parameters())
@@ -149,11 +151,11 @@ class Training:
         generator = torch.Generator().manual_seed(self.seed)
         size = min(self.recipe.batch_size, len(self.samples))
         while True:
-            order = (
-                torch.randperm(len(self.samples), generator=generator)
-                if sampler is None
-                else torch.tensor(list(sampler))
-            )
+            order = torch.randperm(len(self.samples), generator=generator)
+            if sampler is not None:
+                order = torch.tensor(list(sampler))
+            if len(order) < size:
+                raise ValueError(f"sampler drew {len(order)} samples: expected a batch of {size}")
             yield from (piece for piece in order.split(size) if len(piece) == size)
 
 

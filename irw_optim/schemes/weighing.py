@@ -45,6 +45,7 @@ from irw_optim.weighting import (
     StepRecord,
     normalise,
     present_of,
+    refuse_broken,
     worst_off_count,
 )
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
@@ -168,12 +169,7 @@ def _outliers_in_blocks(
 
 def _check_finite(values: Tensor, what: str) -> None:
     broken = (~values.isfinite()).nonzero().flatten().tolist()
-    if broken:
-        named = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
-        raise FloatingPointError(
-            f"the {what} of {len(broken)} samples are not finite (dataset indices {named}): "
-            "look at these, or at the model's parameters"
-        )
+    refuse_broken(what, "dataset", broken, "look at these, or at the model's parameters")
 
 
 def record_of(saved: Any, size: int, device: torch.device) -> StepRecord | None:
@@ -213,9 +209,8 @@ class HeldWeights:
         worst_off, outliers, scores = (
             of_all[indices] for of_all in (record.worst_off, record.outliers, record.scores)
         )
-        return StepRecord(
-            worst_off, outliers, scores, weights, fallback, losses=losses, labels=batch.labels
-        )
+        decided = worst_off, outliers, scores, weights, fallback
+        return StepRecord(*decided, losses=losses, labels=batch.labels, counts=batch.counts)
 
     def over_ranks(self, ranks: Ranks) -> HeldWeights:
         """For the batch of all processes: an all-gather of B indices."""

@@ -130,7 +130,7 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         """Train on, one pass over these data; the first call begins, and is told all classes.
 
         Raises:
-            TypeError, ValueError: as of `fit`; no classes at first, or other labels.
+            TypeError, ValueError: as of `fit`; no classes at first, other ones or labels later.
         """
         refuse(refused)
         begin = not hasattr(self, "net_")
@@ -151,16 +151,22 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     ) -> IRWClassifier:
         X, y = self._checked(X, y, reset=begin)
         check_classification_targets(y)
-        if begin:
-            self._begin_with(np.unique(y if classes is None else classes), X, y)
-        if len(unknown := np.setdiff1d(y, self.classes_)):
+        told = np.unique(y if classes is None else classes)
+        known = told if begin else self.classes_
+        if classes is not None and not np.array_equal(told, known):
+            raise ValueError(
+                f"classes={classes!r}: expected those of the first call, {known.tolist()}, or None"
+            )
+        if len(unknown := np.setdiff1d(y, known)):
             raise ValueError(
                 f"y has labels that are not among classes: {unknown.tolist()}; expected some of "
-                f"{self.classes_.tolist()}, or fit on all of them"
+                f"{known.tolist()}, or fit on all of them"
             )
-        return self._train(X, np.searchsorted(self.classes_, y), epochs)  # type: ignore[no-any-return]
+        net = self._new_net(known, X, y) if begin else self.net_
+        self.classes_ = known
+        return self._train(net, X, np.searchsorted(known, y), epochs)  # type: ignore[no-any-return]
 
-    def _begin_with(self, classes: npt.NDArray[Any], X: Any, y: Any) -> None:
+    def _new_net(self, classes: npt.NDArray[Any], X: Any, y: Any) -> Any:
         self._check_threshold(len(classes))
         options = {}
         if self.class_weight is not None:
@@ -172,8 +178,7 @@ class IRWClassifier(ClassifierMixin, Estimator):  # type: ignore[misc]
                 )
             factors = compute_class_weight(self.class_weight, classes=classes, y=y)
             options["criterion__weight"] = torch.as_tensor(factors, dtype=torch.float32)
-        self._begin(X, len(classes), **options)
-        self.classes_ = classes
+        return self._begin(X, len(classes), **options)
 
     def _check_threshold(self, classes: int) -> None:
         if self.threshold is None:
@@ -266,9 +271,8 @@ class IRWRegressor(RegressorMixin, Estimator):  # type: ignore[misc]
     def _fit(self, X: Any, y: Any, refused: Any, epochs: int, begin: bool) -> IRWRegressor:
         refuse(refused)
         X, y = self._checked(X, y, reset=begin, y_numeric=True)
-        if begin:
-            self._begin(X, n_outputs=1)
-        return self._train(X, y.astype(np.float32)[:, None], epochs)  # type: ignore[no-any-return]
+        net = self._begin(X, n_outputs=1) if begin else self.net_
+        return self._train(net, X, y.astype(np.float32)[:, None], epochs)  # type: ignore[no-any-return]
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """The prediction for each row, (N,)."""

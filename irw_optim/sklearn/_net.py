@@ -85,7 +85,7 @@ IN_BATCHES: dict[str, Any] = {
 }
 
 
-class Reweighted:
+class Reweighted(NeuralNet):  # type: ignore[misc]
     """A net of skorch whose optimizer is wrapped."""
 
     def __init__(self, *args: Any, irw: dict[str, Any], **options: Any) -> None:
@@ -93,13 +93,9 @@ class Reweighted:
         self.irw = irw
 
     def initialize_optimizer(self, *args: Any, **options: Any) -> Any:
-        super().initialize_optimizer(*args, **options)  # type: ignore[misc]
-        self.optimizer_: Any = IRWOptimizer(
-            self.optimizer_,
-            model=self.module_,  # type: ignore[attr-defined]
-            criterion=self.criterion_,  # type: ignore[attr-defined]
-            **self.irw,
-        )
+        super().initialize_optimizer(*args, **options)
+        own = {"model": self.module_, "criterion": self.criterion_, **self.irw}
+        self.optimizer_: Any = IRWOptimizer(self.optimizer_, **own)
         return self
 
 
@@ -169,7 +165,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "net_")
         return self.net_.predict_proba(self._checked(X, reset=False))
 
-    def _begin(self, X: Any, n_outputs: int, **options: Any) -> None:
+    def _begin(self, X: Any, n_outputs: int, **options: Any) -> Any:
         """Make a new net; a fit that fails later leaves none behind."""
         self.__dict__.pop("net_", None)
         self._random = check_random_state(self.random_state)
@@ -201,7 +197,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
                 f"{self._meaning}, as by torch.nn.Linear(..., {n_outputs}); a constructor with "
                 "arguments n_features and n_outputs is told both"
             )
-        self.net_ = net
+        return net
 
     def _new(self, name: str, given: Any, told: Mapping[str, Any]) -> Any:
         """What to make module or criterion of: one that is made already is copied."""
@@ -224,9 +220,10 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             ) from error
         return given
 
-    def _train(self, X: Any, y: Any, epochs: int) -> Any:
+    def _train(self, net: Any, X: Any, y: Any, epochs: int) -> Any:
         with self._seeded():
-            self.net_.partial_fit(X, y, epochs=epochs)
+            net.partial_fit(X, y, epochs=epochs)
+        self.net_ = net
         return self
 
     @contextmanager

@@ -57,11 +57,13 @@ class StepRecord(Weights):
         fallback: 0-dim bool: no score was positive, the weights are uniform.
         finite: whether losses and scores are; None where nobody has looked.
         own: bool, this process's samples where B counts those of all ranks.
+        counts: targets of each that the criterion does not ignore; None for equally many.
     """
 
     losses: Tensor = field(kw_only=True)
     labels: Tensor | None = None
     own: Tensor | None = None
+    counts: Tensor | None = None
 
     @property
     def effective_sample_size(self) -> float:
@@ -82,6 +84,13 @@ class StepRecord(Weights):
             for values in (self.losses, self.scores)
         )
         return of_losses or of_scores
+
+    def check_finite(self) -> None:
+        """A FloatingPointError that names `broken_samples`, if there are any."""
+        refuse_broken(
+            *("losses or gradients", "batch", self.broken_samples),
+            "nothing was updated; look at optimizer.last_step.losses",
+        )
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self._summary())
@@ -104,6 +113,15 @@ class StepRecord(Weights):
             ("effective sample size", f"{self.effective_sample_size:.1f}"),
             ("uniform for want of a score", "yes" if bool(self.fallback) else "no"),
         ]
+
+
+def refuse_broken(what: str, of: str, broken: list[int], then: str) -> None:
+    """A FloatingPointError that names the broken samples, if there are any."""
+    if broken:
+        shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
+        raise FloatingPointError(
+            f"the {what} of {len(broken)} samples are not finite ({of} indices {shown}): {then}"
+        )
 
 
 class Scheme(Protocol):
@@ -201,7 +219,8 @@ class LocalScheme:
             removed=removed,
             known=self.known if alone and hasattr(rows, "align") else None,
         )
-        return StepRecord(**vars(decided), losses=losses, labels=batch.labels)
+        told = vars(decided)
+        return StepRecord(**told, losses=losses, labels=batch.labels, counts=batch.counts)
 
 
 class Averaging:
@@ -227,6 +246,7 @@ class Averaging:
             fallback=nobody.any(),
             losses=losses,
             labels=batch.labels,
+            counts=batch.counts,
         )
 
 

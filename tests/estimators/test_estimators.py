@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
@@ -468,6 +469,38 @@ class TestRefusals:
             small().partial_fit(x, y, classes=[0, 1])
         with pytest.raises(ValueError, match=r"class_weight='balanced' needs all data at once"):
             small(class_weight="balanced").partial_fit(x, y, classes=[0, 1, 2])
+
+    def test_a_first_call_that_is_refused_begins_nothing(self):
+        x, y = data()
+        estimator = small(module=network(), **IN_ORDER)
+        with pytest.raises(ValueError, match=r"not among classes: \[2\]"):
+            estimator.partial_fit(x, y, classes=[0, 1])
+        assert not hasattr(estimator, "net_")
+        assert not hasattr(estimator, "classes_")
+        estimator.partial_fit(x, y, classes=[0, 1, 2])
+        assert same(estimator, loop(network(), nn.CrossEntropyLoss(), x, y, epochs=1)[0])
+
+    def test_other_classes_in_a_later_call(self):
+        x, y = data()
+        estimator = small().partial_fit(x, y, classes=[0, 1, 2])
+        before = [p.clone() for p in parameters(estimator)]
+        with pytest.raises(ValueError, match=r"expected those of the first call, \[0, 1, 2\]"):
+            estimator.partial_fit(x, y, classes=[0, 1, 2, 3])
+        assert same(estimator, before)
+        estimator.partial_fit(x, y, classes=[2, 1, 0])
+
+    @pytest.mark.parametrize("method", ["fit", "partial_fit"])
+    def test_a_training_that_raises_leaves_no_net(self, method):
+        x, y = data()
+        estimator = small().fit(x, y)
+        if method == "partial_fit":
+            del estimator.net_
+        estimator.set_params(class_weight={0: math.nan, 1: 1.0, 2: 1.0})
+        more = {"classes": [0, 1, 2]} if method == "partial_fit" else {}
+        with pytest.raises(FloatingPointError):
+            getattr(estimator, method)(x, y, **more)
+        with pytest.raises(NotFittedError):
+            estimator.predict(x)
 
 
 def test_the_default_module() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from irw_optim import DBSCANFilter, IRWOptimizer
-from irw_optim.measure import peak_bytes
+from irw_optim.model_check import peak_bytes
 
 B, T, D = 6, 5, 8
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monitored_runs import majority_and_minority, mlp, train
@@ -22,7 +26,8 @@ BATCHES = list(zip(X.split(16), Y.split(16), GROUPS.split(16), strict=True))
 
 
 def setting(**options: Any) -> tuple[nn.Module, nn.Module, IRWOptimizer]:
-    model, criterion = mlp(), options.pop("criterion", None) or nn.CrossEntropyLoss()
+    model, criterion = options.pop("model", None) or mlp(), options.pop("criterion", None)
+    criterion = criterion or nn.CrossEntropyLoss()
     optimizer = IRWOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
         **{"alpha": 0.3, "model": model, "criterion": criterion, **options},
@@ -128,6 +133,22 @@ def test_targets_that_are_ignored_are_nobodys() -> None:
         float(optimizer.last_step.losses[y == 0].mean()), rel=1e-5
     )
     assert row["samples/group_1"] == pytest.approx(float(groups[y == 0].float().mean()))
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulation_steps": 2}, {"warmup_steps": 1}])
+def test_sequences_without_a_target_are_nobodys(options: dict[str, Any]) -> None:
+    embedded = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7))
+    model, criterion, optimizer = setting(model=embedded, **options)
+    monitor, targets = IRWMonitor(optimizer), torch.randint(7, (8, 4))
+    targets[2:] = -100
+    targets[1, 1:] = -100
+    loss = criterion(model(torch.randint(7, (8, 4))).transpose(1, 2), targets)
+    loss.backward()
+    optimizer.step()
+    (row,) = monitor.rows()
+    assert row["samples"] == 2
+    assert row["mean_loss"] == pytest.approx(float(optimizer.last_step.losses[:2].mean()))
+    assert row["zero_share"] <= 0.5
 
 
 def test_a_batch_on_which_nobody_counts_has_no_row() -> None:
@@ -263,16 +284,36 @@ def test_a_record_of_several_processes_has_the_groups_of_this_one() -> None:
     assert row["samples/group_1"] == pytest.approx(float(groups[own].float().mean()))
 
 
-def test_groups_that_do_not_fit() -> None:
+def test_groups_of_another_batch_are_refused_before_the_step() -> None:
     model, criterion, optimizer = setting()
-    monitor = IRWMonitor(optimizer)
+    monitor, before = IRWMonitor(optimizer), [p.clone() for p in model.parameters()]
     monitor.groups([0, 1])
     with pytest.raises(
         ValueError, match=r"a batch of 16 samples, but monitor.groups\(\) was given 2"
     ):
         step_on(BATCHES[0], model, criterion, optimizer)
+    assert optimizer.steps == 0
+    assert all(map(torch.equal, model.parameters(), before))
     step_on(BATCHES[1], model, criterion, optimizer)
-    assert [row["step"] for row in monitor.rows()] == [2]
+    assert [row["step"] for row in monitor.rows()] == [1]
+
+
+@pytest.mark.parametrize(
+    ("groups", "match"),
+    [
+        (None, "groups has shape"),
+        ([0] * 15 + [math.nan], "groups has no value for 1 of 16 samples"),
+        ({}, "groups has no column"),
+        ({"a": [0] * 16, "b": [0] * 15}, "16 samples and groups.* has 15"),
+    ],
+)
+def test_what_are_no_groups_is_refused_where_they_are_told(groups: Any, match: str) -> None:
+    model, criterion, optimizer = setting()
+    monitor = IRWMonitor(optimizer)
+    with pytest.raises(ValueError, match=match):
+        monitor.groups(groups)
+    step_on(BATCHES[0], model, criterion, optimizer)
+    assert [row["step"] for row in monitor.rows()] == [1]
 
 
 @pytest.mark.parametrize(
@@ -289,6 +330,38 @@ def test_arguments_that_are_impossible(options: Any, error: Any, match: str) -> 
     with pytest.raises(error, match=match):
         IRWMonitor(optimizer, **options)
     assert not optimizer._optimizer_step_post_hooks
+
+
+DATES = np.array(["2020-01-01", "2021-01-01"], "datetime64[s]")[GROUPS[:16].numpy()]
+OBJECTS: dict[str, Any] = {
+    "dates": DATES,
+    "decimals": [Decimal(int(g)) / 2 for g in GROUPS[:16]],
+    "fractions beside dates": {"f": [Fraction(1, 3)] * 16, "d": DATES},
+    "truth values": GROUPS[:16] == 1,
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_a_state_is_plain_data_whatever_the_groups_are(kind: str) -> None:
+    model, criterion, optimizer = setting()
+    monitor, file = IRWMonitor(optimizer), io.BytesIO()
+    monitor.groups(OBJECTS[kind])
+    step_on(BATCHES[0], model, criterion, optimizer)
+    torch.save(monitor.state_dict(), file)
+    file.seek(0)
+    again = IRWMonitor(optimizer)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    assert str(again.rows()) == str(monitor.rows())  # NaN is not NaN
+    assert sum("weight/group" in name for name in again.rows()[0]) == 2
+
+
+def test_groups_whose_values_have_a_comma() -> None:
+    model, criterion, optimizer = setting()
+    monitor = IRWMonitor(optimizer)
+    monitor.groups({"a": ["x,y"] * 4 + ["x"] * 12, "b": ["z"] * 4 + ["y,z"] * 12})
+    step_on(BATCHES[0], model, criterion, optimizer)
+    row = monitor.rows()[0]
+    assert (row[r"samples/group_x\,y,z"], row[r"samples/group_x,y\,z"]) == (0.25, 0.75)
 
 
 def test_what_is_no_irw_optimizer() -> None:

@@ -179,12 +179,13 @@ def test_a_training_that_goes_back_forgets_what_came_after() -> None:
 
 
 def test_groups_are_those_of_the_newest_passes() -> None:
-    assert groups_of([["old"], ["a"], ["b", "b"]], size=3)["group"].tolist() == ["a", "b", "b"]
+    passes = [{"group": np.array(list(told))} for told in ("o", "a", "bb")]
+    assert groups_of(passes, a_record(3, seed=0))["group"].tolist() == ["a", "b", "b"]
 
 
 def test_groups_of_several_columns_are_intersected() -> None:
     batch = read(a_record(4, seed=0), torch.zeros(()))
-    columns = groups_of([{"sex": ["f", "f", "m", "m"], "old": [0, 1, 0, 0]}], 4)
+    columns = {"sex": np.array(["f", "f", "m", "m"]), "old": np.array([0, 1, 0, 0])}
     assert by_group(batch, columns).parts == (("f", 0), ("f", 1), ("m", 0))
 
 

@@ -16,7 +16,7 @@ from agreement import agree
 from torch import Tensor, nn
 
 from irw_optim import DBSCANFilter, IRWOptimizer
-from irw_optim.measure import peak_bytes
+from irw_optim.model_check import peak_bytes
 
 ALPHA, B = 0.3, 8
 

@@ -37,7 +37,6 @@ ROOMS = {
     "criterion",
     "distributed",
     "gradients",
-    "measure",
     "model_check",
     "notebook",
     "optimizer",

@@ -52,6 +52,11 @@ class Stream(IterableDataset):
         return iter(())
 
 
+class Untouched(torch.optim.SGD):
+    def step(self, closure=None):
+        pytest.fail("it trains")
+
+
 SHARED = nn.Linear(4, 2)
 
 BAD = {
@@ -62,7 +67,11 @@ BAD = {
     "fractions": ({"train": (people()[0], people()[1] / 2)}, "train y"),
     "three": ({"validation": (*people(), 1)}, "validation is a tuple of 3"),
     "empty": ({"validation": (people()[0][:0], people()[1][:0])}, "empty"),
-    "one class": ({"train": (people()[0], people()[1] * 0)}, "single class"),
+    "one class": ({"train": (people()[0], people()[1] * 0)}, "train has a single class"),
+    "one class to judge by": (
+        {"validation": (people()[0], people()[1] * 0), "groups": people()[1]},
+        "validation has a single class",
+    ),
     "a class too many": ({"train": (people()[0], people()[1] + 5)}, "do not take a batch"),
     "width": ({"validation": (people()[0][:, :2], people()[1])}, "validation: model and"),
     "groups": ({"groups": ["a"]}, "groups.* has 1: expected the same"),
@@ -71,12 +80,25 @@ BAD = {
     "remedies": ({"remedies": ["plane"]}, "'plane' is none"),
     "seeds": ({"seeds": 0}, "seeds=0"),
     "no seeds": ({"seeds": 2.5}, "seeds=2.5"),
+    "a seed twice": ({"seeds": [3, 5, 3]}, r"seeds=\[3, 5, 3\]: expected .* different"),
     "schedule": ({"scheduler": "cosine"}, "scheduler='cosine'"),
+    "no schedule": ({"scheduler": lambda optimizer, steps: 3}, "scheduler=.*no attribute 'step'"),
+    "a schedule of one": ({"scheduler": lambda optimizer: None}, "scheduler=.*optimizer and steps"),
     "epochs": ({"epochs": 0}, "epochs=0"),
     "alpha": ({"alpha": 2}, "alpha=2"),
     "stream": ({"train": Stream()}, "train is a Stream"),
     "remedy": ({"remedies": {"mine": 1}}, "remedies\\['mine'\\]=1"),
+    "the oracle's name": (
+        {"remedies": {"groups known (oracle)": REMEDIES["plain"]}},
+        "a name other than 'groups known",
+    ),
+    "options": ({"loader_options": {"nope": 1}}, r"loader_options=\{'nope': 1\}.*'nope'"),
+    "no options": ({"loader_options": 3}, "loader_options=3"),
     "optimizer": ({"optimizer": "adam"}, "optimizer='adam'"),
+    "another's optimizer": (
+        {"optimizer": lambda _: torch.optim.SGD(SHARED.parameters(), lr=0.1)},
+        "2 parameters that are not the model's",
+    ),
     "model": ({"model": lambda: 3}, "make_model\\(\\) gave 3"),
     "the same model": ({"model": lambda: SHARED}, "the same parameters twice: expected new ones"),
     "a shared body": (
@@ -160,13 +182,12 @@ class TestInput:
     def test_bad_input_is_named_before_anything_trains(self, case):
         change, named = BAD[case]
 
-        def untouched(parameters):
-            optimizer = torch.optim.SGD(parameters, lr=0.1)
-            optimizer.step = lambda *_: pytest.fail("it trains")
-            return optimizer
-
         with pytest.raises((TypeError, ValueError), match=named):
-            compare(**{"optimizer": untouched, **change})
+            compare(**{"optimizer": Untouched, **change})
+
+    def test_a_method_of_ones_own_that_gives_no_model(self):
+        with pytest.raises(TypeError, match=r"remedies\['mine'\] gave None: expected a model"):
+            compare(remedies={"mine": lambda training: None})
 
     def test_ones_own_method_beside_the_others(self):
         def focal(training):

@@ -8,7 +8,7 @@ import torch
 from models import mlp
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from irw_optim.remedies import REMEDIES, Recipe, Training
 from irw_optim.remedies._data import Samples
@@ -178,3 +178,23 @@ def test_the_reduction_of_the_criterion_is_kept(kind):
         optimizer.step()
     for one, other in zip(found.parameters(), model.parameters(), strict=True):
         assert reference.error(one.detach(), other.detach()) < TOLERANCE
+
+
+IMPOSSIBLE = {
+    "no step": ({"share": 0}, r"share=0: expected a number in \(0, 1\]"),
+    "more than there are": ({"share": 2.0}, "share=2.0"),
+    "two objectives": (
+        {"objective": lambda losses, labels: losses.mean(), "irw": {"alpha": 0.3}},
+        "objective and irw",
+    ),
+    "no batch": ({"sampler": SequentialSampler(range(BATCH - 1))}, "drew 19 samples: expected"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_fit_cannot_do_is_named_before_a_step(case):
+    options, named = IMPOSSIBLE[case]
+    Counted.taken = 0
+    with pytest.raises(ValueError, match=named):
+        training().fit(**options)
+    assert Counted.taken == 0
