@@ -11,8 +11,6 @@ away, and the shares can still be computed::
 Of groups with shares pi_k, answer k has the probability rho_k = p pi_k + (1 - p) / m.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple, TypeAlias
 

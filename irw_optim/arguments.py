@@ -3,8 +3,6 @@
 Imports nothing of the library, so that any module may raise its error.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real

@@ -3,8 +3,6 @@
 An attachment is on a module once, for as long as somebody holds it, and in no copy of the module.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary, finalize, ref

@@ -1,7 +1,5 @@
 """`verify`: is the optimizer exact on a model, and what does it cost?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from html import escape

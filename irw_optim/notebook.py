@@ -1,7 +1,5 @@
 """What is shown in a notebook or on a terminal."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator

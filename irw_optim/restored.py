@@ -1,7 +1,5 @@
 """Puts back what a forward may change: buffers, gradients, attributes, and sources of chance."""
 
-from __future__ import annotations
-
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """What is used of torch that it does not promise or always have, and what stands in for it."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import warnings

@@ -4,8 +4,6 @@ Each backward pass only starts its batch: it keeps the layers' inputs and output
 graph where autodiff needs it. The k-th one decides, and gives the gradient of the whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 

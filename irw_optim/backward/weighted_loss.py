@@ -4,8 +4,6 @@ A scheme decides the weights of a batch. A `Weigher` knows what the batch is (a 
 or those of all processes) and how long the step: it gives the factor on each loss's gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ which the shape may not tell. So it is called again with samples that have chang
 theirs go along, sums over the batch stay.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

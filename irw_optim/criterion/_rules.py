@@ -1,7 +1,5 @@
 """From a criterion's unreduced elements, (B·k, ...), to one loss per sample."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 

@@ -1,7 +1,5 @@
 """The losses of a criterion: asked of it, or heard of whenever a training loop calls it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable
 from types import MethodType

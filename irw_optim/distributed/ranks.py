@@ -3,8 +3,6 @@
 Under FSDP no more than one group of layers l is ever whole: s = sum over groups of G_l (G_l^T c).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn

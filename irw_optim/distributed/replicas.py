@@ -1,7 +1,5 @@
 """Which DistributedDataParallel a model is in, and what that asks of a weighted loss."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence

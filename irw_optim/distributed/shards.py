@@ -5,8 +5,6 @@ a nested one up to the layers' outputs, whose a and b give the scores without an
 and the user's, which goes on with the weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The batch of all ranks, on which the scheme of one process decides."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from copy import copy

@@ -4,8 +4,6 @@
 the losses. Where an operation can only be pulled back, a backward pass a sample is exact too.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ model (BatchNorm's averages, spectral norm's vectors), in a plain step once more
 of ours together.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -5,8 +5,6 @@ then the modules around parameters without quick products, but not what they cal
 not help, the whole model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Set
 from types import MethodType
 from typing import Any, ClassVar

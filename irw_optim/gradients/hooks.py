@@ -3,8 +3,6 @@
 A call is kept in the metadata of the graph's node, and lives as long.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from types import FunctionType
 from typing import Any

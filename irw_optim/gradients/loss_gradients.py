@@ -1,7 +1,5 @@
 """The per-sample gradients behind one vector of losses, from forward to the end of backward."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager

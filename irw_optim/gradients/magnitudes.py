@@ -12,8 +12,6 @@ of two products::
 Convolutions are linear maps of patches, embeddings of one-hot vectors; the rest goes by rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial

@@ -8,8 +8,6 @@ That says where the batch is in what each layer computes, too. Where sizes coinc
 was not followed, autograd checks the likeliest reading.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from types import MappingProxyType

@@ -4,8 +4,6 @@ A rule answers with a stride or `SHARED`, or raises `MixesError`: such a graph i
 step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 

@@ -1,7 +1,5 @@
 """Which layer calls an operation makes, from what it saved for autograd."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple

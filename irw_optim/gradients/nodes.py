@@ -1,7 +1,5 @@
 """Autograd's nodes as functions: what they read and make, and where the batch is in it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Container, Sequence
 from functools import cached_property

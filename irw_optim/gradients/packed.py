@@ -4,8 +4,6 @@ On the CPU torch takes some ten nodes a step. Autograd's engine pulls back throu
 dual numbers push forwards.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The tensors of a graph as numbers, once for its kind: who makes which, and who reads it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple

@@ -8,8 +8,6 @@ A layer whose weight is computed from parameters (g v / |v|, W + B A) has produc
 q = f(p), and f is passed once for all samples, either way: a `ChainedCall`.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress

@@ -3,8 +3,6 @@
 These are weights, or computed from weights alone: a class token or LoRA cost what a layer costs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial

@@ -3,8 +3,6 @@
 A rule turns one call into a `LayerCall`, or returns None where it does not cover that call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from inspect import signature

@@ -4,8 +4,6 @@ Rows of G that exist (of biases, norms, added tables) are columns of one matrix 
 share what is no matrix product: the weighting of b = [b_1 | b_2 | ...] and its sums.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import TypeAlias

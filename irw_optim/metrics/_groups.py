@@ -1,7 +1,5 @@
 """How groups fare, and the losses are spread; what users hand in, as numpy arrays."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Hashable, Mapping, Sized
 from typing import Any, TypeAlias

@@ -1,7 +1,5 @@
 """The course of a training as one figure: a panel for each question about it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from io import BytesIO
 from typing import Any, TypeAlias

@@ -4,8 +4,6 @@ They are judged on the later half of the weighted steps, by medians, so that sin
 beginning do not decide; the two about the worst-off loss look at the whole course.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Whether what is at hand is what is weighed: losses, ``p.grad`` and rows."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

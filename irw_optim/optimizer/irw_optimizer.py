@@ -1,7 +1,5 @@
 """Any torch optimizer, stepping on the intrinsically reweighted gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps

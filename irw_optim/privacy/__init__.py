@@ -1,7 +1,5 @@
 """DP-IRW: intrinsic reweighting under differential privacy."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from irw_optim.arguments import DPGuaranteeError

@@ -1,7 +1,5 @@
 """Opacus' PrivacyEngine, wired for DP-IRW."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """DP-IRW as a DPOptimizer: the state around the pure functions of ``mechanism``."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any, NoReturn
 

@@ -1,7 +1,5 @@
 """What would run but make the reported epsilon false, refused by name."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

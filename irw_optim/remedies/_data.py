@@ -1,7 +1,5 @@
 """Training and validation data, checked before anything trains."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeAlias
 

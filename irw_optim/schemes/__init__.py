@@ -1,7 +1,5 @@
 """The global scheme (arXiv 2411.03068): weights of a whole data set, renewed now and then."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 from weakref import finalize, ref

@@ -8,8 +8,6 @@ That does not see what ``torch.no_grad()`` stops for backward. So the first batc
 compared with the engine's, and the weighted sum of all with <G^T w, v>.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

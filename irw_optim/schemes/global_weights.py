@@ -1,7 +1,5 @@
 """Weights of a data set by a model in no training."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple

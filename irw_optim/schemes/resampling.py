@@ -1,7 +1,5 @@
 """Samples drawn by their weights, and resumable epochs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What classifier and regressor share: skorch's net with `IRWOptimizer`, arguments, randomness."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence

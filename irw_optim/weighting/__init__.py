@@ -1,7 +1,5 @@
 """How weights are chosen; the local scheme, inside a mini-batch (paper, section III)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite

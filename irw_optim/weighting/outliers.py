@@ -4,8 +4,6 @@ A filter cannot tell a corrupted sample from a rare group: it can remove the ver
 is there for. Look at who leaves before trusting it.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, Protocol

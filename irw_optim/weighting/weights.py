@@ -9,8 +9,6 @@ worst-off group S, to first order::
     w   = s.clamp(min=0) / s.clamp(min=0).sum()
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Changes through products, convolutions, normalisations, lookups, grids, distances, windows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Changes through what moves, picks, joins or adds up numbers, and functions of numbers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ u -> J^T u is what a node does, so its derivative by u, along t, is J t. Fused a
 have none, but rules here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod

@@ -4,8 +4,6 @@ A fused LSTM shows the gradient of its states alone: a pass backwards through ti
 of the gates, which are a linear map of the inputs and another of the states.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from copy import copy
