@@ -332,7 +332,7 @@ def test_arguments_that_are_impossible(options: Any, error: Any, match: str) -> 
     assert not optimizer._optimizer_step_post_hooks
 
 
-DATES = np.array(["2020-01-01", "2021-01-01"], "datetime64[s]")[GROUPS[:16].numpy()]
+DATES = np.array(["2020-01-01", "2021-01-01"], "datetime64[s]")[GROUPS[:16].tolist()]
 OBJECTS: dict[str, Any] = {
     "dates": DATES,
     "decimals": [Decimal(int(g)) / 2 for g in GROUPS[:16]],
