@@ -28,7 +28,30 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
 
     All else is Opacus' own. Guarantee: (epsilon, delta)-differential privacy for adding or removing
     one sample, of all that a step releases: the parameters and the optimizer's ``public_state``.
-    ``docs/privacy.md`` has a script.
+
+    Example:
+        >>> import math, warnings
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(torch.randn(64, 5), torch.randint(0, 2, (64,)))
+        >>> model, criterion = nn.Linear(5, 2), nn.CrossEntropyLoss()
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")  # Opacus: secure_mode is off
+        ...     engine = IRWPrivacyEngine(accountant="rdp")
+        >>> model, optimizer, loader = engine.make_private(
+        ...     module=model,
+        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     data_loader=DataLoader(data, batch_size=16),
+        ...     criterion=criterion,
+        ...     noise_multiplier=1.0,
+        ...     max_grad_norm=1.0,
+        ...     irw=IRWDPConfig(init_threshold=math.log(2)),
+        ... )
+        >>> for x, y in loader:
+        ...     optimizer.zero_grad()
+        ...     criterion(model(x), y).backward()
+        ...     optimizer.step()
+        >>> engine.accountant.history
+        [(1.0, 0.25, 4)]
     """
 
     def make_private(

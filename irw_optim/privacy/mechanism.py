@@ -11,8 +11,13 @@ What weighs a sample (threshold tau, scale kappa, direction v) comes from EARLIE
     counts     sum_i (m_i - 1/2)   + N(0, sigma_b^2)            -> the next tau
                sum_i (k_i - 1/2)   + N(0, sigma_b^2)            -> the next kappa
 
-Over a Poisson batch that is the sampled Gaussian mechanism with noise multiplier sigma, as in units
-of its noise a sample moves the release by at most 1/sigma: ``docs/privacy.md``.
+Why it is private: in units of its noise a sample moves the release by z_i, with
+
+    |z_i|^2 <= 1/sigma_g^2 + 1/sigma_v^2 + 2 / (4 sigma_b^2) = 1/sigma^2
+
+whatever the other samples are. Over a Poisson batch that is the sampled Gaussian mechanism with
+noise multiplier sigma (Mironov, Talwar and Zhang, 2019). Centring the counts halves their
+sensitivity (Andrew et al., 2021, Theorem 1).
 """
 
 from __future__ import annotations
@@ -51,7 +56,14 @@ class IRWDPConfig:
 
     Raises:
         ValueError: a parameter outside its range.
-        DPGuaranteeError: no budget is left for the gradient; an option weighs a sample by others.
+        DPGuaranteeError: no budget is left for the gradient, or an option weighs a sample by others
+            (an outlier filter, say).
+
+    Example:
+        >>> import math
+        >>> config = IRWDPConfig(init_threshold=math.log(10))
+        >>> round(config.gradient_share, 3)
+        0.89
     """
 
     init_threshold: float

@@ -33,6 +33,20 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         loss_reduction: "mean" divides the noisy gradient by B, "sum" does not.
         generator: source of all noise; None is torch's default one.
         secure_mode: use Opacus' noise that resists floating-point attacks.
+
+    Example:
+        >>> from opacus import GradSampleModule
+        >>> model = GradSampleModule(torch.nn.Linear(2, 1), loss_reduction="mean")
+        >>> optimizer = IRWDPOptimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1), irw=IRWDPConfig(init_threshold=1.0),
+        ...     noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4,
+        ... )
+        >>> losses = model(torch.ones(4, 2)).square().squeeze(1)
+        >>> losses.mean().backward()
+        >>> optimizer.step(losses=losses)
+        >>> optimizer.zero_grad()
+        >>> optimizer.public_state.steps
+        1
     """
 
     public_state: PublicState

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from irw_optim import IRWOptimizer, PerSampleLoss
-from irw_optim.gradients import norms as norms_module
+from irw_optim.gradients import magnitudes
 from irw_optim.privacy import DPGuaranteeError, IRWPrivacyEngine
 from irw_optim.privacy.pending import GhostBatch
 
@@ -130,7 +130,7 @@ LAYERS = {
 def test_norms_of_a_layer_are_those_of_autograd(name, block, monkeypatch):
     torch.manual_seed(0)
     if block == "sample by sample":
-        monkeypatch.setattr(norms_module, "MEMORY_BOUND", 1)
+        monkeypatch.setattr(magnitudes, "MEMORY_BOUND", 1)
     build, inputs = LAYERS[name]
     layer = build().double()
     if name.startswith("frozen"):
