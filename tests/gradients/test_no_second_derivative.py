@@ -154,7 +154,7 @@ class DrawsInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g * torch.rand(len(g), 1, dtype=g.dtype)
+        return g * torch.rand(len(g), 1, dtype=g.dtype, device=g.device)
 
 
 def test_chance_in_a_backward_pass_is_no_hook(caplog):

@@ -328,7 +328,8 @@ class Attends(nn.Module):
     """Tokens read each other."""
 
     def forward(self, h: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(h, h, h)
+        h = h.unsqueeze(1)  # one head
+        return F.scaled_dot_product_attention(h, h, h).squeeze(1)
 
 
 FLATTENED = {
