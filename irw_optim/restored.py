@@ -113,13 +113,13 @@ def undo_inside(value: Any, by_version: bool = False, depth: int = 0) -> Iterato
     elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType):
         yield _undo_dict(vars(value))
         inside = vars(value).values()
-    for part in islice(inside, LARGE if depth else 0):
-        if getattr(part, "nbytes", 0) < LARGE**2:
+    for part in islice(inside, PARTS if depth else 0):
+        if getattr(part, "nbytes", 0) < BYTES:
             yield from undo_inside(part, by_version, depth - 1)
 
 
-LARGE = 2**12
-"""So many parts are looked at, and none of as many bytes squared."""
+PARTS, BYTES = 2**12, 2**24
+"""So many parts of a value are looked at, none of so many bytes."""
 
 
 def _undo_dict(value: dict[Any, Any]) -> Undo:

@@ -109,7 +109,7 @@ class BackwardPasses:
         try:
             same = equal(leaves, heard, self.without_hooks(leaves, weights))
             alike = same or equal(leaves, heard, self.with_hooks(leaves, weights))
-        except (AttributeError, AssertionError) as error:
+        except (AttributeError, AssertionError, LookupError) as error:
             raise RuntimeError(f"{_ONCE}; the second one raised {error!r}") from error
         if not alike:
             raise RuntimeError(_ONCE)
@@ -232,6 +232,7 @@ class OneForward(AbstractContextManager[None]):
         self.found = {place: _state(self.buffers[place]) for place in self.changed}
         self.start_over()
         self.marks = [_marks(buffers) for buffers in self.buffers]
+        self.held = [dict(buffers) for buffers in self.buffers]  # or others would get their ids
 
     def start_over(self) -> None:
         """Begin with the buffers that the first pass met."""

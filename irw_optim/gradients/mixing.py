@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     computes_shared: bool = False  # whether weights alone make more than views
     crossings: tuple[Crossing, ...] = ()
     surely_mixes: bool = False  # whether `mixed_by` is known to mix
-    opaque: Opaque = {}  # noqa: RUF012 (where it should be)
+    opaque: Opaque = {}  # noqa: RUF012 (never written to)
 
     @property
     def followed(self) -> bool:

@@ -114,6 +114,15 @@ class FreesWhatItSaved(ScalesWhatItSaved):
         return gradients, None
 
 
+class PopsWhatItSaved(ScalesWhatItSaved):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return vars(ctx).pop("gradients") * g.unsqueeze(1), None
+
+
+SPENDING = {"scales": ScalesWhatItSaved, "frees": FreesWhatItSaved, "pops": PopsWhatItSaved}
+
+
 class HookedOnce(nn.Module):
     """Its hook removes itself, as implicit layers have it."""
 
@@ -127,10 +136,10 @@ class HookedOnce(nn.Module):
         return h
 
 
-@pytest.mark.parametrize("kind", ["scales", "frees", "hook"])
+@pytest.mark.parametrize("kind", ["scales", "frees", "pops", "hook"])
 @pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(8)], ids=["apart", "meet"])
 def test_a_backward_pass_that_cannot_be_repeated_is_refused(kind, norm):
-    own = {"scales": ScalesWhatItSaved, "frees": FreesWhatItSaved}.get(kind)
+    own = SPENDING.get(kind)
     between = nn.Tanh() if own else HookedOnce()
     model = nn.Sequential(nn.Linear(4, 8), norm(), between, nn.Linear(8, 3))
     criterion = nn.CrossEntropyLoss() if own is None else PerSampleLoss(own.apply)
@@ -142,6 +151,15 @@ def test_a_backward_pass_that_cannot_be_repeated_is_refused(kind, norm):
         loss.backward()
     assert all(p.grad is None for p in model.parameters())
     assert optimizer.last_step is None
+
+
+def take_steps(model: nn.Module) -> None:
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.3, model=model)
+    for _ in range(3):
+        y = torch.randint(3, (B,))
+        optimizer.zero_grad()
+        optimizer.backward(F.cross_entropy(model(torch.randn(B, 4)), y, reduction="none"))
+        optimizer.step()
 
 
 class DrawsInBackward(torch.autograd.Function):
@@ -163,12 +181,7 @@ def test_chance_in_a_backward_pass_is_no_hook(caplog):
 
     caplog.set_level(logging.INFO, "irw_optim")
     model = nn.Sequential(nn.Linear(4, 8), Shakes(), nn.Linear(8, 3))
-    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.3, model=model)
-    for _ in range(3):
-        y = torch.randint(3, (B,))
-        optimizer.zero_grad()
-        optimizer.backward(F.cross_entropy(model(torch.randn(B, 4)), y, reduction="none"))
-        optimizer.step()
+    take_steps(model)
     assert "hook" not in caplog.text
 
 
@@ -194,10 +207,5 @@ def test_a_backward_that_is_not_linear_is_told_once(kind, caplog):
             return Bent.apply(h - h.mean(0), kind)  # so that scores go row by row
 
     model = nn.Sequential(nn.Linear(4, 8), Bends(), nn.Linear(8, 3))
-    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.3, model=model)
-    for _ in range(3):
-        y = torch.randint(3, (B,))
-        optimizer.zero_grad()
-        optimizer.backward(F.cross_entropy(model(torch.randn(B, 4)), y, reduction="none"))
-        optimizer.step()
+    take_steps(model)
     assert caplog.text.count("is not linear") == (kind != "none")
