@@ -16,7 +16,6 @@ from torch.utils.checkpoint import CheckpointFunction
 from irw_optim.gradients.layers import LayerCall, LinearCall
 from irw_optim.gradients.mixing_rules import RULES, picking
 from irw_optim.gradients.nodes import base_name, is_block, picks_of
-from irw_optim.gradients.packed import ENDS_RUN
 from irw_optim.torch_internals import run_backward
 
 if TYPE_CHECKING:
@@ -81,8 +80,7 @@ NO_GRAPH = Graph([], [], [], ())
 
 def read_by(node: Any) -> Sequence[tuple[Node | None, int]]:
     """What a node reads, or a `Run` that ends there."""
-    edges: Sequence[tuple[Node | None, int]] = node.next_functions
-    return node.run.edges if type(node) is ENDS_RUN else edges  # type: ignore[attr-defined]
+    return node.next_functions  # type: ignore[no-any-return]
 
 
 def walk(losses: Tensor) -> Graph:
@@ -106,9 +104,7 @@ def walk(losses: Tensor) -> Graph:
             wiring.append((number, output) if output else number)
             if number < known:
                 continue
-            # As `read_by`, without a call for every node.
-            ends_run = type(parent) is ENDS_RUN
-            following = parent.run.edges if ends_run else parent.next_functions  # type: ignore[attr-defined]
+            following = parent.next_functions
             if not following and (leaf := getattr(parent, "variable", None)) is not None:
                 leaves.append(leaf)
                 leaf_nodes.append(parent)

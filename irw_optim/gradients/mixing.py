@@ -30,7 +30,7 @@ from irw_optim.gradients.mixing_rules import (
     swapping,
 )
 from irw_optim.gradients.nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, shape_of
-from irw_optim.gradients.packed import ENDS_RUN
+from irw_optim.gradients.packed import ONE_LAYER
 
 
 class Crossing(NamedTuple):
@@ -145,7 +145,7 @@ def rule_for(node: Node) -> Rule:
         rule = RULES.get(base_name(node), mixing)
         if isinstance(node, BackwardCFunction) and _is_torchs_identity(node):
             rule = handed_on
-        if type(node) is ENDS_RUN:
+        if type(node) is ONE_LAYER:
             rule = _packed
         _RULE_OF[type(node)] = rule
     return rule

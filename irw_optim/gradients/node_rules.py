@@ -11,7 +11,6 @@ from torch.autograd.graph import GradientEdge, Node
 from irw_optim.gradients.layers import (
     CONVOLUTION,
     LSTM,
-    RECURRENT,
     ChannelNormCall,
     ConvolutionCall,
     ElementwiseCall,
@@ -28,6 +27,7 @@ from irw_optim.gradients.mixing import rule_for
 from irw_optim.gradients.mixing_rules import elementwise
 from irw_optim.gradients.nodes import base_name, saved, shape_of, slopes_of
 from irw_optim.gradients.pushforward import ChainPlaces
+from irw_optim.gradients.recurrence import RECURRENT
 
 
 class Weight(NamedTuple):

@@ -1,130 +1,174 @@
 """A recurrent layer over a packed sequence, as one operation of our passes.
 
-On the CPU torch takes some ten nodes a step. Autograd's engine pulls back through all at once, and
-dual numbers push forwards.
+On the CPU torch takes some ten nodes a step, and sums up the weights' gradients step by step. Here
+a layer of a stack is one node, and each of these gradients one product.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node
 from torch.nn.utils.rnn import PackedSequence
 
 from irw_optim.attachments import Attachment
 from irw_optim.gradients.compiling import KeptOut, OnForward
-from irw_optim.gradients.forward._tangents import Tangents
-from irw_optim.torch_internals import is_plain_autograd, load_dual_numbers, silent, uncompiled
-
-Forward = Callable[..., tuple[PackedSequence, Any]]
-
-
-class Run:
-    """One call of a layer, and how to repeat it."""
-
-    def __init__(self, layer: Any, forward: Forward, entered: Sequence[Tensor], given: Any) -> None:
-        self.layer, self.forward, self.given = layer, forward, given
-        self.values = [tensor.detach() for tensor in entered]
-        self.weights: list[Tensor] = list(layer._flat_weights)
-        self.edges = [_edge(tensor) for tensor in (*entered, *self.weights)]
-        self.training: bool = layer.training
-        draws = layer.training and layer.dropout and layer.num_layers > 1
-        self.random = torch.get_rng_state() if draws else None
-
-    @contextmanager
-    def as_it_was(self, weights: list[Tensor]) -> Iterator[None]:
-        """The layer as when it ran, with other weights."""
-        layer = self.layer
-        before, training = layer._flat_weights, layer.training
-        with torch.random.fork_rng(devices=[], enabled=self.random is not None):
-            if self.random is not None:
-                torch.set_rng_state(self.random)
-            layer._flat_weights, layer.training = weights, self.training
-            try:
-                yield
-            finally:
-                layer._flat_weights, layer.training = before, training
+from irw_optim.gradients.forward._tangents import Tangents, added
+from irw_optim.gradients.protocol import widened
+from irw_optim.gradients.recurrence import RECURRENT, Recurrence, Steps, linearized
+from irw_optim.torch_internals import is_plain_autograd, uncompiled
 
 
-def _edge(tensor: Tensor) -> tuple[Node | None, int]:
-    if not tensor.requires_grad:
-        return None, 0
-    edge = get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
+class Layer:
+    """A layer that reads inputs (R, d), first states, an LSTM's first cells, and its weights."""
+
+    def __init__(self, kind: str, has_biases: bool, directions: int, sizes: Tensor) -> None:
+        self.kind, self.sizes = kind, sizes
+        self.names = RECURRENT if has_biases else RECURRENT[:2]
+        self.firsts = 2 if kind == "LSTM" else 1
+        counts = sizes.tolist()
+        self.steps = [Steps(counts, reverse) for reverse in (False, True)[:directions]]
+
+    def run(self, inputs: Tensor, *others: Tensor) -> Any:
+        """The states, (R, directions H), and the last states and cells, by torch."""
+        first: Any = others[:2] if self.firsts == 2 else others[0]
+        options = self.names == RECURRENT, 1, 0.0, False, len(self.steps) == 2
+        run = getattr(torch, self.kind.lower())
+        return run(inputs, self.sizes, first, others[self.firsts :], *options)
+
+    def ways(self, others: Sequence[Any]) -> list[tuple[Steps, "Part"]]:
+        """Each direction, and what it has of what is read besides inputs, or of its changes."""
+        firsts, weights = others[: self.firsts], others[self.firsts :]
+        found = []
+        for number, steps in enumerate(self.steps):
+            state, cell = (*(None if t is None else t[number] for t in firsts), None)[:2]
+            values = dict(zip(self.names, weights[number * len(self.names) :], strict=False))
+            found.append((steps, Part(state, cell, values)))
+        return found
 
 
-def push_run(end: Any, changes: Tangents) -> Tangents:
-    """What left, for changes of what entered and of the weights."""
-    run: Run = end.run
-    values = [*run.values, *(weight.detach() for weight in run.weights)]
-    load_dual_numbers()
-    with torch.no_grad(), forward_ad.dual_level():
-        dual = [
-            value if change is None else forward_ad.make_dual(value, change)
-            for value, change in zip(values, changes, strict=True)
-        ]
-        count = len(run.values)
-        sequence, states = _with(dual[:count], *run.given)
-        if states is None:  # but dual from the first step on
-            zeros = [values[0].new_zeros(tuple(m.shape)) for m in end._input_metadata[1:]]
-            first = [forward_ad.make_dual(zero, zero.clone()) for zero in zeros]
-            states = tuple(first) if len(first) > 1 else first[0]
-        with run.as_it_was(dual[count:]):
-            left = run.forward(sequence, states)
-        return [forward_ad.unpack_dual(tensor).tangent for tensor in _tensors(*left)]
+class Part(NamedTuple):
+    """Of one direction."""
+
+    first_state: Any
+    first_cell: Any
+    values: dict[str, Any]
 
 
-def pull_run(end: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """What entered and the weights get, for gradients of what left."""
-    run: Run = end.run
-    arriving = [
-        (GradientEdge(parent, number), gradient)
-        for (parent, number), gradient in zip(end.next_functions, gradients, strict=True)
-        if gradient is not None and parent is not None
-    ]
-    edges, values = zip(*arriving, strict=True)
-    wanted = [GradientEdge(node, number) for node, number in run.edges if node is not None]
-    with silent(run.weights):
-        found = torch.autograd.grad(edges, wanted, values, retain_graph=True, allow_unused=True)
-    gradient_of = iter(found)
-    return [None if node is None else next(gradient_of) for node, _ in run.edges]
-
-
-class _Leave(torch.autograd.Function):
-    """By copies, into which users may write."""
-
+class _OneLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Run, *tensors: Tensor) -> Any:
-        ctx.run = run
+    def forward(ctx: Any, layer: Layer, *tensors: Tensor) -> Any:
+        inputs, *others = tensors
+        left = layer.run(*tensors)
+        ctx.layer = layer
+        linear: list[Tensor | None] = []
+        if any(ctx.needs_input_grad):
+            states = left[0].chunk(len(layer.steps), 1)
+            for own, (steps, part) in zip(states, layer.ways(others), strict=True):
+                linear += linearized(layer.kind, steps, inputs, own, *part)
         ctx.set_materialize_grads(False)
-        return tuple(tensor.clone() for tensor in tensors)
+        ctx.save_for_backward(*tensors, *linear)
+        return left
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return None, *gradients
+        layer: Layer = ctx.layer
+        tensors, recurrences = _saved(ctx)
+        if torch.is_grad_enabled():
+            return None, *_again(layer, tensors, gradients, ctx.needs_input_grad[1:])
+        inputs, *others = tensors
+        of_states, *of_last = gradients
+        of_inputs: Any = None
+        firsts, weights = [], []
+        for number, (steps, part) in enumerate(layer.ways(others)):
+            recurrence = recurrences[number]
+            own = None if of_states is None else of_states.chunk(len(layer.steps), 1)[number]
+            last = [None if t is None else t[number] for t in of_last]
+            weight_ih, weight_hh = (widened(part.values[name]) for name in RECURRENT[:2])
+            b, *totals = recurrence.back(steps, weight_hh, own, *last)
+            by_inputs = b[:, recurrence.of_inputs].flatten(1)
+            by_states = b.flatten(1)[:, : len(weight_hh)]
+            of_inputs = added(of_inputs, by_inputs @ weight_ih)
+            through = by_states[steps.first] @ weight_hh
+            firsts.append(recurrence.back_to_first(steps, through, *totals))
+            weights += [by_inputs.t() @ widened(inputs), by_states.t() @ recurrence.before]
+            if len(layer.names) == len(RECURRENT):
+                weights += [by_inputs.sum(0), by_states.sum(0)]
+        found = [of_inputs, *map(torch.stack, zip(*firsts, strict=True)), *weights]
+        return None, *(g.to(t.dtype) for g, t in zip(found, tensors, strict=True))
 
 
-ENDS_RUN: type[Node] = _Leave._backward_cls
-"""The node at the end of its ``run``."""
+def _saved(node: Any) -> tuple[Sequence[Tensor], list[Recurrence]]:
+    """What the layer read, and the derivative of each direction."""
+    layer: Layer = node.layer
+    saved = node.saved_tensors
+    count = 1 + layer.firsts + len(layer.steps) * len(layer.names)
+    size = len(Recurrence._fields)
+    found = range(count, len(saved), size)
+    return saved[:count], [Recurrence(*saved[n : n + size]) for n in found]
+
+
+def _again(
+    layer: Layer, tensors: Sequence[Tensor], gradients: Sequence[Any], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients with a derivative of their own, of torch's own steps."""
+    pairs = zip(layer.run(*tensors), gradients, strict=True)
+    made, values = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
+    read = [tensor for tensor, asked in zip(tensors, wanted, strict=True) if asked]
+    found = torch.autograd.grad(made, read, values, create_graph=True, allow_unused=True)
+    gradient_of = iter(found)
+    return [next(gradient_of) if asked else None for asked in wanted]
+
+
+ONE_LAYER: type[Node] = _OneLayer._backward_cls
+"""The node of a layer."""
+
+
+def push_layer(node: Any, changes: Tangents) -> Tangents:
+    """What leaves a layer, for changes of what entered."""
+    layer: Layer = node.layer
+    tensors, recurrences = _saved(node)
+    inputs, *others = tensors
+    change, *of_others = changes
+    states, lasts = [], []
+    ways = zip(layer.ways(others), layer.ways(of_others), recurrences, strict=True)
+    for (steps, part), (_, moved), recurrence in ways:
+        first = moved.first_state, moved.first_cell
+        own, cells = recurrence.forward(steps, inputs, part.values, change, moved.values, *first)
+        states.append(own)
+        lasts.append([own[steps.last], cells[steps.last]][: layer.firsts])
+    return [torch.cat(states, 1), *map(torch.stack, zip(*lasts, strict=True))]
 
 
 class _AsOne(KeptOut):
     @uncompiled
     def __call__(self, input: Any, hx: Any = None) -> Any:
-        forward, layer = self.__wrapped__, self.module
+        layer: Any = self.module
         if not _is_one(layer, input):
-            return forward(input, hx)
-        tensors = _tensors(input, hx)
-        entered = [t.view_as(t) if t.requires_grad else t for t in tensors]  # without hooks
-        run = Run(layer, forward, entered, (input, hx))
-        left = forward(*_with(entered, input, hx))
-        leaving = _tensors(*left)
-        if not leaving[0].requires_grad:
-            return left
-        return _with(_Leave.apply(run, *leaving), *left)  # type: ignore[no-untyped-call]
+            return self.__wrapped__(input, hx)
+        data, sizes, to_sorted, from_sorted = input
+        number, count = layer.num_layers, 1 + layer.bidirectional
+        if hx is None:
+            zeros = data.new_zeros(number * count, int(sizes[0]), layer.hidden_size)
+            hx = (zeros, zeros) if layer.mode == "LSTM" else zeros
+        else:
+            hx = layer.permute_hidden(hx, to_sorted)
+        layer.check_forward_args(data, hx, sizes)
+        firsts = hx if isinstance(hx, tuple) else (hx,)
+        call, lasts = Layer(layer.mode, layer.bias, count, sizes), []
+        names = len(call.names)
+        for first in range(0, number * count, count):
+            if first and layer.dropout and layer.training:
+                data = torch.dropout(data, layer.dropout, True)
+            own = layer._flat_weights[first * names : (first + count) * names]
+            read = [t if number == 1 else t[first : first + count] for t in firsts]
+            data, *last = _OneLayer.apply(call, data, *read, *own)  # type: ignore[no-untyped-call]
+            lasts.append(last)
+        last = [own[0] if number == 1 else torch.cat(own) for own in zip(*lasts, strict=True)]
+        hidden = tuple(last) if layer.mode == "LSTM" else last[0]
+        sequence = PackedSequence(data, sizes, to_sorted, from_sorted)
+        return sequence, layer.permute_hidden(hidden, from_sorted)
 
 
 class PackedAsOne(OnForward):
@@ -142,23 +186,10 @@ def packed_as_one(model: nn.Module) -> list[Attachment]:
 def _is_one(layer: Any, input: Any) -> bool:
     return (
         isinstance(input, PackedSequence)
+        and not layer.proj_size
         and torch.is_grad_enabled()
         and input.data.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and all(weight.is_leaf for weight in layer._flat_weights)
         and is_plain_autograd()
     )
-
-
-def _tensors(sequence: PackedSequence, states: Any) -> list[Tensor]:
-    if states is None:
-        return [sequence.data]
-    return [sequence.data, *([states] if isinstance(states, Tensor) else states)]
-
-
-def _with(tensors: Sequence[Tensor], sequence: PackedSequence, states: Any) -> tuple[Any, Any]:
-    """The same with other `_tensors`."""
-    data, *others = tensors
-    if states is not None:
-        states = others[0] if isinstance(states, Tensor) else tuple(others)
-    return sequence._replace(data=data), states

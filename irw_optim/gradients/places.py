@@ -22,7 +22,7 @@ from irw_optim.gradients.graph import Graph, read_by
 from irw_optim.gradients.mixing import rule_for
 from irw_optim.gradients.mixing_rules import RULES, elementwise, handed_on, unreduced
 from irw_optim.gradients.nodes import Rule, base_name, pull
-from irw_optim.gradients.packed import ENDS_RUN, pull_run, push_run
+from irw_optim.gradients.packed import ONE_LAYER, push_layer
 
 NOTHING = -1
 """The number of what has no gradient."""
@@ -95,8 +95,8 @@ class Places:
 
     def _operation(self, node: Node, reads: tuple[int, ...], makes: slice) -> Operation:
         shapes, dtypes = self.shapes[makes], self.dtypes[makes]
-        if type(node) is ENDS_RUN:
-            return Operation(reads, makes, shapes, dtypes, push_run, pull_run, False, False)
+        if type(node) is ONE_LAYER:
+            return Operation(reads, makes, shapes, dtypes, push_layer, pull, False, False)
         name, touched = base_name(node), {self.dtypes[n] for n in reads if n != NOTHING} | {*dtypes}
         rule = FORWARD.get(name, _OF_KIND.get(RULES.get(name)))
         if name in RESHAPED:

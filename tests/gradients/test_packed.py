@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from irw_optim import IRWOptimizer
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.graph import walk
-from irw_optim.gradients.packed import ENDS_RUN
+from irw_optim.gradients.packed import ONE_LAYER
 from irw_optim.torch_internals import is_plain_autograd
 
 SIZE, LENGTH, WIDTH = 6, 5, 4
@@ -95,7 +95,7 @@ def assert_exact(model: nn.Module, steps: int = 3, *, as_one: bool = True) -> No
         optimizer.zero_grad()
         torch.manual_seed(9)
         loss = criterion(output := model(tokens, lengths), target)
-        ends = [node for node in walk(output.sum()).order if type(node) is ENDS_RUN]
+        ends = [node for node in walk(output.sum()).order if type(node) is ONE_LAYER]
         # The first graph shows that samples meet; torch 2.6 does not tell who else follows.
         assert bool(ends) == (as_one and step > 0 and is_plain_autograd())
         model.eval()  # what a forward was, it stays
@@ -126,8 +126,48 @@ def test_equals_the_loop(kind: type[nn.RNNBase], asks: str, options: dict[str, A
 
 
 def test_projections_and_a_layer_that_runs_twice() -> None:
-    assert_exact(Reader(nn.LSTM, "outputs", proj_size=2))
+    assert_exact(Reader(nn.LSTM, "outputs", proj_size=2), as_one=False)
     assert_exact(Reader(nn.GRU, "twice"))
+
+
+def test_rectified_states() -> None:
+    assert_exact(Reader(nn.RNN, "first, outputs", nonlinearity="relu", bidirectional=True))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_gradient_can_be_differentiated(kind: type[nn.RNNBase]) -> None:
+    model = Reader(kind, "first, outputs", bidirectional=True)
+    given = batch(0)[:2]
+    parameters = [*model.parameters()]
+
+    def second_derivative() -> list[Tensor]:
+        gradient = torch.autograd.grad(model(*given).square().sum(), parameters, create_graph=True)
+        norm = torch.stack([g.square().sum() for g in gradient]).sum()
+        return list(torch.autograd.grad(norm, parameters))
+
+    expected = second_derivative()
+    optimizer = IRWOptimizer(torch.optim.SGD(parameters, lr=0.1), alpha=0.4, model=model)
+    optimizer.backward(model(*given).square().sum(1))
+    assert ONE_LAYER in map(type, walk(model(*given).sum()).order)
+    for found, right in zip(second_derivative(), expected, strict=True):
+        assert reference.error(found, right) < 1e-12
+
+
+def test_half_precision_is_summed_up_in_float32() -> None:
+    model = Reader(nn.GRU, "outputs").bfloat16()
+    layer = copy.deepcopy(model).float().layer
+    optimizer = IRWOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.4, model=model)
+    tokens, lengths, _ = batch(0)
+    optimizer.backward(model(tokens, lengths).float().square().sum(1))
+    optimizer.zero_grad()
+    data = torch.randn(SIZE * LENGTH, 3, dtype=torch.bfloat16)
+    packed = pack_padded_sequence(data.view(SIZE, LENGTH, 3), lengths, True, False)
+    output, _ = model.layer(packed)
+    assert type(output.data.grad_fn) is ONE_LAYER
+    output.data.float().sum().backward()
+    layer(packed._replace(data=packed.data.float()))[0].data.sum().backward()
+    for name, weight in layer.named_parameters():
+        assert reference.error(getattr(model.layer, name).grad.float(), weight.grad) < 0.02
 
 
 def test_frozen_parameters() -> None:

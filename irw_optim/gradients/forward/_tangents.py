@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from irw_optim.gradients.layers import LSTM, RECURRENT, gates_of
+from irw_optim.gradients.layers import LSTM
 from irw_optim.gradients.mixing_rules import ATTENTION
 from irw_optim.gradients.nodes import base_name, pull, saved
+from irw_optim.gradients.recurrence import RECURRENT, linearized, steps_of_all
 
 Tangents: TypeAlias = Sequence[Tensor | None]
 """A change for each input of a node (``node.next_functions``); None for none."""
@@ -200,40 +201,19 @@ def _attended(*inputs: Any, scale: float, causal: bool) -> Tensor:
 def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
     if node._saved_mode != LSTM or node._saved_batch_sizes:
         return None
-    d_input, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_state, d_cell = tangents
+    d_input, *d_values, d_state, d_cell = tangents
     names = RECURRENT if node._saved_has_biases else RECURRENT[:2]
     values = {name: getattr(node, f"_saved_weight{n}") for n, name in enumerate(names)}
-    inputs, states, reverse = node._saved_input, node._saved_result0, node._saved_reverse
-    state, cell = node._saved_hx_, node._saved_cx_
-    if reverse:
-        inputs, states = inputs.flip(0), states.flip(0)
-        d_input = None if d_input is None else d_input.flip(0)
-    before = torch.cat([state.unsqueeze(0), states[:-1]])
-    gates = gates_of(inputs, before, cell, values)
-    change = added(
-        None if d_input is None else d_input @ values["weight_ih"].t(),
-        None if d_weight_ih is None else inputs @ d_weight_ih.t(),
-        None if d_weight_hh is None else before @ d_weight_hh.t(),
-        added(d_bias_ih, d_bias_hh),
-    )
-    slopes = gates.slopes.flatten(2)
-    change = torch.zeros_like(slopes, dtype=states.dtype) if change is None else change
-    d_state, d_cell = (torch.zeros_like(state) if t is None else t for t in (d_state, d_cell))
-    recurrent, cells, found = values["weight_hh"].t(), 3 * states.shape[2], []
-    for first, slope, forget, to_cell in zip(
-        change.expand_as(slopes).unbind(),
-        slopes.unbind(),
-        gates.forget.unbind(),
-        gates.to_cell.unbind(),
-        strict=True,
-    ):
-        steps = torch.addmm(first, d_state, recurrent).mul_(slope)
-        into_cell = steps[:, :cells].unflatten(1, (3, -1)).sum(1)
-        d_cell = torch.addcmul(into_cell, forget, d_cell)
-        d_state = torch.addcmul(steps[:, cells:], to_cell, d_cell)
-        found.append(d_state)
-    over_time = torch.stack(found)
-    return [over_time.flip(0) if reverse else over_time, d_state, d_cell]
+    states = node._saved_result0
+    length, batch, _ = states.shape
+    steps = steps_of_all(length, batch, node._saved_reverse)
+    inputs = node._saved_input.flatten(0, 1)
+    first = node._saved_hx_, node._saved_cx_
+    recurrence = linearized("LSTM", steps, inputs, states.flatten(0, 1), *first, values)
+    change = None if d_input is None else d_input.flatten(0, 1)
+    changes = dict(zip(RECURRENT, d_values, strict=True))
+    found, cells = recurrence.forward(steps, inputs, values, change, changes, d_state, d_cell)
+    return [found.view(states.shape), found[steps.last], cells[steps.last]]
 
 
 RULES: dict[str, ForwardRule] = {ATTENTION: _attention, "MkldnnRnnLayer": _lstm}

@@ -5,11 +5,9 @@ from irw_optim.gradients.layers._linear import HeadsCall, LinearCall, LinearRows
 from irw_optim.gradients.layers._positions import (
     CONVOLUTION,
     LSTM,
-    RECURRENT,
     ChannelNormCall,
     ConvolutionCall,
     LSTMCall,
-    gates_of,
 )
 from irw_optim.gradients.layers._products import summed
 from irw_optim.gradients.layers._rows import (
@@ -26,7 +24,6 @@ __all__ = [
     "CONVOLUTION",
     "FIRST",
     "LSTM",
-    "RECURRENT",
     "ChannelNormCall",
     "ConvolutionCall",
     "ElementwiseCall",
@@ -43,6 +40,5 @@ __all__ = [
     "RowsCall",
     "SampleNormCall",
     "VectorCall",
-    "gates_of",
     "summed",
 ]

@@ -1,14 +1,14 @@
 """Layers that use a weight at many positions: over space, convolutions and gains; LSTMs over time.
 
-A fused LSTM shows the gradient of its states alone: a pass backwards through time makes of it that
-of the gates, which are a linear map of the inputs and another of the states.
+A fused LSTM shows the gradient of its states alone; its `recurrence` makes of it that of the gates,
+which are a linear map of the inputs and another of the states.
 """
 
 import math
 from collections.abc import Mapping
 from copy import copy
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from irw_optim.gradients.layers._linear import AffineCall, LinearCall
 from irw_optim.gradients.layers._products import inner, operands, summed, summed_rows
 from irw_optim.gradients.layers._rows import SampleNormCall
 from irw_optim.gradients.protocol import Direction, added, wide, widened
+from irw_optim.gradients.recurrence import linearized, steps_of_all
 
 CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
 """Settings in the order of ``aten.convolution``."""
@@ -146,38 +147,6 @@ class ChannelNormCall(SampleNormCall):
 
 LSTM = 2  # torch's number of the cell
 
-RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # in torch's order
-
-
-class Gates(NamedTuple):
-    """What an LSTM's gates i, f, g, o and cells hand on, time first."""
-
-    slopes: Tensor  # (T, B, 4, H), of a cell to i, f and g, of a state to o
-    to_cell: Tensor  # (T, B, H), of a state to the cell
-    forget: Tensor  # (T, B, H), of a cell to the one before
-
-
-def gates_of(
-    inputs: Tensor, before: Tensor, first_cell: Tensor, values: Mapping[str, Tensor]
-) -> Gates:
-    """With the state ``before`` each step, (T, B, H)."""
-    weight_ih, weight_hh, *biases = (widened(values[name]) for name in RECURRENT if name in values)
-    total = F.linear(inputs.flatten(0, 1), weight_ih, biases[0] + biases[1] if biases else None)
-    total.addmm_(before.flatten(0, 1), weight_hh.t())
-    i, f, g, o = total.view(*before.shape[:2], 4, -1).unbind(2)
-    i, f, g, o = i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
-    cells = [first_cell.to(i.dtype)]
-    for new, kept in zip((i * g).unbind(), f.unbind(), strict=True):
-        cells.append(torch.addcmul(new, kept, cells[-1]))
-    squashed = torch.stack(cells[1:]).tanh_()
-    slopes = [
-        torch.ops.aten.sigmoid_backward(g, i),
-        torch.ops.aten.sigmoid_backward(torch.stack(cells[:-1]), f),
-        torch.ops.aten.tanh_backward(i, g),
-        torch.ops.aten.sigmoid_backward(squashed, o),
-    ]
-    return Gates(torch.stack(slopes, 2), torch.ops.aten.tanh_backward(o, squashed), f)
-
 
 class LSTMCall(LayerCall):
     """One direction of one layer, which read (T, B, d) and computed the states, (T, B, H).
@@ -218,14 +187,19 @@ class LSTMCall(LayerCall):
     def set_output_gradient(self, gradient: Tensor) -> None:
         super().set_output_gradient(gradient)
         assert self.layout is not None
-        inputs, states = self._in_order(widened(self.recorded)), self._in_order(self.states)
-        before = torch.cat([self.first_state.unsqueeze(0), states[:-1]]).to(inputs.dtype)
-        gates = gates_of(inputs, before, self.first_cell, self.values)
-        self.of_gates = b = self._back_through_time(gates, widened(gradient))
+        (length, batch), inputs = self.recorded.shape[:2], widened(self.recorded)
+        steps = steps_of_all(length, batch, self.reverse)
+        read = inputs.flatten(0, 1), self.states.flatten(0, 1), self.first_state, self.first_cell
+        recurrence = linearized("LSTM", steps, *read, self.values)
+        arriving: list[Any] = [None] * 3
+        arriving[self.output] = gradient.flatten(0, -2)
+        b, *_ = recurrence.back(steps, widened(self.values["weight_hh"]), *arriving)
+        self.of_gates = b = b.view(length, batch, -1)
+        before = recurrence.before.view(length, batch, -1)
         parts = []
-        for side, read in (("ih", inputs), ("hh", before)):
+        for side, sequence in (("ih", inputs), ("hh", before)):
             weight, bias = map(self.parameters.get, (f"weight_{side}", f"bias_{side}"))
-            part = LinearCall(read, weight, bias)
+            part = LinearCall(sequence, weight, bias)
             part.settle(self.layout._replace(dim=1), self.batch_size)
             part.set_output_gradient(b)
             parts += [part] if part.parameters else []
@@ -234,38 +208,7 @@ class LSTMCall(LayerCall):
         self.parts = [*parts]
 
     def input_gradient(self) -> Tensor:
-        gradient = self.of_gates @ widened(self.values["weight_ih"])
-        return self._in_order(gradient).type_as(self.recorded)
-
-    def _in_order(self, sequence: Tensor) -> Tensor:
-        return sequence.flip(0) if self.reverse else sequence
-
-    def _back_through_time(self, gates: Gates, gradient: Tensor) -> Tensor:
-        """The gradient of the gates, (T, B, 4 H)."""
-        weight = widened(self.values["weight_hh"])
-        length, batch, _, size = gates.slopes.shape
-        state = cell = gates.forget.new_zeros(batch, size)
-        arriving = [state] * length
-        if self.output == 0:
-            arriving = list(self._in_order(gradient).unbind())
-        elif self.output == 1:
-            arriving[-1] = gradient.to(state.dtype)
-        else:
-            cell = gradient.to(state.dtype)
-        b = torch.empty_like(gates.slopes)
-        of_gates = b.view(length, batch, 4 * size)
-        states = zip(b[:, :, :3].unbind(), gates.slopes[:, :, :3].unbind(), strict=True)
-        outputs = zip(b[:, :, 3].unbind(), gates.slopes[:, :, 3].unbind(), strict=True)
-        ways = zip(gates.to_cell.unbind(), gates.forget.unbind(), strict=True)
-        steps = list(zip(arriving, states, outputs, ways, of_gates.unbind(), strict=True))
-        later: Tensor | None = None  # of the gates one step later
-        for here, (to_ifg, of_ifg), (to_o, of_o), (to_cell, forget), all_four in reversed(steps):
-            state = here if later is None else torch.addmm(here, later, weight)
-            cell = torch.addcmul(cell, state, to_cell)
-            torch.mul(of_ifg, cell.unsqueeze(1), out=to_ifg)
-            torch.mul(of_o, state, out=to_o)
-            cell, later = cell * forget, all_four
-        return of_gates
+        return (self.of_gates @ widened(self.values["weight_ih"])).type_as(self.recorded)
 
     def let_go(self) -> None:
         super().let_go()
