@@ -103,6 +103,7 @@ def pull_along(
 ) -> None:
     """Hand what has arrived on to what was read."""
     shapes, dtypes = places.shapes, places.dtypes
+    sums: set[int] = set()
     with torch.no_grad():
         for place, operation, reads, stays in way:
             makes = operation.makes
@@ -123,7 +124,13 @@ def pull_along(
                 if part.dtype != dtypes[n]:
                     part = (part if dtypes[n].is_complex else part.real).to(dtypes[n])
                 before = arrived[n]
-                arrived[n] = part if before is None else before + part
+                if before is None:
+                    arrived[n] = part
+                elif n in sums:
+                    before += part  # nobody else holds it
+                else:
+                    arrived[n] = before + part
+                    sums.add(n)
 
 
 def push_forward(losses: Tensor, direction: Mapping[int, Tensor], graph: Graph) -> Tensor:
