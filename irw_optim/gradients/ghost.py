@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from irw_optim.gradients.graph import CallSite, gradients_at, read_by, walk
+from irw_optim.gradients.graph import CallSite, gradients_at, walk
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
 from irw_optim.gradients.layers._products import gram_of_rows, summed_rows
 from irw_optim.gradients.protocol import Direction, added
@@ -181,7 +181,7 @@ def by_rounds(losses: Tensor, asked: list[Asked]) -> list[list[Asked]]:
     behind: dict[Any, int] = {losses.grad_fn: 0}
     for node in walk(losses).order:
         here = behind[node] + (node in layers)
-        for parent, output in read_by(node):
+        for parent, output in node.next_functions:
             if parent is None or hasattr(parent, "variable"):
                 continue
             read_elsewhere = parent in layers and GradientEdge(parent, output) not in edges

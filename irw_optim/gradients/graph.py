@@ -78,11 +78,6 @@ class OfKinds(dict[Hashable, _Value]):
 NO_GRAPH = Graph([], [], [], ())
 
 
-def read_by(node: Any) -> Sequence[tuple[Node | None, int]]:
-    """What a node reads, or a `Run` that ends there."""
-    return node.next_functions  # type: ignore[no-any-return]
-
-
 def walk(losses: Tensor) -> Graph:
     """Follow the graph from the losses to its leaves."""
     leaves: list[Tensor] = []
@@ -92,7 +87,7 @@ def walk(losses: Tensor) -> Graph:
     root = losses.grad_fn
     seen: dict[Node, int] = {} if root is None else {root: 0}
     # Depth first: a node comes after all that it reads from.
-    path = [] if root is None else [(root, iter(read_by(root)))]
+    path = [] if root is None else [(root, iter(root.next_functions))]
     while path:
         node, parents = path[-1]
         for parent, output in parents:

@@ -18,7 +18,7 @@ from irw_optim.gradients.forward._plain import (
     reshaped,
 )
 from irw_optim.gradients.forward._tangents import ForwardRule
-from irw_optim.gradients.graph import Graph, read_by
+from irw_optim.gradients.graph import Graph
 from irw_optim.gradients.mixing import rule_for
 from irw_optim.gradients.mixing_rules import RULES, elementwise, handed_on, unreduced
 from irw_optim.gradients.nodes import Rule, base_name, pull
@@ -35,7 +35,7 @@ _OF_COMPLEX = {*RESHAPED, *_MOVES.split()}
 
 
 class Operation(NamedTuple):
-    """What is known of a node, or of a `Run` that ends there."""
+    """What is known of a node."""
 
     reads: tuple[int, ...]  # the numbers of its inputs
     makes: slice  # those of its outputs
@@ -85,7 +85,7 @@ class Places:
         self.operations: list[Operation] = []
         for node, first in zip(order, self.first, strict=False):
             makes = slice(first, first + len(node._input_metadata))
-            edges = read_by(node)
+            edges = node.next_functions
             reads = tuple(starts[p] + number if p in starts else NOTHING for p, number in edges)
             self.operations.append(self._operation(node, reads, makes))
         self.in_python = any(operation.fills_in for operation in self.operations)
