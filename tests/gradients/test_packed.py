@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from irw_optim import IRWOptimizer
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.graph import walk
-from irw_optim.gradients.packed import ONE_LAYER
+from irw_optim.gradients.packed import ONE_LAYER, push_layer
 from irw_optim.torch_internals import is_plain_autograd
 
 SIZE, LENGTH, WIDTH = 6, 5, 4
@@ -132,6 +133,49 @@ def test_projections_and_a_layer_that_runs_twice() -> None:
 
 def test_rectified_states() -> None:
     assert_exact(Reader(nn.RNN, "first, outputs", nonlinearity="relu", bidirectional=True))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("asked", range(5), ids=["all", "inputs", "state", "cell", "weight"])
+def test_a_push_is_the_adjoint_of_the_pull(kind: type[nn.RNNBase], asked: int) -> None:
+    reader = Reader(kind, "outputs", bidirectional=True)
+    optimizer = IRWOptimizer(torch.optim.SGD(reader.parameters(), lr=0.1), alpha=0.4, model=reader)
+    tokens, lengths, _ = batch(0)
+    optimizer.backward(reader(tokens, lengths).square().sum(1))
+    data = torch.randn(SIZE, LENGTH, 3, requires_grad=True)
+    packed = pack_padded_sequence(data, lengths.sort(descending=True)[0], True)
+    states = [torch.randn(2, SIZE, WIDTH, requires_grad=True) for _ in range(2)]
+    output, last = reader.layer(packed, tuple(states) if kind is nn.LSTM else states[0])
+    node: Any = output.data.grad_fn
+    if not is_plain_autograd():
+        return
+    left = [output.data, *(last if kind is nn.LSTM else [last])]
+    read = [packed.data, *states[: len(left) - 1], *reader.layer._flat_weights]
+    moved = {0: range(len(read)), 3: [2], 4: [len(left)]}.get(asked, [asked - 1])
+    changes = [torch.randn_like(t) if n in moved else None for n, t in enumerate(read)]
+    with torch.no_grad():
+        pushed = push_layer(node, changes)
+    pulls = [torch.randn_like(t) for t in left]
+    gradients = torch.autograd.grad(left, read, pulls)
+    forward = sum((a * b).sum() for a, b in zip(pushed, pulls, strict=True))
+    back = sum((g * c).sum() for g, c in zip(gradients, changes, strict=True) if c is not None)
+    torch.testing.assert_close(forward, back)
+
+
+def test_what_torch_refuses_is_refused() -> None:
+    reader, (tokens, lengths, _) = Reader(nn.GRU, "outputs"), batch(0)
+    packed = pack_padded_sequence(torch.randn(SIZE, LENGTH, 2), lengths, True, False)
+    states = torch.randn(1, SIZE + 1, WIDTH)
+    with pytest.raises(RuntimeError) as wide:
+        reader.layer(packed)
+    with pytest.raises(RuntimeError) as many:
+        reader.layer(packed._replace(data=packed.data[:, :1].expand(-1, 3)), states[:, 1:].mT)
+    optimizer = IRWOptimizer(torch.optim.SGD(reader.parameters(), lr=0.1), alpha=0.4, model=reader)
+    optimizer.backward(reader(tokens, lengths).square().sum(1))
+    with pytest.raises(RuntimeError, match=re.escape(str(wide.value))):
+        reader.layer(packed)
+    with pytest.raises(RuntimeError, match=re.escape(str(many.value))):
+        reader.layer(packed._replace(data=packed.data[:, :1].expand(-1, 3)), states[:, 1:].mT)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
