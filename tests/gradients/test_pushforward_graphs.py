@@ -11,6 +11,7 @@ import torch
 from pushes import Case, assert_case, assert_pushed, case, numbers, rows_of
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from irw_optim import IRWOptimizer
@@ -19,7 +20,7 @@ from irw_optim.gradients.backward_passes import BackwardPasses
 from irw_optim.gradients.forward import FORWARD
 from irw_optim.gradients.graph import OfKinds, walk
 from irw_optim.gradients.places import Places
-from irw_optim.gradients.pushforward import NoPushForwardError, push
+from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push
 
 
 class Cube(torch.autograd.Function):
@@ -290,6 +291,24 @@ def test_saved_tensors_elsewhere() -> None:
     with torch.autograd.graph.save_on_cpu():
         y = nn.functional.layer_norm(x.exp() @ x.mT, (3,)).tanh()
     assert_pushed(numbers(y), [x], 1e-10)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_gradient_that_two_share_is_added_to_by_neither(turned: bool) -> None:
+    """That of a sum, pulled back, is that of both terms."""
+    x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    left, right = x.exp(), y.exp()
+    total, product = left + right, left * right
+    terms = [total, total.sin(), product, product.sin(), left.sin(), right.sin()]
+    losses = torch.stack(terms[::-1] if turned else terms).sum((0, 2))
+    cotangent = torch.randn(3, dtype=torch.float64)
+    expected = torch.autograd.grad(losses, [x, y], cotangent, retain_graph=True)
+    edges = [get_gradient_edge(leaf) for leaf in (x, y)]
+    for found, right in zip(
+        pull_back(losses, cotangent, edges, walk(losses)), expected, strict=True
+    ):
+        assert found is not None
+        torch.testing.assert_close(found, right)
 
 
 def test_hooks_do_not_hear_it() -> None:
