@@ -37,22 +37,23 @@ class Layer:
         run = getattr(torch, self.kind.lower())
         return run(inputs, self.sizes, first, others[self.firsts :], *options)
 
-    def ways(self, others: Sequence[Any]) -> list[tuple[Steps, "Part"]]:
-        """Each direction, and what it has of what is read besides inputs, or of its changes."""
+    def ways(self, others: Sequence[Any]) -> list["Way"]:
+        """Each direction, and its part of what is read besides inputs, or of its changes."""
         firsts, weights = others[: self.firsts], others[self.firsts :]
         found = []
         for number, steps in enumerate(self.steps):
             state, cell = (*(None if t is None else t[number] for t in firsts), None)[:2]
-            values = dict(zip(self.names, weights[number * len(self.names) :], strict=False))
-            found.append((steps, Part(state, cell, values)))
+            values = weights[number * len(self.names) :]
+            found.append(Way(steps, state, cell, dict(zip(self.names, values, strict=False))))
         return found
 
 
-class Part(NamedTuple):
-    """Of one direction."""
+class Way(NamedTuple):
+    """A direction of a layer."""
 
-    first_state: Any
-    first_cell: Any
+    steps: Steps
+    state: Any  # the first one
+    cell: Any
     values: dict[str, Any]
 
 
@@ -65,8 +66,8 @@ class _OneLayer(torch.autograd.Function):
         linear: list[Tensor | None] = []
         if any(ctx.needs_input_grad):
             states = left[0].chunk(len(layer.steps), 1)
-            for own, (steps, part) in zip(states, layer.ways(others), strict=True):
-                linear += linearized(layer.kind, steps, inputs, own, *part)
+            for own, way in zip(states, layer.ways(others), strict=True):
+                linear += linearized(layer.kind, inputs, own, *way)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *linear)
         return left
@@ -81,11 +82,11 @@ class _OneLayer(torch.autograd.Function):
         of_states, *of_last = gradients
         of_inputs: Any = None
         firsts, weights = [], []
-        for number, (steps, part) in enumerate(layer.ways(others)):
-            recurrence = recurrences[number]
+        for number, (steps, _, _, values) in enumerate(layer.ways(others)):
             own = None if of_states is None else of_states.chunk(len(layer.steps), 1)[number]
             last = [None if t is None else t[number] for t in of_last]
-            weight_ih, weight_hh = (widened(part.values[name]) for name in RECURRENT[:2])
+            weight_ih, weight_hh = (widened(values[name]) for name in RECURRENT[:2])
+            recurrence = recurrences[number]
             b, *totals = recurrence.back(steps, weight_hh, own, *last)
             by_inputs = b[:, recurrence.of_inputs].flatten(1)
             by_states = b.flatten(1)[:, : len(weight_hh)]
@@ -93,8 +94,7 @@ class _OneLayer(torch.autograd.Function):
             through = by_states[steps.first] @ weight_hh
             firsts.append(recurrence.back_to_first(steps, through, *totals))
             weights += [by_inputs.t() @ widened(inputs), by_states.t() @ recurrence.before]
-            if len(layer.names) == len(RECURRENT):
-                weights += [by_inputs.sum(0), by_states.sum(0)]
+            weights += [by_inputs.sum(0), by_states.sum(0)][: len(values) - 2]
         found = [of_inputs, *map(torch.stack, zip(*firsts, strict=True)), *weights]
         return None, *(g.to(t.dtype) for g, t in zip(found, tensors, strict=True))
 
@@ -132,12 +132,12 @@ def push_layer(node: Any, changes: Tangents) -> Tangents:
     inputs, *others = tensors
     change, *of_others = changes
     states, lasts = [], []
-    ways = zip(layer.ways(others), layer.ways(of_others), recurrences, strict=True)
-    for (steps, part), (_, moved), recurrence in ways:
-        first = moved.first_state, moved.first_cell
-        own, cells = recurrence.forward(steps, inputs, part.values, change, moved.values, *first)
+    for way, moved, recurrence in zip(
+        layer.ways(others), layer.ways(of_others), recurrences, strict=True
+    ):
+        own, cells = recurrence.forward(inputs, way.values, change, *moved)
         states.append(own)
-        lasts.append([own[steps.last], cells[steps.last]][: layer.firsts])
+        lasts.append([own[way.steps.last], cells[way.steps.last]][: layer.firsts])
     return [torch.cat(states, 1), *map(torch.stack, zip(*lasts, strict=True))]
 
 

@@ -152,13 +152,13 @@ class Recurrence(NamedTuple):
 
     def forward(
         self,
-        steps: Steps,
         inputs: Tensor,
         values: Mapping[str, Tensor],
         change: Tensor | None,
-        changes: Mapping[str, Tensor | None],
+        steps: Steps,
         first_state: Tensor | None,
         first_cell: Tensor | None,
+        changes: Mapping[str, Tensor | None],
     ) -> tuple[Tensor, Tensor]:
         """The changes of states and cells, (R, H), for those of inputs, values and first ones."""
         weight_ih, weight_hh = (widened(values[name]) for name in RECURRENT[:2])
@@ -204,9 +204,9 @@ class Recurrence(NamedTuple):
 
 def linearized(
     kind: str,
-    steps: Steps,
     inputs: Tensor,
     states: Tensor,
+    steps: Steps,
     first_state: Tensor,
     first_cell: Tensor | None,
     values: Mapping[str, Tensor],

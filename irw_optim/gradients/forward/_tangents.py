@@ -209,10 +209,10 @@ def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
     steps = steps_of_all(length, batch, node._saved_reverse)
     inputs = node._saved_input.flatten(0, 1)
     first = node._saved_hx_, node._saved_cx_
-    recurrence = linearized("LSTM", steps, inputs, states.flatten(0, 1), *first, values)
+    recurrence = linearized("LSTM", inputs, states.flatten(0, 1), steps, *first, values)
     change = None if d_input is None else d_input.flatten(0, 1)
     changes = dict(zip(RECURRENT, d_values, strict=True))
-    found, cells = recurrence.forward(steps, inputs, values, change, changes, d_state, d_cell)
+    found, cells = recurrence.forward(inputs, values, change, steps, d_state, d_cell, changes)
     return [found.view(states.shape), found[steps.last], cells[steps.last]]
 
 
