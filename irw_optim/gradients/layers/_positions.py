@@ -189,9 +189,9 @@ class LSTMCall(LayerCall):
         assert self.layout is not None
         (length, batch), inputs = self.recorded.shape[:2], widened(self.recorded)
         steps = steps_of_all(length, batch, self.reverse)
-        read, first = (inputs, self.states), (self.first_state, self.first_cell)
-        rows = (t.flatten(0, 1) for t in read)
-        recurrence = linearized("LSTM", *rows, steps, *first, self.values)
+        rows, states = inputs.flatten(0, 1), self.states.flatten(0, 1)
+        first = self.first_state, self.first_cell
+        recurrence = linearized("LSTM", rows, states, steps, *first, self.values)
         arriving: list[Any] = [None] * 3
         arriving[self.output] = gradient.flatten(0, -2)
         b, *_ = recurrence.back(steps, widened(self.values["weight_hh"]), *arriving)
