@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from irw_optim.gradients.graph import CallSite, gradients_at, read_by, walk
 from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
-from irw_optim.gradients.layers._products import gram_of_rows, summed_rows
+from irw_optim.gradients.layers._products import gram_of_rows, summed, summed_rows
 from irw_optim.gradients.protocol import Direction, added
 from irw_optim.gradients.side_by_side import Part, side_by_side
 
@@ -67,10 +67,7 @@ class GhostGradients:
         total: dict[Tensor, Tensor] = {}
         while apart:
             total.update(apart.pop().combine(rows))
-        while meeting:
-            for parameter, part in meeting.pop().combine(rows).items():
-                total[parameter] = total[parameter] + part if parameter in total else part
-        return total
+        return total | summed(meeting.pop().combine(rows) for _ in range(len(meeting)))
 
     def dot(self, direction: Direction) -> Tensor:
         apart, meeting = self.parts

@@ -136,10 +136,6 @@ def _batch_norm(output: Output) -> Sequence[int]:
     return [output.at(shape, output.dim), *of_weights]
 
 
-def _of_shared_tables(output: Output) -> Sequence[int]:
-    return [SHARED] * len(output.inputs)
-
-
 def _of_classes(output: Output) -> Sequence[int]:
     dim = mixes() if output.node._saved_reduction else output.dim
     return output.all_at(dim + (dim >= 1))
@@ -270,7 +266,7 @@ _NAMES: dict[Rule, str] = {
         "NativeLayerNorm FusedRmsNorm"
     ),
     _batch_norm: "CudnnBatchNorm MiopenBatchNorm NativeBatchNorm",
-    _of_shared_tables: "Embedding EmbeddingBag",
+    lambda output: [SHARED] * len(output.inputs): "Embedding EmbeddingBag",
     _along_last(1): _OF_ANY_SIZE.format(1) + "MaxPool1D UpsampleLinear1D",
     _along_last(2): _OF_ANY_SIZE.format(2)
     + (

@@ -213,7 +213,9 @@ def _weight_at(
     """What is read at an edge; None where nothing that is wanted made it."""
     node, number = edge
     turned = turns and base_name(node) == "T"
-    behind = _unconverted(node.next_functions[0][0] if turned else node)
+    behind = node.next_functions[0][0] if turned else node
+    while base_name(behind) == "ToCopy":
+        behind = behind.next_functions[0][0]
     if behind in leaves:
         return Weight(graph.leaves[leaves[behind]], None, turned)
     order, made_of = _part_above(node, graph, leaves)
@@ -224,12 +226,6 @@ def _weight_at(
     nodes, leaf_nodes = [graph.order[n] for n in order], [graph.leaf_nodes[n] for n in made_of]
     chain = ChainPlaces(number, order, made_of, Places(nodes, leaf_nodes))
     return Weight(stand_in.requires_grad_(), chain)
-
-
-def _unconverted(node: Any) -> Any:
-    while base_name(node) == "ToCopy":
-        node = node.next_functions[0][0]
-    return node
 
 
 def _part_above(

@@ -1,7 +1,5 @@
 """The one training loop, `Training.fit`, and the remedies."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
