@@ -7,8 +7,6 @@ A column "± x" is the spread of the column "x": standard deviation over seeds, 
 benchmark says. No number on a page is typed by hand, and tests compare pages with stored rows.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -5,8 +5,6 @@ of Opacus' ghost clipping in the same round, its median and quartiles over the r
 something on a busy machine, a time does not. A step is zero_grad, forward, backward and step.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

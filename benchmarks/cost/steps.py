@@ -6,8 +6,6 @@
 Ratios of medians within one run: results/step_cost_<device>.csv and .md, and a figure.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

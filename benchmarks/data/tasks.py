@@ -4,8 +4,6 @@ Headroom is what training with group labels gains for the worst-off group over p
 groupings by people alone (race x sex, male x young) have none; those with the label in them have.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from benchmarks.data import planted, unseen

@@ -1,7 +1,5 @@
 """What can be seen without groups, and how often it is right about the groups."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np

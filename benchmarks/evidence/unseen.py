@@ -8,8 +8,6 @@ targets with more than three points of headroom on clean labels; "natural" leave
 shortcuts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Texts: GPTs with layers of their own, recurrent networks, bags of words."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
