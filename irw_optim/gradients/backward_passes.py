@@ -152,12 +152,7 @@ def _gradients_of(parameters: Iterable[Tensor]) -> list[tuple[Tensor | None, int
 
 
 def backward_to(
-    ends: Any,
-    losses: Tensor,
-    weights: Tensor,
-    leaves: Iterable[Tensor],
-    *,
-    retain_graph: bool,
+    ends: Any, losses: Tensor, weights: Tensor, leaves: Iterable[Tensor], *, retain_graph: bool
 ) -> Sequence[Tensor | None]:
     """Autograd's own pass, unheard by the leaves, whose hooks belong to the final one."""
     with silent(leaves), torch.enable_grad():

@@ -24,13 +24,7 @@ from irw_optim.gradients.compiling import (
 )
 from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
 from irw_optim.gradients.graph import Graph, OfKinds, Plan
-from irw_optim.gradients.hooks import (
-    IN_CUDNN,
-    hook_layers,
-    silence_of,
-    weighed_by,
-    without_cudnn,
-)
+from irw_optim.gradients.hooks import IN_CUDNN, hook_layers, silence_of, weighed_by, without_cudnn
 from irw_optim.gradients.mixing import Batch, arranged, flattened_from, follow_batch, is_foreign
 from irw_optim.gradients.packed import packed_as_one
 from irw_optim.gradients.protocol import PerSampleGradients

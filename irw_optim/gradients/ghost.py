@@ -67,7 +67,9 @@ class GhostGradients:
         total: dict[Tensor, Tensor] = {}
         while apart:
             total.update(apart.pop().combine(rows))
-        return total | summed(meeting.pop().combine(rows) for _ in range(len(meeting)))
+        if meeting:
+            total |= summed(meeting.pop().combine(rows) for _ in range(len(meeting)))
+        return total
 
     def dot(self, direction: Direction) -> Tensor:
         apart, meeting = self.parts

@@ -10,13 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irw_optim.arguments import (
-    DPGuaranteeError,
-    one_of,
-    plain,
-    true_or_false,
-    whole_number,
-)
+from irw_optim.arguments import DPGuaranteeError, one_of, plain, true_or_false, whole_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.criterion.attached import check_unattached
 from irw_optim.gradients.engine import ENGINES

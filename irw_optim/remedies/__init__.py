@@ -23,14 +23,7 @@ from irw_optim.metrics._groups import ArrayLike, GroupsLike
 from irw_optim.notebook import progress_bar
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.remedies._comparison import Comparison
-from irw_optim.remedies._data import (
-    Data,
-    Numbers,
-    Samples,
-    cluster_numbers,
-    group_names,
-    logits_of,
-)
+from irw_optim.remedies._data import Data, Numbers, Samples, cluster_numbers, group_names, logits_of
 from irw_optim.remedies._judging import (
     Difference,
     Judge,
@@ -55,14 +48,7 @@ from irw_optim.weighting.weights import check_alpha
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "Comparison",
-    "Difference",
-    "Fitted",
-    "Recipe",
-    "Remedy",
-    "Training",
-]
+__all__ = ["Comparison", "Difference", "Fitted", "Recipe", "Remedy", "Training"]
 
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 

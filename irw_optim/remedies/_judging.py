@@ -191,10 +191,7 @@ def signs_of_hurt(runs: pd.DataFrame, rare: int) -> dict[str, list[str]]:
 
 
 def conclude(
-    runs: pd.DataFrame,
-    predictions: Mapping[str, Numbers],
-    judge: Judge,
-    blind: str | None,
+    runs: pd.DataFrame, predictions: Mapping[str, Numbers], judge: Judge, blind: str | None
 ) -> tuple[str, list[str]]:
     names = [name for name in predictions if name not in (PLAIN, ORACLE)]
     moves = {name: judge.moves(found == judge.labels) for name, found in predictions.items()}
