@@ -95,11 +95,9 @@ class GhostRows(GhostGradients):
     norms = row_norms
 
     def dot(self, direction: Direction) -> Tensor:
-        """<g_i, v>, (B,)."""
         return super().dot(direction) if direction else self.seed.new_zeros(self.batch_size)
 
     def without(self, dropped: Tensor) -> GhostRows:
-        """As of `GradSampleRows`."""
         return GhostRows([c.without(dropped) for c in self.calls], self.batch_size, self.seed)
 
 

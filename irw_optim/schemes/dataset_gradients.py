@@ -60,7 +60,6 @@ class DatasetGradients:
 
     @property
     def batch_size(self) -> int:
-        """Number of rows."""
         return len(self.samples)
 
     def _all(self) -> Tensor:
@@ -144,7 +143,6 @@ class DatasetGradients:
         return scores
 
     def gram(self) -> Tensor:
-        """Not on offer."""
         raise RuntimeError(
             f"G G^T of a data set has {self.batch_size}^2 entries: a rule of the global scheme may "
             "use combine and dot"
