@@ -104,12 +104,8 @@ def path_of(optimizer: IRWOptimizer) -> str:
     if engine.coverings and all(covering.covers_all for covering in engine.coverings.values()):
         return "quick"
     share = sum(p.numel() for p in trained if p in covered) / sum(p.numel() for p in trained)
-    return f"quick for {_percent(share)}, {rest}" if covered else rest
-
-
-def _percent(share: float) -> str:
-    """Rounded down, since what is not covered decides the cost."""
-    return f"{int(share * 1000) / 10:g} %"
+    rounded_down = int(share * 1000) / 10  # since what is not covered decides the cost
+    return f"quick for {rounded_down:g} %, {rest}" if covered else rest
 
 
 def _held(model: nn.Module, batch: Batch) -> int:

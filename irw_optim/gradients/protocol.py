@@ -92,10 +92,7 @@ MEMORY_BOUND = 64 * 2**20
 
 
 class MaterializedGradients:
-    """G as explicit rows, one block of shape (B, *p.shape) per parameter p.
-
-    Args:
-        rows: for each parameter its per-sample gradients, (B, *p.shape).
+    """G as explicit ``rows``, one block of shape (B, *p.shape) per parameter p.
 
     >>> G = MaterializedGradients.of(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     >>> G.gram()
