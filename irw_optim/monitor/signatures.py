@@ -88,6 +88,7 @@ def worst_off_loss(course: Course) -> Iterator[Finding]:
 
 
 def one_class(course: Course) -> Iterator[Finding]:
+    """Nearly all of a batch's weight lies on one class."""
     classes, shares = [], []
     for row in course.recent:
         if table := row.breakdowns.get("class"):
@@ -111,6 +112,7 @@ def one_class(course: Course) -> Iterator[Finding]:
 
 
 def few_samples(course: Course) -> Iterator[Finding]:
+    """A handful of samples decides a step."""
     effective, share, largest, size = medians(
         course.recent, "effective_samples", "effective_share", "largest_weight", "samples"
     )
@@ -126,6 +128,7 @@ def few_samples(course: Course) -> Iterator[Finding]:
 
 
 def few_worst_off(course: Course) -> Iterator[Finding]:
+    """S is one or two samples: its gradient is theirs."""
     if not (local := course.recent_with(held=False)):
         return
     members, size = medians(local, "worst_off_samples", "samples")
@@ -161,6 +164,7 @@ def gradients_vanished(course: Course) -> Iterator[Finding]:
 
 
 def batches_without_weight(course: Course) -> Iterator[Finding]:
+    """The weights of a global scheme leave whole batches without any."""
     fallback = mean(course.recent_with(held=True), "fallback")
     if fallback >= 0.05:
         yield Finding(
@@ -173,6 +177,7 @@ def batches_without_weight(course: Course) -> Iterator[Finding]:
 
 
 def removes_many(course: Course) -> Iterator[Finding]:
+    """The outlier filter takes more than noise."""
     removed = mean(course.recent, "removed_share")
     if removed > 0.1:  # eps="auto" removes at most 5 %
         yield Finding(
@@ -185,6 +190,7 @@ def removes_many(course: Course) -> Iterator[Finding]:
 
 
 def removes_one(course: Course, kind: str) -> Iterator[Finding]:
+    """The outlier filter takes mostly one class, or one group."""
     parts = parts_of(course.weighted, kind)
     removed = {name: part.removed * part.seen for name, part in parts.items()}
     total = sum(removed.values())
@@ -207,6 +213,7 @@ def removes_one(course: Course, kind: str) -> Iterator[Finding]:
 
 
 def worst_group_underweighted(course: Course) -> Iterator[Finding]:
+    """Those who need it most get less than an equal say."""
     groups = {g: p for g, p in parts_of(course.recent, "group").items() if p.seen >= 50}
     if len(groups) < 2:
         return
@@ -224,6 +231,7 @@ def worst_group_underweighted(course: Course) -> Iterator[Finding]:
 
 
 def stale_weights(course: Course) -> Iterator[Finding]:
+    """Those whom a global scheme holds for the worst off are so no longer."""
     held = [row for row in course.recent if not np.isnan(row.numbers["held_agreement"])]
     if not held:
         return
