@@ -252,14 +252,6 @@ def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
 
     A tied one goes by any of its names; ``"last"`` means the last layer that has trainable ones,
     None all of them.
-
-    Raises:
-        ValueError: nothing trainable is chosen, or a name is not the model's.
-        TypeError: anything else.
-
-    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    >>> sorted(p.numel() for p in select_parameters(model, "last"))
-    [1, 3]
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: p for name, p in named.items() if p.requires_grad}
