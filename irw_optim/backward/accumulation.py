@@ -11,20 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from irw_optim.backward.weighted_loss import (
-    BatchPass,
-    Pass,
-    Weigher,
-    deferred_loss,
-    seed_of,
-    without_autocast,
-)
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.ghost import check_inputs
 from irw_optim.gradients.layers import summed
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import Direction, PerSampleGradients, blocked_gram, widened
 from irw_optim.torch_internals import is_wanted, will_run
+
+from .weighted_loss import BatchPass, Pass, Weigher, deferred_loss, seed_of, without_autocast
 
 
 class LogicalBatch:

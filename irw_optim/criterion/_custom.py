@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from irw_optim.criterion._rules import RULES, PerSampleLosses, Rule, forward_of, plain, unreduced
 from irw_optim.restored import randomness_restored, undo_own_state, undo_state
+
+from ._rules import RULES, PerSampleLosses, Rule, forward_of, plain, unreduced
 
 _SHAPE = "one loss per sample, of shape (B,) or (B, ...)"
 WAYS_OUT = (

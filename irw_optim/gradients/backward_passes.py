@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
-from irw_optim.gradients.coverage import equal
-from irw_optim.gradients.graph import Graph, gradients_at
-from irw_optim.gradients.mixing import is_foreign
-from irw_optim.gradients.places import places_of
-from irw_optim.gradients.protocol import Direction
-from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.restored import randomness_restored
 from irw_optim.torch_internals import silent
+
+from .coverage import equal
+from .graph import Graph, gradients_at
+from .mixing import is_foreign
+from .places import places_of
+from .protocol import Direction
+from .pushforward import NoPushForwardError, pull_back, push_forward
 
 _Value = TypeVar("_Value")
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from irw_optim.gradients.graph import CallSite, gradients_at, read_by, walk
-from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
-from irw_optim.gradients.layers._products import gram_of_rows, summed, summed_rows
-from irw_optim.gradients.protocol import Direction, added
-from irw_optim.gradients.side_by_side import Part, side_by_side
+from .graph import CallSite, gradients_at, read_by, walk
+from .layers import LayerCall, RowsCall, RowWeights
+from .layers._products import gram_of_rows, summed, summed_rows
+from .protocol import Direction, added
+from .side_by_side import Part, side_by_side
 
 Asked: TypeAlias = tuple[int, CallSite, bool]
 """A site's number, the site, and whether its rows are made."""

@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointFunction
 
-from irw_optim.gradients.layers import LayerCall, LinearCall
-from irw_optim.gradients.mixing_rules import RULES, picking
-from irw_optim.gradients.nodes import base_name, is_block, picks_of
-from irw_optim.gradients.packed import ENDS_RUN
 from irw_optim.torch_internals import run_backward
 
+from .layers import LayerCall, LinearCall
+from .mixing_rules import RULES, picking
+from .nodes import base_name, is_block, picks_of
+from .packed import ENDS_RUN
+
 if TYPE_CHECKING:
-    from irw_optim.gradients.coverage import Covering
+    from .coverage import Covering
 
 _Value = TypeVar("_Value")
 

@@ -14,18 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from irw_optim.attachments import Attachment, Removable
-from irw_optim.gradients.compiling import (
-    CompiledAgain,
-    ItselfKeptOut,
-    KeptOut,
-    Listener,
-    inside,
-    on_forward,
-)
-from irw_optim.gradients.graph import CallSite
-from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.rules import CALLS, call_of, rule_of, rule_of_function
 from irw_optim.torch_internals import itself_uncompiled, uncompiled
+
+from .compiling import CompiledAgain, ItselfKeptOut, KeptOut, Listener, inside, on_forward
+from .graph import CallSite
+from .layers import LayerCall, LinearCall, LinearRowsCall
+from .rules import CALLS, call_of, rule_of, rule_of_function
 
 
 def hook_layers(model: nn.Module) -> list[Attachment]:

@@ -9,16 +9,7 @@ from contextlib import suppress
 
 import torch
 
-from irw_optim.gradients.nodes import (
-    SHARED,
-    UNREAD,
-    MixesError,
-    Output,
-    Rule,
-    is_block,
-    mixes,
-    picks_of,
-)
+from .nodes import SHARED, UNREAD, MixesError, Output, Rule, is_block, mixes, picks_of
 
 
 def elementwise(output: Output) -> Sequence[int]:

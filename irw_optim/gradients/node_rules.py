@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.layers import (
+from .layers import (
     CONVOLUTION,
     LSTM,
     RECURRENT,
@@ -24,10 +24,10 @@ from irw_optim.gradients.layers import (
     SampleNormCall,
     VectorCall,
 )
-from irw_optim.gradients.mixing import rule_for
-from irw_optim.gradients.mixing_rules import elementwise
-from irw_optim.gradients.nodes import base_name, saved, shape_of, slopes_of
-from irw_optim.gradients.pushforward import ChainPlaces
+from .mixing import rule_for
+from .mixing_rules import elementwise
+from .nodes import base_name, saved, shape_of, slopes_of
+from .pushforward import ChainPlaces
 
 
 class Weight(NamedTuple):

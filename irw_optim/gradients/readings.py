@@ -12,23 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.backward_passes import unless_recomputed
-from irw_optim.gradients.coverage import Covering
-from irw_optim.gradients.graph import CallSite, Graph, Plan, Remade
-from irw_optim.gradients.layers import FIRST, LayerCall, Layout, LinearCall
-from irw_optim.gradients.mixing import Batch, follow_batch
-from irw_optim.gradients.node_rules import (
-    FUSED_CELLS,
-    NodeRule,
-    Weight,
-    Weights,
-    of_each_number,
-    rule_of,
-    summands,
-)
-from irw_optim.gradients.nodes import base_name
-from irw_optim.gradients.places import Places
-from irw_optim.gradients.pushforward import ChainedCall, ChainPlaces, in_a_pass
+from .backward_passes import unless_recomputed
+from .coverage import Covering
+from .graph import CallSite, Graph, Plan, Remade
+from .layers import FIRST, LayerCall, Layout, LinearCall
+from .mixing import Batch, follow_batch
+from .node_rules import FUSED_CELLS, NodeRule, Weight, Weights, of_each_number, rule_of, summands
+from .nodes import base_name
+from .places import Places
+from .pushforward import ChainedCall, ChainPlaces, in_a_pass
 
 _Value = TypeVar("_Value")
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers import (
+from .layers import (
     FIRST,
     ConvolutionCall,
     ElementwiseCall,
@@ -21,7 +21,7 @@ from irw_optim.gradients.layers import (
     RowsCall,
     RowWeights,
 )
-from irw_optim.gradients.protocol import WIDER, Direction, as_matrix, widened
+from .protocol import WIDER, Direction, as_matrix, widened
 
 FEW = {"cpu": 2**14}
 """So many numbers are copied while an operation starts; elsewhere 2^20."""

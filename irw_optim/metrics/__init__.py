@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from irw_optim.arguments import whole_number
-from irw_optim.metrics._groups import (
+
+from ._groups import (
     ArrayLike,
     Group,
     GroupsLike,

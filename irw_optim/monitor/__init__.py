@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from irw_optim.arguments import whole_number
 from irw_optim.attachments import Removable, Renewed, remove_all
 from irw_optim.metrics._groups import GroupsLike, as_columns, check_lengths
-from irw_optim.monitor.recording import WeightAge, groups_of, row_of
-from irw_optim.monitor.rows import Array, Course, Logger, Row, send
-from irw_optim.monitor.signatures import Finding, diagnose
 from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
+
+from .recording import WeightAge, groups_of, row_of
+from .rows import Array, Course, Logger, Row, send
+from .signatures import Finding, diagnose
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,7 +186,7 @@ class IRWMonitor(Renewed):
             RuntimeError: nothing was recorded yet.
         """
         try:
-            from irw_optim.monitor.figures import draw
+            from .figures import draw
         except ImportError as error:
             raise ImportError('plot() needs matplotlib: pip install "irw-optim[report]"') from error
         return draw(self._course.rows)

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from irw_optim.metrics._groups import intersect
-from irw_optim.monitor.rows import Array, Breakdown, Row
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.weighing import HeldWeights
 from irw_optim.weighting import StepRecord, worst_off_count
+
+from .rows import Array, Breakdown, Row
 
 
 class Batch(NamedTuple):

@@ -11,13 +11,14 @@ from torch.optim import Optimizer
 from irw_optim.arguments import DPGuaranteeError
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.engine import Engine, OwnEngine
-from irw_optim.optimizer.at_hand import check_backward, check_reads_rows
-from irw_optim.optimizer.options import Options, check_arguments, check_group, described
-from irw_optim.optimizer.weighted_backward import WeightedBackward
-from irw_optim.optimizer.wrapping import Hold, OptimizerWrapper, closure_step
 from irw_optim.weighting import ScoreRule
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import check_labels, check_losses
+
+from .at_hand import check_backward, check_reads_rows
+from .options import Options, check_arguments, check_group, described
+from .weighted_backward import WeightedBackward
+from .wrapping import Hold, OptimizerWrapper, closure_step
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 

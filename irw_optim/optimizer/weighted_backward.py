@@ -19,17 +19,12 @@ from irw_optim.criterion.attached import AttachedCriterion
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
 from irw_optim.gradients.protocol import MaterializedGradients
-from irw_optim.optimizer.at_hand import (
-    OtherTerms,
-    check_rows,
-    check_unrecorded,
-    has_gradient,
-    warn_of_mixing,
-)
-from irw_optim.optimizer.options import Options
 from irw_optim.torch_internals import has_group, is_sharded, several_processes
 from irw_optim.weighting import Averaging, Scheme, StepRecord
 from irw_optim.weighting.weights import check_labels, check_losses
+
+from .at_hand import OtherTerms, check_rows, check_unrecorded, has_gradient, warn_of_mixing
+from .options import Options
 
 if TYPE_CHECKING:
     from irw_optim.distributed.shards import Processes

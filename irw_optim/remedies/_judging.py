@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from irw_optim.metrics import worst_alpha_loss, worst_cell_accuracy
 from irw_optim.metrics._groups import intersect
-from irw_optim.remedies._data import Numbers
-from irw_optim.remedies._training import BALANCED, ORACLE, PLAIN
 from irw_optim.schemes.global_weights import FEW
+
+from ._data import Numbers
+from ._training import BALANCED, ORACLE, PLAIN
 
 if TYPE_CHECKING:
     import pandas as pd

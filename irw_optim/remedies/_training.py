@@ -14,9 +14,10 @@ from torch.utils.data import Sampler
 
 from irw_optim import IRWOptimizer
 from irw_optim.arguments import real_number
-from irw_optim.remedies._data import ClassLosses, Numbers, Samples
 from irw_optim.schemes import ClassByClassSampler
 from irw_optim.schemes.batch_losses import Forward
+
+from ._data import ClassLosses, Numbers, Samples
 
 T = TypeVar("T")
 PLAIN, BALANCED, ORACLE = "plain", "class-balanced", "groups known (oracle)"

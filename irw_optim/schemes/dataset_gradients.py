@@ -24,7 +24,8 @@ from irw_optim.gradients.backward_passes import backward_to
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import Direction, PerSampleGradients, widened
-from irw_optim.schemes.batch_losses import (
+
+from .batch_losses import (
     FORWARD_FAILS,
     BatchLosses,
     check_difference,
@@ -33,8 +34,8 @@ from irw_optim.schemes.batch_losses import (
     jvp,
     long_attention,
 )
-from irw_optim.schemes.order import LossConsistency
-from irw_optim.schemes.reading import DatasetReader
+from .order import LossConsistency
+from .reading import DatasetReader
 
 logger = logging.getLogger("irw_optim")
 

@@ -16,14 +16,15 @@ from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.metrics._groups import ArrayLike, Group, as_classes
 from irw_optim.optimizer.irw_optimizer import ScoreParameters
 from irw_optim.optimizer.options import Options
-from irw_optim.schemes.batch_losses import Forward
-from irw_optim.schemes.dataset_gradients import DatasetGradients
-from irw_optim.schemes.reading import DatasetReader
-from irw_optim.schemes.resampling import ResamplingSampler
-from irw_optim.schemes.weighing import weigh_by
 from irw_optim.weighting import Alignment, LocalScheme, StepRecord, present_of
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import ScoreRule
+
+from .batch_losses import Forward
+from .dataset_gradients import DatasetGradients
+from .reading import DatasetReader
+from .resampling import ResamplingSampler
+from .weighing import weigh_by
 
 FEW = 1 / 3
 """Weights on a lesser share are learnt by heart."""

@@ -20,7 +20,8 @@ from torch.utils.data import (
 )
 
 from irw_optim.arguments import whole_number
-from irw_optim.schemes.order import Arrangement, RefusedError, rearranged, refuse_sorting
+
+from .order import Arrangement, RefusedError, rearranged, refuse_sorting
 
 
 def check_loader(loader: object) -> None:

@@ -27,17 +27,6 @@ from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.notebook import progress_bar
 from irw_optim.optimizer.irw_optimizer import ScoreParameters, select_parameters
 from irw_optim.optimizer.options import described
-from irw_optim.schemes.batch_losses import (
-    BatchLosses,
-    Forward,
-    eval_mode,
-    in_full_precision,
-    inputs_and_target,
-)
-from irw_optim.schemes.dataset_gradients import DatasetGradients, DatasetOverRanks
-from irw_optim.schemes.order import batches_to_check, check_order
-from irw_optim.schemes.reading import DatasetReader
-from irw_optim.schemes.resampling import check_sample_weights
 from irw_optim.weighting import (
     Alignment,
     Averaging,
@@ -49,6 +38,12 @@ from irw_optim.weighting import (
     worst_off_count,
 )
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
+
+from .batch_losses import BatchLosses, Forward, eval_mode, in_full_precision, inputs_and_target
+from .dataset_gradients import DatasetGradients, DatasetOverRanks
+from .order import batches_to_check, check_order
+from .reading import DatasetReader
+from .resampling import check_sample_weights
 
 
 def weigh_by(

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, added, again, of_one
 from irw_optim.gradients.layers import CONVOLUTION
 from irw_optim.gradients.nodes import base_name, saved, shape_of
+
+from ._tangents import ForwardRule, Tangents, added, again, of_one
 
 
 def _bilinear(multiply: Any, add: Any, left: str, right: str) -> ForwardRule:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, again, of_one
 from irw_optim.gradients.nodes import base_name, pull, read_by, saved, shape_of, slopes_of
+
+from ._tangents import ForwardRule, Tangents, again, of_one
 
 
 def diagonal(node: Any, tangents: Tangents) -> Tensor | None:

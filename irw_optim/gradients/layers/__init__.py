@@ -1,8 +1,8 @@
 """One call of a layer, and its products with G: a class for each kind of layer."""
 
-from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
-from irw_optim.gradients.layers._linear import HeadsCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.layers._positions import (
+from ._call import FIRST, LayerCall, Layout, RowWeights
+from ._linear import HeadsCall, LinearCall, LinearRowsCall
+from ._positions import (
     CONVOLUTION,
     LSTM,
     RECURRENT,
@@ -11,8 +11,8 @@ from irw_optim.gradients.layers._positions import (
     LSTMCall,
     gates_of,
 )
-from irw_optim.gradients.layers._products import summed
-from irw_optim.gradients.layers._rows import (
+from ._products import summed
+from ._rows import (
     ElementwiseCall,
     EmbeddingBagCall,
     EmbeddingCall,

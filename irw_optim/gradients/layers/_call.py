@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from irw_optim.gradients.layers._products import gram_of_rows, inner, operands, scaled
 from irw_optim.gradients.protocol import Direction, wide, widened
+
+from ._products import gram_of_rows, inner, operands, scaled
 
 GATHER_FROM = 2**17
 """Numbers from which it pays to gather the rows that have a weight."""

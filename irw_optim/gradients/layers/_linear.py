@@ -8,16 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import GATHER_FROM, LayerCall, Layout, RowWeights, layouts_of
-from irw_optim.gradients.layers._products import (
-    gram_of,
-    gram_of_positions,
-    inner,
-    operands,
-    product,
-    scaled,
-)
 from irw_optim.gradients.protocol import MEMORY_BOUND, WIDER, Direction, wide, widened
+
+from ._call import GATHER_FROM, LayerCall, Layout, RowWeights, layouts_of
+from ._products import gram_of, gram_of_positions, inner, operands, product, scaled
 
 FEW_PRODUCTS = 2**19
 """Below this many the kernel is quicker, having fewer operations."""

@@ -17,7 +17,7 @@ from irw_optim.gradients.protocol import MEMORY_BOUND, WIDER, as_matrix, blocked
 from irw_optim.torch_internals import sums_wide
 
 if TYPE_CHECKING:
-    from irw_optim.gradients.layers._call import LayerCall
+    from ._call import LayerCall
 
 
 def operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,16 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import (
-    FIRST,
-    LayerCall,
-    Layout,
-    RowWeights,
-    layouts_of,
-    zeroed,
-)
-from irw_optim.gradients.layers._products import gram_of, gram_of_positions
 from irw_optim.gradients.protocol import Direction, MaterializedGradients, as_matrix, widened
+
+from ._call import FIRST, LayerCall, Layout, RowWeights, layouts_of, zeroed
+from ._products import gram_of, gram_of_positions
 
 
 class RowsCall(LayerCall):
