@@ -45,9 +45,6 @@ class IRWMonitor(Renewed):
         every: steps between rows, to begin with; the first one has a row, too.
         capacity: most rows that are kept, >= 10.
 
-    Attributes:
-        optimizer: the `IRWOptimizer` listened to.
-
     Raises:
         TypeError, ValueError: an argument that is impossible.
 

@@ -45,16 +45,7 @@ Remedy: TypeAlias = "Callable[[Training], Fitted | nn.Module]"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all trainings share, as `compare_remedies` was given it.
-
-    Attributes:
-        make_model: gives an untrained model.
-        criterion: of outputs and targets.
-        optimizer: makes one of the parameters.
-        scheduler: makes one of optimizer and number of steps, or None.
-        steps: of one training, with ``batch_size`` samples each.
-        forward: gives the criterion's arguments; None for batches (inputs, target).
-    """
+    """What all trainings share: arguments of `compare_remedies`, and the ``steps`` of each."""
 
     make_model: Callable[[], nn.Module]
     criterion: nn.Module

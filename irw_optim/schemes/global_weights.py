@@ -193,7 +193,7 @@ class ClassByClassSampler(ResamplingSampler):
     Args:
         model: the early one.
         criterion: as of `global_weights`; class weights in it make no difference.
-        loader: as there.
+        loader, batch_size, forward, progress: as there.
         by: ``"gradients"``, IRW weights with S the worst-off ``alpha`` of each class;
             ``"losses"``, in proportion to the loss: the control, which needs no gradients.
         alpha: share of each class that makes S, in (0, 1]; not used by ``"losses"``.
@@ -201,9 +201,6 @@ class ClassByClassSampler(ResamplingSampler):
         labels: (N,) classes in any form; None takes them out of the criterion's target.
         num_samples: draws an epoch; None takes N.
         generator: gives the seed of the draws.
-        batch_size: samples read at once; None takes the loader's.
-        forward: as of `global_weights`, for batches that are no pairs.
-        progress: show a bar.
 
     Attributes:
         classes: a `ClassShare` for each class.
