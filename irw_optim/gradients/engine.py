@@ -3,8 +3,6 @@
 ``auto`` takes the ghost products for every parameter they cover exactly, and autodiff for the rest.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -89,7 +87,7 @@ class Engine(Renewed):
             self.has_layer_hooks = True
             self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
 
-    def covering(self, batch: LossGradients, *, sharded: bool = False) -> Covering:
+    def covering(self, batch: "LossGradients", *, sharded: bool = False) -> Covering:
         """What is known of a kind of graph; its layer calls are found, with the batch in front.
 
         Where it is ``sharded``, only hooks have seen the layers.

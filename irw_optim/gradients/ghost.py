@@ -1,7 +1,5 @@
 """The ghost engine: G's products from each layer's input a and output gradient b, without G."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Iterable, Sequence
 from copy import copy
 from functools import cached_property, partial
@@ -47,7 +45,7 @@ class GhostGradients:
     def reached(self) -> set[int]:
         return {number for number, call in enumerate(self.of_every_site) if call is not None}
 
-    def restricted_to(self, parameters: Container[Tensor]) -> GhostGradients:
+    def restricted_to(self, parameters: Container[Tensor]) -> "GhostGradients":
         """The columns of these parameters alone."""
         calls: list[LayerCall] = []
         for call in self.calls:

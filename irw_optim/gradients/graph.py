@@ -1,7 +1,5 @@
 """The autograd graph behind a vector of losses, and what its kind tells."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -198,7 +196,7 @@ class Remade(NamedTuple):
 class Plan:
     """What is known of the layer calls of all graphs of one kind."""
 
-    covering: Covering
+    covering: "Covering"
     read: Callable[[Graph, Tensor], list[CallSite] | None]  # None: other settings than ever
     remade: Sequence[Remade] | None  # where these are all
     opaque: Opaque  # nothing else may mix the samples

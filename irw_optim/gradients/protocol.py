@@ -4,8 +4,6 @@ G has one row per sample, g_i, and one column per trainable number: (B, P). It i
 `MaterializedGradients`: the reference, and Opacus' ``grad_sample``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -112,14 +110,14 @@ class MaterializedGradients:
         self.batch_size = sizes.pop()
 
     @classmethod
-    def of(cls, matrix: Tensor) -> MaterializedGradients:
+    def of(cls, matrix: Tensor) -> "MaterializedGradients":
         """A plain matrix G of shape (B, P), of one "parameter" of P numbers."""
         if matrix.ndim != 2:
             raise ValueError(f"gradients has shape {tuple(matrix.shape)}: expected (B, P)")
         return cls({matrix.new_zeros(matrix.shape[1]): matrix})
 
     @classmethod
-    def from_grad_sample(cls, parameters: Iterable[Tensor]) -> MaterializedGradients:
+    def from_grad_sample(cls, parameters: Iterable[Tensor]) -> "MaterializedGradients":
         """Read ``p.grad_sample`` as Opacus' GradSampleModule or GradSampleHooks left it.
 
         Raises:

@@ -1,7 +1,5 @@
 """What a training with `IRWOptimizer` does: recorded, shown, and diagnosed; never changed."""
 
-from __future__ import annotations
-
 import csv
 from collections import deque
 from html import escape
@@ -152,7 +150,7 @@ class IRWMonitor(Renewed):
         """One dictionary a recorded step; ``docs/diagnostics.md`` lists the columns."""
         return [row.flat() for row in self._course.rows]
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> "pd.DataFrame":
         """The rows as a DataFrame with the steps as index; NaN where a row lacks a column.
 
         Raises:
@@ -175,7 +173,7 @@ class IRWMonitor(Renewed):
             writer.writeheader()
             writer.writerows(rows)
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """The course of the training as a matplotlib figure.
 
         Raises:

@@ -1,7 +1,5 @@
 """The options of an optimizer, and what is refused before anything changes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -65,7 +63,7 @@ class Options:
         rule = rule_named(self.weighting, self.center)
         return LocalScheme(float(self.alpha), rule, self.outliers, self.class_balance, self.mix)
 
-    def of(self, scheme: LocalScheme) -> Options:
+    def of(self, scheme: LocalScheme) -> "Options":
         """With what a local scheme says."""
         rule = scheme.rule
         options = replace(

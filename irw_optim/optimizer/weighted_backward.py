@@ -1,7 +1,5 @@
 """What turns losses into weighted gradients: all of it but the step."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from itertools import chain
@@ -87,7 +85,7 @@ class WeightedBackward(Renewed):
         return self.options.local if self.held is None else self.held
 
     @property
-    def processes(self) -> Processes | None:
+    def processes(self) -> "Processes | None":
         """Those that the model trains in; None for this one alone."""
         if self._processes is None and several_processes():  # a framework may start them late
             self._join_processes()

@@ -3,8 +3,6 @@
 A remedy is a function of a `Training` that returns a trained model.
 """
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -163,7 +161,7 @@ def _train_all(
     judge: Judge,
     rare: int,
     progress: bool,
-) -> tuple[pd.DataFrame, dict[str, Numbers]]:
+) -> "tuple[pd.DataFrame, dict[str, Numbers]]":
     """Rows of numbers for every remedy and seed, and what they predict."""
     import pandas as pd
 

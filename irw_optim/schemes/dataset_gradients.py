@@ -3,8 +3,6 @@
 G^T w sums up G_b^T w_b over batches of samples with a weight, G v lines up G_b v; no gram.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -66,7 +64,7 @@ class DatasetGradients:
     def _all(self) -> Tensor:
         return torch.arange(len(self.samples), device="cpu")
 
-    def of(self, rows: Tensor) -> DatasetGradients:
+    def of(self, rows: Tensor) -> "DatasetGradients":
         """These rows alone, by a bool mask (n,) or positions."""
         some = copy(self)
         some.samples = self.samples[rows.cpu()]

@@ -1,7 +1,5 @@
 """A loader's samples by their index, in batches that know which they hold."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -120,7 +118,7 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
             )
         return list(zip(indices, samples, strict=True))
 
-    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> IndexedCollate:
+    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> "IndexedCollate":
         """A ``collate_fn`` that keeps the order, for ``(index, sample)`` pairs."""
         return IndexedCollate(collate_fn)
 

@@ -5,8 +5,6 @@ They are those of the local scheme on a single batch of all N samples, of which 
 and backward to the layers. It takes the memory of one batch and one gradient.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Container
 from dataclasses import dataclass, replace
@@ -207,7 +205,7 @@ class HeldWeights:
         decided = worst_off, outliers, scores, weights, fallback
         return StepRecord(*decided, losses=losses, labels=batch.labels, counts=batch.counts)
 
-    def over_ranks(self, ranks: Ranks) -> HeldWeights:
+    def over_ranks(self, ranks: Ranks) -> "HeldWeights":
         """For the batch of all processes: an all-gather of B indices."""
         if self.resampled:
             return self
@@ -227,7 +225,7 @@ class HeldWeights:
             raise RuntimeError("another process does not know its samples: its error says more")
         return replace(self, indices=everybody)
 
-    def __copy__(self) -> HeldWeights:
+    def __copy__(self) -> "HeldWeights":
         return replace(self)
 
     def __getstate__(self) -> dict[str, Any]:

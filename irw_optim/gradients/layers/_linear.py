@@ -1,7 +1,5 @@
 """Linear maps over the last dimension: of whole parameters, of some of their rows, by heads."""
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import torch
@@ -81,7 +79,7 @@ class LinearCall(AffineCall):
         super().__init__(input, weight=weight, bias=bias)
         self.transposed = transposed
 
-    def of(self, input: Tensor) -> LinearCall:
+    def of(self, input: Tensor) -> "LinearCall":
         """The same call in a graph that has read this, (B, in)."""
         twin = object.__new__(LinearCall)
         vars(twin).update(vars(self))

@@ -1,7 +1,5 @@
 """Layers whose rows of G are few numbers (norms, vectors, sums and products), and tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import cached_property
@@ -31,7 +29,7 @@ class RowsCall(LayerCall):
     def precision(self) -> torch.dtype:
         return self.made_in
 
-    def without(self, dropped: Tensor) -> RowsCall:
+    def without(self, dropped: Tensor) -> "RowsCall":
         part = copy(self)
         part.blocks = {p: zeroed(block, dropped) for p, block in self.blocks.items()}
         return part
