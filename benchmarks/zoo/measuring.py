@@ -9,8 +9,6 @@ Memory: the most bytes of tensors alive at once during a step, one without a che
 include parameters, buffers, the batch, the gradients and all activations; SGD has no state.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from statistics import median
 from time import process_time
@@ -39,7 +37,7 @@ class Loop:
     criterion: nn.Module
 
     @classmethod
-    def of(cls, entry: Entry, model: nn.Module, batch: Batch, alpha: float | None) -> Loop:
+    def of(cls, entry: Entry, model: nn.Module, batch: Batch, alpha: float | None) -> "Loop":
         inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         criterion = nn.CrossEntropyLoss()
         if alpha is None:
