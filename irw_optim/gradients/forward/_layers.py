@@ -244,6 +244,6 @@ RULES: dict[str, ForwardRule] = {
     "Embedding": of_one(_embedding),
     "EmbeddingBag": _bags,
     "GridSampler2D GridSampler3D": _grid_sample,
-    "Cdist CdistForward": _distances,
-    "Pdist PdistForward": of_one(_distances_among),
+    "Cdist": _distances,
+    "Pdist": of_one(_distances_among),
 }

@@ -218,7 +218,7 @@ def _spread(node: Any, change: Tensor) -> Tangents:
     return [spread, change.mean(*settings)] if len(node._input_metadata) > 1 else [spread]
 
 
-RESHAPED = "Alias", "Clone", "Detach", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"
+RESHAPED = "Alias", "Clone", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"
 
 RULES: dict[str, ForwardRule] = {
     "Expand LiftFresh ToCopy": of_one(lambda node, t: t.to(node._input_metadata[0].device)),
