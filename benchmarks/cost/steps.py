@@ -23,7 +23,6 @@ from irw_optim.model_check import peak_bytes, wait
 
 COLUMNS = ("work", "method", "milliseconds", "time", "memory", "fails")
 
-
 Clock = Callable[[], float]
 Makers = Mapping[str, Callable[[], Step]]
 """By method, what makes its step."""

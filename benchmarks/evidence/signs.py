@@ -15,7 +15,6 @@ GAP, THIRD, GAINED = 0.2, 1 / 3, 0.02
 Sign = Callable[[pd.DataFrame, pd.DataFrame], "pd.Series[bool]"]
 """From the runs of a remedy and of class balancing, one a seed, to who shows it."""
 
-
 SIGNS: dict[str, Sign] = {
     "rare class: 20 points more accurate in training than on held-out samples": (
         lambda ours, other: ours["training rare class"] - ours["test rare class"] > GAP

@@ -47,7 +47,6 @@ REMEDIES = {
 """What the pages call them, and their settings."""
 CHOICES = {"any of them": REMEDIES.values(), "balanced or two stages": (BALANCED, FIFTH)}
 
-
 PICKS = {name: of(setting) for name, setting in REMEDIES.items()}
 
 

@@ -180,7 +180,6 @@ def weighed_by(model: nn.Module) -> WeakSet[Any]:
 
 _WEIGHED_BY: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
-
 IN_CUDNN = "CudnnRnn"
 """How autograd names the recurrent layers of cuDNN."""
 

@@ -43,7 +43,6 @@ Weights = Mapping[int, Weight]
 
 NodeRule = Callable[[Any, Weights], "Sequence[LayerCall] | None"]
 
-
 FUSED_CELLS: dict[str, dict[int, tuple[int, ...]]] = {
     "ThnnFusedGruCell": {3: (0,), 4: (1,)},
     "ThnnFusedLstmCell": {3: (1, 0), 4: (1, 0)},

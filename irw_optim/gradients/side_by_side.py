@@ -29,7 +29,6 @@ FEW = {"cpu": 2**14}
 PRODUCTS = 2**5
 """So many multiplications are as quick as one number copied."""
 
-
 Part: TypeAlias = "LayerCall | Rows | LinearMaps"
 """Some columns of G, with the products of a layer call."""
 
