@@ -1,7 +1,5 @@
 """The models of all benchmarks, and the work whose cost is measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

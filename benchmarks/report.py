@@ -7,8 +7,6 @@ A column "± x" is the spread of the column "x": standard deviation over seeds, 
 benchmark says. No number on a page is typed by hand, and tests compare pages with stored rows.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
@@ -34,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "irw-optim")
-PERCENT = ("accuracy", "worst", "heavier", "picked")
+PERCENT = ("accuracy", "worst", "heavier")
 PRECISE = ("variance", "distance")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, for readers with any colour vision."""

@@ -7,8 +7,6 @@ for index in trainer.batches:
     trainer.optimizer.step()
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice

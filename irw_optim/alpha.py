@@ -109,10 +109,7 @@ def privacy_of(truth_probability: float, num_groups: int) -> float:
 
 
 def estimate_alpha(
-    responses: Groups,
-    num_groups: int,
-    truth_probability: float = 0.5,
-    confidence: float = 0.95,
+    responses: Groups, num_groups: int, truth_probability: float = 0.5, confidence: float = 0.95
 ) -> AlphaEstimate:
     """The shares of the groups, and the alpha to train with, from people's randomised answers.
 

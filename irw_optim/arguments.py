@@ -14,12 +14,6 @@ class DPGuaranteeError(RuntimeError):
     """What was asked for would run, but the privacy guarantee it reports would be false.
 
     Raised before any state changes: a wrong epsilon cannot be seen in the results.
-
-    Example:
-        >>> raise DPGuaranteeError("BatchNorm mixes the samples of a batch")
-        Traceback (most recent call last):
-        ...
-        irw_optim.arguments.DPGuaranteeError: BatchNorm mixes the samples of a batch
     """
 
 

@@ -103,7 +103,6 @@ class OfModule(Replacement):
 
     @property
     def module(self) -> nn.Module:
-        """Its module."""
         module = self._module()
         assert module is not None, "called by nobody else"
         return module
@@ -118,13 +117,11 @@ class Replaced:
         self.module, self.name, self.replacement = ref(module), name, ref(replacement)
 
     def remove(self) -> None:
-        """See `Change`."""
         module = self.module()
         if module is not None and vars(module).get(self.name) is self.replacement():
             self.clean(vars(module))
 
     def clean(self, state: dict[str, Any]) -> None:
-        """See `Change`."""
         ours = state.get(self.name)
         if isinstance(ours, Replacement):
             del state[self.name]
@@ -136,7 +133,6 @@ class PlainCopies(Attachment):
     """Has copies and pickles without attachments: ``__reduce_ex__`` is looked up on the object."""
 
     def put_on(self, module: nn.Module) -> Iterable[Removable]:
-        """See `Attachment`."""
         yield Replaced(module, "__reduce_ex__", _Reduce(module))
         if hasattr(type(module), "__deepcopy__"):
             yield Replaced(module, "__deepcopy__", _Deepcopy(module))

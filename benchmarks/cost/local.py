@@ -7,8 +7,6 @@ processes are R passes with a factor of 1/R each, in one process. `--check` runs
 sorted by label.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any

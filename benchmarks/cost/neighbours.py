@@ -4,8 +4,6 @@ Every method computes the per-sample losses, g_S, the scores, the weights and th
 of one batch exactly, and lets SGD step. Each returns a function that does one step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -5,8 +5,6 @@ of Opacus' ghost clipping in the same round, its median and quartiles over the r
 something on a busy machine, a time does not. A step is zero_grad, forward, backward and step.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import time
@@ -25,7 +23,7 @@ from benchmarks import report
 from benchmarks.cost.steps import time_ratios
 from benchmarks.models import mlp
 from benchmarks.training import step
-from benchmarks.zoo.blocks import mean
+from benchmarks.zoo.blocks import mean, widening
 from irw_optim.privacy import IRWDPConfig, IRWPrivacyEngine
 
 CLASSES = 10
@@ -38,8 +36,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention = DPMultiheadAttention(width, heads, batch_first=True)
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
-        layers = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        self.feed_forward = nn.Sequential(*layers)
+        self.feed_forward = widening(width)
 
     def forward(self, h: Tensor) -> Tensor:
         a = self.before(h)

@@ -8,8 +8,6 @@ sample" is torch's TensorDataset with its default collation, where reading takes
 a small model.
 """
 
-from __future__ import annotations
-
 import copy
 import resource
 import statistics

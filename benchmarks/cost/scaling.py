@@ -5,8 +5,6 @@ latency + bytes / bandwidth, with latencies as NCCL's own cost model has them, a
 floating-point operations / (peak * utilisation). All figures and their sources are in this file.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass

@@ -6,11 +6,10 @@
 Ratios of medians within one run: results/step_cost_<device>.csv and .md, and a figure.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import pandas as pd
@@ -24,7 +23,7 @@ from irw_optim.model_check import peak_bytes, wait
 
 COLUMNS = ("work", "method", "milliseconds", "time", "memory", "fails")
 
-
+Clock = Callable[[], float]
 Makers = Mapping[str, Callable[[], Step]]
 """By method, what makes its step."""
 
@@ -40,24 +39,34 @@ def makers(
     return {m: lambda m=m: METHODS[m](changed(work.build().to(device)), x, y) for m in methods}
 
 
+def in_turns(
+    steps: Sequence[Callable[[], object]], clock: Clock = time.process_time, calls: int = 1
+) -> Iterator[list[float]]:
+    """Without end, the seconds of each step (of CPU), a mean of so many calls.
+
+    Taken in turns, so that a slower machine slows all alike.
+    """
+    while True:
+        seconds = []
+        for step in steps:
+            start = clock()
+            for _ in range(calls):
+                step()
+            seconds.append((clock() - start) / calls)
+        yield seconds
+
+
 def median_seconds(
     steps: Sequence[Step], repeats: int, inner: int, device: torch.device
 ) -> list[float]:
-    """Median time of each step, taken in turns so that a slower machine slows all alike.
+    """Median time of each step, of ``repeats`` rounds of ``inner`` calls, after one."""
 
-    Of ``repeats`` rounds of ``inner`` calls, after one.
-    """
-    times: list[list[float]] = [[] for _ in steps]
-    for round_ in range(repeats + 1):
-        for step, taken in zip(steps, times, strict=True):
-            wait(device)
-            start = time.perf_counter()
-            for _ in range(inner):
-                step()
-            wait(device)
-            if round_:
-                taken.append((time.perf_counter() - start) / inner)
-    return [statistics.median(taken) for taken in times]
+    def clock() -> float:
+        wait(device)
+        return time.perf_counter()
+
+    rounds = islice(in_turns(steps, clock, inner), 1, repeats + 1)
+    return list(map(statistics.median, zip(*rounds, strict=True)))
 
 
 def ready(makers: Makers) -> tuple[dict[str, Step], dict[str, str]]:
@@ -139,24 +148,14 @@ def as_markdown(frame: pd.DataFrame) -> str:
 
 
 def time_ratios(
-    base: Callable[[], object], *actions: Callable[[], object], rounds: int, clock: Any = None
+    *actions: Callable[[], object], rounds: int, clock: Clock = time.process_time
 ) -> tuple[float, list[list[float]]]:
-    """Median seconds (of CPU) of ``base``, and each action's ratio to it in every round."""
-    clock = clock or time.process_time
-
-    def taken(action: Callable[[], object]) -> float:
-        start = clock()
-        action()
-        return clock() - start
-
-    for action in (base, *actions):  # past what the first call does once
-        action()
-    seconds, ratios = [], [[] for _ in actions]
-    for _ in range(rounds):
-        seconds.append(taken(base))
-        for action, own in zip(actions, ratios, strict=True):
-            own.append(taken(action) / seconds[-1])
-    return statistics.median(seconds), ratios
+    """Median seconds (of CPU) of the first, and the others' ratios to it in every round."""
+    # Past what the first call does once.
+    taken = islice(in_turns(actions, clock), 1, rounds + 1)
+    base, *others = zip(*taken, strict=True)
+    ratios = [[other / own for other, own in zip(some, base, strict=True)] for some in others]
+    return statistics.median(base), ratios
 
 
 def growth(device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:

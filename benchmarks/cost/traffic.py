@@ -1,7 +1,5 @@
 """What a step sends: as a list of messages, and as two processes are seen to send it."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple

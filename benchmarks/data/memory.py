@@ -1,7 +1,5 @@
 """Data in memory with its official split, ways to read it, and batches without end."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@
 `marked_adult`: 1 in 20 people carry a mark that turns their label round.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -7,8 +7,6 @@ Everything that is fitted (scales, categories, imputation) sees the training par
 splits anew, so that a spread over the seeds includes who happens to be in the test part.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -38,7 +36,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.y)
 
-    def __getitem__(self, index: Any) -> Samples:
+    def __getitem__(self, index: Any) -> "Samples":
         groups = {name: codes[index] for name, codes in self.groups.items()}
         return replace(self, x=self.x[index], y=self.y[index], groups=groups)
 
@@ -46,7 +44,7 @@ class Samples:
     def classes(self) -> int:
         return int(self.y.max()) + 1
 
-    def shuffled(self, seed: int) -> Samples:
+    def shuffled(self, seed: int) -> "Samples":
         return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))]
 
 

@@ -4,8 +4,6 @@ Headroom is what training with group labels gains for the worst-off group over p
 groupings by people alone (race x sex, male x young) have none; those with the label in them have.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from benchmarks.data import planted, unseen
@@ -53,20 +51,14 @@ _TASKS = (
 )
 TASKS = {task.name: task for task in _TASKS}
 _BY_SEX_AND_AGE, _BY_RACE_AND_AGE = ("label x sex", "label x age"), ("label x race", "label x age")
+_BY_FINANCE_AND_PARENTS = ("label x finance", "label x parents")
 _UNSEEN = (
     Task("credit", "sex x age", _BY_SEX_AND_AGE, "UCI_Credit_Card", "credit"),
     Task("german", "sex x age", _BY_SEX_AND_AGE, "german", "German credit"),
     Task("crime", "black", ("label x black",), "crime", "crime"),
     Task("health", "sex x age", _BY_SEX_AND_AGE, "health", "health"),
     Task("sqf", "race x age", _BY_RACE_AND_AGE, "sqf", "stop and frisk"),
-    Task(
-        "nursery",
-        "finance x parents",
-        ("label x finance", "label x parents"),
-        "nursery",
-        "nursery",
-        4,
-    ),
+    Task("nursery", "finance x parents", _BY_FINANCE_AND_PARENTS, "nursery", "nursery", 4),
     Task("admissions", "gender", ("label x gender",), "admissions", "admissions"),
     Task("blond", "gender", ("label x gender",), "genfaces", "blond"),
     Task("joy", "gender", ("label x gender",), "genfaces", "joy"),

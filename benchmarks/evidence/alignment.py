@@ -11,8 +11,6 @@ plainly; means over ten batches of 128, with explicit per-sample gradients:
     the mean weight of each third of S in that class, in order of the loss
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

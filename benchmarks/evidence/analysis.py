@@ -7,8 +7,6 @@ GroupDRO by validation. Every seed has a split of its own, and all methods of a 
 is compared are paired differences, with t intervals over the seeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache

@@ -4,8 +4,6 @@ The claims are those of the notes that the project was designed from, in words o
 A verdict follows from the numbers by a rule that stands beside the claim; nothing is typed in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

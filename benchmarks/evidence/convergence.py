@@ -6,8 +6,6 @@ each method, data set and alpha, by what the method minimises, on seed 0. Law Sc
 IRW_OPTIM_DATA; without it, only Adult is run.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -4,8 +4,6 @@ python -m benchmarks.evidence demo             # minutes of one core
 python -m benchmarks.evidence demo --again     # README's table and figure of what is stored
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Dot plots: means with their intervals, filled where the interval excludes 0."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What one trained model does on one part of the data, in numbers."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 A name says all of a setting: the results are stored under it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any

@@ -7,8 +7,6 @@ The losses are convex and smooth,
 and so their worst-k mean F(t) = max over |A| = k of (1/k) sum_A l_i(t) is convex, but has kinks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

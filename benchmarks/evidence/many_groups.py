@@ -6,8 +6,6 @@ for each seed; an MLP 64-32, Adam (1e-2, falling), 500 steps of 512, the last mo
 The oracles are told the groups: they draw every group equally often, or take GroupDRO's steps.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import replace

@@ -12,8 +12,6 @@ The filter's precision and recall count every step of the training; "removed" is
 a group's clean samples. The test part is never corrupted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

@@ -3,8 +3,6 @@
 `fragments` is the whole text; a test compares it with the files, so that no number can drift.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What can be seen without groups, and how often it is right about the groups."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -16,7 +14,6 @@ NONE = ["–", "–"]
 GAP, THIRD, GAINED = 0.2, 1 / 3, 0.02
 Sign = Callable[[pd.DataFrame, pd.DataFrame], "pd.Series[bool]"]
 """From the runs of a remedy and of class balancing, one a seed, to who shows it."""
-
 
 SIGNS: dict[str, Sign] = {
     "rare class: 20 points more accurate in training than on held-out samples": (

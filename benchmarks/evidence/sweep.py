@@ -5,8 +5,6 @@
 Seed by seed, so that a coarse table exists early. One row a run in <results>/<task>.csv.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """The tables of the documentation, as Markdown, from the runs that are stored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

@@ -8,8 +8,6 @@ targets with more than three points of headroom on clean labels; "natural" leave
 shortcuts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -48,7 +46,6 @@ REMEDIES = {
 }
 """What the pages call them, and their settings."""
 CHOICES = {"any of them": REMEDIES.values(), "balanced or two stages": (BALANCED, FIFTH)}
-
 
 PICKS = {name: of(setting) for name, setting in REMEDIES.items()}
 

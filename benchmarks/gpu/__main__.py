@@ -7,8 +7,6 @@ Every method runs in turns with a plain step of the same model and setting. What
 when the time is up is written to results/gpu_<card>.csv and .md.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -91,7 +89,7 @@ def tested(device: torch.device) -> str:
 
 
 def measured_until(
-    end: float, wanted: Iterable[Row], device: torch.device, repeats: int
+    end: float, wanted: "Iterable[Row]", device: torch.device, repeats: int
 ) -> Iterator[dict[str, Any]]:
     """A row of the table for every method, as long as there is time."""
     for row in wanted:
@@ -102,7 +100,7 @@ def measured_until(
         yield from counted(row, device, repeats)
 
 
-def counted(row: Row, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
+def counted(row: "Row", device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     """Time, memory, waits and kernels of each method; or why it does not run."""
     for step, found in measured(row.makers, device, repeats):
         found |= {"work": row.work, "setting": row.setting}

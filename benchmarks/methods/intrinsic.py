@@ -1,7 +1,5 @@
 """IRW and IRWO: the library's optimizer and schemes in the benchmark's loop."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -9,8 +9,6 @@
 The last one is told the groups, and so is group balancing, a way to draw the batches: the oracles.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

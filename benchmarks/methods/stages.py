@@ -9,8 +9,6 @@ In a class by itself, since between classes the sign of <g_i, g_S> is little but
 since weights that follow the model chase it: who was worst off is over-served, then forgotten.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -14,8 +14,6 @@ deviation over the seeds. Warm-up is plain averaging for a third of the steps. L
 IRW_OPTIM_DATA, a directory with law_school.csv.gz.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Draws the stored results of this folder's benchmarks for the documentation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd

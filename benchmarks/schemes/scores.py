@@ -16,8 +16,6 @@ layer, or from a random third of the layers (another one for each seed):
                        one thread, in turns, median of the rounds' ratios; steps of length 0
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import random

@@ -16,8 +16,6 @@ divided by the squared norm of resampling's mean displacement; ± is its standar
 step the first two are also computed in closed form, from all N per-sample gradients.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from itertools import islice
@@ -56,7 +54,7 @@ class Moments(NamedTuple):
     error: float
 
     @classmethod
-    def of(cls, vectors: Tensor) -> Moments:
+    def of(cls, vectors: Tensor) -> "Moments":
         mean = vectors.mean(0)
         squares = (vectors - mean).square().sum(1) * len(vectors) / (len(vectors) - 1)
         return cls(mean, float(squares.mean()), float(squares.std() / len(vectors) ** 0.5))

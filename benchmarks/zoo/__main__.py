@@ -8,8 +8,6 @@
 Each model has a process of its own, with one thread; one that fails is a row with its error.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Pieces that models of several fields are made of."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

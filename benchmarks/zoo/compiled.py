@@ -9,8 +9,6 @@ of plain autograd over the losses. The model is compiled before the optimizer co
 replaces its row for that backend and order in the stored file: a run may be stopped and taken up.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings

@@ -1,7 +1,5 @@
 """An entry of the zoo: a model, a batch for it, and one loss a sample."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

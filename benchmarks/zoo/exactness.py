@@ -4,8 +4,6 @@ The loop is written from the definitions alone: one backward pass for each loss 
 one graph, so that it holds where samples mix, as under BatchNorm.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

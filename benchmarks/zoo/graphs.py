@@ -3,8 +3,6 @@
 A batch is one graph of many parts; the last input says which part a node is in.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

@@ -4,8 +4,6 @@ Nothing is downloaded: parameters are random; dropout is what the family's confi
 an adapted model its own parameters stay, and the adapter's are trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Texts: GPTs with layers of their own, recurrent networks, bags of words."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -9,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from benchmarks.zoo.blocks import Apply, Joined, Skip, mean, swapped
+from benchmarks.zoo.blocks import Apply, Joined, Skip, mean, swapped, widening
 from benchmarks.zoo.entry import WORDS, Batch, Entry, pairs, per_sequence, sentences, texts
 
 
@@ -51,8 +49,7 @@ class GPT(nn.Module):
 
         def block() -> list[nn.Module]:
             attention = Skip(LayerNorm(width), CausalAttention(width, 4, dropout))
-            wide = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-            return [attention, Skip(LayerNorm(width), *wide, nn.Dropout(dropout))]
+            return [attention, Skip(LayerNorm(width), widening(width), nn.Dropout(dropout))]
 
         self.tokens, self.places = nn.Embedding(WORDS, width), nn.Embedding(length, width)
         self.drop = nn.Dropout(dropout)

@@ -9,8 +9,6 @@ Memory: the most bytes of tensors alive at once during a step, one without a che
 include parameters, buffers, the batch, the gradients and all activations; SGD has no state.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from statistics import median
 from time import process_time
@@ -18,7 +16,8 @@ from time import process_time
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cost.neighbours import ALPHA, Step
+from benchmarks.cost.neighbours import ALPHA
+from benchmarks.cost.steps import in_turns
 from benchmarks.zoo.entry import Batch, Entry
 from irw_optim import IRWOptimizer
 from irw_optim.model_check import peak_bytes
@@ -38,7 +37,7 @@ class Loop:
     criterion: nn.Module
 
     @classmethod
-    def of(cls, entry: Entry, model: nn.Module, batch: Batch, alpha: float | None) -> Loop:
+    def of(cls, entry: Entry, model: nn.Module, batch: Batch, alpha: float | None) -> "Loop":
         inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         criterion = nn.CrossEntropyLoss()
         if alpha is None:
@@ -74,29 +73,24 @@ def cost(entry: Entry, size: int, seconds: float) -> dict[str, float | str | boo
         ours.step()
     held = _held(plain.model, batch)
     memory = [held + peak_bytes(loop.step, "cpu") for loop in (plain, ours)]
-    pairs = in_turns(plain.step, ours.step, seconds)
-    times = [median(taken) for taken in zip(*pairs, strict=True)]
+    pairs, end = [], process_time() + seconds
+    for pair in in_turns((plain.step, ours.step)):
+        pairs.append(pair)
+        if len(pairs) > FEWEST and (len(pairs) >= MOST or process_time() >= end):
+            break
+    times = [median(taken) for taken in zip(*pairs[1:], strict=True)]
     return {
         "size": size,
         "milliseconds": times[0] * 1e3,
         "time": times[1] / times[0],
         "megabytes": memory[0] / 1e6,
         "memory": memory[1] / memory[0],
-        "pairs": len(pairs),
+        "pairs": len(pairs) - 1,
         "path": path_of(ours.optimizer),
         "batch_norm": any(
             isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.model.modules()
         ),
     }
-
-
-def in_turns(one: Step, other: Step, seconds: float) -> list[tuple[float, float]]:
-    """What each of two steps takes, in turns until the time is up."""
-    pairs: list[tuple[float, float]] = []
-    end = process_time() + seconds
-    while len(pairs) <= FEWEST or (len(pairs) < MOST and process_time() < end):
-        pairs.append((_seconds(one), _seconds(other)))
-    return pairs[1:]
 
 
 def path_of(optimizer: IRWOptimizer) -> str:
@@ -108,18 +102,8 @@ def path_of(optimizer: IRWOptimizer) -> str:
     if engine.coverings and all(covering.covers_all for covering in engine.coverings.values()):
         return "quick"
     share = sum(p.numel() for p in trained if p in covered) / sum(p.numel() for p in trained)
-    return f"quick for {_percent(share)}, {rest}" if covered else rest
-
-
-def _percent(share: float) -> str:
-    """Rounded down, since what is not covered decides the cost."""
-    return f"{int(share * 1000) / 10:g} %"
-
-
-def _seconds(step: Step) -> float:
-    start = process_time()
-    step()
-    return process_time() - start
+    rounded_down = int(share * 1000) / 10  # since what is not covered decides the cost
+    return f"quick for {rounded_down:g} %, {rest}" if covered else rest
 
 
 def _held(model: nn.Module, batch: Batch) -> int:

@@ -1,7 +1,5 @@
 """All entries. A new file of models is added here; a new model to the file of its family."""
 
-from __future__ import annotations
-
 from benchmarks.zoo import (
     graphs,
     hugging_face,

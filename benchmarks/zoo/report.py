@@ -1,7 +1,5 @@
 """What is found of each entry, in a process of its own; the table, its summary, and a picture."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

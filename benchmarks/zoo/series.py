@@ -1,7 +1,5 @@
 """Sounds and series, by convolutions in time."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Tables: MLPs in the ways people write them, embeddings of numbers, gates, trees, attention."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Pictures cut into patches: ViT, BEiT, EVA, Swin, ConvNeXt, mixers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

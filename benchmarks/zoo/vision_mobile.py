@@ -1,7 +1,5 @@
 """Convolutional networks for telephones: depthwise convolutions, gates, cheap activations."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

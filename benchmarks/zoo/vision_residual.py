@@ -1,7 +1,5 @@
 """Convolutional networks with skips: ResNets and their kin, DenseNet, U-Net, VGG."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -11,20 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from irw_optim.backward.weighted_loss import (
-    BatchPass,
-    Pass,
-    Weigher,
-    deferred_loss,
-    seed_of,
-    without_autocast,
-)
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.ghost import check_inputs
 from irw_optim.gradients.layers import summed
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import Direction, PerSampleGradients, blocked_gram, widened
 from irw_optim.torch_internals import is_wanted, will_run
+
+from .weighted_loss import BatchPass, Pass, Weigher, deferred_loss, seed_of, without_autocast
 
 
 class LogicalBatch:
@@ -41,7 +35,6 @@ class LogicalBatch:
         scored: Callable[[Tensor], bool],
         weigher: Weigher,
     ) -> Tensor:
-        """See `weighted_loss`."""
         # Not the leaves: hooks on parameters would be called in passes that give no gradient.
         anchor = torch.zeros_like(batch.value).requires_grad_()
         member = _Member(batch, captured, scored, weigher, self, get_gradient_edge(anchor))
@@ -68,7 +61,6 @@ class LogicalBatch:
         torch.autograd.backward(list(total), list(total.values()))
 
     def clear(self) -> None:
-        """Let go of what was kept."""
         for member in self.members:
             member.captured.close()
         self.members = []
@@ -76,8 +68,6 @@ class LogicalBatch:
 
 @dataclass(eq=False)
 class _Member(BatchPass):
-    """One physical batch."""
-
     ALREADY_PASSED = (
         "a second backward pass through one loss cannot be a part of a logical batch: "
         "expected one backward() for each loss, or IRWOptimizer without accumulation_steps"
@@ -114,7 +104,6 @@ class _Member(BatchPass):
         return [None, *map(plain.get, captured.others)]
 
     def weighted_sum(self, factors: Tensor) -> dict[Tensor, Tensor]:
-        """Its part of the gradient of the whole."""
         if self.captured.ghost is not None:
             check_inputs(self.captured.ghost.calls)
         return self.captured.weighted_sum(factors, keep_graph=False)
@@ -136,12 +125,10 @@ class ConcatenatedGradients:
         self.like = like
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """G^T w."""
         each = zip(self.parts, weights.split(self.sizes), strict=True)
         return summed(part.combine(some) for part, some in each)
 
     def dot(self, direction: Direction) -> Tensor:
-        """G v."""
         return torch.cat([part.dot(direction) for part in self.parts])
 
     def gram(self) -> Tensor:

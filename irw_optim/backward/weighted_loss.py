@@ -126,7 +126,6 @@ class Deferred:
         raise NotImplementedError
 
     def leave(self) -> None:
-        """The pass is over."""
         if self.captured is not None:
             self.captured.close()
 
@@ -148,7 +147,6 @@ class WeightedPass(BatchPass):
     leaves: Sequence[Tensor]
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
-        """Weigh, and sum up."""
         captured, batch = self.captured, self.batch
         total: dict[Tensor, Tensor] = {}
         others = captured.others and list(filter(captured.is_wanted, captured.others))

@@ -18,15 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from irw_optim.criterion._rules import (
-    RULES,
-    PerSampleLosses,
-    Rule,
-    forward_of,
-    plain,
-    unreduced,
-)
 from irw_optim.restored import randomness_restored, undo_own_state, undo_state
+
+from ._rules import RULES, PerSampleLosses, Rule, forward_of, plain, unreduced
 
 _SHAPE = "one loss per sample, of shape (B,) or (B, ...)"
 WAYS_OUT = (
@@ -272,10 +266,7 @@ def _moved(rows: int, batch: int, classes_stay: bool, moved: list[Any], value: A
 
 
 def _called_again(
-    criterion: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    move: Callable[[Any], Any],
+    criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], move: Callable[[Any], Any]
 ) -> Tensor | None:
     with rehearsal(criterion, (*args, *kwargs.values())), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment, Removable, Replaced, Replacement
-from irw_optim.criterion._custom import (
+from irw_optim.notebook import in_a_notebook
+from irw_optim.torch_internals import dual_level, transform, uncompiled
+
+from ._custom import (
     WAYS_OUT,
     check_elements,
     check_leading_dimension,
@@ -18,16 +21,7 @@ from irw_optim.criterion._custom import (
     value_of_its_own,
     with_own_value,
 )
-from irw_optim.criterion._rules import (
-    PerSampleLosses,
-    Rule,
-    find_rule,
-    forward_of,
-    plain,
-    unreduced,
-)
-from irw_optim.notebook import in_a_notebook
-from irw_optim.torch_internals import dual_level, transform, uncompiled
+from ._rules import PerSampleLosses, Rule, find_rule, forward_of, plain, unreduced
 
 logger = logging.getLogger("irw_optim")
 

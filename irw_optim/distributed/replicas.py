@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from irw_optim.attachments import Attachment, Removable, Renewed
 from irw_optim.backward.weighted_loss import Weigher, weighted_loss
-from irw_optim.distributed.ranks import GlobalGradients, Ranks
-from irw_optim.distributed.weigher import OverRanks
 from irw_optim.torch_internals import at_the_end_of_backward, several_processes
+
+from .ranks import GlobalGradients, Ranks
+from .weigher import OverRanks
 
 logger = logging.getLogger("irw_optim")
 

@@ -16,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from irw_optim.attachments import Renewed
 from irw_optim.backward.weighted_loss import Weigher, deferred_loss
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.ranks import LayerwiseGradients, Ranks
-from irw_optim.distributed.replicas import Replicas
-from irw_optim.distributed.weigher import OverRanks, ShardedPass
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.torch_internals import is_shard, is_sharded, is_sharded_here
+
+from .ranks import LayerwiseGradients, Ranks
+from .replicas import Replicas
+from .weigher import OverRanks, ShardedPass
 
 TESTED_FROM = "2.13"  # of torch: FSDP's own tables are those that are read here
 

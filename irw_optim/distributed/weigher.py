@@ -19,20 +19,15 @@ from irw_optim.backward.weighted_loss import (
     seed_of,
 )
 from irw_optim.criterion import PerSampleLosses
-from irw_optim.distributed.ranks import Ranks
 from irw_optim.gradients.backward_passes import OneForward
-from irw_optim.gradients.coverage import (
-    Covering,
-    Difference,
-    differences,
-    probe_of,
-    wrong_among,
-)
+from irw_optim.gradients.coverage import Covering, Difference, differences, probe_of, wrong_among
 from irw_optim.gradients.ghost import GhostGradients, ghost_gradients
 from irw_optim.gradients.graph import gradients_at
 from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.weighting import NoRows
+
+from .ranks import Ranks
 
 WAY_OUT = (
     "choose score_parameters= without them ('last', say), or DistributedDataParallel, where "

@@ -1,14 +1,9 @@
 """How G, the matrix of per-sample gradients, is multiplied: engines behind one protocol."""
 
-from irw_optim.gradients.autodiff import AutodiffGradients, materialized_by_loop
-from irw_optim.gradients.layers import LayerCall
-from irw_optim.gradients.protocol import (
-    Direction,
-    MaterializedGradients,
-    PerSampleGradients,
-    StackedGradients,
-)
-from irw_optim.gradients.rules import layer_rule
+from .autodiff import AutodiffGradients, materialized_by_loop
+from .layers import LayerCall
+from .protocol import Direction, MaterializedGradients, PerSampleGradients, StackedGradients
+from .rules import layer_rule
 
 __all__ = [
     "AutodiffGradients",

@@ -11,19 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.backward_passes import BackwardPasses
-from irw_optim.gradients.graph import walk
-from irw_optim.gradients.hooks import IN_CUDNN
-from irw_optim.gradients.protocol import (
-    Direction,
-    MaterializedGradients,
-    as_vector,
-    blocked_gram,
-    wide,
-    widened,
-)
-from irw_optim.gradients.pushforward import NoPushForwardError
 from irw_optim.torch_internals import copies, squared_length
+
+from .backward_passes import BackwardPasses
+from .graph import walk
+from .hooks import IN_CUDNN
+from .protocol import Direction, MaterializedGradients, as_vector, blocked_gram, wide, widened
+from .pushforward import NoPushForwardError
 
 logger = logging.getLogger("irw_optim")
 

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import TorchFunctionMode
 
-from irw_optim.gradients.coverage import equal
-from irw_optim.gradients.graph import Graph, gradients_at
-from irw_optim.gradients.mixing import is_foreign
-from irw_optim.gradients.places import places_of
-from irw_optim.gradients.protocol import Direction
-from irw_optim.gradients.pushforward import NoPushForwardError, pull_back, push_forward
 from irw_optim.restored import randomness_restored
 from irw_optim.torch_internals import silent
+
+from .coverage import equal
+from .graph import Graph, gradients_at
+from .mixing import is_foreign
+from .places import places_of
+from .protocol import Direction
+from .pushforward import NoPushForwardError, pull_back, push_forward
 
 _Value = TypeVar("_Value")
 
@@ -152,12 +153,7 @@ def _gradients_of(parameters: Iterable[Tensor]) -> list[tuple[Tensor | None, int
 
 
 def backward_to(
-    ends: Any,
-    losses: Tensor,
-    weights: Tensor,
-    leaves: Iterable[Tensor],
-    *,
-    retain_graph: bool,
+    ends: Any, losses: Tensor, weights: Tensor, leaves: Iterable[Tensor], *, retain_graph: bool
 ) -> Sequence[Tensor | None]:
     """Autograd's own pass, unheard by the leaves, whose hooks belong to the final one."""
     with silent(leaves), torch.enable_grad():

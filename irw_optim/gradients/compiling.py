@@ -47,6 +47,14 @@ class OnForward(Attachment):
         yield Replaced(module, "forward", self.stands_in(module))
 
 
+def on_forward(stand_in: type[KeptOut]) -> type[OnForward]:
+    """What puts it there."""
+    return type(f"{stand_in.__name__}On", (OnForward,), {"stands_in": stand_in})
+
+
+Uncompiled = on_forward(KeptOut)
+
+
 class ItselfKeptOut(KeptOut):
     """The same, uncompiled but for the modules it calls."""
 
@@ -55,33 +63,23 @@ class ItselfKeptOut(KeptOut):
         return self.__wrapped__(*args, **kwargs)
 
 
+UncompiledItself = on_forward(ItselfKeptOut)
+
+
 class _Again(KeptOut):
+    """Lets a module be compiled though the one that calls it is not."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self.__wrapped__(*args, **kwargs)
         return compiled_again(self.__wrapped__, Listener, *args, **kwargs)
 
 
+CompiledAgain = on_forward(_Again)
+
+
 class Listener(TorchFunctionMode):
     """A mode for the forward of one module, not for the modules that it calls."""
-
-
-class CompiledAgain(OnForward):
-    """Lets a module be compiled though the one that calls it is not."""
-
-    stands_in = _Again
-
-
-class UncompiledItself(OnForward):
-    """Keeps a module out of what is fused, but not the modules that it calls."""
-
-    stands_in = ItselfKeptOut
-
-
-class Uncompiled(OnForward):
-    """Keeps a module, and all that is in it, out of it."""
-
-    stands_in = KeptOut
 
 
 def keep_out(model: nn.Module) -> list[Attachment]:

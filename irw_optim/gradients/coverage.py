@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.graph import Graph, Opaque
-from irw_optim.gradients.mixing import Batch
-from irw_optim.gradients.nodes import SHARED, pull, read_by
-from irw_optim.gradients.protocol import PerSampleGradients
+from .graph import Graph, Opaque
+from .mixing import Batch
+from .nodes import SHARED, pull, read_by
+from .protocol import PerSampleGradients
 
 if TYPE_CHECKING:
-    from irw_optim.gradients.backward_passes import BackwardPasses
-    from irw_optim.gradients.engine import Engine, OwnEngine
+    from .backward_passes import BackwardPasses
+    from .engine import Engine, OwnEngine
 
 
 @dataclass(eq=False)

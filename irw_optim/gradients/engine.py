@@ -3,8 +3,6 @@
 ``auto`` takes the ghost products for every parameter they cover exactly, and autodiff for the rest.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from irw_optim.attachments import Attachment, Renewed
-from irw_optim.gradients.compiling import (
+from irw_optim.torch_internals import is_sharded_here
+
+from .compiling import (
     compile_anew,
     is_compiled,
     is_compiled_module,
@@ -22,23 +22,16 @@ from irw_optim.gradients.compiling import (
     may_be_of_compiled,
     prepare,
 )
-from irw_optim.gradients.coverage import Covering, Trust, covering_of, reads_of
-from irw_optim.gradients.graph import Graph, OfKinds, Plan
-from irw_optim.gradients.hooks import (
-    IN_CUDNN,
-    hook_layers,
-    silence_of,
-    weighed_by,
-    without_cudnn,
-)
-from irw_optim.gradients.mixing import Batch, arranged, flattened_from, follow_batch, is_foreign
-from irw_optim.gradients.packed import packed_as_one
-from irw_optim.gradients.protocol import PerSampleGradients
-from irw_optim.gradients.readings import NOTHING_READ, plan_of, read_around, read_in_a_pass
-from irw_optim.torch_internals import is_sharded_here
+from .coverage import Covering, Trust, covering_of, reads_of
+from .graph import Graph, OfKinds, Plan
+from .hooks import IN_CUDNN, hook_layers, silence_of, weighed_by, without_cudnn
+from .mixing import Batch, arranged, flattened_from, follow_batch, is_foreign
+from .packed import packed_as_one
+from .protocol import PerSampleGradients
+from .readings import NOTHING_READ, plan_of, read_around, read_in_a_pass
 
 if TYPE_CHECKING:
-    from irw_optim.gradients.loss_gradients import LossGradients
+    from .loss_gradients import LossGradients
 
 logger = logging.getLogger("irw_optim")
 
@@ -94,7 +87,7 @@ class Engine(Renewed):
             self.has_layer_hooks = True
             self.hooks += [] if self.kind == "autodiff" else hook_layers(self.model)
 
-    def covering(self, batch: LossGradients, *, sharded: bool = False) -> Covering:
+    def covering(self, batch: "LossGradients", *, sharded: bool = False) -> Covering:
         """What is known of a kind of graph; its layer calls are found, with the batch in front.
 
         Where it is ``sharded``, only hooks have seen the layers.

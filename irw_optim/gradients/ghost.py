@@ -1,7 +1,5 @@
 """The ghost engine: G's products from each layer's input a and output gradient b, without G."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Iterable, Sequence
 from copy import copy
 from functools import cached_property, partial
@@ -12,11 +10,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from irw_optim.gradients.graph import CallSite, gradients_at, walk
-from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights
-from irw_optim.gradients.layers._products import gram_of_rows, summed_rows
-from irw_optim.gradients.protocol import Direction, added
-from irw_optim.gradients.side_by_side import Part, side_by_side
+from .graph import CallSite, gradients_at, walk
+from .layers import LayerCall, RowsCall, RowWeights
+from .layers._products import gram_of_rows, summed, summed_rows
+from .protocol import Direction, added
+from .side_by_side import Part, side_by_side
 
 Asked: TypeAlias = tuple[int, CallSite, bool]
 """A site's number, the site, and whether its rows are made."""
@@ -47,7 +45,7 @@ class GhostGradients:
     def reached(self) -> set[int]:
         return {number for number, call in enumerate(self.of_every_site) if call is not None}
 
-    def restricted_to(self, parameters: Container[Tensor]) -> GhostGradients:
+    def restricted_to(self, parameters: Container[Tensor]) -> "GhostGradients":
         """The columns of these parameters alone."""
         calls: list[LayerCall] = []
         for call in self.calls:
@@ -67,9 +65,8 @@ class GhostGradients:
         total: dict[Tensor, Tensor] = {}
         while apart:
             total.update(apart.pop().combine(rows))
-        while meeting:
-            for parameter, part in meeting.pop().combine(rows).items():
-                total[parameter] = total[parameter] + part if parameter in total else part
+        if meeting:
+            total |= summed(meeting.pop().combine(rows) for _ in range(len(meeting)))
         return total
 
     def dot(self, direction: Direction) -> Tensor:

@@ -1,7 +1,5 @@
 """The autograd graph behind a vector of losses, and what its kind tells."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,13 +11,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointFunction
 
-from irw_optim.gradients.layers import LayerCall, LinearCall
-from irw_optim.gradients.mixing_rules import RULES, picking
-from irw_optim.gradients.nodes import base_name, is_block, picks_of
 from irw_optim.torch_internals import run_backward
 
+from .layers import LayerCall, LinearCall
+from .mixing_rules import RULES, picking
+from .nodes import base_name, is_block, picks_of
+
 if TYPE_CHECKING:
-    from irw_optim.gradients.coverage import Covering
+    from .coverage import Covering
 
 _Value = TypeVar("_Value")
 
@@ -188,7 +187,7 @@ class Remade(NamedTuple):
 class Plan:
     """What is known of the layer calls of all graphs of one kind."""
 
-    covering: Covering
+    covering: "Covering"
     read: Callable[[Graph, Tensor], list[CallSite] | None]  # None: other settings than ever
     remade: Sequence[Remade] | None  # where these are all
     opaque: Opaque  # nothing else may mix the samples

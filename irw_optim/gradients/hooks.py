@@ -14,18 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from irw_optim.attachments import Attachment, Removable
-from irw_optim.gradients.compiling import (
-    CompiledAgain,
-    ItselfKeptOut,
-    KeptOut,
-    Listener,
-    OnForward,
-    inside,
-)
-from irw_optim.gradients.graph import CallSite
-from irw_optim.gradients.layers import LayerCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.rules import CALLS, call_of, rule_of, rule_of_function
 from irw_optim.torch_internals import itself_uncompiled, uncompiled
+
+from .compiling import CompiledAgain, ItselfKeptOut, KeptOut, Listener, inside, on_forward
+from .graph import CallSite
+from .layers import LayerCall, LinearCall, LinearRowsCall
+from .rules import CALLS, call_of, rule_of, rule_of_function
 
 
 def hook_layers(model: nn.Module) -> list[Attachment]:
@@ -38,7 +32,7 @@ def hook_layers(model: nn.Module) -> list[Attachment]:
                 continue
             if rule_of(module) is not None:
                 attached.append(RecordedLayer.on(module))
-            elif _holds_parameters(module):
+            elif module._parameters or any(isinstance(c, _KEPT) for c in module.children()):
                 attached.append(RecordedFunctions.on(module))
                 owners.append(module)
         again = [child for owner in owners for child in inside(owner)]
@@ -49,10 +43,8 @@ def hook_layers(model: nn.Module) -> list[Attachment]:
     return attached
 
 
-def _holds_parameters(module: nn.Module) -> bool:
-    """Of its own, or in a list or dictionary, which nobody calls."""
-    kept = (nn.ParameterList, nn.ParameterDict)
-    return bool(module._parameters) or any(isinstance(child, kept) for child in module.children())
+_KEPT = nn.ParameterList, nn.ParameterDict
+"""What holds parameters for a module, and is not called."""
 
 
 def sites_noted(order: Iterable[Any]) -> list[CallSite]:
@@ -85,6 +77,8 @@ def record(call: LayerCall | None, output: Tensor) -> None:
 
 
 class _LayerForward(KeptOut):
+    """Notes the calls of a layer that has a rule."""
+
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output, module = self.__wrapped__(*args, **kwargs), self.module
@@ -95,13 +89,12 @@ class _LayerForward(KeptOut):
         return output
 
 
-class RecordedLayer(OnForward):
-    """Notes the calls of a layer that has a rule."""
-
-    stands_in = _LayerForward
+RecordedLayer = on_forward(_LayerForward)
 
 
 class _FunctionsForward(ItselfKeptOut):
+    """Notes the functions that a module calls with parameters of its own."""
+
     @itself_uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
@@ -111,10 +104,7 @@ class _FunctionsForward(ItselfKeptOut):
             return self.__wrapped__(*args, **kwargs)
 
 
-class RecordedFunctions(OnForward):
-    """Notes the functions that a module calls with parameters of its own."""
-
-    stands_in = _FunctionsForward
+RecordedFunctions = on_forward(_FunctionsForward)
 
 
 class _FunctionRecorder(Listener):
@@ -190,21 +180,19 @@ def weighed_by(model: nn.Module) -> WeakSet[Any]:
 
 _WEIGHED_BY: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
-
 IN_CUDNN = "CudnnRnn"
 """How autograd names the recurrent layers of cuDNN."""
 
 
 class _OwnKernels(KeptOut):
+    """Has a layer take torch's own kernels while gradients are recorded."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.backends.cudnn.flags(enabled=not torch.is_grad_enabled()):
             return self.__wrapped__(*args, **kwargs)
 
 
-class WithoutCudnn(OnForward):
-    """Has a layer take torch's own kernels while gradients are recorded."""
-
-    stands_in = _OwnKernels
+WithoutCudnn = on_forward(_OwnKernels)
 
 
 def without_cudnn(model: nn.Module) -> list[Attachment]:

@@ -10,8 +10,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.autodiff import AutodiffGradients
-from irw_optim.gradients.backward_passes import (
+from irw_optim.torch_internals import is_wanted
+
+from .autodiff import AutodiffGradients
+from .backward_passes import (
     HOOKS_CHANGE,
     NOTHING,
     RECOMPUTES,
@@ -20,27 +22,13 @@ from irw_optim.gradients.backward_passes import (
     OneForward,
     edges_aside,
 )
-from irw_optim.gradients.compiling import is_compiled
-from irw_optim.gradients.coverage import (
-    Covering,
-    compare,
-    in_half_precision,
-    probe_of,
-    rows_by,
-    watching,
-)
-from irw_optim.gradients.engine import Engine
-from irw_optim.gradients.ghost import GhostGradients, check_inputs, ghost_gradients
-from irw_optim.gradients.graph import (
-    NO_GRAPH,
-    CallSite,
-    fingerprint,
-    refuse_reentrant_checkpoints,
-    walk,
-)
-from irw_optim.gradients.hooks import forget_calls, sites_noted
-from irw_optim.gradients.protocol import PerSampleGradients, StackedGradients
-from irw_optim.torch_internals import is_wanted
+from .compiling import is_compiled
+from .coverage import Covering, compare, in_half_precision, probe_of, rows_by, watching
+from .engine import Engine
+from .ghost import GhostGradients, check_inputs, ghost_gradients
+from .graph import NO_GRAPH, CallSite, fingerprint, refuse_reentrant_checkpoints, walk
+from .hooks import forget_calls, sites_noted
+from .protocol import PerSampleGradients, StackedGradients
 
 NOTHING_TO_SCORE = (
     "the losses do not depend on any parameter that makes the scores: expected losses computed "

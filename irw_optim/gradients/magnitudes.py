@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.autodiff import AutodiffGradients
-from irw_optim.gradients.ghost import GhostGradients, _sharing_parameters
-from irw_optim.gradients.layers import ConvolutionCall, EmbeddingCall, LayerCall, LinearCall
-from irw_optim.gradients.layers._products import summed_rows
-from irw_optim.gradients.protocol import (
+from .autodiff import AutodiffGradients
+from .ghost import GhostGradients, _sharing_parameters
+from .layers import ConvolutionCall, EmbeddingCall, LayerCall, LinearCall
+from .layers._products import summed_rows
+from .protocol import (
     MEMORY_BOUND,
     Direction,
     MaterializedGradients,

@@ -18,19 +18,11 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.graph import CallSite, Graph, Opaque
-from irw_optim.gradients.layers import Layout
-from irw_optim.gradients.mixing_rules import (
-    RULES,
-    handed_on,
-    mixing,
-    permuting,
-    removing,
-    reshaped,
-    swapping,
-)
-from irw_optim.gradients.nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, shape_of
-from irw_optim.gradients.packed import ONE_LAYER
+from .graph import CallSite, Graph, Opaque
+from .layers import Layout
+from .mixing_rules import RULES, handed_on, mixing, permuting, removing, reshaped, swapping
+from .nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, shape_of
+from .packed import ONE_LAYER
 
 
 class Crossing(NamedTuple):

@@ -9,16 +9,7 @@ from contextlib import suppress
 
 import torch
 
-from irw_optim.gradients.nodes import (
-    SHARED,
-    UNREAD,
-    MixesError,
-    Output,
-    Rule,
-    is_block,
-    mixes,
-    picks_of,
-)
+from .nodes import SHARED, UNREAD, MixesError, Output, Rule, is_block, mixes, picks_of
 
 
 def elementwise(output: Output) -> Sequence[int]:
@@ -136,10 +127,6 @@ def _batch_norm(output: Output) -> Sequence[int]:
     return [output.at(shape, output.dim), *of_weights]
 
 
-def _of_shared_tables(output: Output) -> Sequence[int]:
-    return [SHARED] * len(output.inputs)
-
-
 def _of_classes(output: Output) -> Sequence[int]:
     dim = mixes() if output.node._saved_reduction else output.dim
     return output.all_at(dim + (dim >= 1))
@@ -222,21 +209,18 @@ ATTENTION = (
     "ScaledDotProductFusedAttentionOverrideable"
 )
 
-_OF_ANY_SIZE = (
-    "AdaptiveMaxPool{0}D AvgPool{0}D ReflectionPad{0}D ReplicationPad{0}D UpsampleNearest{0}D "
-    "UpsampleNearestExact{0}D "
-)
+_OF_ANY_SIZE = "ReflectionPad{0}D ReplicationPad{0}D UpsampleNearest{0}D UpsampleNearestExact{0}D "
 
 _NAMES: dict[Rule, str] = {
     elementwise: (
         "Abs Acos Acosh Add Addcdiv Addcmul Angle Asin Asinh Atan Atan2 Atanh Bernoulli Celu Ceil "
         "Clamp ClampMax ClampMin Clone Complex Conj ConjPhysical Copysign Cos Cosh Digamma Div "
         "Elu Erf Erfc Erfinv Exp Exp2 Expand Expm1 Fill Floor Fmax Fmin Fmod Frac Gelu Hardshrink "
-        "Hardsigmoid Hardswish Hardtanh Heaviside Hypot Imag LeakyRelu Lerp Lgamma Log Log10 "
-        "Log1P Log2 LogSigmoid Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum "
-        "NativeDropout Neg Polar Pow PreluKernel Real Reciprocal Relu Relu6 Remainder Round "
-        "RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink Sqrt "
-        "Sub Tan Tanh Threshold ToCopy torch::autograd::CopyBackwards Trunc Where Xlog1Py Xlogy"
+        "Hardsigmoid Hardswish Hardtanh Hypot LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 "
+        "LogSigmoid Logaddexp Logit MaskedFill Maximum Minimum Mish Mul NanToNum NativeDropout "
+        "Neg Polar Pow PreluKernel Reciprocal Relu Remainder Round RreluWithNoise Rsqrt Rsub Sgn "
+        "Sigmoid Sign Silu Sin Sinc Sinh Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy "
+        "torch::autograd::CopyBackwards Trunc Where Xlogy"
     ),
     unreduced: (
         "BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss SmoothL1Loss "
@@ -245,7 +229,7 @@ _NAMES: dict[Rule, str] = {
     _of_classes: "NllLoss NllLoss2D",
     _of_rows(0): "MultiMarginLoss MultilabelMarginLoss",
     _of_rows(1): "CtcLoss",
-    reshaped: "Alias LiftFresh ReshapeAlias Squeeze UnsafeView Unsqueeze View Detach",
+    reshaped: "Alias LiftFresh ReshapeAlias Squeeze UnsafeView Unsqueeze View",
     _along("_saved_dim"): (
         "Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C Gather Glu IndexAdd IndexSelect "
         "LogSoftmax Logcumsumexp SafeSoftmax Scatter ScatterAdd Softmax Sort Topk"
@@ -270,18 +254,17 @@ _NAMES: dict[Rule, str] = {
         "NativeLayerNorm FusedRmsNorm"
     ),
     _batch_norm: "CudnnBatchNorm MiopenBatchNorm NativeBatchNorm",
-    _of_shared_tables: "Embedding EmbeddingBag",
-    _along_last(1): _OF_ANY_SIZE.format(1) + "MaxPool1D UpsampleLinear1D",
+    lambda output: [SHARED] * len(output.inputs): "Embedding EmbeddingBag",
+    _along_last(1): _OF_ANY_SIZE.format(1) + "UpsampleLinear1D",
     _along_last(2): _OF_ANY_SIZE.format(2)
     + (
-        f"{ATTENTION} AdaptiveAvgPool2D MaxPool2DWithIndices "
-        "ScaledDotProductAttentionMath Tril Triu UpsampleBicubic2D UpsampleBicubic2DAa "
-        "UpsampleBilinear2D UpsampleBilinear2DAa"
+        f"{ATTENTION} AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices Tril Triu "
+        "UpsampleBicubic2D UpsampleBicubic2DAa UpsampleBilinear2D UpsampleBilinear2DAa"
     ),
     _along_last(3): _OF_ANY_SIZE.format(3)
     + (
-        "AdaptiveAvgPool3D GridSampler2D MaxPool3DWithIndices PixelShuffle PixelUnshuffle "
-        "UpsampleTrilinear3D"
+        "AdaptiveAvgPool3D AdaptiveMaxPool3D AvgPool3D GridSampler2D MaxPool3DWithIndices "
+        "PixelShuffle PixelUnshuffle UpsampleTrilinear3D"
     ),
     _along_last(4): "GridSampler3D",
     lambda output: _along_last(len(output.node._saved_pad) // 2)(output): "ConstantPadNd",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.layers import (
+from .layers import (
     CONVOLUTION,
     LSTM,
     ChannelNormCall,
@@ -23,11 +23,11 @@ from irw_optim.gradients.layers import (
     SampleNormCall,
     VectorCall,
 )
-from irw_optim.gradients.mixing import rule_for
-from irw_optim.gradients.mixing_rules import elementwise
-from irw_optim.gradients.nodes import base_name, saved, shape_of, slopes_of
-from irw_optim.gradients.pushforward import ChainPlaces
-from irw_optim.gradients.recurrence import RECURRENT
+from .mixing import rule_for
+from .mixing_rules import elementwise
+from .nodes import base_name, saved, shape_of, slopes_of
+from .pushforward import ChainPlaces
+from .recurrence import RECURRENT
 
 
 class Weight(NamedTuple):
@@ -42,7 +42,6 @@ Weights = Mapping[int, Weight]
 """What an operation shares among the samples, by the number of the input."""
 
 NodeRule = Callable[[Any, Weights], "Sequence[LayerCall] | None"]
-
 
 FUSED_CELLS: dict[str, dict[int, tuple[int, ...]]] = {
     "ThnnFusedGruCell": {3: (0,), 4: (1,)},

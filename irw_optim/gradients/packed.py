@@ -13,11 +13,12 @@ from torch.autograd.graph import Node
 from torch.nn.utils.rnn import PackedSequence
 
 from irw_optim.attachments import Attachment
-from irw_optim.gradients.compiling import KeptOut, OnForward
-from irw_optim.gradients.forward._tangents import Tangents, added
-from irw_optim.gradients.protocol import widened
-from irw_optim.gradients.recurrence import RECURRENT, Recurrence, Steps, linearized
 from irw_optim.torch_internals import is_plain_autograd, uncompiled
+
+from .compiling import KeptOut, on_forward
+from .forward._tangents import Tangents, added
+from .protocol import widened
+from .recurrence import RECURRENT, Recurrence, Steps, linearized
 
 
 class Layer:
@@ -171,10 +172,7 @@ class _AsOne(KeptOut):
         return sequence, layer.permute_hidden(hidden, from_sorted)
 
 
-class PackedAsOne(OnForward):
-    """Makes a recurrent layer's call one operation."""
-
-    stands_in = _AsOne
+PackedAsOne = on_forward(_AsOne)
 
 
 def packed_as_one(model: nn.Module) -> list[Attachment]:

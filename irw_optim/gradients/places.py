@@ -9,20 +9,14 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.forward import FORWARD
-from irw_optim.gradients.forward._plain import (
-    RESHAPED,
-    by_pull,
-    diagonal,
-    of_single_losses,
-    reshaped,
-)
-from irw_optim.gradients.forward._tangents import ForwardRule
-from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.mixing import rule_for
-from irw_optim.gradients.mixing_rules import RULES, elementwise, handed_on, unreduced
-from irw_optim.gradients.nodes import Rule, base_name, pull
-from irw_optim.gradients.packed import ONE_LAYER, push_layer
+from .forward import FORWARD
+from .forward._plain import RESHAPED, by_pull, diagonal, of_single_losses, reshaped
+from .forward._tangents import ForwardRule
+from .graph import Graph
+from .mixing import rule_for
+from .mixing_rules import RULES, elementwise, handed_on, unreduced
+from .nodes import Rule, base_name, pull
+from .packed import ONE_LAYER, push_layer
 
 NOTHING = -1
 """The number of what has no gradient."""

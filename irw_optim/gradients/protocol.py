@@ -4,8 +4,6 @@ G has one row per sample, g_i, and one column per trainable number: (B, P). It i
 `MaterializedGradients`: the reference, and Opacus' ``grad_sample``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -92,10 +90,7 @@ MEMORY_BOUND = 64 * 2**20
 
 
 class MaterializedGradients:
-    """G as explicit rows, one block of shape (B, *p.shape) per parameter p.
-
-    Args:
-        rows: for each parameter its per-sample gradients, (B, *p.shape).
+    """G as explicit ``rows``, one block of shape (B, *p.shape) per parameter p.
 
     >>> G = MaterializedGradients.of(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     >>> G.gram()
@@ -115,14 +110,14 @@ class MaterializedGradients:
         self.batch_size = sizes.pop()
 
     @classmethod
-    def of(cls, matrix: Tensor) -> MaterializedGradients:
+    def of(cls, matrix: Tensor) -> "MaterializedGradients":
         """A plain matrix G of shape (B, P), of one "parameter" of P numbers."""
         if matrix.ndim != 2:
             raise ValueError(f"gradients has shape {tuple(matrix.shape)}: expected (B, P)")
         return cls({matrix.new_zeros(matrix.shape[1]): matrix})
 
     @classmethod
-    def from_grad_sample(cls, parameters: Iterable[Tensor]) -> MaterializedGradients:
+    def from_grad_sample(cls, parameters: Iterable[Tensor]) -> "MaterializedGradients":
         """Read ``p.grad_sample`` as Opacus' GradSampleModule or GradSampleHooks left it.
 
         Raises:

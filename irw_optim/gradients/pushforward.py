@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.forward._tangents import Tangents, transposed
-from irw_optim.gradients.graph import Graph, gradients_at
-from irw_optim.gradients.layers import LayerCall, RowsCall, RowWeights, summed
-from irw_optim.gradients.places import NOTHING, Operation, Places, Pull, number_at, places_of
-from irw_optim.gradients.protocol import Direction, MaterializedGradients, widened
+from .forward._tangents import Tangents, transposed
+from .graph import Graph, gradients_at
+from .layers import LayerCall, RowsCall, RowWeights, summed
+from .places import NOTHING, Operation, Places, Pull, number_at, places_of
+from .protocol import Direction, MaterializedGradients, widened
 
 
 class NoPushForwardError(RuntimeError):

@@ -12,23 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from irw_optim.gradients.backward_passes import unless_recomputed
-from irw_optim.gradients.coverage import Covering
-from irw_optim.gradients.graph import CallSite, Graph, Plan, Remade
-from irw_optim.gradients.layers import FIRST, LayerCall, Layout, LinearCall
-from irw_optim.gradients.mixing import Batch, follow_batch
-from irw_optim.gradients.node_rules import (
-    FUSED_CELLS,
-    NodeRule,
-    Weight,
-    Weights,
-    of_each_number,
-    rule_of,
-    summands,
-)
-from irw_optim.gradients.nodes import base_name
-from irw_optim.gradients.places import Places
-from irw_optim.gradients.pushforward import ChainedCall, ChainPlaces, in_a_pass
+from .backward_passes import unless_recomputed
+from .coverage import Covering
+from .graph import CallSite, Graph, Plan, Remade
+from .layers import FIRST, LayerCall, Layout, LinearCall
+from .mixing import Batch, follow_batch
+from .node_rules import FUSED_CELLS, NodeRule, Weight, Weights, of_each_number, rule_of, summands
+from .nodes import base_name
+from .places import Places
+from .pushforward import ChainedCall, ChainPlaces, in_a_pass
 
 _Value = TypeVar("_Value")
 
@@ -213,7 +205,9 @@ def _weight_at(
     """What is read at an edge; None where nothing that is wanted made it."""
     node, number = edge
     turned = turns and base_name(node) == "T"
-    behind = _unconverted(node.next_functions[0][0] if turned else node)
+    behind = node.next_functions[0][0] if turned else node
+    while base_name(behind) == "ToCopy":
+        behind = behind.next_functions[0][0]
     if behind in leaves:
         return Weight(graph.leaves[leaves[behind]], None, turned)
     order, made_of = _part_above(node, graph, leaves)
@@ -224,12 +218,6 @@ def _weight_at(
     nodes, leaf_nodes = [graph.order[n] for n in order], [graph.leaf_nodes[n] for n in made_of]
     chain = ChainPlaces(number, order, made_of, Places(nodes, leaf_nodes))
     return Weight(stand_in.requires_grad_(), chain)
-
-
-def _unconverted(node: Any) -> Any:
-    while base_name(node) == "ToCopy":
-        node = node.next_functions[0][0]
-    return node
 
 
 def _part_above(

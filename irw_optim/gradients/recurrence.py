@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.protocol import widened
+from .protocol import widened
 
 RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # in torch's order
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irw_optim.gradients.layers import (
+from .layers import (
     ConvolutionCall,
     ElementwiseCall,
     EmbeddingBagCall,

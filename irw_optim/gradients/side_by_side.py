@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from irw_optim.gradients.layers import (
+from .layers import (
     FIRST,
     ConvolutionCall,
     ElementwiseCall,
@@ -21,14 +21,13 @@ from irw_optim.gradients.layers import (
     RowsCall,
     RowWeights,
 )
-from irw_optim.gradients.protocol import WIDER, Direction, as_matrix, widened
+from .protocol import WIDER, Direction, as_matrix, widened
 
 FEW = {"cpu": 2**14}
 """So many numbers are copied while an operation starts; elsewhere 2^20."""
 
 PRODUCTS = 2**5
 """So many multiplications are as quick as one number copied."""
-
 
 Part: TypeAlias = "LayerCall | Rows | LinearMaps"
 """Some columns of G, with the products of a layer call."""

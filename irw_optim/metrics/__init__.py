@@ -3,8 +3,6 @@
 `group_report` has all of them; `worst_cluster_accuracy` is for choosing a model without groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -12,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from irw_optim.arguments import whole_number
-from irw_optim.metrics._groups import (
+
+from ._groups import (
     ArrayLike,
     Group,
     GroupsLike,
@@ -67,8 +66,8 @@ class GroupReport:
         worst_alpha_loss: mean of the worst ceil(alpha N) losses, if losses and alpha were given.
     """
 
-    by_group: pd.DataFrame
-    overall: pd.Series
+    by_group: "pd.DataFrame"
+    overall: "pd.Series"
     worst_group: Group
     worst_group_accuracy: float
     mad: float

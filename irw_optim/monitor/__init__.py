@@ -1,7 +1,5 @@
 """What a training with `IRWOptimizer` does: recorded, shown, and diagnosed; never changed."""
 
-from __future__ import annotations
-
 import csv
 from collections import deque
 from html import escape
@@ -14,11 +12,12 @@ from torch.optim import Optimizer
 from irw_optim.arguments import whole_number
 from irw_optim.attachments import Removable, Renewed, remove_all
 from irw_optim.metrics._groups import GroupsLike, as_columns, check_lengths
-from irw_optim.monitor.recording import WeightAge, groups_of, row_of
-from irw_optim.monitor.rows import Array, Course, Logger, Row, send
-from irw_optim.monitor.signatures import Finding, diagnose
 from irw_optim.notebook import html_table
 from irw_optim.optimizer import IRWOptimizer
+
+from .recording import WeightAge, groups_of, row_of
+from .rows import Array, Course, Logger, Row, send
+from .signatures import Finding, diagnose
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,9 +42,6 @@ class IRWMonitor(Renewed):
         optimizer: the one that trains, or a proxy of it from Accelerate or Lightning.
         every: steps between rows, to begin with; the first one has a row, too.
         capacity: most rows that are kept, >= 10.
-
-    Attributes:
-        optimizer: the `IRWOptimizer` listened to.
 
     Raises:
         TypeError, ValueError: an argument that is impossible.
@@ -154,7 +150,7 @@ class IRWMonitor(Renewed):
         """One dictionary a recorded step; ``docs/diagnostics.md`` lists the columns."""
         return [row.flat() for row in self._course.rows]
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> "pd.DataFrame":
         """The rows as a DataFrame with the steps as index; NaN where a row lacks a column.
 
         Raises:
@@ -177,7 +173,7 @@ class IRWMonitor(Renewed):
             writer.writeheader()
             writer.writerows(rows)
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """The course of the training as a matplotlib figure.
 
         Raises:
@@ -185,7 +181,7 @@ class IRWMonitor(Renewed):
             RuntimeError: nothing was recorded yet.
         """
         try:
-            from irw_optim.monitor.figures import draw
+            from .figures import draw
         except ImportError as error:
             raise ImportError('plot() needs matplotlib: pip install "irw-optim[report]"') from error
         return draw(self._course.rows)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from irw_optim.monitor.rows import Array, Row, column, parts_of
+from .rows import Array, Row, column, parts_of
 
 # Okabe and Ito's, for readers with any colour vision; as many of the largest parts have a line.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]

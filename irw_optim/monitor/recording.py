@@ -1,7 +1,5 @@
 """One step of an optimizer as a row: O(B) work, on recorded steps alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
@@ -12,10 +10,11 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from irw_optim.metrics._groups import intersect
-from irw_optim.monitor.rows import Array, Breakdown, Row
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.schemes.weighing import HeldWeights
 from irw_optim.weighting import StepRecord, worst_off_count
+
+from .rows import Array, Breakdown, Row
 
 
 class Batch(NamedTuple):
@@ -30,7 +29,7 @@ class Batch(NamedTuple):
     gradient_norm: float
     labels: Array | None
 
-    def part(self, chosen: Array) -> Batch:
+    def part(self, chosen: Array) -> "Batch":
         """The chosen samples, (B,) bool."""
         fields: Any = [v[chosen] if isinstance(v, np.ndarray) else v for v in self]
         return Batch(*fields)

@@ -1,7 +1,5 @@
 """The rows of a training, and the course of them all; ``docs/diagnostics.md`` has the columns."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +48,7 @@ class Row:
         return {"step": self.step, "numbers": self.numbers, "breakdowns": tables}
 
     @classmethod
-    def of_state(cls, state: Mapping[str, Any]) -> Row:
+    def of_state(cls, state: Mapping[str, Any]) -> "Row":
         tables = state["breakdowns"].items()
         by_kind = {k: Breakdown(tuple(parts), np.array(numbers)) for k, (parts, numbers) in tables}
         return cls(state["step"], dict(state["numbers"]), by_kind)

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from irw_optim.monitor.rows import Course, blocks, column, mean, medians, parts_of
+from .rows import Course, blocks, column, mean, medians, parts_of
 
 ENOUGH = 20
 """Weighted rows before anything is said, and removed samples before it is said who they are."""

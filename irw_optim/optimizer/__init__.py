@@ -1,5 +1,5 @@
 """How a training loop gets the weights: a torch optimizer around any torch optimizer."""
 
-from irw_optim.optimizer.irw_optimizer import IRWOptimizer
+from .irw_optimizer import IRWOptimizer
 
 __all__ = ["IRWOptimizer"]

@@ -11,13 +11,14 @@ from torch.optim import Optimizer
 from irw_optim.arguments import DPGuaranteeError
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.engine import Engine, OwnEngine
-from irw_optim.optimizer.at_hand import check_backward, check_reads_rows
-from irw_optim.optimizer.options import Options, check_arguments, check_group, described
-from irw_optim.optimizer.weighted_backward import WeightedBackward
-from irw_optim.optimizer.wrapping import Hold, OptimizerWrapper, closure_step
 from irw_optim.weighting import ScoreRule
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import check_labels, check_losses
+
+from .at_hand import check_backward, check_reads_rows
+from .options import Options, check_arguments, check_group, described
+from .weighted_backward import WeightedBackward
+from .wrapping import Hold, OptimizerWrapper, closure_step
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
@@ -252,14 +253,6 @@ def select_parameters(model: nn.Module, chosen: ScoreParameters) -> set[Tensor]:
 
     A tied one goes by any of its names; ``"last"`` means the last layer that has trainable ones,
     None all of them.
-
-    Raises:
-        ValueError: nothing trainable is chosen, or a name is not the model's.
-        TypeError: anything else.
-
-    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    >>> sorted(p.numel() for p in select_parameters(model, "last"))
-    [1, 3]
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: p for name, p in named.items() if p.requires_grad}

@@ -1,7 +1,5 @@
 """The options of an optimizer, and what is refused before anything changes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -10,13 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from irw_optim.arguments import (
-    DPGuaranteeError,
-    one_of,
-    plain,
-    true_or_false,
-    whole_number,
-)
+from irw_optim.arguments import DPGuaranteeError, one_of, plain, true_or_false, whole_number
 from irw_optim.criterion import validate_criterion
 from irw_optim.criterion.attached import check_unattached
 from irw_optim.gradients.engine import ENGINES
@@ -71,7 +63,7 @@ class Options:
         rule = rule_named(self.weighting, self.center)
         return LocalScheme(float(self.alpha), rule, self.outliers, self.class_balance, self.mix)
 
-    def of(self, scheme: LocalScheme) -> Options:
+    def of(self, scheme: LocalScheme) -> "Options":
         """With what a local scheme says."""
         rule = scheme.rule
         options = replace(

@@ -1,7 +1,5 @@
 """What turns losses into weighted gradients: all of it but the step."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from itertools import chain
@@ -19,17 +17,12 @@ from irw_optim.criterion.attached import AttachedCriterion
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import NOTHING_TO_SCORE, LossGradients
 from irw_optim.gradients.protocol import MaterializedGradients
-from irw_optim.optimizer.at_hand import (
-    OtherTerms,
-    check_rows,
-    check_unrecorded,
-    has_gradient,
-    warn_of_mixing,
-)
-from irw_optim.optimizer.options import Options
 from irw_optim.torch_internals import has_group, is_sharded, several_processes
 from irw_optim.weighting import Averaging, Scheme, StepRecord
 from irw_optim.weighting.weights import check_labels, check_losses
+
+from .at_hand import OtherTerms, check_rows, check_unrecorded, has_gradient, warn_of_mixing
+from .options import Options
 
 if TYPE_CHECKING:
     from irw_optim.distributed.shards import Processes
@@ -92,7 +85,7 @@ class WeightedBackward(Renewed):
         return self.options.local if self.held is None else self.held
 
     @property
-    def processes(self) -> Processes | None:
+    def processes(self) -> "Processes | None":
         """Those that the model trains in; None for this one alone."""
         if self._processes is None and several_processes():  # a framework may start them late
             self._join_processes()

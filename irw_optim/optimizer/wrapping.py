@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 
 from irw_optim.arguments import check_state, whole_number
 from irw_optim.attachments import Renewed
-from irw_optim.optimizer.options import described, optimizers_inside
-from irw_optim.optimizer.weighted_backward import WeightedBackward
 from irw_optim.weighting import LocalScheme, Scheme, StepRecord
+
+from .options import described, optimizers_inside
+from .weighted_backward import WeightedBackward
 
 logger = logging.getLogger("irw_optim")
 

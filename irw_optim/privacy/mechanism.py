@@ -20,8 +20,6 @@ noise multiplier sigma (Mironov, Talwar and Zhang, 2019). Centring the counts ha
 sensitivity (Andrew et al., 2021, Theorem 1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -78,7 +76,7 @@ class IRWDPConfig:
     init_scale: float = 0.1
     warmup_steps: int = 1
 
-    def __new__(cls, *args: Any, **options: Any) -> IRWDPConfig:
+    def __new__(cls, *args: Any, **options: Any) -> "IRWDPConfig":
         """Refuse those that cannot be private before Python calls them unknown."""
         refuse_batch_level_options(options)
         return super().__new__(cls)

@@ -232,12 +232,8 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
     def _release(self, sums: Sums) -> Released:
         """Noise on the sums, and the gradient in ``p.grad``."""
-        scales, C = self.noise_scales, self.max_grad_norm
-        stds = {
-            "gradient": scales.gradient * C,
-            "count": scales.count,
-            "direction": scales.direction * C,
-        }
+        scales, C = asdict(self.noise_scales), self.max_grad_norm
+        stds = {kind: std if kind == "count" else std * C for kind, std in scales.items()}
         noisy = {
             kind: {key: self._noisy(total, stds[kind]) for key, total in totals.items()}
             for kind, totals in sums.items()

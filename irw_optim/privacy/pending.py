@@ -4,8 +4,6 @@ Where a forward mixes samples (``h - h.mean(0)``), no guarantee holds. So rows a
 plain autograd at every batch in whose graph samples may meet, else at batches 1, 2, 4, 8, ...
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +43,7 @@ class GradSampleRows(MaterializedGradients):
         squares = [as_matrix(block).square().sum(1) for block in self.rows.values()]
         return torch.stack([s.to(squares[0].device) for s in squares]).sum(0).sqrt()
 
-    def without(self, dropped: Tensor) -> GradSampleRows:
+    def without(self, dropped: Tensor) -> "GradSampleRows":
         """With zero rows where `dropped`, (B,) bool."""
         zeroed = {
             p: r.reshape(len(r), -1).masked_fill(dropped.to(r.device)[:, None], 0.0).view_as(r)
@@ -54,7 +52,7 @@ class GradSampleRows(MaterializedGradients):
         return GradSampleRows(zeroed)
 
     @classmethod
-    def read(cls, parameters: Sequence[Tensor], batch_size: int) -> GradSampleRows:
+    def read(cls, parameters: Sequence[Tensor], batch_size: int) -> "GradSampleRows":
         """Those of one pass, which a batch of no samples may come without."""
         rows: dict[Tensor, Tensor] = {}
         for p in parameters:
@@ -95,11 +93,9 @@ class GhostRows(GhostGradients):
     norms = row_norms
 
     def dot(self, direction: Direction) -> Tensor:
-        """<g_i, v>, (B,)."""
         return super().dot(direction) if direction else self.seed.new_zeros(self.batch_size)
 
-    def without(self, dropped: Tensor) -> GhostRows:
-        """As of `GradSampleRows`."""
+    def without(self, dropped: Tensor) -> "GhostRows":
         return GhostRows([c.without(dropped) for c in self.calls], self.batch_size, self.seed)
 
 

@@ -3,8 +3,6 @@
 A remedy is a function of a `Training` that returns a trained model.
 """
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -22,47 +20,19 @@ from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._groups import ArrayLike, GroupsLike
 from irw_optim.notebook import progress_bar
 from irw_optim.optimizer import IRWOptimizer
-from irw_optim.remedies._comparison import Comparison
-from irw_optim.remedies._data import (
-    Data,
-    Numbers,
-    Samples,
-    cluster_numbers,
-    group_names,
-    logits_of,
-)
-from irw_optim.remedies._judging import (
-    Difference,
-    Judge,
-    conclude,
-    signs_of_hurt,
-    unseen_by_clusters,
-)
-from irw_optim.remedies._training import (
-    ORACLE,
-    PLAIN,
-    REMEDIES,
-    Fitted,
-    Recipe,
-    Remedy,
-    Training,
-    oracle_logits,
-)
 from irw_optim.restored import randomness_restored
 from irw_optim.schemes.batch_losses import Forward
 from irw_optim.weighting.weights import check_alpha
 
+from ._comparison import Comparison
+from ._data import Data, Numbers, Samples, cluster_numbers, group_names, logits_of
+from ._judging import Difference, Judge, conclude, signs_of_hurt, unseen_by_clusters
+from ._training import ORACLE, PLAIN, REMEDIES, Fitted, Recipe, Remedy, Training, oracle_logits
+
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "Comparison",
-    "Difference",
-    "Fitted",
-    "Recipe",
-    "Remedy",
-    "Training",
-]
+__all__ = ["Comparison", "Difference", "Fitted", "Recipe", "Remedy", "Training"]
 
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 
@@ -191,7 +161,7 @@ def _train_all(
     judge: Judge,
     rare: int,
     progress: bool,
-) -> tuple[pd.DataFrame, dict[str, Numbers]]:
+) -> "tuple[pd.DataFrame, dict[str, Numbers]]":
     """Rows of numbers for every remedy and seed, and what they predict."""
     import pandas as pd
 

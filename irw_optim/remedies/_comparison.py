@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from irw_optim.remedies._data import Numbers, group_names
-from irw_optim.remedies._judging import Difference, Judge, as_text, difference, worst_part
-from irw_optim.remedies._training import ORACLE, PLAIN
+from ._data import Numbers, group_names
+from ._judging import Difference, Judge, as_text, difference, worst_part
+from ._training import ORACLE, PLAIN
 
 if TYPE_CHECKING:
     import pandas as pd

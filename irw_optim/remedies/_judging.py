@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from irw_optim.metrics import worst_alpha_loss, worst_cell_accuracy
 from irw_optim.metrics._groups import intersect
-from irw_optim.remedies._data import Numbers
-from irw_optim.remedies._training import BALANCED, ORACLE, PLAIN
 from irw_optim.schemes.global_weights import FEW
+
+from ._data import Numbers
+from ._training import BALANCED, ORACLE, PLAIN
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,10 +192,7 @@ def signs_of_hurt(runs: pd.DataFrame, rare: int) -> dict[str, list[str]]:
 
 
 def conclude(
-    runs: pd.DataFrame,
-    predictions: Mapping[str, Numbers],
-    judge: Judge,
-    blind: str | None,
+    runs: pd.DataFrame, predictions: Mapping[str, Numbers], judge: Judge, blind: str | None
 ) -> tuple[str, list[str]]:
     names = [name for name in predictions if name not in (PLAIN, ORACLE)]
     moves = {name: judge.moves(found == judge.labels) for name, found in predictions.items()}

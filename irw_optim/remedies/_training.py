@@ -1,7 +1,5 @@
 """The one training loop, `Training.fit`, and the remedies."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,9 +14,10 @@ from torch.utils.data import Sampler
 
 from irw_optim import IRWOptimizer
 from irw_optim.arguments import real_number
-from irw_optim.remedies._data import ClassLosses, Numbers, Samples
 from irw_optim.schemes import ClassByClassSampler
 from irw_optim.schemes.batch_losses import Forward
+
+from ._data import ClassLosses, Numbers, Samples
 
 T = TypeVar("T")
 PLAIN, BALANCED, ORACLE = "plain", "class-balanced", "groups known (oracle)"
@@ -46,16 +45,7 @@ Remedy: TypeAlias = "Callable[[Training], Fitted | nn.Module]"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all trainings share, as `compare_remedies` was given it.
-
-    Attributes:
-        make_model: gives an untrained model.
-        criterion: of outputs and targets.
-        optimizer: makes one of the parameters.
-        scheduler: makes one of optimizer and number of steps, or None.
-        steps: of one training, with ``batch_size`` samples each.
-        forward: gives the criterion's arguments; None for batches (inputs, target).
-    """
+    """What all trainings share: arguments of `compare_remedies`, and the ``steps`` of each."""
 
     make_model: Callable[[], nn.Module]
     criterion: nn.Module

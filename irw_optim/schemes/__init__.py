@@ -13,19 +13,14 @@ from irw_optim.criterion import validate_criterion
 from irw_optim.metrics._groups import ArrayLike
 from irw_optim.optimizer import IRWOptimizer
 from irw_optim.optimizer.options import refuse_private
-from irw_optim.schemes.batch_losses import BatchLosses, Forward, warn_once
-from irw_optim.schemes.global_weights import ClassByClassSampler, global_weights
-from irw_optim.schemes.reading import (
-    DatasetReader,
-    IndexedDataset,
-    as_indices,
-    indexed_loader,
-    indices_and_batch,
-)
-from irw_optim.schemes.resampling import ResamplingSampler, ResumableLoader
-from irw_optim.schemes.weighing import HeldWeights, record_of, weigh_dataset
 from irw_optim.torch_internals import place
 from irw_optim.weighting import LocalScheme, StepRecord
+
+from .batch_losses import BatchLosses, Forward, warn_once
+from .global_weights import ClassByClassSampler, global_weights
+from .reading import DatasetReader, IndexedDataset, as_indices, indexed_loader, indices_and_batch
+from .resampling import ResamplingSampler, ResumableLoader
+from .weighing import HeldWeights, record_of, weigh_dataset
 
 __all__ = [
     "ClassByClassSampler",

@@ -139,10 +139,7 @@ def warn_once(model: nn.Module, message: str) -> None:
 
 
 def jvp(
-    model: nn.Module,
-    losses_of: Callable[[Any], PerSampleLosses],
-    batch: Any,
-    direction: Direction,
+    model: nn.Module, losses_of: Callable[[Any], PerSampleLosses], batch: Any, direction: Direction
 ) -> Tensor:
     """G v for one batch, (B,), v being 0 where it is not given; RuntimeError if torch cannot."""
     load_dual_numbers()

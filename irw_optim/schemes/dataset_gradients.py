@@ -3,8 +3,6 @@
 G^T w sums up G_b^T w_b over batches of samples with a weight, G v lines up G_b v; no gram.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,7 +22,8 @@ from irw_optim.gradients.backward_passes import backward_to
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import LossGradients
 from irw_optim.gradients.protocol import Direction, PerSampleGradients, widened
-from irw_optim.schemes.batch_losses import (
+
+from .batch_losses import (
     FORWARD_FAILS,
     BatchLosses,
     check_difference,
@@ -33,8 +32,8 @@ from irw_optim.schemes.batch_losses import (
     jvp,
     long_attention,
 )
-from irw_optim.schemes.order import LossConsistency
-from irw_optim.schemes.reading import DatasetReader
+from .order import LossConsistency
+from .reading import DatasetReader
 
 logger = logging.getLogger("irw_optim")
 
@@ -60,13 +59,12 @@ class DatasetGradients:
 
     @property
     def batch_size(self) -> int:
-        """Number of rows."""
         return len(self.samples)
 
     def _all(self) -> Tensor:
         return torch.arange(len(self.samples), device="cpu")
 
-    def of(self, rows: Tensor) -> DatasetGradients:
+    def of(self, rows: Tensor) -> "DatasetGradients":
         """These rows alone, by a bool mask (n,) or positions."""
         some = copy(self)
         some.samples = self.samples[rows.cpu()]
@@ -144,7 +142,6 @@ class DatasetGradients:
         return scores
 
     def gram(self) -> Tensor:
-        """Not on offer."""
         raise RuntimeError(
             f"G G^T of a data set has {self.batch_size}^2 entries: a rule of the global scheme may "
             "use combine and dot"

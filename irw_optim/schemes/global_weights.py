@@ -16,14 +16,15 @@ from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.metrics._groups import ArrayLike, Group, as_classes
 from irw_optim.optimizer.irw_optimizer import ScoreParameters
 from irw_optim.optimizer.options import Options
-from irw_optim.schemes.batch_losses import Forward
-from irw_optim.schemes.dataset_gradients import DatasetGradients
-from irw_optim.schemes.reading import DatasetReader
-from irw_optim.schemes.resampling import ResamplingSampler
-from irw_optim.schemes.weighing import weigh_by
 from irw_optim.weighting import Alignment, LocalScheme, StepRecord, present_of
 from irw_optim.weighting.outliers import OutlierFilter
 from irw_optim.weighting.weights import ScoreRule
+
+from .batch_losses import Forward
+from .dataset_gradients import DatasetGradients
+from .reading import DatasetReader
+from .resampling import ResamplingSampler
+from .weighing import weigh_by
 
 FEW = 1 / 3
 """Weights on a lesser share are learnt by heart."""
@@ -192,7 +193,7 @@ class ClassByClassSampler(ResamplingSampler):
     Args:
         model: the early one.
         criterion: as of `global_weights`; class weights in it make no difference.
-        loader: as there.
+        loader, batch_size, forward, progress: as there.
         by: ``"gradients"``, IRW weights with S the worst-off ``alpha`` of each class;
             ``"losses"``, in proportion to the loss: the control, which needs no gradients.
         alpha: share of each class that makes S, in (0, 1]; not used by ``"losses"``.
@@ -200,9 +201,6 @@ class ClassByClassSampler(ResamplingSampler):
         labels: (N,) classes in any form; None takes them out of the criterion's target.
         num_samples: draws an epoch; None takes N.
         generator: gives the seed of the draws.
-        batch_size: samples read at once; None takes the loader's.
-        forward: as of `global_weights`, for batches that are no pairs.
-        progress: show a bar.
 
     Attributes:
         classes: a `ClassShare` for each class.

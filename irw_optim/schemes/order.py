@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from irw_optim.gradients.protocol import Direction
 from irw_optim.restored import randomness_restored
-from irw_optim.schemes.batch_losses import in_full_precision, warn_once
+
+from .batch_losses import in_full_precision, warn_once
 
 if TYPE_CHECKING:
-    from irw_optim.schemes.dataset_gradients import DatasetGradients
+    from .dataset_gradients import DatasetGradients
 
 Collate = Callable[[list[Any]], Any]
 

@@ -1,7 +1,5 @@
 """A loader's samples by their index, in batches that know which they hold."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -20,7 +18,8 @@ from torch.utils.data import (
 )
 
 from irw_optim.arguments import whole_number
-from irw_optim.schemes.order import Arrangement, RefusedError, rearranged, refuse_sorting
+
+from .order import Arrangement, RefusedError, rearranged, refuse_sorting
 
 
 def check_loader(loader: object) -> None:
@@ -119,7 +118,7 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
             )
         return list(zip(indices, samples, strict=True))
 
-    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> IndexedCollate:
+    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> "IndexedCollate":
         """A ``collate_fn`` that keeps the order, for ``(index, sample)`` pairs."""
         return IndexedCollate(collate_fn)
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from irw_optim.arguments import check_state, true_or_false, whole_number
-from irw_optim.schemes.reading import as_indices, idle_copy, sampler_of
 from irw_optim.torch_internals import place
+
+from .reading import as_indices, idle_copy, sampler_of
 
 
 class ResamplingSampler(Sampler[int]):

@@ -5,8 +5,6 @@ They are those of the local scheme on a single batch of all N samples, of which 
 and backward to the layers. It takes the memory of one batch and one gradient.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Container
 from dataclasses import dataclass, replace
@@ -27,17 +25,6 @@ from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.notebook import progress_bar
 from irw_optim.optimizer.irw_optimizer import ScoreParameters, select_parameters
 from irw_optim.optimizer.options import described
-from irw_optim.schemes.batch_losses import (
-    BatchLosses,
-    Forward,
-    eval_mode,
-    in_full_precision,
-    inputs_and_target,
-)
-from irw_optim.schemes.dataset_gradients import DatasetGradients, DatasetOverRanks
-from irw_optim.schemes.order import batches_to_check, check_order
-from irw_optim.schemes.reading import DatasetReader
-from irw_optim.schemes.resampling import check_sample_weights
 from irw_optim.weighting import (
     Alignment,
     Averaging,
@@ -49,6 +36,12 @@ from irw_optim.weighting import (
     worst_off_count,
 )
 from irw_optim.weighting.outliers import OutlierFilter, outliers_in
+
+from .batch_losses import BatchLosses, Forward, eval_mode, in_full_precision, inputs_and_target
+from .dataset_gradients import DatasetGradients, DatasetOverRanks
+from .order import batches_to_check, check_order
+from .reading import DatasetReader
+from .resampling import check_sample_weights
 
 
 def weigh_by(
@@ -212,7 +205,7 @@ class HeldWeights:
         decided = worst_off, outliers, scores, weights, fallback
         return StepRecord(*decided, losses=losses, labels=batch.labels, counts=batch.counts)
 
-    def over_ranks(self, ranks: Ranks) -> HeldWeights:
+    def over_ranks(self, ranks: Ranks) -> "HeldWeights":
         """For the batch of all processes: an all-gather of B indices."""
         if self.resampled:
             return self
@@ -232,7 +225,7 @@ class HeldWeights:
             raise RuntimeError("another process does not know its samples: its error says more")
         return replace(self, indices=everybody)
 
-    def __copy__(self) -> HeldWeights:
+    def __copy__(self) -> "HeldWeights":
         return replace(self)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -23,16 +23,10 @@ from torch import nn
 
 from irw_optim.arguments import as_real
 from irw_optim.optimizer.irw_optimizer import ScoreParameters
-from irw_optim.sklearn._net import (
-    Estimator,
-    ReweightedClassifier,
-    ReweightedRegressor,
-    mlp,
-    refuse,
-    takes,
-)
 from irw_optim.weighting import ScoreRule
 from irw_optim.weighting.outliers import OutlierFilter
+
+from ._net import Estimator, ReweightedClassifier, ReweightedRegressor, mlp, refuse, takes
 
 __all__ = ["IRWClassifier", "IRWRegressor", "mlp"]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from irw_optim.criterion import PerSampleLosses
 from irw_optim.gradients.protocol import PerSampleGradients
 from irw_optim.notebook import html_table
-from irw_optim.weighting.outliers import OutlierFilter
-from irw_optim.weighting.weights import (
+
+from .outliers import OutlierFilter
+from .weights import (
     Alignment,
     ScoreRule,
     Weights,

@@ -19,7 +19,8 @@ from torch import Tensor
 from irw_optim.arguments import real_number
 from irw_optim.gradients.magnitudes import align_in_range, gram_in_range, unscaled
 from irw_optim.gradients.protocol import MaterializedGradients, PerSampleGradients
-from irw_optim.weighting.outliers import OutlierFilter, check_filter, outliers_in, returned
+
+from .outliers import OutlierFilter, check_filter, outliers_in, returned
 
 ScoreRule = Callable[[Tensor, PerSampleGradients, Tensor], Tensor]
 """``rule(losses, gradients, worst_off) -> scores``, all vectors of shape (B,)."""

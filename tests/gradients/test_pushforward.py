@@ -18,11 +18,9 @@ from irw_optim.gradients.mixing_rules import RULES
 CASES = [*FUNCTIONS, *LINALG, *COMPLEX, *LAYERS, *LOSSES, *SEQUENCES]
 
 _ELSEWHERE = """
-AdaptiveMaxPool1D AvgPool1D ConvolutionOverrideable CudnnBatchNorm Detach FusedRmsNorm Heaviside
-Imag LiftFresh Linear MaxPool1D MiopenBatchNorm MkldnnLinear Real Relu6
-ScaledDotProductAttentionMath ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention
-ScaledDotProductFlashAttention ScaledDotProductFusedAttentionOverrideable ThnnFusedGruCell
-ThnnFusedLstmCell Xlog1Py
+ConvolutionOverrideable CudnnBatchNorm FusedRmsNorm LiftFresh Linear MiopenBatchNorm MkldnnLinear
+ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
+ScaledDotProductFusedAttentionOverrideable ThnnFusedGruCell ThnnFusedLstmCell
 """
 """On other devices, in other versions, or under the names of what they are made of."""
 

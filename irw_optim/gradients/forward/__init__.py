@@ -7,7 +7,7 @@ What is recomputed (checkpointing) is handed out once in a pass: a rule decides 
 applies, and then reads every ``_saved_`` tensor once.
 """
 
-from irw_optim.gradients.forward import _layers, _plain, _tangents
+from . import _layers, _plain, _tangents
 
 FORWARD: dict[str, _tangents.ForwardRule] = {
     name: rule

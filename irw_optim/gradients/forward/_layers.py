@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, added, again, of_one
 from irw_optim.gradients.layers import CONVOLUTION
 from irw_optim.gradients.nodes import base_name, saved, shape_of
+
+from ._tangents import ForwardRule, Tangents, added, again, of_one
 
 
 def _bilinear(multiply: Any, add: Any, left: str, right: str) -> ForwardRule:
@@ -243,6 +244,6 @@ RULES: dict[str, ForwardRule] = {
     "Embedding": of_one(_embedding),
     "EmbeddingBag": _bags,
     "GridSampler2D GridSampler3D": _grid_sample,
-    "Cdist CdistForward": _distances,
-    "Pdist PdistForward": of_one(_distances_among),
+    "Cdist": _distances,
+    "Pdist": of_one(_distances_among),
 }

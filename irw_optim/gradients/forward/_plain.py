@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.forward._tangents import ForwardRule, Tangents, again, of_one
 from irw_optim.gradients.nodes import base_name, pull, read_by, saved, shape_of, slopes_of
+
+from ._tangents import ForwardRule, Tangents, again, of_one
 
 
 def diagonal(node: Any, tangents: Tangents) -> Tensor | None:
@@ -217,7 +218,7 @@ def _spread(node: Any, change: Tensor) -> Tangents:
     return [spread, change.mean(*settings)] if len(node._input_metadata) > 1 else [spread]
 
 
-RESHAPED = "Alias", "Clone", "Detach", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"
+RESHAPED = "Alias", "Clone", "ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"
 
 RULES: dict[str, ForwardRule] = {
     "Expand LiftFresh ToCopy": of_one(lambda node, t: t.to(node._input_metadata[0].device)),

@@ -1,16 +1,16 @@
 """One call of a layer, and its products with G: a class for each kind of layer."""
 
-from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
-from irw_optim.gradients.layers._linear import HeadsCall, LinearCall, LinearRowsCall
-from irw_optim.gradients.layers._positions import (
+from ._call import FIRST, LayerCall, Layout, RowWeights
+from ._linear import HeadsCall, LinearCall, LinearRowsCall
+from ._positions import (
     CONVOLUTION,
     LSTM,
     ChannelNormCall,
     ConvolutionCall,
     LSTMCall,
 )
-from irw_optim.gradients.layers._products import summed
-from irw_optim.gradients.layers._rows import (
+from ._products import summed
+from ._rows import (
     ElementwiseCall,
     EmbeddingBagCall,
     EmbeddingCall,

@@ -8,8 +8,6 @@ With input a_i and output gradient b_i = d(loss_i)/d(output_i), two products nee
 `apply` alone is enough to be exact; the rest is for speed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -20,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from irw_optim.gradients.layers._products import gram_of_rows, inner, operands, scaled
 from irw_optim.gradients.protocol import Direction, wide, widened
+
+from ._products import gram_of_rows, inner, operands, scaled
 
 GATHER_FROM = 2**17
 """Numbers from which it pays to gather the rows that have a weight."""
@@ -144,7 +143,7 @@ class LayerCall:
         """What an earlier proof depends on."""
         return self.layout, self.recorded.ndim
 
-    def for_every_sample(self, batch_size: int, dim: int) -> LayerCall | None:
+    def for_every_sample(self, batch_size: int, dim: int) -> "LayerCall | None":
         """As if each had made the call, with the batch in ``dim``."""
         return None
 
@@ -161,7 +160,7 @@ class LayerCall:
         self.recorded = self.input = self.output_gradient = nothing
         self.__dict__.pop(self.made_of_b, None)
 
-    def without(self, dropped: Tensor) -> LayerCall:
+    def without(self, dropped: Tensor) -> "LayerCall":
         """A copy with zeros for the rows ``dropped``, (B,) bool."""
         part = self.copy()
         if self.input.is_floating_point() and len(self.input) == len(dropped):
@@ -173,7 +172,7 @@ class LayerCall:
     def forget_values(self) -> None:
         """Of parameters, which a sharded layer frees."""
 
-    def copy(self) -> LayerCall:
+    def copy(self) -> "LayerCall":
         return copy(self)
 
     @property

@@ -1,23 +1,15 @@
 """Linear maps over the last dimension: of whole parameters, of some of their rows, by heads."""
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import GATHER_FROM, LayerCall, Layout, RowWeights, layouts_of
-from irw_optim.gradients.layers._products import (
-    gram_of,
-    gram_of_positions,
-    inner,
-    operands,
-    product,
-    scaled,
-)
 from irw_optim.gradients.protocol import MEMORY_BOUND, WIDER, Direction, wide, widened
+
+from ._call import GATHER_FROM, LayerCall, Layout, RowWeights, layouts_of
+from ._products import gram_of, gram_of_positions, inner, operands, product, scaled
 
 FEW_PRODUCTS = 2**19
 """Below this many the kernel is quicker, having fewer operations."""
@@ -87,7 +79,7 @@ class LinearCall(AffineCall):
         super().__init__(input, weight=weight, bias=bias)
         self.transposed = transposed
 
-    def of(self, input: Tensor) -> LinearCall:
+    def of(self, input: Tensor) -> "LinearCall":
         """The same call in a graph that has read this, (B, in)."""
         twin = object.__new__(LinearCall)
         vars(twin).update(vars(self))

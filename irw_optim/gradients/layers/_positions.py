@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from irw_optim.gradients.layers._call import FIRST, LayerCall, Layout, RowWeights
-from irw_optim.gradients.layers._linear import AffineCall, LinearCall
-from irw_optim.gradients.layers._products import inner, operands, summed, summed_rows
-from irw_optim.gradients.layers._rows import SampleNormCall
 from irw_optim.gradients.protocol import Direction, added, wide, widened
 from irw_optim.gradients.recurrence import linearized, steps_of_all
+
+from ._call import FIRST, LayerCall, Layout, RowWeights
+from ._linear import AffineCall, LinearCall
+from ._products import inner, operands, summed, summed_rows
+from ._rows import SampleNormCall
 
 CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
 """Settings in the order of ``aten.convolution``."""

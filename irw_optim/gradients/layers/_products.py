@@ -5,8 +5,6 @@ rounded as autocast rounds activations. The CPU widens, being slower with bfloat
 too narrow for w_i b_i.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,7 @@ from irw_optim.gradients.protocol import MEMORY_BOUND, WIDER, as_matrix, blocked
 from irw_optim.torch_internals import sums_wide
 
 if TYPE_CHECKING:
-    from irw_optim.gradients.layers._call import LayerCall
+    from ._call import LayerCall
 
 
 def operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,14 +74,14 @@ def gram_of_positions(a: Tensor, b: Tensor, alike: Callable[[Tensor, Tensor], Te
     return torch.cat(blocks)
 
 
-def gram_of_rows(calls: Sequence[LayerCall]) -> Tensor:
+def gram_of_rows(calls: "Sequence[LayerCall]") -> Tensor:
     """G G^T where several calls meet in a parameter."""
     parameters = {p for call in calls for p in call.parameters.values()}
     numbers = sum(p.numel() for p in parameters)
     return blocked_gram(len(calls[0].b), numbers, lambda samples: summed_rows(calls, samples))
 
 
-def summed_rows(calls: Sequence[LayerCall], samples: slice) -> dict[Tensor, Tensor]:
+def summed_rows(calls: "Sequence[LayerCall]", samples: slice) -> dict[Tensor, Tensor]:
     """Of some samples, over calls that share parameters."""
     return summed(call.rows(samples) for call in calls)
 

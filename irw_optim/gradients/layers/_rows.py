@@ -1,7 +1,5 @@
 """Layers whose rows of G are few numbers (norms, vectors, sums and products), and tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import cached_property
@@ -11,16 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irw_optim.gradients.layers._call import (
-    FIRST,
-    LayerCall,
-    Layout,
-    RowWeights,
-    layouts_of,
-    zeroed,
-)
-from irw_optim.gradients.layers._products import gram_of, gram_of_positions
 from irw_optim.gradients.protocol import Direction, MaterializedGradients, as_matrix, widened
+
+from ._call import FIRST, LayerCall, Layout, RowWeights, layouts_of, zeroed
+from ._products import gram_of, gram_of_positions
 
 
 class RowsCall(LayerCall):
@@ -37,7 +29,7 @@ class RowsCall(LayerCall):
     def precision(self) -> torch.dtype:
         return self.made_in
 
-    def without(self, dropped: Tensor) -> RowsCall:
+    def without(self, dropped: Tensor) -> "RowsCall":
         part = copy(self)
         part.blocks = {p: zeroed(block, dropped) for p, block in self.blocks.items()}
         return part
