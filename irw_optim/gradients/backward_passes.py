@@ -68,7 +68,7 @@ class BackwardPasses:
 
     def without_hooks(self, ends: Sequence[End], weights: Tensor) -> Sequence[Tensor | None]:
         """The gradient of <weights, losses>, (B,) both; hooks run where they change it."""
-        if self.known.get(HOOKS_CHANGE):
+        if self.known.get(HOOKS_CHANGE) or places_of(self.graph).nested:
             return self.with_hooks(ends, weights)
         cotangent, edges = weights.to(self.losses.dtype), self.graph.edges
         found: list[Any] = [edges.get(end, end) for end in ends]
@@ -78,6 +78,8 @@ class BackwardPasses:
     def push(self, direction: Direction) -> Tensor:
         if self.known.get(HOOKS_CHANGE):
             raise NoPushForwardError("hooks on activations have a say in it")
+        if places_of(self.graph).nested:
+            raise NoPushForwardError("nested tensors")
         numbers = {p: n for n, p in enumerate(self.graph.leaves)}
         changes = {numbers[p]: v.to(p.dtype) for p, v in direction.items() if p in numbers}
         unit: Tensor | float = 1.0

@@ -72,8 +72,8 @@ def forget_calls(nodes: Iterable[Any]) -> None:
 
 def record(call: LayerCall | None, output: Tensor) -> None:
     """Note on the graph that ``call`` computed ``output``."""
-    if call is None or not call.parameters or output.is_complex():
-        return  # products are of real numbers
+    if call is None or not call.parameters or output.is_complex() or output.is_nested:
+        return  # products are of real numbers, of one length a sample
     at, base = output, output._base
     if base is not None and base.grad_fn is not None and base.numel() == output.numel():
         # After an in-place operation on a view, as a Linear's (B, T, d) output is one, the

@@ -209,3 +209,49 @@ def test_a_backward_that_is_not_linear_is_told_once(kind, caplog):
     model = nn.Sequential(nn.Linear(4, 8), Bends(), nn.Linear(8, 3))
     take_steps(model)
     assert caplog.text.count("is not linear") == (kind != "none")
+
+
+def lengthwise(model: nn.Module, x: Tensor, layout: torch.layout) -> Tensor:
+    """Sums over sequences of several lengths, nested in between."""
+    sequences = [row[: 1 + n % 4] for n, row in enumerate(x)]
+    nested = torch.nested.as_nested_tensor(sequences, layout=layout)
+    return torch.nested.to_padded_tensor(model.first(nested).relu(), 0.0).sum(1)
+
+
+def branching(model: nn.Module, x: Tensor) -> Tensor:
+    h = model.first(x.mean(1))
+    return torch.cond(x.sum() > 0, lambda h: model.second(h).relu(), lambda h: h.sin(), (h,))
+
+
+OPERATIONS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "nested": lambda m, x: lengthwise(m, x, torch.strided),
+    "jagged": lambda m, x: lengthwise(m, x, torch.jagged),
+    "cond": branching,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of prototypes
+@pytest.mark.cpu("nested tensors and torch.cond have kernels of their own on a device")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_hides_its_sizes_or_layers_goes_row_by_row(operation):
+    class Hides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(OPERATIONS[operation](self, x))
+
+    torch.manual_seed(0)
+    model = Hides().double()
+    used = [p for n, p in model.named_parameters() if operation == "cond" or "second" not in n]
+    optimizer = IRWOptimizer(torch.optim.SGD(used, 0.01), alpha=0.3, model=model)
+    for size in (B, B, B, 4):
+        x, y = torch.rand(size, 4, 4).double(), torch.randint(3, (size,))
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        truth = reference.step(losses, used, 0.3)
+        optimizer.zero_grad()
+        optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+        for p, expected in zip(used, truth.gradients, strict=True):
+            assert reference.error(p.grad, expected) < 1e-9
+        optimizer.step()
