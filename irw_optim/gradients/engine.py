@@ -67,7 +67,7 @@ class Engine(Renewed):
         return {"model": self.model, "own": self.own, "kind": self.kind}
 
     def begin(self) -> None:
-        being_copied = self.model is not None and "_modules" not in vars(self.model)
+        being_copied = self.model is not None and not vars(self.model)
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
         self.has_layer_hooks = self.sees_fused = self.made_anew = False
         model = None if being_copied else self.model
