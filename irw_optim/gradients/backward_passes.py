@@ -111,7 +111,9 @@ class BackwardPasses:
         try:
             same = equal(leaves, heard, self.without_hooks(leaves, weights))
             alike = same or equal(leaves, heard, self.with_hooks(leaves, weights))
-        except (AttributeError, AssertionError, LookupError) as error:
+        except (AttributeError, AssertionError, LookupError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RuntimeError(f"{_ONCE}; the second one raised {error!r}") from error
         if not alike:
             raise RuntimeError(_ONCE)
@@ -126,7 +128,8 @@ class BackwardPasses:
 
 _ONCE = (
     "two backward passes through one graph differ, and weights take several: expected hooks that "
-    "stay until the next forward, and functions that neither free what they saved nor write to it"
+    "stay until the next forward, functions that neither free what they saved nor write to it, and "
+    "checkpoints without the context_fn that selects what to save"
 )
 
 

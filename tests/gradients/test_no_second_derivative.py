@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from agreement import agree
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from irw_optim import IRWOptimizer, PerSampleLoss
 from irw_optim.gradients import pushforward
@@ -136,11 +138,23 @@ class HookedOnce(nn.Module):
         return h
 
 
-@pytest.mark.parametrize("kind", ["scales", "frees", "pops", "hook"])
+class Selective(nn.Module):
+    """What its checkpoint has kept is used up by one backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, h: Tensor) -> Tensor:
+        keep = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+        return checkpoint(self.layers, h, use_reentrant=False, context_fn=keep)
+
+
+@pytest.mark.parametrize("kind", ["scales", "frees", "pops", "hook", "selective"])
 @pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(8)], ids=["apart", "meet"])
 def test_a_backward_pass_that_cannot_be_repeated_is_refused(kind, norm):
     own = SPENDING.get(kind)
-    between = nn.Tanh() if own else HookedOnce()
+    between = nn.Tanh() if own else Selective() if kind == "selective" else HookedOnce()
     model = nn.Sequential(nn.Linear(4, 8), norm(), between, nn.Linear(8, 3))
     criterion = nn.CrossEntropyLoss() if own is None else PerSampleLoss(own.apply)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
