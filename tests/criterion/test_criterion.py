@@ -631,6 +631,7 @@ class Memory:
     def __init__(self) -> None:
         self.tensor = torch.zeros(())
         self.parts: dict[str, Any] = {"list": [torch.zeros(())], "array": np.zeros(1)}
+        self.parts["no numbers"] = [np.ndarray, self.tensor.untyped_storage()]
         self.other = SimpleNamespace(calls=0, generator=torch.Generator().manual_seed(0))
 
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
