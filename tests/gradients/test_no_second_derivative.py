@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from irw_optim import IRWOptimizer, PerSampleLoss
 from irw_optim.gradients import pushforward
+from irw_optim.monitor.recording import gradient_norm
 
 B = 6
 
@@ -235,6 +236,41 @@ def lengthwise(model: nn.Module, x: Tensor, layout: torch.layout) -> Tensor:
 def branching(model: nn.Module, x: Tensor) -> Tensor:
     h = model.first(x.mean(1))
     return torch.cond(x.sum() > 0, lambda h: model.second(h).relu(), lambda h: h.sin(), (h,))
+
+
+def sparse(layout: torch.layout) -> nn.Module:
+    """A layer whose weight stores a part of its numbers."""
+    layer = nn.Linear(4, 8).double()
+    mask = torch.arange(32).view(8, 4) % 3 > 0
+    layer.weight = nn.Parameter((layer.weight.detach() * mask).to_sparse(layout=layout))
+    layer.forward = lambda x: torch.sparse.mm(layer.weight, x.mean(1).t()).t() + layer.bias
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # a beta, torch says
+@pytest.mark.cpu("sparse weights have kernels of their own on a device")
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=["coo", "csr"])
+def test_sparse_weights(layout, passes):
+    torch.manual_seed(0)
+    model = nn.Sequential(sparse(layout), nn.Tanh(), nn.Linear(8, 3).double())
+    criterion, parameters = nn.CrossEntropyLoss(), list(model.parameters())
+    sgd = torch.optim.SGD(parameters, lr=0.1)
+    options = {"model": model, "criterion": criterion, "accumulation_steps": passes}
+    optimizer = IRWOptimizer(sgd, alpha=0.3, **options)
+    for _ in range(3):
+        x, y = torch.randn(passes * B, 4, 4).double(), torch.randint(3, (passes * B,))
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        truth = reference.step(losses, parameters, 0.3)
+        optimizer.zero_grad()
+        for some, labels in zip(x.split(B), y.split(B), strict=True):
+            (criterion(model(some), labels) / passes).backward()
+        for p, expected in zip(parameters, truth.gradients, strict=True):
+            stored = p.grad.to_dense() != 0
+            assert reference.error(p.grad.to_dense() * stored, expected.to_dense() * stored) < 1e-9
+        norm = torch.cat([p.grad.to_dense().flatten() for p in parameters]).norm()
+        assert float(gradient_norm(optimizer)) == pytest.approx(float(norm))
+        optimizer.step()
 
 
 OPERATIONS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
