@@ -36,7 +36,7 @@ def hook_layers(model: nn.Module) -> list[Attachment]:
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            if rule_of(module) is not None:
+            if rule_of(module) is not None and not _is_patched(module):
                 attached.append(RecordedLayer.on(module))
             elif _holds_parameters(module):
                 attached.append(RecordedFunctions.on(module))
@@ -47,6 +47,14 @@ def hook_layers(model: nn.Module) -> list[Attachment]:
         attached.clear()  # the traceback would hold them
         raise
     return attached
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether somebody has put a ``forward`` on it, which may compute anything."""
+    forward = vars(module).get("forward")
+    while isinstance(forward, KeptOut):
+        forward = forward.previous
+    return forward is not None
 
 
 def _holds_parameters(module: nn.Module) -> bool:

@@ -305,3 +305,27 @@ def test_what_hides_its_sizes_or_layers_goes_row_by_row(operation):
         for p, expected in zip(used, truth.gradients, strict=True):
             assert reference.error(p.grad, expected) < 1e-9
         optimizer.step()
+
+
+def test_a_layer_whose_forward_somebody_has_replaced():
+    """It is seen by hooks, once scores go row by row."""
+
+    class OneWay(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return Bent.apply(h - h.mean(0), "none")
+
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 8)
+    layer.forward = lambda x: F.linear(x.mean(1), layer.weight, layer.bias)
+    model = nn.Sequential(layer, OneWay(), nn.Linear(8, 3)).double()
+    for _ in range(2):  # the second finds the hooks of the first
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = IRWOptimizer(sgd, alpha=0.3, model=model)
+        for _ in range(3):
+            x, y = torch.randn(B, 5, 4).double(), torch.randint(3, (B,))
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            truth = reference.step(losses, list(model.parameters()), 0.3)
+            optimizer.zero_grad()
+            optimizer.backward(losses)
+            agree(optimizer, model, truth)
+            optimizer.step()
