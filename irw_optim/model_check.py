@@ -112,6 +112,7 @@ class Verification:
         )
 
 
+@torch.inference_mode(False)  # gradients, also where it is called without
 def verify(
     model: nn.Module,
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
@@ -158,6 +159,8 @@ def verify(
         )
     check_unattached(criterion)  # or the optimizer that has it would lose it
     batch = _Batch(model, inputs, targets, criterion)
+    if not batch.parameters:
+        raise ValueError("model has no parameter with requires_grad=True: there is no gradient")
     with restored(model, criterion):
         options: Any = {"criterion": criterion, "outliers": outliers, "engine": engine}
         inner = torch.optim.SGD(batch.parameters, lr=0.0)

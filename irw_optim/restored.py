@@ -66,7 +66,8 @@ def undo_state(module: nn.Module, *, by_version: bool = False) -> Iterator[Undo]
 def undo_own_state(part: nn.Module, by_version: bool = False, depth: int = 3) -> Iterator[Undo]:
     """The same of one module alone."""
     yield _undo_dict(vars(part))
-    yield _undo_dict(part._buffers)
+    if isinstance(part._buffers, dict):  # a ScriptModule's is a view of its own
+        yield _undo_dict(part._buffers)
     own = [value for name, value in vars(part).items() if name not in _OF_MODULES]
     for value in (*own, *part._buffers.values()):
         yield from undo_inside(value, by_version, depth)
@@ -114,7 +115,8 @@ def undo_inside(value: Any, by_version: bool = False, depth: int = 0) -> Iterato
         yield _undo_dict(vars(value))
         inside = vars(value).values()
     for part in islice(inside, PARTS if depth else 0):
-        if getattr(part, "nbytes", 0) < BYTES:
+        size = getattr(part, "nbytes", 0)
+        if not (isinstance(size, int) and size >= BYTES):  # of a class or a storage it is no number
             yield from undo_inside(part, by_version, depth - 1)
 
 

@@ -43,7 +43,7 @@ def per_sample_gradients(losses: Tensor, parameters: Iterable[Tensor]) -> Tensor
     for loss in losses:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         dense = [
-            torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
+            torch.zeros_like(p) if g is None else g if g.layout is torch.strided else g.to_dense()
             for p, g in zip(parameters, gradients, strict=True)
         ]
         rows.append(torch.cat([g.flatten() for g in dense]))

@@ -131,6 +131,39 @@ def test_everything_is_as_it_was(case):
     assert torch.equal(model(x.clone()), before)
 
 
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+
+SCRIPTED: dict[str, Any] = {
+    "script": torch.jit.script,
+    "trace": lambda model: torch.jit.trace(model, batch()[0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", SCRIPTED)
+def test_a_scripted_model_is_as_it_was(how):
+    model = SCRIPTED[how](normalised())
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    assert verify(model, *batch(), nn.CrossEntropyLoss(), repeats=1).exact
+    after = model.state_dict()
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_where_no_gradients_are_recorded(without):
+    model, (x, y) = mlp(6, 8, 3), batch()
+    with without():
+        assert verify(model, x, y, nn.CrossEntropyLoss(), repeats=1).exact
+
+
+def test_a_frozen_model_is_named():
+    with pytest.raises(ValueError, match="model has no parameter with requires_grad=True"):
+        verify(mlp(6, 8, 3).requires_grad_(False), *batch(), nn.CrossEntropyLoss())
+
+
 @pytest.mark.parametrize("repeats", [0, 1.5, "2"])
 def test_an_impossible_number_of_rounds_is_named(repeats):
     with pytest.raises((TypeError, ValueError), match=f"repeats={repeats!r}: expected a whole"):

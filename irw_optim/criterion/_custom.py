@@ -54,10 +54,10 @@ class PerSampleLoss(nn.Module):
 
     def __init__(self, function: Callable[..., Tensor], reduction: str = "mean") -> None:
         super().__init__()
-        if not callable(function):
+        if not callable(function) or isinstance(function, type):
             raise TypeError(
-                f"function={function!r} cannot be called; PerSampleLoss takes a function that "
-                "returns losses of shape (B,)"
+                f"function={function!r}: expected a function, or an object that can be called, "
+                "which returns losses of shape (B,)"
             )
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")

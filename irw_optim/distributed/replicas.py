@@ -49,7 +49,7 @@ class Replicas(Renewed):
 
     def begin(self) -> None:
         # A model that is being copied is not whole yet: `find` watches it.
-        whole = self.model is not None and "_modules" in vars(self.model)
+        whole = self.model is not None and bool(vars(self.model))
         self.watch = CallerNoted.on(self.model) if whole else None  # type: ignore[arg-type]
         self.ranks: Ranks | None = None
         self.static: ref[Any] | None = None  # the DDP, where its graph is

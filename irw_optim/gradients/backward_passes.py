@@ -69,7 +69,7 @@ class BackwardPasses:
 
     def without_hooks(self, ends: Sequence[End], weights: Tensor) -> Sequence[Tensor | None]:
         """The gradient of <weights, losses>, (B,) both; hooks run where they change it."""
-        if self.known.get(HOOKS_CHANGE):
+        if self.known.get(HOOKS_CHANGE) or places_of(self.graph).nested:
             return self.with_hooks(ends, weights)
         cotangent, edges = weights.to(self.losses.dtype), self.graph.edges
         found: list[Any] = [edges.get(end, end) for end in ends]
@@ -79,6 +79,8 @@ class BackwardPasses:
     def push(self, direction: Direction) -> Tensor:
         if self.known.get(HOOKS_CHANGE):
             raise NoPushForwardError("hooks on activations have a say in it")
+        if places_of(self.graph).nested:
+            raise NoPushForwardError("nested tensors")
         numbers = {p: n for n, p in enumerate(self.graph.leaves)}
         changes = {numbers[p]: v.to(p.dtype) for p, v in direction.items() if p in numbers}
         unit: Tensor | float = 1.0
@@ -110,7 +112,9 @@ class BackwardPasses:
         try:
             same = equal(leaves, heard, self.without_hooks(leaves, weights))
             alike = same or equal(leaves, heard, self.with_hooks(leaves, weights))
-        except (AttributeError, AssertionError, LookupError) as error:
+        except (AttributeError, AssertionError, LookupError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RuntimeError(f"{_ONCE}; the second one raised {error!r}") from error
         if not alike:
             raise RuntimeError(_ONCE)
@@ -125,7 +129,8 @@ class BackwardPasses:
 
 _ONCE = (
     "two backward passes through one graph differ, and weights take several: expected hooks that "
-    "stay until the next forward, and functions that neither free what they saved nor write to it"
+    "stay until the next forward, functions that neither free what they saved nor write to it, and "
+    "checkpoints without the context_fn that selects what to save"
 )
 
 

@@ -17,6 +17,7 @@ from .compiling import (
     compile_anew,
     is_compiled,
     is_compiled_module,
+    is_control_flow,
     keep_out,
     keep_out_around,
     may_be_of_compiled,
@@ -59,7 +60,7 @@ class Engine(Renewed):
         return {"model": self.model, "own": self.own, "kind": self.kind}
 
     def begin(self) -> None:
-        being_copied = self.model is not None and "_modules" not in vars(self.model)
+        being_copied = self.model is not None and not vars(self.model)
         self.hooks: list[Attachment] | None = None if being_copied else silence_of(self.model)
         self.has_layer_hooks = self.sees_fused = self.made_anew = False
         model = None if being_copied else self.model
@@ -115,8 +116,8 @@ class Engine(Renewed):
             graph.sites = []
             always = at.followed or at.surely_mixes
             self._take_packed_as_one()
-        elif size > 1 and not self.has_layer_hooks:  # the graph does not show them
-            self.add_layer_hooks()
+        elif size > 1 and not (self.has_layer_hooks or any(map(is_control_flow, graph.order))):
+            self.add_layer_hooks()  # the graph does not show layers
             if any(map(is_compiled, graph.order)):
                 compile_anew(graph.order)
                 self.made_anew = True

@@ -133,7 +133,8 @@ def fingerprint(losses: Tensor, graph: Graph) -> tuple[object, ...]:
         kind = type(node)
         found.append(kind)
         for output in node._input_metadata:
-            found += (tuple(output.shape), output.dtype)
+            shape = () if output.is_nested_tensor else tuple(output.shape)
+            found += (shape, output.dtype)
         settings = _SETTINGS_OF.get(kind, _settings_of)
         if settings is not None:
             found.append(settings(node))

@@ -30,7 +30,7 @@ def hook_layers(model: nn.Module) -> list[Attachment]:
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            if rule_of(module) is not None:
+            if rule_of(module) is not None and not _is_patched(module):
                 attached.append(RecordedLayer.on(module))
             elif module._parameters or any(isinstance(c, _KEPT) for c in module.children()):
                 attached.append(RecordedFunctions.on(module))
@@ -45,6 +45,14 @@ def hook_layers(model: nn.Module) -> list[Attachment]:
 
 _KEPT = nn.ParameterList, nn.ParameterDict
 """What holds parameters for a module, and is not called."""
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether somebody has put a ``forward`` on it, which may compute anything."""
+    forward = vars(module).get("forward")
+    while isinstance(forward, KeptOut):
+        forward = forward.previous
+    return forward is not None
 
 
 def sites_noted(order: Iterable[Any]) -> list[CallSite]:
@@ -64,8 +72,8 @@ def forget_calls(nodes: Iterable[Any]) -> None:
 
 def record(call: LayerCall | None, output: Tensor) -> None:
     """Note on the graph that ``call`` computed ``output``."""
-    if call is None or not call.parameters or output.is_complex():
-        return  # products are of real numbers
+    if call is None or not call.parameters or output.is_complex() or output.is_nested:
+        return  # products are of real numbers, of one length a sample
     at, base = output, output._base
     if base is not None and base.grad_fn is not None and base.numel() == output.numel():
         # After an in-place operation on a view, as a Linear's (B, T, d) output is one, the

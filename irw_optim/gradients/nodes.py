@@ -27,9 +27,14 @@ def base_name(node: Node) -> str:
     return name
 
 
+def shape_in(metadata: Any) -> torch.Size:
+    """Of one tensor; () of a nested one, whose rows have lengths of their own."""
+    return torch.Size(() if metadata.is_nested_tensor else metadata.shape)
+
+
 def shape_of(node: Any, output: int = 0) -> torch.Size:
     """The shape of what a node computed."""
-    return torch.Size(node._input_metadata[output].shape)
+    return shape_in(node._input_metadata[output])
 
 
 def read_by(node: Any, number: int) -> Any:
@@ -131,6 +136,8 @@ class Output:
         self.number = number
         self.stride = stride
         self.batch_size = batch_size
+        if node._input_metadata[number].is_nested_tensor:
+            mixes()  # no stride tells the samples apart
         self.shape: Sequence[int] = node._input_metadata[number].shape
 
     @cached_property

@@ -15,7 +15,7 @@ from .forward._tangents import ForwardRule
 from .graph import Graph
 from .mixing import rule_for
 from .mixing_rules import RULES, elementwise, handed_on, unreduced
-from .nodes import Rule, base_name, pull
+from .nodes import Rule, base_name, pull, shape_in
 from .packed import ONE_LAYER, push_layer
 
 NOTHING = -1
@@ -66,13 +66,15 @@ class Places:
         self.first: list[int] = []  # of each node's outputs, then of the leaves
         self.shapes: list[torch.Size] = []
         self.dtypes: list[torch.dtype] = []
+        self.nested = False  # whether lengths differ inside of a tensor, which rules do not know
         starts: dict[Node | None, int] = {}
         node: Any
         for node in (*order, *leaf_nodes):
             starts[node] = len(self.shapes)
             self.first.append(starts[node])
             outputs = node._input_metadata
-            self.shapes += [torch.Size(output.shape) for output in outputs]
+            self.nested |= any(output.is_nested_tensor for output in outputs)
+            self.shapes += [shape_in(output) for output in outputs]
             self.dtypes += [output.dtype for output in outputs]
         self.count = len(self.shapes)
         self.leaves = self.first[len(order) :]

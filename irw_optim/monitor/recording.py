@@ -11,6 +11,7 @@ from torch.nn.utils import get_total_norm
 
 from irw_optim.metrics._groups import intersect
 from irw_optim.optimizer import IRWOptimizer
+from irw_optim.optimizer.at_hand import stored_in
 from irw_optim.schemes.weighing import HeldWeights
 from irw_optim.weighting import StepRecord, worst_off_count
 
@@ -147,7 +148,7 @@ def groups_of(given: Sequence[Mapping[str, Array]], record: StepRecord) -> dict[
 def gradient_norm(optimizer: IRWOptimizer) -> Tensor:
     """The norm of ``p.grad`` as the step left it, 0-dim."""
     gradients = [
-        p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+        stored_in(p.grad)
         for group in optimizer.param_groups
         for p in group["params"]
         if p.grad is not None

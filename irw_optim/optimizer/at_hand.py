@@ -63,7 +63,7 @@ def check_unrecorded(parameters: Sequence[Tensor], model: nn.Module | None, pass
             f"step() found a gradient without weights: {_expected(model)}. For a plain step "
             "on purpose call optimizer.inner.step()"
         )
-    broken = [g for g in gradients if not bool(_numbers_of(g).isfinite().all())]
+    broken = [g for g in gradients if not bool(stored_in(g).isfinite().all())]
     if broken:
         raise FloatingPointError(
             f"the gradients written back to {len(broken)} parameters are not finite (the first "
@@ -93,11 +93,14 @@ def _expected(model: nn.Module | None) -> str:
 def has_gradient(parameter: Tensor) -> bool:
     """Whether there is a gradient that is not zero."""
     gradient = parameter.grad
-    return gradient is not None and bool(_numbers_of(gradient).any())
+    return gradient is not None and bool(stored_in(gradient).any())
 
 
-def _numbers_of(gradient: Tensor) -> Tensor:
-    return gradient._values() if gradient.is_sparse else gradient
+def stored_in(gradient: Tensor) -> Tensor:
+    """Those that a gradient stores, whatever its layout."""
+    if gradient.layout is torch.strided:
+        return gradient
+    return (gradient.coalesce() if gradient.is_sparse else gradient).values()
 
 
 def check_rows(rows: dict[Tensor, Tensor]) -> None:
@@ -194,7 +197,7 @@ class OtherTerms:
         for leaf, gradient in zip(leaves, given, strict=False):
             # A hook on the leaf has a say in what it gets.
             changed = leaf._backward_hooks or leaf._post_accumulate_grad_hooks
-            if gradient is None or gradient.is_sparse or changed:
+            if gradient is None or gradient.layout is not torch.strided or changed:
                 continue
             if leaf in self._weighted:
                 gradient = self._weighted[leaf] + gradient

@@ -179,7 +179,15 @@ def indexed_loader(loader: DataLoader[Any], sampler: Sampler[int] | None = None)
     if not isinstance(data, IndexedDataset):
         data, collate = IndexedDataset(data), IndexedCollate(collate)
     shape: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
-    if sampler is not None:
+    if sampler is None:
+        try:
+            len(loader)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise TypeError(
+                f"loader has no length ({error}): expected a sampler with __len__, "
+                "the batches of an epoch"
+            ) from error
+    else:
         size = getattr(loader.batch_sampler, "batch_size", None)
         if size is None:
             raise ValueError(

@@ -176,8 +176,9 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Any]:
         batches = self._resume() if self._resumes else self._start()
-        while self.position < len(self):
-            self.before_batch()
+        while True:
+            if self.position != len(self):  # where most epochs end, but not all
+                self.before_batch()
             batch = next(batches, None)
             if batch is None:
                 break

@@ -75,6 +75,7 @@ def weigh_by(
         hooked.remove_hooks()
 
 
+@torch.inference_mode(False)  # gradients, also where it is called without
 def weigh_dataset(
     reader: DatasetReader,
     losses_of: BatchLosses,

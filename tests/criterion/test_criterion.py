@@ -631,6 +631,7 @@ class Memory:
     def __init__(self) -> None:
         self.tensor = torch.zeros(())
         self.parts: dict[str, Any] = {"list": [torch.zeros(())], "array": np.zeros(1)}
+        self.parts["no numbers"] = [np.ndarray, self.tensor.untyped_storage()]
         self.other = SimpleNamespace(calls=0, generator=torch.Generator().manual_seed(0))
 
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
@@ -1189,8 +1190,10 @@ def test_per_sample_loss_refuses_other_reductions(reduction: str) -> None:
 
 
 def test_per_sample_loss_refuses_what_cannot_be_called() -> None:
-    with pytest.raises(TypeError, match="function=3 cannot be called"):
+    with pytest.raises(TypeError, match="function=3: expected a function"):
         PerSampleLoss(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"function=<class .*MSELoss'>: expected a function"):
+        PerSampleLoss(nn.MSELoss)
 
 
 def test_own_module_whose_reduction_is_a_property_that_hands_it_on():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from agreement import agree
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from irw_optim import IRWOptimizer, PerSampleLoss
 from irw_optim.gradients import pushforward
+from irw_optim.monitor.recording import gradient_norm
 
 B = 6
 
@@ -136,11 +139,23 @@ class HookedOnce(nn.Module):
         return h
 
 
-@pytest.mark.parametrize("kind", ["scales", "frees", "pops", "hook"])
+class Selective(nn.Module):
+    """What its checkpoint has kept is used up by one backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, h: Tensor) -> Tensor:
+        keep = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+        return checkpoint(self.layers, h, use_reentrant=False, context_fn=keep)
+
+
+@pytest.mark.parametrize("kind", ["scales", "frees", "pops", "hook", "selective"])
 @pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(8)], ids=["apart", "meet"])
 def test_a_backward_pass_that_cannot_be_repeated_is_refused(kind, norm):
     own = SPENDING.get(kind)
-    between = nn.Tanh() if own else HookedOnce()
+    between = nn.Tanh() if own else Selective() if kind == "selective" else HookedOnce()
     model = nn.Sequential(nn.Linear(4, 8), norm(), between, nn.Linear(8, 3))
     criterion = nn.CrossEntropyLoss() if own is None else PerSampleLoss(own.apply)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -209,3 +224,108 @@ def test_a_backward_that_is_not_linear_is_told_once(kind, caplog):
     model = nn.Sequential(nn.Linear(4, 8), Bends(), nn.Linear(8, 3))
     take_steps(model)
     assert caplog.text.count("is not linear") == (kind != "none")
+
+
+def lengthwise(model: nn.Module, x: Tensor, layout: torch.layout) -> Tensor:
+    """Sums over sequences of several lengths, nested in between."""
+    sequences = [row[: 1 + n % 4] for n, row in enumerate(x)]
+    nested = torch.nested.as_nested_tensor(sequences, layout=layout)
+    return torch.nested.to_padded_tensor(model.first(nested).relu(), 0.0).sum(1)
+
+
+def branching(model: nn.Module, x: Tensor) -> Tensor:
+    h = model.first(x.mean(1))
+    return torch.cond(x.sum() > 0, lambda h: model.second(h).relu(), lambda h: h.sin(), (h,))
+
+
+def sparse(layout: torch.layout) -> nn.Module:
+    """A layer whose weight stores a part of its numbers."""
+    layer = nn.Linear(4, 8).double()
+    mask = torch.arange(32).view(8, 4) % 3 > 0
+    layer.weight = nn.Parameter((layer.weight.detach() * mask).to_sparse(layout=layout))
+    layer.forward = lambda x: torch.sparse.mm(layer.weight, x.mean(1).t()).t() + layer.bias
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # a beta, torch says
+@pytest.mark.cpu("sparse weights have kernels of their own on a device")
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=["coo", "csr"])
+def test_sparse_weights(layout, passes):
+    torch.manual_seed(0)
+    model = nn.Sequential(sparse(layout), nn.Tanh(), nn.Linear(8, 3).double())
+    criterion, parameters = nn.CrossEntropyLoss(), list(model.parameters())
+    sgd = torch.optim.SGD(parameters, lr=0.1)
+    options = {"model": model, "criterion": criterion, "accumulation_steps": passes}
+    optimizer = IRWOptimizer(sgd, alpha=0.3, **options)
+    for _ in range(3):
+        x, y = torch.randn(passes * B, 4, 4).double(), torch.randint(3, (passes * B,))
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        truth = reference.step(losses, parameters, 0.3)
+        optimizer.zero_grad()
+        for some, labels in zip(x.split(B), y.split(B), strict=True):
+            (criterion(model(some), labels) / passes).backward()
+        for p, expected in zip(parameters, truth.gradients, strict=True):
+            stored = p.grad.to_dense() != 0
+            assert reference.error(p.grad.to_dense() * stored, expected.to_dense() * stored) < 1e-9
+        norm = torch.cat([p.grad.to_dense().flatten() for p in parameters]).norm()
+        assert float(gradient_norm(optimizer)) == pytest.approx(float(norm))
+        optimizer.step()
+
+
+OPERATIONS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "nested": lambda m, x: lengthwise(m, x, torch.strided),
+    "jagged": lambda m, x: lengthwise(m, x, torch.jagged),
+    "cond": branching,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of prototypes
+@pytest.mark.cpu("nested tensors and torch.cond have kernels of their own on a device")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_hides_its_sizes_or_layers_goes_row_by_row(operation):
+    class Hides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(OPERATIONS[operation](self, x))
+
+    torch.manual_seed(0)
+    model = Hides().double()
+    used = [p for n, p in model.named_parameters() if operation == "cond" or "second" not in n]
+    optimizer = IRWOptimizer(torch.optim.SGD(used, 0.01), alpha=0.3, model=model)
+    for size in (B, B, B, 4):
+        x, y = torch.rand(size, 4, 4).double(), torch.randint(3, (size,))
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        truth = reference.step(losses, used, 0.3)
+        optimizer.zero_grad()
+        optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+        for p, expected in zip(used, truth.gradients, strict=True):
+            assert reference.error(p.grad, expected) < 1e-9
+        optimizer.step()
+
+
+def test_a_layer_whose_forward_somebody_has_replaced():
+    """It is seen by hooks, once scores go row by row."""
+
+    class OneWay(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return Bent.apply(h - h.mean(0), "none")
+
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 8)
+    layer.forward = lambda x: F.linear(x.mean(1), layer.weight, layer.bias)
+    model = nn.Sequential(layer, OneWay(), nn.Linear(8, 3)).double()
+    for _ in range(2):  # the second finds the hooks of the first
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = IRWOptimizer(sgd, alpha=0.3, model=model)
+        for _ in range(3):
+            x, y = torch.randn(B, 5, 4).double(), torch.randint(3, (B,))
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            truth = reference.step(losses, list(model.parameters()), 0.3)
+            optimizer.zero_grad()
+            optimizer.backward(losses)
+            agree(optimizer, model, truth)
+            optimizer.step()

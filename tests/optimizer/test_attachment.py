@@ -574,6 +574,7 @@ class TestScriptedModules:
         optimizer = over(model, criterion)
         for _ in range(3):
             check_step(model, criterion, optimizer)
+        assert optimizer.engine.uses == 3  # what it knows of the model lasts
         optimizer.detach()
         hooks = {k: len(v) for k, v in vars(plain[2]).items() if "hooks" in k}
         assert (traces(criterion), hooks) == before

@@ -138,6 +138,16 @@ def test_the_optimizers_options_hold_for_the_data_set():
     assert torch.equal(training.scheme.renew().weights, expected)
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_renewal_where_no_gradients_are_recorded(without):
+    training = Training()
+    expected = training.current_weights()
+    with without():
+        training.scheme.renew()
+    assert torch.equal(training.scheme.weights, expected)
+    training.epochs(1)
+
+
 def test_cvar_weights_the_worst_off_of_the_data_set_alike():
     training = Training(optimizer={"weighting": "cvar"})
     record = training.scheme.renew()
