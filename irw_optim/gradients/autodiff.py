@@ -23,13 +23,9 @@ logger = logging.getLogger("irw_optim")
 
 
 class AutodiffGradients:
-    """Per-sample gradients through autograd itself; keeps the graph of the losses.
+    """Per-sample gradients through autograd itself, which keeps the graph of the losses, (B,).
 
-    Args:
-        losses: (B,), attached to their graph.
-        parameters: leaves of that graph.
-        known: what is remembered from step to step, such as ``"row_by_row"``.
-        passes: those to take, unheard by hooks on activations; None for autograd's own.
+    ``known`` is remembered from step to step; ``passes`` are unheard by hooks on activations.
     """
 
     def __init__(

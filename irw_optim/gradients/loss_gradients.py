@@ -52,7 +52,6 @@ class LossGradients:
 
     Args:
         engine: what is known from earlier batches.
-        losses: (B,), with their graph.
         owns: tells the model's among leaves, or None for all.
         one_product: whether a single G (G^T c) is all that is asked of G.
     """

@@ -18,7 +18,7 @@ from irw_optim.torch_internals import is_plain_autograd, uncompiled
 from .compiling import KeptOut, on_forward
 from .forward._tangents import Tangents, added
 from .protocol import widened
-from .recurrence import RECURRENT, Recurrence, Steps, linearized
+from .recurrence import RECURRENT, Recurrence, Steps, linearized, steps_of
 
 
 class Layer:
@@ -28,8 +28,8 @@ class Layer:
         self.kind, self.sizes = kind, sizes
         self.names = RECURRENT if has_biases else RECURRENT[:2]
         self.firsts = 2 if kind == "LSTM" else 1
-        counts = sizes.tolist()
-        self.steps = [Steps(counts, reverse) for reverse in (False, True)[:directions]]
+        counts = tuple(sizes.tolist())
+        self.steps = [steps_of(counts, reverse) for reverse in (False, True)[:directions]]
 
     def run(self, inputs: Tensor, *others: Tensor) -> Any:
         """The states, (R, directions H), and the last states and cells, by torch."""
@@ -69,7 +69,6 @@ class _OneLayer(torch.autograd.Function):
             states = left[0].chunk(len(layer.steps), 1)
             for own, way in zip(states, layer.ways(others), strict=True):
                 linear += linearized(layer.kind, inputs, own, *way)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *linear)
         return left
 
@@ -78,14 +77,14 @@ class _OneLayer(torch.autograd.Function):
         layer: Layer = ctx.layer
         tensors, recurrences = _saved(ctx)
         if torch.is_grad_enabled():
-            return None, *_again(layer, tensors, gradients, ctx.needs_input_grad[1:])
+            return None, *_again(layer, tensors, gradients)
         inputs, *others = tensors
         of_states, *of_last = gradients
         of_inputs: Any = None
         firsts, weights = [], []
         for number, (steps, _, _, values) in enumerate(layer.ways(others)):
-            own = None if of_states is None else of_states.chunk(len(layer.steps), 1)[number]
-            last = [None if t is None else t[number] for t in of_last]
+            own = of_states.chunk(len(layer.steps), 1)[number]
+            last = [t[number] for t in of_last]
             weight_ih, weight_hh = (widened(values[name]) for name in RECURRENT[:2])
             recurrence = recurrences[number]
             b, *totals = recurrence.back(steps, weight_hh, own, *last)
@@ -111,15 +110,13 @@ def _saved(node: Any) -> tuple[Sequence[Tensor], list[Recurrence]]:
 
 
 def _again(
-    layer: Layer, tensors: Sequence[Tensor], gradients: Sequence[Any], wanted: Sequence[bool]
+    layer: Layer, tensors: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The gradients with a derivative of their own, of torch's own steps."""
-    pairs = zip(layer.run(*tensors), gradients, strict=True)
-    made, values = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
-    read = [tensor for tensor, asked in zip(tensors, wanted, strict=True) if asked]
-    found = torch.autograd.grad(made, read, values, create_graph=True, allow_unused=True)
-    gradient_of = iter(found)
-    return [next(gradient_of) if asked else None for asked in wanted]
+    read = [tensor for tensor in tensors if tensor.requires_grad]
+    made = layer.run(*tensors)
+    found = iter(torch.autograd.grad(made, read, gradients, create_graph=True, allow_unused=True))
+    return [next(found) if tensor.requires_grad else None for tensor in tensors]
 
 
 ONE_LAYER: type[Node] = _OneLayer._backward_cls

@@ -1,11 +1,10 @@
 """The tensors of a graph as numbers, once for its kind: who makes which, and who reads it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
@@ -15,7 +14,7 @@ from .forward._tangents import ForwardRule
 from .graph import Graph
 from .mixing import rule_for
 from .mixing_rules import RULES, elementwise, handed_on, unreduced
-from .nodes import Rule, base_name, pull, shape_in
+from .nodes import Rule, base_name, shape_in
 from .packed import ONE_LAYER, push_layer
 
 NOTHING = -1
@@ -36,7 +35,6 @@ class Operation(NamedTuple):
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
     rule: ForwardRule | None  # None: by its own derivative
-    pull: Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor | None]]
     hands_on: bool  # whether each output is one of the inputs
     fills_in: bool  # whether zeros arrive where nothing does
 
@@ -91,8 +89,6 @@ class Places:
 
     def _operation(self, node: Node, reads: tuple[int, ...], makes: slice) -> Operation:
         shapes, dtypes = self.shapes[makes], self.dtypes[makes]
-        if type(node) is ONE_LAYER:
-            return Operation(reads, makes, shapes, dtypes, push_layer, pull, False, False)
         name, touched = base_name(node), {self.dtypes[n] for n in reads if n != NOTHING} | {*dtypes}
         rule = FORWARD.get(name, _OF_KIND.get(RULES.get(name)))
         if name in RESHAPED:
@@ -104,7 +100,9 @@ class Places:
             rule = by_pull if alike else rule
         hands_on = rule_for(node) is handed_on
         in_python = isinstance(node, BackwardCFunction)
-        return Operation(reads, makes, shapes, dtypes, rule, pull, hands_on, in_python)
+        if type(node) is ONE_LAYER:
+            rule, in_python = push_layer, False
+        return Operation(reads, makes, shapes, dtypes, rule, hands_on, in_python)
 
     @cached_property
     def way_forward(self) -> list[Push]:

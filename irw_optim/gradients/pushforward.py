@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, Node
 from .forward._tangents import Tangents, transposed
 from .graph import Graph, gradients_at
 from .layers import LayerCall, RowsCall, RowWeights, summed
+from .nodes import pull
 from .places import NOTHING, Operation, Places, Pull, number_at, places_of
 from .protocol import Direction, MaterializedGradients, widened
 
@@ -116,7 +117,7 @@ def pull_along(
                     continue
             if not stays:
                 arrived[makes] = [None] * len(gradients)
-            for n, part in zip(reads, operation.pull(order[place], gradients), strict=True):
+            for n, part in zip(reads, pull(order[place], gradients), strict=True):
                 if n == NOTHING or part is None:
                     continue
                 if part.shape != shapes[n]:

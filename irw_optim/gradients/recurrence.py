@@ -1,7 +1,6 @@
 """A recurrent layer's derivative, back through time and forward, in rows as a sequence packs them.
 
-States are known when a layer has run, so its gates are one product; only what a state hands on to
-the next goes step by step.
+All states are known, so all gates are one product; only what a state hands on goes step by step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +20,13 @@ RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # in torch's order
 class Steps:
     """Which rows are of a step, in the order of one direction; ``sizes`` in that of time."""
 
-    def __init__(self, sizes: Sequence[int], reverse: bool) -> None:
-        self.sizes, self.reverse = list(sizes), reverse
-        in_order = self.sizes[::-1] if reverse else self.sizes
-        self.counts = [*pairwise(in_order)]
+    def __init__(self, sizes: tuple[int, ...], reverse: bool) -> None:
+        self.sizes, self.reverse = sizes, reverse
+        self.counts = [*pairwise(sizes[::-1] if reverse else sizes)]
 
-    def of(self, rows: Tensor) -> list[Tensor]:
+    def of(self, rows: Tensor) -> Sequence[Tensor]:
         """Its rows, a step each."""
-        parts = list(torch.split_with_sizes(rows, self.sizes))
+        parts = torch.split_with_sizes(rows, self.sizes)
         return parts[::-1] if self.reverse else parts
 
     def came(self, rows: Tensor) -> list[Tensor]:
@@ -44,10 +42,10 @@ class Steps:
     @cached_property
     def before(self) -> Tensor:
         """For each row that of the step before; behind all rows stand the first states."""
-        sizes = torch.tensor(self.sizes)
-        time = torch.arange(len(sizes)).repeat_interleave(sizes)
+        sizes = torch.tensor(self.sizes, device="cpu")
+        time = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
         starts = sizes.cumsum(0) - sizes
-        sequence = torch.arange(len(time)) - starts[time]
+        sequence = torch.arange(len(time), device="cpu") - starts[time]
         there = time + (1 if self.reverse else -1)
         inside = there.clamp(0, len(sizes) - 1)
         exists = (there == inside) & (sequence < sizes[inside])
@@ -62,13 +60,10 @@ class Steps:
     @cached_property
     def last(self) -> Tensor:
         """The rows in which they end."""
-        return Steps(self.sizes, not self.reverse).first
+        return steps_of(self.sizes, not self.reverse).first
 
 
-@lru_cache(maxsize=64)
-def steps_of_all(length: int, batch: int, reverse: bool) -> Steps:
-    """Those of sequences of one length, (T, B, ...) with the first two flattened."""
-    return Steps([batch] * length, reverse)
+steps_of = lru_cache(maxsize=64)(Steps)
 
 
 class Recurrence(NamedTuple):

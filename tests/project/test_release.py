@@ -70,6 +70,20 @@ def test_the_wheel_is_small(built: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_wheel_is_described_by_what_the_readme_begins_with(built: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith("METADATA"))
+        description = wheel.read(name).decode().partition("\n\n")[2]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(line in readme for line in description.splitlines())
+    assert "+ optimizer = IRWOptimizer(" in description
+    assert "arxiv.org" in description
+    # An index of packages has neither the pictures nor the sections.
+    assert "<img" not in description
+    assert "](#" not in description
+
+
+@pytest.mark.slow
 def test_the_source_distribution_can_be_tested_and_documented(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as source:
         names = {name.partition("/")[2] for name in source.getnames()}

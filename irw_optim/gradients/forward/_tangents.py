@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from irw_optim.gradients.layers import LSTM
 from irw_optim.gradients.mixing_rules import ATTENTION
 from irw_optim.gradients.nodes import base_name, pull, saved
-from irw_optim.gradients.recurrence import RECURRENT, linearized, steps_of_all
+from irw_optim.gradients.recurrence import RECURRENT, linearized, steps_of
 
 Tangents: TypeAlias = Sequence[Tensor | None]
 """A change for each input of a node (``node.next_functions``); None for none."""
@@ -206,7 +206,7 @@ def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
     values = {name: getattr(node, f"_saved_weight{n}") for n, name in enumerate(names)}
     states = node._saved_result0
     length, batch, _ = states.shape
-    steps = steps_of_all(length, batch, node._saved_reverse)
+    steps = steps_of((batch,) * length, node._saved_reverse)
     inputs = node._saved_input.flatten(0, 1)
     first = node._saved_hx_, node._saved_cx_
     recurrence = linearized("LSTM", inputs, states.flatten(0, 1), steps, *first, values)

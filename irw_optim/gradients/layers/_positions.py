@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from irw_optim.gradients.protocol import Direction, added, wide, widened
-from irw_optim.gradients.recurrence import linearized, steps_of_all
+from irw_optim.gradients.recurrence import linearized, steps_of
 
 from ._call import FIRST, LayerCall, Layout, RowWeights
 from ._linear import AffineCall, LinearCall
@@ -189,7 +189,7 @@ class LSTMCall(LayerCall):
         super().set_output_gradient(gradient)
         assert self.layout is not None
         (length, batch), inputs = self.recorded.shape[:2], widened(self.recorded)
-        steps = steps_of_all(length, batch, self.reverse)
+        steps = steps_of((batch,) * length, self.reverse)
         rows, states = inputs.flatten(0, 1), self.states.flatten(0, 1)
         first = self.first_state, self.first_cell
         recurrence = linearized("LSTM", rows, states, steps, *first, self.values)
