@@ -82,11 +82,10 @@ class _OneLayer(torch.autograd.Function):
         of_states, *of_last = gradients
         of_inputs: Any = None
         firsts, weights = [], []
-        for number, (steps, _, _, values) in enumerate(layer.ways(others)):
-            own = of_states.chunk(len(layer.steps), 1)[number]
-            last = [t[number] for t in of_last]
+        arriving = of_states.chunk(len(layer.steps), 1), zip(*of_last, strict=True)
+        ways = zip(layer.ways(others), recurrences, *arriving, strict=True)
+        for (steps, _, _, values), recurrence, own, last in ways:
             weight_ih, weight_hh = (widened(values[name]) for name in RECURRENT[:2])
-            recurrence = recurrences[number]
             b, *totals = recurrence.back(steps, weight_hh, own, *last)
             by_inputs = b[:, recurrence.of_inputs].flatten(1)
             by_states = b.flatten(1)[:, : len(weight_hh)]
@@ -160,12 +159,12 @@ class _AsOne(KeptOut):
             if first and layer.dropout and layer.training:
                 data = torch.dropout(data, layer.dropout, True)
             own = layer._flat_weights[first * names : (first + count) * names]
-            read = [t if number == 1 else t[first : first + count] for t in firsts]
+            read = [t[first : first + count] for t in firsts]
             data, *last = _OneLayer.apply(call, data, *read, *own)  # type: ignore[no-untyped-call]
             lasts.append(last)
-        last = [own[0] if number == 1 else torch.cat(own) for own in zip(*lasts, strict=True)]
-        hidden = tuple(last) if layer.mode == "LSTM" else last[0]
+        last = tuple(map(torch.cat, zip(*lasts, strict=True)))
         sequence = PackedSequence(data, sizes, to_sorted, from_sorted)
+        hidden = last if layer.mode == "LSTM" else last[0]
         return sequence, layer.permute_hidden(hidden, from_sorted)
 
 
