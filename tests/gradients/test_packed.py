@@ -19,6 +19,7 @@ from irw_optim import IRWOptimizer
 from irw_optim.gradients.autodiff import AutodiffGradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.packed import ONE_LAYER, push_layer
+from irw_optim.gradients.places import Places
 from irw_optim.torch_internals import is_plain_autograd
 
 SIZE, LENGTH, WIDTH = 6, 5, 4
@@ -149,6 +150,7 @@ def test_a_push_is_the_adjoint_of_the_pull(kind: type[nn.RNNBase], asked: int) -
     node: Any = output.data.grad_fn
     if not is_plain_autograd():
         return
+    assert not Places([node], []).in_python  # what is known of it need not be watched
     left = [output.data, *(last if kind is nn.LSTM else [last])]
     read = [packed.data, *states[: len(left) - 1], *reader.layer._flat_weights]
     moved = {0: range(len(read)), 3: [2], 4: [len(left)]}.get(asked, [asked - 1])
