@@ -31,6 +31,9 @@ from .pushforward import NoPushForwardError, pull_back, push_forward
 
 _Value = TypeVar("_Value")
 
+_LARGEST = 2**25 - 2**13
+"""Bytes: what glibc counts as small at most, 32 MiB, with what it puts around."""
+
 End: TypeAlias = Tensor | GradientEdge
 """A leaf, or an edge of the graph."""
 
@@ -42,6 +45,15 @@ NOTHING = nullcontext()
 """Around a pass that computes nothing again."""
 
 HOOKS_CHANGE = "hooks change gradients"
+
+
+def keep_freed_memory() -> None:
+    """Have the host's allocator keep what a pass frees, up to 64 MiB, for the next one.
+
+    Passes allocate above the graph that stays. glibc returns that end of the heap at every turn, to
+    get it anew page by page, until a large block has once been freed: none is ever written here.
+    """
+    torch.empty(_LARGEST, dtype=torch.uint8, device="cpu")
 
 
 class BackwardPasses:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from irw_optim.attachments import Attachment, Renewed
 from irw_optim.torch_internals import is_sharded_here
 
+from .backward_passes import keep_freed_memory
 from .compiling import (
     compile_anew,
     is_compiled,
@@ -65,6 +66,7 @@ class Engine(Renewed):
         self.has_layer_hooks = self.sees_fused = self.made_anew = False
         model = None if being_copied else self.model
         prepare(model)
+        keep_freed_memory()
         if model is not None:
             weighed_by(model).add(self)
             # Compiled, the graph does not show layers; sharded, a rank without samples needs them.
