@@ -14,7 +14,7 @@ from .graph import CallSite, gradients_at, walk
 from .layers import LayerCall, RowsCall, RowWeights
 from .layers._products import gram_of_rows, summed, summed_rows
 from .protocol import Direction, added
-from .side_by_side import Part, side_by_side
+from .side_by_side import Part, side_by_side, steps_as_one
 
 Asked: TypeAlias = tuple[int, CallSite, bool]
 """A site's number, the site, and whether its rows are made."""
@@ -41,7 +41,7 @@ class GhostGradients:
     def parts(self) -> tuple[Sequence[Part], list[LayerCall]]:
         return side_by_side(self.calls)
 
-    @property
+    @cached_property
     def reached(self) -> set[int]:
         return {number for number, call in enumerate(self.of_every_site) if call is not None}
 
@@ -165,6 +165,8 @@ def ghost_gradients(
     ghost = GhostGradients(calls, losses.shape[0], seed)
     if all_plain:  # a small step has no time for more
         ghost.parts = ghost.calls, []
+    elif len(joined := steps_as_one(ghost.calls)) < len(ghost.calls):
+        ghost.calls, ghost.reached, ghost.of_every_site = joined, ghost.reached, ()
     return ghost
 
 

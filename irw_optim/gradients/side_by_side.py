@@ -38,8 +38,6 @@ def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall
     device = calls[0].input.device.type if calls else "cpu"
     few = FEW.get(device, 2**20)
     shared = _in_several(calls)
-    if shared and len(joined := _steps_as_one(calls, few)) < len(calls):
-        calls, shared = joined, _in_several(joined)
     alone: list[Part] = []
     meeting: list[LayerCall] = []
     maps: dict[torch.dtype, list[LinearCall]] = {}
@@ -66,8 +64,14 @@ def _in_several(calls: Sequence[LayerCall]) -> set[Tensor]:
     return {p for p, n in uses.items() if n > 1}
 
 
-def _steps_as_one(calls: Sequence[LayerCall], few: int) -> list[LayerCall]:
-    """The calls of a small map at every step of time are one, with positions; so are summands."""
+def steps_as_one(calls: list[LayerCall]) -> list[LayerCall]:
+    """The calls of a small map at every step of time are one, with positions; so are summands.
+
+    What the steps hold is let go.
+    """
+    if not _in_several(calls):
+        return calls
+    few = FEW.get(calls[0].input.device.type, 2**20)
     found: dict[object, list[LayerCall]] = {}
     for number, call in enumerate(calls):
         key: object = number
@@ -89,6 +93,8 @@ def _as_one(steps: Sequence[LayerCall]) -> LayerCall:
     one.recorded = torch.stack([step.input for step in steps], 1)
     one.settle(FIRST, one.batch_size)
     one.set_output_gradient(torch.stack([step.output_gradient for step in steps], 1))
+    for step in steps:
+        step.let_go()
     return one
 
 

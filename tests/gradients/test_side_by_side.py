@@ -15,7 +15,7 @@ from irw_optim.gradients.layers import (
     RowsCall,
     RowWeights,
 )
-from irw_optim.gradients.side_by_side import LinearMaps, Rows, side_by_side
+from irw_optim.gradients.side_by_side import LinearMaps, Rows, side_by_side, steps_as_one
 
 B = 5
 
@@ -116,9 +116,10 @@ def test_steps_of_one_map_are_one_call(which):
         step.settle(first.layout, B)
         step.set_output_gradient(numbers(*first.output_gradient.shape))
         steps.append(step)
-    parts, meeting = side_by_side(steps)
-    assert not meeting
     rows = {p: sum(step.rows()[p] for step in steps) for p in first.parameters.values()}
+    parts, meeting = side_by_side(steps_as_one(steps))
+    assert not meeting
+    assert not any(step.input.numel() or step.output_gradient.numel() for step in steps)
     weights = RowWeights(numbers(B))
     combined = {p: t for part in parts for p, t in part.combine(weights).items()}
     for p, block in rows.items():
@@ -131,7 +132,7 @@ def test_maps_of_other_widths_that_share_a_bias_are_no_steps():
     first, other = maps()[:2]
     other.parameters = first.parameters = {"bias": first.parameters["bias"]}
     other.set_output_gradient(numbers(*first.output_gradient.shape))
-    assert side_by_side([first, other]) == ([], [first, other])
+    assert steps_as_one([first, other]) == [first, other]
 
 
 def test_what_is_large_is_not_copied_for_its_steps(monkeypatch):
@@ -139,4 +140,4 @@ def test_what_is_large_is_not_copied_for_its_steps(monkeypatch):
     for step in steps[1:]:
         step.parameters = steps[0].parameters
     monkeypatch.setattr(package, "FEW", {torch.get_default_device().type: 1})
-    assert len(side_by_side(steps)[1]) == 2
+    assert steps_as_one(steps) == steps
