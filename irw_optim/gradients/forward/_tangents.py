@@ -84,12 +84,15 @@ def _copied(seed: Tensor, kept: Any, taken: Any, base: Any, put: Any) -> Tensor 
         return None
     if seed.numel() * torch.finfo(seed.dtype).eps > 0.1:  # some are alike
         return None
-    gone = kept == 0
+    stays = kept == seed
+    if stays.count_nonzero() != kept.count_nonzero():
+        return None
     if put is None:
-        return base.masked_fill(gone, 0.0) if kept.where(~gone, seed).equal(seed) else None
+        return base.where(stays, 0.0)
+    gone = ~stays
     if taken is None or taken.dtype != seed.dtype or taken.numel() != gone.sum():
         return None
-    return base.masked_scatter(gone, put) if kept.masked_scatter(gone, taken).equal(seed) else None
+    return base.masked_scatter(gone, put) if taken.equal(seed[gone].view_as(taken)) else None
 
 
 _SAYS_NOT = "its gradient does not depend as it should on what it is given"
