@@ -116,7 +116,7 @@ test-device: $(WITH_ALL) ## Run the tests with a pretended GPU as the default de
 gpu: ## Test and measure on a CUDA card, with the torch of PYTHON (8 minutes)
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 		|| { echo "No CUDA card that the torch of $(PYTHON) can use; name another: make gpu PYTHON=/path/to/python" >&2; exit 1; }
-	$(PYTHON) -m pip install --disable-pip-version-check --quiet --editable . hypothesis pandas pytest rich
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet --editable . hypothesis pandas pytest tqdm
 	$(PYTHON) -m benchmarks.gpu
 
 build: $(WITH_ALL) ## Build the source and binary distributions in dist/

@@ -20,8 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from adult_data import People, load_adult
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,16 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)  # matrices this small only wait for a second thread
     people, test = load_adult()
     with process_group() as device:
-        table = Table(title=f"UCI Adult, {dist.get_world_size()} processes")
-        for column in ("training", "accuracy", "worst group", "which", "ranks equal"):
-            table.add_column(column)
+        lines = [f"UCI Adult, {dist.get_world_size()} processes"]
+        lines.append("training        accuracy  worst group  ranks equal  which")
         for name, irw in methods(options, people).items():
             network = train(people, options.epochs, device, irw)
             (_, accuracy), (group, worst) = accuracies(network, test).items()
             equal = "yes" if equal_in_all_processes(network) else "NO"
-            table.add_row(name, f"{accuracy:.1%}", f"{worst:.1%}", group, equal)
+            lines.append(f"{name:14}{accuracy:10.1%}{worst:13.1%}  {equal:13}{group}")
         if dist.get_rank() == 0:
-            Console().print(table)
+            print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from adult_data import People, load_adult
 from matplotlib import pyplot as plt
 from opacus import PrivacyEngine
 from opacus.accountants.utils import get_noise_multiplier
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 from irw_optim.metrics import group_accuracy
 from irw_optim.privacy import IRWDPConfig, IRWPrivacyEngine
@@ -206,7 +206,7 @@ def main() -> None:
     settings = [(m, e) for e in EPSILONS for m in CONFIGS] + [("not private", math.inf)]
     todo = list(itertools.product(tasks, range(options.seeds), settings))
     rows = []
-    for name, seed, (method, epsilon) in track(todo, "training"):
+    for name, seed, (method, epsilon) in tqdm(todo, "training"):
         model = train(tasks[name], method, epsilon, seed, options.epochs)
         row = {"task": name, "epsilon": epsilon, "method": method, "seed": seed}
         rows.append(row | evaluate(tasks[name], model))

@@ -1,9 +1,8 @@
 """What is shown in a notebook or on a terminal."""
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from html import escape
 from importlib.util import find_spec
 from typing import Any
@@ -24,47 +23,21 @@ def html_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> st
     return f"<table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
 
 
-def progress_bar(
-    title: str, total: int, shown: bool
-) -> AbstractContextManager[Callable[..., None]]:
+@contextmanager
+def progress_bar(title: str, total: int, shown: bool) -> Iterator[Callable[..., None]]:
     """Give a function that advances a bar, and may say what goes on now."""
-    if shown and in_a_notebook():
-        return _in_the_browser(title, total)
-    if shown and find_spec("rich"):  # the extra "report" has it
-        return _on_a_terminal(title, total)
-    return nullcontext(lambda number, title=None: None)
+    if not (shown and find_spec("tqdm")):  # the extra "report" has it
+        yield lambda number, title=None: None
+        return
+    from tqdm.std import tqdm  # as text, in a notebook too: its other bar needs a widget
 
+    # Not into a file; a notebook's stream is no terminal either.
+    hidden = False if in_a_notebook() else None
+    with tqdm(total=total, desc=title, leave=False, disable=hidden) as bar:
 
-@contextmanager
-def _on_a_terminal(title: str, total: int) -> Iterator[Callable[..., None]]:
-    from rich.console import Console
-    from rich.progress import Progress
+        def advance(number: int, now: str | None = None) -> None:
+            if now:
+                bar.set_description(now)
+            bar.update(number)
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda number, title=None: progress.update(task, advance=number, description=title)
-
-
-@contextmanager
-def _in_the_browser(title: str, total: int) -> Iterator[Callable[..., None]]:
-    from IPython.display import HTML, display
-
-    done, drawn = 0, time.monotonic()
-
-    def html() -> HTML:
-        return HTML(f'<progress value="{done}" max="{total}"></progress> {escape(title)}')
-
-    bar = display(html(), display_id=True)  # the browser's own, which needs no widgets
-
-    def advance(number: int, now: str | None = None) -> None:
-        nonlocal title, done, drawn
-        title, done = now or title, done + number
-        if now or time.monotonic() - drawn > 0.1:  # each drawing is a message to the browser
-            bar.update(html())
-            drawn = time.monotonic()
-
-    try:
         yield advance
-    finally:
-        bar.update(HTML(""))

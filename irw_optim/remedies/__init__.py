@@ -94,7 +94,7 @@ def compare_remedies(
     Warns:
         UserWarning: no groups, and clusters that are seen to miss somebody.
     """
-    for needed in ("fairlearn", "jinja2", "matplotlib", "pandas", "rich"):
+    for needed in ("fairlearn", "jinja2", "matplotlib", "pandas", "tqdm"):
         if find_spec(needed) is None:
             raise ImportError(f'compare_remedies needs {needed}: pip install "irw-optim[report]"')
     chosen = _chosen(remedies)

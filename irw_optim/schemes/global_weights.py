@@ -79,7 +79,7 @@ def global_weights(
         alpha: lower bound on the share of the smallest group, in (0, 1].
         outliers: filter in gradient space, for example `DBSCANFilter` (IRWO), in blocks.
         score_parameters: as of `IRWOptimizer`.
-        progress: show a bar, in a notebook or by rich.
+        progress: show a bar, by tqdm.
         center: beta >= 0; above 0, pass 2 covers the whole data set.
         class_balance: give every class of the data set the same total weight.
         within_classes: S, scores and weights in each class by itself, of the same total weight.

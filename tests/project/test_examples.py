@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-for library in ("jinja2", "matplotlib", "rich"):
+for library in ("jinja2", "matplotlib", "tqdm"):
     pytest.importorskip(library, reason="the examples need the report extra")
 pd = pytest.importorskip("pandas", reason="the examples need the report extra")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-for needed in ("ipykernel", "nbclient", "matplotlib", "pandas", "fairlearn", "jinja2", "rich"):
+for needed in ("ipykernel", "nbclient", "matplotlib", "pandas", "fairlearn", "jinja2", "tqdm"):
     pytest.importorskip(needed, reason='needs the extras "dev" and "report"')
 nbformat = importlib.import_module("nbformat")
 

@@ -8,7 +8,7 @@ import sys
 # Run-time dependencies that only some functions need, the extras, and what is slow in torch itself.
 FOR_LATER = {
     *("opacus", "scipy", "sklearn"),
-    *("fairlearn", "jinja2", "matplotlib", "pandas", "rich"),
+    *("fairlearn", "jinja2", "matplotlib", "pandas", "tqdm"),
     *("accelerate", "lightning", "peft", "skorch", "tensorboard", "transformers"),
     *("torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor"),
 }

@@ -114,7 +114,7 @@ assert optimizer.steps == 3
 print(irw_optim.__file__)
 """
 EXTRAS = {
-    *("fairlearn", "matplotlib", "pandas", "rich", "pytest", "hypothesis"),
+    *("fairlearn", "matplotlib", "pandas", "tqdm", "pytest", "hypothesis"),
     *("accelerate", "lightning", "peft", "pytorch_optimizer", "schedulefree", "skorch"),
     *("tensorboard", "transformers"),
 }

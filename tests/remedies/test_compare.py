@@ -26,7 +26,7 @@ from irw_optim.remedies._judging import (
     unseen_by_clusters,
 )
 
-for library in ("fairlearn", "jinja2", "matplotlib", "rich"):
+for library in ("fairlearn", "jinja2", "matplotlib", "tqdm"):
     pytest.importorskip(library, reason="remedies need the report extra")
 pd = pytest.importorskip("pandas", reason="remedies need the report extra")
 

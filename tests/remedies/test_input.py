@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from irw_optim import PerSampleLoss
 from irw_optim.remedies import REMEDIES, compare_remedies
 
-for library in ("fairlearn", "jinja2", "matplotlib", "rich"):
+for library in ("fairlearn", "jinja2", "matplotlib", "tqdm"):
     pytest.importorskip(library, reason="remedies need the report extra")
 pd = pytest.importorskip("pandas", reason="remedies need the report extra")
 

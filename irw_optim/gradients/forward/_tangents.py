@@ -78,7 +78,7 @@ def transposed(node: Any, tangents: Tangents) -> Tangents:
 _COPY = "torch::autograd::CopySlices"
 
 
-def _copied(seed: Tensor, kept: Any, taken: Any, base: Any, put: Any) -> Tensor | None:
+def _copied(seed: Tensor, kept: Any, taken: Any, base: Tensor | None, put: Any) -> Tensor | None:
     """Into a view, if unlike numbers that go back show this alone, and where."""
     if base is None or kept is None or not seed.is_cpu:  # to look would be to wait
         return None
