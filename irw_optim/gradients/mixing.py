@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 from .graph import CallSite, Graph, Opaque
 from .layers import Layout
 from .mixing_rules import RULES, handed_on, mixing, permuting, removing, reshaped, swapping
-from .nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, shape_of
+from .nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, mixes, shape_of
 from .packed import ONE_LAYER
 
 
@@ -72,18 +72,18 @@ def follow_batch(
                 found: Sequence[int] = [SHARED] * len(node.next_functions)
                 weight = reads.get(node, 0)
                 computes_shared |= not is_view(node)
-            elif opaque is not None and opaque(node):
-                may_mix = may_mix or node.name()
-                made = Output(node, number, stride, len(losses))
-                found = [_likely_in(edge, made) for edge in node.next_functions]
-                hidden.setdefault(at, ({}, dict(enumerate(found))))[0][number] = stride
             else:
+                watched = opaque is not None and opaque(node)
                 try:
-                    found = rule_for(node)(Output(node, number, stride, len(losses)))
+                    made = Output(node, number, stride, len(losses))
+                    found = _likely(made) if watched else rule_for(node)(made)
                 except (MixesError, AttributeError, IndexError, RuntimeError):
                     # Or another version of torch; or a graph that is freed.
-                    surely = rule_for(node) is not mixing
+                    surely = not (rule_for(node) is mixing or is_watched(node))
                     return Batch(node.name(), places, surely_mixes=surely)
+                if watched:
+                    may_mix = may_mix or node.name()
+                    hidden.setdefault(at, ({}, dict(enumerate(found))))[0][number] = stride
             read = list(zip(node.next_functions, found, strict=False))
             shared = [n for n, ((p, _), place) in enumerate(read) if p and place == SHARED]
             if shared and stride != SHARED:
@@ -104,6 +104,13 @@ def follow_batch(
     return Batch(may_mix, places, counted, computes_shared, tuple(crossings), opaque=hidden)
 
 
+def _likely(output: Output) -> Sequence[int]:
+    """Where the batch may be in what is read; `watching` tells whether it is."""
+    if base_name(output.node) == "AsStrided":
+        return [_read_from(output)]
+    return [_likely_in(edge, output) for edge in output.node.next_functions]
+
+
 def _likely_in(edge: tuple[Node | None, int], output: Output) -> int:
     node, number = edge
     if node is None:
@@ -113,7 +120,21 @@ def _likely_in(edge: tuple[Node | None, int], output: Output) -> int:
         return SHARED
     if shape == tuple(output.shape):
         return output.stride
+    dim = output.located[0] if output.located else None
+    if dim is not None and [len(shape), shape[dim]] == [len(output.shape), output.shape[dim]]:
+        return output.at(shape, dim)
     return SHARED if shape[0] % output.batch_size else shape.numel() // output.batch_size
+
+
+def _read_from(output: Output) -> int:
+    """Of a view of storage, from where its first two samples' gradients begin."""
+    device = output.node._input_metadata[output.number].device
+    numbers = torch.arange(prod(output.shape), dtype=torch.float64, device=device)
+    sample = (numbers // output.stride % output.batch_size).view(tuple(output.shape))
+    read, total = (output.node(t).flatten() for t in (torch.ones_like(sample), sample))
+    first, second = ((total == n * read).logical_and_(read > 0).nonzero()[0].item() for n in (0, 1))
+    stride = int(second - first)
+    return stride if stride > 0 == len(read) % (stride * output.batch_size) else mixes()
 
 
 def flattened_from(graph: Graph, losses: int) -> torch.Size | None:
@@ -151,6 +172,11 @@ def _packed(output: Output) -> Sequence[int]:
 def is_foreign(node: Node) -> bool:
     """Whether a node is a function in Python of which nothing is known."""
     return isinstance(node, BackwardCFunction) and rule_for(node) is mixing
+
+
+def is_watched(node: Node) -> bool:
+    """Whether it shows only as it runs that a node keeps the samples apart."""
+    return base_name(node) in ("AsStrided", "torch::autograd::CopySlices") or is_foreign(node)
 
 
 def is_view(node: Node) -> bool:
