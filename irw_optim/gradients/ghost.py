@@ -82,7 +82,7 @@ class GhostGradients:
         for part in apart:
             products.append(part.align(rows))  # noqa: PERF401 (a frame less in a small step)
         if meeting:
-            combined = GhostGradients(meeting, self.batch_size, self.seed).combine(coefficients)
+            combined = summed(call.combine(rows) for call in meeting)
             products += [call.dot(combined) for call in meeting]
         if len(products) <= FEW:
             total = sum(products[1:], start=products[0])

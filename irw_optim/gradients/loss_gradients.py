@@ -22,6 +22,7 @@ from .backward_passes import (
     OneForward,
     edges_aside,
 )
+from .compiled import CompiledGradients
 from .compiling import is_compiled
 from .coverage import Covering, compare, in_half_precision, probe_of, rows_by, watching
 from .engine import Engine
@@ -179,6 +180,8 @@ class LossGradients:
         )
         if len(ghost.calls) != len(known):
             covering.reached = ghost.reached
+        if (programs := self.engine.programs) is not None:
+            self.ghost = CompiledGradients(ghost, programs)
 
     def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
         """G with the columns of some parameters."""

@@ -84,6 +84,7 @@ class OptimizerWrapper(Renewed, Optimizer):
     model = chosen_once("_weighted.engine.model")
     criterion = chosen_once("_weighted.criterion")
     engine = chosen_once("_weighted.engine")
+    compile = chosen_once("_weighted.engine.compile")
     processes = chosen_once("_weighted.processes")
 
     @property
