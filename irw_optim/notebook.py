@@ -30,7 +30,7 @@ def progress_bar(
     """Give a function that advances a bar, and may say what goes on now."""
     if shown and in_a_notebook():
         return _in_the_browser(title, total)
-    if shown and find_spec("rich"):  # the extra "report" has it
+    if shown and find_spec("rich"):
         return _on_a_terminal(title, total)
     return nullcontext(lambda number, title=None: None)
 
@@ -60,7 +60,7 @@ def _in_the_browser(title: str, total: int) -> Iterator[Callable[..., None]]:
     def advance(number: int, now: str | None = None) -> None:
         nonlocal title, done, drawn
         title, done = now or title, done + number
-        if now or time.monotonic() - drawn > 0.1:  # each drawing is a message to the browser
+        if now or time.monotonic() - drawn > 0.1:
             bar.update(html())
             drawn = time.monotonic()
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Container, Hashable, Sequence
 from copy import deepcopy
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from .ghost import GhostGradients
 from .layers import LayerCall, Layout
 from .protocol import Direction
 
-Product: TypeAlias = Callable[[Any, Tensor], Direction]
-Program: TypeAlias = Callable[[Sequence[Tensor]], Direction]
+if TYPE_CHECKING:
+    from .engine import Engine
+
+Product = Callable[[Any, Tensor], Direction]
 
 MOST = 16
 """Programs of a model: two for each shape of its batches."""
@@ -27,56 +29,47 @@ _VALUES = {int, float, bool, str, type(None), torch.Size, torch.dtype, Layout}
 _UNREAD = {"version", "passes_on", "hands_back"}
 
 
-class Programs:
-    """Those of a model; ``tell`` says once that a product has none."""
-
-    def __init__(self, tell: Callable[[int, str, str], None]) -> None:
-        self.tell = tell
-        self.known: dict[Hashable, Program | None] = {}
-
-    def run(
-        self, product: Product, gradients: "CompiledGradients", vector: Tensor
-    ) -> Direction | None:
-        try:
-            calls, held = gradients.apart
-            tensors = [*held, vector]
-            key = product, calls, vector.stride(), vector.dtype, vector.device
-            if key not in self.known:
-                if len(self.known) == MOST:
-                    raise RuntimeError(f"batches of other shapes have taken all {MOST} programs")
-                self.known[key] = None  # for good, if what follows fails
-                self.known[key] = compiled(product, gradients, tensors)
-            if (program := self.known[key]) is not None:
-                return program(tensors)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-            text = f"compile=True leaves a product uncompiled, which is exact as well: {reason}"
-            self.tell(logging.WARNING, "uncompiled", text)
-        vars(gradients).pop("apart", None)  # uncompiled, a product keeps sums with the calls
-        return None
-
-
 class CompiledGradients(GhostGradients):
-    """The same rows."""
+    """With the products that the engine's programs give; the others as they are."""
 
-    def __init__(self, ghost: GhostGradients, programs: Programs) -> None:
+    def __init__(self, ghost: GhostGradients, engine: "Engine") -> None:
         vars(self).update(vars(ghost))
-        self.programs = programs
+        self.engine = engine
 
     @cached_property
     def apart(self) -> tuple[Hashable, list[Tensor]]:
         return taken_apart([self._factor, *self.calls])
 
     def restricted_to(self, parameters: Container[Tensor]) -> GhostGradients:
-        return CompiledGradients(super().restricted_to(parameters), self.programs)
+        return CompiledGradients(super().restricted_to(parameters), self.engine)
 
     def combine(self, weights: Tensor, *, release: bool = False) -> dict[Tensor, Tensor]:
-        total = self.programs.run(GhostGradients.combine, self, weights)
+        total = self._by_program(GhostGradients.combine, weights)
         return super().combine(weights, release=release) if total is None else dict(total)
 
     def align(self, coefficients: Tensor) -> Tensor:
-        scores = self.programs.run(_align, self, coefficients)
+        scores = self._by_program(_align, coefficients)
         return super().align(coefficients) if scores is None else scores[coefficients]
+
+    def _by_program(self, product: Product, vector: Tensor) -> Direction | None:
+        programs, found = self.engine.programs, None
+        try:
+            calls, held = self.apart
+            tensors = [*held, vector]
+            key = product, calls, vector.stride(), vector.dtype, vector.device
+            if key not in programs:
+                if len(programs) == MOST:
+                    raise RuntimeError(f"batches of other shapes have taken all {MOST} programs")
+                programs[key] = None  # for good, if what follows fails
+                programs[key] = compiled(product, self, tensors)
+            found = programs[key] and programs[key](tensors)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            text = f"compile=True leaves a product uncompiled, which is exact as well: {reason}"
+            self.engine.tell(logging.WARNING, "uncompiled", text)
+        if found is None:  # then products keep sums with the calls
+            vars(self).pop("apart", None)
+        return found
 
 
 def _align(gradients: GhostGradients, coefficients: Tensor) -> Direction:
@@ -96,7 +89,7 @@ def taken_apart(things: list[Any]) -> tuple[Hashable, list[Tensor]]:
         elif kind is slice:
             values = [thing.start, thing.stop, thing.step]
         elif isinstance(thing, LayerCall):
-            read = [(name, value) for name, value in vars(thing).items() if name not in _UNREAD]
+            read = [pair for pair in vars(thing).items() if pair[0] not in _UNREAD]
             values = [part for pair in read for part in pair]
         elif kind is not list and kind is not tuple:  # what it does may change, and no key tells
             raise TypeError(f"layer calls depend on a {kind.__name__}")
@@ -117,7 +110,9 @@ def taken_apart(things: list[Any]) -> tuple[Hashable, list[Tensor]]:
     return tuple(key), tensors
 
 
-def compiled(product: Product, gradients: GhostGradients, tensors: Sequence[Tensor]) -> Program:
+def compiled(
+    product: Product, gradients: GhostGradients, tensors: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], Direction]:
     """A product with the last of the tensors, compared with what it stands for."""
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from irw_optim.attachments import Attachment, Renewed
 from irw_optim.torch_internals import is_sharded_here
 
-from .compiled import Programs
 from .compiling import (
     compile_anew,
     is_compiled,
@@ -82,7 +81,7 @@ class Engine(Renewed):
         self.common: OfKinds[dict[str, Any]] = OfKinds()
         self.trust: dict[Hashable, Trust] = {}
         self.told: set[str] = set()
-        self.programs = Programs(self.tell) if self.compile else None
+        self.programs: dict[Hashable, Any] = {}  # of compiled products
         self.uses = 0
         self.unfamiliar = True
         self.checked_for_hooks: OfKinds[bool] = OfKinds()

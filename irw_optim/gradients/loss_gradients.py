@@ -163,7 +163,6 @@ class LossGradients:
     def _take_products(
         self, covering: Covering, seed: Tensor, keep_graph: bool, alike: Sequence[Tensor]
     ) -> None:
-        """With nothing left to autograd."""
 
         def on_to_others(edges: Sequence[End]) -> Sequence[Tensor | None]:
             factors = seed.expand_as(self.losses)
@@ -180,8 +179,8 @@ class LossGradients:
         )
         if len(ghost.calls) != len(known):
             covering.reached = ghost.reached
-        if (programs := self.engine.programs) is not None:
-            self.ghost = CompiledGradients(ghost, programs)
+        if self.engine.compile:
+            self.ghost = CompiledGradients(ghost, self.engine)
 
     def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
         """G with the columns of some parameters."""
@@ -269,7 +268,6 @@ class LossGradients:
         return OneForward(self.engine.model, self.engine.known)
 
     def _check(self, covering: Covering, sites: list[CallSite], ghost: GhostGradients) -> None:
-        """Leave to autograd what it disagrees with."""
         parameters = [p for p in self.leaves if p in covering.covered]
         probe = probe_of(self.losses, self.engine.random)
         wrong = compare(parameters, self.passes.without_hooks(parameters, probe), probe, ghost)

@@ -117,7 +117,7 @@ class Training:
 
     @property
     def programs(self) -> list[object]:
-        return list(self.optimizer.engine.programs.known.values())
+        return list(self.optimizer.engine.programs.values())
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -184,7 +184,7 @@ def run(options: dict[str, object], compile: bool) -> list[Tensor]:
         optimizer.step()
         if number == 8:
             optimizer.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
-    assert bool(optimizer.engine.programs and optimizer.engine.programs.known) is compile
+    assert bool(optimizer.engine.programs) is compile
     return [p.detach() for p in model.parameters()]
 
 
@@ -216,8 +216,8 @@ def test_copies_and_pickles_compile_anew():
             x, y = torch.randn(B, 4), torch.randint(3, (B,))
             copied.backward(F.cross_entropy(copied.model(x), y, reduction="none"))
             copied.step()
-        assert len(copied.engine.programs.known) == 2
-    assert not optimizer.engine.programs.known
+        assert len(copied.engine.programs) == 2
+    assert not optimizer.engine.programs
 
 
 def broken(graph: object, tensors: object) -> Callable[..., object]:
