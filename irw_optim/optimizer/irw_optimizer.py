@@ -86,8 +86,8 @@ class IRWOptimizer(OptimizerWrapper):
         worst_off: over several processes, with the model in DistributedDataParallel or under
             ``fully_shard``: ``"global"``, the step of one process on the batch of all; or
             ``"local"``, each process weighs its own batch, which costs no message.
-        compile: have the products of layers compiled, for every shape of batches: half the
-            kernels, seconds for each shape. What cannot be stays as it is, and the log says so.
+        compile: have torch compile the products of layers, in seconds for each shape of batches:
+            about half the kernels, and no gain on the CPU. The log says what it leaves alone.
 
     Attributes:
         inner: the optimizer that takes the step.

@@ -6,7 +6,9 @@ import copy
 import logging
 import pickle
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import reference
@@ -131,7 +133,11 @@ def test_exact_with_a_short_last_batch(kind):
     assert None not in training.programs
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("c++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch's compiler needs a C++ compiler and Python's headers",
+)
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 @pytest.mark.parametrize("kind", ["MLP", "tied table"])
 def test_exact_with_kernels(kind):
