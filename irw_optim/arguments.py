@@ -82,9 +82,9 @@ def check_state(name: str, state: object, *keys: str) -> None:
         raise ValueError(f"{name} has no {missing[0]!r}: expected what state_dict() returned")
 
 
-def true_or_false(name: str, value: object) -> bool:
+def true_or_false(name: str, value: object, meaning: str = "") -> bool:
     """A TypeError for all else, 0 and 1 included."""
     flag = plain(value)
     if not isinstance(flag, bool):
-        raise TypeError(f"{name}={value!r}: expected True or False")
+        raise TypeError(f"{name}={value!r}: expected True or False{meaning}")
     return flag

@@ -134,7 +134,7 @@ class Deferred:
 class BatchPass(Deferred):
     """The backward pass of one batch that is weighed."""
 
-    batch: PerSampleLosses  # detached
+    batch: PerSampleLosses
     captured: LossGradients = field()
     scored: Callable[[Tensor], bool]  # which leaves' gradients make the score
     weigher: Weigher  # chooses the factors when the gradients are known
@@ -161,7 +161,7 @@ class WeightedPass(BatchPass):
         if weighted:
             rows = captured.rows(self.scored)
             weights = self.weigher.coefficients([Pass(batch, upstream)], rows)
-            del rows  # which may hold g_S
+            del rows
             total |= captured.weighted_sum(weights, keep_graph)
         return list(map(total.get, self.leaves))
 

@@ -67,7 +67,7 @@ def unreduced(
         if handed_on is not None:
             criterion.reduction = handed_on
         elif own is None:
-            del attributes["reduction"]  # it was the class's
+            del attributes["reduction"]
         else:
             attributes["reduction"] = own
     return elements
@@ -189,7 +189,7 @@ def _cross_entropy(
         # ignore_index need not be a class: look up class 0 there and strike it out.
         weights = weight.detach()[target.masked_fill(~valid, 0).long()]
         normaliser = (weights * valid).sum()
-    everything = valid.device.type == "cpu" and bool(valid.all())  # looking waits for nothing
+    everything = valid.device.type == "cpu" and bool(valid.all())
     return fold(
         elements,
         batch,

@@ -115,7 +115,7 @@ class AutodiffGradients:
         one, terms = sides[:-1].sum().item(), sides[:-1].abs().sum().item()
         dtype = self.losses.dtype
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 1e-1)
-        rounding = torch.finfo(wide(dtype)).tiny  # of numbers below it
+        rounding = torch.finfo(wide(dtype)).tiny
         same = not math.isfinite(other) or abs(one - other) <= tolerance * terms + rounding
         if same and terms > rounding:
             self.known["adds up"] = True
@@ -176,7 +176,7 @@ _NOT_LINEAR = (
 
 def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:
     pairs = [(g, direction[p]) for p, g in row.items() if p in direction]
-    if pairs and all(g is v for g, v in pairs):  # of the combination with itself
+    if pairs and all(g is v for g, v in pairs):
         return squared_length([widened(g) for g, _ in pairs])
     products = [(as_vector(widened(g)) * as_vector(widened(v))).sum() for g, v in pairs]
     return sum(products, start=as_vector(widened(next(iter(row.values())))).new_zeros(()))

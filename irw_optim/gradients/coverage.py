@@ -135,8 +135,8 @@ class Difference(NamedTuple):
     """How far a parameter's gradient is off."""
 
     parameter: Tensor
-    error: float  # a norm
-    size: float  # the gradient's
+    error: float
+    size: float
     tolerance: float
 
 

@@ -49,16 +49,19 @@ class Engine(Renewed):
     Args:
         model: hooked in place; None leaves autodiff alone.
         kind: one of `ENGINES`; or what makes an engine of one's own.
+        compile: whether the products of layers are compiled.
     """
 
-    def __init__(self, model: nn.Module | None, kind: str | OwnEngine = "auto") -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module | None, kind: str | OwnEngine = "auto", compile: bool = False
+    ) -> None:
+        self.model, self.compile = model, compile
         self.own = None if isinstance(kind, str) else kind
         self.kind = kind if isinstance(kind, str) else "autodiff"
         self.begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "own": self.own, "kind": self.kind}
+        return {n: vars(self)[n] for n in ("model", "own", "kind", "compile")}
 
     def begin(self) -> None:
         being_copied = self.model is not None and not vars(self.model)
@@ -80,6 +83,7 @@ class Engine(Renewed):
         self.common: OfKinds[dict[str, Any]] = OfKinds()
         self.trust: dict[Hashable, Trust] = {}
         self.told: set[str] = set()
+        self.programs: dict[Hashable, Any] = {}  # of compiled products
         self.uses = 0
         self.unfamiliar = True
         self.checked_for_hooks: OfKinds[bool] = OfKinds()

@@ -82,7 +82,7 @@ class GhostGradients:
         for part in apart:
             products.append(part.align(rows))  # noqa: PERF401 (a frame less in a small step)
         if meeting:
-            combined = GhostGradients(meeting, self.batch_size, self.seed).combine(coefficients)
+            combined = summed(call.combine(rows) for call in meeting)
             products += [call.dot(combined) for call in meeting]
         if len(products) <= FEW:
             total = sum(products[1:], start=products[0])
@@ -200,7 +200,6 @@ def _arrive(
 
 
 def _settled(site: CallSite, gradient: Tensor, retain_graph: bool, makes_rows: bool) -> LayerCall:
-    """With its output gradient, or as rows."""
     # Another loss of the same graph has output gradients of its own.
     call = site.call.copy() if retain_graph else site.call
     if call.input._version != call.version:

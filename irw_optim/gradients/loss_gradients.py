@@ -22,6 +22,7 @@ from .backward_passes import (
     OneForward,
     edges_aside,
 )
+from .compiled import CompiledGradients
 from .compiling import is_compiled
 from .coverage import Covering, compare, in_half_precision, probe_of, rows_by, watching
 from .engine import Engine
@@ -162,7 +163,6 @@ class LossGradients:
     def _take_products(
         self, covering: Covering, seed: Tensor, keep_graph: bool, alike: Sequence[Tensor]
     ) -> None:
-        """With nothing left to autograd."""
 
         def on_to_others(edges: Sequence[End]) -> Sequence[Tensor | None]:
             factors = seed.expand_as(self.losses)
@@ -179,6 +179,8 @@ class LossGradients:
         )
         if len(ghost.calls) != len(known):
             covering.reached = ghost.reached
+        if self.engine.compile:
+            self.ghost = CompiledGradients(ghost, self.engine)
 
     def rows(self, parameters: Callable[[Tensor], bool]) -> PerSampleGradients:
         """G with the columns of some parameters."""
@@ -266,7 +268,6 @@ class LossGradients:
         return OneForward(self.engine.model, self.engine.known)
 
     def _check(self, covering: Covering, sites: list[CallSite], ghost: GhostGradients) -> None:
-        """Leave to autograd what it disagrees with."""
         parameters = [p for p in self.leaves if p in covering.covered]
         probe = probe_of(self.losses, self.engine.random)
         wrong = compare(parameters, self.passes.without_hooks(parameters, probe), probe, ghost)

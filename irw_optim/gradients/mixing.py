@@ -94,7 +94,7 @@ def follow_batch(
                 if place == SHARED:
                     reads[parent] = reads.get(parent, 0) + weight
                 if not parent.next_functions:
-                    continue  # a leaf: what reads it says what it is
+                    continue
                 key = graph.nodes[parent], output
                 if key not in places:
                     outputs.setdefault(key[0], []).append(output)
@@ -230,7 +230,6 @@ def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:
 def _between(
     offered: Sequence[Layout], shape: torch.Size, stride: int, batch_size: int
 ) -> list[Layout]:
-    """With positions on both sides of the batch."""
     found = []
     for layout in offered:
         inner = stride // max(1, prod(shape[layout.dim + 1 :]))

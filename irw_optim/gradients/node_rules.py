@@ -201,12 +201,11 @@ def summands(node: Any, weights: Weights) -> list[LayerCall]:
 
 
 def _repetition(node: Any, weights: Weights) -> list[LayerCall]:
-    """With a dimension for copies in front of each."""
     weight, repeats = weights[0].tensor, list(node._saved_repeats)
     sizes = [*[1] * (len(repeats) - weight.ndim), *weight.shape]
     shape = torch.Size([n for pair in zip(repeats, sizes, strict=True) for n in pair])
     as_it_is, in_front = weight.shape, (*[None] * (len(repeats) - weight.ndim), ...)
-    with torch.enable_grad():  # a view tells what it is a view of
+    with torch.enable_grad():
         lone = weight.view(as_it_is)[in_front]
         for dim in range(len(repeats)):
             lone = lone.unsqueeze(2 * dim)

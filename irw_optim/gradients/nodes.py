@@ -77,7 +77,7 @@ def _pull_in_python(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[T
     ]
     results = node.apply(*arrived)
     results = results if isinstance(results, tuple) else (results,)
-    edges = node.next_functions  # of tensors alone
+    edges = node.next_functions
     if len(results) == len(edges):
         return results
     needed = iter([r for r, need in zip(results, node.needs_input_grad, strict=False) if need])
@@ -107,7 +107,7 @@ def _is_every_row(index: Tensor, rows: int) -> bool:
     if index.dtype == torch.bool or index.ndim < 1 or index.shape[0] != rows:
         return False
     if index.numel() and index.is_cpu and int(index[-1].flatten()[-1]) != rows - 1:
-        return False  # as most are, and soon seen
+        return False
     column = torch.arange(rows, device=index.device).view(-1, *[1] * (index.ndim - 1))
     return bool((index == column).all())
 

@@ -78,7 +78,6 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
 def _read_at(
     place: int, output: int, weights: Weights, graph: Graph
 ) -> Iterator[tuple[int | None, int, NodeRule | None, Weights]]:
-    """The output at which each thing that is read gets its gradient, and the rule; or None."""
     node: Any = graph.order[place]
     ends = FUSED_CELLS.get(base_name(node))
     if ends is None:
@@ -146,7 +145,6 @@ def plan_of(readings: Sequence[Reading], graph: Graph, covering: Covering, batch
     def read_in_a_pass(graph: Graph, losses: Tensor) -> list[CallSite] | None:
         return in_a_pass_to_all(losses, graph, partial(read, graph, losses))
 
-    # Slopes are told in a pass.
     asks = any(reading.rule is of_each_number for reading in readings)
     return Plan(covering, read_in_a_pass if asks else read, _remade(readings, graph), batch.opaque)
 
@@ -202,7 +200,6 @@ def _with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
 def _weight_at(
     edge: tuple[Any, int], graph: Graph, leaves: Mapping[Node, int], turns: bool
 ) -> Weight | None:
-    """What is read at an edge; None where nothing that is wanted made it."""
     node, number = edge
     turned = turns and base_name(node) == "T"
     behind = node.next_functions[0][0] if turned else node
@@ -223,7 +220,6 @@ def _weight_at(
 def _part_above(
     node: Node, graph: Graph, leaves: Mapping[Node, int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What a computed weight is made of: nodes, in order, and leaves, by their places."""
     seen, waiting = {node}, [node]
     while waiting:
         for parent, _ in waiting.pop().next_functions:

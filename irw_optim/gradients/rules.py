@@ -49,7 +49,7 @@ def layer_rule(*layers: type[nn.Module] | str) -> Callable[[_Rule], _Rule]:
 def rule_of(module: nn.Module) -> Rule | None:
     """Its type's, or a base class's whose ``forward`` it keeps."""
     if "parametrizations" in module._modules:
-        return None  # computed at every access anew
+        return None
     return _rule_of_type(type(module))  # type: ignore[arg-type]  # they are hashable
 
 
@@ -212,7 +212,6 @@ def _of_channels(module: Any, input: Tensor, normalise: Callable[..., Tensor]) -
 def _sum(
     output: Tensor, input: Any, other: Any, *, alpha: float = 1, signs: tuple[int, int] = (1, 1)
 ) -> LayerCall | None:
-    """Of a parameter and something else."""
     if is_parameter(input) == is_parameter(other):
         return None
     if is_parameter(input):

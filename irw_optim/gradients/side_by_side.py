@@ -156,7 +156,7 @@ class LinearMaps:
         self.inputs = [call.input for call in calls]
         self.widths = [b.shape[1] for b in gradients]
         self.b = torch.cat(gradients, 1)
-        if self.b.dtype in WIDER:  # where products are few, none is worth another dtype
+        if self.b.dtype in WIDER:
             self.b, self.inputs = widened(self.b), [widened(a) for a in self.inputs]
 
     def dot(self, direction: Direction) -> Tensor:

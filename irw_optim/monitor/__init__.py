@@ -213,7 +213,6 @@ class IRWMonitor(Renewed):
         self._held.load(state_dict["held"])
 
     def _listen(self) -> None:
-        """Hear of the steps; a monitor without a logger may be forgotten, and ends with that."""
         monitor = self if self._loggers else proxy(self)
         remove_all(self._handles)
         self._handles += [

@@ -60,7 +60,7 @@ def worst_off_loss(course: Course) -> Iterator[Finding]:
         return  # a batch is drawn from those who were badly off, each time other ones
     losses = column(course.rows, "worst_alpha_loss")
     start = float(losses[:3].mean())
-    floor = 0.05 * start + 1e-12  # below it a loss is as good as none
+    floor = 0.05 * start + 1e-12
     # Ratios, so that one exploded batch does not drown all others.
     levels, error = blocks(np.log(losses + floor), min(10, len(losses) // 4))
     now, best, first = levels[-1], levels.min(), np.log(start + floor)
@@ -238,7 +238,7 @@ def stale_weights(course: Course) -> Iterator[Finding]:
     ages, agreements = column(held, "held_for"), column(held, "held_agreement")
     old = ages >= np.median(ages)
     now, age = float(np.median(agreements[old])), float(np.median(ages[old]))
-    if now < 0.75:  # halfway between a coin's 1/2 and a perfect 1
+    if now < 0.75:
         yield Finding(
             "stale_weights",
             f"weights held for {age:.0f} steps no longer say who is worst off: somebody in S has "

@@ -86,6 +86,8 @@ class IRWOptimizer(OptimizerWrapper):
         worst_off: over several processes, with the model in DistributedDataParallel or under
             ``fully_shard``: ``"global"``, the step of one process on the batch of all; or
             ``"local"``, each process weighs its own batch, which costs no message.
+        compile: have torch compile the products of layers, in seconds for each shape of batches:
+            about half the kernels, and no gain on the CPU. The log says what it leaves alone.
 
     Attributes:
         inner: the optimizer that takes the step.
@@ -129,17 +131,18 @@ class IRWOptimizer(OptimizerWrapper):
         weighting: str | ScoreRule = "irw",
         accumulation_steps: int = 1,
         worst_off: str = "global",
+        compile: bool = False,
     ) -> None:
         options = Options(
             *(alpha, outliers, center, class_balance, mix, warmup_steps),
             *(described(score_parameters), weighting, accumulation_steps, worst_off),
         )
-        check_arguments(optimizer, model, criterion, engine, options)
+        check_arguments(optimizer, model, criterion, engine, compile, options)
         chosen = None
         if model is not None and score_parameters is not None:
             chosen = select_parameters(model, score_parameters)
         with ExitStack() as undo:
-            hooked = Engine(model, engine)
+            hooked = Engine(model, engine, bool(compile))
             undo.callback(hooked.remove_hooks)
             self._weighted = WeightedBackward(optimizer, hooked, options, chosen)
             undo.callback(self._weighted.release)

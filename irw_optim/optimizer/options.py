@@ -92,7 +92,7 @@ def described(value: Any) -> Any:
 
 
 def check_arguments(
-    optimizer: Any, model: Any, criterion: Any, engine: object, options: Options
+    optimizer: Any, model: Any, criterion: Any, engine: object, compile: object, options: Options
 ) -> None:
     """Check the arguments of `IRWOptimizer` with each other."""
     check_inner(optimizer)
@@ -120,8 +120,16 @@ def check_arguments(
         validate_criterion(criterion)
         check_unattached(criterion, model)
     check_model(model)
+    graphs = "; CUDA graphs (mode='reduce-overhead') would overwrite p.grad at every step"
+    sharded = model is not None and is_sharded(model)
+    if true_or_false("compile", compile, graphs) and (sharded or engine not in ("auto", "ghost")):
+        raise ValueError(
+            "compile=True compiles the products of layers, which "
+            f"{'fully_shard' if sharded else f'engine={engine!r}'} goes without: expected "
+            "compile=False, or engine='auto' and a model that is whole"
+        )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if (model is not None and is_sharded(model)) or any(map(is_shard, parameters)):
+    if sharded or any(map(is_shard, parameters)):
         from irw_optim.distributed.shards import check_sharding
 
         how = options.weighting, options.accumulation_steps

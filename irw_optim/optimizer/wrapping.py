@@ -84,6 +84,7 @@ class OptimizerWrapper(Renewed, Optimizer):
     model = chosen_once("_weighted.engine.model")
     criterion = chosen_once("_weighted.criterion")
     engine = chosen_once("_weighted.engine")
+    compile = chosen_once("_weighted.engine.compile")
     processes = chosen_once("_weighted.processes")
 
     @property
@@ -131,7 +132,7 @@ class OptimizerWrapper(Renewed, Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether the scaler leaves unscaling and skipping to the step."""
-        takes_the_scaler = "grad_scaler" in signature(self.inner.step).parameters  # the old way
+        takes_the_scaler = "grad_scaler" in signature(self.inner.step).parameters
         return not takes_the_scaler and getattr(self.inner, "_step_supports_amp_scaling", False)
 
     def __getattr__(self, name: str) -> Any:
@@ -278,7 +279,7 @@ def closure_step(weighted: WeightedBackward, closure: Callable[[], Any]) -> Any:
         if weighted.has_gradient():
             weighted.make_ready()
 
-    with before_a_step_of(inside, before):  # when they have moved back
+    with before_a_step_of(inside, before):
         return inner.step(closure)
 
 

@@ -11,13 +11,8 @@ What weighs a sample (threshold tau, scale kappa, direction v) comes from EARLIE
     counts     sum_i (m_i - 1/2)   + N(0, sigma_b^2)            -> the next tau
                sum_i (k_i - 1/2)   + N(0, sigma_b^2)            -> the next kappa
 
-Why it is private: in units of its noise a sample moves the release by z_i, with
-
-    |z_i|^2 <= 1/sigma_g^2 + 1/sigma_v^2 + 2 / (4 sigma_b^2) = 1/sigma^2
-
-whatever the other samples are. Over a Poisson batch that is the sampled Gaussian mechanism with
-noise multiplier sigma (Mironov, Talwar and Zhang, 2019). Centring the counts halves their
-sensitivity (Andrew et al., 2021, Theorem 1).
+Whatever the other samples are, one moves the release by at most 1/sigma in units of its noise: a
+sampled Gaussian mechanism. The page on privacy has the proof.
 """
 
 import math
@@ -82,7 +77,7 @@ class IRWDPConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        plain = vars(self)  # frozen for everybody else
+        plain = vars(self)
         plain["warmup_steps"] = whole_number("warmup_steps", self.warmup_steps, 0)
         for name, interval in _INTERVALS.items():
             meaning = "public, such as math.log(classes)" if name == "init_threshold" else ""

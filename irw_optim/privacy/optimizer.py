@@ -131,7 +131,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         for p in self.params:
             _mark_as_processed(getattr(p, "grad_sample", None))
         for kind, totals in (self._logical_batch or {}).items():
-            for key in totals.keys() & sums[kind]:  # some may be frozen
+            for key in totals.keys() & sums[kind]:
                 sums[kind][key] += totals[key]
         self._is_last_step_skipped = self._check_skip_next_step()
         self._logical_batch = sums if self._is_last_step_skipped else None
@@ -152,7 +152,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "max_grad_norm" and vars(self).get("_logical_batch"):
-            self._refuse_mid_batch(f"max_grad_norm={value!r}")  # its noise would be too small
+            self._refuse_mid_batch(f"max_grad_norm={value!r}")
         super().__setattr__(name, value)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -231,7 +231,6 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         return sums
 
     def _release(self, sums: Sums) -> Released:
-        """Noise on the sums, and the gradient in ``p.grad``."""
         scales, C = asdict(self.noise_scales), self.max_grad_norm
         stds = {kind: std if kind == "count" else std * C for kind, std in scales.items()}
         noisy = {

@@ -127,7 +127,6 @@ class PendingBatch:
             self._attached = None
 
     def _hand_out(self, batch: PerSampleLosses) -> Tensor:
-        """The scalar for the loop, whose backward notes the losses."""
         losses = batch.losses
         if not losses.requires_grad:
             return batch.value
@@ -145,7 +144,7 @@ class PendingBatch:
     def _comparison(self, losses: Tensor) -> Callable[[Tensor, GradSampleRows], None] | None:
         """If it is time, what compares rows with autograd, by the factors on the losses."""
         if len(losses) < 2:
-            return None  # nobody to mix with
+            return None
         batch = follow_batch(losses, walk(losses))
         self._batches += 1
         seldom = self._batches & (self._batches - 1) == 0
@@ -232,7 +231,7 @@ class GhostBatch(PendingBatch):
         if not batch.losses.requires_grad:
             return batch.value
         captured = LossGradients(self._engine, batch.losses) if len(batch.losses) else None
-        anchor = torch.zeros_like(batch.value, requires_grad=True)  # something to go backward to
+        anchor = torch.zeros_like(batch.value, requires_grad=True)
         arrival = _Arrival(ref(self), batch.losses.detach(), captured)
         return deferred_loss(batch.value, arrival, [anchor])
 

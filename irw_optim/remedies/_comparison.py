@@ -43,7 +43,6 @@ METRICS = (
     Metric("time", "seconds of training", 0, False),
 )
 
-# Okabe and Ito's colours.
 LOOKS = {1: ("#0072B2", "^", "▲"), -1: ("#D55E00", "v", "▼"), 0: ("#777777", "o", "")}
 
 
@@ -157,7 +156,6 @@ class Comparison:
 
     @property
     def _shown(self) -> list[Metric]:
-        """Shares where more is better; with groups, without the score."""
         out = "score" if ORACLE in self.predictions else ""
         return [m for m in self.metrics if m.percent and m.sign > 0 and m.name != out]
 
@@ -187,7 +185,6 @@ class Comparison:
         axis.set_ylim(len(names) - 0.5, -0.5)
 
     def _panels(self) -> Iterator[str]:
-        """SVGs in the colour of the text around them."""
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 

@@ -64,7 +64,6 @@ class BatchLosses:
 
 
 def _as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
-    """A target as torch's criteria take it."""
     name = type(criterion).__name__
     if not isinstance(target, Tensor):
         try:
@@ -90,7 +89,7 @@ def _on(device: torch.device, batch: Any) -> Any:
 
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_pinned():
-            return value.to(device, non_blocking=True)  # the host goes on meanwhile
+            return value.to(device, non_blocking=True)
         return value.to(device) if hasattr(value, "to") else value
 
     return tree_map(moved, batch, is_leaf=lambda value: hasattr(value, "to"))
@@ -154,7 +153,7 @@ def jvp(
 def long_attention(graph: Graph) -> bool:
     """Whether forward mode makes a large matrix that fused attention spares."""
     fused = (node for node in graph.order if node.name().startswith("ScaledDotProduct"))
-    shapes = map(shape_of, fused)  # (B, heads, T, numbers a head)
+    shapes = map(shape_of, fused)
     return any(shape[-2] > 3 * shape[-1] for shape in shapes)
 
 

@@ -134,7 +134,7 @@ class DatasetGradients:
                 check_difference((scores - expected).abs().max(), expected.abs().max())
             parts.append((some, scores))
         scores = _in_order(parts)
-        if self._combined is not None:  # w^T (G v) = (G^T w)^T v
+        if self._combined is not None:
             weights, combined = self._combined
             terms = weights * scores
             product = sum((combined[p] * v).sum() for p, v in direction.items() if p in combined)
@@ -158,7 +158,6 @@ class DatasetGradients:
     def _read(
         self, positions: Tensor, sizes: list[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor, Any]]:
-        """Yield pieces of ``positions`` with dataset indices and batch."""
         for places, batch in self.reader.batches(self.samples[positions], sizes):
             some = positions[places]
             yield some, self.samples[some], batch
@@ -173,7 +172,6 @@ class DatasetGradients:
                 yield captured.rows(self.scored)
 
     def _captured(self, indices: Tensor, batch: Any) -> closing[LossGradients]:
-        """The losses of a batch with their graph."""
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
         captured = LossGradients(self.engine, losses)
@@ -202,7 +200,7 @@ class DatasetGradients:
         """All rows for `losses`, in batches of twice the size."""
         size = 2 * self.reader.batch_size
         batches = []
-        for piece in self._all().split(8 * size):  # reading stays local
+        for piece in self._all().split(8 * size):
             number = -(-len(piece) // size)
             batches += [piece[first::number] for first in range(number)]
         return torch.cat(batches), [len(batch) for batch in batches]
@@ -215,7 +213,6 @@ class DatasetGradients:
             self._losses_alone(some[places], batch)
 
     def _losses_alone(self, indices: Tensor, batch: Any) -> PerSampleLosses:
-        """No graph is made, unless the losses are derivatives."""
         known = self.engine.known
         try:
             with torch.set_grad_enabled(bool(known.get(DIFFERENTIATES))):
@@ -259,14 +256,12 @@ class DatasetOverRanks(DatasetGradients):
         return self.ranks.gather(own)
 
     def _own_positions(self) -> Tensor:
-        """Contiguous, in the order of the ranks."""
         pieces = self._all().tensor_split(self.ranks.number)
         self.ranks.sizes = [len(piece) for piece in pieces]
         return pieces[self.ranks.rank]
 
 
 def _in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The values of batches, (places, values), by place."""
     places, values = zip(*parts, strict=True)
     joined = torch.cat(values)
     return joined[torch.cat(places).argsort().to(joined.device)]

@@ -78,7 +78,7 @@ class Rows(Dataset[Any]):
 IN_BATCHES: dict[str, Any] = {
     "dataset": Rows,
     "iterator_train__shuffle": True,
-    "iterator_train__collate_fn": tuple,  # which they are already
+    "iterator_train__collate_fn": tuple,
     "iterator_valid__collate_fn": tuple,
 }
 
@@ -164,7 +164,6 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return self.net_.predict_proba(self._checked(X, reset=False))
 
     def _begin(self, X: Any, n_outputs: int, **options: Any) -> Any:
-        """Make a new net; a fit that fails later leaves none behind."""
         self.__dict__.pop("net_", None)
         self._random = check_random_state(self.random_state)
         whole_number("max_epochs", self.max_epochs, least=1)
@@ -226,7 +225,6 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
-        """Let torch draw from ``random_state`` in here alone."""
         device = torch.device(self.device or "cpu")
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self._random.randint(2**31 - 1))

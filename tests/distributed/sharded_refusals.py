@@ -146,6 +146,7 @@ REFUSALS: dict[str, tuple[ranked.Case, str]] = {
     "criterion": (with_a_learnt_criterion, "criterion has a parameter, temperature, that fully_"),
     "autodiff": (Refused(engine="autodiff"), "NotImplementedError: engine='autodiff' under full"),
     "own rule": (Refused(weighting=own_rule), "under fully_shard: a rule of one's own may ask"),
+    "compiled": (Refused(compile=True), "which fully_shard goes without: expected compile=False"),
     "logical batch": (Refused(accumulation_steps=2), "accumulation_steps=2 under fully_shard:"),
     "verify": (verified, "NotImplementedError: verify is not there for a model under fully_shard"),
     "data set": (of_a_data_set, "a weight for every sample of a data set is not there for a mod"),

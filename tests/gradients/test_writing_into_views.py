@@ -12,7 +12,6 @@ from collections.abc import Callable
 import pytest
 import reference
 import torch
-from agreement import agree
 from torch import Tensor, nn
 from torch.nn import functional as F
 

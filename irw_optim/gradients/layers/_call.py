@@ -79,8 +79,8 @@ class RowWeights:
 
     @cached_property
     def used(self) -> Tensor | None:
-        """Indices of these; None for nearly all, or on a device, which would wait."""
-        if self.values.device.type != "cpu":
+        """Indices of these; None for nearly all, or where to look would wait, or be traced."""
+        if self.values.device.type != "cpu" or type(self.values) is not Tensor:
             return None
         used = self.values.nonzero().squeeze(1)
         return used if len(used) < 0.8 * len(self.values) else None
@@ -192,8 +192,8 @@ class LayerCall:
         if not values:
             return self.b.new_zeros(len(self.b))
         output = self.apply(widened(self.input), self.completed(values))
-        theirs = {value.data_ptr() for value in values.values()}
-        fresh = output.is_contiguous() and output.data_ptr() not in theirs
+        fresh = type(output) is Tensor and output.is_contiguous()  # one that is traced has no place
+        fresh = fresh and output.data_ptr() not in {v.data_ptr() for v in values.values()}
         return inner(self.b, output, in_place=fresh)
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
