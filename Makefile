@@ -140,7 +140,8 @@ $(WITH_REPORT): $(VENV)/.created $(DEFINITION)
 
 $(WITH_ALL): $(VENV)/.created $(DEFINITION)
 	@echo "Installing the package and what its development needs (minutes, once)"
-	$(INSTALL) --editable ".[dev,docs,report,stacks]"
+	$(INSTALL) --upgrade "pip>=25.1"
+	$(INSTALL) --editable ".[report]" --group dev --group docs --group stacks
 	@touch $@ $(WITH_REPORT)
 
 # These two download and unpack several gigabytes each. Warnings of other releases of other packages
@@ -148,9 +149,10 @@ $(WITH_ALL): $(VENV)/.created $(DEFINITION)
 $(VENV)-lowest/.installed: pyproject.toml
 	@test -n "$(PYTHON_LOWEST)" || { echo "Name the oldest Python: make test-lowest PYTHON_LOWEST=/path/to/python3.10" >&2; exit 1; }
 	$(PYTHON_LOWEST) -m venv $(VENV)-lowest
-	$(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		extras = project["optional-dependencies"]; \
-		print(*project["dependencies"], *extras["report"], *extras["stacks"], sep="\n")' \
+	$(PYTHON) -c 'import tomllib; stated = tomllib.load(open("pyproject.toml", "rb")); \
+		project, groups = stated["project"], stated["dependency-groups"]; \
+		report = project["optional-dependencies"]["report"]; \
+		print(*project["dependencies"], *report, *groups["stacks"], sep="\n")' \
 		| sed 's/>=/==/' > $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check \
 		--requirement $(VENV)-lowest/lowest.txt --editable . pytest hypothesis
@@ -159,6 +161,7 @@ $(VENV)-lowest/.installed: pyproject.toml
 $(VENV)-newest/.installed: pyproject.toml
 	@test -n "$(PYTHON_NEWEST)" || { echo "Name the newest Python: make test-newest PYTHON_NEWEST=/path/to/python3.14" >&2; exit 1; }
 	$(PYTHON_NEWEST) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --disable-pip-version-check --upgrade "pip>=25.1"
 	$(VENV)-newest/bin/python -m pip install --disable-pip-version-check --upgrade \
-		--editable ".[report,stacks]" pytest hypothesis
+		--editable ".[report]" --group stacks pytest hypothesis
 	@touch $@

@@ -7,7 +7,9 @@ packages has none of these.
 import re
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 ENDS_AT = "\nTwo commands, on a machine with"
@@ -20,3 +22,16 @@ class Description(MetadataHookInterface):
         assert end, f"README.md has no {ENDS_AT!r}"
         beginning = re.sub(r"<img.*?>\s*|\s\[[^]]*\]\(#.*?\)\.?", "", beginning, flags=re.DOTALL)
         metadata["readme"] = {"content-type": "text/markdown", "text": beginning}
+
+
+class Packed(BuildHookInterface):
+    """Has the wheel compressed as far as zlib can."""
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if version != "standard":
+            return
+        with ZipFile(artifact_path) as wheel:
+            files = [(info, wheel.read(info)) for info in wheel.infolist()]
+        with ZipFile(artifact_path, "w") as wheel:
+            for info, content in files:
+                wheel.writestr(info, content, ZIP_DEFLATED, compresslevel=9)
