@@ -243,7 +243,6 @@ class _Batch:
 
 
 def _by_loop(batch: _Batch, scheme: LocalScheme) -> tuple[StepRecord, dict[Tensor, Tensor]]:
-    """Weights and weighted gradient, sample by sample."""
     samples = batch.losses()
     reached = set(walk(samples.losses).leaves)
     scored = [p for p in batch.parameters if p in reached]

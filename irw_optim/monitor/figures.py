@@ -170,7 +170,6 @@ def _smooth(values: Array) -> Array:
 
 
 def _by_part(axis: Axes, rows: Sequence[Row], kind: str, name: str, absent: float = np.nan) -> None:
-    """A line for each part, with gaps where it is not known."""
     tables = [row.breakdowns.get(kind) for row in rows]
     for part, colour in _shown(rows, kind):
         values = [np.nan if t is None else t.column(name).get(part, absent) for t in tables]

@@ -127,7 +127,6 @@ class PendingBatch:
             self._attached = None
 
     def _hand_out(self, batch: PerSampleLosses) -> Tensor:
-        """The scalar for the loop, whose backward notes the losses."""
         losses = batch.losses
         if not losses.requires_grad:
             return batch.value

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,7 +163,6 @@ def _train_all(
     rare: int,
     progress: bool,
 ) -> "tuple[pd.DataFrame, dict[str, Numbers]]":
-    """Rows of numbers for every remedy and seed, and what they predict."""
     import pandas as pd
 
     predictions: dict[str, list[Numbers]] = {}
@@ -227,7 +227,7 @@ def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, 
 def _made(name: str, make: Any, of: str, *given: Any) -> Any:
     try:
         made = make(*given)
-        assert callable(made.step)
+        signature(made.step).bind()
     except Exception as error:
         raise TypeError(f"{name}={make!r} ({error}): expected a function of {of}") from error
     return made

@@ -157,7 +157,6 @@ class Comparison:
 
     @property
     def _shown(self) -> list[Metric]:
-        """Shares where more is better; with groups, without the score."""
         out = "score" if ORACLE in self.predictions else ""
         return [m for m in self.metrics if m.percent and m.sign > 0 and m.name != out]
 

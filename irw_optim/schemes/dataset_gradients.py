@@ -173,7 +173,6 @@ class DatasetGradients:
                 yield captured.rows(self.scored)
 
     def _captured(self, indices: Tensor, batch: Any) -> closing[LossGradients]:
-        """The losses of a batch with their graph."""
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
         captured = LossGradients(self.engine, losses)
@@ -266,7 +265,6 @@ class DatasetOverRanks(DatasetGradients):
 
 
 def _in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The values of batches, (places, values), by place."""
     places, values = zip(*parts, strict=True)
     joined = torch.cat(values)
     return joined[torch.cat(places).argsort().to(joined.device)]

@@ -98,7 +98,6 @@ def refuse_sorting(collate_fn: Collate, samples: Sequence[Any]) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two batches are seen to be equal."""
     arrays: tuple[Any, ...] = (Tensor, np.ndarray)
     if any(isinstance(one, kind) and isinstance(other, kind) for kind in arrays):
         return one.shape == other.shape and bool((one == other).all())
@@ -187,7 +186,6 @@ def _tables(
     arrangements: Sequence[Arrangement],
     parameters: Sequence[Tensor] | None,
 ) -> Iterator[Tensor]:
-    """What `probe` tells, for each arrangement, in the order of ``asked``."""
     direction: Direction | None = None
     if parameters is not None:
         generator = torch.Generator("cpu").manual_seed(0)

@@ -210,7 +210,6 @@ class ResumableLoader:
                 )
 
     def _setting(self) -> dict[str, Any]:
-        """What the middle of an epoch depends on."""
         rank, number = self.share
         return {
             # A DistributedSampler's order is that of its seed and epoch.
