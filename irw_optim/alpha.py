@@ -177,6 +177,7 @@ def project_onto_simplex(point: npt.ArrayLike) -> Vector:
     v = np.asarray(point, dtype=np.float64)
     if v.ndim != 1 or not len(v) or not np.isfinite(v).all():
         raise ValueError(f"point={point!r}: expected finite numbers, of shape (m,)")
+    v = v - np.floor(v.max())
     descending = np.sort(v)[::-1]
     thresholds = (descending.cumsum() - 1) / np.arange(1, len(v) + 1)
     positive = np.flatnonzero(descending > thresholds)[-1]

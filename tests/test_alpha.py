@@ -252,6 +252,19 @@ def test_the_projection_is_the_closest_point_of_the_simplex(point):
     np.testing.assert_allclose(project_onto_simplex(projected), projected, atol=1e-12)
 
 
+@pytest.mark.parametrize("far", [1e16, -1e17, 1e300])
+def test_the_projection_of_a_point_that_is_far_away(far):
+    """Projecting takes no notice of a number that is added to all."""
+    point = np.array([far, far * (1 + 2**-40), far * (1 - 2**-40)])
+    np.testing.assert_array_equal(project_onto_simplex(point), np.eye(3)[point.argmax()])
+
+
+def test_answers_that_are_nearly_all_at_random_tell_no_share():
+    found = estimate_alpha([0, 0, 0, 1], 2, truth_probability=1e-18)
+    assert (found.alpha, found.lower_bound) == (0, 0)
+    assert found.proportions == (1, 0)
+
+
 @pytest.mark.parametrize("point", [[], [math.nan, 1], [math.inf], [[1.0, 2.0]], 3.0, None], ids=str)
 def test_what_is_no_point_is_named(point):
     with pytest.raises(ValueError, match=r"point=.*: expected finite numbers, of shape \(m,\)"):

@@ -9,7 +9,7 @@ from weakref import finalize, proxy
 
 from torch.optim import Optimizer
 
-from irw_optim.arguments import whole_number
+from irw_optim.arguments import check_state, whole_number
 from irw_optim.attachments import Removable, Renewed, remove_all
 from irw_optim.metrics._groups import GroupsLike, as_columns, check_lengths
 from irw_optim.notebook import html_table
@@ -207,10 +207,12 @@ class IRWMonitor(Renewed):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the rows of a checkpoint, in place of those here."""
-        self._course = Course(state_dict["interval"], self._course.capacity)
+        check_state("state_dict", state_dict, *self.state_dict())
+        course = Course(state_dict["interval"], self._course.capacity)
         for row in state_dict["rows"]:
-            self._course.add(Row.of_state(row))
+            course.add(Row.of_state(row))
         self._held.load(state_dict["held"])
+        self._course = course
 
     def _listen(self) -> None:
         monitor = self if self._loggers else proxy(self)

@@ -131,8 +131,7 @@ class OptimizerWrapper(Renewed, Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether the scaler leaves unscaling and skipping to the step."""
-        takes_the_scaler = "grad_scaler" in signature(self.inner.step).parameters
+        takes_the_scaler = "grad_scaler" in signature(self.inner.step).parameters  # the old way
         return not takes_the_scaler and getattr(self.inner, "_step_supports_amp_scaling", False)
 
     def __getattr__(self, name: str) -> Any:
@@ -268,7 +267,9 @@ def closure_step(weighted: WeightedBackward, closure: Callable[[], Any]) -> Any:
 
     def evaluated() -> Any:
         loss = closure()
-        if loss is not None or weighted.pending:  # a training step may skip its batch
+        # A step may skip its batch, or backward (Lightning does for averaged weights).
+        skipped = loss is None or (weighted.steps and not weighted.has_gradient())
+        if weighted.pending or not skipped:
             weighted.make_ready()
         return loss
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -225,7 +226,7 @@ def _chosen(remedies: Iterable[str] | Mapping[str, Remedy] | None) -> dict[str, 
 def _made(name: str, make: Any, of: str, *given: Any) -> Any:
     try:
         made = make(*given)
-        assert callable(made.step)
+        signature(made.step).bind()
     except Exception as error:
         raise TypeError(f"{name}={make!r} ({error}): expected a function of {of}") from error
     return made

@@ -232,7 +232,7 @@ def oracle_logits(training: Training, samples: Samples, groups: Numbers) -> Tens
         features = outputs.reshape(len(labels), -1)
     x, y = StandardScaler().fit_transform(features), labels.numpy()
     weight = (groups >= 0) / np.bincount(groups + 1, minlength=2)[groups + 1].clip(min=1)
-    found = torch.full((len(y), training.classes), -100.0)
+    found = torch.full((len(y), training.classes), -100.0, dtype=torch.float32)
     halves = StratifiedKFold(2, shuffle=True, random_state=0)
     for one, other in halves.split(x, np.maximum(groups, 0)):
         scaled = weight[one] / weight[one].mean()

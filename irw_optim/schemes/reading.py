@@ -208,7 +208,8 @@ class DatasetReader:
         own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         size = own if batch_size is None else batch_size
         self.loader = loader
-        self.batch_size = whole_number("batch_size", size, 1)
+        none = "batch_size=64, say: the loader's batch sampler has none" if size is None else ""
+        self.batch_size = whole_number("batch_size", size, 1, none)
         self.uses = 0
 
     def __getstate__(self) -> dict[str, Any]:

@@ -92,9 +92,21 @@ class Reweighted(NeuralNet):  # type: ignore[misc]
 
     def initialize_optimizer(self, *args: Any, **options: Any) -> Any:
         super().initialize_optimizer(*args, **options)
+        self._widened(self.criterion_)
         own = {"model": self.module_, "criterion": self.criterion_, **self.irw}
         self.optimizer_: Any = IRWOptimizer(self.optimizer_, **own)
         return self
+
+    def infer(self, x: Any, **options: Any) -> Any:
+        return super().infer(self._widened(x), **options)
+
+    def get_loss(self, y_pred: Any, y_true: Any, **options: Any) -> Any:
+        return super().get_loss(y_pred, self._widened(y_true), **options)
+
+    def _widened(self, thing: Any) -> Any:
+        """In float64 if the module is, as where that is torch's default."""
+        wide = any(p.dtype is torch.float64 for p in self.module_.parameters())
+        return thing.double() if wide and getattr(thing, "dtype", None) != torch.int64 else thing
 
 
 class ReweightedClassifier(Reweighted, NeuralNetClassifier):  # type: ignore[misc]
@@ -197,7 +209,6 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return net
 
     def _new(self, name: str, given: Any, told: Mapping[str, Any]) -> Any:
-        """What to make module or criterion of: one that is made already is copied."""
         nested, kind = self._nested(f"{name}__"), type(given).__name__
         if isinstance(given, nn.Module):
             if nested:
@@ -246,8 +257,8 @@ def takes(maker: Any, argument: str) -> bool:
     return not made and argument in inspect.signature(maker).parameters
 
 
-def refuse(keywords: Mapping[str, Any]) -> None:
-    if "sample_weight" in keywords:
+def refuse(keywords: dict[str, Any]) -> None:
+    if keywords.pop("sample_weight", None) is not None:
         raise TypeError(
             "sample_weight is not taken, since IRW decides how much a sample counts: expected "
             "class_weight={label: weight}, class_balance=True, or a loop of your own with "

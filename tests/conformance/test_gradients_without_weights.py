@@ -35,6 +35,16 @@ def test_a_closure_may_skip_its_batch() -> None:
     assert run.optimizer.steps == 1
 
 
+def test_a_closure_may_skip_backward_once_steps_were_taken() -> None:
+    """As Lightning's does in the epoch that moves the averages of BatchNorm."""
+    run = Run(SGD).train(SGD.batches(1))
+    before = [p.detach().clone() for p in run.parameters]
+    run.optimizer.zero_grad()
+    assert run.optimizer.step(lambda: torch.ones(())) == 1
+    assert all(map(torch.equal, run.parameters, before))
+    assert run.optimizer.steps == 1
+
+
 def test_gradients_of_zero_are_the_inner_optimizers() -> None:
     """Nothing to weigh: no step is counted, and the inner optimizer does what it does."""
     run = Run(SGD)

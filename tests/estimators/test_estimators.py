@@ -73,6 +73,35 @@ def same(estimator: Any, expected: Any) -> bool:
 IN_ORDER = {"iterator_train__shuffle": False}
 
 
+class TestFloat64:
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            (IRWClassifier, {}),
+            (
+                IRWClassifier,
+                {"class_weight": "balanced", "train_split": skorch.dataset.ValidSplit(2)},
+            ),
+            (IRWClassifier, {"module": network().double(), "class_weight": "balanced"}),
+            (IRWRegressor, {}),
+            (IRWRegressor, {"criterion": nn.HuberLoss}),
+        ],
+    )
+    def test_modules_in_float64_get_rows_and_targets_of_their_own(self, kind, options):
+        x, y = data()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            wide = small(kind, **options).fit(x, y)
+        finally:
+            torch.set_default_dtype(before)
+        assert {p.dtype for p in parameters(wide)} == {torch.float64}
+        narrow = copy.deepcopy(wide)
+        narrow.net_.module_.float()
+        np.testing.assert_allclose(wide.predict(x), narrow.predict(x), rtol=1e-4, atol=1e-5)
+        wide.partial_fit(x, y)
+
+
 class TestTheStep:
     @pytest.mark.parametrize(
         "options",
@@ -458,6 +487,8 @@ class TestRefusals:
         x, y = data()
         with pytest.raises(TypeError, match=r"sample_weight is not taken.*class_weight="):
             getattr(kind(), method)(x, y, sample_weight=np.ones(SIZE))
+        told = {"classes": [0, 1, 2]} if (kind, method) == (IRWClassifier, "partial_fit") else {}
+        getattr(small(kind), method)(x, y, **told, sample_weight=None)  # as scikit-learn's own do
         with pytest.raises(TypeError, match="unexpected keyword argument 'groups'"):
             getattr(kind(), method)(x, y, groups=y)
 

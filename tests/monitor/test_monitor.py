@@ -419,6 +419,27 @@ def test_a_resumed_monitor_is_the_uninterrupted_one() -> None:
     assert resumed.interval == uninterrupted.interval > 1
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda state: None, TypeError, "state_dict=None: expected what state_dict"),
+        (lambda state: {}, ValueError, "state_dict has no 'interval': expected what"),
+        (lambda state: {**state, "rows": [{}]}, KeyError, None),
+        (lambda state: {**state, "held": {}}, KeyError, None),
+    ],
+    ids=["none", "of something else", "broken rows", "a broken age"],
+)
+def test_a_state_that_is_none_leaves_the_rows(change: Any, error: Any, match: str) -> None:
+    run = setting()
+    monitor = IRWMonitor(run[2])
+    for batch in BATCHES:
+        step_on(batch, *run)
+    before = str(monitor.rows())
+    with pytest.raises(error, match=match):
+        monitor.load_state_dict(change(monitor.state_dict()))
+    assert str(monitor.rows()) == before
+
+
 @pytest.mark.parametrize("stop", [4, 6])
 def test_a_resumed_global_scheme_keeps_the_age_of_its_weights(stop: int) -> None:
     def start() -> tuple[Any, ...]:

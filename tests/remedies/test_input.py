@@ -95,6 +95,14 @@ BAD = {
     "options": ({"loader_options": {"nope": 1}}, r"loader_options=\{'nope': 1\}.*'nope'"),
     "no options": ({"loader_options": 3}, "loader_options=3"),
     "optimizer": ({"optimizer": "adam"}, "optimizer='adam'"),
+    "an optimizer that asks for a closure": (
+        {"optimizer": torch.optim.LBFGS},
+        "optimizer=.*'closure'.*functools.partial",
+    ),
+    "a schedule that asks for a metric": (
+        {"scheduler": lambda optimizer, _: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)},
+        "scheduler=.*'metrics'.*optimizer and steps",
+    ),
     "another's optimizer": (
         {"optimizer": lambda _: torch.optim.SGD(SHARED.parameters(), lr=0.1)},
         "2 parameters that are not the model's",
@@ -128,6 +136,19 @@ class TestInput:
         found = compare(change(people()), change(people(seed=1)), remedies=NAMES).predictions
         for name in NAMES:
             assert (found[name] == expected[name]).mean() > 0.99
+
+    @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+    def test_groups_whatever_torchs_default_dtype_is(self, default):
+        groups, before = np.arange(200) % 2, torch.get_default_dtype()
+        model = lambda: linear()().float()  # noqa: E731
+        expected = compare(model=model, groups=groups, remedies=["moved threshold"])
+        torch.set_default_dtype(default)
+        try:
+            found = compare(model=model, groups=groups, remedies=["moved threshold"])
+        finally:
+            torch.set_default_dtype(before)
+        oracle = "groups known (oracle)"
+        assert found.predictions[oracle].shape == expected.predictions[oracle].shape
 
     def test_arrays_that_nobody_may_write_to(self):
         train, validation = people(), people(seed=1)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from irw_optim import IRWOptimizer
-from irw_optim.schemes import GlobalScheme
+from irw_optim.schemes import GlobalScheme, global_weights
 from irw_optim.schemes.reading import DatasetReader, indexed_loader
 
 SAID_OF_WORKERS = {
@@ -62,6 +62,17 @@ def test_an_epoch_has_all_batches_whatever_the_loader_takes_for_their_number(num
     scheme = scheme_over(number)
     for _ in range(2):
         assert [len(y) for _, y in scheme] == [2, 1, 2, 2, 2]
+
+
+def test_batches_without_a_size_ask_for_that_of_the_renewals():
+    data = TensorDataset(torch.randn(9, 2), torch.arange(9) % 2)
+    loader = DataLoader(data, batch_sampler=[[0, 1, 2], [5], [7, 8]])
+    model, criterion = nn.Linear(2, 2), nn.CrossEntropyLoss()
+    with pytest.raises(TypeError, match=r"batch_size=None: expected batch_size=64, say: the"):
+        global_weights(model, criterion, loader, 0.3)
+    asked = global_weights(model, criterion, loader, 0.3, batch_size=64, progress=False)
+    whole = global_weights(model, criterion, DataLoader(data, 9), 0.3, progress=False)
+    assert torch.allclose(asked, whole, atol=1e-6)
 
 
 def test_a_loader_without_a_length_is_refused_when_the_scheme_is_made():

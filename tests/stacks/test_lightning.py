@@ -124,6 +124,17 @@ def test_resuming(tmp_path: Path) -> None:
     assert second.optimizers().steps == 3 * BATCHES
 
 
+def test_averaged_weights_of_a_model_with_batchnorm(tmp_path: Path) -> None:
+    """Its averages are moved in an epoch of their own, whose steps have no gradient."""
+    module = Classifier()
+    module.net = nn.Sequential(nn.BatchNorm1d(5), module.net)
+    average = lightning.pytorch.callbacks.StochasticWeightAveraging(0.05, swa_epoch_start=1)
+    fit(module, tmp_path, epochs=3, callbacks=[average])
+    rows = torch.cat([x for x, _ in make_loader()])
+    assert torch.allclose(module.net[0].running_mean, rows.mean(0), rtol=0.2, atol=0.1)
+    assert module.optimizers().steps == 3 * BATCHES
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision(tmp_path: Path, precision: str) -> None:
     module = Classifier(**ALL_WORST_OFF)
