@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
 from inspect import ismethod, signature
@@ -293,9 +293,8 @@ def before_a_step_of(optimizers: list[Any], call: Callable[[], None]) -> Iterato
         if calls:
             calls.pop()()
 
-    handles = [o.register_step_pre_hook(pre_hook) for o in optimizers if isinstance(o, Optimizer)]
-    try:
+    with ExitStack() as undo:
+        for o in optimizers:
+            if isinstance(o, Optimizer):
+                undo.callback(o.register_step_pre_hook(pre_hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
