@@ -161,7 +161,7 @@ class WeightedPass(BatchPass):
         if weighted:
             rows = captured.rows(self.scored)
             weights = self.weigher.coefficients([Pass(batch, upstream)], rows)
-            del rows
+            del rows  # which may hold g_S
             total |= captured.weighted_sum(weights, keep_graph)
         return list(map(total.get, self.leaves))
 

@@ -276,5 +276,5 @@ def _called_again(
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
-    difference = (left - right).masked_fill(left == right, 0)
+    difference = (left - right).masked_fill(left == right, 0)  # inf - inf is NaN
     return float(difference.abs().max()) if left.numel() else 0.0

@@ -189,7 +189,7 @@ def _cross_entropy(
         # ignore_index need not be a class: look up class 0 there and strike it out.
         weights = weight.detach()[target.masked_fill(~valid, 0).long()]
         normaliser = (weights * valid).sum()
-    everything = valid.device.type == "cpu" and bool(valid.all())
+    everything = valid.device.type == "cpu" and bool(valid.all())  # looking waits for nothing
     return fold(
         elements,
         batch,

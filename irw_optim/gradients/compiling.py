@@ -174,8 +174,3 @@ def is_control_flow(node: Any) -> bool:
     """Whether torch traced what it calls (torch.cond), which has to find the layers as they are."""
     made_by = getattr(node, "_forward_cls", object)
     return str(made_by.__module__).startswith("torch._higher_order_ops")
-
-
-def may_be_of_compiled(node: Node) -> bool:
-    """Whether it is one, or how one hands out what shares memory."""
-    return is_compiled(node) or node.name() == "AsStridedBackward0"

@@ -21,13 +21,12 @@ from .compiling import (
     is_control_flow,
     keep_out,
     keep_out_around,
-    may_be_of_compiled,
     prepare,
 )
 from .coverage import Covering, Trust, covering_of, reads_of
 from .graph import Graph, OfKinds, Plan
 from .hooks import IN_CUDNN, hook_layers, silence_of, weighed_by, without_cudnn
-from .mixing import Batch, arranged, flattened_from, follow_batch, is_watched
+from .mixing import Batch, arranged, flattened_from, follow_batch
 from .packed import packed_as_one
 from .protocol import PerSampleGradients
 from .readings import NOTHING_READ, plan_of, read_around, read_in_a_pass
@@ -113,8 +112,7 @@ class Engine(Renewed):
             spares = batch.one_product and self.kind == "auto"
             found = read_in_a_pass(losses, graph, at, own, spares_memory=spares)
         elif at.mixed_by and not at.surely_mixes and not sharded:
-            opaque = may_be_of_compiled if self.sees_fused else is_watched
-            around, found = read_around(losses, graph, own, opaque)
+            around, found = read_around(losses, graph, own)
             at = at if found is None else around
         if found is not None:
             graph.sites = found[1]

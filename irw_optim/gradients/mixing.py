@@ -8,7 +8,7 @@ That says where the batch is in what each layer computes, too. Where sizes coinc
 was not followed, autograd checks the likeliest reading.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
@@ -51,12 +51,10 @@ class Batch(NamedTuple):
         return self.mixed_by is None and bool(self.places)
 
 
-def follow_batch(
-    losses: Tensor, graph: Graph, opaque: Callable[[Node], bool] | None = None
-) -> Batch:
+def follow_batch(losses: Tensor, graph: Graph, *, watched: bool = False) -> Batch:
     """Follow the batch through the graph of losses, (B,), B > 1.
 
-    What ``opaque`` operations read is taken to hold the batch as what they make, or first.
+    What operations read that are ``watched`` is taken to hold it as what they make, or first.
     """
     may_mix: str | None = None
     places = {(0, losses.output_nr): 1}
@@ -73,15 +71,15 @@ def follow_batch(
                 weight = reads.get(node, 0)
                 computes_shared |= not is_view(node)
             else:
-                watched = opaque is not None and opaque(node)
+                opaque = watched and is_watched(node)
                 try:
                     made = Output(node, number, stride, len(losses))
-                    found = _likely(made) if watched else rule_for(node)(made)
+                    found = _likely(made) if opaque else rule_for(node)(made)
                 except (MixesError, AttributeError, IndexError, RuntimeError):
                     # Or another version of torch; or a graph that is freed.
-                    surely = not (rule_for(node) is mixing or is_watched(node))
+                    surely = rule_for(node) is not mixing
                     return Batch(node.name(), places, surely_mixes=surely)
-                if watched:
+                if opaque:
                     may_mix = may_mix or node.name()
                     hidden.setdefault(at, ({}, dict(enumerate(found))))[0][number] = stride
             read = list(zip(node.next_functions, found, strict=False))

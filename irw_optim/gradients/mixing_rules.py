@@ -7,8 +7,6 @@ step.
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import torch
-
 from .nodes import SHARED, UNREAD, MixesError, Output, Rule, is_block, mixes, picks_of
 
 
@@ -118,7 +116,7 @@ def _with_weights(leading: Callable[[Output], int]) -> Rule:
 
 def _batch_norm(output: Output) -> Sequence[int]:
     """In channels, as in an instance norm, nothing mixes."""
-    in_channels = output.dim == 1
+    in_channels = output.dim == 1  # each sample has its own copy of the weights
     if output.node._saved_training and not in_channels:
         raise MixesError
     shape, *weights = output.inputs
@@ -175,18 +173,6 @@ def _in_a_cell(output: Output) -> Sequence[int]:
     if output.dim != 0:
         raise MixesError
     return [output.at(shape, 0) if len(shape) > 1 else SHARED for shape in output.inputs]
-
-
-def _strided(output: Output) -> Sequence[int]:
-    """As strides of 1 x 1 pictures are put right."""
-    if not output.inputs[0] or tuple(output.inputs[0]) != tuple(output.shape):
-        raise MixesError
-    metadata = output.node._input_metadata[output.number]
-    numbers = torch.arange(torch.Size(output.shape).numel(), device=metadata.device)
-    numbers = (numbers % 2**11).to(metadata.dtype).view(tuple(output.shape))
-    pulled = output.node(numbers)
-    same = pulled is not None and torch.equal(pulled, numbers)
-    return [output.stride] if same else mixes()
 
 
 def handed_on(output: Output) -> Sequence[int]:
@@ -265,7 +251,6 @@ _NAMES: dict[Rule, str] = {
     _along_last(4): "GridSampler3D",
     lambda output: _along_last(len(output.node._saved_pad) // 2)(output): "ConstantPadNd",
     _repeating: "Repeat",
-    _strided: "AsStrided",
     picking: "Index",
     _recurrent: "MkldnnRnnLayer",
     _in_a_cell: "ThnnFusedGruCell ThnnFusedLstmCell",

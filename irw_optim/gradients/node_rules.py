@@ -205,7 +205,7 @@ def _repetition(node: Any, weights: Weights) -> list[LayerCall]:
     sizes = [*[1] * (len(repeats) - weight.ndim), *weight.shape]
     shape = torch.Size([n for pair in zip(repeats, sizes, strict=True) for n in pair])
     as_it_is, in_front = weight.shape, (*[None] * (len(repeats) - weight.ndim), ...)
-    with torch.enable_grad():
+    with torch.enable_grad():  # a view tells what it is a view of
         lone = weight.view(as_it_is)[in_front]
         for dim in range(len(repeats)):
             lone = lone.unsqueeze(2 * dim)

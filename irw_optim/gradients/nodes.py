@@ -77,7 +77,7 @@ def _pull_in_python(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[T
     ]
     results = node.apply(*arrived)
     results = results if isinstance(results, tuple) else (results,)
-    edges = node.next_functions
+    edges = node.next_functions  # of tensors alone
     if len(results) == len(edges):
         return results
     needed = iter([r for r, need in zip(results, node.needs_input_grad, strict=False) if need])

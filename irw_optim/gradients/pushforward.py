@@ -128,7 +128,7 @@ def pull_along(
                 if before is None:
                     arrived[n] = part
                 elif n in sums:
-                    before += part
+                    before += part  # nobody else holds it
                 else:
                     arrived[n] = before + part
                     sums.add(n)

@@ -99,11 +99,9 @@ def read_in_a_pass(
     return in_a_pass_to_all(losses, graph, careful if spares_memory else look)
 
 
-def read_around(
-    losses: Tensor, graph: Graph, own: Sequence[Tensor], opaque: Callable[[Node], bool]
-) -> tuple[Batch, Found]:
-    """Where the batch is around ``opaque`` nodes, and what is read there; None if not all."""
-    batch = follow_batch(losses, graph, opaque)
+def read_around(losses: Tensor, graph: Graph, own: Sequence[Tensor]) -> tuple[Batch, Found]:
+    """Where the batch is around watched nodes, and what is read there; None if not all."""
+    batch = follow_batch(losses, graph, watched=True)
     if not batch.reads:
         return batch, None
     found = in_a_pass_to_all(losses, graph, partial(read, graph, batch, own))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .protocol import widened
 
-RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # in torch's order
 
 
 class Steps:

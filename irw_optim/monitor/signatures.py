@@ -238,7 +238,7 @@ def stale_weights(course: Course) -> Iterator[Finding]:
     ages, agreements = column(held, "held_for"), column(held, "held_agreement")
     old = ages >= np.median(ages)
     now, age = float(np.median(agreements[old])), float(np.median(ages[old]))
-    if now < 0.75:
+    if now < 0.75:  # halfway between a coin's 1/2 and a perfect 1
         yield Finding(
             "stale_weights",
             f"weights held for {age:.0f} steps no longer say who is worst off: somebody in S has "

@@ -210,7 +210,7 @@ class IRWPrivacyEngine(PrivacyEngine):  # type: ignore[misc]  # Opacus is untype
                 sample_rate=shard.sample_rate,
                 generator=self.secure_rng or _of_this_rank(data_loader.generator),
             )
-            object.__setattr__(loader, "batch_sampler", own)
+            object.__setattr__(loader, "batch_sampler", own)  # which a DataLoader itself refuses
         return loader
 
     def _prepare_optimizer(

@@ -152,7 +152,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "max_grad_norm" and vars(self).get("_logical_batch"):
-            self._refuse_mid_batch(f"max_grad_norm={value!r}")
+            self._refuse_mid_batch(f"max_grad_norm={value!r}")  # its noise would be too small
         super().__setattr__(name, value)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -134,7 +134,7 @@ class DatasetGradients:
                 check_difference((scores - expected).abs().max(), expected.abs().max())
             parts.append((some, scores))
         scores = _in_order(parts)
-        if self._combined is not None:
+        if self._combined is not None:  # w^T (G v) = (G^T w)^T v
             weights, combined = self._combined
             terms = weights * scores
             product = sum((combined[p] * v).sum() for p, v in direction.items() if p in combined)

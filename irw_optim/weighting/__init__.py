@@ -226,7 +226,7 @@ class Averaging:
     """Plain training: equal weights, for equally many elements."""
 
     needs_gradients = False
-    needs_one_product = True
+    needs_one_product = True  # none at all, but the gradient
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None) -> StepRecord:
         """As of `Scheme`."""

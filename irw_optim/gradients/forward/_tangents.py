@@ -190,7 +190,7 @@ def _attended(*inputs: Any, scale: float, causal: bool) -> Tensor:
         None if d_query is None else d_query @ key.mT,
         None if d_key is None else query @ d_key.mT,
     )
-    back = torch.ops.aten._softmax_backward_data.default
+    back = torch.ops.aten._softmax_backward_data.default  # J = J^T
     change = added(
         None if of_scores is None else back(of_scores, weights, -1, weights.dtype) @ value,
         None if d_value is None else weights @ d_value,

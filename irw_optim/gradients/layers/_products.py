@@ -45,7 +45,7 @@ def scaled(rows: Tensor, weights: Tensor, in_place: bool = False) -> Tensor:
     column = weights.view(-1, *[1] * (rows.ndim - 1))
     if weights.dtype == rows.dtype:
         return rows.mul_(column) if in_place else rows * column
-    if rows.dtype in WIDER:
+    if rows.dtype in WIDER:  # rounded once, after the product
         return torch.mul(rows, column, out=rows if in_place else torch.empty_like(rows))
     return scaled(rows, weights.to(rows.dtype), in_place)
 
