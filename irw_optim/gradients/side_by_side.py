@@ -92,6 +92,7 @@ def _as_one(steps: Sequence[LayerCall]) -> LayerCall:
         return one
     one.recorded = torch.stack([step.input for step in steps], 1)
     one.settle(FIRST, one.batch_size)
+    one.version = one.input._version
     one.set_output_gradient(torch.stack([step.output_gradient for step in steps], 1))
     for step in steps:
         step.let_go()

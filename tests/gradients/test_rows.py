@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from irw_optim import IRWOptimizer
-from irw_optim.gradients.ghost import ghost_gradients
+from irw_optim.gradients.ghost import check_inputs, ghost_gradients
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.hooks import hook_layers, sites_noted
 from irw_optim.gradients.layers import LayerCall, RowsCall
@@ -97,7 +97,7 @@ class Steps(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         state = x[:, 0]
         for t in range(1, x.shape[1]):
-            state = torch.tanh(self.own(state) + x[:, t])
+            state = torch.tanh(self.own(state)).mul(2).add_(x[:, t])  # not its first version
         return self.last(state)
 
 
@@ -112,6 +112,7 @@ def test_nothing_of_steps_is_held_once_they_are_one():
     steps = [s.call for s in graph.sites if model.own.weight in {*s.call.parameters.values()}]
     assert len(joined.calls) == len(graph.sites) - len(steps) + 1
     assert not any(call.input.numel() or call.output_gradient.numel() for call in steps)
+    check_inputs(joined.calls)
     rows = {p: g.flatten(1) for p, g in joined.rows().items()}
     losses = F.cross_entropy(model(x), y, reduction="none")
     for sample, loss in enumerate(losses):
