@@ -78,21 +78,18 @@ def transposed(node: Any, tangents: Tangents) -> Tangents:
 _COPY = "torch::autograd::CopySlices"
 
 
-def _copied(seed: Tensor, kept: Any, taken: Any, base: Tensor | None, put: Any) -> Tensor | None:
+def _copied(seed: Tensor, kept: Any, taken: Any, base: Any, put: Any) -> Tensor | None:
     """Into a view, if unlike numbers that go back show this alone, and where."""
     if base is None or kept is None or not seed.is_cpu:  # to look would be to wait
         return None
     if seed.numel() * torch.finfo(seed.dtype).eps > 0.1:  # some are alike
         return None
-    stays = kept == seed
-    if stays.count_nonzero() != kept.count_nonzero():
-        return None
+    gone = kept == 0
     if put is None:
-        return base.where(stays, 0.0)
-    gone = ~stays
+        return base.masked_fill(gone, 0.0) if kept.where(~gone, seed).equal(seed) else None
     if taken is None or taken.dtype != seed.dtype or taken.numel() != gone.sum():
         return None
-    return base.masked_scatter(gone, put) if taken.equal(seed[gone].view_as(taken)) else None
+    return base.masked_scatter(gone, put) if kept.masked_scatter(gone, taken).equal(seed) else None
 
 
 _SAYS_NOT = "its gradient does not depend as it should on what it is given"
