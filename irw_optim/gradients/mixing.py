@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 from .graph import CallSite, Graph, Opaque
 from .layers import Layout
 from .mixing_rules import RULES, handed_on, mixing, permuting, removing, reshaped, swapping
-from .nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, mixes, shape_of
+from .nodes import COPY, SHARED, UNREAD, MixesError, Output, Rule, base_name, mixes, shape_of
 from .packed import ONE_LAYER
 
 
@@ -132,7 +132,9 @@ def _read_from(output: Output) -> int:
     read, total = (output.node(t).flatten() for t in (torch.ones_like(sample), sample))
     first, second = ((total == n * read).logical_and_(read > 0).nonzero()[0].item() for n in (0, 1))
     stride = int(second - first)
-    return stride if stride > 0 == len(read) % (stride * output.batch_size) else mixes()
+    if stride <= 0 or len(read) % (stride * output.batch_size):
+        mixes()
+    return stride
 
 
 def flattened_from(graph: Graph, losses: int) -> torch.Size | None:
@@ -174,7 +176,7 @@ def is_foreign(node: Node) -> bool:
 
 def is_watched(node: Node) -> bool:
     """Whether it shows only as it runs that a node keeps the samples apart."""
-    return base_name(node) in ("AsStrided", "torch::autograd::CopySlices") or is_foreign(node)
+    return base_name(node) in ("AsStrided", COPY) or is_foreign(node)
 
 
 def is_view(node: Node) -> bool:

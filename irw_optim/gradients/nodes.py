@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
+COPY = "torch::autograd::CopySlices"  # into a view
+
 _BASE_NAMES: dict[type[Node], str] = {}
 
 _SUFFIX = re.compile(r"Backward\d*$")

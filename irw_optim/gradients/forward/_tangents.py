@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 
 from irw_optim.gradients.layers import LSTM
 from irw_optim.gradients.mixing_rules import ATTENTION
-from irw_optim.gradients.nodes import base_name, pull, saved
+from irw_optim.gradients.nodes import COPY, base_name, pull, saved
 from irw_optim.gradients.recurrence import RECURRENT, linearized, steps_of
 
 Tangents: TypeAlias = Sequence[Tensor | None]
@@ -54,7 +54,7 @@ def transposed(node: Any, tangents: Tangents) -> Tangents:
     with torch.enable_grad():
         seeds = [_seed(node, metadata).requires_grad_() for metadata in node._input_metadata]
         pulled = pull(node, seeds)
-        if base_name(node) == _COPY and len(tangents) == 2:
+        if base_name(node) == COPY and len(tangents) == 2:
             copied = _copied(*seeds, *pulled, *tangents)
             if copied is not None:
                 return [copied]
@@ -73,9 +73,6 @@ def transposed(node: Any, tangents: Tangents) -> Tangents:
     if _may_hide(node) and not _add_up(pushed, list(zip(directions, gradients, strict=True))):
         raise RuntimeError(_SAYS_NOT)
     return [None if change is None else change.detach() for change in found]
-
-
-_COPY = "torch::autograd::CopySlices"
 
 
 def _copied(seed: Tensor, kept: Any, taken: Any, base: Any, put: Any) -> Tensor | None:
@@ -97,7 +94,7 @@ _SAYS_NOT = "its gradient does not depend as it should on what it is given"
 
 def _may_hide(node: Node) -> bool:
     """Functions in Python may detach what they are given; copies into views may call such."""
-    return base_name(node) in ("", _COPY)
+    return base_name(node) in ("", COPY)
 
 
 def _seed(node: Node, metadata: Any) -> Tensor:
