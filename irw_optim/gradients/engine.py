@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from irw_optim.attachments import Attachment, Renewed
 from irw_optim.torch_internals import is_sharded_here
 
+from .arrangement import arranged
 from .backward_passes import keep_freed_memory
 from .compiling import (
     compile_anew,
@@ -26,7 +27,7 @@ from .compiling import (
 from .coverage import Covering, Trust, covering_of, reads_of
 from .graph import Graph, OfKinds, Plan
 from .hooks import IN_CUDNN, hook_layers, silence_of, weighed_by, without_cudnn
-from .mixing import Batch, arranged, flattened_from, follow_batch
+from .mixing import Batch, flattened_from, follow_batch
 from .packed import packed_as_one
 from .protocol import PerSampleGradients
 from .readings import NOTHING_READ, plan_of, read_around, read_in_a_pass

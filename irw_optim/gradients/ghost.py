@@ -202,7 +202,7 @@ def _arrive(
 def _settled(site: CallSite, gradient: Tensor, retain_graph: bool, makes_rows: bool) -> LayerCall:
     # Another loss of the same graph has output gradients of its own.
     call = site.call.copy() if retain_graph else site.call
-    if call.input._version != call.version:
+    if call.recorded._version != call.version:
         check_inputs([call])
     if gradient.shape != site.shape:
         gradient = gradient.reshape(site.shape)
@@ -221,7 +221,7 @@ def _settled(site: CallSite, gradient: Tensor, retain_graph: bool, makes_rows: b
 def check_inputs(calls: Iterable[LayerCall]) -> None:
     """Raise if the input of a layer was changed in place since it was read."""
     for call in calls:
-        if call.input._version != call.version:
+        if call.recorded._version != call.version:
             shapes = [tuple(p.shape) for p in call.parameters.values()]
             raise RuntimeError(
                 f"the input of a layer with parameters of shape {shapes} was modified in place "

@@ -8,7 +8,7 @@ That says where the batch is in what each layer computes, too. Where sizes coinc
 was not followed, autograd checks the likeliest reading.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
-from .graph import CallSite, Graph, Opaque
-from .layers import Layout
+from .graph import Graph, Opaque
 from .mixing_rules import RULES, handed_on, mixing, permuting, removing, reshaped, swapping
+from .moved_rows import Rows
 from .nodes import COPY, SHARED, UNREAD, MixesError, Output, Rule, base_name, mixes, shape_of
 from .packed import ONE_LAYER
 
@@ -37,13 +37,14 @@ class Batch(NamedTuple):
     """Where the batch is in a graph, as far as it can be followed."""
 
     mixed_by: str | None  # the first operation that may mix the samples
-    # Its stride in each output, or `SHARED`, by the node's place.
-    places: Mapping[tuple[int, int], int] = MappingProxyType({})
+    # Its stride in each output, or `SHARED`, by the node's place; and to whom rows belong.
+    places: Mapping[tuple[int, int], tuple[int, int]] = MappingProxyType({})
     reads: tuple[int, ...] = ()  # of each leaf, or of what is made of it, by operations on samples
     computes_shared: bool = False  # whether weights alone make more than views
     crossings: tuple[Crossing, ...] = ()
     surely_mixes: bool = False  # whether `mixed_by` is known to mix
     opaque: Opaque = {}  # noqa: RUF012 (never written to)
+    rows: Rows | None = None  # behind indices
 
     @property
     def followed(self) -> bool:
@@ -57,7 +58,8 @@ def follow_batch(losses: Tensor, graph: Graph, *, watched: bool = False) -> Batc
     What operations read that are ``watched`` is taken to hold it as what they make, or first.
     """
     may_mix: str | None = None
-    places = {(0, losses.output_nr): 1}
+    places = {(0, losses.output_nr): (1, 0)}
+    rows = Rows(graph, len(losses), losses.device)
     outputs = {0: [losses.output_nr]}
     reads: dict[Node, int] = {}
     crossings: list[Crossing] = []
@@ -65,28 +67,32 @@ def follow_batch(losses: Tensor, graph: Graph, *, watched: bool = False) -> Batc
     computes_shared = False
     for at, node in enumerate(graph.order):
         for number in outputs.get(at, ()):
-            stride, weight = places[at, number], 1
+            (stride, owners), weight = places[at, number], 1
+            theirs: Sequence[int] = [owners] * len(node.next_functions)
             if stride == SHARED:
                 found: Sequence[int] = [SHARED] * len(node.next_functions)
                 weight = reads.get(node, 0)
                 computes_shared |= not is_view(node)
             else:
-                opaque = watched and is_watched(node)
+                opaque = watched and is_watched(node) and not owners
                 try:
-                    made = Output(node, number, stride, len(losses))
-                    found = _likely(made) if opaque else rule_for(node)(made)
+                    made = Output(node, number, stride, len(rows.owners[owners]))
+                    if opaque:
+                        found = _likely(made)
+                    else:
+                        found, theirs = rows.read_by(rule_for(node), at, made, owners)
                 except (MixesError, AttributeError, IndexError, RuntimeError):
                     # Or another version of torch; or a graph that is freed.
                     surely = rule_for(node) is not mixing
-                    return Batch(node.name(), places, surely_mixes=surely)
+                    return Batch(node.name(), places, surely_mixes=surely, rows=rows)
                 if opaque:
                     may_mix = may_mix or node.name()
                     hidden.setdefault(at, ({}, dict(enumerate(found))))[0][number] = stride
-            read = list(zip(node.next_functions, found, strict=False))
-            shared = [n for n, ((p, _), place) in enumerate(read) if p and place == SHARED]
+            read = list(zip(node.next_functions, found, theirs, strict=False))
+            shared = [n for n, ((p, _), place, _) in enumerate(read) if p and place == SHARED]
             if shared and stride != SHARED:
                 crossings.append(Crossing(at, number, tuple(shared)))
-            for (parent, output), place in read:
+            for (parent, output), place, whose in read:
                 if parent is None or place == UNREAD:
                     continue
                 if place == SHARED:
@@ -96,10 +102,14 @@ def follow_batch(losses: Tensor, graph: Graph, *, watched: bool = False) -> Batc
                 key = graph.nodes[parent], output
                 if key not in places:
                     outputs.setdefault(key[0], []).append(output)
-                if places.setdefault(key, place) != place:
-                    return Batch(parent.name(), places, surely_mixes=True)
+                way = place, 0 if place == SHARED else whose
+                if (known := places.setdefault(key, way)) != way:
+                    try:
+                        places[key] = rows.meet(known, way)
+                    except MixesError:
+                        return Batch(parent.name(), places, surely_mixes=True, rows=rows)
     counted = tuple(reads.get(node, 0) for node in graph.leaf_nodes)
-    return Batch(may_mix, places, counted, computes_shared, tuple(crossings), opaque=hidden)
+    return Batch(may_mix, places, counted, computes_shared, tuple(crossings), False, hidden, rows)
 
 
 def _likely(output: Output) -> Sequence[int]:
@@ -189,109 +199,3 @@ def _is_torchs_identity(node: BackwardCFunction) -> bool:
     function = getattr(node, "_forward_cls", type(node))
     names = ("BackwardHookFunction", "RegisterPostBackwardFunction", "_DDPSink")
     return function.__module__.startswith("torch.") and function.__name__ in names
-
-
-def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
-    """The layer calls of a graph with the batch first, where they have one."""
-
-    def stride_at(site: CallSite) -> int | None:
-        return batch.places.get((graph.nodes[site.edge.node], site.edge.output_nr))
-
-    def may_be(layout: Layout, site: CallSite) -> bool:
-        stride = stride_at(site)
-        is_known = batch.followed or stride is not None
-        return stride_in(layout, site.shape, batch_size) == stride or not is_known
-
-    sites: list[CallSite] = []
-    for site in graph.sites:
-        stride = stride_at(site)
-        offered = list(site.call.layouts(batch_size, site.shape))
-        offered += _between(offered, site.shape, stride or 0, batch_size)
-        right = [n for n in offered if may_be(n, site)]
-        is_known = batch.followed or stride is not None
-        if site.call.may_lack_batch and not (is_known and right):
-            sums = _sites_of_sums(site, graph, batch_size)
-            if sums is not None and all(may_be(Layout(sums[0]), s) for s in sums[1]):
-                sites += sums[1]
-                continue
-        site.call.settle(right[0] if right else None, batch_size)
-        sites.append(site)
-    return sites
-
-
-def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:
-    """Of the batch, in a tensor with such a layout."""
-    behind = prod(shape[layout.dim + 1 :])
-    if layout.fold == "batch major":
-        return behind * shape[layout.dim] // batch_size
-    return behind * layout.inner
-
-
-def _between(
-    offered: Sequence[Layout], shape: torch.Size, stride: int, batch_size: int
-) -> list[Layout]:
-    found = []
-    for layout in offered:
-        inner = stride // max(1, prod(shape[layout.dim + 1 :]))
-        fits = inner > 1 and shape[layout.dim] % (inner * batch_size) == 0
-        if layout.fold == "batch minor" and fits:
-            found.append(layout._replace(fold="between", inner=inner))
-    return found
-
-
-_HANDS_ON = frozenset({"AddBackward0", "UnsqueezeBackward0", "ExpandBackward0", "AliasBackward0"})
-"""Their gradient is that of what they read, but for repetitions."""
-
-
-def _sites_of_sums(
-    site: CallSite, graph: Graph, batch_size: int
-) -> tuple[int, list[CallSite]] | None:
-    """As if every sample had made the call, at the sums where it meets the batch.
-
-    ``tokens(x) + positions(arange(T))`` computes the second term without one. None where anything
-    else reads the output.
-    """
-    met = _meets_the_batch(site, graph.nodes, batch_size)
-    dims = {dim for _, dim in met}
-    if len(dims) != 1:
-        return None
-    (dim,) = dims
-    call = site.call.for_every_sample(batch_size, dim)
-    if call is None:
-        return None
-    shape = torch.Size([*call.recorded.shape, site.shape[-1]])
-    if any(shape_of(node) != shape for node, _ in met):
-        return None
-    return dim, [CallSite(call.copy(), GradientEdge(node, 0), shape) for node, _ in met]
-
-
-def _meets_the_batch(
-    site: CallSite, nodes: Iterable[Node], batch_size: int
-) -> list[tuple[Node, int]]:
-    """Where it is repeated for every sample, and along which dimension."""
-    readers: dict[tuple[Node | None, int], list[Node]] = {}
-    for node in nodes:
-        for parent in node.next_functions:
-            readers.setdefault(parent, []).append(node)
-    met: list[tuple[Node, int]] = []
-    waiting = [(site.edge.node, site.edge.output_nr, site.shape)]
-    while waiting:
-        node, number, before = waiting.pop()
-        read_by = readers.get((node, number), [])
-        if not read_by:
-            return []
-        for reader in read_by:
-            after = shape_of(reader)
-            if reader.name() not in _HANDS_ON or getattr(reader, "_saved_alpha", 1) != 1:
-                return []
-            if after.numel() == before.numel() and batch_size > 1:
-                waiting.append((reader, 0, after))
-                continue
-            padded = [*[1] * (len(after) - len(before)), *before]
-            repeated = [d for d, n in enumerate(padded) if n == 1 and after[d] != 1]
-            if batch_size == 1 and not repeated:
-                repeated = [0]
-            if len(repeated) != 1 or after[repeated[0]] != batch_size:
-                return []
-            met.append((reader, repeated[0]))
-    return met

@@ -268,7 +268,7 @@ class ChainedCall(LayerCall):
 
 _ASKED_OF_THE_CALL = (
     "recorded input version batch_size output_gradient precision needs_autograd_combine layout "
-    "layouts settle let_go forget_values"
+    "layouts is_sequence settle let_go forget_values"
 )
 for _name in _ASKED_OF_THE_CALL.split():
     setattr(ChainedCall, _name, property(attrgetter(f"call.{_name}")))

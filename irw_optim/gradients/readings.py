@@ -17,6 +17,7 @@ from .coverage import Covering
 from .graph import CallSite, Graph, Plan, Remade
 from .layers import FIRST, LayerCall, Layout, LinearCall
 from .mixing import Batch, follow_batch
+from .moved_rows import PaddedLayout, Rows, rows_along
 from .node_rules import FUSED_CELLS, NodeRule, Weight, Weights, of_each_number, rule_of, summands
 from .nodes import base_name
 from .places import Places
@@ -111,7 +112,10 @@ def read_around(losses: Tensor, graph: Graph, own: Sequence[Tensor]) -> tuple[Ba
 
 
 def sites_of(
-    readings: Iterable[Reading], graph: Graph, batch_size: int | None = None
+    readings: Iterable[Reading],
+    graph: Graph,
+    batch_size: int | None = None,
+    rows: Rows | None = None,
 ) -> list[CallSite] | None:
     """The layer calls of a graph; with a ``batch_size`` in their layouts. None for new settings."""
     sites: list[CallSite] = []
@@ -128,17 +132,23 @@ def sites_of(
             if batch_size is not None:
                 if reading.layouts is None or len(reading.layouts) != len(calls):
                     return None
-                call.settle(reading.layouts[number], batch_size)
+                layout = reading.layouts[number]
+                if rows is not None and isinstance(layout, PaddedLayout):
+                    layout = rows.padded(layout.dim, layout.owners)
+                call.settle(layout, batch_size)
             sites.append(CallSite(call, edge, call.output_shape or shape))
     return sites
 
 
 def plan_of(readings: Sequence[Reading], graph: Graph, covering: Covering, batch: Batch) -> Plan:
     """For graphs of the kind of one whose calls have their layouts."""
-    settled = _with_layouts(readings, graph)
+    settled, ways = _with_layouts(readings, graph), batch.rows.ways if batch.rows else ()
 
     def read(graph: Graph, losses: Tensor) -> list[CallSite] | None:
-        return sites_of(settled, graph, losses.shape[0])
+        rows = rows_along(ways, graph, losses) if ways else None
+        if ways and not rows:
+            return None
+        return sites_of(settled, graph, losses.shape[0], rows)
 
     def read_in_a_pass(graph: Graph, losses: Tensor) -> list[CallSite] | None:
         return in_a_pass_to_all(losses, graph, partial(read, graph, losses))

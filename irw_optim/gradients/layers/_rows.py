@@ -129,6 +129,7 @@ class ElementwiseCall(LayerCall):
     """
 
     made_of_b = "reduced"
+    is_sequence = True
 
     def __init__(
         self, parameter: Tensor, factor: Tensor | None, output: Tensor, scale: float = 1

@@ -1,0 +1,248 @@
+"""Whose each row is, where an index moves rows: nodes and edges of graphs, tokens of experts.
+
+A batch of graphs is one graph of many parts, and no stride tells whose a node is. Behind an index
+each row is followed as a sample of its own; the sample that has a sum owns what was added to it.
+Indices change from step to step, so that is found anew in each.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .graph import CallSite, Graph
+from .layers import Layout
+from .nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, mixes
+
+NOBODYS = -1
+"""The owner of rows that nothing reads."""
+
+PADDED = 4
+"""Times as many rows as there are, at most, with as many for each sample."""
+
+_TAKE_ROWS = "Gather", "Index", "IndexSelect"
+_PUT_ROWS = (
+    "IndexAdd",
+    "IndexCopy",
+    "IndexPut",
+    "IndexReduce",
+    "Scatter",
+    "ScatterAdd",
+    "ScatterReduce",
+)
+
+
+class _Move(NamedTuple):
+    """An index through which rows were followed."""
+
+    place: int  # of its node in the graph's order
+    puts: bool  # rather than takes
+    owners: int  # those of the output, by number
+    dim: int
+    size: int  # of the output there,
+    inner: int  # of which so many adjacent ones are one row
+    rows: int  # that are read
+
+
+class _Meeting(NamedTuple):
+    """A tensor that was reached in two ways."""
+
+    rows: int
+    stride: int  # of a row
+    reached: tuple[tuple[int, int], ...]  # stride and number of the owners
+
+
+class PaddedLayout(Layout):
+    """Rows in any order, padded with zeros to as many for each sample."""
+
+    owners: int  # by number
+    slots: Tensor  # of each row, (rows,)
+    most: int  # rows of a sample
+
+    def bring(self, tensor: Tensor, batch_size: int) -> Tensor:
+        rows: Tensor = tensor.movedim(self.dim, 0)
+        padded = rows[:1].expand(batch_size * self.most, *rows.shape[1:])
+        if any(rows.stride()):  # not one number for all
+            padded = torch.zeros_like(padded).index_copy_(0, self.slots, rows)
+        padded = padded.view(batch_size, self.most, *rows.shape[1:])
+        return padded.movedim(1, self.dim + 1)
+
+
+class Rows:
+    """To whom rows belong, by number: 0 is the samples themselves, or as many rows for each."""
+
+    def __init__(self, graph: Graph, batch_size: int, device: torch.device) -> None:
+        self.graph = graph
+        self.owners = [torch.arange(batch_size, device=device)]
+        self.ways: list[tuple[_Move | _Meeting, int]] = []
+        self._known: dict[Hashable, tuple[int, Tensor]] = {}
+        self._spreads: dict[tuple[int, int, int], Tensor] = {}
+        self._slots: dict[int, tuple[Tensor, int]] = {}
+
+    def read_by(
+        self, rule: Rule, place: int, output: Output, owners: int
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Strides in what a node reads, and the owners of the rows there."""
+        try:
+            return rule(output), [owners] * len(output.inputs)
+        except MixesError:
+            if not _is_along_rows(output):
+                raise
+        puts = base_name(output.node) in _PUT_ROWS
+        dim, inner = output.located or mixes()
+        moved, stays = output.inputs[puts], [output.stride] * puts
+        if not moved or 0 in moved:
+            return [*stays, UNREAD], [owners, owners]
+        rows = moved[dim]
+        if rows == 1:
+            mixes()
+        number = self._note(_Move(place, puts, owners, dim, output.shape[dim], inner, rows))
+        stride = self._rows_each(number, rows) * prod(moved[dim + 1 :])
+        return [*stays, stride], [*[owners] * puts, number]
+
+    def meet(self, one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+        """Stride and owners where a tensor was reached by two ways."""
+        by_row = [way for way in (one, other) if way[1]]
+        if not by_row or SHARED in (one[0], other[0]):
+            mixes()
+        stride, rows = by_row[0][0], len(self.owners[by_row[0][1]])
+        if any(s != stride or len(self.owners[n]) != rows for s, n in by_row):
+            mixes()
+        number = self._note(_Meeting(rows, stride, (one, other)))
+        return stride * self._rows_each(number, rows), number
+
+    def layout_of(self, site: CallSite, stride: int, owners: int) -> PaddedLayout | None:
+        """Of a call that reads such rows; None where it has none."""
+        rows, call = len(self.owners[owners]), site.call
+        for layout in call.layouts(rows, site.shape) if call.is_sequence else ():
+            if not layout.fold and prod(site.shape[layout.dim + 1 :]) == stride:
+                found = self.padded(layout.dim, owners)
+                return found if found.most * len(self.owners[0]) <= PADDED * rows else None
+        return None
+
+    def padded(self, dim: int, owners: int) -> PaddedLayout:
+        if owners not in self._slots:
+            self._slots[owners] = _slots(self.owners[owners], len(self.owners[0]))
+        layout = PaddedLayout(dim, "padded")
+        layout.owners, (layout.slots, layout.most) = owners, self._slots[owners]
+        return layout
+
+    def number_of(self, way: _Move | _Meeting) -> int:
+        """Of the owners; samples that meet raise `MixesError`."""
+        if isinstance(way, _Meeting):
+            vectors = [self._of_rows(way, *one) for one in way.reached]
+            return self._number(_agreed(*vectors))
+        index = _index_of(self.graph.order[way.place], way.dim).to(self.owners[0].device)
+        key = index.data_ptr(), index.shape, index.stride(), way[1:]
+        if key not in self._known:  # with the index, so that nothing else takes its place
+            self._known[key] = self._behind(way, index), index
+        return self._known[key][0]
+
+    def _note(self, way: _Move | _Meeting) -> int:
+        number = self.number_of(way)
+        self.ways.append((way, number))
+        return number
+
+    def _behind(self, way: _Move, index: Tensor) -> int:
+        ahead = self._spread(way.owners, way.inner, way.size)
+        owners = ahead[index] if way.puts else None
+        for number, known in self._of_as_many(way.rows):
+            mine, theirs = (known, owners) if owners is not None else (known[index], ahead)
+            if torch.equal(mine, theirs):
+                return number
+        if owners is None:
+            index = index % way.rows  # some count from the end
+            nobodys = torch.full((way.rows,), NOBODYS, device=index.device)
+            owners = nobodys.scatter_reduce(0, index, ahead, "amax")
+            _agreed(owners[index], ahead)
+        return self._number(owners) if len(owners) == way.rows else mixes()
+
+    def _of_as_many(self, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """The owners that so many rows may have, by number."""
+        if rows % len(self.owners[0]) == 0:
+            yield 0, self._spread(0, self._rows_each(0, rows), rows)
+        yield from [(n, o) for n, o in enumerate(self.owners) if n and len(o) == rows]
+
+    def _spread(self, number: int, inner: int, size: int) -> Tensor:
+        """The owners along a dimension of so many, where so many adjacent ones are one row."""
+        key = number, inner, size
+        if key not in self._spreads:
+            rows = self.owners[number].repeat_interleave(inner)
+            if size % len(rows):
+                mixes()
+            self._spreads[key] = rows if len(rows) == size else rows.repeat(size // len(rows))
+        return self._spreads[key]
+
+    def _of_rows(self, met: _Meeting, stride: int, number: int) -> Tensor:
+        if number:
+            return self.owners[number]
+        return mixes() if stride % met.stride else self._spread(0, stride // met.stride, met.rows)
+
+    def _number(self, owners: Tensor) -> int:
+        for number, known in self._of_as_many(len(owners)):
+            if bool(((owners == known) | (owners == NOBODYS)).all()):
+                return number
+        self.owners.append(owners)
+        return len(self.owners) - 1
+
+    def _rows_each(self, number: int, rows: int) -> int:
+        return 1 if number else rows // len(self.owners[0])
+
+
+def rows_along(
+    ways: Sequence[tuple[_Move | _Meeting, int]], graph: Graph, losses: Tensor
+) -> Rows | None:
+    """In another graph of the kind; None where they go other ways, or meet."""
+    rows = Rows(graph, len(losses), losses.device)
+    try:
+        same = all(rows.number_of(way) == number for way, number in ways)
+    except (MixesError, IndexError, RuntimeError):
+        return None
+    return rows if same else None
+
+
+def _is_along_rows(output: Output) -> bool:
+    """Whether an index of one dimension takes or puts whole rows."""
+    if base_name(output.node) not in _TAKE_ROWS + _PUT_ROWS:
+        return False
+    dim = output.dim
+    if not hasattr(output.node, "_saved_indices"):
+        return output.saved_dims() == [dim]
+    indices = output.node._saved_indices
+    given = [n for n, index in enumerate(indices) if index is not None]
+    return given == [*range(dim, dim + len(given))] and all(indices[n].ndim == 1 for n in given)
+
+
+def _agreed(one: Tensor, other: Tensor) -> Tensor:
+    """Of two ways to say whose rows are."""
+    if bool(((one != other) & (one != NOBODYS) & (other != NOBODYS)).any()):
+        mixes()
+    return torch.maximum(one, other)
+
+
+def _index_of(node: Any, dim: int) -> Tensor:
+    """That along the rows; for each number of a row the same."""
+    if hasattr(node, "_saved_indices"):
+        index: Tensor = node._saved_indices[dim]
+        return index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
+    index = node._saved_index.long()
+    for other in reversed(range(index.ndim)):
+        if other != dim:
+            first = index.select(other, 0)
+            if index.stride(other) and bool((index != first.unsqueeze(other)).any()):
+                mixes()
+            index = first
+    return index
+
+
+def _slots(owners: Tensor, samples: int) -> tuple[Tensor, int]:
+    """Where each row stands, in rows padded to as many for each sample; and how many these are."""
+    owners = torch.where(owners == NOBODYS, owners.cummax(0).values.clamp(min=0), owners)
+    counts = owners.bincount(minlength=samples)
+    most = int(counts.max())
+    order = owners.argsort(stable=True)
+    at = torch.arange(len(owners), device=owners.device)
+    place = torch.empty_like(order).scatter_(0, order, at)
+    return owners * most + place - (counts.cumsum(0) - counts)[owners], most

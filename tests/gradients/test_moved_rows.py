@@ -1,0 +1,340 @@
+"""Rows that an index moves: nodes and edges of graphs of all sizes, bags, tokens of experts.
+
+Whose a row is changes from step to step; products are quick where the samples stay apart, and the
+step is the loop's wherever they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import products
+import pytest
+import reference
+import torch
+from agreement import agree
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from irw_optim import DBSCANFilter, IRWOptimizer
+
+B, D, ALPHA = 5, 4, 0.4
+
+
+@pytest.fixture(autouse=True)
+def _in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Graphs(NamedTuple):
+    """Samples with nodes and, between these, edges."""
+
+    x: Tensor  # (nodes, D)
+    edges: Tensor  # (2, edges)
+    sample: Tensor  # of each node
+
+    def spread(self, values: Tensor, index: Tensor) -> Tensor:
+        """The index, repeated for each number of a row."""
+        return index.view(-1, *[1] * (values.ndim - 1)).expand_as(values)
+
+
+def graphs(sizes: list[int], seed: int = 0, each: int = 3) -> Graphs:
+    """With so many edges for each node, in an order that tells nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
+    edges = [
+        torch.randint(max(1, size), (2, each * size), generator=generator) + start
+        for size, start in zip(sizes, starts, strict=True)
+    ]
+    joined = torch.cat(edges, 1)
+    joined = joined[:, torch.randperm(joined.shape[1], generator=generator)]
+    sample = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return Graphs(torch.randn(len(sample), D, generator=generator), joined, sample)
+
+
+RAGGED, EQUAL = [3, 1, 4, 2, 5], [3] * B
+
+
+def zeros(rows: int, h: Tensor) -> Tensor:
+    return h.new_zeros(rows, *h.shape[1:])
+
+
+def added(h: Tensor, g: Graphs) -> Tensor:
+    return zeros(B, h).index_add(0, g.sample, h)
+
+
+def half_added(h: Tensor, g: Graphs) -> Tensor:
+    return zeros(B, h).index_add_(0, g.sample.int(), h, alpha=0.5)
+
+
+def scattered(h: Tensor, g: Graphs) -> Tensor:
+    return zeros(B, h).scatter_add(0, g.spread(h, g.sample), h)
+
+
+def reduced(how: str, start: float = 0.0) -> Callable[[Tensor, Graphs], Tensor]:
+    def pool(h: Tensor, g: Graphs) -> Tensor:
+        whole = torch.full((B, D), start)
+        return whole.scatter_reduce(0, g.spread(h, g.sample), h, how, include_self=False)
+
+    return pool
+
+
+def put(h: Tensor, g: Graphs) -> Tensor:
+    return zeros(B, h).index_put((g.sample,), h, accumulate=True)
+
+
+def dense(h: Tensor, g: Graphs) -> Tensor:
+    """Padded, as for attention."""
+    most = int(g.sample.bincount().max())
+    position = torch.cat([torch.arange(int(n)) for n in g.sample.bincount(minlength=B)])
+    padded = zeros(B * most, h)
+    padded[g.sample * most + position] = h
+    return padded.view(B, most, D).tanh().sum(1)
+
+
+POOLS = {
+    "index_add": added,
+    "index_add with a factor": half_added,
+    "scatter_add": scattered,
+    "mean": reduced("mean"),
+    "maximum": reduced("amax", -9.0),
+    "index_put": put,
+    "dense": dense,
+}
+
+
+def message(h: Tensor, g: Graphs) -> Tensor:
+    source, target = g.edges
+    return h + torch.zeros_like(h).index_add(0, target, h[source].tanh())
+
+
+def gathered(h: Tensor, g: Graphs) -> Tensor:
+    source, target = g.edges
+    h = h.view(len(h), 2, D // 2)
+    along = h.index_select(0, source) * h.gather(0, g.spread(h[target], target))
+    return torch.zeros_like(h).scatter_add(0, g.spread(along, target), along).flatten(1)
+
+
+def attended(h: Tensor, g: Graphs) -> Tensor:
+    """A softmax over the edges that end in a node."""
+    source, target = g.edges
+    score = (h[source] * h[target]).sum(1)
+    largest = score.new_full((len(h),), -9.0).scatter_reduce(0, target, score.detach(), "amax")
+    weight = (score - largest[target]).exp()
+    total = weight.new_zeros(len(h)).index_add(0, target, weight) + 1e-9
+    return torch.zeros_like(h).index_add(0, target, h[source] * (weight / total[target])[:, None])
+
+
+def some_kept(h: Tensor, g: Graphs) -> Tensor:
+    """As a pooling of graphs keeps the highest nodes; the rest are read nowhere."""
+    kept = (g.x[:, 0] > 0).nonzero().squeeze(1).flip(0)
+    return zeros(len(h), h).index_add(0, kept, h[kept] * h[kept].sigmoid())
+
+
+def masked(h: Tensor, g: Graphs) -> Tensor:
+    mask = g.x[:, 0] > 0
+    out = h.clone()
+    out[mask] = h[mask].tanh()
+    return out
+
+
+MOVES = {
+    "messages": message,
+    "gathered": gathered,
+    "attended": attended,
+    "counted from the end": lambda h, g: h[torch.arange(len(h)) - len(h)].tanh(),
+    "some kept": some_kept,
+    "masked": masked,
+    "one of each row": lambda h, g: h * h[torch.arange(len(h)), g.sample % D].unsqueeze(1),
+}
+
+
+class Net(nn.Module):
+    """Layers between two moves, and an answer for each sample."""
+
+    def __init__(self, move: Callable[[Tensor, Graphs], Tensor], pool: Callable) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 3)
+        self.norm, self.scale = nn.LayerNorm(D), nn.Parameter(torch.randn(D))
+        self.move, self.pool = move, pool
+
+    def forward(self, g: Graphs) -> Tensor:
+        h = self.move(self.first(g.x), g)
+        h = self.move(self.norm(F.elu(self.second(h))) * self.scale, g)
+        return self.head(self.pool(h, g))
+
+
+def losses_of(net: nn.Module, g: Graphs) -> Tensor:
+    return net(g).square().sum(1)
+
+
+def optimizer_of(net: nn.Module, **options) -> IRWOptimizer:
+    return IRWOptimizer(
+        torch.optim.SGD(net.parameters(), lr=1e-4), alpha=ALPHA, model=net, **options
+    )
+
+
+def step(net: nn.Module, optimizer: IRWOptimizer, g: Graphs) -> None:
+    truth = reference.step(losses_of(net, g), net.parameters(), ALPHA)
+    optimizer.zero_grad()
+    optimizer.backward(losses_of(net, g))
+    agree(optimizer, net, truth)
+    optimizer.step()
+
+
+def is_quick(net: nn.Module, optimizer: IRWOptimizer) -> bool:
+    return optimizer.engine.covered_parameters() == set(net.parameters())
+
+
+@pytest.mark.parametrize("sizes", [RAGGED, EQUAL], ids=["ragged", "equal"])
+@pytest.mark.parametrize("move", MOVES)
+def test_every_way_to_move_rows_has_quick_products(move, sizes):
+    torch.manual_seed(0)
+    net, g = Net(MOVES[move], added), graphs(sizes)
+    products.check(net, lambda net: losses_of(net, g), "auto", 1e-10, B)
+    optimizer = optimizer_of(net)
+    for seed in range(3):
+        step(net, optimizer, graphs(sizes, seed))
+    assert is_quick(net, optimizer)
+
+
+@pytest.mark.parametrize("sizes", [RAGGED, EQUAL, [4, 0, 2, 6, 3]], ids=["ragged", "equal", "none"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_way_to_a_sample_has_quick_products(pool, sizes):
+    torch.manual_seed(0)
+    net, g = Net(message, POOLS[pool]), graphs(sizes)
+    products.check(net, lambda net: losses_of(net, g), "auto", 1e-10, B)
+    optimizer = optimizer_of(net)
+    for seed in range(3):
+        step(net, optimizer, graphs(sizes, seed))
+    assert is_quick(net, optimizer)
+
+
+def test_sizes_that_differ_from_step_to_step_in_a_graph_of_one_kind():
+    torch.manual_seed(0)
+    net = Net(message, added)
+    optimizer = optimizer_of(net)
+    for seed in range(12):
+        sizes = RAGGED[seed % B :] + RAGGED[: seed % B]
+        step(net, optimizer, graphs(EQUAL if seed % 4 == 3 else sizes, seed))
+    assert len(optimizer.engine.plans) == 1
+    assert is_quick(net, optimizer)
+
+
+@pytest.mark.parametrize("met_at", [1, 3, 5, 6])
+def test_samples_that_come_to_meet_in_a_graph_of_one_kind(met_at):
+    torch.manual_seed(0)
+    net = Net(message, added)
+    optimizer = optimizer_of(net)
+    for seed in range(8):
+        g = graphs(RAGGED, seed)
+        if seed == met_at:
+            g.edges[0, 0], g.edges[1, 0] = 0, len(g.x) - 1  # from the first sample to the last
+        step(net, optimizer, g)
+
+
+def test_nodes_of_two_samples_in_one_sum():
+    torch.manual_seed(0)
+    net = Net(lambda h, g: h + h.new_zeros(1, D).index_add(0, g.sample * 0, h), added)
+    optimizer = optimizer_of(net)
+    for seed in range(3):
+        step(net, optimizer, graphs(RAGGED, seed))
+    assert not is_quick(net, optimizer)
+
+
+def test_two_batches_of_one_kind_on_their_way():
+    torch.manual_seed(0)
+    net = Net(message, added)
+    optimizer = optimizer_of(net)
+    first, second = graphs(RAGGED, 1), graphs(RAGGED[::-1], 2)
+    for _ in range(4):
+        truths = [
+            reference.step(losses_of(net, g), net.parameters(), ALPHA) for g in (first, second)
+        ]
+        optimizer.zero_grad()
+        pending = [losses_of(net, g) for g in (first, second)]
+        for losses in pending:
+            optimizer.backward(losses)
+        expected = [sum(parts) for parts in zip(*(t.gradients for t in truths), strict=True)]
+        for p, gradient in zip(net.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+
+
+def test_one_sample_that_has_most_rows_costs_no_padding():
+    torch.manual_seed(0)
+    net, sizes = Net(message, added), [40, 1, 1, 1, 1]
+    optimizer = optimizer_of(net)
+    for seed in range(3):
+        step(net, optimizer, graphs(sizes, seed))
+    assert not is_quick(net, optimizer)
+
+
+class Experts(nn.Module):
+    """Each token goes to two of three experts, weighed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Linear(D, 3), nn.Linear(D, 2)
+        self.experts = nn.Parameter(torch.randn(3, D, D))
+
+    def forward(self, g: Graphs) -> Tensor:
+        tokens = g.x[: 3 * B].view(B, 3, D).flatten(0, 1)
+        weights, chosen = self.gate(tokens).softmax(1).topk(2)
+        out = torch.zeros_like(tokens)
+        for number in range(3):
+            rows, position = (chosen == number).nonzero(as_tuple=True)
+            made = F.linear(tokens[rows], self.experts[number]).relu()
+            out.index_add_(0, rows, made * weights[rows, position, None])
+        return self.head(out.view(B, 3, D).mean(1))
+
+
+def test_tokens_of_experts():
+    torch.manual_seed(0)
+    net = Experts()
+    optimizer = optimizer_of(net)
+    for seed in range(6):
+        step(net, optimizer, graphs(EQUAL, seed))
+    assert is_quick(net, optimizer)
+
+
+class Bags(nn.Module):
+    """Pictures in bags of all sizes, of which attention takes a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.score, self.head = nn.Conv2d(1, 3, 2), nn.Linear(3, 1), nn.Linear(3, 2)
+        self.norm = nn.GroupNorm(1, 3)
+
+    def forward(self, g: Graphs) -> Tensor:
+        h = self.norm(self.read(g.x.view(-1, 1, 2, 2).repeat(1, 1, 2, 2))).relu().mean((2, 3))
+        weight = self.score(h.tanh()).exp()
+        total = weight.new_zeros(B, 1).index_add(0, g.sample, weight)
+        return self.head(h.new_zeros(B, 3).index_add(0, g.sample, h * weight / total[g.sample]))
+
+
+def test_pictures_in_bags():
+    torch.manual_seed(0)
+    net, g = Bags(), graphs(RAGGED)
+    products.check(net, lambda net: losses_of(net, g), "auto", 1e-10, B)
+    optimizer = optimizer_of(net)
+    step(net, optimizer, g)
+    assert is_quick(net, optimizer)
+
+
+def test_outliers_among_graphs():
+    torch.manual_seed(0)
+    net, twin = Net(message, added), Net(message, added)
+    twin.load_state_dict(net.state_dict())
+    ours = optimizer_of(net, outliers=DBSCANFilter(eps=0.5, min_samples=2))
+    loop = optimizer_of(twin, outliers=DBSCANFilter(eps=0.5, min_samples=2), engine="autodiff")
+    for seed in range(3):
+        for model, optimizer in ((net, ours), (twin, loop)):
+            optimizer.zero_grad()
+            optimizer.backward(losses_of(model, graphs(RAGGED, seed)))
+            optimizer.step()
+        torch.testing.assert_close(ours.last_step.weights, loop.last_step.weights)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
