@@ -14,15 +14,18 @@ from torch import Tensor
 
 from .graph import CallSite, Graph
 from .layers import Layout
-from .nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, mixes
+from .nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, mixes, shape_of, signed
 
 NOBODYS = -1
 """The owner of rows that nothing reads."""
 
+IN_TURNS = -1
+"""The number of owners that have one row each in turns."""
+
 PADDED = 4
 """Times as many rows as there are, at most, with as many for each sample."""
 
-_TAKE_ROWS = "Gather", "Index", "IndexSelect"
+_TAKE_ROWS = "Gather", "Index", "IndexSelect", "Slice"
 _PUT_ROWS = (
     "IndexAdd",
     "IndexCopy",
@@ -88,19 +91,20 @@ class Rows:
         try:
             return rule(output), [owners] * len(output.inputs)
         except MixesError:
-            if not _is_along_rows(output):
-                raise
-        puts = base_name(output.node) in _PUT_ROWS
-        dim, inner = output.located or mixes()
+            puts, dim, width, gone = _addressed(output)
         moved, stays = output.inputs[puts], [output.stride] * puts
         if not moved or 0 in moved:
             return [*stays, UNREAD], [owners, owners]
-        rows = moved[dim]
-        if rows == 1:
+        wider = len(output.shape) - len(moved) if puts else len(moved) - len(output.shape)
+        made, read = (width, 1) if puts else (1, width)
+        inner, left = divmod(output.stride, prod(output.shape[dim + made :]))
+        rows = prod(moved[dim : dim + read])
+        if wider != gone - 1 or left or not inner or rows == 1:
             mixes()
-        number = self._note(_Move(place, puts, owners, dim, output.shape[dim], inner, rows))
-        stride = self._rows_each(number, rows) * prod(moved[dim + 1 :])
-        return [*stays, stride], [*[owners] * puts, number]
+        size = prod(output.shape[dim : dim + made])
+        number = self._note(_Move(place, puts, owners, dim, size, inner, rows))
+        stride = self._rows_each(number, rows) * prod(moved[dim + read :])
+        return [*stays, stride], [*[owners] * puts, max(0, number)]
 
     def meet(self, one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
         """Stride and owners where a tensor was reached by two ways."""
@@ -111,7 +115,7 @@ class Rows:
         if any(s != stride or len(self.owners[n]) != rows for s, n in by_row):
             mixes()
         number = self._note(_Meeting(rows, stride, (one, other)))
-        return stride * self._rows_each(number, rows), number
+        return stride * self._rows_each(number, rows), max(0, number)
 
     def layout_of(self, site: CallSite, stride: int, owners: int) -> PaddedLayout | None:
         """Of a call that reads such rows; None where it has none."""
@@ -163,6 +167,7 @@ class Rows:
         """The owners that so many rows may have, by number."""
         if rows % len(self.owners[0]) == 0:
             yield 0, self._spread(0, self._rows_each(0, rows), rows)
+            yield IN_TURNS, self._spread(0, 1, rows)
         yield from [(n, o) for n, o in enumerate(self.owners) if n and len(o) == rows]
 
     def _spread(self, number: int, inner: int, size: int) -> Tensor:
@@ -203,16 +208,30 @@ def rows_along(
     return rows if same else None
 
 
-def _is_along_rows(output: Output) -> bool:
-    """Whether an index of one dimension takes or puts whole rows."""
-    if base_name(output.node) not in _TAKE_ROWS + _PUT_ROWS:
-        return False
-    dim = output.dim
+def _addressed(output: Output) -> tuple[bool, int, int, int]:
+    """Whether rows are put, and from which dimension on the index addresses them.
+
+    So many dimensions are one of rows, and so many give way to it.
+    """
+    name, dim = base_name(output.node), output.dim
+    puts = name in _PUT_ROWS
+    if not puts and name not in _TAKE_ROWS:
+        mixes()
     if not hasattr(output.node, "_saved_indices"):
-        return output.saved_dims() == [dim]
+        return (puts, dim, 1, 1) if output.saved_dims() == [dim] else mixes()
     indices = output.node._saved_indices
     given = [n for n, index in enumerate(indices) if index is not None]
-    return given == [*range(dim, dim + len(given))] and all(indices[n].ndim == 1 for n in given)
+    first, index = given[0], indices[given[0]]
+    if _is_mask(index) and len(given) == 1:
+        width = index.ndim
+        return (puts, first, width, width) if 0 <= dim - first < (width if puts else 1) else mixes()
+    adjacent = given == [*range(dim, dim + len(given))]
+    vectors = adjacent and all(indices[n].ndim == 1 for n in given)
+    return (puts, dim, 1, len(given)) if vectors else mixes()
+
+
+def _is_mask(index: Tensor) -> bool:
+    return index.dtype in (torch.bool, torch.uint8)
 
 
 def _agreed(one: Tensor, other: Tensor) -> Tensor:
@@ -226,7 +245,10 @@ def _index_of(node: Any, dim: int) -> Tensor:
     """That along the rows; for each number of a row the same."""
     if hasattr(node, "_saved_indices"):
         index: Tensor = node._saved_indices[dim]
-        return index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
+        return index.flatten().nonzero().squeeze(1) if _is_mask(index) else index.long()
+    if hasattr(node, "_saved_start"):
+        start, step = signed(node._saved_start or 0), node._saved_step
+        return torch.arange(start, start + step * shape_of(node)[dim], step)
     index = node._saved_index.long()
     for other in reversed(range(index.ndim)):
         if other != dim:

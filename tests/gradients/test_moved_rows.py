@@ -95,6 +95,32 @@ def dense(h: Tensor, g: Graphs) -> Tensor:
     return padded.view(B, most, D).tanh().sum(1)
 
 
+def dense_but_for_a_slot(h: Tensor, g: Graphs) -> Tensor:
+    """Padded, with one row more for what has no place."""
+    most = int(g.sample.bincount().max())
+    present = torch.arange(most) < g.sample.bincount(minlength=B)[:, None]
+    padded = zeros(B * most + 1, h)
+    padded[present.flatten().nonzero().squeeze(1)] = h
+    return padded[:-1].view(B, most, D).cumsum(1).tanh().sum(1)
+
+
+def by_a_mask(first: bool) -> Callable[[Tensor, Graphs], Tensor]:
+    """Padded, with the samples first or second, and back."""
+
+    def pool(h: Tensor, g: Graphs) -> Tensor:
+        present = (
+            torch.arange(int(g.sample.bincount().max())) < g.sample.bincount(minlength=B)[:, None]
+        )
+        padded = h.new_zeros(*(present if first else present.T).shape, D)
+        padded = padded.index_put((present if first else present.T,), h)
+        padded = padded.cumsum(1 if first else 0).tanh()
+        rows = padded[present if first else present.T]
+        sample = present.nonzero()[:, 0] if first else present.T.nonzero()[:, 1]
+        return zeros(B, h).index_add(0, sample, rows)
+
+    return pool
+
+
 POOLS = {
     "index_add": added,
     "index_add with a factor": half_added,
@@ -103,6 +129,8 @@ POOLS = {
     "maximum": reduced("amax", -9.0),
     "index_put": put,
     "dense": dense,
+    "dense but for a slot": dense_but_for_a_slot,
+    "by a mask": by_a_mask(first=True),
 }
 
 
@@ -211,6 +239,31 @@ def test_every_way_to_a_sample_has_quick_products(pool, sizes):
     for seed in range(3):
         step(net, optimizer, graphs(sizes, seed))
     assert is_quick(net, optimizer)
+
+
+def test_a_mask_with_the_samples_second():
+    torch.manual_seed(0)
+    net = Net(lambda h, g: h, by_a_mask(first=False))
+    optimizer = optimizer_of(net)
+    for seed in range(3):
+        g = graphs(EQUAL, seed)
+        step(net, optimizer, g._replace(sample=g.sample.view(B, -1).T.flatten()))
+        assert is_quick(net, optimizer)
+
+
+def test_one_vector_put_into_as_many_rows_as_it_is_long():
+    """It is no rows of the samples."""
+    torch.manual_seed(0)
+
+    def blank(h: Tensor, g: Graphs) -> Tensor:
+        out = h.clone()
+        out[torch.arange(D)] = h.detach().mean() * net.scale
+        return out
+
+    net = Net(blank, added)
+    optimizer = optimizer_of(net)
+    for seed in range(3):
+        step(net, optimizer, graphs(RAGGED, seed))
 
 
 def test_sizes_that_differ_from_step_to_step_in_a_graph_of_one_kind():
