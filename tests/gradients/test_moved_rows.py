@@ -15,9 +15,12 @@ import reference
 import torch
 from agreement import agree
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
 from irw_optim import DBSCANFilter, IRWOptimizer
+from irw_optim.gradients.graph import walk
+from irw_optim.gradients.mixing import follow_batch
 
 B, D, ALPHA = 5, 4, 0.4
 
@@ -239,6 +242,100 @@ def test_every_way_to_a_sample_has_quick_products(pool, sizes):
     for seed in range(3):
         step(net, optimizer, graphs(sizes, seed))
     assert is_quick(net, optimizer)
+
+
+def wrong_claims(losses: Tensor) -> list[str]:
+    """Where a number that is said to be one sample's counts in the loss of another."""
+    graph = walk(losses)
+    batch = follow_batch(losses, graph)
+    assert batch.rows is not None
+    wrong: list[str] = []
+    if not batch.followed:
+        return wrong
+    for (place, output), (stride, owners) in batch.places.items():
+        edge = GradientEdge(graph.order[place], output)
+        for sample, loss in enumerate(losses if stride else ()):
+            gradient = torch.autograd.grad(loss, edge, retain_graph=True, materialize_grads=True)[0]
+            read = gradient.flatten().nonzero().flatten()
+            row = read // stride % len(batch.rows.owners[owners])
+            if not (batch.rows.owners[owners][row] == sample).all():
+                wrong.append(f"{edge.node.name()} {tuple(gradient.shape)}")
+    return wrong
+
+
+def met(h: Tensor, g: Graphs) -> Tensor:
+    """By one edge, behind others that keep apart."""
+    edges = g.edges.clone()
+    edges[0, -1], edges[1, -1] = 0, len(h) - 1
+    return message(h, g._replace(edges=edges))
+
+
+def two_indices(h: Tensor, g: Graphs) -> Tensor:
+    """Of the same place, the same shape, and another stride."""
+    pairs = torch.stack([g.edges[0], g.edges[0].flip(0)], 1)
+    return h + torch.zeros_like(h).index_add(
+        0, pairs[:, 0], h[pairs[:, 0]] * h[pairs.flatten()[: len(pairs)]]
+    )
+
+
+def not_one_index_for_all(h: Tensor, g: Graphs) -> Tensor:
+    index = g.edges[0, :, None].repeat(1, D)
+    index[0, 1] = (index[0, 0] + len(h) - 1) % len(h)
+    return h + h.gather(0, index)[: len(h)]
+
+
+def put_beside(h: Tensor, g: Graphs) -> Tensor:
+    """Into the rows of others, from the end."""
+    out = h.clone()
+    out[-1] = 0
+    return out.index_put((torch.tensor([-1, 0]),), h[[-1, 0]].exp(), accumulate=True)
+
+
+def as_rows_and_in_turns(h: Tensor, g: Graphs) -> Tensor:
+    return h + h.view(-1)[torch.arange(h.numel()) % len(h)].view(h.shape)
+
+
+def from_the_end(h: Tensor, g: Graphs) -> Tensor:
+    return h + h[g.edges[0][: len(h)].sort().values * 0 + torch.arange(len(h)) - len(h)].exp()
+
+
+def some_from_the_end(h: Tensor, g: Graphs) -> Tensor:
+    return zeros(len(h), h).index_add(
+        0, torch.arange(1, len(h)), h[torch.arange(1, len(h)) - len(h)]
+    )
+
+
+TANGLED = {
+    "met": met,
+    "two indices": two_indices,
+    "not one index for all": not_one_index_for_all,
+    "put beside": put_beside,
+    "turns": as_rows_and_in_turns,
+    "from the end": from_the_end,
+    "some from the end": some_from_the_end,
+    "nodes in one sum": lambda h, g: h + zeros(1, h).index_add(0, g.sample * 0, h),
+    "shifted": lambda h, g: torch.cat([h[:1], h[1:] * h[:-1]]),
+    "every other": lambda h, g: zeros(len(h), h).index_add(0, torch.arange(0, len(h), 2), h[::2]),
+}
+
+
+@pytest.mark.parametrize("sizes", [RAGGED, EQUAL, [1] * B], ids=["ragged", "equal", "one each"])
+@pytest.mark.parametrize("move", MOVES | TANGLED)
+@pytest.mark.parametrize("pool", POOLS)
+def test_what_is_said_of_rows_is_so(move, pool, sizes):
+    torch.manual_seed(0)
+    net = Net((MOVES | TANGLED)[move], POOLS[pool])
+    for seed in range(2):
+        assert wrong_claims(losses_of(net, graphs(sizes, seed))) == []
+
+
+@pytest.mark.parametrize("move", TANGLED)
+def test_steps_along_tangled_rows(move):
+    torch.manual_seed(0)
+    net = Net(TANGLED[move], added)
+    optimizer = optimizer_of(net)
+    for seed in range(6):
+        step(net, optimizer, graphs(RAGGED if seed % 2 else RAGGED[::-1], seed))
 
 
 def test_a_mask_with_the_samples_second():
