@@ -32,6 +32,10 @@ class AffineCall(LayerCall):
     def weight_rows(self, samples: slice) -> Tensor:
         raise NotImplementedError
 
+    def numbers_in_rows(self, output_shape: torch.Size) -> int:
+        """How many there are, or in what they are made of."""
+        return len(self.input) * sum(p.numel() for p in self.parameters.values())
+
     @cached_property
     def bias_rows(self) -> Tensor:
         """Summed over positions: (B, out)."""
@@ -134,8 +138,8 @@ class LinearCall(AffineCall):
 
     def makes_rows(self, output_shape: torch.Size) -> bool:
         """With many positions the rows are fewer numbers."""
-        numbers = len(self.input) * sum(p.numel() for p in self.parameters.values())
-        return self.input.ndim > 2 and numbers <= self.input.numel() + output_shape.numel()
+        numbers = self.input.numel() + output_shape.numel()
+        return self.input.ndim > 2 and self.numbers_in_rows(output_shape) <= numbers
 
     def align(self, coefficients: RowWeights) -> Tensor:
         """By the kernel (A A^T + 1) o (B B^T), where that is less work than g_S."""
