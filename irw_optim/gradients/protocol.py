@@ -42,21 +42,21 @@ class StackedGradients:
         self.seed: Tensor | None = seeds[0] if seeds else None
 
     @property
-    def doubt(self) -> Tensor | None:
-        """What tells whether the newest `align` adds up; None if it does."""
-        doubts = [part.doubt for part in self._in_doubt()]
-        return torch.cat(doubts) if doubts else None
+    def doubt(self) -> list[Tensor]:
+        """What tells whether the newest `align` adds up; nothing if it does."""
+        return [side for part in self._in_doubt() for side in part.doubt]
 
     def adds_up(self, sides: Tensor) -> bool:
         doubtful = self._in_doubt()
-        return all(p.adds_up(s) for p, s in zip(doubtful, sides.chunk(len(doubtful)), strict=True))
+        each = sides.split([sum(map(len, part.doubt)) for part in doubtful])
+        return all(p.adds_up(s) for p, s in zip(doubtful, each, strict=True))
 
     def settle_doubt(self) -> None:
         for part in self._in_doubt():
             part.settle_doubt()
 
     def _in_doubt(self) -> list[Any]:
-        return [part for part in self.parts if getattr(part, "doubt", None) is not None]
+        return [part for part in self.parts if getattr(part, "doubt", ())]
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         return {p: t for part in self.parts for p, t in part.combine(weights).items()}
