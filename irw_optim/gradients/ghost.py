@@ -76,8 +76,7 @@ class GhostGradients:
     def align(self, coefficients: Tensor) -> Tensor:
         """G (G^T c), (B,), by shorter ways than g_S for small batches."""
         factor = self._factor
-        plain = coefficients if factor is None else coefficients / factor
-        rows = RowWeights(plain.to(self.seed.dtype))
+        rows = RowWeights(coefficients if factor is None else coefficients / factor)
         apart, meeting = self.parts
         products: list[Tensor] = []
         for part in apart:

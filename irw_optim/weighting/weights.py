@@ -183,9 +183,9 @@ def weigh(
     if not isinstance(rule, Alignment):
         scores, factor, finite = returned(rule(losses, gradients, worst), len(losses)), 1.0, None
     elif gram is None:
-        # Our own products take S as it is.
-        plain = hasattr(gradients, "align") and not rule.center
-        coefficients = worst if plain else rule.coefficients(worst, kept, losses.dtype)
+        coefficients = worst  # which our own products take as it is; on the CPU no sooner
+        if losses.is_cpu or rule.center or not hasattr(gradients, "align"):
+            coefficients = rule.coefficients(worst, kept, losses.dtype)
         scores, factor, look = align_in_range(gradients, coefficients, losses, supposed)
         if known is not None and not look.everybody:  # whose loss of 0 may be in S
             known["absent"] = True
