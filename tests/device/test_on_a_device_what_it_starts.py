@@ -137,6 +137,11 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x)[0][:, -1])
 
 
+def normalised_before(layer: type[nn.RNNBase]) -> nn.Module:
+    """No quick products: the cells are pushed through."""
+    return nn.Sequential(nn.BatchNorm1d(LENGTH), Recurrent(layer))
+
+
 def inputs() -> Tensor:
     torch.manual_seed(1)
     return torch.randn(B, LENGTH, WIDTH)
@@ -173,6 +178,8 @@ def a_step(make: Callable[[], nn.Module], *, ours: bool, half: bool = False) -> 
         (residual, 2.7),
         (partial(Recurrent, nn.LSTM), 1.0),
         (partial(Recurrent, nn.GRU), 1.0),
+        (partial(normalised_before, nn.LSTM), 3.0),
+        (partial(normalised_before, nn.GRU), 2.9),
     ],
 )
 def test_kernels_of_a_step(make, times):
