@@ -16,6 +16,7 @@ from irw_optim.torch_internals import copies, lengths
 from .backward_passes import BackwardPasses
 from .graph import walk
 from .hooks import IN_CUDNN
+from .places import places_of
 from .protocol import Direction, MaterializedGradients, as_vector, blocked_gram, wide, widened
 from .pushforward import NoPushForwardError
 
@@ -48,7 +49,7 @@ class AutodiffGradients:
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         combined = self._backward(weights)
-        if self._passes.may_share_memory:
+        if places_of(self._passes.graph).in_python:  # CUDA graphs write where they did before
             combined = dict(zip(combined, copies(combined.values()), strict=True))
         self._newest = weights, combined
         return combined

@@ -74,11 +74,6 @@ class BackwardPasses:
         self.model = model
         self.hooks_ran = False  # whether they have heard a pass of these losses
 
-    @property
-    def may_share_memory(self) -> bool:
-        """Whether a pass may write where the last did, as CUDA graphs do."""
-        return places_of(self.graph).in_python
-
     def without_hooks(self, ends: Sequence[End], weights: Tensor) -> Sequence[Tensor | None]:
         """The gradient of <weights, losses>, (B,) both; hooks run where they change it."""
         if self.known.get(HOOKS_CHANGE) or places_of(self.graph).nested:

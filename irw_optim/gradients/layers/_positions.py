@@ -71,16 +71,10 @@ class ConvolutionCall(AffineCall):
         )
         return result[1]  # type: ignore[no-any-return]
 
-    def makes_rows(self, output_shape: torch.Size) -> bool:
-        """Where rows and patches do not outnumber a and b."""
-        numbers = self.input.numel() + output_shape.numel()
-        return self.numbers_in_rows(output_shape) <= numbers
-
     def numbers_in_rows(self, output_shape: torch.Size) -> int:
         shape = self.recorded.shape if self.transposed else output_shape
         positions = len(self.recorded) * shape[-self.features + 1 :].numel()
-        patches = positions * self.patch_size * self.groups
-        return max(patches, super().numbers_in_rows(output_shape))
+        return max(positions * self.patch_size * self.groups, super().numbers_in_rows(output_shape))
 
     def weight_rows(self, samples: slice) -> Tensor:
         first, last, _ = samples.indices(len(self.input))
