@@ -3,7 +3,7 @@
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial, wraps
 from itertools import takewhile
@@ -166,10 +166,9 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(torch._foreach_mul(listed, 1)) if listed else []
 
 
-def squared_length(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of all squares in them."""
-    lengths = torch.stack(list(torch._foreach_norm(list(tensors))))
-    return lengths.dot(lengths)
+def lengths(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The norm of each."""
+    return list(torch._foreach_norm(list(tensors)))
 
 
 @cache

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from irw_optim.torch_internals import is_plain_autograd
+
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -86,10 +88,12 @@ def fold(
     valid: Tensor | None = None,
     normaliser: Tensor | float | None = None,
     labels: Tensor | None = None,
+    mean: tuple[Tensor, Tensor] | None = None,
 ) -> PerSampleLosses:
     """Means over each sample's valid elements (others are 0), and the value of torch's reduction.
 
-    A mean divides by the normaliser, or the number of valid ones. Nothing waits for a device.
+    A mean divides by the normaliser, or the number of valid ones; or it is known, with that number.
+    Nothing waits for a device.
     """
     detached = elements.detach()
     counts: Tensor | None = None
@@ -102,7 +106,7 @@ def fold(
         losses = rows.mean(1) if total else rows.sum(1)  # the mean of nothing would be NaN
     else:
         losses, counts = _valid_row_means(elements, valid, batch)
-        total = torch.count_nonzero(valid)
+        total = torch.count_nonzero(valid) if mean is None else mean[1]
 
     scale: Tensor | float = 1.0
     if reduction == "sum":
@@ -116,6 +120,8 @@ def fold(
         if isinstance(scale, Tensor):
             # 0/0, all ignored: torch's gradient is 0, as any number leaves it.
             scale = scale.nan_to_num(1.0, posinf=float("inf"))
+    elif mean is not None:
+        value = mean[0]
     else:
         value = detached.mean() if valid is None else _quotient(detached, total)
     return PerSampleLosses(losses, value, scale, labels, counts, total, reduction == "sum")
@@ -190,6 +196,7 @@ def _cross_entropy(
         weights = weight.detach()[target.masked_fill(~valid, 0).long()]
         normaliser = (weights * valid).sum()
     everything = valid.device.type == "cpu" and bool(valid.all())  # looking waits for nothing
+    known = everything or normaliser is not None or criterion.reduction == "sum"
     return fold(
         elements,
         batch,
@@ -197,7 +204,18 @@ def _cross_entropy(
         valid=None if everything else valid,
         normaliser=normaliser,
         labels=_labels(target, batch),
+        mean=None if known else _mean_likelihood(elements, ignore_index),
     )
+
+
+def _mean_likelihood(elements: Tensor, ignore_index: int) -> tuple[Tensor, Tensor] | None:
+    """Torch's mean and number in one kernel, if the log-probabilities are at hand."""
+    node: Any = elements.grad_fn
+    at_hand = type(node).__name__ == "NllLossBackward0" and is_plain_autograd()
+    if not at_hand or elements.dtype in _HALVES:  # too narrow for the number
+        return None
+    read = node._saved_self.detach(), node._saved_target
+    return torch.ops.aten.nll_loss_forward(*read, None, 1, ignore_index)  # type: ignore[no-any-return]
 
 
 def _kl_div(

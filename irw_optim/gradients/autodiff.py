@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from irw_optim.torch_internals import copies, squared_length
+from irw_optim.torch_internals import copies, lengths
 
 from .backward_passes import BackwardPasses
 from .graph import walk
 from .hooks import IN_CUDNN
+from .places import places_of
 from .protocol import Direction, MaterializedGradients, as_vector, blocked_gram, wide, widened
 from .pushforward import NoPushForwardError
 
@@ -43,12 +44,12 @@ class AutodiffGradients:
         self._pull_back = own.with_hooks if passes is None else own.without_hooks
         self._passes = own
         self._newest: tuple[Tensor, dict[Tensor, Tensor]] | None = None
-        self.doubt: Tensor | None = None
+        self.doubt: Sequence[Tensor] = ()
         self._row_by_row = False  # in this step, whatever is known
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         combined = self._backward(weights)
-        if self._passes.may_share_memory:
+        if places_of(self._passes.graph).in_python:  # CUDA graphs write where they did before
             combined = dict(zip(combined, copies(combined.values()), strict=True))
         self._newest = weights, combined
         return combined
@@ -74,13 +75,13 @@ class AutodiffGradients:
                 if not waits:
                     self.doubt = sides
                     return scores
-                if sides is None or self.adds_up(sides.cpu()):
+                if not sides or self.adds_up(torch.cat(sides).cpu()):
                     return scores
                 self.settle_doubt()
         rows = (self._row(i) for i in range(self.batch_size))
         scores = torch.stack([_inner(row, direction) for row in rows])
         sides = self._both_sides(scores, direction)
-        if not (self.known.get(_NOT_LINEAR) or sides is None or self.adds_up(sides.cpu())):
+        if sides and not self.known.get(_NOT_LINEAR) and not self.adds_up(torch.cat(sides).cpu()):
             self.known[_NOT_LINEAR] = True
             logger.warning(_NOT_LINEAR)
         return scores
@@ -90,7 +91,7 @@ class AutodiffGradients:
 
         In this step alone if both sides added up before: then its gradients are all rounding.
         """
-        self.doubt, self._row_by_row = None, True
+        self.doubt, self._row_by_row = (), True
         if not self.known.get("adds up"):
             self._go_row_by_row("a change goes forwards otherwise than its gradient goes back")
 
@@ -98,21 +99,26 @@ class AutodiffGradients:
         numbers = sum(p.numel() for p in self.parameters)
         return blocked_gram(self.batch_size, numbers, self.rows)
 
-    def _both_sides(self, scores: Tensor, direction: Direction) -> Tensor | None:
-        """The terms of u^T (G v), and (G^T u)^T v: (B + 1,), for `adds_up`.
+    def _both_sides(self, scores: Tensor, direction: Direction) -> list[Tensor]:
+        """u, G v, and what makes (G^T u)^T v: that, or for v = G^T u the lengths of its parts.
 
-        Some operations hide that they cannot be pushed through.
+        For `adds_up`: some operations hide that they cannot be pushed through.
         """
         if self._newest is None:
-            return None
+            return []
         weights, combined = self._newest
-        terms = weights.to(scores.dtype) * scores
-        return torch.cat([terms, _inner(combined, direction).to(terms.dtype).view(1)])
+        pairs = [(combined[p], v) for p, v in direction.items() if p in combined]
+        self._squared = bool(pairs) and all(g is v for g, v in pairs)
+        own = lengths(widened(g) for g, _ in pairs) if self._squared else []
+        sides = weights, scores, *(own or [_inner(combined, direction)])
+        return [t.flatten().to(scores.dtype) for t in sides]
 
     def adds_up(self, sides: Tensor) -> bool:
-        """Whether both sides, on the host, are equal, or not finite, which the step tells."""
-        other = sides[-1].item()
-        one, terms = sides[:-1].sum().item(), sides[:-1].abs().sum().item()
+        """Whether u^T (G v) and the other are equal, or not finite, which the step tells."""
+        weights, scores, others = sides.tensor_split([self.batch_size, 2 * self.batch_size])
+        other = (others.square() if self._squared else others).sum().item()
+        products = weights * scores
+        one, terms = products.sum().item(), products.abs().sum().item()
         dtype = self.losses.dtype
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 1e-1)
         rounding = torch.finfo(wide(dtype)).tiny
@@ -176,7 +182,5 @@ _NOT_LINEAR = (
 
 def _inner(row: dict[Tensor, Tensor], direction: Direction) -> Tensor:
     pairs = [(g, direction[p]) for p, g in row.items() if p in direction]
-    if pairs and all(g is v for g, v in pairs):
-        return squared_length([widened(g) for g, _ in pairs])
     products = [(as_vector(widened(g)) * as_vector(widened(v))).sum() for g, v in pairs]
     return sum(products, start=as_vector(widened(next(iter(row.values())))).new_zeros(()))

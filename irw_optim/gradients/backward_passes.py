@@ -74,11 +74,6 @@ class BackwardPasses:
         self.model = model
         self.hooks_ran = False  # whether they have heard a pass of these losses
 
-    @property
-    def may_share_memory(self) -> bool:
-        """Whether a pass may write where the last did, as CUDA graphs do."""
-        return not self.losses.is_cpu or places_of(self.graph).in_python
-
     def without_hooks(self, ends: Sequence[End], weights: Tensor) -> Sequence[Tensor | None]:
         """The gradient of <weights, losses>, (B,) both; hooks run where they change it."""
         if self.known.get(HOOKS_CHANGE) or places_of(self.graph).nested:
@@ -95,13 +90,14 @@ class BackwardPasses:
             raise NoPushForwardError("nested tensors")
         numbers = {p: n for n, p in enumerate(self.graph.leaves)}
         changes = {numbers[p]: v.to(p.dtype) for p, v in direction.items() if p in numbers}
-        unit: Tensor | float = 1.0
+        unit: Tensor | None = None
         if changes and torch.float16 in places_of(self.graph).dtypes:  # up to 65504
             sizes = [change.abs().max().float() for change in changes.values() if change.numel()]
             unit = torch.stack(sizes).max().clamp(min=1e-30)
             changes = {n: change / unit for n, change in changes.items()}
         with self.one_forward:
-            return push_forward(self.losses, changes, self.graph) * unit
+            pushed = push_forward(self.losses, changes, self.graph)
+        return pushed if unit is None else pushed * unit
 
     def with_hooks(
         self, ends: Sequence[End], weights: Tensor, *, retain_graph: bool = True

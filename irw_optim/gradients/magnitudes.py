@@ -58,7 +58,7 @@ def align_in_range(
 ) -> tuple[Tensor, float, Look]:
     """G G^T c for c of (B,), or ``(k G)(k G)^T c`` and k, a power of two, where 1 will not do.
 
-    The losses, (B,), are to be finite as well, and all to be ``present``.
+    The losses, (B,), are to be finite as well, and all to be ``present``, (B,), or that many.
     """
     aligned = getattr(gradients, "align", None) or partial(align, gradients)
     scores: Tensor = aligned(coefficients)
@@ -140,10 +140,10 @@ def _look(
 ) -> Look:
     if not gradients.batch_size:
         return Look(0.0, True, True, False, True, 0.0)
-    seed, doubt = getattr(gradients, "seed", None), getattr(gradients, "doubt", None)
+    seed, doubt = getattr(gradients, "seed", None), getattr(gradients, "doubt", ())
     if squares.device.type != "cpu":
-        sent = squares, losses, seed, doubt, present
-        squares, losses, seed, doubt, present = _on_host(*sent, dtype=squares.dtype)
+        sent = squares, losses, seed, present, *doubt
+        squares, losses, seed, present, *doubt = _on_host(*sent, dtype=squares.dtype)
     size: float = torch.linalg.vector_norm(squares, math.inf).item()
     # The way to a product may be quadratic in the seed, too.
     quadratic = size if seed is None else size * seed.item() ** 2
@@ -152,8 +152,8 @@ def _look(
         size,
         low <= size <= high and low <= quadratic <= high,
         math.isfinite(size) and (losses is None or math.isfinite(losses.sum().item())),
-        doubt is not None and not gradients.adds_up(doubt),  # type: ignore[attr-defined]
-        present is None or bool(present.all()),
+        bool(doubt) and not gradients.adds_up(torch.cat(doubt)),  # type: ignore[attr-defined]
+        present is None or bool(present.all() and present.sum() >= gradients.batch_size),
         squares.relu().sum().item(),
     )
 

@@ -4,7 +4,7 @@ G has one row per sample, g_i, and one column per trainable number: (B, P). It i
 `MaterializedGradients`: the reference, and Opacus' ``grad_sample``.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -33,30 +33,26 @@ class PerSampleGradients(Protocol):
 
 
 class StackedGradients:
-    """Engines side by side, each with its parameters: G = [G_1 | G_2 | ...]."""
+    """Engines side by side, each with its parameters: G = [G_1 | G_2 | ...].
 
-    def __init__(self, parts: Iterable[PerSampleGradients]) -> None:
+    What the last one pushes forwards may be in doubt.
+    """
+
+    def __init__(self, parts: Iterable[Any]) -> None:
         self.parts = list(parts)
-        self.batch_size = self.parts[0].batch_size
-        seeds = [part.seed for part in self.parts if hasattr(part, "seed")]
-        self.seed: Tensor | None = seeds[0] if seeds else None
+        self.last = self.parts[-1]
+        self.batch_size = self.last.batch_size
+        self.seed: Tensor | None = getattr(self.parts[0], "seed", None)
 
     @property
-    def doubt(self) -> Tensor | None:
-        """What tells whether the newest `align` adds up; None if it does."""
-        doubts = [part.doubt for part in self._in_doubt()]
-        return torch.cat(doubts) if doubts else None
+    def doubt(self) -> Sequence[Tensor]:
+        return getattr(self.last, "doubt", ())
 
     def adds_up(self, sides: Tensor) -> bool:
-        doubtful = self._in_doubt()
-        return all(p.adds_up(s) for p, s in zip(doubtful, sides.chunk(len(doubtful)), strict=True))
+        return bool(self.last.adds_up(sides))
 
     def settle_doubt(self) -> None:
-        for part in self._in_doubt():
-            part.settle_doubt()
-
-    def _in_doubt(self) -> list[Any]:
-        return [part for part in self.parts if getattr(part, "doubt", None) is not None]
+        self.last.settle_doubt()
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         return {p: t for part in self.parts for p, t in part.combine(weights).items()}

@@ -1,19 +1,19 @@
 """Small products put together, where to start an operation costs the most.
 
-Rows of G that exist (of biases, norms, added tables) are columns of one matrix R. Small linear maps
-share what is no matrix product: the weighting of b = [b_1 | b_2 | ...] and its sums.
+Rows of G that exist (of biases, norms, added tables), or are few numbers, are columns of one matrix
+R. Other linear maps share what is no matrix product: the weighting of b = [b_1 | b_2 | ...].
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from .layers import (
     FIRST,
-    ConvolutionCall,
+    AffineCall,
     ElementwiseCall,
     LayerCall,
     LinearCall,
@@ -21,15 +21,12 @@ from .layers import (
     RowsCall,
     RowWeights,
 )
-from .protocol import WIDER, Direction, as_matrix, widened
+from .protocol import Direction, added, as_matrix, wide, widened
 
 FEW = {"cpu": 2**14}
 """So many numbers are copied while an operation starts; elsewhere 2^20."""
 
-PRODUCTS = 2**5
-"""So many multiplications are as quick as one number copied."""
-
-Part: TypeAlias = "LayerCall | Rows | LinearMaps"
+Part: TypeAlias = "LayerCall | Columns"
 """Some columns of G, with the products of a layer call."""
 
 
@@ -45,18 +42,16 @@ def side_by_side(calls: Sequence[LayerCall]) -> tuple[list[Part], list[LayerCall
     for call in calls:
         if shared and not shared.isdisjoint(call.parameters.values()):
             meeting.append(call)
-        elif type(call) is LinearCall and call.input.ndim == 2:
-            if device != "cpu" and _is_small(call, few):
-                maps.setdefault(call.precision, []).append(call)
-            else:
-                alone.append(call)
-        else:
-            blocks, rest = _small_rows(call, few)
-            for parameter, block in blocks.items():
-                rows.setdefault(block.dtype, {})[parameter] = block
-            alone += [] if rest is None else [rest]
-    alone += [some[0] if len(some) == 1 else LinearMaps(some) for some in maps.values()]
-    return [*alone, *map(Rows, rows.values())], meeting
+            continue
+        blocks, rest = _small_rows(call, few)
+        for parameter, block in blocks.items():
+            rows.setdefault(block.dtype, {})[parameter] = block
+        if device != "cpu" and _is_small_map(rest, few):
+            maps.setdefault(wide(rest.precision), []).append(rest)
+        elif rest is not None:
+            alone.append(rest)
+    joined = [Columns(rows.get(kind, {}), maps.get(kind, ())) for kind in rows | maps]
+    return [*alone, *joined], meeting
 
 
 def _in_several(calls: Sequence[LayerCall]) -> set[Tensor]:
@@ -99,10 +94,11 @@ def _as_one(steps: Sequence[LayerCall]) -> LayerCall:
     return one
 
 
-def _is_small(call: LinearCall, few: int) -> bool:
-    a, b = call.input, call.output_gradient
-    products = a.numel() * b.shape[1]
-    return "weight" in call.parameters and a.dtype == b.dtype and products <= few * PRODUCTS
+def _is_small_map(call: LayerCall | None, few: int) -> TypeGuard[LinearCall]:
+    if type(call) is not LinearCall or call.input.ndim > 2 or "bias" in call.parameters:
+        return False
+    b = call.output_gradient
+    return b.dtype == call.input.dtype and b.numel() <= few
 
 
 def _small_rows(call: LayerCall, few: int) -> tuple[dict[Tensor, Tensor], LayerCall | None]:
@@ -112,7 +108,13 @@ def _small_rows(call: LayerCall, few: int) -> tuple[dict[Tensor, Tensor], LayerC
         return (call.rows(), None) if numbers <= few else ({}, call)
     if type(call) is ElementwiseCall and call.is_whole:
         return (call.rows(), None) if call.reduced.numel() <= few else ({}, call)
-    if isinstance(call, LinearCall | ConvolutionCall) and type(call) is not LinearRowsCall:
+    if not isinstance(call, AffineCall):
+        return {}, call
+    elsewhere = not call.input.is_cpu
+    if elsewhere and call.numbers_in_rows(call.output_gradient.shape) <= few:
+        return call.rows(), None
+    # On the CPU a map without positions has a kernel, bias included.
+    if type(call) is not LinearRowsCall and (elsewhere or call.output_gradient.ndim > 2):
         bias = call.parameters.get("bias")
         if bias is not None and call.bias_rows.numel() <= few:
             rest = call.copy()
@@ -121,79 +123,58 @@ def _small_rows(call: LayerCall, few: int) -> tuple[dict[Tensor, Tensor], LayerC
     return {}, call
 
 
-class Rows:
-    """Rows of G, (B, *p.shape) for each parameter, as one matrix R, (B, P)."""
+class Columns:
+    """Rows of G, (B, *p.shape) for each parameter, as one matrix R, (B, P); and linear maps.
 
-    def __init__(self, blocks: dict[Tensor, Tensor]) -> None:
+    They are y_k = a_k W_k^T of samples without positions. Their b stand in front, in one matrix
+    with R, of which those are a part that are rows of a bias.
+    """
+
+    def __init__(self, blocks: dict[Tensor, Tensor], maps: Sequence[LinearCall] = ()) -> None:
+        self.maps = sorted(maps, key=lambda call: call.roles.get("bias") in blocks)
+        biases = [call.roles["bias"] for call in self.maps if call.roles.get("bias") in blocks]
+        blocks = {p: blocks[p] for p in (*biases, *blocks)}
         self.parameters = list(blocks)
         self.sizes = [p.numel() for p in blocks]
-        matrices = [as_matrix(block) for block in blocks.values()]
-        self.matrix = torch.cat(matrices, dim=1) if len(matrices) > 1 else matrices[0]
+        self.inputs = [widened(call.input) for call in self.maps]
+        b = [widened(call.output_gradient) for call in self.maps]
+        self.widths = [side.shape[1] for side in b]
+        others = len(b) - len(biases)
+        matrices = [*b[:others], *map(as_matrix, blocks.values())]
+        matrix = torch.cat(matrices, dim=1) if len(matrices) > 1 else matrices[0]
+        self.b = matrix[:, : sum(self.widths)]
+        self.matrix = matrix[:, sum(self.widths[:others]) :]
 
     def dot(self, direction: Direction) -> Tensor:
         given = [
             direction[p].flatten() if p in direction else self.matrix.new_zeros(p.numel())
             for p in self.parameters
         ]
-        return self.matrix.mv(torch.cat(given).to(self.matrix.dtype))
+        rows = self.matrix.mv(torch.cat([self.matrix.new_zeros(0), *given]).to(self.matrix.dtype))
+        return added([rows, *(call.dot(direction) for call in self.maps)])
 
     def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
         parts = self._sum(weights).split(self.sizes)
-        return {p: part.view(p.shape) for p, part in zip(self.parameters, parts, strict=True)}
+        found = {p: part.view(p.shape) for p, part in zip(self.parameters, parts, strict=True)}
+        for call, a, b in zip(self.maps, self.inputs, self._weighted(weights), strict=True):
+            found[call.parameters["weight"]] = a.t().mm(b) if call.transposed else b.t().mm(a)
+        return found
 
     def align(self, coefficients: RowWeights) -> Tensor:
-        return self.matrix.mv(self._sum(coefficients))
+        """`dot` after `combine`, in one; of maps b_k times a_k (a_k^T c b_k)."""
+        rows = self.matrix.mv(self._sum(coefficients))
+        if not self.maps:
+            return rows
+        outputs = torch.empty_like(self.b)
+        parted = self._weighted(coefficients), outputs.split(self.widths, 1)
+        for a, b, out in zip(self.inputs, *parted, strict=True):
+            torch.mm(a, a.t().mm(b), out=out)
+        sides = outputs.unsqueeze(1), self.b.unsqueeze(2)
+        return torch.baddbmm(rows.view(-1, 1, 1), *sides).view(-1)
 
     def _sum(self, weights: RowWeights) -> Tensor:
         return self.matrix.t().mv(weights.values.to(self.matrix.dtype))
 
-
-class LinearMaps:
-    """y_k = a_k W_k^T + bias_k of samples without positions, in one dtype."""
-
-    def __init__(self, calls: Sequence[LinearCall]) -> None:
-        self.calls = calls
-        gradients = [call.output_gradient for call in calls]
-        self.inputs = [call.input for call in calls]
-        self.widths = [b.shape[1] for b in gradients]
-        self.b = torch.cat(gradients, 1)
-        if self.b.dtype in WIDER:
-            self.b, self.inputs = widened(self.b), [widened(a) for a in self.inputs]
-
-    def dot(self, direction: Direction) -> Tensor:
-        outputs = self.b.new_zeros(self.b.shape)
-        for call, a, out in zip(self.calls, self.inputs, self._parted(outputs), strict=True):
-            values = call.values_in(direction)
-            if "weight" in values:
-                torch.mm(a, values["weight"] if call.transposed else values["weight"].t(), out=out)
-            if "bias" in values:
-                out += values["bias"]
-        return outputs.mul_(self.b).sum(1)
-
-    def combine(self, weights: RowWeights) -> dict[Tensor, Tensor]:
-        weighted = self.b * weights.values.to(self.b.dtype).unsqueeze(1)
-        sums = weighted.sum(0).split(self.widths)
-        result: dict[Tensor, Tensor] = {}
-        each = zip(self.calls, self.inputs, self._parted(weighted), sums, strict=True)
-        for call, a, b, bias in each:
-            parameters = call.parameters
-            result[parameters["weight"]] = a.t().mm(b) if call.transposed else b.t().mm(a)
-            if "bias" in parameters:
-                result[parameters["bias"]] = bias
-        return result
-
-    def align(self, coefficients: RowWeights) -> Tensor:
-        """`dot` after `combine`, in one: b_k times a_k (a_k^T c b_k) + sum of c b_k."""
-        weighted = self.b * coefficients.values.to(self.b.dtype).unsqueeze(1)
-        sums = weighted.sum(0).split(self.widths)
-        outputs = torch.empty_like(self.b)
-        parted = zip(self._parted(weighted), self._parted(outputs), sums, strict=True)
-        for call, a, (b, out, bias) in zip(self.calls, self.inputs, parted, strict=True):
-            if "bias" in call.parameters:
-                torch.addmm(bias, a, a.t().mm(b), out=out)
-            else:
-                torch.mm(a, a.t().mm(b), out=out)
-        return outputs.mul_(self.b).sum(1)
-
-    def _parted(self, columns: Tensor) -> Sequence[Tensor]:
-        return columns.split(self.widths, 1)  # type: ignore[no-any-return]
+    def _weighted(self, weights: RowWeights) -> Sequence[Tensor]:
+        weighted = self.b * weights.values.to(self.b.dtype).unsqueeze(1) if self.maps else self.b
+        return weighted.split(self.widths, 1)  # type: ignore[no-any-return]

@@ -215,6 +215,7 @@ class LocalScheme:
             labels=labels,
             mix=self.mix,
             counts=batch.counts,
+            elements=batch.elements,
             removed=removed,
             known=self.known if alone and hasattr(rows, "align") else None,
         )

@@ -12,6 +12,7 @@ worst-off group S, to first order::
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,17 +155,20 @@ def weigh(
     labels: Tensor | None = None,
     mix: float = 0.0,
     counts: Tensor | None = None,
+    elements: Any = None,
     removed: Tensor | None = None,
     known: dict[str, bool] | None = None,
 ) -> Weights:
     """Outliers out, S, scores, weights of one mini-batch; `irw_weights` is the checked front.
 
     ``counts`` (B,) of 0 leave out samples whose target is ignored, ``removed`` (B,) bool outliers
-    that are known. What is ``known`` of batches before lets all be supposed present until a look.
+    that are known. What is ``known`` of batches before lets all be supposed present until a look:
+    of one target a sample, their sum ``elements`` tells as much.
     """
-    supposed = None
+    given, supposed = counts, None
     if known is not None and counts is not None and not (counts.is_cpu or known.get("absent")):
-        supposed, counts = counts, None
+        single = counts.dtype == torch.bool and isinstance(elements, Tensor)
+        supposed, counts = elements if single else counts, None
     kept = present = None if counts is None else present_of(counts)
     gram, finite, mass = None, None, None
     factor = 1.0  # scores are those of `factor` times the gradients
@@ -179,11 +183,13 @@ def weigh(
     if not isinstance(rule, Alignment):
         scores, factor, finite = returned(rule(losses, gradients, worst), len(losses)), 1.0, None
     elif gram is None:
-        coefficients = rule.coefficients(worst, kept, losses.dtype)
+        coefficients = worst  # which our own products take as it is; on the CPU no sooner
+        if losses.is_cpu or rule.center or not hasattr(gradients, "align"):
+            coefficients = rule.coefficients(worst, kept, losses.dtype)
         scores, factor, look = align_in_range(gradients, coefficients, losses, supposed)
         if known is not None and not look.everybody:  # whose loss of 0 may be in S
             known["absent"] = True
-            return weigh(losses, gradients, alpha, rule, labels=labels, mix=mix, counts=supposed)
+            return weigh(losses, gradients, alpha, rule, labels=labels, mix=mix, counts=given)
         finite, mass = look.finite, look.mass
     else:  # G G^T is at hand: G (G^T c) costs nothing more
         scores = gram @ rule.coefficients(worst, kept, gram.dtype)

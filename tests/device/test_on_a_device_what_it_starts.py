@@ -78,10 +78,16 @@ class Transformer(nn.Module):
         return self.head(self.blocks(x).mean(1))
 
 
-def mlp() -> nn.Module:
-    layers = models.mlp(LENGTH * WIDTH, WIDTH, 24, 16, CLASSES, act=nn.ReLU)
+def mlp(*widths: int, **options: Any) -> nn.Module:
+    layers = models.mlp(
+        LENGTH * WIDTH, *(widths or (WIDTH, 24, 16)), CLASSES, act=nn.ReLU, **options
+    )
     return nn.Sequential(nn.Flatten(), *layers)
 
+
+mlp_of_three_maps = partial(mlp, WIDTH, 24)
+wide_mlp = partial(mlp, 1024, 1024)  # whose rows are many numbers
+mlp_with_layer_norm = partial(mlp, WIDTH, 24, norm=nn.LayerNorm)
 
 four_groups = partial(nn.GroupNorm, 4)
 
@@ -131,6 +137,11 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x)[0][:, -1])
 
 
+def normalised_before(layer: type[nn.RNNBase]) -> nn.Module:
+    """No quick products: the cells are pushed through."""
+    return nn.Sequential(nn.BatchNorm1d(LENGTH), Recurrent(layer))
+
+
 def inputs() -> Tensor:
     torch.manual_seed(1)
     return torch.randn(B, LENGTH, WIDTH)
@@ -157,13 +168,18 @@ def a_step(make: Callable[[], nn.Module], *, ours: bool, half: bool = False) -> 
 @pytest.mark.parametrize(
     ("make", "times"),
     [
-        (mlp, 2.2),
-        (Transformer, 2.1),
-        (convolutional, 3.0),
-        (with_batch_norm, 3.4),
-        (residual, 2.9),
-        (partial(Recurrent, nn.LSTM), 1.1),
-        (partial(Recurrent, nn.GRU), 1.1),
+        (mlp, 1.6),
+        (mlp_of_three_maps, 1.8),
+        (wide_mlp, 2.2),
+        (mlp_with_layer_norm, 1.9),
+        (Transformer, 1.4),
+        (convolutional, 2.2),
+        (with_batch_norm, 3.0),
+        (residual, 2.7),
+        (partial(Recurrent, nn.LSTM), 1.0),
+        (partial(Recurrent, nn.GRU), 1.0),
+        (partial(normalised_before, nn.LSTM), 3.0),
+        (partial(normalised_before, nn.GRU), 2.9),
     ],
 )
 def test_kernels_of_a_step(make, times):

@@ -15,7 +15,7 @@ from irw_optim.gradients.layers import (
     RowsCall,
     RowWeights,
 )
-from irw_optim.gradients.side_by_side import LinearMaps, Rows, side_by_side, steps_as_one
+from irw_optim.gradients.side_by_side import Columns, side_by_side, steps_as_one
 
 B = 5
 
@@ -53,25 +53,32 @@ def product_with(rows: dict[Tensor, Tensor], direction: dict[Tensor, Tensor]) ->
     return torch.stack(each).sum(0)
 
 
-@pytest.mark.parametrize("kind", ["maps", "rows"])
+def without_biases(calls: list[LinearCall]) -> list[LinearCall]:
+    for call in calls:
+        call.parameters.pop("bias", None)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["one map", "maps", "rows"])
 def test_the_products_are_those_of_the_rows(kind):
-    calls = maps()
+    calls = maps() if kind == "rows" else without_biases(maps())[: 1 if kind == "one map" else 4]
     rows = rows_of(calls)
-    part = LinearMaps(calls) if kind == "maps" else Rows(rows)
+    part = Columns(rows) if kind == "rows" else Columns({}, calls)
     weights = numbers(B)
     combined = part.combine(RowWeights(weights))
     assert combined.keys() == rows.keys()
     for p, block in rows.items():
         torch.testing.assert_close(combined[p], torch.einsum("b,b...->...", weights, block))
     torch.testing.assert_close(part.align(RowWeights(weights)), product_with(rows, combined))
-    for direction in (combined, dict(list(combined.items())[1:4])):  # and one that lacks some
+    some = dict(list(combined.items())[1:4])
+    for direction in (combined, some or combined):
         torch.testing.assert_close(part.dot(direction), product_with(rows, direction))
 
 
 @pytest.mark.cpu("a device makes the rows that it is compared with in bfloat16")
 def test_half_precision_is_widened():
-    calls = maps(torch.bfloat16)
-    part = LinearMaps(calls)
+    calls = without_biases(maps(torch.bfloat16))
+    part = Columns({}, calls)
     aligned = part.align(RowWeights(torch.ones(B)))
     assert aligned.dtype == torch.float32
     rows = {p: block.float() for p, block in rows_of(calls).items()}
@@ -94,14 +101,33 @@ def test_what_is_small_is_joined_and_what_meets_stays():
     tied = [a_convolution()] * 2
     alone, meeting = side_by_side([convolution, other, *tied])
     assert meeting == tied
-    joined = [part for part in alone if isinstance(part, Rows)]
+    joined = [part for part in alone if isinstance(part, Columns)]
     assert len(joined) == 1
     rows = rows_of([convolution, other])
-    assert {*joined[0].parameters} == {convolution.parameters["bias"], *other.parameters.values()}
+    # On a device the rows of its weight are few numbers, too.
+    own = ["bias"] if convolution.input.is_cpu else ["bias", "weight"]
+    assert {*joined[0].parameters} == {
+        *map(convolution.parameters.get, own),
+        *other.parameters.values(),
+    }
     weights = RowWeights(numbers(B))
     combined = {p: g for part in alone for p, g in part.combine(weights).items()}
     assert combined.keys() == rows.keys()
     aligned = torch.stack([part.align(weights) for part in alone]).sum(0)
+    torch.testing.assert_close(aligned, product_with(rows, combined))
+
+
+@pytest.mark.parametrize("few", [2, 2**5, 2**20])
+def test_maps_are_rows_together_or_alone_as_large_as_they_are(few, monkeypatch):
+    monkeypatch.setattr(package, "FEW", {torch.get_default_device().type: few})
+    calls = maps()
+    rows, weights = rows_of(calls), RowWeights(numbers(B))
+    parts, _ = side_by_side(calls)
+    combined = {p: g for part in parts for p, g in part.combine(weights).items()}
+    assert combined.keys() == rows.keys()
+    for p, block in rows.items():
+        torch.testing.assert_close(combined[p], torch.einsum("b,b...->...", weights.values, block))
+    aligned = torch.stack([part.align(weights) for part in parts]).sum(0)
     torch.testing.assert_close(aligned, product_with(rows, combined))
 
 

@@ -211,4 +211,32 @@ def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
     return [found.view(states.shape), found[steps.last], cells[steps.last]]
 
 
-RULES: dict[str, ForwardRule] = {ATTENTION: _attention, "MkldnnRnnLayer": _lstm}
+def _cell(node: Any, tangents: Tangents) -> list[Tensor | None]:
+    """A unit depends on its own gates and what it carried: what ones pull back is J's diagonal."""
+    *of_gates, carried = tangents[:3]
+    sides = [added(t, bias) for t, bias in zip(of_gates, tangents[3:], strict=True)]
+    aten, count = torch.ops.aten, len(node._input_metadata)
+    if count == 1:  # a GRU's gates read inputs and states apart
+        workspace = node._saved_result1
+        ones = workspace.new_ones(tuple(node._input_metadata[0].shape))
+        pulled = [aten._thnn_fused_gru_cell_backward.default(ones, workspace, False)[:3]]
+    else:
+        sides, back = [added(*sides)], aten._thnn_fused_lstm_cell_backward_impl.default
+        kept = node._saved_cx, node._saved_result1, node._saved_result2
+        ones = torch.ones_like(kept[1])
+        pulled = [back(*u, *kept, False)[:2] for u in ((ones, None), (None, ones))]
+    found = []
+    for *slopes, slope in pulled:
+        each = [s * side for s, side in zip(slopes, sides, strict=True) if side is not None]
+        total = added(*(t.view(len(t), -1, slope.shape[1]).sum(1) for t in each))
+        if carried is not None:
+            total = carried * slope if total is None else total.addcmul_(carried, slope)
+        found.append(total)
+    return found
+
+
+RULES: dict[str, ForwardRule] = {
+    ATTENTION: _attention,
+    "MkldnnRnnLayer": _lstm,
+    "ThnnFusedLstmCell ThnnFusedGruCell": _cell,
+}

@@ -1,7 +1,7 @@
 """One call of a layer, and its products with G: a class for each kind of layer."""
 
 from ._call import FIRST, LayerCall, Layout, RowWeights
-from ._linear import HeadsCall, LinearCall, LinearRowsCall
+from ._linear import AffineCall, HeadsCall, LinearCall, LinearRowsCall
 from ._positions import (
     CONVOLUTION,
     LSTM,
@@ -24,6 +24,7 @@ __all__ = [
     "CONVOLUTION",
     "FIRST",
     "LSTM",
+    "AffineCall",
     "ChannelNormCall",
     "ConvolutionCall",
     "ElementwiseCall",

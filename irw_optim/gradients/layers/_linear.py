@@ -32,6 +32,14 @@ class AffineCall(LayerCall):
     def weight_rows(self, samples: slice) -> Tensor:
         raise NotImplementedError
 
+    def makes_rows(self, output_shape: torch.Size) -> bool:
+        """Where they do not outnumber a and b, nor does what they are made of."""
+        numbers = self.input.numel() + output_shape.numel()
+        return self.numbers_in_rows(output_shape) <= numbers
+
+    def numbers_in_rows(self, output_shape: torch.Size) -> int:
+        return len(self.input) * sum(p.numel() for p in self.parameters.values())
+
     @cached_property
     def bias_rows(self) -> Tensor:
         """Summed over positions: (B, out)."""
@@ -131,11 +139,6 @@ class LinearCall(AffineCall):
         a, b = a.flatten(1, -2), b.flatten(1, -2)
         left, right = (a, b) if self.transposed else (b, a)
         return product(left.mT, right)
-
-    def makes_rows(self, output_shape: torch.Size) -> bool:
-        """With many positions the rows are fewer numbers."""
-        numbers = len(self.input) * sum(p.numel() for p in self.parameters.values())
-        return self.input.ndim > 2 and numbers <= self.input.numel() + output_shape.numel()
 
     def align(self, coefficients: RowWeights) -> Tensor:
         """By the kernel (A A^T + 1) o (B B^T), where that is less work than g_S."""

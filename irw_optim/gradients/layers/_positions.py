@@ -71,13 +71,10 @@ class ConvolutionCall(AffineCall):
         )
         return result[1]  # type: ignore[no-any-return]
 
-    def makes_rows(self, output_shape: torch.Size) -> bool:
-        """Where rows and patches do not outnumber a and b."""
+    def numbers_in_rows(self, output_shape: torch.Size) -> int:
         shape = self.recorded.shape if self.transposed else output_shape
-        rows = sum(p.numel() for p in self.parameters.values())
-        patches = shape[2:].numel() * self.patch_size * self.groups
-        numbers = self.input.numel() + output_shape.numel()
-        return max(len(self.input) * rows, len(self.recorded) * patches) <= numbers
+        positions = len(self.recorded) * shape[-self.features + 1 :].numel()
+        return max(positions * self.patch_size * self.groups, super().numbers_in_rows(output_shape))
 
     def weight_rows(self, samples: slice) -> Tensor:
         first, last, _ = samples.indices(len(self.input))
