@@ -92,8 +92,8 @@ def fold(
 ) -> PerSampleLosses:
     """Means over each sample's valid elements (others are 0), and the value of torch's reduction.
 
-    A mean divides by the normaliser, or the number of valid ones; or it is known, with that number.
-    Nothing waits for a device.
+    A mean divides by the normaliser, or the number of valid ones, which the plain ``mean`` may come
+    with. Nothing waits for a device.
     """
     detached = elements.detach()
     counts: Tensor | None = None
@@ -196,7 +196,6 @@ def _cross_entropy(
         weights = weight.detach()[target.masked_fill(~valid, 0).long()]
         normaliser = (weights * valid).sum()
     everything = valid.device.type == "cpu" and bool(valid.all())  # looking waits for nothing
-    known = everything or normaliser is not None or criterion.reduction == "sum"
     return fold(
         elements,
         batch,
@@ -204,18 +203,19 @@ def _cross_entropy(
         valid=None if everything else valid,
         normaliser=normaliser,
         labels=_labels(target, batch),
-        mean=None if known else _mean_likelihood(elements, ignore_index),
+        mean=None if everything else _mean_and_number(elements, ignore_index),
     )
 
 
-def _mean_likelihood(elements: Tensor, ignore_index: int) -> tuple[Tensor, Tensor] | None:
-    """Torch's mean and number in one kernel, if the log-probabilities are at hand."""
+def _mean_and_number(elements: Tensor, ignore_index: int) -> tuple[Tensor, Tensor] | None:
+    """By torch's kernel, if the log-probabilities are at hand."""
     node: Any = elements.grad_fn
-    at_hand = type(node).__name__ == "NllLossBackward0" and is_plain_autograd()
-    if not at_hand or elements.dtype in _HALVES:  # too narrow for the number
+    # Halves are too narrow for the number.
+    known = type(node).__name__ == "NllLossBackward0" and elements.dtype not in _HALVES
+    if not known or not is_plain_autograd():
         return None
-    read = node._saved_self.detach(), node._saved_target
-    return torch.ops.aten.nll_loss_forward(*read, None, 1, ignore_index)  # type: ignore[no-any-return]
+    read = node._saved_self.detach(), node._saved_target, None, 1, ignore_index
+    return torch.ops.aten.nll_loss_forward(*read)  # type: ignore[no-any-return]
 
 
 def _kl_div(

@@ -163,7 +163,7 @@ def weigh(
 
     ``counts`` (B,) of 0 leave out samples whose target is ignored, ``removed`` (B,) bool outliers
     that are known. What is ``known`` of batches before lets all be supposed present until a look:
-    of one target a sample, their sum ``elements`` tells as much.
+    at ``elements``, their sum, if of one target each.
     """
     given, supposed = counts, None
     if known is not None and counts is not None and not (counts.is_cpu or known.get("absent")):

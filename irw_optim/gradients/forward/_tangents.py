@@ -214,18 +214,16 @@ def _lstm(node: Any, tangents: Tangents) -> list[Tensor | None] | None:
 def _cell(node: Any, tangents: Tangents) -> list[Tensor | None]:
     """A unit depends on its own gates and what it carried: what ones pull back is J's diagonal."""
     *of_gates, carried = tangents[:3]
-    sides = [added(t, bias) for t, bias in zip(of_gates, tangents[3:], strict=True)]
-    aten, count = torch.ops.aten, len(node._input_metadata)
-    if count == 1:  # a GRU's gates read inputs and states apart
-        workspace = node._saved_result1
-        ones = workspace.new_ones(tuple(node._input_metadata[0].shape))
-        pulled = [aten._thnn_fused_gru_cell_backward.default(ones, workspace, False)[:3]]
+    sides = [added(*pair) for pair in zip(of_gates, tangents[3:], strict=True)]
+    aten, pulled = torch.ops.aten, list[Any]()
+    if base_name(node) == "ThnnFusedGruCell":  # its gates read inputs and states apart
+        seed = torch.ones_like(node._saved_hx)
+        pulled = [aten._thnn_fused_gru_cell_backward(seed, node._saved_result1, False)[:3]]
     else:
-        sides, back = [added(*sides)], aten._thnn_fused_lstm_cell_backward_impl.default
-        kept = node._saved_cx, node._saved_result1, node._saved_result2
-        ones = torch.ones_like(kept[1])
-        pulled = [back(*u, *kept, False)[:2] for u in ((ones, None), (None, ones))]
-    found = []
+        sides, kept = [added(*sides)], (node._saved_cx, node._saved_result1, node._saved_result2)
+        seed, back = torch.ones_like(kept[0]), aten._thnn_fused_lstm_cell_backward_impl
+        pulled = [back(*u, *kept, False)[:2] for u in ((seed, None), (None, seed))]
+    found: list[Tensor | None] = []
     for *slopes, slope in pulled:
         each = [s * side for s, side in zip(slopes, sides, strict=True) if side is not None]
         total = added(*(t.view(len(t), -1, slope.shape[1]).sum(1) for t in each))
