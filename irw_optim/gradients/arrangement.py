@@ -9,7 +9,11 @@ from torch.autograd.graph import GradientEdge, Node
 from .graph import CallSite, Graph
 from .layers import Layout
 from .mixing import Batch
+from .moved_rows import PaddedLayout, Rows
 from .nodes import shape_of
+
+PADDED = 4
+"""Times as many rows as there are, at most, with as many for each sample."""
 
 
 def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
@@ -28,7 +32,7 @@ def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
     for site in graph.sites:
         stride, owners = place_at(site)
         if owners and batch.rows and stride:
-            site.call.settle(batch.rows.layout_of(site, stride, owners), batch_size)
+            site.call.settle(_padded(site, stride, owners, batch.rows), batch_size)
             sites.append(site)
             continue
         offered = list(site.call.layouts(batch_size, site.shape))
@@ -43,6 +47,15 @@ def arranged(graph: Graph, batch: Batch, batch_size: int) -> list[CallSite]:
         site.call.settle(right[0] if right else None, batch_size)
         sites.append(site)
     return sites
+
+
+def _padded(site: CallSite, stride: int, owners: int, rows: Rows) -> PaddedLayout | None:
+    count, call = len(rows.owners[owners]), site.call
+    for layout in call.layouts(count, site.shape) if call.is_sequence else ():
+        if stride_in(layout, site.shape, count) == stride:
+            found = rows.padded(layout, owners)
+            return found if found.most * len(rows.owners[0]) <= PADDED * count else None
+    return None
 
 
 def stride_in(layout: Layout, shape: torch.Size, batch_size: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .graph import CallSite, Graph
+from .graph import Graph
 from .layers import Layout
 from .nodes import SHARED, UNREAD, MixesError, Output, Rule, base_name, mixes, shape_of, signed
 
@@ -21,9 +21,6 @@ NOBODYS = -1
 
 IN_TURNS = -1
 """The number of owners that have one row each in turns."""
-
-PADDED = 4
-"""Times as many rows as there are, at most, with as many for each sample."""
 
 _TAKE_ROWS = "Gather", "Index", "IndexSelect", "Slice"
 _PUT_ROWS = (
@@ -60,17 +57,18 @@ class _Meeting(NamedTuple):
 class PaddedLayout(Layout):
     """Rows in any order, padded with zeros to as many for each sample."""
 
+    rows: Layout
     owners: int  # by number
     slots: Tensor  # of each row, (rows,)
     most: int  # rows of a sample
 
     def bring(self, tensor: Tensor, batch_size: int) -> Tensor:
-        rows: Tensor = tensor.movedim(self.dim, 0)
+        rows = self.rows.bring(tensor, len(self.slots))
         padded = rows[:1].expand(batch_size * self.most, *rows.shape[1:])
         if any(rows.stride()):  # not one number for all
             padded = torch.zeros_like(padded).index_copy_(0, self.slots, rows)
-        padded = padded.view(batch_size, self.most, *rows.shape[1:])
-        return padded.movedim(1, self.dim + 1)
+        padded = padded.view(batch_size, self.most, *rows.shape[1:]).movedim(1, self.dim + 1)
+        return padded.flatten(self.dim + 1, self.dim + 2) if self.rows.fold else padded
 
 
 class Rows:
@@ -117,20 +115,13 @@ class Rows:
         number = self._note(_Meeting(rows, stride, (one, other)))
         return stride * self._rows_each(number, rows), max(0, number)
 
-    def layout_of(self, site: CallSite, stride: int, owners: int) -> PaddedLayout | None:
-        """Of a call that reads such rows; None where it has none."""
-        rows, call = len(self.owners[owners]), site.call
-        for layout in call.layouts(rows, site.shape) if call.is_sequence else ():
-            if not layout.fold and prod(site.shape[layout.dim + 1 :]) == stride:
-                found = self.padded(layout.dim, owners)
-                return found if found.most * len(self.owners[0]) <= PADDED * rows else None
-        return None
-
-    def padded(self, dim: int, owners: int) -> PaddedLayout:
+    def padded(self, rows: Layout, owners: int) -> PaddedLayout:
+        """Of calls that have such rows in this layout."""
         if owners not in self._slots:
             self._slots[owners] = _slots(self.owners[owners], len(self.owners[0]))
-        layout = PaddedLayout(dim, "padded")
-        layout.owners, (layout.slots, layout.most) = owners, self._slots[owners]
+        layout = PaddedLayout(rows.dim, f"padded {rows.fold}")
+        layout.rows, layout.owners = rows, owners
+        layout.slots, layout.most = self._slots[owners]
         return layout
 
     def number_of(self, way: _Move | _Meeting) -> int:
@@ -250,7 +241,7 @@ def _index_of(node: Any, dim: int) -> Tensor:
         start, step = signed(node._saved_start or 0), node._saved_step
         return torch.arange(start, start + step * shape_of(node)[dim], step)
     index = node._saved_index.long()
-    for other in reversed(range(index.ndim)):
+    for other in reversed(range(index.ndim if index.ndim > 1 else 0)):
         if other != dim:
             first = index.select(other, 0)
             if index.stride(other) and bool((index != first.unsqueeze(other)).any()):

@@ -134,7 +134,7 @@ def sites_of(
                     return None
                 layout = reading.layouts[number]
                 if rows is not None and isinstance(layout, PaddedLayout):
-                    layout = rows.padded(layout.dim, layout.owners)
+                    layout = rows.padded(layout.rows, layout.owners)
                 call.settle(layout, batch_size)
             sites.append(CallSite(call, edge, call.output_shape or shape))
     return sites
