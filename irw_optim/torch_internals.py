@@ -2,7 +2,6 @@
 
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial, wraps
@@ -170,14 +169,6 @@ def squared_length(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of all squares in them."""
     lengths = torch.stack(list(torch._foreach_norm(list(tensors))))
     return lengths.dot(lengths)
-
-
-@cache
-def load_dual_numbers() -> None:
-    """Have torch compile its formulas for them, without a warning."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.filterwarnings("ignore", "`torch.jit.script`")
-        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 @cache
