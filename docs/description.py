@@ -25,13 +25,32 @@ class Description(MetadataHookInterface):
 
 
 class Packed(BuildHookInterface):
-    """Has the wheel compressed as far as zlib can."""
+    """Has the wheel compressed as far as its format goes: each of a hundred files is by itself."""
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         if version != "standard":
             return
         with ZipFile(artifact_path) as wheel:
             files = [(info, wheel.read(info)) for info in wheel.infolist()]
-        with ZipFile(artifact_path, "w") as wheel:
+        with ZipFile(artifact_path, "w", ZIP_DEFLATED) as wheel:
             for info, content in files:
-                wheel.writestr(info, content, ZIP_DEFLATED, compresslevel=9)
+                info.compress_type = ZIP_DEFLATED
+                with wheel.open(info, "w") as file:
+                    file._compressor = Deflated()
+                    file.write(content)
+
+
+class Deflated:
+    """A compressor of `zipfile`, by zopfli: 3 % smaller, and read by everybody."""
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def compress(self, part: bytes) -> bytes:
+        self.content += part
+        return b""
+
+    def flush(self) -> bytes:
+        from zopfli.zlib import compress
+
+        return compress(self.content, numiterations=5)[2:-4]  # without zlib's frame

@@ -2,7 +2,6 @@
 
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial, wraps
@@ -169,14 +168,6 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
 def lengths(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The norm of each."""
     return list(torch._foreach_norm(list(tensors)))
-
-
-@cache
-def load_dual_numbers() -> None:
-    """Have torch compile its formulas for them, without a warning."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.filterwarnings("ignore", "`torch.jit.script`")
-        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 @cache

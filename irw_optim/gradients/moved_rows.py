@@ -152,7 +152,7 @@ class Rows:
             nobodys = torch.full((way.rows,), NOBODYS, device=index.device)
             owners = nobodys.scatter_reduce(0, index, ahead, "amax")
             _agreed(owners[index], ahead)
-        return self._number(owners) if len(owners) == way.rows else mixes()
+        return self._number(owners)
 
     def _of_as_many(self, rows: int) -> Iterator[tuple[int, Tensor]]:
         """The owners that so many rows may have, by number."""

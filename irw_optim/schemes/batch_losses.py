@@ -1,12 +1,4 @@
-"""The losses of a loader's batch, and their derivative along a direction, in forward mode.
-
-Without a graph::
-
-    G v = d/dt losses(parameters + t v)   at t = 0
-
-That does not see what ``torch.no_grad()`` stops for backward. So the first batch's scores are
-compared with the engine's, and the weighted sum of all with <G^T w, v>.
-"""
+"""The losses of a loader's batch."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -15,19 +7,13 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from irw_optim.criterion import PerSampleLosses, per_sample_losses
-from irw_optim.gradients.engine import Engine
-from irw_optim.gradients.graph import Graph
-from irw_optim.gradients.nodes import shape_of
-from irw_optim.gradients.protocol import Direction, widened
 from irw_optim.restored import randomness_restored
-from irw_optim.torch_internals import check_whole, load_dual_numbers
+from irw_optim.torch_internals import check_whole
 
 logger = logging.getLogger("irw_optim")
 
@@ -35,9 +21,6 @@ _warned: WeakSet[nn.Module] = WeakSet()
 
 Forward = Callable[[nn.Module, Any], tuple[Any, ...]]
 """``forward(model, batch)`` gives the criterion's arguments, ``(model(x), y)`` as a rule."""
-
-FORWARD_FAILS = "forward mode fails"
-"""What an `Engine` remembers of its model."""
 
 
 class BatchLosses:
@@ -137,70 +120,9 @@ def warn_once(model: nn.Module, message: str) -> None:
         logger.warning("%s", message)
 
 
-def jvp(
-    model: nn.Module, losses_of: Callable[[Any], PerSampleLosses], batch: Any, direction: Direction
-) -> Tensor:
-    """G v for one batch, (B,), v being 0 where it is not given; RuntimeError if torch cannot."""
-    load_dual_numbers()
-    with torch.no_grad(), forward_ad.dual_level():
-        dual = {p: forward_ad.make_dual(p.detach(), v) for p, v in direction.items()}
-        with _differentiable(model, dual):
-            losses = losses_of(batch).losses
-        value, tangent = forward_ad.unpack_dual(losses)
-    return widened(torch.zeros_like(value) if tangent is None else tangent)
-
-
-def long_attention(graph: Graph) -> bool:
-    """Whether forward mode makes a large matrix that fused attention spares."""
-    fused = (node for node in graph.order if node.name().startswith("ScaledDotProduct"))
-    shapes = map(shape_of, fused)
-    return any(shape[-2] > 3 * shape[-1] for shape in shapes)
-
-
-def forward_mode_pays_off(engine: Engine, model: nn.Module) -> bool:
-    """Whether to try it: low precision carries it badly."""
-    failed = engine.known.get(FORWARD_FAILS)
-    return not failed and engine.kind == "auto" and in_full_precision(model)
-
-
 def in_full_precision(model: nn.Module) -> bool:
     """Whether all is float32 or better."""
     parameters = list(model.parameters())
     return all(p.dtype in (torch.float32, torch.float64) for p in parameters) and not any(
         torch.is_autocast_enabled(device) for device in {p.device.type for p in parameters}
     )
-
-
-def check_difference(difference: Tensor, scale: Tensor) -> None:
-    """Raise a RuntimeError for more than rounding."""
-    tolerance = 1e-8 if scale.dtype == torch.float64 else 1e-3
-    alike = difference <= tolerance * scale + torch.finfo(scale.dtype).tiny
-    if not bool(alike | ~scale.isfinite()):  # what is not finite is for the scheme to say
-        raise RuntimeError(
-            f"it differs from backward by {float(difference):.2g} in {float(scale):.2g}"
-        )
-
-
-@contextmanager
-def _differentiable(model: nn.Module, values: Direction) -> Iterator[None]:
-    """The modules with these values in place of parameters, and without fused attention.
-
-    (``torch.func.functional_call`` fails on modules of two names.)
-    """
-    mha = torch.backends.mha
-    with ExitStack() as undo, sdpa_kernel(SDPBackend.MATH):
-        undo.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-        mha.set_fastpath_enabled(False)
-
-        def change(where: dict[str, Any], name: str, value: Any) -> None:
-            undo.callback(where.__setitem__, name, where[name])
-            where[name] = value
-
-        for module in list(model.modules()):
-            for name, p in module._parameters.items():
-                if p is not None and p in values:
-                    change(module._parameters, name, values[p])
-            if isinstance(module, nn.RNNBase):
-                inside = [w if w is None else values.get(w, w) for w in module._flat_weights]
-                change(vars(module), "_flat_weights", inside)
-        yield

@@ -4,11 +4,11 @@ G^T w sums up G_b^T w_b over batches of samples with a weight, G v lines up G_b 
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,24 +21,20 @@ from irw_optim.distributed.weigher import join
 from irw_optim.gradients.backward_passes import backward_to
 from irw_optim.gradients.engine import Engine
 from irw_optim.gradients.loss_gradients import LossGradients
+from irw_optim.gradients.nodes import shape_of
 from irw_optim.gradients.protocol import Direction, PerSampleGradients, widened
 
-from .batch_losses import (
-    FORWARD_FAILS,
-    BatchLosses,
-    check_difference,
-    forward_mode_pays_off,
-    in_full_precision,
-    jvp,
-    long_attention,
-)
+from .batch_losses import BatchLosses, in_full_precision
 from .order import LossConsistency
 from .reading import DatasetReader
 
 logger = logging.getLogger("irw_optim")
 
-DIFFERENTIATES = "the losses are derivatives themselves"
+DIFFERENTIATES, STAYS_BACK = "the losses are derivatives themselves", "nothing goes forwards"
 """What an `Engine` remembers of its model."""
+
+SMALL = 2**23
+"""So few numbers in a graph are no memory."""
 
 
 @dataclass(eq=False)
@@ -54,8 +50,8 @@ class DatasetGradients:
     def __post_init__(self) -> None:
         self.samples = torch.arange(self.reader.size, device="cpu")  # the rows, as dataset indices
         self.consistency = LossConsistency(self.reader.size)
+        self._numbers = math.inf  # in a sample's graph, once one was captured
         self._combined: tuple[Tensor, Direction] | None = None  # w and G^T w, for `dot` to check
-        self._long_attention = False  # known once a batch was captured
 
     @property
     def batch_size(self) -> int:
@@ -108,37 +104,38 @@ class DatasetGradients:
         return {p: g.to_dense() for p, g in found if g is not None}
 
     def dot(self, direction: Direction) -> Tensor:
-        """G v, (n,), in forward mode where that is quicker and right."""
-        long = self._long_attention
-        if not long and forward_mode_pays_off(self.engine, self.losses_of.model):
+        """G v, (n,), pushed forwards where that is right: low precision carries it badly."""
+        known, model = self.engine.known, self.losses_of.model
+        if self.engine.kind == "auto" and not known.get(STAYS_BACK) and in_full_precision(model):
             try:
-                return self._dot_in_forward_mode(direction)
+                return self._pushed(direction)
             except RuntimeError as error:
-                self.engine.known[FORWARD_FAILS] = True
-                text = "scores of the data set take a backward pass, forward mode being out: %s"
+                known[STAYS_BACK] = True
+                text = "scores of the data set take a backward pass, and do not go forwards: %s"
                 logger.info(text, str(error).split("\n")[0])
         return _in_order((some, rows.dot(direction)) for some, rows in self.blocks(self._all()))
 
-    def _dot_in_forward_mode(self, direction: Direction) -> Tensor:
+    def _pushed(self, direction: Direction) -> Tensor:
         size = self.reader.batch_size
-        # One batch for the engine too, and then two at once: no graph holds anything.
+        # One batch for the engine too, and then two at once if their graphs hold little.
         first, others = self.samples[:size], self.samples[size:]
-        sizes = [len(first), *map(len, others.split(2 * size) if len(others) else ())]
+        at_once = 2 * size if 2 * size * self._numbers < SMALL else size
+        sizes = [len(first), *map(len, others.split(at_once) if len(others) else ())]
         parts: list[tuple[Tensor, Tensor]] = []
         for some, indices, batch in self._read(self._all(), sizes):
-            losses_of = partial(self._losses_of, indices)
-            scores = jvp(self.losses_of.model, losses_of, batch, direction)
+            with self._captured(indices, batch) as captured:
+                scores = widened(captured.passes.push(direction).detach())
             if not parts:
                 with self._gradients(indices, batch) as rows:
                     expected = rows.dot(direction)
-                check_difference((scores - expected).abs().max(), expected.abs().max())
+                _check_difference((scores - expected).abs().max(), expected.abs().max())
             parts.append((some, scores))
         scores = _in_order(parts)
         if self._combined is not None:  # w^T (G v) = (G^T w)^T v
             weights, combined = self._combined
             terms = weights * scores
             product = sum((combined[p] * v).sum() for p, v in direction.items() if p in combined)
-            check_difference((terms.sum() - product).abs(), terms.abs().sum())
+            _check_difference((terms.sum() - product).abs(), terms.abs().sum())
         return scores
 
     def gram(self) -> Tensor:
@@ -175,7 +172,9 @@ class DatasetGradients:
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
         captured = LossGradients(self.engine, losses)
-        self._long_attention = long_attention(captured.graph)
+        if math.isinf(self._numbers):
+            held = sum(shape_of(node).numel() for node in captured.graph.order)
+            self._numbers = held / len(losses)
         return closing(captured)
 
     def _losses_of(self, indices: Tensor, batch: Any) -> PerSampleLosses:
@@ -265,3 +264,13 @@ def _in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     places, values = zip(*parts, strict=True)
     joined = torch.cat(values)
     return joined[torch.cat(places).argsort().to(joined.device)]
+
+
+def _check_difference(difference: Tensor, scale: Tensor) -> None:
+    """Raise a RuntimeError for more than rounding."""
+    tolerance = 1e-8 if scale.dtype == torch.float64 else 1e-3
+    alike = difference <= tolerance * scale + torch.finfo(scale.dtype).tiny
+    if not bool(alike | ~scale.isfinite()):  # what is not finite is for the scheme to say
+        raise RuntimeError(
+            f"it differs from backward by {float(difference):.2g} in {float(scale):.2g}"
+        )

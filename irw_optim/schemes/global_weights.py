@@ -84,7 +84,7 @@ def global_weights(
             ``outliers`` still compares all classes.
         labels: (N,) classes for ``within_classes``, of any kind; None takes the criterion's target.
         mix: lambda in [0, 1]; w <- (1 - lambda) w + lambda / N, or of each class alike.
-        batch_size: samples at once; None takes the loader's. Twice as many where no graph is kept.
+        batch_size: samples at once; None takes the loader's. Twice as many where little is kept.
         outlier_block: samples that ``outliers`` compares with each other, at most.
         forward: ``forward(model, batch)`` gives the criterion's arguments.
         engine: as of `IRWOptimizer`.

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from irw_optim.gradients.protocol import Direction
@@ -212,7 +211,7 @@ class LossConsistency:
 
     def note(self, samples: Tensor, losses: Tensor) -> None:
         """Take the losses (b,) of dataset indices (b,)."""
-        self.batches.append((samples, forward_ad.unpack_dual(losses.detach()).primal))
+        self.batches.append((samples, losses.detach()))
 
     def differing_batches(self, full_precision: bool) -> list[list[int]]:
         """Those with the sample whose losses differ most, if beyond rounding."""

@@ -1,8 +1,8 @@
 """The weights of a whole data set, made and held.
 
 They are those of the local scheme on a single batch of all N samples, of which pass 1 has losses,
-2 sums up g_S over the members of S alone, and 3 takes the derivative along it, forwards, or forward
-and backward to the layers. It takes the memory of one batch and one gradient.
+2 sums up g_S over the members of S alone, and 3 pushes it forwards through each batch's graph, or
+goes back to the layers. It takes the memory of one batch and one gradient.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Scores of a data set by one forward pass: equal to the loop, or left to the engine."""
+"""Scores of a data set, pushed forwards: equal to the loop, or left to the engine."""
 
 import logging
 
@@ -7,24 +7,24 @@ import reference
 import torch
 from models import Recurrent
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, TensorDataset
 
-import irw_optim.schemes.batch_losses as batch_losses
 import irw_optim.schemes.dataset_gradients as dataset_gradients
 from irw_optim import IRWOptimizer
-from irw_optim.criterion import per_sample_losses
+from irw_optim.gradients.backward_passes import BackwardPasses
 from irw_optim.gradients.engine import Engine
 from irw_optim.schemes import GlobalScheme, global_weights
-from irw_optim.schemes.batch_losses import BatchLosses, jvp
+from irw_optim.schemes.batch_losses import BatchLosses
+from irw_optim.schemes.dataset_gradients import DatasetGradients
 from irw_optim.schemes.reading import DatasetReader
 
 N, CLASSES = 53, 3
-MESSAGE = "forward mode being out"
+MESSAGE = "do not go forwards"
 
 
 class Sections(nn.Module):
-    """Leaves some samples' first layer out of backward."""
+    """Leaves some samples' first layer out of backward, as a hook does."""
 
     def __init__(self, frozen):
         super().__init__()
@@ -32,13 +32,14 @@ class Sections(nn.Module):
         self.frozen = frozen
 
     def forward(self, x):
-        with torch.no_grad():
-            unseen = self.first(x)
-        return self.second(torch.where(self.frozen(x), unseen, self.first(x)).tanh())
+        h, frozen = self.first(x), self.frozen(x)
+        if h.requires_grad:
+            h.register_hook(lambda gradient: gradient.masked_fill(frozen, 0.0))
+        return self.second(h.tanh())
 
 
 class Sine(torch.autograd.Function):
-    """Has no derivative in forward mode."""
+    """Can only be pulled back."""
 
     @staticmethod
     def forward(ctx, x):
@@ -46,6 +47,7 @@ class Sine(torch.autograd.Function):
         return x.sin()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         return gradient * ctx.saved_tensors[0].cos()
 
@@ -115,8 +117,20 @@ class Memory(nn.Module):
         return self.last(self.cells(x.unsqueeze(-1))[0][:, -1])
 
 
-FUSED = pytest.mark.cpu("a device's fused cells know no forward mode")
-KINDS = [Pictures, recurrent, pytest.param(Attending, marks=FUSED), Tied]
+class Detached(Sections):
+    """The same by no_grad, which the graph shows."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            unseen = self.first(x)
+        return self.second(torch.where(self.frozen(x), unseen, self.first(x)).tanh())
+
+
+def detached():
+    return Detached(lambda x: x[:, :1] > 0)
+
+
+KINDS = [Pictures, recurrent, Attending, Tied, detached]
 
 
 def batch(dtype=torch.float64):
@@ -138,47 +152,51 @@ def weights_of(model, x, y, **options):
     return global_weights(model, nn.CrossEntropyLoss(), loader, 0.2, progress=False, **options)
 
 
+def rows_of(model, x, y):
+    losses_of = BatchLosses(model, nn.CrossEntropyLoss(), None)
+    reader = DatasetReader(DataLoader(TensorDataset(x, y), batch_size=8))
+    scored = set(trained(model)).__contains__
+    return DatasetGradients(reader, losses_of, Engine(model), scored, lambda _: None)
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """The products that were begun."""
+    found, real = [], DatasetGradients._pushed
+    monkeypatch.setattr(DatasetGradients, "_pushed", lambda *of: found.append(1) or real(*of))
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
 def test_is_the_product_with_the_rows_of_a_loop(kind):
     model, (x, y) = kind().double().eval(), batch()
-    before = dict(model.named_parameters())
     losses = nn.functional.cross_entropy(model(x), y, reduction="none")
     rows = reference.per_sample_gradients(losses, trained(model))
     direction = torch.randn(N, dtype=torch.float64) @ rows
     expected = rows @ direction
     pieces = direction.split([p.numel() for p in trained(model)])
     along_them = {p: v.view_as(p) for p, v in zip(trained(model), pieces, strict=True)}
-
-    def losses_of(batch):
-        return per_sample_losses(nn.CrossEntropyLoss(), model(batch[0]), batch[1])
-
-    actual = jvp(model, losses_of, (x, y), along_them)
+    actual = rows_of(model, x, y)._pushed(along_them)
     assert reference.error(actual, expected) < 1e-10
-    assert all(p is before[name] for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
-    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
-def test_makes_the_scores_where_it_can(kind, caplog, monkeypatch):
-    used = []
-    monkeypatch.setattr(
-        dataset_gradients, "jvp", lambda *args: used.append(1) or jvp(*args), raising=True
-    )
+def test_makes_the_scores_where_it_can(kind, caplog, pushed):
     caplog.set_level(logging.INFO, "irw_optim")
     model, (x, y) = kind().double(), batch()
     assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
-    assert used
+    assert pushed
     assert MESSAGE not in caplog.text
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Sined(), "jvp"),
+        (Sined(), "SineBackward"),
         (Sections(lambda x: x[:, :1] > 0), "differs from backward"),
     ],
-    ids=["no derivative", "no_grad for some samples"],
+    ids=["no second derivative", "a hook for some samples"],
 )
 def test_the_engine_makes_them_where_it_cannot(model, reason, caplog):
     caplog.set_level(logging.INFO, "irw_optim")
@@ -213,27 +231,20 @@ def test_what_differs_outside_of_s_shows_in_the_first_batch(caplog):
     assert MESSAGE in caplog.text
 
 
-def test_what_failed_once_is_not_tried_again(monkeypatch):
-    tried = []
-    monkeypatch.setattr(
-        dataset_gradients, "jvp", lambda *args: tried.append(1) or jvp(*args), raising=True
-    )
+def test_what_failed_once_is_not_tried_again(pushed):
     model, criterion = Sined(), nn.CrossEntropyLoss()
     inner = torch.optim.SGD(model.parameters(), 0.1)
     optimizer = IRWOptimizer(inner, alpha=0.2, model=model, criterion=criterion)
     scheme = GlobalScheme(optimizer, DataLoader(TensorDataset(*batch(torch.float32)), 8))
     scheme.renew()
     scheme.renew()
-    assert len(tried) == 1
+    assert len(pushed) == 1
 
 
 def test_some_of_the_rows_know_no_sum_of_all(caplog):
     caplog.set_level(logging.INFO, "irw_optim")
     model, (x, y) = Pictures().double().eval(), batch()
-    losses_of = BatchLosses(model, nn.CrossEntropyLoss(), None)
-    reader = DatasetReader(DataLoader(TensorDataset(x, y), batch_size=8))
-    everything = (losses_of, Engine(model), set(trained(model)).__contains__, lambda _: None)
-    rows = dataset_gradients.DatasetGradients(reader, *everything)
+    rows = rows_of(model, x, y)
     direction = rows.combine(torch.ones(N, dtype=torch.float64))
     expected = rows.dot(direction)
     some = torch.arange(N) % 3 == 0
@@ -250,24 +261,24 @@ def test_a_long_short_term_memory(engine):
     assert reference.error(actual, by_hand(model, x, y)) < 1e-10
 
 
-def test_numbers_of_low_precision_are_left_to_the_engine(monkeypatch):
+def test_numbers_of_low_precision_are_left_to_the_engine(monkeypatch, pushed):
     def asked(*args, **options):
         pytest.fail("was asked")
 
-    monkeypatch.setattr(dataset_gradients, "jvp", asked)
     monkeypatch.setattr(dataset_gradients, "backward_to", asked)
     model, (x, y) = Tied(), batch(torch.float32)
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
         weights_of(model, x, y)
     weights_of(model.bfloat16(), x.bfloat16(), y)
+    assert not pushed
 
 
 @pytest.mark.parametrize("engine", ["ghost", "autodiff"])
-def test_an_engine_that_is_asked_for_makes_them_itself(engine, monkeypatch):
-    monkeypatch.setattr(dataset_gradients, "jvp", lambda *args: pytest.fail("was asked"))
+def test_an_engine_that_is_asked_for_makes_them_itself(engine, pushed):
     model, (x, y) = Pictures().double(), batch()
     actual = weights_of(model, x, y, engine=engine)
     assert reference.error(actual, by_hand(model, x, y)) < 1e-10
+    assert not pushed
 
 
 def test_the_sum_over_s_goes_no_further_back_than_the_scores_need(monkeypatch):
@@ -283,33 +294,6 @@ def test_the_sum_over_s_goes_no_further_back_than_the_scores_need(monkeypatch):
     assert asked == set(model.layers[-1].parameters())
 
 
-class Attention(nn.Module):
-    """2 heads of 6 numbers over T positions."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.projection = nn.Embedding(6, 8), nn.Linear(8, 36)
-        self.head = nn.Linear(12, CLASSES)
-
-    def forward(self, x):
-        h = self.projection(self.embedding(x)).unflatten(-1, (2, 18)).transpose(1, 2)
-        mixed = nn.functional.scaled_dot_product_attention(*h.chunk(3, dim=-1))
-        return self.head(mixed.transpose(1, 2).flatten(-2).mean(1))
-
-
-def batches_along(monkeypatch, model, x, y):
-    """The sizes of the batches that went through forward mode; the weights are right."""
-    sizes, real = [], batch_losses.jvp
-
-    def noting(model, losses_of, batch, direction):
-        sizes.append(len(batch[1]))
-        return real(model, losses_of, batch, direction)
-
-    monkeypatch.setattr(dataset_gradients, "jvp", noting)
-    assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
-    return sizes
-
-
 def test_losses_are_read_two_batches_at_once_without_a_graph():
     model, (x, y), read = Pictures().double(), batch(), []
     model.register_forward_hook(lambda _, args, out: read.append((len(out), out.requires_grad)))
@@ -319,23 +303,10 @@ def test_losses_are_read_two_batches_at_once_without_a_graph():
     assert read == alone + of_the_worst_off + of_all
 
 
-@pytest.mark.parametrize("length", [18, 19])
-def test_long_attention_is_left_to_the_engine(length, monkeypatch):
-    """Two heads of 6 numbers: from 3 times as many positions on, their matrix is the most of it."""
-    model, x, y = Attention().double(), torch.randint(6, (N, length)), batch()[1]
-    assert bool(batches_along(monkeypatch, model, x, y)) == (length == 18)
-
-
-def test_attention_that_makes_its_matrix_anyway_does_not_count(monkeypatch):
-    model, x, y = Attention().double(), torch.randint(6, (N, 19)), batch()[1]
-    with sdpa_kernel(SDPBackend.MATH):
-        assert batches_along(monkeypatch, model, x, y)
-
-
-def test_memory_runs_out_of_forward_mode_and_the_engine_goes_on(monkeypatch):
-    def jvp(*args):
+def test_memory_runs_out_and_the_engine_goes_on(monkeypatch):
+    def push(*args):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(dataset_gradients, "jvp", jvp)
+    monkeypatch.setattr(BackwardPasses, "push", push)
     model, (x, y) = Pictures().double(), batch()
     assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
