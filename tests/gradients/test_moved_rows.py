@@ -415,9 +415,11 @@ def test_rows_that_stand_second():
         def __init__(self) -> None:
             super().__init__()
             self.first, self.last = nn.Linear(D // 2, 3), nn.Linear(3, 2)
+            self.scale = nn.Parameter(torch.randn(2, 1, 3))
 
         def forward(self, g: Graphs) -> Tensor:
             h = self.first(g.x.view(len(g.x), 2, D // 2).transpose(0, 1).contiguous()).relu()
+            h = h * self.scale
             return self.last(h.new_zeros(2, B, 3).index_add(1, g.sample, h).sum(0))
 
     net = Heads()
