@@ -89,6 +89,8 @@ class Rows:
         try:
             return rule(output), [owners] * len(output.inputs)
         except MixesError:
+            if not self.owners[0].is_cpu:  # where to look at an index waits
+                raise
             puts, dim, width, gone = _addressed(output)
         moved, stays = output.inputs[puts], [output.stride] * puts
         if not moved or 0 in moved:
@@ -129,7 +131,7 @@ class Rows:
         if isinstance(way, _Meeting):
             vectors = [self._of_rows(way, *one) for one in way.reached]
             return self._number(_agreed(*vectors))
-        index = _index_of(self.graph.order[way.place], way.dim).to(self.owners[0].device)
+        index = _index_of(self.graph.order[way.place], way.dim)
         key = index.data_ptr(), index.shape, index.stride(), way[1:]
         if key not in self._known:  # with the index, so that nothing else takes its place
             self._known[key] = self._behind(way, index), index
@@ -239,7 +241,7 @@ def _index_of(node: Any, dim: int) -> Tensor:
         return index.flatten().nonzero().squeeze(1) if _is_mask(index) else index.long()
     if hasattr(node, "_saved_start"):
         start, step = signed(node._saved_start or 0), node._saved_step
-        return torch.arange(start, start + step * shape_of(node)[dim], step)
+        return torch.arange(start, start + step * shape_of(node)[dim], step, device="cpu")
     index = node._saved_index.long()
     for other in reversed(range(index.ndim if index.ndim > 1 else 0)):
         if other != dim:

@@ -45,6 +45,19 @@ def with_batch_norm() -> nn.Module:
     return models.mlp(10, 8, CLASSES, norm=nn.BatchNorm1d, act=nn.ReLU)
 
 
+class OfNodes(nn.Module):
+    """Two nodes a sample, in an order that tells nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.answer = nn.Linear(5, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.randperm(2 * B)
+        h = self.read(x.view(2 * B, 5).index_select(0, order)).relu()
+        return self.answer(h.new_zeros(B, 8).index_add(0, order // 2, h))
+
+
 def waits(make: Any, steps: int, *, ignored: bool = False, **options: Any) -> list[int]:
     """How often each step waits."""
     torch.manual_seed(0)
@@ -64,7 +77,7 @@ def waits(make: Any, steps: int, *, ignored: bool = False, **options: Any) -> li
     return found
 
 
-@pytest.mark.parametrize("make", [mlp, with_batch_norm])
+@pytest.mark.parametrize("make", [mlp, with_batch_norm, OfNodes])
 @pytest.mark.parametrize(
     "options",
     [

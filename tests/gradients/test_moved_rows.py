@@ -22,6 +22,8 @@ from irw_optim import DBSCANFilter, IRWOptimizer
 from irw_optim.gradients.graph import walk
 from irw_optim.gradients.mixing import follow_batch
 
+pytestmark = pytest.mark.cpu("on a device an index is not looked at: what it moves goes forwards")
+
 B, D, ALPHA = 5, 4, 0.4
 
 
