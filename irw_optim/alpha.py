@@ -149,6 +149,7 @@ def estimate_alpha(
         return np.asarray((rho - (1 - p) / num_groups) / p)
 
     def bounds(tail: float) -> Vector:
+        """(groups, 2), each wrong with probability ``tail`` at most."""
         low = betaincinv(counts.clip(min=1), total - counts + 1, tail)
         high = betaincinv(counts + 1, (total - counts).clip(min=1), 1 - tail)
         rho = [np.where(counts == 0, 0.0, low), np.where(counts == total, 1.0, high)]

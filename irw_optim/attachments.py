@@ -159,6 +159,7 @@ class _Deepcopy(OfModule):
 
 
 def _cleaned(reduced: Any, module: nn.Module) -> Any:
+    """What pickle is told of a module, without attachments."""
     if type(reduced) is tuple:
         return tuple(_cleaned(part, module) for part in reduced)
     if type(reduced) is not dict or "_forward_hooks" not in reduced:

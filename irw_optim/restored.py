@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 Undo = Callable[[], object]
 
-_OF_MODULES = frozenset(vars(nn.Module()))
+_OF_MODULES = frozenset(vars(nn.Module()))  # no state of a forward
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def undo_own_state(part: nn.Module, by_version: bool = False, depth: int = 3) ->
 def undo_inside(value: Any, by_version: bool = False, depth: int = 0) -> Iterator[Undo]:
     """The same of an attribute's value, and of what is in it down to a ``depth``."""
     inside: Iterable[Any] = ()
-    if type(value).__module__.startswith("irw_optim"):
+    if type(value).__module__.startswith("irw_optim"):  # what is attached
         return
     if isinstance(value, Tensor):
         if not (value.requires_grad or value.is_inference()):
@@ -108,7 +108,7 @@ def undo_inside(value: Any, by_version: bool = False, depth: int = 0) -> Iterato
     elif isinstance(value, FunctionType):
         inside = []
         for cell in value.__closure__ or ():
-            with suppress(ValueError):
+            with suppress(ValueError):  # of an empty one
                 inside.append(cell.cell_contents)
                 yield partial(setattr, cell, "cell_contents", inside[-1])
     elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType):

@@ -78,6 +78,7 @@ class _Member(BatchPass):
     factor: Tensor | float = 0.0
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
+        """Start this batch, or finish the whole with it."""
         captured, logical = self.captured, self.logical
         others = list(filter(captured.is_wanted, captured.others))
         weighted = is_wanted(self.anchor.node)

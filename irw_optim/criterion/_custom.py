@@ -163,6 +163,7 @@ def _agree(criterion: nn.Module, own: Any, elements: Tensor) -> bool:
 
 
 def _is_another_draw(criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether they agree from the same random states, or elements never do."""
 
     def again(call: Callable[..., Any]) -> Any:
         with rehearsal(criterion, (*args, *kwargs.values())):
@@ -227,7 +228,7 @@ def check_rows_are_samples(
         return
     elements = elements.detach()
     along = elements.roll(len(elements) // batch, 0)
-    near = 0.1 * _distance(elements, along)
+    near = 0.1 * _distance(elements, along)  # far closer than the expectations to each other
     shown = [other for other in calls if other is not None and other.shape == elements.shape]
     if any(_distance(other, along) <= near for other in shown):
         return
@@ -244,6 +245,7 @@ def _may_be_of_classes(tensor: Tensor) -> bool:
 
 
 def _moved(rows: int, batch: int, classes_stay: bool, moved: list[Any], value: Any) -> Any:
+    """With rows of samples ``moved`` on by one."""
     again = partial(_moved, rows, batch, classes_stay, moved)
     if isinstance(value, Tensor):
         stays = classes_stay and _may_be_of_classes(value)
@@ -271,7 +273,7 @@ def _called_again(
         try:
             with torch.no_grad():
                 return unreduced(criterion, move(args), move(kwargs))
-        except Exception:
+        except Exception:  # it says nothing about the samples
             return None
 
 

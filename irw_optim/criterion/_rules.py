@@ -69,7 +69,7 @@ def unreduced(
         if handed_on is not None:
             criterion.reduction = handed_on
         elif own is None:
-            del attributes["reduction"]
+            del attributes["reduction"]  # it was the class's
         else:
             attributes["reduction"] = own
     return elements

@@ -72,7 +72,7 @@ class OverRanks:
 class FactorsOfLosses(Deferred):
     """A node between losses and scalar, which hands the losses their factors."""
 
-    batch: PerSampleLosses
+    batch: PerSampleLosses  # detached
     weigher: Weigher
 
     def arrive(self, upstream: Tensor, keep_graph: bool) -> list[Tensor | None]:
@@ -122,6 +122,7 @@ class ShardedPass(FactorsOfLosses):
         return rows
 
     def _agree(self, columns: set[Tensor]) -> tuple[Covering | None, bool]:
+        """What is known of this rank's products, and whether all ranks check them."""
         batch = self.captured
         missing: set[Tensor] = set()
         covering, due = None, False
@@ -138,6 +139,7 @@ class ShardedPass(FactorsOfLosses):
         return covering, bool(check)
 
     def _check(self, rows: GhostGradients, columns: set[Tensor]) -> None:
+        """Compare the products with autograd's, each layer's as it arrives."""
         losses = self.captured.losses
         probe = probe_of(losses, self.captured.engine.random)
         found: dict[Tensor, Difference] = {}
@@ -154,7 +156,7 @@ class ShardedPass(FactorsOfLosses):
                 leaf.grad = None
                 undo.callback(leaf.register_post_accumulate_grad_hook(compare).remove)
             torch.autograd.backward(losses, probe, retain_graph=True, inputs=list(columns))
-            for leaf in columns - found.keys():
+            for leaf in columns - found.keys():  # autograd has none
                 compare(leaf)
         names = self._of_all_ranks(wrong_among(list(found.values())))
         if names:

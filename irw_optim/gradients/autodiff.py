@@ -121,7 +121,7 @@ class AutodiffGradients:
         one, terms = products.sum().item(), products.abs().sum().item()
         dtype = self.losses.dtype
         tolerance = {torch.float64: 1e-6, torch.float32: 1e-2}.get(dtype, 1e-1)
-        rounding = torch.finfo(wide(dtype)).tiny
+        rounding = torch.finfo(wide(dtype)).tiny  # of numbers below it
         same = not math.isfinite(other) or abs(one - other) <= tolerance * terms + rounding
         if same and terms > rounding:
             self.known["adds up"] = True

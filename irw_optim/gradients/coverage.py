@@ -135,8 +135,8 @@ class Difference(NamedTuple):
     """How far a parameter's gradient is off."""
 
     parameter: Tensor
-    error: float
-    size: float
+    error: float  # a norm
+    size: float  # the gradient's
     tolerance: float
 
 

@@ -200,6 +200,7 @@ def _arrive(
 
 
 def _settled(site: CallSite, gradient: Tensor, retain_graph: bool, makes_rows: bool) -> LayerCall:
+    """With its output gradient, or as rows."""
     # Another loss of the same graph has output gradients of its own.
     call = site.call.copy() if retain_graph else site.call
     if call.recorded._version != call.version:

@@ -48,6 +48,7 @@ _KEPT = nn.ParameterList, nn.ParameterDict
 
 
 def _is_patched(module: nn.Module) -> bool:
+    """Whether somebody has put a ``forward`` on it, which may compute anything."""
     forward = vars(module).get("forward")
     while isinstance(forward, KeptOut):
         forward = forward.previous
@@ -84,6 +85,8 @@ def record(call: LayerCall | None, output: Tensor) -> None:
 
 
 class _LayerForward(KeptOut):
+    """Notes the calls of a layer that has a rule."""
+
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output, module = self.__wrapped__(*args, **kwargs), self.module
@@ -98,6 +101,8 @@ RecordedLayer = on_forward(_LayerForward)
 
 
 class _FunctionsForward(ItselfKeptOut):
+    """Notes the functions that a module calls with parameters of its own."""
+
     @itself_uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
@@ -188,6 +193,8 @@ IN_CUDNN = "CudnnRnn"
 
 
 class _OwnKernels(KeptOut):
+    """Has a layer take torch's own kernels while gradients are recorded."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.backends.cudnn.flags(enabled=not torch.is_grad_enabled()):
             return self.__wrapped__(*args, **kwargs)

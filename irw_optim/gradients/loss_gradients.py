@@ -163,6 +163,7 @@ class LossGradients:
     def _take_products(
         self, covering: Covering, seed: Tensor, keep_graph: bool, alike: Sequence[Tensor]
     ) -> None:
+        """With nothing left to autograd."""
 
         def on_to_others(edges: Sequence[End]) -> Sequence[Tensor | None]:
             factors = seed.expand_as(self.losses)
@@ -268,6 +269,7 @@ class LossGradients:
         return OneForward(self.engine.model, self.engine.known)
 
     def _check(self, covering: Covering, sites: list[CallSite], ghost: GhostGradients) -> None:
+        """Leave to autograd what it disagrees with."""
         parameters = [p for p in self.leaves if p in covering.covered]
         probe = probe_of(self.losses, self.engine.random)
         wrong = compare(parameters, self.passes.without_hooks(parameters, probe), probe, ghost)

@@ -144,7 +144,7 @@ def _look(
     if squares.device.type != "cpu":
         sent = squares, losses, seed, present, *doubt
         squares, losses, seed, present, *doubt = _on_host(*sent, dtype=squares.dtype)
-    size: float = torch.linalg.vector_norm(squares, math.inf).item()
+    size: float = torch.linalg.vector_norm(squares, math.inf).item()  # NaN if one is NaN
     # The way to a product may be quadratic in the seed, too.
     quadratic = size if seed is None else size * seed.item() ** 2
     low, high = _range_of(squares.dtype)
@@ -159,6 +159,7 @@ def _look(
 
 
 def _on_host(*tensors: Tensor | None, dtype: torch.dtype) -> list[Any]:
+    """All in one message."""
     sent = [t.flatten().to(dtype) for t in tensors if t is not None]
     message = iter(torch.cat(sent).cpu().split([len(t) for t in sent]))
     return [None if t is None else next(message) for t in tensors]
@@ -205,6 +206,7 @@ def row_norms(gradients: GhostGradients) -> Tensor:
 
 
 def _squares(calls: Sequence[LayerCall]) -> Tensor:
+    """Sum over the parameters that these calls share, (B,)."""
     call, *others = calls
     if isinstance(call, ConvolutionCall) and not others:
         return _convolution(call)
@@ -212,7 +214,7 @@ def _squares(calls: Sequence[LayerCall]) -> Tensor:
         return _embedding(call)
     kinds = {(type(call), *map(id, call.parameters.values())) for call in calls}
     if type(call) is LinearCall and len(kinds) == 1:
-        return _linear(calls)
+        return _linear(calls)  # several: one call a time step
     return _by_rows(calls)
 
 
@@ -227,6 +229,7 @@ def _linear(calls: Sequence[LayerCall]) -> Tensor:
 
 
 def _joined(sides: Sequence[Tensor]) -> Tensor:
+    """The positions of all calls as (B, T, d); (B, d) without any."""
     if len(sides) == 1:
         return sides[0].flatten(1, -2) if sides[0].ndim > 2 else sides[0]
     return torch.cat([t.flatten(1, -2) if t.ndim > 2 else t.unsqueeze(1) for t in sides], 1)
@@ -244,6 +247,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _convolution(call: ConvolutionCall) -> Tensor:
+    """Groups are further samples."""
     total = call.b.new_zeros(len(call.b))
     if "bias" in call.parameters:
         total = total + _square(call.bias_rows)
@@ -254,6 +258,7 @@ def _convolution(call: ConvolutionCall) -> Tensor:
 
 
 def _embedding(call: EmbeddingCall) -> Tensor:
+    """Lookups of the same row add up before the norm is taken."""
     index = call.input.reshape(len(call.input), -1)
     b = call.b.reshape(*index.shape, -1)
 
@@ -275,6 +280,7 @@ def _by_rows(calls: Sequence[LayerCall]) -> Tensor:
 
 
 def _blocked(numbers: int, squares: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """So that no block holds more than `MEMORY_BOUND`."""
     parts = [t.split(max(1, MEMORY_BOUND // max(1, 2 * numbers))) for t in tensors]
     return torch.cat([squares(*some) for some in zip(*parts, strict=True)])
 

@@ -33,6 +33,7 @@ def _along(name: str) -> Rule:
 
 
 def _in_blocks(output: Output) -> Sequence[int]:
+    """Along the batch, if in blocks that have all samples."""
     (dim,), read = output.saved_dims(), output.inputs
     if output.dim != dim:
         return output.all_at(output.dim)
@@ -130,6 +131,7 @@ def _of_classes(output: Output) -> Sequence[int]:
 
 
 def _of_rows(dim: int) -> Rule:
+    """Losses that read the batch in this dimension."""
 
     def rule(output: Output) -> Sequence[int]:
         reduced = getattr(output.node, "_saved_reduction", 0)
@@ -162,6 +164,7 @@ def picking(output: Output) -> Sequence[int]:
 
 
 def _recurrent(output: Output) -> Sequence[int]:
+    """Time first: input, four weights, states (B, width)."""
     if output.dim != (0 if output.number else 1) or output.node._saved_batch_sizes:
         raise MixesError
     read, *weights = output.inputs[:5]
@@ -170,6 +173,7 @@ def _recurrent(output: Output) -> Sequence[int]:
 
 
 def _in_a_cell(output: Output) -> Sequence[int]:
+    """Gates and states (B, width); biases."""
     if output.dim != 0:
         raise MixesError
     return [output.at(shape, 0) if len(shape) > 1 else SHARED for shape in output.inputs]

@@ -201,6 +201,7 @@ def summands(node: Any, weights: Weights) -> list[LayerCall]:
 
 
 def _repetition(node: Any, weights: Weights) -> list[LayerCall]:
+    """With a dimension for copies in front of each."""
     weight, repeats = weights[0].tensor, list(node._saved_repeats)
     sizes = [*[1] * (len(repeats) - weight.ndim), *weight.shape]
     shape = torch.Size([n for pair in zip(repeats, sizes, strict=True) for n in pair])

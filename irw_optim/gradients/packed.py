@@ -53,7 +53,7 @@ class Way(NamedTuple):
     """A direction of a layer."""
 
     steps: Steps
-    state: Any
+    state: Any  # the first one
     cell: Any
     values: dict[str, Any]
 
@@ -99,6 +99,7 @@ class _OneLayer(torch.autograd.Function):
 
 
 def _saved(node: Any) -> tuple[Sequence[Tensor], list[Recurrence]]:
+    """What the layer read, and the derivative of each direction."""
     layer: Layer = node.layer
     saved = node.saved_tensors
     count = 1 + layer.firsts + len(layer.steps) * len(layer.names)

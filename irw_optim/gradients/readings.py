@@ -79,6 +79,7 @@ def read(graph: Graph, batch: Batch, own: Iterable[Tensor]) -> Found:
 def _read_at(
     place: int, output: int, weights: Weights, graph: Graph
 ) -> Iterator[tuple[int | None, int, NodeRule | None, Weights]]:
+    """The output at which each thing that is read gets its gradient, and the rule; or None."""
     node: Any = graph.order[place]
     ends = FUSED_CELLS.get(base_name(node))
     if ends is None:
@@ -208,6 +209,7 @@ def _with_layouts(readings: Sequence[Reading], graph: Graph) -> list[Reading]:
 def _weight_at(
     edge: tuple[Any, int], graph: Graph, leaves: Mapping[Node, int], turns: bool
 ) -> Weight | None:
+    """What is read at an edge; None where nothing that is wanted made it."""
     node, number = edge
     turned = turns and base_name(node) == "T"
     behind = node.next_functions[0][0] if turned else node
@@ -228,6 +230,7 @@ def _weight_at(
 def _part_above(
     node: Node, graph: Graph, leaves: Mapping[Node, int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What a computed weight is made of: nodes, in order, and leaves, by their places."""
     seen, waiting = {node}, [node]
     while waiting:
         for parent, _ in waiting.pop().next_functions:

@@ -212,6 +212,7 @@ def _of_channels(module: Any, input: Tensor, normalise: Callable[..., Tensor]) -
 def _sum(
     output: Tensor, input: Any, other: Any, *, alpha: float = 1, signs: tuple[int, int] = (1, 1)
 ) -> LayerCall | None:
+    """Of a parameter and something else."""
     if is_parameter(input) == is_parameter(other):
         return None
     if is_parameter(input):

@@ -167,7 +167,7 @@ def as_vector(name: str, values: ArrayLike, each: str, mend: str = "") -> Array:
             f"{gaps.argmax()}: leave these samples out, or give them a value of their own"
         )
     plain = _narrowed(array)
-    if plain.ndim > 1:
+    if plain.ndim > 1:  # of tuples
         return array
     if objects and len(np.unique(plain)) < len(set(array)):
         raise TypeError(f"{name} has 1 and '1', or the like, as values: expected one type")
@@ -263,5 +263,5 @@ def kmeans(rows: Array, n_clusters: int, seed: int) -> Array:
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows: fewer clusters
         return np.asarray(KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(rows))

@@ -215,6 +215,7 @@ class IRWMonitor(Renewed):
         self._course = course
 
     def _listen(self) -> None:
+        """Hear of the steps; a monitor without a logger may be forgotten, and ends with that."""
         monitor = self if self._loggers else proxy(self)
         remove_all(self._handles)
         self._handles += [

@@ -161,6 +161,7 @@ def _steps(rows: Sequence[Row]) -> Array:
 
 
 def _smooth(values: Array) -> Array:
+    """The mean of the known values around each, over a fortieth of the course."""
     window = np.ones(2 * (len(values) // 80) + 1)
     known = np.isfinite(values)
     total = np.convolve(np.where(known, values, 0.0), window, mode="same")
@@ -169,6 +170,7 @@ def _smooth(values: Array) -> Array:
 
 
 def _by_part(axis: Axes, rows: Sequence[Row], kind: str, name: str, absent: float = np.nan) -> None:
+    """A line for each part, with gaps where it is not known."""
     tables = [row.breakdowns.get(kind) for row in rows]
     for part, colour in _shown(rows, kind):
         values = [np.nan if t is None else t.column(name).get(part, absent) for t in tables]

@@ -52,7 +52,7 @@ def row_of(
         return None
     held_agreement = np.nan
     if isinstance(scheme, HeldWeights) and scheme.record is not None and scheme.indices is not None:
-        worst_off = scheme.record.worst_off
+        worst_off = scheme.record.worst_off  # when the weights were made
         in_s = worst_off[scheme.indices.to(worst_off.device)].cpu().numpy()
         held_agreement = agreement(mine.losses, in_s[mine_counted])
     numbers = {
@@ -154,7 +154,7 @@ def gradient_norm(optimizer: IRWOptimizer) -> Tensor:
         if p.grad is not None
     ]
     norm: Any = get_total_norm(gradients) if gradients else torch.zeros(())
-    if hasattr(norm, "full_tensor"):
+    if hasattr(norm, "full_tensor"):  # of shards, on several processes
         norm = norm.full_tensor()
     return norm  # type: ignore[no-any-return]
 
@@ -205,5 +205,5 @@ def agreement(losses: Array, worst_off: Array) -> float:
     if inside.all() or not inside.any():
         return np.nan
     values = losses.astype(np.float64)
-    values[~np.isfinite(values)] = np.finfo(np.float64).max
+    values[~np.isfinite(values)] = np.finfo(np.float64).max  # the largest of all
     return float(roc_auc_score(inside, values))

@@ -75,7 +75,7 @@ Logger: TypeAlias = ScalarWriter | MetricsLogger
 
 
 def send(row: Row, logger: Logger) -> None:
-    numbers = row.flat(most_parts=20)
+    numbers = row.flat(most_parts=20)  # a thousand charts help nobody
     del numbers["step"]
     known = {f"irw/{name}": value for name, value in numbers.items() if not math.isnan(value)}
     if hasattr(logger, "log_metrics"):
@@ -143,7 +143,7 @@ def blocks(values: Array, count: int) -> tuple[Array, float]:
 class Part(NamedTuple):
     """A class or a group over many steps, on average."""
 
-    seen: float
+    seen: float  # samples of it in all steps
     samples: float
     weight: float
     removed: float

@@ -60,7 +60,7 @@ def worst_off_loss(course: Course) -> Iterator[Finding]:
         return  # a batch is drawn from those who were badly off, each time other ones
     losses = column(course.rows, "worst_alpha_loss")
     start = float(losses[:3].mean())
-    floor = 0.05 * start + 1e-12
+    floor = 0.05 * start + 1e-12  # below it a loss is as good as none
     # Ratios, so that one exploded batch does not drown all others.
     levels, error = blocks(np.log(losses + floor), min(10, len(losses) // 4))
     now, best, first = levels[-1], levels.min(), np.log(start + floor)

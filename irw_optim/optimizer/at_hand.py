@@ -176,7 +176,7 @@ class OtherTerms:
     """
 
     def __init__(self) -> None:
-        self.watching = True
+        self.watching = True  # until it is known whether there are others
         self._weighted: dict[Tensor, Tensor] = {}
         self._before: dict[Tensor, Tensor | None] = {}
 
@@ -216,7 +216,7 @@ class OtherTerms:
                 grown = leaf.grad if then is None else leaf.grad - then
                 parts = (widened(part.detach()) for part in (grown, grown - gradient))
                 squares += [part.abs().square().sum().float() for part in parts]
-        found = torch.stack(squares).tolist() if squares else []
+        found = torch.stack(squares).tolist() if squares else []  # which waits for a device, once
         total, others = sum(found[::2]), sum(found[1::2])
         if others > NOTED_FROM**2 * total:
             logger.warning(

@@ -240,6 +240,7 @@ class WeightedBackward(Renewed):
         self.attached = self._given = None
 
     def _owns(self, leaves: Sequence[Tensor]) -> set[Tensor] | None:
+        """The model's and the updated parameters; None where all leaves are."""
         if not self._own.issuperset(leaves):  # or some have become parameters since
             model = self.engine.model
             known = [*self.parameters, *(() if model is None else model.parameters())]

@@ -280,7 +280,7 @@ def closure_step(weighted: WeightedBackward, closure: Callable[[], Any]) -> Any:
         if weighted.has_gradient():
             weighted.make_ready()
 
-    with before_a_step_of(inside, before):
+    with before_a_step_of(inside, before):  # when they have moved back
         return inner.step(closure)
 
 

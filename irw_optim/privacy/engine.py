@@ -259,6 +259,7 @@ def _of_this_rank(given: torch.Generator | None) -> torch.Generator:
 
 @contextmanager
 def _undone_on_error(objects: Iterable[object]) -> Iterator[None]:
+    """If the block fails, objects have their attributes, and tables among these their contents."""
     attributes = [vars(thing) for thing in objects if hasattr(thing, "__dict__")]
     tables = [t for own in attributes for t in (own, *own.values()) if isinstance(t, dict | list)]
     undo = [action for table in tables for action in undo_inside(table)]

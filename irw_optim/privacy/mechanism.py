@@ -77,7 +77,7 @@ class IRWDPConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        plain = vars(self)
+        plain = vars(self)  # frozen for everybody else
         plain["warmup_steps"] = whole_number("warmup_steps", self.warmup_steps, 0)
         for name, interval in _INTERVALS.items():
             meaning = "public, such as math.log(classes)" if name == "init_threshold" else ""

@@ -131,7 +131,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         for p in self.params:
             _mark_as_processed(getattr(p, "grad_sample", None))
         for kind, totals in (self._logical_batch or {}).items():
-            for key in totals.keys() & sums[kind]:
+            for key in totals.keys() & sums[kind]:  # some may be frozen
                 sums[kind][key] += totals[key]
         self._is_last_step_skipped = self._check_skip_next_step()
         self._logical_batch = sums if self._is_last_step_skipped else None
@@ -231,6 +231,7 @@ class IRWDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         return sums
 
     def _release(self, sums: Sums) -> Released:
+        """Noise on the sums, and the gradient in ``p.grad``."""
         scales, C = asdict(self.noise_scales), self.max_grad_norm
         stds = {kind: std if kind == "count" else std * C for kind, std in scales.items()}
         noisy = {

@@ -127,6 +127,7 @@ class PendingBatch:
             self._attached = None
 
     def _hand_out(self, batch: PerSampleLosses) -> Tensor:
+        """The scalar for the loop, whose backward notes the losses."""
         losses = batch.losses
         if not losses.requires_grad:
             return batch.value
@@ -231,7 +232,7 @@ class GhostBatch(PendingBatch):
         if not batch.losses.requires_grad:
             return batch.value
         captured = LossGradients(self._engine, batch.losses) if len(batch.losses) else None
-        anchor = torch.zeros_like(batch.value, requires_grad=True)
+        anchor = torch.zeros_like(batch.value, requires_grad=True)  # something to go backward to
         arrival = _Arrival(ref(self), batch.losses.detach(), captured)
         return deferred_loss(batch.value, arrival, [anchor])
 

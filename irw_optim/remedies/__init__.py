@@ -163,6 +163,7 @@ def _train_all(
     rare: int,
     progress: bool,
 ) -> "tuple[pd.DataFrame, dict[str, Numbers]]":
+    """Rows of numbers for every remedy and seed, and what they predict."""
     import pandas as pd
 
     predictions: dict[str, list[Numbers]] = {}
@@ -173,6 +174,7 @@ def _train_all(
         rows.append({"remedy": name, "seed": training.seed, **judge.measure(logits), **more})
 
     def rightly(decided: Tensor, labels: Tensor) -> float:
+        """In the rarest class; NaN where nobody is of it."""
         own = labels == rare
         return float((decided[own].argmax(1) == rare).double().mean())
 

@@ -156,6 +156,7 @@ class Comparison:
 
     @property
     def _shown(self) -> list[Metric]:
+        """Shares where more is better; with groups, without the score."""
         out = "score" if ORACLE in self.predictions else ""
         return [m for m in self.metrics if m.percent and m.sign > 0 and m.name != out]
 
@@ -185,6 +186,7 @@ class Comparison:
         axis.set_ylim(len(names) - 0.5, -0.5)
 
     def _panels(self) -> Iterator[str]:
+        """SVGs in the colour of the text around them."""
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 

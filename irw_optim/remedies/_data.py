@@ -164,7 +164,7 @@ def _inputs(name: str, values: Any, model: nn.Module) -> Tensor:
     if hasattr(values, "toarray"):
         raise TypeError(f"{name} X is sparse: expected a dense array, X.toarray()")
     array = as_array(values)
-    if array.dtype == object:
+    if array.dtype == object:  # pandas, of columns of several kinds
         try:
             array = array.astype(np.float64)
         except (TypeError, ValueError) as error:

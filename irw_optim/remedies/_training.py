@@ -114,7 +114,7 @@ class Training:
                 wrapped.backward(part.losses * part.scale, labels=part.labels)
                 wrapped.step()
                 record = wrapped.last_step
-                if record and record.worst_off.any():
+                if record and record.worst_off.any():  # past the warm-up
                     rested.append(record.effective_sample_size / len(part.losses))
             else:
                 assert part.labels is not None
@@ -179,7 +179,7 @@ def two_stages(training: Training, by: str = "gradients") -> Fitted:
     """A second model learns who was worst off by class under an early balanced one."""
     early = training.once("early", lambda: class_balanced(training, share=0.2)).model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", UserWarning)  # the comparison reports it
         sampler = ClassByClassSampler(
             early,
             training.recipe.criterion,

@@ -47,6 +47,7 @@ class BatchLosses:
 
 
 def _as_target(criterion: nn.Module, target: Any, device: torch.device) -> Any:
+    """A target as torch's criteria take it."""
     name = type(criterion).__name__
     if not isinstance(target, Tensor):
         try:
@@ -72,7 +73,7 @@ def _on(device: torch.device, batch: Any) -> Any:
 
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_pinned():
-            return value.to(device, non_blocking=True)
+            return value.to(device, non_blocking=True)  # the host goes on meanwhile
         return value.to(device) if hasattr(value, "to") else value
 
     return tree_map(moved, batch, is_leaf=lambda value: hasattr(value, "to"))

@@ -155,6 +155,7 @@ class DatasetGradients:
     def _read(
         self, positions: Tensor, sizes: list[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """Yield pieces of ``positions`` with dataset indices and batch."""
         for places, batch in self.reader.batches(self.samples[positions], sizes):
             some = positions[places]
             yield some, self.samples[some], batch
@@ -169,6 +170,7 @@ class DatasetGradients:
                 yield captured.rows(self.scored)
 
     def _captured(self, indices: Tensor, batch: Any) -> closing[LossGradients]:
+        """The losses of a batch with their graph."""
         with torch.enable_grad():
             losses = self._losses_of(indices, batch).losses
         captured = LossGradients(self.engine, losses)
@@ -199,7 +201,7 @@ class DatasetGradients:
         """All rows for `losses`, in batches of twice the size."""
         size = 2 * self.reader.batch_size
         batches = []
-        for piece in self._all().split(8 * size):
+        for piece in self._all().split(8 * size):  # reading stays local
             number = -(-len(piece) // size)
             batches += [piece[first::number] for first in range(number)]
         return torch.cat(batches), [len(batch) for batch in batches]
@@ -212,6 +214,7 @@ class DatasetGradients:
             self._losses_alone(some[places], batch)
 
     def _losses_alone(self, indices: Tensor, batch: Any) -> PerSampleLosses:
+        """No graph is made, unless the losses are derivatives."""
         known = self.engine.known
         try:
             with torch.set_grad_enabled(bool(known.get(DIFFERENTIATES))):
@@ -255,12 +258,14 @@ class DatasetOverRanks(DatasetGradients):
         return self.ranks.gather(own)
 
     def _own_positions(self) -> Tensor:
+        """Contiguous, in the order of the ranks."""
         pieces = self._all().tensor_split(self.ranks.number)
         self.ranks.sizes = [len(piece) for piece in pieces]
         return pieces[self.ranks.rank]
 
 
 def _in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The values of batches, (places, values), by place."""
     places, values = zip(*parts, strict=True)
     joined = torch.cat(values)
     return joined[torch.cat(places).argsort().to(joined.device)]

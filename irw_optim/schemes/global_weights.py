@@ -32,6 +32,8 @@ FEW = 1 / 3
 
 @dataclass(frozen=True)
 class _ByLoss:
+    """Scores in proportion to the loss."""
+
     needs_gradients = False
 
     def __call__(self, losses: Tensor, gradients: PerSampleGradients, worst_off: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ class ClassByClassSampler(ResamplingSampler):
         super().__init__(record.weights, num_samples, generator=generator)
         assert record.labels is not None
         member, weights = record.labels.cpu(), self.weights.double()
-        drawn = member[weights > 0].unique()
+        drawn = member[weights > 0].unique()  # samples whose target is ignored are in no class
         names = drawn.tolist()
         if labels is not None:
             names = np.unique(as_classes("labels", labels))[names].tolist()

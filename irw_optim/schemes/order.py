@@ -60,7 +60,7 @@ def rearranged(
         try:
             batches.append(collate_fn([_copied(samples[i]) for i in order]))
         except Exception as error:
-            if not batches:
+            if not batches:  # the order of the data set
                 raise
             batches.append(RefusedError(str(error)))
     return batches
@@ -81,6 +81,7 @@ def refuse_sorting(collate_fn: Collate, samples: Sequence[Any]) -> None:
     others = [straight[::-1], *(_exchanged(straight, i, i + 1) for i in neighbours)]
 
     def differ(order: list[int]) -> bool:
+        """Whether what changes places differs."""
         moved = [([place], 0) for k, i in enumerate(order) if i != k for place in (i, k)]
         alone = rearranged(collate_fn, moved, samples)
         return not all(map(_same, alone[::2], alone[1::2]))
@@ -96,6 +97,7 @@ def refuse_sorting(collate_fn: Collate, samples: Sequence[Any]) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Whether two batches are seen to be equal."""
     arrays: tuple[Any, ...] = (Tensor, np.ndarray)
     if any(isinstance(one, kind) and isinstance(other, kind) for kind in arrays):
         return one.shape == other.shape and bool((one == other).all())
@@ -105,7 +107,7 @@ def _same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(_same, one, other))
     try:
         return bool(one is other or one == other)
-    except Exception:
+    except Exception:  # it says nothing
         return False
 
 
@@ -184,6 +186,7 @@ def _tables(
     arrangements: Sequence[Arrangement],
     parameters: Sequence[Tensor] | None,
 ) -> Iterator[Tensor]:
+    """What `probe` tells, for each arrangement, in the order of ``asked``."""
     direction: Direction | None = None
     if parameters is not None:
         generator = torch.Generator("cpu").manual_seed(0)
@@ -235,10 +238,11 @@ class LossConsistency:
         )
 
     def _most_different(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest difference, whose it is, and the mean loss, all 0-dim."""
         losses = torch.cat([losses for _, losses in self.batches]).cpu()
         samples = torch.cat([samples for samples, _ in self.batches])
         nothing = losses.new_full((self.size,), -torch.inf)
         most = nothing.scatter_reduce(0, samples, losses, "amax")
         least = nothing.neg().scatter_reduce(0, samples, losses, "amin")
-        difference = (most - least).nan_to_num(0.0, neginf=0.0)
+        difference = (most - least).nan_to_num(0.0, neginf=0.0)  # of some nothing is known
         return *difference.max(0), least[least.isfinite()].mean()

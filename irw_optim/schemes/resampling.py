@@ -148,7 +148,7 @@ class ResamplingSampler(Sampler[int]):
                 max=total.nextafter(torch.zeros_like(total))
             )
             for index in torch.searchsorted(cumulative, points, right=True).tolist():
-                if self._cumulative is not cumulative:
+                if self._cumulative is not cumulative:  # new weights
                     break
                 drawn.append(index)
                 yield index
@@ -177,7 +177,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Any]:
         batches = self._resume() if self._resumes else self._start()
         while True:
-            if self.position != len(self):
+            if self.position != len(self):  # where most epochs end, but not all
                 self.before_batch()
             batch = next(batches, None)
             if batch is None:
@@ -210,6 +210,7 @@ class ResumableLoader:
                 )
 
     def _setting(self) -> dict[str, Any]:
+        """What the middle of an epoch depends on."""
         rank, number = self.share
         return {
             # A DistributedSampler's order is that of its seed and epoch.

@@ -188,7 +188,7 @@ class HeldWeights:
     resampled: bool
     record: StepRecord | None = None
     indices: Tensor | None = None
-    unused = False
+    unused = False  # the batch drawn last
 
     def decide(self, batch: PerSampleLosses, rows: PerSampleGradients | None = None) -> StepRecord:
         """Those of the batch's samples, renormalised; uniform where nobody has any."""
@@ -196,7 +196,7 @@ class HeldWeights:
             return Averaging().decide(batch, rows)
         losses = batch.losses.detach()
         indices, record = self._selected(len(losses)), self.record
-        assert record is not None
+        assert record is not None  # or it would have been said
         held, present = record.weights[indices].to(losses.device), present_of(batch.counts)
         held = held if present is None else held * present
         weights, fallback = normalise(held, present)
@@ -234,7 +234,7 @@ class HeldWeights:
 
     def _selected(self, size: int) -> Tensor:
         record, indices, self.unused = self.record, self.indices, False
-        if indices is None and not size:
+        if indices is None and not size:  # a process without samples
             indices = torch.empty(0)
         if record is None or indices is None:
             raise RuntimeError(

@@ -78,7 +78,7 @@ class Rows(Dataset[Any]):
 IN_BATCHES: dict[str, Any] = {
     "dataset": Rows,
     "iterator_train__shuffle": True,
-    "iterator_train__collate_fn": tuple,
+    "iterator_train__collate_fn": tuple,  # which they are already
     "iterator_valid__collate_fn": tuple,
 }
 
@@ -176,6 +176,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return self.net_.predict_proba(self._checked(X, reset=False))
 
     def _begin(self, X: Any, n_outputs: int, **options: Any) -> Any:
+        """Make a new net; a fit that fails later leaves none behind."""
         self.__dict__.pop("net_", None)
         self._random = check_random_state(self.random_state)
         whole_number("max_epochs", self.max_epochs, least=1)
@@ -209,6 +210,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return net
 
     def _new(self, name: str, given: Any, told: Mapping[str, Any]) -> Any:
+        """What to make module or criterion of: one that is made already is copied."""
         nested, kind = self._nested(f"{name}__"), type(given).__name__
         if isinstance(given, nn.Module):
             if nested:
@@ -236,6 +238,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
+        """Let torch draw from ``random_state`` in here alone."""
         device = torch.device(self.device or "cpu")
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self._random.randint(2**31 - 1))

@@ -57,7 +57,7 @@ class DBSCANFilter:
     quantile: float = 0.95
 
     def __post_init__(self) -> None:
-        own = vars(self)
+        own = vars(self)  # frozen for everybody else
         own["min_samples"] = whole_number("min_samples", self.min_samples, 1)
         own["quantile"] = real_number("quantile", self.quantile, "(0, 1]")
         if not (isinstance(self.eps, str) and self.eps == "auto"):
@@ -101,7 +101,7 @@ def distances(gram: Tensor) -> Tensor:
     # Symmetric, which rounded products need not be.
     squares = (K + K.T).neg_().add_(norms[:, None] + norms)
     # Before clamp turns K_ij = inf into a distance of 0; the one wait for the device.
-    if not squares.sum().isfinite() and not squares.isfinite().all():
+    if not squares.sum().isfinite() and not squares.isfinite().all():  # the first is cheaper
         broken = ~norms.isfinite() if not norms.isfinite().all() else ~squares.isfinite().all(1)
         raise FloatingPointError(
             f"gram is not finite for the samples {broken.nonzero().flatten().tolist()}: "

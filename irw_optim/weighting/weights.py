@@ -38,8 +38,8 @@ def worst_off_count(size: int, alpha: float) -> int:
     return min(size, max(1, math.ceil(alpha * size * (1 - ROUNDING))))
 
 
-ROUNDING = 1e-12
-"""Relative; some thousand times the error of one product."""
+ROUNDING = 1e-12  # relative; some thousand times the error of one product
+COMPARED_UP_TO = 2048  # samples, whose labels are all compared with each other
 
 
 def worst_off(losses: Tensor, alpha: float) -> Tensor:
@@ -170,8 +170,7 @@ def weigh(
         single = counts.dtype == torch.bool and isinstance(elements, Tensor)
         supposed, counts = elements if single else counts, None
     kept = present = None if counts is None else present_of(counts)
-    gram, finite, mass = None, None, None
-    factor = 1.0  # scores are those of `factor` times the gradients
+    gram, finite, mass, factor = None, None, None, 1.0  # scores are of `factor` times the gradients
     if removed is None and outliers is not None and len(losses):
         gram, factor, look = gram_in_range(gradients, losses, present)
         finite, shown = look.finite, None if look.everybody else present
@@ -183,9 +182,9 @@ def weigh(
     if not isinstance(rule, Alignment):
         scores, factor, finite = returned(rule(losses, gradients, worst), len(losses)), 1.0, None
     elif gram is None:
-        coefficients = worst  # which our own products take as it is; on the CPU no sooner
-        if losses.is_cpu or rule.center or not hasattr(gradients, "align"):
-            coefficients = rule.coefficients(worst, kept, losses.dtype)
+        # Our own products take S as it is, which on the CPU is no sooner done.
+        made = losses.is_cpu or rule.center or not hasattr(gradients, "align")
+        coefficients = rule.coefficients(worst, kept, losses.dtype) if made else worst
         scores, factor, look = align_in_range(gradients, coefficients, losses, supposed)
         if known is not None and not look.everybody:  # whose loss of 0 may be in S
             known["absent"] = True
@@ -204,8 +203,7 @@ def weigh(
     if mix:
         weights = (1 - mix) * weights + mix * uniform(weights, kept)
     scores = scores if factor == 1.0 else unscaled(scores, factor)
-    removed = nobody if removed is None else removed
-    return Weights(worst, removed, scores, weights, fallback, finite)
+    return Weights(worst, nobody if removed is None else removed, scores, weights, fallback, finite)
 
 
 def normalise(
@@ -238,10 +236,6 @@ def _by_classes(mass: Tensor, kept: Tensor | None, labels: Tensor) -> Tensor:
     share = torch.where(class_mass == 0, present / class_size, mass / class_mass)
     classes = (present / class_size.clamp(min=1)).sum()
     return torch.where(present == 0, torch.zeros_like(share), share / classes)
-
-
-COMPARED_UP_TO = 2048
-"""Batch size up to which all labels are compared with each other."""
 
 
 def present_of(counts: Tensor | None) -> Tensor | None:

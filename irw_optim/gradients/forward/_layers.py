@@ -21,7 +21,7 @@ def _bilinear(multiply: Any, add: Any, left: str, right: str) -> ForwardRule:
         total = summands[0] if summands else None
         if total is not None and beta != 1:
             total = total * beta
-        products, own = [], None
+        products, own = [], None  # to write to
         if d_left is not None:
             products.append((d_left, getattr(node, f"_saved_{right}")))
         if d_right is not None:
@@ -48,7 +48,7 @@ def _convolution(node: Any, tangents: Tangents) -> Tensor | None:
     if d_input is None:
         return total
     moved: Tensor = _ATEN.convolution.default(d_input, node._saved_weight, None, *settings)
-    return moved if total is None else moved.add_(total)
+    return moved if total is None else moved.add_(total)  # no new memory
 
 
 _ONLY_INPUT = [True, False, False]
@@ -110,6 +110,7 @@ def _batch_norm(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def _weight_norm(node: Any, tangents: Tangents) -> Tensor | None:
+    """Of g v / |v|."""
     d_direction, d_length = tangents
     direction, length, norm = node._saved_v, node._saved_g, node._saved_result1
     unit = direction / norm
@@ -132,7 +133,7 @@ def _embedding(node: Any, table: Tensor) -> Tensor:
 def _bags(node: Any, tangents: Tangents) -> Tensor | None:
     d_table, d_weights = (*tangents, None)[:2]
     mode = int(node._saved_mode)
-    if mode == 2 and d_table is not None:
+    if mode == 2 and d_table is not None:  # the largest
         where, sizes = node._saved_result3, node._saved_result2
         found = d_table.gather(0, where.clamp(min=0))
         return found.masked_fill((sizes == 0).unsqueeze(-1), 0.0)
@@ -175,6 +176,7 @@ def _grid_sample(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def _distances(node: Any, tangents: Tangents) -> Tensor:
+    """Of all pairs, (..., P, R), some rows at a time."""
     d_left, d_right = tangents
     left, right, distances = node._saved_x1, node._saved_x2, node._saved_result
     rows = max(1, _DIFFERENCES // max(1, distances[..., 0, :].numel() * left.shape[-1]))

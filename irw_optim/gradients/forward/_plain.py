@@ -39,6 +39,7 @@ def of_single_losses(node: Any, tangents: Tangents) -> Tensor | None:
 
 
 def _reduced(node: Any, change: Tensor) -> Any:
+    """Over remembered dimensions, or all."""
     dims = saved(node, "dim") if hasattr(node, "_saved_dim") else None
     kept = getattr(node, "_saved_keepdim", False)
     return getattr(change, base_name(node).lower())(dims or None, keepdim=kept)
@@ -91,7 +92,7 @@ def _indexed(node: Any, change: Tensor) -> Tensor:
     (dim, index), *more = [(d, i) for d, i in enumerate(indices) if i is not None]
     if more or index.ndim != 1 or index.dtype != torch.int64 or not index.is_cpu:
         return torch.ops.aten.index.Tensor(change, indices)  # type: ignore[no-any-return]
-    return change.index_select(dim, index % change.shape[dim])
+    return change.index_select(dim, index % change.shape[dim])  # several times as quick
 
 
 def _found_by_size(node: Any, change: Tensor) -> Tensor:
@@ -116,6 +117,7 @@ def _bent(node: Any, tangents: Tangents) -> Tensor:
 
 
 def _packed(node: Any, change: Tensor) -> Tensor:
+    """Time by time, of the sequences that are as long."""
     sizes = node._saved_result1.to(change.device)
     by_time = change.transpose(0, 1) if node._saved_batch_first else change
     present = torch.arange(by_time.shape[1], device=change.device) < sizes.unsqueeze(1)
@@ -135,6 +137,7 @@ def _log_softmax(node: Any, change: Tensor) -> Tensor:
 
 
 def _two(tangents: Tangents) -> Tangents:
+    """A number on the right has no change."""
     return (*tangents, None)[:2]
 
 

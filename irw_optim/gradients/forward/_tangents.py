@@ -119,12 +119,14 @@ _Pairs: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 
 def _add_up(pushed: _Pairs, pulled: _Pairs) -> bool:
+    """Whether <J t, u> = <t, J^T u>."""
     (left, _), (right, size) = _inner(pushed), _inner(pulled)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(pulled[0][0].dtype, 1e-1)
     return bool(torch.as_tensor(left - right).abs() <= tolerance * size)
 
 
 def _inner(pairs: _Pairs) -> tuple[Tensor | float, Tensor | float]:
+    """A sum of products, and that of their sizes."""
     terms = [(a.detach().conj() * b.detach()).real for a, b in pairs]
     return sum(t.sum() for t in terms), sum(t.abs().sum() for t in terms)
 

@@ -184,7 +184,7 @@ class LinearCall(AffineCall):
             gram_of(self.bias_rows) if with_bias else a.new_zeros(batch, batch, dtype=wide(a.dtype))
         )
         step = max(1, MEMORY_BOUND // (batch * width_in))
-        for some in b.split(step, dim=-1):
+        for some in b.split(step, dim=-1):  # rows of the weight, a block at a time
             gram = gram + gram_of(product(some.mT, a))
         return gram
 
@@ -260,5 +260,6 @@ class HeadsCall(LayerCall):
         return {parameter: widened(a[samples].mT @ b[samples])}
 
     def _sides(self) -> tuple[Tensor, Tensor]:
+        """As (B, heads, positions, width)."""
         a, b = operands(self.input, self.output_gradient)
         return (a.unsqueeze(2), b.unsqueeze(2)) if a.ndim == 3 else (a, b)

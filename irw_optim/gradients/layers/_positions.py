@@ -26,7 +26,7 @@ from ._rows import SampleNormCall
 CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
 """Settings in the order of ``aten.convolution``."""
 
-PATCHES = 2**20
+PATCHES = 2**20  # numbers that are unfolded at once
 
 
 class ConvolutionCall(AffineCall):
@@ -43,7 +43,7 @@ class ConvolutionCall(AffineCall):
         self.settings = [settings[name] for name in CONVOLUTION]
         self.transposed, self.groups = bool(settings["transposed"]), int(settings["groups"])
         self.features = input.ndim - 1
-        self.patch_size = weight.shape[1:].numel()
+        self.patch_size = weight.shape[1:].numel()  # in one group
 
     def forget_values(self) -> None:
         """Only its shape counts."""
@@ -80,7 +80,7 @@ class ConvolutionCall(AffineCall):
         first, last, _ = samples.indices(len(self.input))
         side = self.input if self.transposed else self.output_gradient
         numbers = self.patch_size * self.groups * side.shape[1:].numel()
-        numbers //= side.shape[-self.features]
+        numbers //= side.shape[-self.features]  # of channels
         step = max(1, PATCHES // max(1, numbers))
         blocks = []
         for start in range(first, max(first + 1, last), step):
@@ -232,6 +232,7 @@ class LSTMCall(LayerCall):
         return summed_rows(self._of_chosen(), samples)
 
     def _of_chosen(self) -> list[LayerCall]:
+        """With the parameters that are left."""
         mine = set(self.parameters.values())
         chosen = [part.copy() for part in self.parts]
         for part in chosen:

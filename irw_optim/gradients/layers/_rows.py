@@ -158,7 +158,7 @@ class ElementwiseCall(LayerCall):
         if not values:
             return self.b.new_zeros(len(self.b))
         size, stride, start = self.view
-        value = values["weight"].contiguous()
+        value = values["weight"].contiguous()  # perhaps a part of a longer message
         part = value.as_strided(size, stride, value.storage_offset() + start)
         return as_matrix(self.reduced) @ part.flatten().to(self.reduced.dtype)
 
@@ -196,6 +196,7 @@ class ElementwiseCall(LayerCall):
         return {self.parameters["weight"]: whole}
 
     def _broadcast_size(self) -> list[int]:
+        """With what broadcasting puts in front."""
         return [*[1] * (self.recorded.ndim - len(self.size)), *self.size]
 
 
@@ -266,7 +267,7 @@ class EmbeddingBagCall(LayerCall):
     def transpose(self, input: Tensor, b: Tensor) -> dict[Tensor, Tensor]:
         parameter = self.parameters["weight"]
         table = torch.zeros_like(parameter, dtype=b.dtype, requires_grad=True)
-        with torch.enable_grad():
+        with torch.enable_grad():  # quicker than by a transform
             output = self.apply(input, {"weight": table})
         return {parameter: torch.autograd.grad(output, table, b)[0]}
 
