@@ -21,7 +21,7 @@ class RowsCall(LayerCall):
     def __init__(self, call: LayerCall) -> None:
         self.blocks = call.rows()
         self.parameters = dict(call.parameters)
-        self.input = self.output_gradient = next(iter(self.blocks.values()))
+        self.recorded = self.input = self.output_gradient = next(iter(self.blocks.values()))
         self.version = self.input._version
         self.made_in = call.precision
 
