@@ -151,6 +151,23 @@ def test_steps_with_early_rows_follow_the_loop(case):
         optimizer.step()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_early_rows_of_two_passes_as_one(case):
+    model, x, y = made(case)
+    optimizer = IRWOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1), alpha=0.3, model=model, accumulation_steps=2
+    )
+    for _ in range(3):
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        truth = reference.step(losses, model.parameters(), 0.3)
+        optimizer.zero_grad()
+        for half in (slice(3), slice(3, None)):
+            optimizer.backward(F.cross_entropy(model(x[half]), y[half], reduction="none"))
+        for p, gradient in zip(model.parameters(), truth.gradients, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+        optimizer.step()
+
+
 def test_a_layer_that_is_not_reached_any_more():
     class Sometimes(torch.autograd.Function):
         silent = False
