@@ -45,6 +45,7 @@ class AutodiffGradients:
         self._passes = own
         self._newest: tuple[Tensor, dict[Tensor, Tensor]] | None = None
         self.doubt: Sequence[Tensor] = ()
+        self._squared = False  # whether the last of these are lengths, to be squared
         self._row_by_row = False  # in this step, whatever is known
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:

@@ -109,7 +109,8 @@ def follow_batch(losses: Tensor, graph: Graph, *, watched: bool = False) -> Batc
                     except MixesError:
                         return Batch(parent.name(), places, surely_mixes=True, rows=rows)
     counted = tuple(reads.get(node, 0) for node in graph.leaf_nodes)
-    return Batch(may_mix, places, counted, computes_shared, tuple(crossings), False, hidden, rows)
+    met = tuple(crossings)
+    return Batch(may_mix, places, counted, computes_shared, met, opaque=hidden, rows=rows)
 
 
 def _likely(output: Output) -> Sequence[int]:

@@ -54,6 +54,15 @@ class _Meeting(NamedTuple):
     reached: tuple[tuple[int, int], ...]  # stride and number of the owners
 
 
+class _Addressed(NamedTuple):
+    """Where an index is in the tensor that it takes rows from, or puts them into."""
+
+    puts: bool
+    dim: int
+    width: int  # dimensions from there on that are rows together,
+    gone: int  # and that one dimension stands for on the other side
+
+
 class PaddedLayout(Layout):
     """Rows in any order, padded with zeros to as many for each sample."""
 
@@ -92,7 +101,7 @@ class Rows:
             if not self.owners[0].is_cpu:  # where to look at an index waits
                 raise
             puts, dim, width, gone = _addressed(output)
-        moved, stays = output.inputs[puts], [output.stride] * puts
+        moved, stays = output.inputs[puts], [output.stride] * puts  # what is put into is read, too
         if not moved or 0 in moved:
             return [*stays, UNREAD], [owners, owners]
         wider = len(output.shape) - len(moved) if puts else len(moved) - len(output.shape)
@@ -201,26 +210,23 @@ def rows_along(
     return rows if same else None
 
 
-def _addressed(output: Output) -> tuple[bool, int, int, int]:
-    """Whether rows are put, and from which dimension on the index addresses them.
-
-    So many dimensions are one of rows, and so many give way to it.
-    """
+def _addressed(output: Output) -> _Addressed:
+    """By an index along the samples; `MixesError` for any other."""
     name, dim = base_name(output.node), output.dim
     puts = name in _PUT_ROWS
     if not puts and name not in _TAKE_ROWS:
         mixes()
     if not hasattr(output.node, "_saved_indices"):
-        return (puts, dim, 1, 1) if output.saved_dims() == [dim] else mixes()
+        return _Addressed(puts, dim, 1, 1) if output.saved_dims() == [dim] else mixes()
     indices = output.node._saved_indices
     given = [n for n, index in enumerate(indices) if index is not None]
     first, index = given[0], indices[given[0]]
     if _is_mask(index) and len(given) == 1:
-        width = index.ndim
-        return (puts, first, width, width) if 0 <= dim - first < (width if puts else 1) else mixes()
+        inside = 0 <= dim - first < (index.ndim if puts else 1)
+        return _Addressed(puts, first, index.ndim, index.ndim) if inside else mixes()
     adjacent = given == [*range(dim, dim + len(given))]
     vectors = adjacent and all(indices[n].ndim == 1 for n in given)
-    return (puts, dim, 1, len(given)) if vectors else mixes()
+    return _Addressed(puts, dim, 1, len(given)) if vectors else mixes()
 
 
 def _is_mask(index: Tensor) -> bool:
@@ -243,7 +249,9 @@ def _index_of(node: Any, dim: int) -> Tensor:
         start, step = signed(node._saved_start or 0), node._saved_step
         return torch.arange(start, start + step * shape_of(node)[dim], step, device="cpu")
     index = node._saved_index.long()
-    for other in reversed(range(index.ndim if index.ndim > 1 else 0)):
+    if index.ndim == 1:
+        return index
+    for other in reversed(range(index.ndim)):
         if other != dim:
             first = index.select(other, 0)
             if index.stride(other) and bool((index != first.unsqueeze(other)).any()):

@@ -40,19 +40,18 @@ class StackedGradients:
 
     def __init__(self, parts: Iterable[Any]) -> None:
         self.parts = list(parts)
-        self.last = self.parts[-1]
-        self.batch_size = self.last.batch_size
+        self.batch_size = self.parts[0].batch_size
         self.seed: Tensor | None = getattr(self.parts[0], "seed", None)
 
     @property
     def doubt(self) -> Sequence[Tensor]:
-        return getattr(self.last, "doubt", ())
+        return getattr(self.parts[-1], "doubt", ())
 
     def adds_up(self, sides: Tensor) -> bool:
-        return bool(self.last.adds_up(sides))
+        return bool(self.parts[-1].adds_up(sides))
 
     def settle_doubt(self) -> None:
-        self.last.settle_doubt()
+        self.parts[-1].settle_doubt()
 
     def combine(self, weights: Tensor) -> dict[Tensor, Tensor]:
         return {p: t for part in self.parts for p, t in part.combine(weights).items()}

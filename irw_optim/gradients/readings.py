@@ -147,7 +147,7 @@ def plan_of(readings: Sequence[Reading], graph: Graph, covering: Covering, batch
 
     def read(graph: Graph, losses: Tensor) -> list[CallSite] | None:
         rows = rows_along(ways, graph, losses) if ways else None
-        if ways and not rows:
+        if ways and rows is None:
             return None
         return sites_of(settled, graph, losses.shape[0], rows)
 

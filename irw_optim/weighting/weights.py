@@ -12,7 +12,6 @@ worst-off group S, to first order::
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,7 +154,7 @@ def weigh(
     labels: Tensor | None = None,
     mix: float = 0.0,
     counts: Tensor | None = None,
-    elements: Any = None,
+    elements: Tensor | float | None = None,
     removed: Tensor | None = None,
     known: dict[str, bool] | None = None,
 ) -> Weights:
@@ -167,8 +166,9 @@ def weigh(
     """
     given, supposed = counts, None
     if known is not None and counts is not None and not (counts.is_cpu or known.get("absent")):
-        single = counts.dtype == torch.bool and isinstance(elements, Tensor)
-        supposed, counts = elements if single else counts, None
+        single = counts.dtype == torch.bool
+        supposed = elements if single and isinstance(elements, Tensor) else counts
+        counts = None
     kept = present = None if counts is None else present_of(counts)
     gram, finite, mass, factor = None, None, None, 1.0  # scores are of `factor` times the gradients
     if removed is None and outliers is not None and len(losses):

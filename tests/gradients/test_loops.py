@@ -9,8 +9,9 @@ import reference
 import torch
 import torch.nn.functional as F
 from agreement import agree, gradient_errors
+from models import OnceDifferentiable
 from torch import Tensor, nn
-from zoo import CASES, OnceDifferentiable
+from zoo import CASES
 
 from irw_optim import IRWOptimizer
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from models import OnceDifferentiable
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -295,20 +296,6 @@ class LoRA(nn.Module):
 
     def forward(self, x):
         return self.base(x) + 0.5 * self.up(self.down(x))
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """An operation without double backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return gradient * ctx.saved_tensors[0].cos()
 
 
 def through_a_custom_function(self, x):

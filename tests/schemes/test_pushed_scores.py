@@ -5,9 +5,8 @@ import logging
 import pytest
 import reference
 import torch
-from models import Recurrent
+from models import OnceDifferentiable, Recurrent
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, TensorDataset
 
 import irw_optim.schemes.dataset_gradients as dataset_gradients
@@ -38,27 +37,13 @@ class Sections(nn.Module):
         return self.second(h.tanh())
 
 
-class Sine(torch.autograd.Function):
-    """Can only be pulled back."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return gradient * ctx.saved_tensors[0].cos()
-
-
 class Sined(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(5, 8), nn.Linear(8, CLASSES)
 
     def forward(self, x):
-        return self.second(Sine.apply(self.first(x)))
+        return self.second(OnceDifferentiable.apply(self.first(x)))
 
 
 class Tied(nn.Module):
@@ -193,7 +178,7 @@ def test_makes_the_scores_where_it_can(kind, caplog, pushed):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Sined(), "SineBackward"),
+        (Sined(), "OnceDifferentiableBackward"),
         (Sections(lambda x: x[:, :1] > 0), "differs from backward"),
     ],
     ids=["no second derivative", "a hook for some samples"],
