@@ -131,6 +131,19 @@ def test_maps_are_rows_together_or_alone_as_large_as_they_are(few, monkeypatch):
     torch.testing.assert_close(aligned, product_with(rows, combined))
 
 
+def test_maps_with_and_without_the_rows_of_a_bias():
+    calls = maps()
+    rows, weights = rows_of(calls), RowWeights(numbers(B))
+    biases = {call.parameters["bias"] for call in calls if "bias" in call.parameters}
+    part = Columns({p: rows[p] for p in reversed([*biases])}, without_biases(calls))
+    combined = part.combine(weights)
+    assert combined.keys() == rows.keys()
+    for p, block in rows.items():
+        torch.testing.assert_close(combined[p], torch.einsum("b,b...->...", weights.values, block))
+    torch.testing.assert_close(part.align(weights), product_with(rows, combined))
+    torch.testing.assert_close(part.dot(combined), product_with(rows, combined))
+
+
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
 def test_steps_of_one_map_are_one_call(which):
     """A recurrent layer's: what they share is in one call then, and meets no other."""

@@ -295,3 +295,20 @@ def test_memory_runs_out_and_the_engine_goes_on(monkeypatch):
     monkeypatch.setattr(BackwardPasses, "push", push)
     model, (x, y) = Pictures().double(), batch()
     assert reference.error(weights_of(model, x, y), by_hand(model, x, y)) < 1e-10
+
+
+@pytest.mark.parametrize(("small", "at_once"), [(0, 8), (float("inf"), 16)])
+def test_two_batches_go_forwards_at_once_where_their_graphs_are_small(small, at_once, monkeypatch):
+    sizes, real = [], BackwardPasses.push
+
+    def push(passes, direction):
+        sizes.append(len(passes.losses))
+        return real(passes, direction)
+
+    monkeypatch.setattr(dataset_gradients, "SMALL", small)
+    monkeypatch.setattr(BackwardPasses, "push", push)
+    model, (x, y) = Tied().double().eval(), batch()
+    rows = rows_of(model, x, y)
+    rows.dot(rows.combine(torch.ones(N, dtype=torch.float64)))
+    assert sizes[:2] == [8, at_once]
+    assert sum(sizes) == N
